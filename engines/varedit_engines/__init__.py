@@ -1,0 +1,1 @@
+"""Exported graphs to compiled engines, and the bundle that holds them."""

@@ -1,0 +1,313 @@
+"""The released checkpoints: their names and shapes, and loading them.
+
+The tables say how the released files name and shape each of this reference's parameters. They are
+used both ways: to load, and to write a state dict in the released layout. Files in this
+reference's own names, as `convert.py` writes them, load as well.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from varedit_reference.config import PRESETS, TokenizerConfig, TransformerConfig, preset
+from varedit_reference.tokenizer import Tokenizer
+from varedit_reference.transformer import VAR
+from varedit_reference.weights_file import check_float, open_weights
+from varedit_runtime.errors import CheckpointError
+
+Shape = tuple[int, ...]
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class Stored(NamedTuple):
+    """A parameter's name and shape in some layout."""
+
+    name: str
+    shape: Shape
+
+
+# A layout: a parameter of this reference -> the same parameter as a file stores it.
+Layout = Callable[[Stored], Stored]
+
+
+# How a released tensor's shape follows from this reference's; the elements keep their order.
+def same_shape(shape: Shape) -> Shape:
+    return shape
+
+
+def one_leading_axis(shape: Shape) -> Shape:
+    return (1, *shape)
+
+
+def two_leading_axes(shape: Shape) -> Shape:
+    return (1, 1, *shape)
+
+
+def heads_axis_of_four(shape: Shape) -> Shape:
+    return (1, *shape, 1, 1)
+
+
+TRANSFORMER_TABLE: dict[str, tuple[str, Callable[[Shape], Shape]]] = {
+    "unconditional_text": ("cfg_uncond", same_shape),
+    "start_token": ("pos_start", two_leading_axes),
+    "level_embedding.weight": ("lvl_embed.weight", same_shape),
+    "token_embedding.weight": ("word_embed.weight", same_shape),
+    "token_embedding.bias": ("word_embed.bias", same_shape),
+    "text_norm.weight": ("text_norm.weight", same_shape),
+    "text_pool.query": ("text_proj_for_sos.ca.mat_q", one_leading_axis),
+    "text_pool.kv.weight": ("text_proj_for_sos.ca.mat_kv.weight", same_shape),
+    "text_pool.value_bias": ("text_proj_for_sos.ca.v_bias", same_shape),
+    "text_pool.projection.weight": ("text_proj_for_sos.ca.proj.weight", same_shape),
+    "text_pool.projection.bias": ("text_proj_for_sos.ca.proj.bias", same_shape),
+    "text_memory.0.weight": ("text_proj_for_ca.0.weight", same_shape),
+    "text_memory.0.bias": ("text_proj_for_ca.0.bias", same_shape),
+    "text_memory.2.weight": ("text_proj_for_ca.2.weight", same_shape),
+    "text_memory.2.bias": ("text_proj_for_ca.2.bias", same_shape),
+    "shared_modulation.weight": ("shared_ada_lin.1.weight", same_shape),
+    "shared_modulation.bias": ("shared_ada_lin.1.bias", same_shape),
+    "head_modulation.weight": ("head_nm.ada_lin.1.weight", same_shape),
+    "head_modulation.bias": ("head_nm.ada_lin.1.bias", same_shape),
+    "head.weight": ("head.weight", same_shape),
+    "head.bias": ("head.bias", same_shape),
+}
+BLOCK_TABLE: dict[str, tuple[str, Callable[[Shape], Shape]]] = {
+    "modulation": ("ada_gss", two_leading_axes),
+    "self_attention.qkv.weight": ("sa.mat_qkv.weight", same_shape),
+    "self_attention.query_bias": ("sa.q_bias", same_shape),
+    "self_attention.value_bias": ("sa.v_bias", same_shape),
+    "self_attention.log_scale": ("sa.scale_mul_1H11", heads_axis_of_four),
+    "self_attention.projection.weight": ("sa.proj.weight", same_shape),
+    "self_attention.projection.bias": ("sa.proj.bias", same_shape),
+    "cross_norm.weight": ("ca_norm.weight", same_shape),
+    "cross_norm.bias": ("ca_norm.bias", same_shape),
+    "cross_attention.query.weight": ("ca.mat_q.weight", same_shape),
+    "cross_attention.query.bias": ("ca.mat_q.bias", same_shape),
+    "cross_attention.kv.weight": ("ca.mat_kv.weight", same_shape),
+    "cross_attention.value_bias": ("ca.v_bias", same_shape),
+    "cross_attention.projection.weight": ("ca.proj.weight", same_shape),
+    "cross_attention.projection.bias": ("ca.proj.bias", same_shape),
+    "mlp.0.weight": ("ffn.fc1.weight", same_shape),
+    "mlp.0.bias": ("ffn.fc1.bias", same_shape),
+    "mlp.2.weight": ("ffn.fc2.weight", same_shape),
+    "mlp.2.bias": ("ffn.fc2.bias", same_shape),
+}
+# Applied to a tokenizer name in this order.
+TOKENIZER_TABLE = {
+    r"^encoder\.levels": "encoder.down",
+    r"^decoder\.levels": "decoder.up",
+    r"\.blocks\.": ".block.",
+    r"\.middle\.0\.": ".mid.block_1.",
+    r"\.middle\.1\.": ".mid.block_2.",
+    r"\.shortcut\.": ".nin_shortcut.",
+    r"\.(down|up)sample\.": r".\1sample.conv.",
+}
+
+# Stored by the released code and not parameters: key biases that are zero, and buffers.
+ZERO_BIAS = ".zero_k_bias"
+TOKENIZER_BUFFERS = ("quantizer.", "quantize.")
+
+
+def own_layout(own: Stored) -> Stored:
+    """This reference's own names and shapes."""
+    return own
+
+
+def released_transformer(depth: int, chunks: int | None = 8) -> Layout:
+    """The released transformer's layout, its blocks grouped in chunks, or in one list (None)."""
+
+    def layout(own: Stored) -> Stored:
+        if own.name in TRANSFORMER_TABLE:
+            name, reshape = TRANSFORMER_TABLE[own.name]
+            return Stored(name, reshape(own.shape))
+        _, block, part = own.name.split(".", 2)
+        name, reshape = BLOCK_TABLE[part]
+        if chunks is None:
+            return Stored(f"blocks.{block}.{name}", reshape(own.shape))
+        chunk, place = divmod(int(block), max(depth // chunks, 1))
+        return Stored(f"block_chunks.{chunk}.module.{place}.{name}", reshape(own.shape))
+
+    return layout
+
+
+def released_tokenizer(inner_names: bool = True) -> Layout:
+    """The released tokenizer's layout; its layers wrap an inner `.conv` or `.norm`, or do not."""
+
+    def layout(own: Stored) -> Stored:
+        name = own.name
+        for pattern, released in TOKENIZER_TABLE.items():
+            name = re.sub(pattern, released, name)
+        if inner_names:
+            layer, leaf = name.rsplit(".", 1)
+            kind = "norm" if layer.rsplit(".", 1)[1].startswith("norm") else "conv"
+            name = f"{layer}.{kind}.{leaf}"
+        return Stored(name, own.shape)
+
+    return layout
+
+
+def load_transformer(
+    path: str | Path,
+    config: TransformerConfig,
+    compute_dtype: torch.dtype = torch.float32,
+    weight_dtype: torch.dtype | None = None,
+) -> VAR:
+    """The transformer in a checkpoint, for inference, on the CPU.
+
+    Matrix products run in compute_dtype; their weights are kept in weight_dtype, by default the
+    same. Weights that the file stores in their final type stay views of the file's memory map.
+    Raises CheckpointError on a file that cannot be read or is not this transformer.
+    """
+    weights = open_weights(path)
+    model = empty_transformer(config, compute_dtype, weight_dtype)
+    return load(model, weights, transformer_layout(weights, config), path)
+
+
+def load_tokenizer(path: str | Path, config: TokenizerConfig) -> Tokenizer:
+    """The fp32 tokenizer in a checkpoint, for inference, on the CPU.
+
+    Raises CheckpointError on a file that cannot be read or is not this tokenizer.
+    """
+    weights = open_weights(path)
+    return load(empty_tokenizer(config), weights, tokenizer_layout(weights), path)
+
+
+def empty_transformer(
+    config: TransformerConfig,
+    compute_dtype: torch.dtype = torch.float32,
+    weight_dtype: torch.dtype | None = None,
+) -> VAR:
+    """A transformer on the meta device: names, shapes and types without memory."""
+    with torch.device("meta"):
+        return VAR(config, compute_dtype, weight_dtype)
+
+
+def empty_tokenizer(config: TokenizerConfig) -> Tokenizer:
+    """A tokenizer on the meta device."""
+    with torch.device("meta"):
+        return Tokenizer(config)
+
+
+def transformer_layout(names: Mapping[str, Tensor], config: TransformerConfig) -> Layout:
+    """The layout in which a file's names are."""
+    if "token_embedding.weight" in names:
+        return own_layout
+    chunks = {int(i) for i in re.findall(r"^block_chunks\.(\d+)\.", "\n".join(names), re.M)}
+    return released_transformer(config.depth, len(chunks) or None)
+
+
+def tokenizer_layout(names: Mapping[str, Tensor]) -> Layout:
+    """The layout in which a file's names are."""
+    if any(".levels." in name for name in names):
+        return own_layout
+    return released_tokenizer(inner_names="encoder.conv_in.conv.weight" in names)
+
+
+def load(model: Module, weights: Mapping[str, Tensor], layout: Layout, path: str | Path) -> Module:
+    """Give a model on the meta device its weights, each in its parameter's own type.
+
+    Returns the model, in eval mode, without gradients. Raises CheckpointError, naming path,
+    unless names and shapes are exactly the model's.
+    """
+    stored = fit(model, weights, layout, path)
+    parameters = model.state_dict()
+    state = {name: stored[name].to(parameters[name].dtype) for name in parameters}
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def fit(
+    model: nn.Module, weights: Mapping[str, Tensor], layout: Layout, path: str | Path
+) -> dict[str, Tensor]:
+    """A file's weights under the model's own names and shapes, in the file's types.
+
+    Raises CheckpointError, naming path, on missing, unexpected or misshapen tensors, on weights
+    that are not of a float type, and on key biases that are not zero.
+    """
+    mismatch = Mismatch.between(model, weights, layout)
+    if mismatch:
+        raise CheckpointError(f"{path} does not fit: {mismatch}; {_advice(weights)}")
+    for name, tensor in weights.items():
+        if name.endswith(ZERO_BIAS) and tensor.count_nonzero():
+            raise CheckpointError(
+                f"{path} has a key bias ({name}) that is not zero, which no VAREdit model has: "
+                "expected zeros"
+            )
+    return {
+        own.name: check_float(place.name, weights[place.name]).reshape(own.shape)
+        for own, place in _places(model, layout)
+    }
+
+
+def released_state(model: nn.Module, layout: Layout) -> dict[str, Tensor]:
+    """The model's weights as a released checkpoint names and shapes them."""
+    state = model.state_dict()
+    return {
+        place.name: state[own.name].reshape(place.shape) for own, place in _places(model, layout)
+    }
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """How a file's tensors differ from a model's; false when they do not."""
+
+    missing: list[str]
+    unexpected: list[str]
+    misshapen: list[str]
+
+    @classmethod
+    def between(cls, model: nn.Module, weights: Mapping[str, Tensor], layout: Layout) -> "Mismatch":
+        shapes = {place.name: place.shape for _, place in _places(model, layout)}
+        return cls(
+            missing=[name for name in shapes if name not in weights],
+            unexpected=[name for name in weights if name not in shapes and not _ignored(name)],
+            misshapen=[
+                f"{name} {list(weights[name].shape)} for {list(shape)}"
+                for name, shape in shapes.items()
+                if name in weights and tuple(weights[name].shape) != shape
+            ],
+        )
+
+    def __bool__(self) -> bool:
+        return bool(self.missing or self.unexpected or self.misshapen)
+
+    def __str__(self) -> str:
+        kinds = {
+            "missing": self.missing,
+            "unexpected": self.unexpected,
+            "misshapen": self.misshapen,
+        }
+        return ", ".join(
+            f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+            for kind, names in kinds.items()
+            if names
+        )
+
+
+def _places(model: nn.Module, layout: Layout) -> list[tuple[Stored, Stored]]:
+    owns = [Stored(name, tuple(tensor.shape)) for name, tensor in model.state_dict().items()]
+    return [(own, layout(own)) for own in owns]
+
+
+def _ignored(name: str) -> bool:
+    return name.endswith(ZERO_BIAS) or name.startswith(TOKENIZER_BUFFERS)
+
+
+def _advice(weights: Mapping[str, Tensor]) -> str:
+    """What to do about weights that do not fit: use them for what they are."""
+    for name in PRESETS:
+        config = preset(name)
+        transformer = empty_transformer(config.transformer)
+        layout = transformer_layout(weights, config.transformer)
+        if not Mismatch.between(transformer, weights, layout):
+            return f"this looks like the transformer of size {name}: pass --size {name}"
+        tokenizer = empty_tokenizer(config.tokenizer)
+        if not Mismatch.between(tokenizer, weights, tokenizer_layout(weights)):
+            return (
+                f"this looks like the tokenizer of size {name}: pass it as one, with --size {name}"
+            )
+    return "give a whole checkpoint of the size asked for"

@@ -1,0 +1,202 @@
+"""Model sizes as data: what a VAREdit model is made of, and the presets.
+
+Letters used throughout the reference: B pictures, G rows per picture (2 with guidance, else 1),
+R = G·B rows (conditional rows of all pictures first), K scales, L tokens of a scale, S tokens of a
+sequence, C width, H heads, D = C/H, d the tokenizer's bits per position, c the token's channels.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from varedit_runtime.errors import ConfigError
+from varedit_runtime.grids import scale_grids
+
+Grid = tuple[int, int]
+Conditioning = Literal["sar", "finest", "full"]
+RotaryLayout = Literal["released", "paper"]
+
+TEXT_HEAD_WIDTH = 128
+MAX_TEXT_TOKENS = 512
+MAX_LEVELS = 15
+
+
+def group_count(channels: int) -> int:
+    """Groups of a GroupNorm: 32 where the channels divide by 32, else 24."""
+    return 32 if channels % 32 == 0 else 24
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """The convolutional autoencoder with binary spherical quantisation.
+
+    bits: d, bits per position of its grid. downsampling: pixels per position. channels: of the
+    finest level; multipliers: one per level, finest first. patchify: a token is a 2x2 patch of
+    positions. Raises ConfigError on sizes that cannot be built.
+    """
+
+    bits: int
+    downsampling: int
+    channels: int
+    multipliers: tuple[int, ...]
+    patchify: bool = False
+
+    def __post_init__(self) -> None:
+        if self.downsampling != 2 ** (len(self.multipliers) - 1):
+            raise ConfigError(
+                f"a tokenizer with {len(self.multipliers)} levels downsamples by "
+                f"{2 ** (len(self.multipliers) - 1)}, not {self.downsampling}"
+            )
+        for channels in self.level_channels:
+            if channels % group_count(channels):
+                raise ConfigError(
+                    f"a tokenizer level of {channels} channels cannot be normalised in "
+                    "groups: its channels must divide by 32 or by 24"
+                )
+        if self.bits < 1:
+            raise ConfigError(f"a tokenizer needs at least one bit per position, not {self.bits}")
+
+    @property
+    def level_channels(self) -> tuple[int, ...]:
+        return tuple(self.channels * m for m in self.multipliers)
+
+    @property
+    def patch(self) -> int:
+        """Side of a token in tokenizer positions."""
+        return 2 if self.patchify else 1
+
+    @property
+    def token_channels(self) -> int:
+        """c: channels, and bits, of one token."""
+        return self.bits * self.patch**2
+
+    @property
+    def token_pixels(self) -> int:
+        """Side of a token in pixels."""
+        return self.downsampling * self.patch
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """The next-scale transformer.
+
+    grids: (height, width) of every scale in tokens, coarse to fine. table_grids: the schedule
+    whose positions the released rotary layout reads (the 1-megapixel schedule of the same aspect
+    ratio). Raises ConfigError on sizes that cannot be built.
+    """
+
+    depth: int
+    width: int
+    heads: int
+    token_channels: int
+    text_channels: int
+    grids: tuple[Grid, ...]
+    table_grids: tuple[Grid, ...]
+    conditioning: Conditioning = "sar"
+    rotary: RotaryLayout = "released"
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads or self.head_width % 4:
+            raise ConfigError(
+                f"width {self.width} over {self.heads} heads gives no whole head width that "
+                "divides by 4, as rotating rows and columns needs"
+            )
+        if self.text_channels % TEXT_HEAD_WIDTH or self.width % self.text_heads:
+            raise ConfigError(
+                f"the text pool needs text channels that divide by {TEXT_HEAD_WIDTH} and a width "
+                f"that divides by the quotient; got {self.text_channels} and {self.width}"
+            )
+        if not 1 <= len(self.grids) <= MAX_LEVELS:
+            raise ConfigError(f"a model has 1 to {MAX_LEVELS} scales, not {len(self.grids)}")
+        if self.mlp_width == 0:
+            raise ConfigError(f"width {self.width} is too small: its MLP would have no channels")
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def text_heads(self) -> int:
+        return self.text_channels // TEXT_HEAD_WIDTH
+
+    @property
+    def mlp_width(self) -> int:
+        """4·C to the nearest multiple of 256, halves to even."""
+        return round(4 * self.width / 256) * 256
+
+    @property
+    def finest(self) -> Grid:
+        return self.grids[-1]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A whole model: tokenizer, transformer, and the sampling it is published with."""
+
+    name: str
+    tokenizer: TokenizerConfig
+    transformer: TransformerConfig
+    guidance_scale: float = 4.0
+    temperature: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.transformer.token_channels != self.tokenizer.token_channels:
+            raise ConfigError(
+                f"the transformer predicts {self.transformer.token_channels} bits a token, the "
+                f"tokenizer has {self.tokenizer.token_channels}"
+            )
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """(height, width) in pixels of the pictures the model sees and draws."""
+        height, width = self.transformer.finest
+        return height * self.tokenizer.token_pixels, width * self.tokenizer.token_pixels
+
+
+@dataclass(frozen=True)
+class _Size:
+    tokenizer: TokenizerConfig
+    depth: int
+    width: int
+    heads: int
+    text_channels: int
+    guidance_scale: float = 4.0
+    temperature: float = 0.5
+
+
+# 2b and 8b are the released sizes; the others share their structure at a size for tests.
+_SIZES = {
+    "2b": _Size(TokenizerConfig(32, 16, 128, (1, 2, 4, 4, 4)), 32, 2048, 16, 2048),
+    "8b": _Size(TokenizerConfig(14, 8, 128, (1, 2, 4, 4), True), 40, 3584, 28, 2048, 3.0, 0.1),
+    "125m": _Size(TokenizerConfig(32, 16, 32, (1, 1, 2, 2, 4)), 12, 768, 6, 768),
+    "tiny-2b": _Size(TokenizerConfig(8, 16, 32, (1, 1, 1, 1, 2)), 4, 64, 2, 128),
+    "tiny-8b": _Size(TokenizerConfig(4, 8, 32, (1, 1, 1, 2), True), 4, 96, 3, 256, 3.0, 0.1),
+}
+PRESETS = tuple(_SIZES)
+
+
+def preset(name: str, resolution: int = 512, aspect: str = "1:1") -> ModelConfig:
+    """The named size at a resolution (256, 512 or 1024) and aspect ratio (height:width).
+
+    Only squares were trained; `varedit_runtime.grids` lists the others. Raises ConfigError naming
+    what exists.
+    """
+    if name not in _SIZES:
+        raise ConfigError(f"no size is called {name!r}; there are {', '.join(PRESETS)}")
+    size = _SIZES[name]
+    transformer = TransformerConfig(
+        depth=size.depth,
+        width=size.width,
+        heads=size.heads,
+        token_channels=size.tokenizer.token_channels,
+        text_channels=size.text_channels,
+        grids=scale_grids(resolution, aspect),
+        table_grids=scale_grids(1024, aspect),
+    )
+    return ModelConfig(
+        name, size.tokenizer, transformer, size.guidance_scale, size.temperature
+    )
+
+
+def with_conditioning(config: ModelConfig, conditioning: Conditioning) -> ModelConfig:
+    """The same model under another of the paper's conditionings."""
+    return replace(config, transformer=replace(config.transformer, conditioning=conditioning))

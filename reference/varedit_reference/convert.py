@@ -1,0 +1,92 @@
+"""Convert released checkpoints to one safetensors file per component, in this reference's names.
+
+    OUTPUT/transformer.safetensors
+    OUTPUT/tokenizer.safetensors
+    OUTPUT/text_encoder/   model.safetensors (the encoder alone), config.json, tokenizer.json
+
+The weights keep the float type they were released in.
+"""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from varedit_reference.checkpoint import (
+    empty_tokenizer,
+    empty_transformer,
+    fit,
+    tokenizer_layout,
+    transformer_layout,
+)
+from varedit_reference.config import TokenizerConfig, TransformerConfig, preset
+from varedit_reference.text_encoder import (
+    SHARED,
+    empty_encoder,
+    encoder_weights,
+    read_vocabulary,
+    t5_layout,
+)
+from varedit_reference.weights_file import check_room, open_weights, whole_file, write_safetensors
+from varedit_runtime.errors import CheckpointError
+
+TEXT_ENCODER_FILES = ("config.json", "tokenizer.json")
+
+
+def convert(
+    size: str,
+    transformer: str | Path,
+    tokenizer: str | Path,
+    text_encoder: str | Path,
+    output: str | Path,
+) -> list[Path]:
+    """Convert a transformer, a tokenizer and a T5 folder into the folder output.
+
+    size names the preset that the weights must fit. Every file appears whole or not at all, and
+    memory stays at about one tensor. Returns the files written. Raises ConfigError on an unknown
+    size, CheckpointError on weights that cannot be read or do not fit, or when the disk has no
+    room for all of them.
+    """
+    output, text_encoder = Path(output), Path(text_encoder)
+    config = preset(size)
+    components = {
+        "transformer.safetensors": _transformer(transformer, config.transformer),
+        "tokenizer.safetensors": _tokenizer(tokenizer, config.tokenizer),
+        "text_encoder/model.safetensors": _text_encoder(text_encoder, config.transformer),
+    }
+    tensors = [tensor for weights in components.values() for tensor in weights.values()]
+    check_room(output, sum(tensor.nbytes for tensor in tensors))
+    for name, weights in components.items():
+        component = name.removesuffix(".safetensors").removesuffix("/model")
+        metadata = {"format": "varedit_reference", "component": component, "size": size}
+        write_safetensors(output / name, weights.items(), metadata)
+    for name in TEXT_ENCODER_FILES:
+        source = text_encoder / name
+        with whole_file(output / "text_encoder" / name, source.stat().st_size) as partial:
+            shutil.copyfile(source, partial)
+    names = [*components, *(f"text_encoder/{name}" for name in TEXT_ENCODER_FILES)]
+    return [output / name for name in names]
+
+
+def _transformer(path: str | Path, config: TransformerConfig) -> Mapping[str, Tensor]:
+    weights = open_weights(path)
+    return fit(empty_transformer(config), weights, transformer_layout(weights, config), path)
+
+
+def _tokenizer(path: str | Path, config: TokenizerConfig) -> Mapping[str, Tensor]:
+    weights = open_weights(path)
+    return fit(empty_tokenizer(config), weights, tokenizer_layout(weights), path)
+
+
+def _text_encoder(folder: Path, config: TransformerConfig) -> Mapping[str, Tensor]:
+    read_vocabulary(folder)
+    weights = encoder_weights(folder)
+    fit(empty_encoder(folder), weights, t5_layout, folder)
+    width = weights[SHARED].shape[1]
+    if width != config.text_channels:
+        raise CheckpointError(
+            f"{folder} holds an encoder of width {width}, and the transformer reads "
+            f"{config.text_channels}: give the text encoder it was trained with (Flan-T5-XL)"
+        )
+    return weights

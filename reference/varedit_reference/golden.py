@@ -1,0 +1,287 @@
+"""Check the reference against recordings of the released implementation.
+
+    python -m varedit_reference.golden DIR [DIR ...]
+
+A recording is a folder of `config.json`, `var.pth`, `vae.pth` and `golden.safetensors`: a small
+model in the released layout, an edit's inputs, and what the released code computed from them in
+fp32. Every stage runs on what this reference computed before it, but for the bits, which are the
+recording's own: a bit that flips on a tie would change all that follows.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import inf
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from varedit_reference.checkpoint import load_tokenizer, load_transformer
+from varedit_reference.config import ModelConfig, TokenizerConfig, TransformerConfig
+from varedit_reference.quantisation import positions, quantise, source_tokens, to_tokens
+from varedit_reference.sampling import NUCLEUS, bit_probability, nucleus
+from varedit_reference.scale_loop import forced, predict_scales
+from varedit_reference.tokenizer import Tokenizer
+from varedit_reference.transformer import VAR
+from varedit_runtime.errors import CheckpointError, VareditError
+from varedit_runtime.grids import scale_grids
+from varedit_runtime.pictures import from_decoder, restore, to_square
+
+RESOLUTIONS = {"0.06M": 256, "0.25M": 512, "1M": 1024}
+
+# Largest absolute errors. The recordings are fp32 on a CPU; arithmetic in another order differs
+# by up to 9e-5 on guided logits, and float64 is as far from the recordings as float32 is.
+FEATURES, SUMS, CONDITION, LOGITS, PROBABILITY = 1e-4, 1e-4, 1e-5, 2e-4, 5e-5
+# Blocks' outputs are compared relative to the largest value, where that is over 1.
+# A bit may differ where the residual is this near zero, a probability where it is this near the
+# nucleus's cut.
+SIGN_MARGIN, CUT_MARGIN = 2e-5, 5e-5
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One line of the check: a stage (of a scale), its error and its tolerance."""
+
+    stage: str
+    error: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.tolerance
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A recording and the small model it was made with."""
+
+    folder: Path
+    settings: dict[str, Any]
+    config: ModelConfig
+    tokenizer: Tokenizer
+    transformer: VAR
+    tensors: dict[str, Tensor]
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.folder}/golden.safetensors lacks {name!r}; record it anew")
+        return self.tensors[name]
+
+    @property
+    def forced_bits(self) -> list[Tensor]:
+        """Bits as tokens [1, L_k, c] per scale."""
+        patch = self.config.tokenizer.patch
+        maps = [
+            self[f"in.forced_bits.{k}"].permute(2, 0, 1)[None].float()
+            for k in range(len(self.config.transformer.grids))
+        ]
+        return [to_tokens(bits, patch).bool() for bits in maps]
+
+
+def open_recording(folder: Path) -> Recording:
+    """Load a recording. Raises CheckpointError on a folder that is not one."""
+    try:
+        settings = json.loads((folder / "config.json").read_text())
+        tensors = load_file(folder / "golden.safetensors")
+        config = model_config(folder.name, settings)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder} is not a recording ({type(error).__name__}: {error}); expected config.json, "
+            "var.pth, vae.pth and golden.safetensors"
+        ) from error
+    return Recording(
+        folder,
+        settings,
+        config,
+        load_tokenizer(folder / "vae.pth", config.tokenizer),
+        load_transformer(folder / "var.pth", config.transformer),
+        tensors,
+    )
+
+
+def model_config(name: str, settings: dict[str, Any]) -> ModelConfig:
+    """A recording's `config.json` -> the model it describes."""
+    tokenizer = TokenizerConfig(
+        bits=settings["codebook_dim"],
+        downsampling=settings["patch"],
+        channels=settings["base_ch"],
+        multipliers=tuple(settings["ch_mult"]),
+        patchify=bool(settings["patchify"]),
+    )
+    transformer = TransformerConfig(
+        depth=settings["depth"],
+        width=settings["embed_dim"],
+        heads=settings["num_heads"],
+        token_channels=tokenizer.token_channels,
+        text_channels=settings["text_channels"],
+        grids=scale_grids(RESOLUTIONS[settings["pn"]]),
+        table_grids=scale_grids(1024),
+    )
+    return ModelConfig(name, tokenizer, transformer)
+
+
+@torch.inference_mode()
+def check(recording: Recording) -> Iterator[Measurement]:
+    """Run every stage of the recorded edit; see the module's docstring for what feeds what."""
+    square = to_square(_picture(recording["in.image_rgb_u8"]), recording.config.picture_size)
+    picture = torch.from_numpy(square)
+    yield _measure("preprocessed image", picture, recording["out.preprocessed_image"], 0)
+    features = recording.tokenizer.encode(picture[None])
+    yield _measure("encoder features", features, recording["out.encoder_features"], FEATURES)
+    yield from _check_quantiser(recording, features)
+    yield from _check_transformer(recording, features)
+
+
+def _check_quantiser(recording: Recording, features: Tensor) -> Iterator[Measurement]:
+    grids, patch = recording.config.transformer.grids, recording.config.tokenizer.patch
+    recorded = [
+        recording[f"out.quantizer_bits.{k}"].flatten(0, 1).permute(0, 3, 1, 2).bool()
+        for k in range(len(grids))
+    ]
+    total = features
+    for k, scale in enumerate(
+        quantise(features, [positions(grid, patch) for grid in grids], recorded)
+    ):
+        wrong = (scale.residual > 0) != scale.bits
+        margin = scale.residual.abs().where(wrong, 0)
+        yield _measure(f"quantiser, residual of a flipped bit, scale {k}", margin, 0, SIGN_MARGIN)
+        total = scale.sum
+    yield _measure("quantised sum", total, recording["out.quantized_sum"], SUMS)
+
+
+def _check_transformer(recording: Recording, features: Tensor) -> Iterator[Measurement]:
+    config, model = recording.config, recording.transformer
+    source = source_tokens(features, config.transformer.grids, config.tokenizer.patch, "sar")
+    yield _measure("source tokens", source, recording["out.source_tokens"], FEATURES)
+
+    negatives = recording.tensors.get("in.negative_text_features")
+    guided = len(recording["out.text_pooled"]) == 2
+    rows = model.text_rows(
+        [recording["in.text_features"]], guided, None if negatives is None else [negatives]
+    )
+    text = model.condition(rows)
+    yield _measure("pooled text", text.pooled, recording["out.text_pooled"], CONDITION)
+
+    blocks = _record_blocks(model)
+    scales = predict_scales(
+        model,
+        config,
+        source,
+        text,
+        forced(recording.forced_bits),
+        recording.settings.get("cfg") or 1.0,
+        recording.settings["tau"],
+    )
+    total = features
+    for step in scales:
+        k = step.scale
+        if step.tokens is not None:
+            expected = recording[f"out.scale_input_tokens.{k}"]
+            yield _measure(f"input tokens, scale {k}", step.tokens[0], expected, CONDITION)
+        for i, outputs in enumerate(blocks):
+            for part, name in ((0, f"block{i}.source"), (k + 1, f"block{i}.scale{k}")):
+                if (part or k == 0) and f"debug.{name}" in recording.tensors:
+                    expected = recording[f"debug.{name}"]
+                    tolerance = LOGITS * max(1.0, expected.abs().max().item())
+                    yield _measure(name.replace(".", ", "), outputs[part], expected, tolerance)
+        expected = recording[f"out.guided_logits.{k}"]
+        yield _measure(f"guided logits, scale {k}", step.logits[0], expected, LOGITS)
+        expected = recording[f"out.bit1_probability.{k}"]
+        error = _probability_error(step.logits[0], expected)
+        yield _measure(f"bit probability, scale {k}", error, 0, PROBABILITY)
+        total = step.sum
+    yield from _check_decoder(recording, total)
+
+
+def _check_decoder(recording: Recording, total: Tensor) -> Iterator[Measurement]:
+    decoded = from_decoder(recording.tokenizer.decode(total)[0].numpy())
+    yield from _measure_picture(
+        "decoded picture", decoded, recording["out.image_rgb_u8"], levels=1, share=0.01
+    )
+    height, width = recording["in.image_rgb_u8"].shape[:2]
+    restored = np.asarray(restore(decoded, (width, height)))
+    yield from _measure_picture(
+        "restored picture", restored, recording["out.restored_image_rgb_u8"], levels=2, share=0.02
+    )
+
+
+def _record_blocks(model: VAR) -> list[list[Tensor]]:
+    """Every block's outputs from now on, in order: the source's, then scale by scale."""
+    outputs: list[list[Tensor]] = [[] for _ in model.blocks]
+
+    def recorder(kept: list[Tensor]) -> Callable[[nn.Module, Any, Tensor], None]:
+        return lambda module, inputs, output: kept.append(output)
+
+    for block, kept in zip(model.blocks, outputs, strict=True):
+        block.register_forward_hook(recorder(kept))
+    return outputs
+
+
+def _probability_error(logits: Tensor, expected: Tensor) -> Tensor:
+    """Errors of the chance of bit 1, without those that a tie at the nucleus's cut explains."""
+    before = bit_probability(logits)
+    less_likely = before.minimum(1 - before)
+    tied = (less_likely - (1 - NUCLEUS)).abs() <= CUT_MARGIN
+    return (nucleus(before) - expected).masked_fill(tied, 0)
+
+
+def _measure_picture(
+    stage: str, picture: np.ndarray, expected: Tensor, levels: int, share: float
+) -> Iterator[Measurement]:
+    difference = (torch.from_numpy(picture.astype(np.int16)) - expected.short()).abs()
+    yield _measure(f"{stage}, levels", difference, 0, levels)
+    yield Measurement(f"{stage}, share of values differing", _share(difference), share)
+
+
+def _share(difference: Tensor) -> float:
+    return (difference > 0).double().mean().item()
+
+
+def _measure(
+    stage: str, actual: Tensor, expected: Tensor | float, tolerance: float
+) -> Measurement:
+    if isinstance(expected, Tensor) and actual.shape != expected.shape:
+        raise CheckpointError(
+            f"{stage}: the reference gives {list(actual.shape)}, the recording holds "
+            f"{list(expected.shape)}; its config.json does not describe its tensors"
+        )
+    error = (actual.double() - expected).abs()
+    return Measurement(stage, error.max().item() if error.isfinite().all() else inf, tolerance)
+
+
+def _picture(rgb: Tensor) -> Image.Image:
+    return Image.fromarray(rgb.numpy())
+
+
+@click.command()
+@click.argument("folders", metavar="DIR [DIR ...]", nargs=-1, required=True, type=Path)
+def main(folders: tuple[Path, ...]) -> None:
+    """Check the reference against recordings; exit 1 if a tolerance is exceeded."""
+    failures = 0
+    for folder in folders:
+        click.echo(f"{folder}")
+        try:
+            failures += sum(not passed for passed in map(_print, check(open_recording(folder))))
+        except VareditError as error:
+            raise click.ClickException(str(error)) from error
+    if failures:
+        click.echo(f"{failures} measurements exceed their tolerance", err=True)
+        sys.exit(1)
+
+
+def _print(line: Measurement) -> bool:
+    verdict = "ok" if line.passed else "EXCEEDED"
+    click.echo(f"  {line.stage:<52} {line.error:9.2e}  <= {line.tolerance:7.1e}  {verdict}")
+    return line.passed
+
+
+if __name__ == "__main__":
+    main()

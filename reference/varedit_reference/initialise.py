@@ -1,0 +1,156 @@
+"""Random weights by seed: for tests of structure, speed and size, and a start for training.
+
+Every parameter is drawn from a generator of its own, keyed by the seed and the parameter's name,
+so a model can be drawn whole or one tensor at a time, in any order and type, with one outcome.
+"""
+
+import re
+from collections.abc import Iterator
+from hashlib import sha256
+from math import log, prod, sqrt
+from mmap import MAP_SHARED
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch.serialization import set_default_mmap_options, skip_data
+
+from varedit_reference.checkpoint import (
+    Layout,
+    Stored,
+    empty_tokenizer,
+    empty_transformer,
+    released_tokenizer,
+    released_transformer,
+)
+from varedit_reference.config import ModelConfig
+from varedit_reference.tokenizer import Tokenizer
+from varedit_reference.transformer import VAR
+from varedit_reference.weights_file import whole_file
+
+Module = TypeVar("Module", VAR, Tokenizer)
+
+SMALL = 0.02
+# rms of silu(x) of a normal x is 0.6: what a convolution after it restores.
+SILU_GAIN = 1 / 0.6
+
+
+def initialise(model: Module, seed: int) -> Module:
+    """Give a model, on the meta device or not, random weights in its parameters' own types."""
+    types = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    state = {name: tensor.to(types[name]) for name, tensor in random_state(model, seed)}
+    model.load_state_dict(state, strict=True, assign=True)
+    return model
+
+
+def random_state(model: VAR | Tokenizer, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """The model's parameters, one fp32 tensor at a time; the model may be on the meta device."""
+    for name, parameter in model.state_dict().items():
+        key = sha256(f"{seed} {name}".encode()).digest()[:8]
+        generator = torch.Generator().manual_seed(int.from_bytes(key, "little"))
+        normal = torch.randn(parameter.shape, generator=generator, device="cpu")
+        if isinstance(model, VAR):
+            yield name, _transformer_weight(name, normal, len(model.blocks))
+        else:
+            yield name, _tokenizer_weight(name, normal)
+
+
+def _transformer_weight(name: str, normal: Tensor, depth: int) -> Tensor:
+    """Standard normals -> a parameter that keeps activations near rms 1 through depth blocks.
+
+    Products keep the variance of what they read (std 1/sqrt(channels in)). What a block adds to
+    the residual stream is scaled by 1/sqrt(2·depth), and its gammas lie around 1, so that every
+    block matters and all together add about as much as the stream began with.
+    """
+    if name == "token_embedding.weight":
+        return normal  # codes have norm 1
+    if name == "unconditional_text":
+        return normal
+    if name.endswith("log_scale"):
+        return torch.full_like(normal, log(4))
+    if name.endswith("norm.weight"):
+        return torch.ones_like(normal)
+    if name.endswith(".modulation"):
+        gammas = torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0, 0.0])
+        return gammas[:, None] + 0.1 * normal
+    if name.endswith("bias"):
+        return SMALL * normal
+    if name == "start_token" or name.startswith("level_embedding"):
+        return 0.5 * normal
+    if name.startswith(("shared_modulation", "head_modulation")):
+        return 0.2 * _fan_in(normal)
+    if re.fullmatch(r"blocks\..*(projection|mlp\.2)\.weight", name):
+        return _fan_in(normal) / sqrt(2 * depth)
+    return _fan_in(normal)
+
+
+def _tokenizer_weight(name: str, normal: Tensor) -> Tensor:
+    """Standard normals -> a parameter that keeps features and pictures in a usable range.
+
+    Features come out with a norm of about 1, that of a code; pictures with an rms near 0.5, in
+    [-1, 1] for the most part.
+    """
+    if name.endswith("bias"):
+        return SMALL * normal
+    if "norm" in name:
+        return torch.ones_like(normal)
+    if name == "encoder.conv_out.weight":
+        return SILU_GAIN * _fan_in(normal) / sqrt(len(normal))
+    if name == "decoder.conv_out.weight":
+        return 0.5 * SILU_GAIN * _fan_in(normal)
+    if re.search(r"\.conv[12]\.", name):
+        return SILU_GAIN * _fan_in(normal)
+    return _fan_in(normal)
+
+
+def _fan_in(normal: Tensor) -> Tensor:
+    return normal / sqrt(prod(normal.shape[1:]))
+
+
+def write_released_transformer(
+    config: ModelConfig, seed: int, path: str | Path, dtype: torch.dtype, chunks: int = 8
+) -> None:
+    """Write a random transformer as the released ones are: torch.save's format, names, shapes.
+
+    Takes the memory of one tensor. Raises CheckpointError if the disk has no room.
+    """
+    model = empty_transformer(config.transformer)
+    layout = released_transformer(config.transformer.depth, chunks)
+    _write_released(model, layout, seed, Path(path), dtype, key=None)
+
+
+def write_released_tokenizer(
+    config: ModelConfig, seed: int, path: str | Path, dtype: torch.dtype
+) -> None:
+    """Write a random tokenizer as the released ones are: torch.save's format, names, nesting.
+
+    Raises CheckpointError if the disk has no room.
+    """
+    model = empty_tokenizer(config.tokenizer)
+    _write_released(model, released_tokenizer(), seed, Path(path), dtype, key="vae")
+
+
+def _write_released(
+    model: VAR | Tokenizer,
+    layout: Layout,
+    seed: int,
+    path: Path,
+    dtype: torch.dtype,
+    key: str | None,
+) -> None:
+    stored = {
+        name: layout(Stored(name, tuple(parameter.shape)))
+        for name, parameter in model.state_dict().items()
+    }
+    unwritten = {place.name: torch.empty(place.shape, dtype=dtype) for place in stored.values()}
+    size = sum(tensor.nbytes for tensor in unwritten.values())
+    with whole_file(path, size) as partial:
+        with skip_data():
+            torch.save({key: unwritten} if key else unwritten, partial)
+        del unwritten
+        with set_default_mmap_options(MAP_SHARED):
+            content = torch.load(partial, map_location="cpu", weights_only=True, mmap=True)
+        weights = content[key] if key else content
+        for name, tensor in random_state(model, seed):
+            weights[stored[name].name].copy_(tensor.reshape(stored[name].shape))

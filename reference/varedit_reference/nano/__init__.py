@@ -1,0 +1,1 @@
+"""nano: the small demonstration model, trained on drawn scenes."""

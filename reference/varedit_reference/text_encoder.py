@@ -1,0 +1,145 @@
+"""The text side: a T5 encoder (Flan-T5-XL in the released models) over instructions.
+
+The instruction is used as it is, without a template, with T5's end token behind it.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from tokenizers import Tokenizer as Vocabulary
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from varedit_reference.checkpoint import Stored, load
+from varedit_reference.config import MAX_TEXT_TOKENS
+from varedit_reference.weights_file import open_weights
+from varedit_runtime.errors import CheckpointError, TextError, needs_extra
+
+if TYPE_CHECKING:
+    from transformers.models.t5.modeling_t5 import T5Stack
+
+END_TOKEN = "</s>"
+SHARED, EMBEDDING = "shared.weight", "encoder.embed_tokens.weight"
+
+
+class TextEncoder:
+    """Instructions -> the features of their tokens."""
+
+    def __init__(self, model: "T5Stack", vocabulary: Vocabulary) -> None:
+        self.model = model
+        self.vocabulary = vocabulary
+        self.end_token = end_token(vocabulary)
+
+    @classmethod
+    def load(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> "TextEncoder":
+        """The encoder of a T5 folder (config.json, tokenizer.json, weights), on the CPU.
+
+        Raises CheckpointError on a folder that is not one, MissingExtraError without transformers.
+        """
+        vocabulary = read_vocabulary(folder)
+        model = empty_encoder(folder, dtype)
+        return cls(load(model, encoder_weights(folder), t5_layout, folder), vocabulary)
+
+    @torch.inference_mode()
+    def encode(self, prompts: Sequence[str], *, truncate: bool = False) -> list[Tensor]:
+        """Instructions -> features [T_i, text] of their tokens, end token included.
+
+        truncate: cut a long instruction at 512 tokens, as the released code does. Raises
+        TextError on an empty instruction, and on a long one unless truncate.
+        """
+        tokens = [self.tokenise(prompt, truncate=truncate) for prompt in prompts]
+        device = self.model.device
+        ids = pad_sequence([torch.tensor(t) for t in tokens], batch_first=True).to(device)
+        lengths = torch.tensor([len(t) for t in tokens], device=device)
+        mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
+        features = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+        return [row[: len(t)] for row, t in zip(features, tokens, strict=True)]
+
+    def tokenise(self, prompt: str, *, truncate: bool = False) -> list[int]:
+        """The instruction's token ids, end token included. Raises as encode does."""
+        if not prompt.strip():
+            raise TextError("the instruction is empty: say what to change in the picture")
+        ids = self.vocabulary.encode(prompt, add_special_tokens=False).ids
+        if len(ids) >= MAX_TEXT_TOKENS and not truncate:
+            raise TextError(
+                f"the instruction has {len(ids) + 1} tokens, end token included, of at most "
+                f"{MAX_TEXT_TOKENS}: shorten it"
+            )
+        return [*ids[: MAX_TEXT_TOKENS - 1], self.end_token]
+
+
+def t5_layout(own: Stored) -> Stored:
+    """A parameter of the encoder -> its name in a T5 file."""
+    return Stored(SHARED if own.name == "embed_tokens.weight" else f"encoder.{own.name}", own.shape)
+
+
+def encoder_weights(folder: str | Path) -> dict[str, Tensor]:
+    """A T5 folder's encoder alone, by T5's names; the decoder and language head are left out.
+
+    The token embedding, which T5 stores once or twice, is `shared.weight`. Raises CheckpointError
+    on unreadable weights or a folder without a T5 encoder.
+    """
+    weights = open_weights(folder)
+    encoder = {name: t for name, t in weights.items() if name.startswith("encoder.")}
+    embedding = encoder.pop(EMBEDDING, None)
+    embedding = weights.get(SHARED, embedding)
+    if embedding is None or not encoder:
+        raise CheckpointError(
+            f"{folder} holds no T5 encoder: expected tensors named {SHARED} and encoder.*; give a "
+            "Flan-T5 folder"
+        )
+    return {SHARED: embedding, **encoder}
+
+
+def empty_encoder(folder: str | Path, dtype: torch.dtype = torch.float32) -> "T5Stack":
+    """The encoder that a T5 folder's config.json describes, on the meta device.
+
+    Raises CheckpointError on a folder without a T5 configuration, MissingExtraError without
+    transformers.
+    """
+    with needs_extra("export"):
+        from transformers import T5Config, T5EncoderModel
+    path = Path(folder) / "config.json"
+    try:
+        config = T5Config.from_json_file(path)
+        with torch.device("meta"):
+            encoder = T5EncoderModel(config).encoder.type(dtype)
+    except Exception as error:  # transformers raises whatever a wrong value happens to break
+        raise CheckpointError(
+            f"{path} does not describe a T5 encoder: give a Flan-T5 folder with its config.json"
+        ) from error
+    if dtype == torch.float16:
+        # T5-XL's values pass fp16's largest number (66246 > 65504) in this product.
+        for name, module in encoder.named_modules():
+            if name.endswith(".wo"):
+                module.float()
+    return encoder
+
+
+def read_vocabulary(folder: str | Path) -> Vocabulary:
+    """A T5 folder's tokenizer.json. Raises CheckpointError when it is absent or unreadable."""
+    path = Path(folder) / "tokenizer.json"
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder} has no tokenizer.json: fetch it, or make it of spiece.model with "
+            "transformers.AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        )
+    try:
+        vocabulary = Vocabulary.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exceptions
+        raise CheckpointError(f"{path} is not a tokenizer: fetch or copy it again") from error
+    vocabulary.no_truncation()
+    vocabulary.no_padding()
+    return vocabulary
+
+
+def end_token(vocabulary: Vocabulary) -> int:
+    """The id of T5's end token. Raises CheckpointError if the vocabulary has none."""
+    token = vocabulary.token_to_id(END_TOKEN)
+    if token is None:
+        raise CheckpointError(
+            f"the tokenizer.json has no end token {END_TOKEN}: give the one that came with T5"
+        )
+    return token

@@ -1,0 +1,128 @@
+"""The tokenizer: a convolutional autoencoder without attention.
+
+Names: x_BCHW is a batch of feature maps. Quantisation of the features lives in `quantisation.py`.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from varedit_reference.config import TokenizerConfig, group_count
+
+
+class Tokenizer(nn.Module):
+    """Pictures to continuous features and back."""
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        """[B, 3, H, W] in [-1, 1] -> features [B, d, H/downsampling, W/downsampling]."""
+        return self.encoder(pictures)
+
+    def decode(self, features: Tensor) -> Tensor:
+        """Features (a sum of codes) [B, d, h, w] -> pictures [B, 3, H, W], not yet clamped."""
+        return self.decoder(features)
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        channels = config.level_channels
+        self.conv_in = nn.Conv2d(3, channels[0], 3, padding=1)
+        self.levels = nn.ModuleList(
+            EncoderLevel(channels[max(i - 1, 0)], channels[i], last=i == len(channels) - 1)
+            for i in range(len(channels))
+        )
+        self.middle = _middle(channels[-1])
+        self.norm_out = _norm(channels[-1])
+        self.conv_out = nn.Conv2d(channels[-1], config.bits, 3, padding=1)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        x_BCHW = self.conv_in(x_BCHW)
+        for level in self.levels:
+            x_BCHW = level(x_BCHW)
+        return self.conv_out(F.silu(self.norm_out(self.middle(x_BCHW))))
+
+
+class EncoderLevel(nn.Module):
+    """Two residual blocks, then, but on the coarsest level, a halving convolution."""
+
+    def __init__(self, channels_in: int, channels: int, last: bool) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(
+            ResidualBlock(channels_in, channels), ResidualBlock(channels, channels)
+        )
+        self.downsample = None if last else nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        x_BCHW = self.blocks(x_BCHW)
+        if self.downsample is None:
+            return x_BCHW
+        return self.downsample(F.pad(x_BCHW, (0, 1, 0, 1)))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        channels = config.level_channels
+        self.conv_in = nn.Conv2d(config.bits, channels[-1], 3, padding=1)
+        self.middle = _middle(channels[-1])
+        self.levels = nn.ModuleList(
+            DecoderLevel(channels[min(i + 1, len(channels) - 1)], channels[i], finest=i == 0)
+            for i in range(len(channels))
+        )
+        self.norm_out = _norm(channels[0])
+        self.conv_out = nn.Conv2d(channels[0], 3, 3, padding=1)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        x_BCHW = self.middle(self.conv_in(x_BCHW))
+        for level in reversed(self.levels):
+            x_BCHW = level(x_BCHW)
+        return self.conv_out(F.silu(self.norm_out(x_BCHW)))
+
+
+class DecoderLevel(nn.Module):
+    """Three residual blocks, then, but on the finest level, nearest x2 and a convolution."""
+
+    def __init__(self, channels_in: int, channels: int, finest: bool) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(
+            ResidualBlock(channels_in, channels),
+            ResidualBlock(channels, channels),
+            ResidualBlock(channels, channels),
+        )
+        self.upsample = None if finest else nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        x_BCHW = self.blocks(x_BCHW)
+        if self.upsample is None:
+            return x_BCHW
+        return self.upsample(F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest"))
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, channels_in: int, channels: int) -> None:
+        super().__init__()
+        self.norm1 = _norm(channels_in)
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, padding=1)
+        self.norm2 = _norm(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.shortcut = nn.Conv2d(channels_in, channels, 1) if channels_in != channels else None
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        shortcut_BCHW = x_BCHW if self.shortcut is None else self.shortcut(x_BCHW)
+        x_BCHW = self.conv1(F.silu(self.norm1(x_BCHW)))
+        x_BCHW = self.conv2(F.silu(self.norm2(x_BCHW)))
+        return shortcut_BCHW + x_BCHW
+
+
+def _middle(channels: int) -> nn.Sequential:
+    return nn.Sequential(ResidualBlock(channels, channels), ResidualBlock(channels, channels))
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(group_count(channels), channels, eps=1e-6)
+

@@ -1,0 +1,317 @@
+"""The next-scale transformer, top to bottom: VAR, then a block, then its parts.
+
+Shape suffixes: R rows (pictures x guidance, conditional rows first), L tokens in, S tokens seen,
+T text tokens, C width, H heads, D = C/H, c bits of a token. Cached keys and values are [S, R, H, D].
+
+The residual stream, norms, softmax, AdaLN and head are fp32; the other matrix products take
+`compute_dtype`. Weights may be stored in a smaller type and are then widened product by product.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import log
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from varedit_reference.config import MAX_LEVELS, MAX_TEXT_TOKENS, TransformerConfig
+from varedit_reference.kv_cache import BlockContext, Context, KVCache, teacher_forced_context
+from varedit_reference.rotary import Rotation, full_rotation, scale_rotation, source_rotation
+
+MAX_LOG_SCALE = log(100)
+
+# (channels in, channels out, bias) -> a Linear in the model's types
+Product = Callable[..., "Linear"]
+
+
+@dataclass(frozen=True)
+class TextCondition:
+    """All that the text gives an edit, computed once.
+
+    pooled [R, C]; modulation [R, 6, C], the shared AdaLN signal; per block the cross-attention's
+    keys and values [R, H, T, D]; mask [R, 1, 1, T], true on real tokens.
+    """
+
+    pooled: Tensor
+    modulation: Tensor
+    keys: list[Tensor]
+    values: list[Tensor]
+    mask: Tensor
+
+
+class VAR(nn.Module):
+    """Predicts the bits of one scale from the source, the text and the scales before."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        compute_dtype: torch.dtype = torch.float32,
+        weight_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        product = partial(
+            Linear, compute_dtype=compute_dtype, weight_dtype=weight_dtype or compute_dtype
+        )
+        width = config.width
+        self.unconditional_text = nn.Parameter(torch.empty(MAX_TEXT_TOKENS, config.text_channels))
+        self.start_token = nn.Parameter(torch.empty(width))
+        self.level_embedding = nn.Embedding(MAX_LEVELS, width)
+        self.token_embedding = product(config.token_channels, width)
+        self.text_norm = nn.RMSNorm(config.text_channels, eps=1e-6)
+        self.text_pool = TextPool(config, product)
+        self.text_memory = nn.Sequential(
+            product(config.text_channels, width), nn.GELU("tanh"), product(width, width)
+        )
+        self.shared_modulation = nn.Linear(width, 6 * width)
+        self.blocks = nn.ModuleList(Block(config, product) for _ in range(config.depth))
+        self.head_modulation = nn.Linear(width, 2 * width)
+        self.head = nn.Linear(width, 2 * config.token_channels)
+
+    def text_rows(
+        self, prompts: Sequence[Tensor], guided: bool, negatives: Sequence[Tensor] | None = None
+    ) -> list[Tensor]:
+        """Features [T_i, text] of each picture's text -> those of the R rows.
+
+        Without negative prompts the unconditional row is the first T_i learned ones.
+        """
+        if not guided:
+            return list(prompts)
+        if negatives is None:
+            negatives = [self.unconditional_text[: len(prompt)] for prompt in prompts]
+        return [*prompts, *negatives]
+
+    def condition(self, rows: Sequence[Tensor]) -> TextCondition:
+        """Text features, one [T_r, text] per row -> what the blocks read of them."""
+        lengths = torch.tensor([len(row) for row in rows])
+        mask = (torch.arange(int(lengths.max())) < lengths[:, None])[:, None, None, :]
+        mask = mask.to(rows[0].device)
+        text_RTC = self.text_norm(pad_sequence(list(rows), batch_first=True).float())
+        pooled = self.text_pool(text_RTC, mask).float()
+        memory = self.text_memory(text_RTC)
+        projected = [block.cross_attention.project(memory) for block in self.blocks]
+        return TextCondition(
+            pooled=pooled,
+            modulation=self.shared_modulation(F.silu(pooled)).unflatten(1, (6, -1)),
+            keys=[keys for keys, _ in projected],
+            values=[values for _, values in projected],
+            mask=mask,
+        )
+
+    def prefill(self, source_tokens: Tensor, text: TextCondition) -> KVCache:
+        """Run the source [B, S, c] through all blocks once -> the cache the scales start from."""
+        cache = KVCache(self.config)
+        x_RSC = self._embed_source(source_tokens, text)
+        self._run(x_RSC, text, source_rotation(self.config, x_RSC.device), cache.add_source)
+        return cache
+
+    def predict(
+        self, scale: int, tokens: Tensor | None, text: TextCondition, cache: KVCache
+    ) -> Tensor:
+        """Logits [R, L, c, 2] of the next scale, whose keys and values join the cache.
+
+        tokens [B, L, c]: the scale's input; None for the first scale, which starts from the text.
+        """
+        assert scale == cache.scales_seen, "scales are predicted in order"
+        x_RLC = self._embed_scale(scale, tokens, text)
+        rotate = scale_rotation(self.config, scale, x_RLC.device)
+        x_RLC = self._run(x_RLC, text, rotate, cache.add_scale)
+        cache.scales_seen += 1
+        return self._logits(x_RLC, text)
+
+    def forward(
+        self, source_tokens: Tensor, scale_tokens: Sequence[Tensor], text: TextCondition
+    ) -> list[Tensor]:
+        """Teacher forcing: the logits of all scales in one pass, equal to the cached loop's.
+
+        scale_tokens: the inputs [B, L_k, c] of every scale but the first.
+        """
+        inputs: list[Tensor | None] = [None, *scale_tokens]
+        x_RSC = torch.cat(
+            [self._embed_source(source_tokens, text)]
+            + [self._embed_scale(k, tokens, text) for k, tokens in enumerate(inputs)],
+            dim=1,
+        )
+        rotate = full_rotation(self.config, x_RSC.device)
+        context = teacher_forced_context(self.config, x_RSC.device)
+        x_RSC = self._run(x_RSC, text, rotate, context)
+        lengths = [rows * columns for rows, columns in self.config.grids]
+        scales = x_RSC[:, -sum(lengths) :].split(lengths, dim=1)
+        return [self._logits(x_RLC, text) for x_RLC in scales]
+
+    def _run(self, x_RLC: Tensor, text: TextCondition, rotate: Rotation, context: Context) -> Tensor:
+        for i, block in enumerate(self.blocks):
+            x_RLC = block(x_RLC, text, i, rotate, partial(context, i))
+        return x_RLC
+
+    def _embed_source(self, source_tokens: Tensor, text: TextCondition) -> Tensor:
+        """Source tokens carry the last level's embedding, or under full conditioning their own."""
+        tokens_RLC = self.token_embedding(_repeat_rows(source_tokens, len(text.pooled))).float()
+        levels = torch.arange(len(self.config.grids), device=tokens_RLC.device)
+        if self.config.conditioning == "full":
+            areas = [rows * columns for rows, columns in self.config.grids]
+            levels = levels.repeat_interleave(torch.tensor(areas, device=levels.device))
+        else:
+            levels = levels[-1:]
+        return tokens_RLC + self.level_embedding(levels)
+
+    def _embed_scale(self, scale: int, tokens: Tensor | None, text: TextCondition) -> Tensor:
+        if tokens is None:
+            x_RLC = (text.pooled + self.start_token)[:, None]
+        else:
+            x_RLC = self.token_embedding(_repeat_rows(tokens, len(text.pooled))).float()
+        return x_RLC + self.level_embedding.weight[scale]
+
+    def _logits(self, x_RLC: Tensor, text: TextCondition) -> Tensor:
+        scale, shift = self.head_modulation(F.silu(text.pooled))[:, None].chunk(2, dim=-1)
+        return self.head(_layer_norm(x_RLC) * (1 + scale) + shift).unflatten(-1, (-1, 2))
+
+
+class Block(nn.Module):
+    """Self-attention and MLP under AdaLN, with a text cross-attention between them."""
+
+    def __init__(self, config: TransformerConfig, product: Product) -> None:
+        super().__init__()
+        self.modulation = nn.Parameter(torch.empty(6, config.width))
+        self.self_attention = SelfAttention(config, product)
+        self.cross_norm = nn.LayerNorm(config.width, eps=1e-6)
+        self.cross_attention = CrossAttention(config, product)
+        self.mlp = nn.Sequential(
+            product(config.width, config.mlp_width),
+            nn.GELU("tanh"),
+            product(config.mlp_width, config.width),
+        )
+
+    def forward(
+        self, x_RLC: Tensor, text: TextCondition, index: int, rotate: Rotation, context: BlockContext
+    ) -> Tensor:
+        modulation = (text.modulation + self.modulation)[:, :, None]
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation.unbind(1)
+        attended = self.self_attention(
+            _layer_norm(x_RLC) * (1 + scale1) + shift1, rotate, context
+        )
+        x_RLC = x_RLC + gamma1 * attended
+        x_RLC = x_RLC + self.cross_attention(
+            self.cross_norm(x_RLC), text.keys[index], text.values[index], text.mask
+        )
+        return x_RLC + gamma2 * self.mlp(_layer_norm(x_RLC) * (1 + scale2) + shift2)
+
+
+class SelfAttention(nn.Module):
+    """Cosine attention: unit queries and keys, a learned scale per head, rotary positions."""
+
+    def __init__(self, config: TransformerConfig, product: Product) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.qkv = product(config.width, 3 * config.width, bias=False)
+        self.query_bias = nn.Parameter(torch.empty(config.width))
+        self.value_bias = nn.Parameter(torch.empty(config.width))
+        self.log_scale = nn.Parameter(torch.empty(config.heads))
+        self.projection = product(config.width, config.width)
+
+    def forward(self, x_RLC: Tensor, rotate: Rotation, context: BlockContext) -> Tensor:
+        key_bias = torch.zeros_like(self.value_bias)
+        qkv = self.qkv(x_RLC, bias=torch.cat((self.query_bias, key_bias, self.value_bias)))
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        scale = self.log_scale.clamp(max=MAX_LOG_SCALE).exp()[:, None, None]
+        q_RHLD = rotate(F.normalize(q.float(), dim=-1, eps=1e-12) * scale).to(v.dtype)
+        k_RHLD = rotate(F.normalize(k.float(), dim=-1, eps=1e-12)).to(v.dtype)
+        keys, values, mask = context(_sequence_first(k_RHLD), _sequence_first(v))
+        attended = F.scaled_dot_product_attention(
+            q_RHLD, _heads_first(keys), _heads_first(values), attn_mask=mask, scale=1.0
+        )
+        return self.projection(_merge_heads(attended))
+
+
+class CrossAttention(nn.Module):
+    """Attention to the text's memory, whose keys and values are projected once per edit."""
+
+    def __init__(self, config: TransformerConfig, product: Product) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.query = product(config.width, config.width)
+        self.kv = product(config.width, 2 * config.width, bias=False)
+        self.value_bias = nn.Parameter(torch.empty(config.width))
+        self.projection = product(config.width, config.width)
+
+    def project(self, memory_RTC: Tensor) -> tuple[Tensor, Tensor]:
+        """The memory [R, T, C] -> keys and values [R, H, T, D]."""
+        return _project_kv(self.kv, self.value_bias, memory_RTC, self.heads)
+
+    def forward(self, x_RLC: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        q_RHLD = self.query(x_RLC).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        attended = F.scaled_dot_product_attention(q_RHLD, keys, values, attn_mask=mask)
+        return self.projection(_merge_heads(attended))
+
+
+class TextPool(nn.Module):
+    """Pools the text with one learned query per head."""
+
+    def __init__(self, config: TransformerConfig, product: Product) -> None:
+        super().__init__()
+        heads = config.text_heads
+        self.query = nn.Parameter(torch.empty(heads, config.width // heads))
+        self.kv = product(config.text_channels, 2 * config.width, bias=False)
+        self.value_bias = nn.Parameter(torch.empty(config.width))
+        self.projection = product(config.width, config.width)
+
+    def forward(self, text_RTC: Tensor, mask: Tensor) -> Tensor:
+        """Normed text [R, T, text], mask [R, 1, 1, T] -> [R, C]."""
+        keys, values = _project_kv(self.kv, self.value_bias, text_RTC, len(self.query))
+        query_RHLD = self.query.to(keys.dtype)[None, :, None].expand(len(text_RTC), -1, -1, -1)
+        pooled = F.scaled_dot_product_attention(query_RHLD, keys, values, attn_mask=mask)
+        return self.projection(pooled.flatten(1))
+
+
+class Linear(nn.Linear):
+    """A matrix product in its own type, whatever the types of its input and weights."""
+
+    def __init__(
+        self,
+        channels_in: int,
+        channels: int,
+        bias: bool = True,
+        *,
+        compute_dtype: torch.dtype,
+        weight_dtype: torch.dtype,
+    ) -> None:
+        super().__init__(channels_in, channels, bias, dtype=weight_dtype)
+        self.compute_dtype = compute_dtype
+
+    def forward(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
+        dtype = self.compute_dtype
+        bias = self.bias if bias is None else bias
+        return F.linear(
+            input.to(dtype), self.weight.to(dtype), None if bias is None else bias.to(dtype)
+        )
+
+
+def _project_kv(
+    product: Linear, value_bias: Tensor, text: Tensor, heads: int
+) -> tuple[Tensor, Tensor]:
+    kv = product(text, bias=torch.cat((torch.zeros_like(value_bias), value_bias)))
+    keys, values = kv.unflatten(-1, (2, heads, -1)).permute(2, 0, 3, 1, 4)
+    return keys, values
+
+
+def _layer_norm(x: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+
+def _repeat_rows(tokens_BLc: Tensor, rows: int) -> Tensor:
+    return tokens_BLc.repeat(rows // len(tokens_BLc), 1, 1)
+
+
+def _sequence_first(x_RHSD: Tensor) -> Tensor:
+    return x_RHSD.permute(2, 0, 1, 3)
+
+
+def _heads_first(x_SRHD: Tensor) -> Tensor:
+    return x_SRHD.permute(1, 2, 0, 3)
+
+
+def _merge_heads(x_RHLD: Tensor) -> Tensor:
+    return x_RHLD.transpose(1, 2).flatten(2)

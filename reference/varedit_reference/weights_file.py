@@ -1,0 +1,287 @@
+"""Weight files as mappings from name to tensor: .pth, a folder of shards, safetensors.
+
+Whatever the file, its tensors are views of a memory map: opening one reads no weights, and what is
+read is page cache that the system may drop. Nothing but tensors is ever loaded: a pickle that
+names any other class is refused before anything in it runs.
+"""
+
+import json
+import shutil
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.serialization import get_unsafe_globals_in_checkpoint
+from tqdm import tqdm
+
+from varedit_runtime.errors import CheckpointError
+
+PICKLED = (".pth", ".pt", ".bin")
+INDEXES = ("*.safetensors.index.json", "*.bin.index.json", "*.pth.index.json", "*.pt.index.json")
+SAFETENSORS_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
+
+
+def open_weights(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a weights file or folder by name, memory-mapped.
+
+    Reads .safetensors; .pth, .pt and .bin as torch.save writes them; and folders with one such
+    file, or with shards and an index. The file must not change while its tensors are in use.
+    Raises CheckpointError when it is missing, cut short, not what its name says, or holds more
+    than tensors.
+    """
+    path = Path(path)
+    try:
+        return _open_folder(path) if path.is_dir() else _open_file(path)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot read {path} ({error.strerror or error}): give a readable file or folder"
+        ) from error
+
+
+def _open_file(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise CheckpointError(f"there are no weights at {path}: give an existing file or folder")
+    if path.stat().st_size == 0:
+        raise CheckpointError(f"{path} is empty: fetch or copy it again")
+    if path.suffix == ".safetensors":
+        return _open_safetensors(path)
+    if path.suffix in PICKLED:
+        return _open_pickled(path)
+    raise CheckpointError(
+        f"{path} is no known kind of weights: expected .safetensors, {', '.join(PICKLED)}, "
+        "or a folder of such files"
+    )
+
+
+def _open_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is not a whole safetensors file ({_one_line(error)}): fetch or copy it again"
+        ) from error
+
+
+def _open_pickled(path: Path) -> dict[str, Tensor]:
+    with path.open("rb") as file:
+        start = file.read(24)
+    if not start.startswith(b"PK"):
+        raise CheckpointError(
+            f"{path} is not what torch.save writes, a zip archive: it starts with {start!r}; "
+            "fetch the weights themselves, or save them again with torch.save"
+        )
+    try:
+        with zipfile.ZipFile(path) as archive:
+            compressed = any(r.compress_type != zipfile.ZIP_STORED for r in archive.infolist())
+        unsafe = get_unsafe_globals_in_checkpoint(path)
+    except Exception as error:  # a damaged archive can fail in any way
+        raise CheckpointError(
+            f"{path} is cut short or damaged ({_one_line(error)}): fetch or copy it again"
+        ) from error
+    if unsafe:
+        raise CheckpointError(
+            f"{path} holds more than tensors ({', '.join(sorted(unsafe)[:3])}): refused, nothing "
+            "in it was run; use a file of tensors alone, such as safetensors"
+        )
+    if compressed:
+        raise CheckpointError(
+            f"{path} is compressed and cannot be memory-mapped: save it again with torch.save"
+        )
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # a damaged pickle can fail in any way; it runs nothing
+        raise CheckpointError(
+            f"{path} is damaged or holds more than tensors: nothing in it was run; fetch it "
+            "again, or use safetensors"
+        ) from error
+    return _tensors_only(path, content)
+
+
+def _tensors_only(path: Path, content: Any) -> dict[str, Tensor]:
+    """The state dict in an unpickled file: the file's content, or what it keeps under `vae`."""
+    if isinstance(content, Mapping) and isinstance(content.get("vae"), Mapping):
+        content = content["vae"]
+    if not isinstance(content, Mapping):
+        raise CheckpointError(
+            f"{path} holds a {type(content).__name__}, not tensors by name: expected a state dict"
+        )
+    for name, value in content.items():
+        if not (isinstance(name, str) and _is_plain(value)):
+            raise CheckpointError(
+                f"{path} holds more than tensors ({name!r} is a {type(value).__name__}): expected "
+                "a state dict of dense tensors"
+            )
+    return {name: tensor.detach() for name, tensor in content.items()}
+
+
+def _is_plain(value: Any) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and value.layout is torch.strided
+        and value.device.type == "cpu"
+        and not value.is_quantized
+    )
+
+
+def _open_folder(folder: Path) -> dict[str, Tensor]:
+    index = next((found for kind in INDEXES for found in sorted(folder.glob(kind))), None)
+    if index is not None:
+        return _open_shards(folder, index)
+    for suffix in (".safetensors", *PICKLED):
+        match sorted(folder.glob(f"*{suffix}")):
+            case [file]:
+                return open_weights(file)
+            case [_, _, *_]:
+                raise CheckpointError(
+                    f"{folder} holds several {suffix} files and no index: name one of them, or "
+                    "add the *.index.json that came with them"
+                )
+    raise CheckpointError(
+        f"{folder} holds no weights: expected an *.index.json with its shards, or one file of "
+        f"weights (.safetensors, {', '.join(PICKLED)})"
+    )
+
+
+def _open_shards(folder: Path, index: Path) -> dict[str, Tensor]:
+    weight_map = _read_index(index)
+    _check_shards(folder, index, set(weight_map.values()))
+    shards = {shard: open_weights(folder / shard) for shard in sorted(set(weight_map.values()))}
+    for name, shard in weight_map.items():
+        if name not in shards[shard]:
+            raise CheckpointError(
+                f"{index} places {name} in {shard}, which does not hold it: the index and the "
+                "shards belong to different checkpoints; fetch all of them again"
+            )
+    return {name: shards[shard][name] for name, shard in weight_map.items()}
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    try:
+        content = json.loads(index.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{index} is not JSON: fetch or copy it again") from error
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(s, str) for s in weight_map.values()):
+        raise CheckpointError(
+            f"{index} has no weight_map from tensor names to shard files: fetch or copy it again"
+        )
+    return weight_map
+
+
+def _check_shards(folder: Path, index: Path, shards: set[str]) -> None:
+    """Raises CheckpointError unless every shard is a file of the folder itself."""
+    missing = sorted(shards - {file.name for file in folder.iterdir()})
+    if missing:
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} of the {len(shards)} shards that {index.name} names "
+            f"({', '.join(missing[:3])}): fetch them as well"
+        )
+    # The Hugging Face cache keeps a snapshot's files as links into the same repository's blobs.
+    root = folder.resolve()
+    root = root.parents[1] if root.parent.name == "snapshots" else root
+    for shard in sorted(shards):
+        if not (folder / shard).resolve().is_relative_to(root):
+            raise CheckpointError(
+                f"{folder / shard} links to a file outside the folder: refused; copy it there"
+            )
+
+
+def write_safetensors(
+    path: str | Path, tensors: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str]
+) -> None:
+    """Write named tensors as a safetensors file, one at a time, all or nothing.
+
+    The tensors may be views of memory maps larger than memory. Shows its progress where stderr is
+    a terminal. Raises CheckpointError, and writes nothing, if the disk has no room or a tensor is
+    of no accepted float type. Format: https://huggingface.co/docs/safetensors#format.
+    """
+    path = Path(path)
+    # Wide types first, so that every tensor is aligned to its own type.
+    tensors = sorted(tensors, key=lambda item: -item[1].itemsize)
+    header = _safetensors_header(tensors, metadata)
+    size = len(header) + sum(tensor.nbytes for _, tensor in tensors)
+    with whole_file(path, size) as partial, partial.open("wb") as file:
+        file.write(header)
+        for _, tensor in tqdm(tensors, desc=path.name, unit="tensor", disable=None):
+            file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+
+
+def _safetensors_header(tensors: list[tuple[str, Tensor]], metadata: Mapping[str, str]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, tensor in tensors:
+        start, end = end, end + tensor.nbytes
+        entries[name] = {
+            "dtype": SAFETENSORS_DTYPES[check_float(name, tensor).dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def check_float(name: str, tensor: Tensor) -> Tensor:
+    """The tensor itself. Raises CheckpointError if weights of its type are not accepted."""
+    if tensor.dtype not in SAFETENSORS_DTYPES:
+        accepted = ", ".join(_dtype_name(dtype) for dtype in SAFETENSORS_DTYPES)
+        raise CheckpointError(
+            f"the weight {name} is stored as {_dtype_name(tensor.dtype)}: expected one of "
+            f"{accepted}; convert the checkpoint to one of them"
+        )
+    return tensor
+
+
+@contextmanager
+def whole_file(path: Path, size: int) -> Iterator[Path]:
+    """A temporary name beside path, renamed to it on success and removed on any failure.
+
+    size: bytes that will be written. Raises CheckpointError if the disk has no room for them or
+    the folder cannot be written.
+    """
+    try:
+        check_room(path.parent, size)
+        scratch = Path(mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        try:
+            yield scratch / path.name
+            (scratch / path.name).replace(path)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def check_room(folder: Path, size: int) -> None:
+    """Make the folder; raises CheckpointError if that fails or it has no room for size bytes."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot make the folder {folder} ({error.strerror or error}): choose another"
+        ) from error
+    if free < size:
+        raise CheckpointError(
+            f"{folder} has {free / 1e9:.1f} GB free and {size / 1e9:.1f} GB are to be written: "
+            "free some room or choose another folder"
+        )
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

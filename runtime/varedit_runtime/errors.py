@@ -1,0 +1,44 @@
+"""The errors this project raises on purpose; `str(error)` is one line for a person."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class VareditError(Exception):
+    """Base of all errors below."""
+
+
+class ConfigError(VareditError, ValueError):
+    """An impossible size, or an unknown name; the message says which exist."""
+
+
+class PictureError(VareditError):
+    """A picture that cannot be read, used or written."""
+
+
+class CheckpointError(VareditError):
+    """Weights that cannot be read, or do not fit the model."""
+
+
+class TextError(VareditError):
+    """An instruction that cannot be used, such as an empty or too long one."""
+
+
+class MissingExtraError(VareditError):
+    """An optional package is not installed; the message names the command that does it."""
+
+
+@contextmanager
+def needs_extra(extra: str) -> Iterator[None]:
+    """Around imports that an extra of the distribution provides, such as `export`.
+
+    Raises MissingExtraError when a package is absent.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if str(error.name).startswith("varedit_"):
+            raise
+        raise MissingExtraError(
+            f'{error.name} is not installed; run: pip install "varedit-export[{extra}]"'
+        ) from error

@@ -1,0 +1,249 @@
+"""Pictures in and out, exactly as the released models see them.
+
+    open_picture -> to_square -> [the model] -> from_decoder -> restore -> save_picture
+
+Sizes follow their library: Pillow's are (width, height), an array's are (height, width).
+"""
+
+import math
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
+
+from varedit_runtime.errors import PictureError
+
+Source = str | os.PathLike[str] | bytes | BinaryIO | Image.Image
+
+# Untrusted files reach these decoders alone, never the rarer ones that Pillow also has.
+READ_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+
+WRITE_FORMATS = {
+    ".png": "PNG",
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".webp": "WEBP",
+    ".bmp": "BMP",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+}
+
+MAX_PIXELS = 89_478_485  # where Pillow warns of a decompression bomb; at twice that it refuses
+MAX_CANVAS_PIXELS = 2**28  # 1 GiB in Pillow's memory; a square of 16384 px
+
+_WHITE = (255, 255, 255)
+
+
+def open_picture(source: Source, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """A path, the bytes of a file, a binary file or a Pillow image as a plain RGB picture.
+
+    The size is checked against max_pixels before anything is decoded. Then:
+
+    - the first frame of an animation or page of a document is taken (of a Pillow image the
+      current one) and turned upright by its EXIF orientation;
+    - 16-bit grey is scaled to 8 bits (in colour, Pillow keeps the high byte); 32-bit integers and
+      floats, which have no stated white, from their own darkest to their brightest sample;
+    - colours are converted to sRGB by the embedded ICC profile; one that is broken or of another
+      colour space is ignored, and without one grey, CMYK, YCbCr and the like are converted by
+      Pillow's formulas;
+    - alpha, a transparent palette entry and a transparent colour are composited on white.
+
+    The result carries no EXIF, GPS, XMP, ICC profile or comment. Raises PictureError when the
+    source is no picture in one of READ_FORMATS, is damaged, or has no or too many pixels.
+    """
+    if isinstance(source, Image.Image):
+        with _explained("the picture"):
+            return _plain_rgb(source, max_pixels)
+    name = str(source) if isinstance(source, str | os.PathLike) else "the picture"
+    with _explained(name):
+        file = BytesIO(source) if isinstance(source, bytes) else source
+        with Image.open(file, formats=READ_FORMATS) as image:
+            return _plain_rgb(image, max_pixels)
+
+
+def pad_and_resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """An RGB picture as a model sees it: on a white canvas, resized to (height, width).
+
+    The picture lies top left on the smallest canvas of that aspect ratio which holds it: on
+    squares, one of the picture's longer side, as released. Raises PictureError when the picture is
+    so long and thin that its canvas would not fit in memory.
+    """
+    canvas = Image.new("RGB", _canvas_size(image.size, size), _WHITE)
+    canvas.paste(image, (0, 0))
+    return canvas.resize(size[::-1], Image.Resampling.LANCZOS)
+
+
+def to_square(image: Image.Image, size: int | tuple[int, int]) -> np.ndarray:
+    """An RGB picture as the tokenizer's input: float32 [3, height, width] in [-1, 1].
+
+    size: the side of a square, or (height, width) where the model is of another aspect ratio.
+    Padded and resized as in `pad_and_resize`, which says what it raises.
+    """
+    pixels = np.asarray(pad_and_resize(image, (size, size) if isinstance(size, int) else size))
+    scaled = pixels.astype(np.float32) / np.float32(127.5) - np.float32(1)
+    return np.ascontiguousarray(scaled.transpose(2, 0, 1))
+
+
+def from_decoder(decoded: np.ndarray) -> np.ndarray:
+    """The tokenizer's output [3, H, W] as 8-bit RGB [H, W, 3].
+
+    Clamped to [-1, 1], (x + 1) / 2 · 255, truncated and not rounded. Raises PictureError on NaN or
+    infinity, which means that the model's arithmetic failed.
+    """
+    if not np.isfinite(decoded).all():
+        raise PictureError("the decoded picture is not finite: the model's arithmetic overflowed")
+    clamped = decoded.astype(np.float32).clip(-1, 1)
+    levels = (clamped + np.float32(1)) / np.float32(2) * np.float32(255)
+    return np.ascontiguousarray(levels.astype(np.uint8).transpose(1, 2, 0))
+
+
+def restore(pixels: np.ndarray, original_size: tuple[int, int]) -> Image.Image:
+    """An edited picture, 8-bit RGB [H, W, 3], back at the (width, height) of its source.
+
+    Undoes `pad_and_resize`: Lanczos to the canvas, then the padding is cropped off. Raises
+    PictureError as it does.
+    """
+    canvas_size = _canvas_size(original_size, pixels.shape[:2])
+    canvas = Image.fromarray(pixels).resize(canvas_size, Image.Resampling.LANCZOS)
+    return canvas.crop((0, 0, *original_size))
+
+
+def save_picture(image: Image.Image, path: str | os.PathLike[str]) -> None:
+    """Write a picture, without any metadata, in the format of the path's extension.
+
+    The file appears whole or not at all, and replaces one that is there. Raises PictureError on an
+    extension not in WRITE_FORMATS, or when the file cannot be written.
+    """
+    path = Path(path)
+    written_as = WRITE_FORMATS.get(path.suffix.lower())
+    if written_as is None:
+        known = ", ".join(WRITE_FORMATS)
+        raise PictureError(f"{path}: pictures are written as {known}, not {path.suffix!r}")
+    partial = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
+    # Encoded in memory, for Pillow does not notice when a full disk takes only part of a write.
+    encoded = BytesIO()
+    try:
+        # The quality of JPEG and WebP; the other formats lose nothing.
+        _pixels_only(image).save(encoded, format=written_as, quality=95)
+        file = partial.open("xb")
+        try:
+            with file:
+                file.write(encoded.getbuffer())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except (OSError, ValueError) as error:
+        raise PictureError(f"{path} cannot be written: {_reason(error)}") from error
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Turn whatever reading raises into a PictureError, in one line that starts with the name."""
+    try:
+        yield
+    except UnidentifiedImageError as error:
+        known = ", ".join(READ_FORMATS)
+        raise PictureError(f"{name} is not a picture in a format that is read: {known}") from error
+    except Exception as error:  # on damaged files decoders raise errors of every kind
+        raise PictureError(f"{name} cannot be read: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(text.split()) or type(error).__name__
+
+
+def _plain_rgb(image: Image.Image, max_pixels: int) -> Image.Image:
+    width, height = image.size
+    if not 0 < width * height <= max_pixels:
+        raise PictureError(
+            f"it is {width} x {height}, and a picture must have from 1 to {max_pixels} pixels"
+        )
+    image.load()  # before the EXIF data, which may follow the pixels
+    colours, alpha = _split_alpha(_eight_bit(image))
+    rgb = Image.new("RGB", image.size, _WHITE)
+    rgb.paste(_to_srgb(colours, image.info.get("icc_profile")), mask=alpha)
+    rgb.getexif()[ExifTags.Base.Orientation] = _orientation(image)
+    return _pixels_only(ImageOps.exif_transpose(rgb))
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # damaged EXIF data is no reason to refuse a picture
+        return 1
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """The same picture with 8 bits a sample."""
+    if image.mode.startswith("I;16"):
+        samples = np.asarray(image).astype(np.uint32)
+        grey = Image.fromarray(((samples + 128) // 257).astype(np.uint8))
+        if "transparency" not in image.info:
+            return grey
+        opaque = Image.fromarray(samples != image.info["transparency"])
+        return Image.merge("LA", (grey, opaque.convert("L")))
+    if image.mode in ("I", "F"):
+        samples = np.asarray(image, dtype=np.float64)
+        if not np.isfinite(samples).all():
+            raise PictureError("it has samples that are not finite")
+        darkest, brightest = samples.min(), samples.max()
+        scaled = (samples - darkest) / ((brightest - darkest) or 1) * 255
+        return Image.fromarray(scaled.round().astype(np.uint8))
+    return image
+
+
+def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """The colours, grey where the picture is grey, and the 8-bit alpha channel if there is one."""
+    if not image.has_transparency_data:
+        return image, None
+    if image.mode == "La":
+        image = image.convert("LA")
+    rgba = image.convert("RGBA")
+    colours = image.convert("L") if image.mode in ("L", "LA") else rgba.convert("RGB")
+    return colours, rgba.getchannel("A")
+
+
+def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    if image.mode not in ("L", "CMYK"):
+        image = image.convert("RGB")
+    if profile:
+        try:
+            return ImageCms.profileToProfile(
+                image,
+                ImageCms.ImageCmsProfile(BytesIO(profile)),
+                ImageCms.createProfile("sRGB"),
+                outputMode="RGB",
+            )
+        except (ImageCms.PyCMSError, OSError):
+            pass
+    return image.convert("RGB")
+
+
+def _pixels_only(image: Image.Image) -> Image.Image:
+    """A copy in RGB without any of the metadata that Pillow carries along."""
+    return Image.fromarray(np.asarray(image.convert("RGB")))
+
+
+def _canvas_size(picture: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """(width, height) of the smallest canvas, as wide to high as size, that holds the picture.
+
+    picture: (width, height); size: (height, width).
+    """
+    width, height = picture
+    if height * size[1] > width * size[0]:
+        width = math.ceil(height * size[1] / size[0])
+    else:
+        height = math.ceil(width * size[0] / size[1])
+    if width * height > MAX_CANVAS_PIXELS:
+        raise PictureError(
+            f"a picture of {picture[0]} x {picture[1]} is too long and thin: padded it would have "
+            f"{width} x {height} pixels, and {MAX_CANVAS_PIXELS} are allowed; crop it first"
+        )
+    return width, height

@@ -1,0 +1,84 @@
+"""The reference against recordings of the released implementation."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+from varedit_reference.golden import check, main, open_recording
+from varedit_runtime.errors import CheckpointError
+
+
+def test_every_stage_agrees_with_the_recording(recording_folder: Path) -> None:
+    recording = open_recording(recording_folder)
+    lines = list(check(recording))
+    assert not [line for line in lines if not line.passed]
+    stages = {line.stage.split(",")[0] for line in lines}
+    assert {"preprocessed image", "encoder features", "quantised sum", "pooled text"} <= stages
+    logits = [line for line in lines if line.stage.startswith("guided logits")]
+    assert len(logits) == len(recording.config.transformer.grids)
+
+
+# A nudge of each kind of tensor, far under what a wrong formula gives, has to be noticed.
+NUDGES = {
+    "out.preprocessed_image": 1e-6,
+    "out.encoder_features": 2e-4,
+    "out.source_tokens": 2e-4,
+    "out.quantized_sum": 2e-4,
+    "out.text_pooled": 2e-5,
+    "out.scale_input_tokens.3": 2e-5,
+    "out.guided_logits.6": 3e-4,
+    "out.bit1_probability.0": 1e-4,
+    "debug.block2.scale1": 1e-3,
+    "out.image_rgb_u8": 2,
+    "out.restored_image_rgb_u8": 3,
+}
+
+
+@pytest.mark.parametrize(("tensor", "nudge"), NUDGES.items())
+def test_a_wrong_value_exceeds_its_tolerance(tensor: str, nudge: float) -> None:
+    folder = Path(__file__).parent / "golden" / "tiny2b-256"
+    recording = open_recording(folder)
+    values = recording.tensors[tensor]
+    place = int((values.flatten().float() - 0.5).abs().argmin())  # away from a clamp
+    values.flatten()[place] += nudge if values.is_floating_point() else int(nudge)
+    assert any(not line.passed for line in check(recording))
+
+
+def test_a_flipped_bit_is_noticed() -> None:
+    recording = open_recording(Path(__file__).parent / "golden" / "tiny8b-256")
+    recording.tensors["out.quantizer_bits.2"] ^= 1
+    assert any(not line.passed for line in check(recording))
+
+
+def test_nan_never_passes() -> None:
+    recording = open_recording(Path(__file__).parent / "golden" / "tiny2b-256")
+    recording.tensors["out.guided_logits.4"][0, 0, 0] = torch.nan
+    assert "guided logits, scale 4" in {m.stage for m in check(recording) if not m.passed}
+
+
+def test_command_prints_every_stage_and_exits_by_the_verdict(tmp_path: Path) -> None:
+    good = Path(__file__).parent / "golden" / "tiny2b-256"
+    bad = tmp_path / "bad"
+    shutil.copytree(good, bad)
+    tensors = load_file(bad / "golden.safetensors")
+    tensors["out.guided_logits.1"] += 1
+    save_file(tensors, bad / "golden.safetensors")
+
+    passed = CliRunner().invoke(main, [str(good)])
+    assert passed.exit_code == 0, passed.output
+    assert "guided logits, scale 6" in passed.output
+    failed = CliRunner().invoke(main, [str(good), str(bad)])
+    assert failed.exit_code == 1
+    assert "EXCEEDED" in failed.output
+
+
+def test_a_folder_that_is_no_recording_is_one_typed_error(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="not a recording"):
+        open_recording(tmp_path)
+    result = CliRunner().invoke(main, [str(tmp_path)])
+    assert result.exit_code == 1
+    assert len(result.output.strip().splitlines()) == 2  # the folder's name, then the error

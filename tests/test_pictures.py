@@ -1,0 +1,425 @@
+"""Pictures in and out: exact against the recordings, safe with untrusted files."""
+
+import io
+import resource
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+from safetensors.numpy import load_file
+
+from varedit_runtime.errors import PictureError
+from varedit_runtime.pictures import (
+    MAX_CANVAS_PIXELS,
+    WRITE_FORMATS,
+    from_decoder,
+    open_picture,
+    pad_and_resize,
+    restore,
+    save_picture,
+    to_square,
+)
+
+RECORDINGS = sorted((Path(__file__).parent / "golden").iterdir())
+WHITE = [255, 255, 255]
+# 3 x 2 pixels, all of them different; repeated into blocks, so that JPEG keeps them apart.
+STEPS = np.arange(6, dtype=np.uint8).reshape(2, 3) * 40
+BLOCKS = Image.fromarray(STEPS.repeat(16, 0).repeat(16, 1)).convert("RGB")
+
+
+def encoded(image: Image.Image, written_as: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, written_as, **options)
+    return file.getvalue()
+
+
+def pixels(source: Image.Image | bytes) -> list[list[int]]:
+    return np.asarray(open_picture(source)).reshape(-1, 3).tolist()
+
+
+def grey(*levels: int) -> list[list[int]]:
+    return [[level] * 3 for level in levels]
+
+
+def noise_picture(height: int, width: int) -> Image.Image:
+    samples = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(samples)
+
+
+def png(width: int, height: int, *, depth: int = 8, colour: int = 0, data: bytes = b"") -> bytes:
+    def chunk(name: bytes, content: bytes) -> bytes:
+        checksum = zlib.crc32(name + content)
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", checksum)
+
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+# As released
+
+
+@pytest.mark.parametrize("recording", RECORDINGS, ids=lambda path: path.name)
+def test_in_and_out_are_exactly_as_recorded(recording: Path):
+    tensors = load_file(recording / "golden.safetensors")
+    source = Image.fromarray(tensors["in.image_rgb_u8"])
+    expected = tensors["out.preprocessed_image"]
+    square = to_square(source, expected.shape[1])
+    assert square.dtype == np.float32
+    assert np.array_equal(square, expected)
+    restored = restore(tensors["out.image_rgb_u8"], source.size)
+    assert np.array_equal(np.asarray(restored), tensors["out.restored_image_rgb_u8"])
+
+
+def test_a_square_of_the_models_size_is_not_touched():
+    picture = noise_picture(32, 32)
+    assert np.array_equal(np.asarray(pad_and_resize(picture, (32, 32))), np.asarray(picture))
+
+
+def test_decoded_values_are_clamped_and_truncated():
+    values = np.array([-2, -1, -0.5, 0, 0.5, 0.9999, 1, 2], dtype=np.float32)
+    levels = from_decoder(np.broadcast_to(values, (3, 1, 8)))
+    assert levels.dtype == np.uint8
+    assert levels[0].tolist() == grey(0, 0, 63, 127, 191, 254, 255, 255)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_decoded_picture_that_is_not_finite_never_passes(value: float):
+    decoded = np.zeros((3, 4, 4), dtype=np.float32)
+    decoded[1, 2, 3] = value
+    with pytest.raises(PictureError, match="not finite"):
+        from_decoder(decoded)
+
+
+# Canvases that are not square
+
+
+@pytest.mark.parametrize(("height", "width"), [(40, 60), (60, 40), (50, 50), (1, 7)])
+def test_a_square_canvas_is_the_released_one(height: int, width: int):
+    picture = noise_picture(height, width)
+    assert np.array_equal(to_square(picture, (32, 32)), to_square(picture, 32))
+
+
+def test_a_wide_picture_fills_the_top_of_an_upright_canvas():
+    picture = Image.new("RGB", (30, 20))
+    square = to_square(picture, (180, 60))
+    assert square.shape == (3, 180, 60)
+    # 40 rows of picture; Lanczos blurs its edge by 6 rows at most.
+    assert np.all(square[:, :34] == -1) and np.all(square[:, 46:] == 1)
+
+
+def test_an_upright_picture_fills_the_left_of_a_wide_canvas():
+    square = to_square(Image.new("RGB", (20, 30)), (60, 180))
+    assert np.all(square[:, :, :34] == -1) and np.all(square[:, :, 46:] == 1)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (96, 32), (40, 56)])
+@pytest.mark.parametrize("original", [(31, 17), (17, 31), (100, 20)])
+def test_restoring_gives_back_size_and_content(size: tuple[int, int], original: tuple[int, int]):
+    picture = Image.new("RGB", original, (10, 200, 30))
+    restored = restore(np.asarray(pad_and_resize(picture, size)), original)
+    assert restored.size == original
+    assert restored.getpixel((0, 0)) == (10, 200, 30)
+
+
+def test_a_picture_too_long_and_thin_is_refused():
+    ribbon = Image.new("RGB", (int(MAX_CANVAS_PIXELS**0.5) + 1, 1))
+    with pytest.raises(PictureError, match="long and thin"):
+        to_square(ribbon, 64)
+    with pytest.raises(PictureError, match="long and thin"):
+        restore(np.zeros((64, 64, 3), np.uint8), ribbon.size)
+
+
+# Every mode
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        (Image.new("1", (1, 1), 1), grey(255)),
+        (Image.new("L", (1, 1), 77), grey(77)),
+        (Image.new("LA", (1, 1), (0, 128)), grey(127)),
+        (Image.new("La", (1, 1), (0, 128)), grey(127)),
+        (Image.new("RGBA", (1, 1), (255, 0, 0, 0)), [WHITE]),
+        (Image.new("RGBA", (1, 1), (255, 0, 0, 128)), [[255, 127, 127]]),
+        (Image.new("RGBX", (1, 1), (1, 2, 3, 0)), [[1, 2, 3]]),
+        (Image.new("PA", (1, 1), 0), [WHITE]),
+        (Image.new("CMYK", (1, 1), (0, 255, 255, 0)), [[255, 0, 0]]),
+        (Image.new("YCbCr", (1, 1), (128, 128, 128)), grey(128)),
+        (Image.new("LAB", (1, 1), (128, 128, 128)), grey(119)),
+        (Image.new("HSV", (1, 1), (0, 255, 255)), [[255, 0, 0]]),
+    ],
+    ids=lambda value: getattr(value, "mode", ""),
+)
+def test_modes_become_rgb_on_white(image: Image.Image, expected: list[list[int]]):
+    assert pixels(image) == expected
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16L", "I;16B", "I;16N"])
+@pytest.mark.parametrize(("sample", "level"), [(0, 0), (257, 1), (32768, 128), (65535, 255)])
+def test_16_bit_grey_is_scaled(mode: str, sample: int, level: int):
+    assert pixels(Image.new(mode, (1, 1), sample)) == grey(level)
+
+
+def test_a_16_bit_grey_png_is_scaled_and_its_transparent_sample_white():
+    samples = struct.pack(">4H", 0, 1000, 32768, 65535)
+    file = png(4, 1, depth=16, data=b"\0" + samples)
+    assert pixels(file) == grey(0, 4, 128, 255)
+    assert pixels(encoded(Image.open(io.BytesIO(file)), "PNG", transparency=1000)) == grey(
+        0, 255, 128, 255
+    )
+
+
+@pytest.mark.parametrize(
+    "samples",
+    [np.array([[-100, 0, 300]], np.int32), np.array([[0.25, 0.375, 0.75]], np.float32)],
+    ids=["I", "F"],
+)
+def test_samples_without_a_stated_white_are_stretched(samples: np.ndarray):
+    assert pixels(Image.fromarray(samples)) == grey(0, 64, 255)
+    assert pixels(Image.fromarray(samples[:, :1])) == grey(0)
+
+
+def test_float_samples_must_be_finite():
+    with pytest.raises(PictureError, match="not finite"):
+        open_picture(Image.fromarray(np.array([[0, np.nan]], np.float32)))
+
+
+@pytest.mark.parametrize("written_as", ["PNG", "GIF", "WEBP", "TIFF"])
+def test_transparency_in_files_is_composited_on_white(written_as: str):
+    image = Image.new("RGBA", (2, 1), (0, 0, 255, 255))
+    image.putpixel((1, 0), (0, 0, 0, 0))
+    lossless = {"lossless": True} if written_as == "WEBP" else {}
+    assert pixels(encoded(image, written_as, **lossless)) == [[0, 0, 255], WHITE]
+
+
+def test_transparent_palette_entries_and_colours_are_white():
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([9, 9, 9, 50, 60, 70])
+    palette.putpixel((1, 0), 1)
+    assert pixels(encoded(palette, "PNG")) == [[9, 9, 9], [50, 60, 70]]
+    assert pixels(encoded(palette, "PNG", transparency=0)) == [WHITE, [50, 60, 70]]
+    assert pixels(encoded(palette, "PNG", transparency=b"\xff\x00")) == [[9, 9, 9], WHITE]
+    keyed = encoded(palette.convert("RGB"), "PNG", transparency=(9, 9, 9))
+    assert pixels(keyed) == [WHITE, [50, 60, 70]]
+
+
+@pytest.mark.parametrize("written_as", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_the_first_frame_of_an_animation_is_taken(written_as: str):
+    first, second = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
+    lossless = {"lossless": True} if written_as == "WEBP" else {}
+    file = encoded(first, written_as, save_all=True, append_images=[second], **lossless)
+    assert pixels(file) == [[255, 0, 0]] * 64
+
+
+def test_a_jpeg_of_several_pictures_gives_its_first():
+    second = Image.new("RGB", BLOCKS.size)
+    file = encoded(BLOCKS, "MPO", save_all=True, append_images=[second], quality=95)
+    difference = np.asarray(open_picture(file), int) - np.asarray(BLOCKS)
+    assert abs(difference).max() < 8
+
+
+# Colour profiles
+
+
+def srgb_profile() -> bytes:
+    return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+def profile_with_red_and_green_swapped() -> bytes:
+    """sRGB with the names of its red and green primaries exchanged."""
+    profile = srgb_profile().replace(b"rXYZ", b"swap")
+    return profile.replace(b"gXYZ", b"rXYZ").replace(b"swap", b"gXYZ")
+
+
+@pytest.mark.parametrize("written_as", ["PNG", "TIFF"])
+def test_an_embedded_profile_is_applied(written_as: str):
+    profile = profile_with_red_and_green_swapped()
+    file = encoded(Image.new("RGB", (1, 1), (255, 0, 0)), written_as, icc_profile=profile)
+    assert np.allclose(pixels(file), [[0, 255, 0]], atol=2)
+    file = encoded(Image.new("RGBA", (1, 1), (255, 0, 0, 128)), written_as, icc_profile=profile)
+    assert np.allclose(pixels(file), [[127, 255, 127]], atol=2)
+
+
+def test_an_srgb_profile_changes_nothing():
+    picture = noise_picture(16, 16)
+    file = encoded(picture, "PNG", icc_profile=srgb_profile())
+    assert np.array_equal(np.asarray(open_picture(file)), np.asarray(picture))
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "RGB"])
+def test_an_unusable_profile_is_ignored(mode: str):
+    image = Image.new(mode, (1, 1))
+    profile = b"no profile" if mode == "RGB" else srgb_profile()
+    assert pixels(encoded(image, "TIFF", icc_profile=profile)) == pixels(image)
+
+
+# Orientation and metadata
+
+
+@pytest.mark.parametrize("written_as", ["PNG", "JPEG", "WEBP", "TIFF"])
+@pytest.mark.parametrize(
+    ("orientation", "upright"),
+    [
+        (1, STEPS),
+        (2, STEPS[:, ::-1]),
+        (3, STEPS[::-1, ::-1]),
+        (4, STEPS[::-1]),
+        (5, STEPS.T),
+        (6, STEPS[::-1].T),
+        (7, STEPS[::-1, ::-1].T),
+        (8, STEPS[:, ::-1].T),
+        (99, STEPS),
+    ],
+)
+def test_pictures_are_turned_upright_once(written_as: str, orientation: int, upright: np.ndarray):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture = np.asarray(open_picture(encoded(BLOCKS, written_as, exif=exif)))
+    centres = picture[8::16, 8::16, 0]
+    assert centres.shape == upright.shape
+    assert np.allclose(centres, upright, atol=6)
+
+
+def test_damaged_exif_data_is_ignored():
+    file = encoded(BLOCKS, "JPEG", exif=b"Exif\0\0MM\0junkjunk", quality=95)
+    assert open_picture(file).size == BLOCKS.size
+
+
+def metadata() -> dict[str, object]:
+    exif = Image.Exif()
+    exif[0x010F] = "camera"
+    exif.get_ifd(0x8825)[1] = "N"
+    xmp = b"<x:xmpmeta xmlns:x='adobe:ns:meta/'>secret</x:xmpmeta>"
+    return {"exif": exif, "xmp": xmp, "icc_profile": srgb_profile()}
+
+
+def test_no_metadata_is_passed_on(tmp_path: Path):
+    source = Image.open(io.BytesIO(encoded(BLOCKS, "JPEG", comment=b"secret", **metadata())))
+    assert source.info.keys() >= {"exif", "icc_profile", "comment", "xmp"}
+    picture = open_picture(source)
+    assert picture.info == {} and not picture.getexif()
+    for suffix in WRITE_FORMATS:
+        path = tmp_path / f"out{suffix}"
+        save_picture(source, path)
+        assert not any(word in path.read_bytes() for word in (b"secret", b"camera", b"sRGB"))
+        with Image.open(path) as written:
+            assert written.getexif().get_ifd(0x8825) == {}
+            assert not {"exif", "xmp", "icc_profile", "comment"} & written.info.keys()
+
+
+# What is no picture
+
+
+def test_all_kinds_of_sources_give_the_same(tmp_path: Path):
+    path = tmp_path / "picture.png"
+    save_picture(BLOCKS, path)
+    data = path.read_bytes()
+    opened = [open_picture(source) for source in (path, str(path), data, io.BytesIO(data), BLOCKS)]
+    assert len({picture.tobytes() for picture in opened}) == 1
+
+
+@pytest.mark.parametrize("written_as", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+@pytest.mark.parametrize("kept", [0.02, 0.5, 0.95])
+def test_a_truncated_file_is_refused(written_as: str, kept: float):
+    file = encoded(noise_picture(64, 64), written_as)
+    with pytest.raises(PictureError):
+        open_picture(file[: int(len(file) * kept)])
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"plain text", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"P5 1 1 255 a"],
+    ids=["empty", "text", "EPS", "PGM"],
+)
+def test_what_is_not_in_a_listed_format_is_refused(data: bytes):
+    with pytest.raises(PictureError, match="PNG, JPEG, WEBP, GIF, BMP, TIFF"):
+        open_picture(data)
+
+
+def test_errors_name_the_file_in_one_line(tmp_path: Path):
+    missing = tmp_path / "missing.png"
+    with pytest.raises(PictureError, match=r"missing\.png cannot be read: No such file"):
+        open_picture(missing)
+    with pytest.raises(PictureError, match="Is a directory"):
+        open_picture(tmp_path)
+
+
+@pytest.mark.parametrize("size", [(0, 5), (5, 0)])
+def test_a_picture_without_pixels_is_refused(size: tuple[int, int]):
+    with pytest.raises(PictureError, match="0"):
+        open_picture(Image.new("RGB", size))
+
+
+def test_the_limit_is_checked_before_anything_is_decoded():
+    no_pixels_follow = png(300, 200)
+    with pytest.raises(PictureError, match="300 x 200.*59999 pixels"):
+        open_picture(no_pixels_follow, max_pixels=59_999)
+    with pytest.raises(PictureError, match="truncated"):
+        open_picture(no_pixels_follow, max_pixels=60_000)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("side", [10_000, 60_000])
+def test_a_decompression_bomb_is_refused(side: int):
+    with pytest.raises(PictureError, match="pixels"):
+        open_picture(png(side, side))
+
+
+# Writing
+
+
+@pytest.mark.parametrize("suffix", WRITE_FORMATS)
+def test_pictures_are_written_in_the_format_of_the_extension(tmp_path: Path, suffix: str):
+    path = tmp_path / f"out{suffix.upper()}"
+    path.write_text("an older file")
+    save_picture(BLOCKS, path)
+    with Image.open(path) as written:
+        assert written.format == WRITE_FORMATS[suffix]
+    difference = np.asarray(open_picture(path), int) - np.asarray(BLOCKS)
+    assert abs(difference).max() <= (8 if suffix in {".jpg", ".jpeg", ".webp"} else 0)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", ["out", "out.xyz", "out.gif"])
+def test_an_unknown_extension_is_refused(tmp_path: Path, name: str):
+    with pytest.raises(PictureError, match=r"\.png, \.jpg"):
+        save_picture(BLOCKS, tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_path_that_cannot_be_written_is_refused(tmp_path: Path):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.png").mkdir()
+    for path in ("missing/out.png", "file/out.png", "folder.png"):
+        with pytest.raises(PictureError, match="cannot be written"):
+            save_picture(BLOCKS, tmp_path / path)
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "folder.png"}
+
+
+def test_a_full_disk_leaves_the_older_file(tmp_path: Path):
+    path = tmp_path / "out.bmp"
+    path.write_text("an older file")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(PictureError, match="cannot be written"):
+            save_picture(BLOCKS, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_text() == "an older file"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_interrupt_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def interrupted(self: Path, target: Path) -> None:
+        assert list(tmp_path.iterdir()) == [self]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_picture(BLOCKS, tmp_path / "out.png")
+    assert not list(tmp_path.iterdir())

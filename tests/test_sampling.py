@@ -1,0 +1,36 @@
+"""Temperature, guidance, nucleus, draw."""
+
+import pytest
+import torch
+
+from varedit_reference.sampling import bit_probability, draw, guide, nucleus, per_scale
+from varedit_runtime.errors import ConfigError
+
+
+def test_a_number_serves_all_scales_and_a_list_must_fit() -> None:
+    assert per_scale(2, 3, "guidance_scale") == (2.0, 2.0, 2.0)
+    assert per_scale([1, 2.5], 2, "guidance_scale") == (1, 2.5)
+    with pytest.raises(ConfigError, match=r"temperature has 2 values.*3"):
+        per_scale([1, 2], 3, "temperature")
+
+
+def test_guidance_comes_after_the_temperature() -> None:
+    logits = torch.tensor([[[[1.0, 2.0]]], [[[0.5, -1.0]]]])
+    assert guide(logits, 3.0, 0.5, guided=True).flatten().tolist() == [4.0, 16.0]
+    assert guide(logits, 3.0, 0.5, guided=False)[0].flatten().tolist() == [2.0, 4.0]
+
+
+def test_the_nucleus_makes_rare_values_impossible() -> None:
+    p = torch.tensor([0.0299, 0.0301, 0.5, 0.9699, 0.9701, 0.0, 1.0])
+    assert nucleus(p).tolist() == pytest.approx([0, 0.0301, 0.5, 0.9699, 1, 0, 1])
+
+
+def test_probability_is_of_bit_1_and_draws_are_strictly_under_it() -> None:
+    logits = torch.tensor([[0.0, 1.0]])
+    assert bit_probability(logits).item() == pytest.approx(0.7310586)
+    assert draw(torch.tensor([0.5, 0.5, 0.0, 1.0]), torch.tensor([0.5, 0.49, 0.0, 0.999])).tolist() == [
+        False,
+        True,
+        False,
+        True,
+    ]

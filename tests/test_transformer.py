@@ -1,0 +1,168 @@
+"""The transformer: cached against teacher-forced, conditionings, guidance, precision."""
+
+import pytest
+import torch
+from small import SmallEdits, noise_of, random_edits, random_var, small_config
+
+from varedit_reference.config import Conditioning, RotaryLayout
+from varedit_reference.kv_cache import KVCache, sar_mask, source_length
+from varedit_reference.sampling import guide
+from varedit_reference.sar import scale_aligned_references
+from varedit_reference.scale_loop import forced, seeded
+
+CONDITIONINGS: tuple[Conditioning, ...] = ("sar", "finest", "full")
+
+
+def random_bits(edits: SmallEdits) -> list[torch.Tensor]:
+    grids, channels = edits.config.transformer.grids, edits.config.transformer.token_channels
+    generator = torch.Generator().manual_seed(9)
+    shapes = [(len(edits.prompts), rows * columns, channels) for rows, columns in grids]
+    return [torch.rand(shape, generator=generator) < 0.5 for shape in shapes]
+
+
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+@pytest.mark.parametrize("rotary", ["released", "paper"])
+@pytest.mark.parametrize("size", ["tiny-2b", "tiny-8b"])
+def test_teacher_forced_forward_equals_the_cached_loop(
+    size: str, conditioning: Conditioning, rotary: RotaryLayout
+) -> None:
+    config = small_config(size, conditioning, rotary)
+    model, edits = random_var(config), random_edits(config)
+    cached = edits.run(model, forced(random_bits(edits)), guidance=3.0, temperature=0.5)
+    text = model.condition(model.text_rows(edits.prompts, guided=True))
+    inputs = [step.tokens for step in cached if step.tokens is not None]
+    at_once = [guide(x, 3.0, 0.5, guided=True) for x in model(edits.source, inputs, text)]
+    for step, logits in zip(cached, at_once, strict=True):
+        assert torch.isfinite(logits).all()
+        assert logits.std() > 0.1
+        torch.testing.assert_close(logits, step.logits, atol=1e-4, rtol=0)
+
+
+def test_conditionings_and_layouts_differ() -> None:
+    """Each variant changes the logits, so an equality above cannot come from ignoring it."""
+    results = []
+    for conditioning in CONDITIONINGS:
+        for rotary in ("released", "paper"):
+            config = small_config("tiny-2b", conditioning, rotary)
+            edits = random_edits(small_config("tiny-2b"))
+            if conditioning == "full":
+                edits = random_edits(config)
+            steps = edits.run(random_var(config), forced(random_bits(edits)))
+            results.append(steps[3].logits)
+    for i, one in enumerate(results):
+        for other in results[:i]:
+            assert (one - other).abs().max() > 1e-2
+
+
+def test_sar_references_are_area_averages_and_the_last_is_the_source() -> None:
+    source = torch.arange(16.0).reshape(16, 1, 1, 1)
+    one, four, all_ = scale_aligned_references(source, [(1, 1), (2, 2), (4, 4)])
+    assert one.flatten().tolist() == [7.5]
+    assert four.flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
+    assert torch.equal(all_, source)
+
+
+def test_sar_changes_block_0_only() -> None:
+    """Under SAR block 0 sees a reference of the scale's own size, other blocks the whole source."""
+    config = small_config().transformer
+    cache = KVCache(config)
+    kv = torch.zeros(source_length(config), 2, config.heads, config.head_width)
+    for block in (0, 1):
+        cache.add_source(block, kv, kv)
+    for scale, (rows, columns) in enumerate(config.grids):
+        new = kv[: rows * columns]
+        before = sum(r * c for r, c in config.grids[:scale])
+        seen = [len(cache.add_scale(block, new, new)[0]) for block in (0, 1)]
+        assert seen == [2 * len(new) + before, len(kv) + before + len(new)]
+        cache.scales_seen += 1
+
+
+def test_sar_mask_counts() -> None:
+    config = small_config().transformer
+    mask = sar_mask(config, torch.device("cpu"))
+    areas = [rows * columns for rows, columns in config.grids]
+    seen = mask.sum(1)
+    n = source_length(config)
+    assert (seen[:n] == n).all()
+    start = n
+    for k, area in enumerate(areas):
+        assert (seen[start : start + area] == area + sum(areas[: k + 1])).all()
+        start += area
+
+
+def test_guidance_of_one_needs_no_unconditional_rows() -> None:
+    config = small_config()
+    model, edits = random_var(config), random_edits(config)
+    bits = random_bits(edits)
+    alone = edits.run(model, forced(bits), guidance=1.0)
+    with_rows = edits.run(model, forced(bits), guidance=[1.0] * 7)
+    other = edits.run(model, forced(bits), guidance=3.0)
+    for a, b, c in zip(alone, with_rows, other, strict=True):
+        torch.testing.assert_close(a.logits, b.logits, atol=1e-4, rtol=0)
+        assert (a.logits - c.logits).abs().max() > 1e-2
+
+
+def test_a_negative_prompt_takes_the_unconditional_row() -> None:
+    config = small_config()
+    model, edits = random_var(config), random_edits(config)
+    learned = [model.unconditional_text[: len(p)] for p in edits.prompts]
+    plain = model.text_rows(edits.prompts, guided=True)
+    same = model.text_rows(edits.prompts, guided=True, negatives=learned)
+    assert all(torch.equal(a, b) for a, b in zip(plain, same, strict=True))
+    negative = model.condition(model.text_rows(edits.prompts, True, edits.prompts[::-1]))
+    assert (negative.pooled[3:] - model.condition(plain).pooled[3:]).abs().max() > 1e-3
+
+
+def test_padding_of_the_text_is_not_seen() -> None:
+    config = small_config()
+    model, edits = random_var(config), random_edits(config)
+    together = model.condition(edits.prompts)
+    for i, prompt in enumerate(edits.prompts):
+        torch.testing.assert_close(together.pooled[i], model.condition([prompt]).pooled[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_products_keep_the_stream_norms_and_head_in_fp32(dtype: torch.dtype) -> None:
+    config = small_config()
+    exact, rounded = random_var(config), random_var(config, dtype)
+    edits = random_edits(config)
+    streams: list[torch.Tensor] = []
+    for block in rounded.blocks:
+        block.register_forward_hook(lambda module, inputs, output: streams.append(output))
+    bits = random_bits(edits)
+    one = edits.run(exact, forced(bits), temperature=1.0)
+    other = edits.run(rounded, forced(bits), temperature=1.0)
+    assert {x.dtype for x in streams} == {torch.float32}
+    assert rounded.blocks[0].mlp[0].weight.dtype == dtype
+    assert {p.dtype for m in (rounded.head, rounded.text_norm) for p in m.parameters()} == {
+        torch.float32
+    }
+    for a, b in zip(one, other, strict=True):
+        assert b.logits.dtype == torch.float32
+        error = (a.logits - b.logits).abs().max()
+        assert 0 < error < 0.05 * a.logits.abs().max()
+
+
+def test_weights_may_be_stored_smaller_than_they_are_computed_with() -> None:
+    config = small_config()
+    stored = random_var(config, torch.float32, torch.bfloat16)
+    widened = random_var(config)
+    widened.load_state_dict(stored.state_dict())
+    edits = random_edits(config)
+    bits = random_bits(edits)
+    assert stored.blocks[0].self_attention.qkv.weight.dtype == torch.bfloat16
+    for a, b in zip(
+        edits.run(stored, forced(bits)), edits.run(widened, forced(bits)), strict=True
+    ):
+        assert torch.equal(a.logits, b.logits)
+
+
+def test_seeds_choose_bits_by_picture_and_scale() -> None:
+    config = small_config()
+    choose = seeded([4, 5])
+    probability = torch.full((2, 4, config.transformer.token_channels), 0.5)
+    bits = choose(1, probability)
+    assert torch.equal(bits, noise_of(config, [4, 5], 1) < 0.5)
+    assert torch.equal(choose(1, probability), bits)
+    assert torch.equal(seeded([5])(1, probability[:1])[0], bits[1])
+    assert not torch.equal(bits[0], bits[1])

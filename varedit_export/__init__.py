@@ -1,0 +1,1 @@
+"""From released checkpoints to the files that run: the `varedit-export` command (`cli.py`)."""
