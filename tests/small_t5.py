@@ -10,7 +10,9 @@ from transformers import T5Config, T5ForConditionalGeneration
 WORDS = ("make", "the", "sky", "red", "add", "a", "hat", "remove", "dog")
 
 
-def write_t5(folder: Path, width: int = 128, shards: str = "safetensors") -> T5ForConditionalGeneration:
+def write_t5(
+    folder: Path, width: int = 128, shards: str = "safetensors"
+) -> T5ForConditionalGeneration:
     """Write a T5, encoder and decoder, as sharded .safetensors or .bin; return the model."""
     config = T5Config(
         vocab_size=32,
@@ -20,7 +22,6 @@ def write_t5(folder: Path, width: int = 128, shards: str = "safetensors") -> T5F
         num_layers=2,
         num_heads=4,
         feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False,
     )
     torch.manual_seed(0)
     model = T5ForConditionalGeneration(config).eval()

@@ -98,7 +98,11 @@ def save_pth(state: State, folder: Path) -> Path:
 
 
 def save_parameters(state: State, folder: Path) -> Path:
-    return save_pth({name: torch.nn.Parameter(tensor) for name, tensor in state.items()}, folder)
+    parameters: State = {
+        name: torch.nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
+        for name, tensor in state.items()
+    }
+    return save_pth(parameters, folder)
 
 
 def save_safetensors(state: State, folder: Path) -> Path:
@@ -194,7 +198,10 @@ def test_products_are_kept_in_the_weight_type_and_the_rest_in_fp32() -> None:
         RECORDED / "var.pth", CONFIG.transformer, torch.float32, torch.bfloat16
     )
     released = recorded_transformer()
-    assert torch.equal(model.get_parameter("text_memory.0.weight"), released["text_proj_for_ca.0.weight"].bfloat16())
+    assert torch.equal(
+        model.get_parameter("text_memory.0.weight"),
+        released["text_proj_for_ca.0.weight"].bfloat16(),
+    )
     assert torch.equal(model.get_parameter("head.weight"), released["head.weight"])
     types = {p.dtype for name, p in model.named_parameters() if name.endswith(".qkv.weight")}
     assert types == {torch.bfloat16}
@@ -443,7 +450,9 @@ def test_all_mismatches_are_one_error_with_names_and_counts(tmp_path: Path) -> N
         state |= {"ema.decay": torch.zeros(1)}
 
     message = load_edited(tmp_path, edit)
-    assert "weights.pth does not fit: 8 missing (block_chunks.0.module.0.ffn.fc1.weight, " in message
+    assert (
+        "weights.pth does not fit: 8 missing (block_chunks.0.module.0.ffn.fc1.weight, " in message
+    )
     assert "block_chunks.0.module.1.ffn.fc1.weight, ...), 1 unexpected (ema.decay), " in message
     assert "2 misshapen (head.weight [3, 4] for [16, 64], head.bias [16, 1] for [16])" in message
     assert message.endswith("give a whole checkpoint of the size asked for")

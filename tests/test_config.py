@@ -34,7 +34,7 @@ def test_other_aspect_ratios_are_reachable_by_name() -> None:
 
 
 def test_unknown_names_say_what_exists() -> None:
-    with pytest.raises(ConfigError, match="3b.*2b, 8b"):
+    with pytest.raises(ConfigError, match=r"3b.*2b, 8b"):
         preset("3b")
     with pytest.raises(ConfigError, match="256"):
         preset("2b", 300)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import struct
 import subprocess
 import sys
 import tarfile
@@ -152,6 +153,15 @@ def test_an_error_is_one_line_and_a_traceback_comes_with_debug(tmp_path: Path):
     debugged = command("varedit-run", "--debug", *arguments)
     assert debugged.returncode == 1
     assert "Traceback" in debugged.stderr
+
+
+def test_warnings_of_libraries_do_not_add_to_the_line(tmp_path: Path):
+    huge = tmp_path / "huge.bmp"
+    size_and_depth = struct.pack("<IiiHH24x", 40, 10_000, 10_000, 1, 24)
+    huge.write_bytes(b"BM" + struct.pack("<8xI", 54) + size_and_depth)
+    arguments = ("prepare", huge, "-o", tmp_path / "out.png")
+    assert command("varedit-run", *arguments).stderr.count("\n") == 1
+    assert "DecompressionBombWarning" in command("varedit-run", "--debug", *arguments).stderr
 
 
 CONVERT = ("--checkpoint", "v", "--tokenizer", "t", "--text-encoder", "e", "-o", "out")

@@ -244,6 +244,25 @@ def test_an_embedded_profile_is_applied(written_as: str):
     assert np.allclose(pixels(file), [[127, 255, 127]], atol=2)
 
 
+def grey_profile_with_gamma_1() -> bytes:
+    """The least that is an ICC profile: a linear tone curve and the D50 white point."""
+    curve = b"curv" + struct.pack(">IIHxx", 0, 1, 256)
+    white = b"XYZ " + struct.pack(">Iiii", 0, 63190, 65536, 54061)
+    tags = struct.pack(">I4sII4sII", 2, b"kTRC", 156, 14, b"wtpt", 172, 20)
+    kind = struct.pack(">4sI4s4s4s", b"", 0x02400000, b"mntr", b"GRAY", b"XYZ ")
+    illuminant = struct.pack(">iii", 63190, 65536, 54061)
+    header = kind + bytes(12) + b"acsp" + bytes(28) + illuminant + bytes(48)
+    return struct.pack(">I", 192) + header + tags + curve + white
+
+
+@pytest.mark.parametrize("mode", ["L", "LA"])
+def test_a_grey_profile_is_applied_to_a_grey_picture(mode: str):
+    # Half of the light is sRGB level 188.
+    image = Image.new("L", (1, 1), 128).convert(mode)
+    file = encoded(image, "PNG", icc_profile=grey_profile_with_gamma_1())
+    assert np.allclose(pixels(file), grey(188), atol=1)
+
+
 def test_an_srgb_profile_changes_nothing():
     picture = noise_picture(16, 16)
     file = encoded(picture, "PNG", icc_profile=srgb_profile())
@@ -278,8 +297,9 @@ def test_an_unusable_profile_is_ignored(mode: str):
 def test_pictures_are_turned_upright_once(written_as: str, orientation: int, upright: np.ndarray):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    picture = np.asarray(open_picture(encoded(BLOCKS, written_as, exif=exif)))
-    centres = picture[8::16, 8::16, 0]
+    picture = open_picture(encoded(BLOCKS, written_as, exif=exif))
+    assert not picture.getexif()
+    centres = np.asarray(picture)[8::16, 8::16, 0]
     assert centres.shape == upright.shape
     assert np.allclose(centres, upright, atol=6)
 
@@ -356,7 +376,7 @@ def test_a_picture_without_pixels_is_refused(size: tuple[int, int]):
 
 def test_the_limit_is_checked_before_anything_is_decoded():
     no_pixels_follow = png(300, 200)
-    with pytest.raises(PictureError, match="300 x 200.*59999 pixels"):
+    with pytest.raises(PictureError, match=r"300 x 200.*59999 pixels"):
         open_picture(no_pixels_follow, max_pixels=59_999)
     with pytest.raises(PictureError, match="truncated"):
         open_picture(no_pixels_follow, max_pixels=60_000)

@@ -28,9 +28,6 @@ def test_the_nucleus_makes_rare_values_impossible() -> None:
 def test_probability_is_of_bit_1_and_draws_are_strictly_under_it() -> None:
     logits = torch.tensor([[0.0, 1.0]])
     assert bit_probability(logits).item() == pytest.approx(0.7310586)
-    assert draw(torch.tensor([0.5, 0.5, 0.0, 1.0]), torch.tensor([0.5, 0.49, 0.0, 0.999])).tolist() == [
-        False,
-        True,
-        False,
-        True,
-    ]
+    probability = torch.tensor([0.5, 0.5, 0.0, 1.0])
+    noise = torch.tensor([0.5, 0.49, 0.0, 0.999])
+    assert draw(probability, noise).tolist() == [False, True, False, True]

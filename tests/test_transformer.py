@@ -3,6 +3,7 @@
 import pytest
 import torch
 from small import SmallEdits, noise_of, random_edits, random_var, small_config
+from torch import nn
 
 from varedit_reference.config import Conditioning, RotaryLayout
 from varedit_reference.kv_cache import KVCache, sar_mask, source_length
@@ -127,13 +128,17 @@ def test_half_products_keep_the_stream_norms_and_head_in_fp32(dtype: torch.dtype
     exact, rounded = random_var(config), random_var(config, dtype)
     edits = random_edits(config)
     streams: list[torch.Tensor] = []
+
+    def keep(module: nn.Module, inputs: object, output: torch.Tensor) -> None:
+        streams.append(output)
+
     for block in rounded.blocks:
-        block.register_forward_hook(lambda module, inputs, output: streams.append(output))
+        block.register_forward_hook(keep)
     bits = random_bits(edits)
     one = edits.run(exact, forced(bits), temperature=1.0)
     other = edits.run(rounded, forced(bits), temperature=1.0)
     assert {x.dtype for x in streams} == {torch.float32}
-    assert rounded.blocks[0].mlp[0].weight.dtype == dtype
+    assert rounded.state_dict()["blocks.0.mlp.0.weight"].dtype == dtype
     assert {p.dtype for m in (rounded.head, rounded.text_norm) for p in m.parameters()} == {
         torch.float32
     }
@@ -150,10 +155,8 @@ def test_weights_may_be_stored_smaller_than_they_are_computed_with() -> None:
     widened.load_state_dict(stored.state_dict())
     edits = random_edits(config)
     bits = random_bits(edits)
-    assert stored.blocks[0].self_attention.qkv.weight.dtype == torch.bfloat16
-    for a, b in zip(
-        edits.run(stored, forced(bits)), edits.run(widened, forced(bits)), strict=True
-    ):
+    assert stored.state_dict()["blocks.0.self_attention.qkv.weight"].dtype == torch.bfloat16
+    for a, b in zip(edits.run(stored, forced(bits)), edits.run(widened, forced(bits)), strict=True):
         assert torch.equal(a.logits, b.logits)
 
 

@@ -34,9 +34,7 @@ def main() -> None:
 )
 @click.option("--text-encoder", type=_PATH, required=True, help="The flan-t5-xl folder.")
 @click.option("-o", "--output", type=_PATH, required=True, help="The folder to write into.")
-def convert(
-    size: str, checkpoint: Path, tokenizer: Path, text_encoder: Path, output: Path
-) -> None:
+def convert(size: str, checkpoint: Path, tokenizer: Path, text_encoder: Path, output: Path) -> None:
     """Write one safetensors file per component of the released checkpoints."""
     with needs_extra("export"):
         from varedit_reference.convert import convert as convert_checkpoints

@@ -6,7 +6,7 @@ reference's own names, as `convert.py` writes them, load as well.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -192,15 +192,15 @@ def empty_tokenizer(config: TokenizerConfig) -> Tokenizer:
         return Tokenizer(config)
 
 
-def transformer_layout(names: Mapping[str, Tensor], config: TransformerConfig) -> Layout:
+def transformer_layout(names: Collection[str], config: TransformerConfig) -> Layout:
     """The layout in which a file's names are."""
-    if "token_embedding.weight" in names:
+    if any(".self_attention." in name for name in names):
         return own_layout
     chunks = {int(i) for i in re.findall(r"^block_chunks\.(\d+)\.", "\n".join(names), re.M)}
     return released_transformer(config.depth, len(chunks) or None)
 
 
-def tokenizer_layout(names: Mapping[str, Tensor]) -> Layout:
+def tokenizer_layout(names: Collection[str]) -> Layout:
     """The layout in which a file's names are."""
     if any(".levels." in name for name in names):
         return own_layout

@@ -192,9 +192,7 @@ def preset(name: str, resolution: int = 512, aspect: str = "1:1") -> ModelConfig
         grids=scale_grids(resolution, aspect),
         table_grids=scale_grids(1024, aspect),
     )
-    return ModelConfig(
-        name, size.tokenizer, transformer, size.guidance_scale, size.temperature
-    )
+    return ModelConfig(name, size.tokenizer, transformer, size.guidance_scale, size.temperature)
 
 
 def with_conditioning(config: ModelConfig, conditioning: Conditioning) -> ModelConfig:

@@ -72,7 +72,9 @@ class Recording:
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.tensors:
-            raise CheckpointError(f"{self.folder}/golden.safetensors lacks {name!r}; record it anew")
+            raise CheckpointError(
+                f"{self.folder}/golden.safetensors lacks {name!r}: record it again"
+            )
         return self.tensors[name]
 
     @property
@@ -245,9 +247,7 @@ def _share(difference: Tensor) -> float:
     return (difference > 0).double().mean().item()
 
 
-def _measure(
-    stage: str, actual: Tensor, expected: Tensor | float, tolerance: float
-) -> Measurement:
+def _measure(stage: str, actual: Tensor, expected: Tensor | float, tolerance: float) -> Measurement:
     if isinstance(expected, Tensor) and actual.shape != expected.shape:
         raise CheckpointError(
             f"{stage}: the reference gives {list(actual.shape)}, the recording holds "

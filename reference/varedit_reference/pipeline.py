@@ -38,7 +38,7 @@ class VAREdit:
         temperature: float | Sequence[float] | None = None,
         on_scale: Callable[[PredictedScale], None] | None = None,
     ) -> list[Image.Image]:
-        """Edit RGB pictures (see `varedit_runtime.pictures.open_picture`), one prompt and seed each.
+        """Edit RGB pictures (see `varedit_runtime.pictures`), one prompt and seed each.
 
         guidance_scale and temperature are numbers or one per scale, by default the model's own;
         a guidance of 1 leaves out the unconditional rows. Raises ConfigError when the counts
@@ -51,9 +51,9 @@ class VAREdit:
                 f"{len(negative_prompt or [])} negative prompts; give one of each per picture"
             )
         guidance = self.config.guidance_scale if guidance_scale is None else guidance_scale
-        features = [self.text_encoder.encode(prompt)]
+        features = self.text_encoder.encode(prompt)
         negatives = self.text_encoder.encode(negative_prompt) if negative_prompt else None
-        rows = self.transformer.text_rows(features[0], guidance != 1, negatives)
+        rows = self.transformer.text_rows(features, guidance != 1, negatives)
         scales = predict_scales(
             self.transformer,
             self.config,
@@ -63,10 +63,12 @@ class VAREdit:
             guidance,
             self.config.temperature if temperature is None else temperature,
         )
-        for scale in scales:
+        total = torch.empty(0)
+        for step in scales:
+            total = step.sum
             if on_scale is not None:
-                on_scale(scale)
-        return self.draw(scale.sum, [picture.size for picture in image])
+                on_scale(step)
+        return self.draw(total, [picture.size for picture in image])
 
     def read(self, image: Sequence[Image.Image]) -> Tensor:
         """Pictures -> source tokens [B, S, c]."""

@@ -58,9 +58,7 @@ def predict_scales(
     cache = model.prefill(source_tokens, text)
     for k, grid in enumerate(grids):
         tokens = None if k == 0 else next_tokens(total, grid, patch)
-        logits = guide(
-            model.predict(k, tokens, text, cache), guidance[k], temperatures[k], guided
-        )
+        logits = guide(model.predict(k, tokens, text, cache), guidance[k], temperatures[k], guided)
         probability = nucleus(bit_probability(logits))
         bits = choose(k, probability)
         total = add_scale(total, from_tokens(bits, grid, patch))

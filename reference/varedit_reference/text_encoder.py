@@ -83,8 +83,7 @@ def encoder_weights(folder: str | Path) -> dict[str, Tensor]:
     """
     weights = open_weights(folder)
     encoder = {name: t for name, t in weights.items() if name.startswith("encoder.")}
-    embedding = encoder.pop(EMBEDDING, None)
-    embedding = weights.get(SHARED, embedding)
+    embedding = encoder.pop(EMBEDDING, weights.get(SHARED))
     if embedding is None or not encoder:
         raise CheckpointError(
             f"{folder} holds no T5 encoder: expected tensors named {SHARED} and encoder.*; give a "

@@ -125,4 +125,3 @@ def _middle(channels: int) -> nn.Sequential:
 
 def _norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(group_count(channels), channels, eps=1e-6)
-

@@ -1,7 +1,7 @@
 """The next-scale transformer, top to bottom: VAR, then a block, then its parts.
 
 Shape suffixes: R rows (pictures x guidance, conditional rows first), L tokens in, S tokens seen,
-T text tokens, C width, H heads, D = C/H, c bits of a token. Cached keys and values are [S, R, H, D].
+T text tokens, C width, H heads, D = C/H, c bits of a token. The cache is [S, R, H, D].
 
 The residual stream, norms, softmax, AdaLN and head are fp32; the other matrix products take
 `compute_dtype`. Weights may be stored in a smaller type and are then widened product by product.
@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import log
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -67,7 +68,9 @@ class VAR(nn.Module):
             product(config.text_channels, width), nn.GELU("tanh"), product(width, width)
         )
         self.shared_modulation = nn.Linear(width, 6 * width)
-        self.blocks = nn.ModuleList(Block(config, product) for _ in range(config.depth))
+        self.blocks = cast(
+            "Sequence[Block]", nn.ModuleList(Block(config, product) for _ in range(config.depth))
+        )
         self.head_modulation = nn.Linear(width, 2 * width)
         self.head = nn.Linear(width, 2 * config.token_channels)
 
@@ -142,7 +145,9 @@ class VAR(nn.Module):
         scales = x_RSC[:, -sum(lengths) :].split(lengths, dim=1)
         return [self._logits(x_RLC, text) for x_RLC in scales]
 
-    def _run(self, x_RLC: Tensor, text: TextCondition, rotate: Rotation, context: Context) -> Tensor:
+    def _run(
+        self, x_RLC: Tensor, text: TextCondition, rotate: Rotation, context: Context
+    ) -> Tensor:
         for i, block in enumerate(self.blocks):
             x_RLC = block(x_RLC, text, i, rotate, partial(context, i))
         return x_RLC
@@ -186,13 +191,16 @@ class Block(nn.Module):
         )
 
     def forward(
-        self, x_RLC: Tensor, text: TextCondition, index: int, rotate: Rotation, context: BlockContext
+        self,
+        x_RLC: Tensor,
+        text: TextCondition,
+        index: int,
+        rotate: Rotation,
+        context: BlockContext,
     ) -> Tensor:
         modulation = (text.modulation + self.modulation)[:, :, None]
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation.unbind(1)
-        attended = self.self_attention(
-            _layer_norm(x_RLC) * (1 + scale1) + shift1, rotate, context
-        )
+        attended = self.self_attention(_layer_norm(x_RLC) * (1 + scale1) + shift1, rotate, context)
         x_RLC = x_RLC + gamma1 * attended
         x_RLC = x_RLC + self.cross_attention(
             self.cross_norm(x_RLC), text.keys[index], text.values[index], text.mask

@@ -74,9 +74,10 @@ def pad_and_resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     squares, one of the picture's longer side, as released. Raises PictureError when the picture is
     so long and thin that its canvas would not fit in memory.
     """
+    height, width = size
     canvas = Image.new("RGB", _canvas_size(image.size, size), _WHITE)
     canvas.paste(image, (0, 0))
-    return canvas.resize(size[::-1], Image.Resampling.LANCZOS)
+    return canvas.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def to_square(image: Image.Image, size: int | tuple[int, int]) -> np.ndarray:
@@ -165,12 +166,12 @@ def _plain_rgb(image: Image.Image, max_pixels: int) -> Image.Image:
         raise PictureError(
             f"it is {width} x {height}, and a picture must have from 1 to {max_pixels} pixels"
         )
-    image.load()  # before the EXIF data, which may follow the pixels
+    image.load()  # decodes; from here on size, mode and info can be trusted
     colours, alpha = _split_alpha(_eight_bit(image))
     rgb = Image.new("RGB", image.size, _WHITE)
     rgb.paste(_to_srgb(colours, image.info.get("icc_profile")), mask=alpha)
     rgb.getexif()[ExifTags.Base.Orientation] = _orientation(image)
-    return _pixels_only(ImageOps.exif_transpose(rgb))
+    return ImageOps.exif_transpose(rgb)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -215,12 +216,9 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
         image = image.convert("RGB")
     if profile:
         try:
-            return ImageCms.profileToProfile(
-                image,
-                ImageCms.ImageCmsProfile(BytesIO(profile)),
-                ImageCms.createProfile("sRGB"),
-                outputMode="RGB",
-            )
+            embedded = ImageCms.ImageCmsProfile(BytesIO(profile))
+            srgb = ImageCms.createProfile("sRGB")
+            return ImageCms.buildTransform(embedded, srgb, image.mode, "RGB").apply(image)
         except (ImageCms.PyCMSError, OSError):
             pass
     return image.convert("RGB")

@@ -1,0 +1,222 @@
+"""The training loop that tokenizer and transformer share."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeVar
+
+import click
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from varedit_reference.nano.checkpointing import RunFolder, TrainingState
+from varedit_reference.nano.data import batches
+from varedit_runtime.errors import ConfigError
+
+Batch = TypeVar("Batch")
+Precision = Literal["fp32", "bf16"]
+
+SMALLEST_COSINE = 0.98
+LARGEST_NORM_ERROR = 0.1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model learns: the same on every machine."""
+
+    steps: int
+    batch: int
+    learning_rate: float
+    weight_decay: float
+    betas: tuple[float, float]
+    warmup: int
+    clip: float = 1.0
+    ema_decay: float = 0.999
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where and how it is computed, and how often something is written."""
+
+    device: str = "cpu"
+    workers: int = 0
+    precision: Precision = "fp32"
+    compiled: bool = False
+    log_every: int = 20
+    save_every: int = 200
+    report_every: int = 500
+
+
+class Task(Protocol[Batch]):
+    """What is learned. `fast`: as the machine computes; else in eager fp32."""
+
+    model: nn.Module
+
+    @property
+    def dataset(self) -> Dataset[Batch]: ...
+
+    def losses(self, batch: Batch, step: int, fast: bool) -> dict[str, Tensor]:
+        """What a batch costs: "loss" is minimised, the rest is logged. Scalars."""
+        ...
+
+    def report(self, model: nn.Module) -> tuple[dict[str, float], Image.Image]:
+        """Scores and a sheet of pictures of the averaged model."""
+        ...
+
+    def export(self, model: nn.Module, folder: Path) -> None:
+        """Write the averaged weights."""
+        ...
+
+
+def train(task: Task[Any], recipe: Recipe, machine: Machine, run: RunFolder) -> TrainingState:
+    """Train from where the run folder is to the recipe's last step."""
+    state = TrainingState.start(task.model, _optimiser(task.model, recipe))
+    run.resume(state)
+    if machine.precision != "fp32" or machine.compiled:
+        check_gradients(task)
+    steps = range(state.step, recipe.steps)
+    progress = tqdm(
+        batches(task.dataset, steps, machine.workers),
+        initial=state.step,
+        total=recipe.steps,
+        disable=None,
+    )
+    logged = Averages()
+    for step, batch in zip(steps, progress, strict=True):
+        logged.add(train_step(task, state, recipe, batch, fast=True))
+        if _due(state.step, machine.log_every, recipe):
+            entry = logged.take()
+            run.log({"step": state.step, "rate": learning_rate(recipe, step), **entry})
+            progress.set_postfix({"loss": f"{entry['loss']:.4f}"})
+        if _due(state.step, machine.report_every, recipe):
+            scores, sheet = task.report(state.ema)
+            run.log({"step": state.step, **scores})
+            sheet.save(run.sheets / f"{state.step:07}.png")
+        if _due(state.step, machine.save_every, recipe):
+            run.save(state)
+            task.export(state.ema, run.ema)
+    return state
+
+
+def train_step(
+    task: Task[Batch], state: TrainingState, recipe: Recipe, batch: Batch, fast: bool = False
+) -> dict[str, Tensor]:
+    """One step of AdamW and of the EMA; returns the losses before it."""
+    for group in state.optimiser.param_groups:
+        group["lr"] = learning_rate(recipe, state.step)
+    losses = task.losses(batch, state.step, fast)
+    state.optimiser.zero_grad(set_to_none=True)
+    losses["loss"].backward()
+    norm = nn.utils.clip_grad_norm_(state.model.parameters(), recipe.clip)
+    state.optimiser.step()
+    state.step += 1
+    average(state.ema, state.model, ema_decay(recipe, state.step))
+    return {name: loss.detach() for name, loss in losses.items()} | {"gradient": norm.detach()}
+
+
+def learning_rate(recipe: Recipe, step: int) -> float:
+    """Linear up over the warmup, then linear down to zero after the last step."""
+    up = (step + 1) / max(recipe.warmup, 1)
+    down = (recipe.steps - step) / max(recipe.steps - recipe.warmup, 1)
+    return recipe.learning_rate * min(up, down, 1.0)
+
+
+def ema_decay(recipe: Recipe, step: int) -> float:
+    """The average's memory, shorter at first so that it forgets the untrained weights."""
+    return min(recipe.ema_decay, (1 + step) / (10 + step))
+
+
+@torch.no_grad()
+def average(ema: nn.Module, model: nn.Module, decay: float) -> None:
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+
+@dataclass
+class Averages:
+    """Means of logged scalars; they are read from the device only when taken."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    count: int = 0
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        self.sums = {name: self.sums.get(name, 0) + value for name, value in values.items()}
+        self.count += 1
+
+    def take(self) -> dict[str, float]:
+        means = {name: float(value) / self.count for name, value in self.sums.items()}
+        self.sums, self.count = {}, 0
+        return means
+
+
+def check_gradients(task: Task[Any]) -> tuple[float, float]:
+    """Compare the fast path's gradients on one batch with eager fp32's.
+
+    Returns the cosine between them and the ratio of their norms. Raises ConfigError when they
+    differ by more than rounding explains: such a path learns wrongly.
+    """
+    batch = task.dataset[0]
+    exact, fast = (_gradient(task, batch, fast) for fast in (False, True))
+    cosine = float(nn.functional.cosine_similarity(exact, fast, dim=0))
+    ratio = float(fast.norm() / exact.norm())
+    if not (cosine >= SMALLEST_COSINE and abs(ratio - 1) <= LARGEST_NORM_ERROR):
+        raise ConfigError(
+            f"the fast path's gradients are wrong here: cosine {cosine:.4f} to eager fp32, norm "
+            f"{ratio:.3f} times its; train without --compiled or with --precision fp32"
+        )
+    return cosine, ratio
+
+
+def _gradient(task: Task[Any], batch: Any, fast: bool) -> Tensor:
+    task.model.zero_grad(set_to_none=True)
+    task.losses(batch, 0, fast)["loss"].backward()
+    grads = [p.grad for p in task.model.parameters() if p.grad is not None]
+    gradient = torch.cat([grad.flatten() for grad in grads]).double()
+    task.model.zero_grad(set_to_none=True)
+    return gradient
+
+
+def _optimiser(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
+    """AdamW; vectors (biases, norms, gammas) are not decayed."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": recipe.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas)
+
+
+def _due(step: int, every: int, recipe: Recipe) -> bool:
+    return step % every == 0 or step == recipe.steps
+
+
+def machine_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The command-line options of `Machine`."""
+    options = [
+        click.option("--device", default="cpu", show_default=True, help="cpu or cuda."),
+        click.option("--workers", default=0, show_default=True, help="Processes that draw ahead."),
+        click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32"),
+        click.option("--compiled", is_flag=True, help="Use torch.compile."),
+        click.option("--log-every", default=20, show_default=True, help="Steps."),
+        click.option("--save-every", default=200, show_default=True, help="Steps."),
+        click.option("--report-every", default=500, show_default=True, help="Steps."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def split_options(options: Mapping[str, Any]) -> tuple[Machine, dict[str, Any]]:
+    """Command-line options -> the machine's, and all others."""
+    names = {f.name for f in fields(Machine)}
+    machine = Machine(**{name: value for name, value in options.items() if name in names})
+    return machine, {name: value for name, value in options.items() if name not in names}
+
+
+def recorded(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as the run folder keeps it."""
+    return asdict(recipe)

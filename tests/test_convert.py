@@ -1,0 +1,207 @@
+"""The converter: what it writes is what it read, whole or not at all."""
+
+import json
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from small_t5 import write_t5
+from torch import Tensor
+
+from varedit_reference import weights_file
+from varedit_reference.checkpoint import load_tokenizer, load_transformer
+from varedit_reference.config import preset
+from varedit_reference.convert import convert
+from varedit_reference.initialise import write_released_tokenizer, write_released_transformer
+from varedit_reference.text_encoder import TextEncoder
+from varedit_reference.weights_file import open_weights, write_safetensors
+from varedit_runtime.errors import CheckpointError, ConfigError
+
+CONFIG = preset("tiny-2b")
+FILES = [
+    "transformer.safetensors",
+    "tokenizer.safetensors",
+    "text_encoder/model.safetensors",
+    "text_encoder/config.json",
+    "text_encoder/tokenizer.json",
+]
+
+
+@pytest.fixture(params=[torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def released(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Path]:
+    folder = tmp_path / "released"
+    write_released_transformer(CONFIG, 1, folder / "var.pth", request.param, chunks=2)
+    write_released_tokenizer(CONFIG, 2, folder / "vae.pth", request.param)
+    write_t5(folder / "t5", shards="bin")
+    return {
+        "transformer": folder / "var.pth",
+        "tokenizer": folder / "vae.pth",
+        "text_encoder": folder / "t5",
+    }
+
+
+def files_in(folder: Path) -> list[str]:
+    return sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+
+
+def test_a_converted_model_is_the_released_one_bit_for_bit(
+    released: dict[str, Path], tmp_path: Path
+) -> None:
+    output = tmp_path / "converted"
+    assert convert("tiny-2b", **released, output=output) == [output / name for name in FILES]
+    assert files_in(output) == sorted(FILES)
+    pairs = [
+        (
+            load_transformer(released["transformer"], CONFIG.transformer),
+            load_transformer(output / "transformer.safetensors", CONFIG.transformer),
+        ),
+        (
+            load_tokenizer(released["tokenizer"], CONFIG.tokenizer),
+            load_tokenizer(output / "tokenizer.safetensors", CONFIG.tokenizer),
+        ),
+    ]
+    for direct, converted in pairs:
+        expected = direct.state_dict()
+        assert expected.keys() == converted.state_dict().keys()
+        for name, tensor in converted.state_dict().items():
+            assert torch.equal(tensor, expected[name])
+    prompt = ["make the sky red"]
+    [expected_features] = TextEncoder.load(released["text_encoder"]).encode(prompt)
+    [features] = TextEncoder.load(output / "text_encoder").encode(prompt)
+    assert torch.equal(features, expected_features)
+
+
+def test_converted_files_keep_the_float_type_and_say_what_they_are(
+    released: dict[str, Path], tmp_path: Path
+) -> None:
+    convert("tiny-2b", **released, output=tmp_path / "out")
+    stored = next(iter(open_weights(released["transformer"]).values())).dtype
+    for component in ("transformer", "tokenizer"):
+        with safe_open(tmp_path / "out" / f"{component}.safetensors", framework="pt") as file:
+            assert file.metadata() == {
+                "format": "varedit_reference",
+                "component": component,
+                "size": "tiny-2b",
+            }
+            assert {file.get_tensor(name).dtype for name in file.keys()} == {stored}  # noqa: SIM118
+    names = open_weights(tmp_path / "out" / "text_encoder")
+    assert "shared.weight" in names
+    assert not [n for n in names if n.startswith(("decoder", "lm_head")) or "embed_tokens" in n]
+
+
+def test_a_conversion_is_quiet_where_nobody_watches(
+    released: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    capfd.readouterr()
+    convert("tiny-2b", **released, output=tmp_path / "out")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_converting_again_replaces_the_files(released: dict[str, Path], tmp_path: Path) -> None:
+    convert("tiny-2b", **released, output=tmp_path / "out")
+    (tmp_path / "out" / "transformer.safetensors").write_bytes(b"old")
+    convert("tiny-2b", **released, output=tmp_path / "out")
+    load_transformer(tmp_path / "out" / "transformer.safetensors", CONFIG.transformer)
+
+
+def test_a_wrong_size_or_component_writes_nothing(
+    released: dict[str, Path], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    with pytest.raises(CheckpointError, match="pass --size tiny-2b"):
+        convert("tiny-8b", **released, output=output)
+    with pytest.raises(ConfigError, match="no size is called '3b'"):
+        convert("3b", **released, output=output)
+    with pytest.raises(CheckpointError, match="looks like the transformer of size tiny-2b"):
+        convert("tiny-2b", **{**released, "tokenizer": released["transformer"]}, output=output)
+    write_t5(tmp_path / "narrow", width=64)
+    with pytest.raises(CheckpointError, match="an encoder of width 64, and the transformer reads"):
+        convert("tiny-2b", **{**released, "text_encoder": tmp_path / "narrow"}, output=output)
+    assert not output.exists()
+
+
+def test_too_small_a_disk_is_noticed_before_anything_is_written(
+    released: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = released["transformer"].stat().st_size + 1000  # room for the first file only
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": size}))
+    with pytest.raises(CheckpointError, match=r"GB free and .* GB are to be written: free some"):
+        convert("tiny-2b", **released, output=tmp_path / "out")
+    assert files_in(tmp_path / "out") == []
+
+
+def test_an_output_that_is_a_file_is_a_typed_error(
+    released: dict[str, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "out").touch()
+    with pytest.raises(CheckpointError, match="cannot make the folder"):
+        convert("tiny-2b", **released, output=tmp_path / "out")
+
+
+@pytest.fixture
+def small_disk() -> Iterator[None]:
+    """Files cannot grow past 100 kB: a write fails midway, as on a disk that fills up."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.usefixtures("small_disk")
+def test_a_write_that_fails_midway_leaves_nothing(tmp_path: Path) -> None:
+    tensors = [(name, torch.zeros(20_000)) for name in "abc"]
+    with pytest.raises(CheckpointError, match=r"cannot write .*weights\.safetensors: File too"):
+        write_safetensors(tmp_path / "weights.safetensors", tensors, {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupt_midway_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(b"old")
+
+    def interrupted(items: list[Any], **options: Any) -> Iterator[Any]:
+        yield items[0]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(weights_file, "tqdm", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_safetensors(path, [("a", torch.zeros(9)), ("b", torch.zeros(9))], {})
+    assert list(tmp_path.iterdir()) == [path]
+    assert path.read_bytes() == b"old"
+
+
+def test_the_written_format_is_safetensors(tmp_path: Path) -> None:
+    tensors: dict[str, Tensor] = {
+        "odd bf16": torch.randn(3).bfloat16(),
+        "scalar": torch.tensor(2.5),
+        "transposed": torch.randn(4, 5).T,
+        "double": torch.randn(2, 2, dtype=torch.float64),
+        "half": torch.randn(7).half(),
+        "empty": torch.zeros(0, 3),
+        "ünicode": torch.ones(1),
+    }
+    path = tmp_path / "weights.safetensors"
+    write_safetensors(path, tensors.items(), {"size": "2b"})
+    loaded = open_weights(path)
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert loaded[name].dtype == tensor.dtype
+        assert torch.equal(loaded[name], tensor)
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    assert length % 8 == 0 and header.pop("__metadata__") == {"size": "2b"}
+    for name, entry in header.items():
+        assert entry["data_offsets"][0] % tensors[name].itemsize == 0
+
+
+def test_only_float_weights_are_written(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="the weight a is stored as int64"):
+        write_safetensors(tmp_path / "weights.safetensors", [("a", torch.zeros(2).long())], {})
+    assert not list(tmp_path.iterdir())
