@@ -182,7 +182,7 @@ def test_the_written_format_is_safetensors(tmp_path: Path) -> None:
         "scalar": torch.tensor(2.5),
         "transposed": torch.randn(4, 5).T,
         "double": torch.randn(2, 2, dtype=torch.float64),
-        "half": torch.randn(7).half(),
+        "half": torch.randn(8).half(),
         "empty": torch.zeros(0, 3),
         "ünicode": torch.ones(1),
     }

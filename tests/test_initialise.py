@@ -90,6 +90,10 @@ def test_activations_stay_sane_through_forty_blocks(size: str) -> None:
         assert after.std(dim=-1).min() > 0.1
     for _, after in steps[:40] + steps[80:]:  # more than one token: they stay distinct
         assert after.std(dim=1).mean() > 0.1
+    for block in model.blocks:
+        gammas = (text.modulation + block.get_parameter("modulation"))[:, :2]
+        assert 0.8 < gammas.mean() < 1.2
+        assert gammas.std() < 0.3
     for predicted in logits:
         assert 0.3 < predicted.std() < 5
         assert (predicted[0] - predicted[1]).abs().mean() > 0.01  # the text matters
