@@ -2,10 +2,12 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
+from recorder import record
 from safetensors.torch import load_file, save_file
 
 from varedit_reference.golden import check, main, open_recording
@@ -82,3 +84,29 @@ def test_a_folder_that_is_no_recording_is_one_typed_error(tmp_path: Path) -> Non
     result = CliRunner().invoke(main, [str(tmp_path)])
     assert result.exit_code == 1
     assert len(result.output.strip().splitlines()) == 2  # the folder's name, then the error
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {
+            "depth": 6,
+            "block_chunks": 3,
+            "embed_dim": 128,
+            "num_heads": 8,
+            "tau": [0.5] * 3 + [1] * 4,
+        },
+        {"cfg": 1, "pn": "0.25M", "depth": 2, "text_len": 512},
+        {"neg_len": 3, "text_channels": 256, "cfg": [3.0] * 6 + [1.0]},
+        {
+            **{"pn": "1M", "codebook_dim": 3, "patch": 8, "ch_mult": [1, 1, 1, 1], "patchify": 1},
+            **{"depth": 1, "block_chunks": 1, "cfg": 2.0, "neg_len": 9},
+        },
+    ],
+)
+def test_any_recording_of_the_format_is_checked(tmp_path: Path, changes: dict[str, Any]) -> None:
+    recording = open_recording(record(tmp_path / "recording", **changes))
+    lines = list(check(recording))
+    assert not [line for line in lines if not line.passed]
+    recording.tensors["out.guided_logits.6"] += 1e-3
+    assert any(not line.passed for line in check(recording))
