@@ -153,9 +153,9 @@ def small_disk() -> Iterator[None]:
 
 @pytest.mark.usefixtures("small_disk")
 def test_a_write_that_fails_midway_leaves_nothing(tmp_path: Path) -> None:
-    tensors = [(name, torch.zeros(20_000)) for name in "abc"]
+    tensors = {name: torch.zeros(20_000) for name in "abc"}
     with pytest.raises(CheckpointError, match=r"cannot write .*weights\.safetensors: File too"):
-        write_safetensors(tmp_path / "weights.safetensors", tensors, {})
+        write_safetensors(tmp_path / "weights.safetensors", tensors, tensors.__getitem__, {})
     assert not list(tmp_path.iterdir())
 
 
@@ -164,6 +164,7 @@ def test_an_interrupt_midway_leaves_the_old_file(
 ) -> None:
     path = tmp_path / "weights.safetensors"
     path.write_bytes(b"old")
+    tensors = {"a": torch.zeros(9), "b": torch.zeros(9)}
 
     def interrupted(items: list[Any], **options: Any) -> Iterator[Any]:
         yield items[0]
@@ -171,7 +172,7 @@ def test_an_interrupt_midway_leaves_the_old_file(
 
     monkeypatch.setattr(weights_file, "tqdm", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        write_safetensors(path, [("a", torch.zeros(9)), ("b", torch.zeros(9))], {})
+        write_safetensors(path, tensors, tensors.__getitem__, {})
     assert list(tmp_path.iterdir()) == [path]
     assert path.read_bytes() == b"old"
 
@@ -187,7 +188,7 @@ def test_the_written_format_is_safetensors(tmp_path: Path) -> None:
         "ünicode": torch.ones(1),
     }
     path = tmp_path / "weights.safetensors"
-    write_safetensors(path, tensors.items(), {"size": "2b"})
+    write_safetensors(path, tensors, tensors.__getitem__, {"size": "2b"})
     loaded = open_weights(path)
     assert loaded.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -202,6 +203,7 @@ def test_the_written_format_is_safetensors(tmp_path: Path) -> None:
 
 
 def test_only_float_weights_are_written(tmp_path: Path) -> None:
+    tensors = {"a": torch.zeros(2).long()}
     with pytest.raises(CheckpointError, match="the weight a is stored as int64"):
-        write_safetensors(tmp_path / "weights.safetensors", [("a", torch.zeros(2).long())], {})
+        write_safetensors(tmp_path / "weights.safetensors", tensors, tensors.__getitem__, {})
     assert not list(tmp_path.iterdir())

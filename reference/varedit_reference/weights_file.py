@@ -8,7 +8,7 @@ names any other class is refused before anything in it runs.
 import json
 import shutil
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import mkdtemp
@@ -199,29 +199,35 @@ def _check_shards(folder: Path, index: Path, shards: set[str]) -> None:
 
 
 def write_safetensors(
-    path: str | Path, tensors: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str]
+    path: str | Path,
+    layout: Mapping[str, Tensor],
+    make: Callable[[str], Tensor],
+    metadata: Mapping[str, str],
 ) -> None:
     """Write named tensors as a safetensors file, one at a time, all or nothing.
 
-    The tensors may be views of memory maps larger than memory. Shows its progress where stderr is
-    a terminal. Raises CheckpointError, and writes nothing, if the disk has no room or a tensor is
-    of no accepted float type. Format: https://huggingface.co/docs/safetensors#format.
+    layout: types and shapes by name, on the meta device or not; make: the tensor of a name, which
+    is dropped once written. Shows its progress where stderr is a terminal. Raises CheckpointError,
+    and writes nothing, if the disk has no room or a tensor is of no accepted float type. Format:
+    https://huggingface.co/docs/safetensors#format.
     """
     path = Path(path)
     # Wide types first, so that every tensor is aligned to its own type.
-    tensors = sorted(tensors, key=lambda item: -item[1].itemsize)
-    header = _safetensors_header(tensors, metadata)
-    size = len(header) + sum(tensor.nbytes for _, tensor in tensors)
+    names = sorted(layout, key=lambda name: -layout[name].itemsize)
+    header = _safetensors_header([(name, layout[name]) for name in names], metadata)
+    size = len(header) + sum(tensor.nbytes for tensor in layout.values())
     with whole_file(path, size) as partial, partial.open("wb") as file:
         file.write(header)
-        for _, tensor in tqdm(tensors, desc=path.name, unit="tensor", disable=None):
-            file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+        for name in tqdm(names, desc=path.name, unit="tensor", disable=None):
+            tensor = make(name).contiguous()
+            assert (tensor.dtype, tensor.shape) == (layout[name].dtype, layout[name].shape)
+            file.write(tensor.flatten().view(torch.uint8).numpy().data)
 
 
-def _safetensors_header(tensors: list[tuple[str, Tensor]], metadata: Mapping[str, str]) -> bytes:
+def _safetensors_header(layout: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str]) -> bytes:
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
-    for name, tensor in tensors:
+    for name, tensor in layout:
         start, end = end, end + tensor.nbytes
         entries[name] = {
             "dtype": SAFETENSORS_DTYPES[check_float(name, tensor).dtype],

@@ -143,7 +143,8 @@ class TokenizerTask:
         return torch.stack([torch.from_numpy(draw_picture(seed, self.size)) for seed in seeds])
 
     def export(self, model: nn.Module, folder: Path) -> None:
-        write_safetensors(folder / TOKENIZER_FILE, model.state_dict().items(), {})
+        state = model.state_dict()
+        write_safetensors(folder / TOKENIZER_FILE, state, state.__getitem__, {})
 
 
 def quantised_features(features: Tensor, grids: tuple[Grid, ...]) -> tuple[Tensor, Tensor]:

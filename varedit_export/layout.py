@@ -1,0 +1,137 @@
+"""The weights as the graphs use them: what the exporter folds, fuses, transposes and casts.
+
+A graph's weight is named as in `graph_model.py`; this file says how each is made from the
+reference's parameters. What changes on the way, so that no graph has to do it at run time:
+
+- matrices are stored [in, out], as ONNX MatMul reads them;
+- the biases of fused projections are whole, the zero key biases included;
+- the channels of every query and key head go from interleaved pairs to halves (first elements,
+  then second ones), in which a rotation needs no shuffling: their products do not change;
+- a self-attention's learned scale is exp(min(s, ln 100)), an AdaLN scale is 1 + scale.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from varedit_reference.config import TransformerConfig
+from varedit_reference.transformer import MAX_LOG_SCALE
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A graph's weight: the reference's parameters it is made from, and how."""
+
+    sources: tuple[str, ...]
+    make: Callable[..., Tensor]
+
+
+def transformer_layout(config: TransformerConfig) -> dict[str, Weight]:
+    """Every weight of the transformer's graphs, by name."""
+    weights = {
+        "unconditional_text": same("unconditional_text"),
+        "start_token": same("start_token"),
+        "level_embedding": same("level_embedding.weight"),
+        "text_norm": same("text_norm.weight"),
+        "text_pool.query": same("text_pool.query"),
+        "text_pool.kv.weight": transposed("text_pool.kv.weight"),
+        "text_pool.kv.bias": Weight(("text_pool.value_bias",), _after_zeros),
+        **_linear("token_embedding"),
+        **_linear("text_pool.projection"),
+        **_linear("text_memory.0"),
+        **_linear("text_memory.2"),
+        **_linear("head"),
+        "shared_modulation.weight": transposed("shared_modulation.weight"),
+        "shared_modulation.bias": same("shared_modulation.bias"),
+        "head_modulation.weight": transposed("head_modulation.weight"),
+        "head_modulation.bias": Weight(("head_modulation.bias",), _one_plus_first_half),
+    }
+    for i in range(config.depth):
+        block = f"blocks.{i}"
+        weights |= _block(block, config)
+    return weights
+
+
+def _block(block: str, config: TransformerConfig) -> dict[str, Weight]:
+    attention = f"{block}.self_attention"
+    cross = f"{block}.cross_attention"
+    halves = _pairs_to_halves(config)
+
+    def qkv(weight: Tensor) -> Tensor:
+        query, key, value = weight.chunk(3)
+        return torch.cat((query[halves], key[halves], value)).T
+
+    def qkv_bias(query: Tensor, value: Tensor) -> Tensor:
+        return torch.cat((query[halves], torch.zeros_like(value), value))
+
+    return {
+        f"{block}.modulation": Weight((f"{block}.modulation",), _one_plus_scales),
+        f"{block}.qkv.weight": Weight((f"{attention}.qkv.weight",), qkv),
+        f"{block}.qkv.bias": Weight(
+            (f"{attention}.query_bias", f"{attention}.value_bias"), qkv_bias
+        ),
+        f"{block}.attention_scale": Weight((f"{attention}.log_scale",), _attention_scale),
+        **_linear(f"{attention}.projection", f"{block}.projection"),
+        f"{block}.cross_norm.weight": same(f"{block}.cross_norm.weight"),
+        f"{block}.cross_norm.bias": same(f"{block}.cross_norm.bias"),
+        **_linear(f"{cross}.query", f"{block}.cross_query"),
+        f"{block}.cross_kv.weight": transposed(f"{cross}.kv.weight"),
+        f"{block}.cross_kv.bias": Weight((f"{cross}.value_bias",), _after_zeros),
+        **_linear(f"{cross}.projection", f"{block}.cross_projection"),
+        **_linear(f"{block}.mlp.0", f"{block}.mlp_up"),
+        **_linear(f"{block}.mlp.2", f"{block}.mlp_down"),
+    }
+
+
+def convert(
+    layout: Mapping[str, Weight], state: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]
+) -> Iterator[tuple[str, Tensor]]:
+    """Make every weight of a layout from the reference's parameters, one at a time.
+
+    state may be a view of a memory map; dtypes gives each weight's stored type. Weights are
+    made in fp32, whatever the checkpoint's type, and rounded once.
+    """
+    for name, weight in layout.items():
+        sources = [state[source].float() for source in weight.sources]
+        yield name, weight.make(*sources).to(dtypes[name]).contiguous()
+
+
+def same(source: str) -> Weight:
+    return Weight((source,), lambda x: x)
+
+
+def transposed(source: str) -> Weight:
+    return Weight((source,), lambda x: x.T)
+
+
+def _linear(source: str, name: str | None = None) -> dict[str, Weight]:
+    name = name or source
+    return {
+        f"{name}.weight": transposed(f"{source}.weight"),
+        f"{name}.bias": same(f"{source}.bias"),
+    }
+
+
+def _after_zeros(value_bias: Tensor) -> Tensor:
+    return torch.cat((torch.zeros_like(value_bias), value_bias))
+
+
+def _one_plus_first_half(bias: Tensor) -> Tensor:
+    scale, shift = bias.chunk(2)
+    return torch.cat((1 + scale, shift))
+
+
+def _one_plus_scales(modulation: Tensor) -> Tensor:
+    gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
+    return torch.stack((gamma1, gamma2, 1 + scale1, 1 + scale2, shift1, shift2))
+
+
+def _attention_scale(log_scale: Tensor) -> Tensor:
+    return log_scale.clamp(max=MAX_LOG_SCALE).exp()
+
+
+def _pairs_to_halves(config: TransformerConfig) -> Tensor:
+    """Rows of a query or key matrix, heads kept, each head's pairs split into halves, [C]."""
+    return torch.arange(config.width).view(config.heads, -1, 2).transpose(1, 2).flatten()

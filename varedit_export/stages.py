@@ -1,0 +1,533 @@
+"""The graphs of a bundle: one stage each, named tensors in, named tensors out.
+
+    text_encoder -> condition ---------------------------.
+    image_encoder -> prefill (or scale + references) -> scale_00 .. scale_NN -> image_decoder
+
+`scale` is the symbolic-length twin of all scales, and of the prefill: its geometry comes in as
+inputs. A scale draws its bits, and hands on the running sum and the next tokens, so that nothing
+between scales needs the host.
+
+Shape suffixes: B pictures, R rows, T text tokens, h·w = L tokens of a scale, c bits of a token, d
+bits of a tokenizer position, p positions along a token's side, N positions along a picture's side.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import sqrt
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from varedit_export.graph_model import GraphTransformer, Past, TextInputs, layer_norm
+from varedit_export.graph_text import GraphTextEncoder
+from varedit_reference.config import Grid, ModelConfig
+from varedit_reference.quantisation import positions
+from varedit_reference.rotary import Rotation, scale_rotation, source_rotation
+from varedit_reference.sampling import NUCLEUS
+from varedit_reference.tokenizer import Tokenizer
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A graph input: its type, and its shape with names for symbolic dimensions."""
+
+    dtype: torch.dtype
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What a variant's graphs are shaped by.
+
+    rows: of the transformer, twice the batch with guidance. dtype: of products and caches.
+    """
+
+    config: ModelConfig
+    batch: int
+    guided: bool
+    text_tokens: int
+    dtype: torch.dtype
+
+    @property
+    def rows(self) -> int:
+        return self.batch * (2 if self.guided else 1)
+
+    @property
+    def positions(self) -> Grid:
+        """The tokenizer's finest grid."""
+        return positions(self.config.transformer.finest, self.config.tokenizer.patch)
+
+    def kv(self, length: int | str) -> Spec:
+        transformer = self.config.transformer
+        shape = (length, self.rows, transformer.heads, transformer.head_width)
+        return Spec(self.dtype, shape)
+
+    def map(self) -> Spec:
+        return Spec(torch.float32, (self.batch, self.config.tokenizer.bits, *self.positions))
+
+
+class Stage(nn.Module, ABC):
+    """A graph. Subclasses compute named outputs from named inputs."""
+
+    name: str
+
+    @abstractmethod
+    def inputs(self) -> dict[str, Spec]:
+        """The graph's inputs, in order."""
+
+    @abstractmethod
+    def compute(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The graph's outputs, in order."""
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        results = self.compute(dict(zip(self.inputs(), tensors, strict=True)))
+        self.output_names = tuple(results)
+        return tuple(results.values())
+
+
+class TextEncoderStage(Stage):
+    """Token ids of the instructions -> their features."""
+
+    name = "text_encoder"
+
+    def __init__(self, shapes: Shapes, text_encoder: GraphTextEncoder) -> None:
+        super().__init__()
+        self.shapes, self.text_encoder = shapes, text_encoder
+
+    def inputs(self) -> dict[str, Spec]:
+        shape = (self.shapes.batch, self.shapes.text_tokens)
+        return {"token_ids": Spec(torch.int64, shape), "text_mask": Spec(torch.bool, shape)}
+
+    def compute(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"text_features": self.text_encoder(given["token_ids"], given["text_mask"])}
+
+
+class ImageEncoderStage(Stage):
+    """Pictures -> the source's tokens: the tokenizer's continuous features."""
+
+    name = "image_encoder"
+
+    def __init__(self, shapes: Shapes, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self.shapes, self.encoder = shapes, tokenizer.encoder
+
+    def inputs(self) -> dict[str, Spec]:
+        size = self.shapes.config.picture_size
+        return {"pictures": Spec(torch.float32, (self.shapes.batch, 3, *size))}
+
+    def compute(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        features = self.encoder(given["pictures"])
+        return {"source_tokens": _to_tokens(features, self.shapes.config.tokenizer.patch)}
+
+
+class ImageDecoderStage(Stage):
+    """The sum of codes -> pictures, not yet clamped."""
+
+    name = "image_decoder"
+
+    def __init__(self, shapes: Shapes, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self.shapes, self.decoder = shapes, tokenizer.decoder
+
+    def inputs(self) -> dict[str, Spec]:
+        return {"running_sum": self.shapes.map()}
+
+    def compute(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"pictures": self.decoder(given["running_sum"])}
+
+
+class ConditionStage(Stage):
+    """Text features -> all that the transformer needs of the text.
+
+    The unconditional row is the negative prompt where there is one, else the learned rows.
+    """
+
+    name = "condition"
+
+    def __init__(self, shapes: Shapes, model: GraphTransformer) -> None:
+        super().__init__()
+        self.shapes, self.model = shapes, model
+
+    def inputs(self) -> dict[str, Spec]:
+        batch, tokens = self.shapes.batch, self.shapes.text_tokens
+        channels = self.shapes.config.transformer.text_channels
+        features = Spec(torch.float32, (batch, tokens, channels))
+        mask = Spec(torch.bool, (batch, tokens))
+        inputs = {"text_features": features, "text_mask": mask}
+        if self.shapes.guided:
+            inputs |= {"negative_features": features, "negative_mask": mask}
+            inputs["has_negative"] = Spec(torch.bool, (batch,))
+        return inputs
+
+    def compute(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        model = self.model
+        features, mask = given["text_features"], given["text_mask"]
+        if self.shapes.guided:
+            learned = model.unconditional_text[: self.shapes.text_tokens]
+            has_negative = given["has_negative"][:, None]
+            negative = torch.where(has_negative[..., None], given["negative_features"], learned)
+            features = torch.cat((features, negative))
+            mask = torch.cat((mask, torch.where(has_negative, given["negative_mask"], mask)))
+        bias_RT = torch.where(mask, 0.0, -torch.inf)
+        text_RTC = F.rms_norm(features, features.shape[-1:], model.text_norm, 1e-6)
+        pooled_RC = model.text_pool(text_RTC, bias_RT[:, None])
+        signal_RC = F.silu(pooled_RC)
+        hidden = F.gelu(model.text_memory["0"](text_RTC), approximate="tanh")
+        memory_RTC = model.text_memory["2"](hidden)
+        outputs = {
+            "start": (pooled_RC + model.start_token)[:, None],
+            "modulation": model.shared_modulation(signal_RC).unflatten(1, (6, -1)),
+            "head_modulation": model.head_modulation(signal_RC).unflatten(1, (2, -1)),
+            "text_bias": bias_RT[:, None, None],
+        }
+        for i, block in enumerate(model.blocks):
+            keys, values = block.project_text(memory_RTC)
+            outputs |= {f"cross_key.{i}": keys, f"cross_value.{i}": values}
+        return outputs
+
+
+class PrefillStage(Stage):
+    """Source tokens -> every block's keys and values; under SAR block 0's, scale by scale."""
+
+    name = "prefill"
+
+    def __init__(self, shapes: Shapes, model: GraphTransformer) -> None:
+        super().__init__()
+        self.shapes, self.model = shapes, model
+        self.cos, self.sin = _angles(source_rotation(shapes.config.transformer, CPU))
+        self.references = References(shapes) if _uses_references(shapes) else None
+
+    def inputs(self) -> dict[str, Spec]:
+        transformer = self.shapes.config.transformer
+        shape = (self.shapes.batch, *transformer.finest, transformer.token_channels)
+        return {"source_tokens": Spec(torch.float32, shape), **_text_inputs(self.shapes)}
+
+    def compute(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        model = self.model
+        depth = model.config.depth
+        x_BLC = model.token_embedding(given["source_tokens"].flatten(1, 2)).float()
+        x_BLC = x_BLC + model.level_embedding[len(model.config.grids) - 1]
+        x_RLC = _repeat_rows(x_BLC, self.shapes)
+        text = _text(given, depth)
+        _, keys, values = model.run(x_RLC, text, self.cos, self.sin, [Past()] * depth)
+        outputs = {}
+        if self.references is not None:
+            outputs = self.references.compute({"source_key": keys[0], "source_value": values[0]})
+        first = 0 if self.references is None else 1
+        for i in range(first, depth):
+            outputs |= {f"source_key.{i}": keys[i], f"source_value.{i}": values[i]}
+        return outputs
+
+
+class References(Stage):
+    """Block 0's source keys and values, area-downsampled to every scale (SAR)."""
+
+    name = "references"
+
+    def __init__(self, shapes: Shapes) -> None:
+        super().__init__()
+        self.shapes = shapes
+        self.finest = shapes.config.transformer.finest
+        self.pools = [
+            tuple(area_matrix(n, n_in) for n, n_in in zip(grid, self.finest, strict=True))
+            for grid in shapes.config.transformer.grids
+        ]
+
+    def inputs(self) -> dict[str, Spec]:
+        source = self.shapes.kv(self.finest[0] * self.finest[1])
+        return {"source_key": source, "source_value": source}
+
+    def compute(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        outputs = {}
+        for kind in ("key", "value"):
+            source_SRHD = given[f"source_{kind}"]
+            source = source_SRHD.float().flatten(1).unflatten(0, self.finest)
+            for k, (rows, columns) in enumerate(self.pools):
+                by_rows = (rows @ source.flatten(1)).unflatten(1, source.shape[1:])
+                pooled = (columns @ by_rows).flatten(0, 1).unflatten(1, source_SRHD.shape[1:])
+                outputs[f"reference_{kind}.{k}"] = pooled.to(source_SRHD.dtype)
+        return outputs
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What differs between scales besides shapes.
+
+    level [C]; cos, sin [L, 1, D/2]; up: from the scale's grid to the finest, down: from the finest
+    to the next scale's, rows and columns apart, [out, in]. The last scale needs neither.
+    """
+
+    level: Tensor
+    cos: Tensor
+    sin: Tensor
+    up: tuple[Tensor, Tensor] | None
+    down: tuple[Tensor, Tensor] | None
+
+
+class ScaleStage(Stage):
+    """One scale: its keys and values, guided logits, bits, the running sum, the next tokens."""
+
+    def __init__(self, shapes: Shapes, model: GraphTransformer, scale: int) -> None:
+        super().__init__()
+        self.name = f"scale_{scale:02}"
+        self.shapes, self.model, self.scale = shapes, model, scale
+        self.grid = shapes.config.transformer.grids[scale]
+        self.cos, self.sin = _angles(scale_rotation(shapes.config.transformer, scale, CPU))
+        self.up, self.down = scale_matrices(shapes, scale)
+
+    def inputs(self) -> dict[str, Spec]:
+        grids = self.shapes.config.transformer.grids
+        before = sum(rows * columns for rows, columns in grids[: self.scale])
+        source = grids[-1][0] * grids[-1][1]
+        first = {"start": _start(self.shapes)}
+        later = {"tokens": _tokens(self.shapes, *self.grid), "running_sum": self.shapes.map()}
+        return {
+            **(later if self.scale else first),
+            **_sampling_inputs(self.shapes, *self.grid),
+            **_text_inputs(self.shapes, head=True),
+            **_past_inputs(self.shapes, self.grid[0] * self.grid[1], before, source + before),
+        }
+
+    def compute(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        model = self.model
+        level = model.level_embedding[self.scale]
+        geometry = Geometry(level, self.cos, self.sin, self.up, self.down)
+        if self.scale == 0:
+            return _predict(self.shapes, model, given["start"], geometry, self.grid, None, given)
+        x_RLC = _embed(self.shapes, model, given["tokens"])
+        total = given["running_sum"]
+        return _predict(self.shapes, model, x_RLC, geometry, self.grid, total, given)
+
+
+class SymbolicScaleStage(Stage):
+    """The twin of all scales with symbolic lengths: what differs between scales is an input.
+
+    It is the prefill as well: source tokens in, with no reference and no past.
+    """
+
+    name = "scale"
+
+    def __init__(self, shapes: Shapes, model: GraphTransformer) -> None:
+        super().__init__()
+        self.shapes, self.model = shapes, model
+
+    def inputs(self) -> dict[str, Spec]:
+        patch, (rows, columns) = self.shapes.config.tokenizer.patch, self.shapes.positions
+        half = self.shapes.config.transformer.head_width // 2
+        angles = Spec(torch.float32, ("h", "w", half))
+        return {
+            "tokens": _tokens(self.shapes, "h", "w"),
+            "running_sum": self.shapes.map(),
+            "start": _start(self.shapes),
+            "is_first": Spec(torch.bool, (1,)),
+            "level": Spec(torch.int64, (1,)),
+            "cos": angles,
+            "sin": angles,
+            "up_rows": Spec(torch.float32, (rows, "h", patch)),
+            "up_columns": Spec(torch.float32, (columns, "w", patch)),
+            "down_rows": Spec(torch.float32, ("next_h", patch, rows)),
+            "down_columns": Spec(torch.float32, ("next_w", patch, columns)),
+            **_sampling_inputs(self.shapes, "h", "w"),
+            **_text_inputs(self.shapes, head=True),
+            **_past_inputs(self.shapes, "reference", "past_0", "past"),
+        }
+
+    def compute(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        model = self.model
+        geometry = Geometry(
+            level=model.level_embedding[given["level"]],
+            cos=given["cos"].flatten(0, 1)[:, None],
+            sin=given["sin"].flatten(0, 1)[:, None],
+            up=(given["up_rows"].flatten(1), given["up_columns"].flatten(1)),
+            down=(given["down_rows"].flatten(0, 1), given["down_columns"].flatten(0, 1)),
+        )
+        x_RLC = _embed(self.shapes, model, given["tokens"])
+        x_RLC = torch.where(given["is_first"], given["start"], x_RLC)
+        grid = given["tokens"].shape[1], given["tokens"].shape[2]
+        total = given["running_sum"]
+        return _predict(self.shapes, model, x_RLC, geometry, grid, total, given)
+
+
+def scale_matrices(
+    shapes: Shapes, scale: int
+) -> tuple[tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor] | None]:
+    """The resizing matrices of a scale: up to the finest grid, down to the next scale's."""
+    grids, patch = shapes.config.transformer.grids, shapes.config.tokenizer.patch
+    if scale == len(grids) - 1:
+        return None, None
+    finest = shapes.positions
+    own, following = (positions(grid, patch) for grid in grids[scale : scale + 2])
+    return (
+        (bilinear_matrix(finest[0], own[0]), bilinear_matrix(finest[1], own[1])),
+        (bilinear_matrix(following[0], finest[0]), bilinear_matrix(following[1], finest[1])),
+    )
+
+
+def area_matrix(size: int, size_in: int) -> Tensor:
+    """Adaptive average pooling along one axis as a matrix [size, size_in]."""
+    cells, places = torch.arange(size)[:, None], torch.arange(size_in)
+    start = cells * size_in // size
+    end = -(-(cells + 1) * size_in // size)
+    return ((places >= start) & (places < end)).float() / (end - start)
+
+
+def bilinear_matrix(size: int, size_in: int) -> Tensor:
+    """Bilinear resizing with half-pixel centres along one axis as a matrix [size, size_in]."""
+    if size == size_in:
+        return torch.eye(size)
+    identity = torch.eye(size_in)[None]
+    return F.interpolate(identity, size, mode="linear", align_corners=False)[0].T.contiguous()
+
+
+def _predict(
+    shapes: Shapes,
+    model: GraphTransformer,
+    x_RLC: Tensor,
+    geometry: Geometry,
+    grid: tuple[int, int],
+    running_sum: Tensor | None,
+    given: dict[str, Tensor],
+) -> dict[str, Tensor]:
+    """Everything inside a scale but the embedding of its tokens."""
+    depth = model.config.depth
+    text, past = _text(given, depth), [_past(given, i) for i in range(depth)]
+    x_RLC = x_RLC + geometry.level
+    x_RLC, keys, values = model.run(x_RLC, text, geometry.cos, geometry.sin, past)
+    logits_Bhwc2 = _guided_logits(shapes, model, x_RLC, given).unflatten(1, grid)
+    bits_Bhwc = _draw(logits_Bhwc2, given)
+    tokenizer = shapes.config.tokenizer
+    codes = (2 * bits_Bhwc.float() - 1) / sqrt(tokenizer.bits)
+    added = _to_map(codes, tokenizer.bits, tokenizer.patch)
+    added = added if geometry.up is None else _resample(added, geometry.up)
+    total = added if running_sum is None else running_sum + added
+    outputs = {"logits": logits_Bhwc2, "bits": bits_Bhwc, "running_sum_out": total}
+    if geometry.down is not None:
+        outputs["next_tokens"] = _to_tokens(_resample(total, geometry.down), tokenizer.patch)
+    for i in range(depth):
+        outputs |= {f"new_key.{i}": keys[i], f"new_value.{i}": values[i]}
+    return outputs
+
+
+def _guided_logits(
+    shapes: Shapes, model: GraphTransformer, x_RLC: Tensor, given: dict[str, Tensor]
+) -> Tensor:
+    """[B, L, c, 2]: divided by the temperature, then guided."""
+    scale, shift = (given["head_modulation"][:, i, None] for i in range(2))
+    logits = model.head(layer_norm(x_RLC) * scale + shift).unflatten(-1, (-1, 2))
+    logits = logits / given["temperature"]
+    if not shapes.guided:
+        return logits
+    conditional, unconditional = logits[: shapes.batch], logits[shapes.batch :]
+    guidance_scale = given["guidance_scale"]
+    return guidance_scale * conditional + (1 - guidance_scale) * unconditional
+
+
+def _draw(logits_Bhwc2: Tensor, given: dict[str, Tensor]) -> Tensor:
+    """Bits [B, h, w, c]: forced where the mask is set, elsewhere drawn after the nucleus."""
+    probability = logits_Bhwc2.softmax(-1)[..., 1]
+    less_likely = torch.minimum(probability, 1 - probability)
+    likely = (probability > 0.5).float()
+    probability = torch.where(less_likely > 1 - NUCLEUS, probability, likely)
+    drawn = given["noise"] < probability
+    return torch.where(given["forced_mask"], given["forced_bits"], drawn)
+
+
+def _embed(shapes: Shapes, model: GraphTransformer, tokens_Bhwc: Tensor) -> Tensor:
+    return _repeat_rows(model.token_embedding(tokens_Bhwc.flatten(1, 2)).float(), shapes)
+
+
+def _repeat_rows(x_BLC: Tensor, shapes: Shapes) -> Tensor:
+    return torch.cat((x_BLC, x_BLC)) if shapes.guided else x_BLC
+
+
+def _resample(map_BdNN: Tensor, matrices: tuple[Tensor, Tensor]) -> Tensor:
+    rows, columns = matrices
+    return rows @ map_BdNN @ columns.transpose(0, 1)
+
+
+def _to_map(tokens_Bhwc: Tensor, bits: int, patch: int) -> Tensor:
+    """Tokens -> [B, d, h·p, w·p], as pixel_shuffle does."""
+    patches = tokens_Bhwc.unflatten(3, (bits, patch, patch)).permute(0, 3, 1, 4, 2, 5)
+    return patches.flatten(4, 5).flatten(2, 3)
+
+
+def _to_tokens(map_BdNN: Tensor, patch: int) -> Tensor:
+    """[B, d, h·p, w·p] -> tokens [B, h, w, c], as pixel_unshuffle does."""
+    patches = map_BdNN.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))
+    return patches.permute(0, 2, 4, 1, 3, 5).flatten(3)
+
+
+def _angles(rotation: Rotation) -> tuple[Tensor, Tensor]:
+    return rotation.cos[:, None], rotation.sin[:, None]
+
+
+def _uses_references(shapes: Shapes) -> bool:
+    return shapes.config.transformer.conditioning == "sar"
+
+
+def _start(shapes: Shapes) -> Spec:
+    return Spec(torch.float32, (shapes.rows, 1, shapes.config.transformer.width))
+
+
+def _tokens(shapes: Shapes, rows: int | str, columns: int | str) -> Spec:
+    channels = shapes.config.transformer.token_channels
+    return Spec(torch.float32, (shapes.batch, rows, columns, channels))
+
+
+def _sampling_inputs(shapes: Shapes, rows: int | str, columns: int | str) -> dict[str, Spec]:
+    noise, number = _tokens(shapes, rows, columns), Spec(torch.float32, (1,))
+    inputs = {"temperature": number, "noise": noise}
+    inputs |= {name: Spec(torch.bool, noise.shape) for name in ("forced_bits", "forced_mask")}
+    return {"guidance_scale": number, **inputs} if shapes.guided else inputs
+
+
+def _text_inputs(shapes: Shapes, head: bool = False) -> dict[str, Spec]:
+    transformer, rows, tokens = shapes.config.transformer, shapes.rows, shapes.text_tokens
+    width, heads, head_width = transformer.width, transformer.heads, transformer.head_width
+    inputs = {"modulation": Spec(torch.float32, (rows, 6, width))}
+    if head:
+        inputs["head_modulation"] = Spec(torch.float32, (rows, 2, width))
+    inputs["text_bias"] = Spec(torch.float32, (rows, 1, 1, tokens))
+    for i in range(transformer.depth):
+        inputs[f"cross_key.{i}"] = Spec(shapes.dtype, (rows, heads, head_width, tokens))
+        inputs[f"cross_value.{i}"] = Spec(shapes.dtype, (rows, heads, tokens, head_width))
+    return inputs
+
+
+def _past_inputs(
+    shapes: Shapes, reference: int | str, past_0: int | str, past: int | str
+) -> dict[str, Spec]:
+    """Block 0's reference and targets so far under SAR; elsewhere source and targets so far."""
+    inputs = {}
+    first = 0
+    if _uses_references(shapes):
+        inputs |= {f"reference_{kind}": shapes.kv(reference) for kind in ("key", "value")}
+        if past_0:
+            inputs |= {f"past_{kind}.0": shapes.kv(past_0) for kind in ("key", "value")}
+        first = 1
+    for i in range(first, shapes.config.transformer.depth):
+        inputs |= {f"past_{kind}.{i}": shapes.kv(past) for kind in ("key", "value")}
+    return inputs
+
+
+def _text(given: dict[str, Tensor], depth: int) -> TextInputs:
+    return TextInputs(
+        given["modulation"],
+        given["text_bias"],
+        [given[f"cross_key.{i}"] for i in range(depth)],
+        [given[f"cross_value.{i}"] for i in range(depth)],
+    )
+
+
+def _past(given: dict[str, Tensor], block: int) -> Past:
+    def parts(kind: str) -> Iterator[Tensor]:
+        if block == 0 and f"reference_{kind}" in given:
+            yield given[f"reference_{kind}"]
+        if f"past_{kind}.{block}" in given:
+            yield given[f"past_{kind}.{block}"]
+
+    return Past(list(parts("key")), list(parts("value")))
