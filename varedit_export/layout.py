@@ -10,7 +10,7 @@ reference's parameters. What changes on the way, so that no graph has to do it a
 - a self-attention's learned scale is exp(min(s, ln 100)), an AdaLN scale is 1 + scale.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -85,17 +85,12 @@ def _block(block: str, config: TransformerConfig) -> dict[str, Weight]:
     }
 
 
-def convert(
-    layout: Mapping[str, Weight], state: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]
-) -> Iterator[tuple[str, Tensor]]:
-    """Make every weight of a layout from the reference's parameters, one at a time.
+def make_weight(weight: Weight, state: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """One weight from the reference's parameters, which may be views of a memory map.
 
-    state may be a view of a memory map; dtypes gives each weight's stored type. Weights are
-    made in fp32, whatever the checkpoint's type, and rounded once.
+    Made in fp32, whatever the checkpoint's type, and rounded once.
     """
-    for name, weight in layout.items():
-        sources = [state[source].float() for source in weight.sources]
-        yield name, weight.make(*sources).to(dtypes[name]).contiguous()
+    return weight.make(*(state[source].float() for source in weight.sources)).to(dtype)
 
 
 def same(source: str) -> Weight:

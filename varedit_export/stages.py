@@ -20,15 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from varedit_export.graph_model import GraphTransformer, Past, TextInputs, layer_norm
+from varedit_export.graph_model import GraphTransformer, Past, TextInputs, layer_norm, parameter
 from varedit_export.graph_text import GraphTextEncoder
-from varedit_reference.config import Grid, ModelConfig
+from varedit_reference.config import Grid, ModelConfig, TransformerConfig
+from varedit_reference.kv_cache import source_length, target_length
 from varedit_reference.quantisation import positions
-from varedit_reference.rotary import Rotation, scale_rotation, source_rotation
 from varedit_reference.sampling import NUCLEUS
 from varedit_reference.tokenizer import Tokenizer
-
-CPU = torch.device("cpu")
+from varedit_runtime.resizing import bilinear_matrix
 
 
 @dataclass(frozen=True)
@@ -190,15 +189,45 @@ class ConditionStage(Stage):
         return outputs
 
 
+class PositionTable(nn.Module):
+    """Rotary cos and sin of [source | scale 1 .. scale K], [S, D/2]: weights of a grid's own."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        tokens = source_length(config) + target_length(config)
+        self.cos = parameter(tokens, config.head_width // 2)
+        self.sin = parameter(tokens, config.head_width // 2)
+
+    def source(self) -> tuple[Tensor, Tensor]:
+        """cos and sin [S, 1, D/2] of the source's tokens."""
+        return self._slice(0, source_length(self.config))
+
+    def scale(self, scale: int) -> tuple[Tensor, Tensor]:
+        """Of a target scale's tokens."""
+        grids = self.config.grids
+        start = source_length(self.config) + sum(r * c for r, c in grids[:scale])
+        return self._slice(start, grids[scale][0] * grids[scale][1])
+
+    def at(self, first: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Of as many tokens as there are, from the given place [1] on."""
+        places = first + torch.arange(tokens.shape[1])
+        return self.cos[places][:, None], self.sin[places][:, None]
+
+    def _slice(self, start: int, length: int) -> tuple[Tensor, Tensor]:
+        part = slice(start, start + length)
+        return self.cos[part, None], self.sin[part, None]
+
+
 class PrefillStage(Stage):
     """Source tokens -> every block's keys and values; under SAR block 0's, scale by scale."""
 
     name = "prefill"
 
-    def __init__(self, shapes: Shapes, model: GraphTransformer) -> None:
+    def __init__(self, shapes: Shapes, model: GraphTransformer, table: PositionTable) -> None:
         super().__init__()
         self.shapes, self.model = shapes, model
-        self.cos, self.sin = _angles(source_rotation(shapes.config.transformer, CPU))
+        self.table = table
         self.references = References(shapes) if _uses_references(shapes) else None
 
     def inputs(self) -> dict[str, Spec]:
@@ -213,7 +242,7 @@ class PrefillStage(Stage):
         x_BLC = x_BLC + model.level_embedding[len(model.config.grids) - 1]
         x_RLC = _repeat_rows(x_BLC, self.shapes)
         text = _text(given, depth)
-        _, keys, values = model.run(x_RLC, text, self.cos, self.sin, [Past()] * depth)
+        _, keys, values = model.run(x_RLC, text, *self.table.source(), [Past()] * depth)
         outputs = {}
         if self.references is not None:
             outputs = self.references.compute({"source_key": keys[0], "source_value": values[0]})
@@ -271,12 +300,13 @@ class Geometry:
 class ScaleStage(Stage):
     """One scale: its keys and values, guided logits, bits, the running sum, the next tokens."""
 
-    def __init__(self, shapes: Shapes, model: GraphTransformer, scale: int) -> None:
+    def __init__(
+        self, shapes: Shapes, model: GraphTransformer, table: PositionTable, scale: int
+    ) -> None:
         super().__init__()
         self.name = f"scale_{scale:02}"
-        self.shapes, self.model, self.scale = shapes, model, scale
+        self.shapes, self.model, self.table, self.scale = shapes, model, table, scale
         self.grid = shapes.config.transformer.grids[scale]
-        self.cos, self.sin = _angles(scale_rotation(shapes.config.transformer, scale, CPU))
         self.up, self.down = scale_matrices(shapes, scale)
 
     def inputs(self) -> dict[str, Spec]:
@@ -295,7 +325,7 @@ class ScaleStage(Stage):
     def compute(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
         model = self.model
         level = model.level_embedding[self.scale]
-        geometry = Geometry(level, self.cos, self.sin, self.up, self.down)
+        geometry = Geometry(level, *self.table.scale(self.scale), self.up, self.down)
         if self.scale == 0:
             return _predict(self.shapes, model, given["start"], geometry, self.grid, None, given)
         x_RLC = _embed(self.shapes, model, given["tokens"])
@@ -311,22 +341,19 @@ class SymbolicScaleStage(Stage):
 
     name = "scale"
 
-    def __init__(self, shapes: Shapes, model: GraphTransformer) -> None:
+    def __init__(self, shapes: Shapes, model: GraphTransformer, table: PositionTable) -> None:
         super().__init__()
-        self.shapes, self.model = shapes, model
+        self.shapes, self.model, self.table = shapes, model, table
 
     def inputs(self) -> dict[str, Spec]:
         patch, (rows, columns) = self.shapes.config.tokenizer.patch, self.shapes.positions
-        half = self.shapes.config.transformer.head_width // 2
-        angles = Spec(torch.float32, ("h", "w", half))
         return {
             "tokens": _tokens(self.shapes, "h", "w"),
             "running_sum": self.shapes.map(),
             "start": _start(self.shapes),
             "is_first": Spec(torch.bool, (1,)),
             "level": Spec(torch.int64, (1,)),
-            "cos": angles,
-            "sin": angles,
+            "first_position": Spec(torch.int64, (1,)),
             "up_rows": Spec(torch.float32, (rows, "h", patch)),
             "up_columns": Spec(torch.float32, (columns, "w", patch)),
             "down_rows": Spec(torch.float32, ("next_h", patch, rows)),
@@ -338,14 +365,15 @@ class SymbolicScaleStage(Stage):
 
     def compute(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
         model = self.model
+        x_RLC = _embed(self.shapes, model, given["tokens"])
+        cos, sin = self.table.at(given["first_position"], x_RLC)
         geometry = Geometry(
             level=model.level_embedding[given["level"]],
-            cos=given["cos"].flatten(0, 1)[:, None],
-            sin=given["sin"].flatten(0, 1)[:, None],
+            cos=cos,
+            sin=sin,
             up=(given["up_rows"].flatten(1), given["up_columns"].flatten(1)),
             down=(given["down_rows"].flatten(0, 1), given["down_columns"].flatten(0, 1)),
         )
-        x_RLC = _embed(self.shapes, model, given["tokens"])
         x_RLC = torch.where(given["is_first"], given["start"], x_RLC)
         grid = given["tokens"].shape[1], given["tokens"].shape[2]
         total = given["running_sum"]
@@ -362,8 +390,8 @@ def scale_matrices(
     finest = shapes.positions
     own, following = (positions(grid, patch) for grid in grids[scale : scale + 2])
     return (
-        (bilinear_matrix(finest[0], own[0]), bilinear_matrix(finest[1], own[1])),
-        (bilinear_matrix(following[0], finest[0]), bilinear_matrix(following[1], finest[1])),
+        (_bilinear(finest[0], own[0]), _bilinear(finest[1], own[1])),
+        (_bilinear(following[0], finest[0]), _bilinear(following[1], finest[1])),
     )
 
 
@@ -375,12 +403,8 @@ def area_matrix(size: int, size_in: int) -> Tensor:
     return ((places >= start) & (places < end)).float() / (end - start)
 
 
-def bilinear_matrix(size: int, size_in: int) -> Tensor:
-    """Bilinear resizing with half-pixel centres along one axis as a matrix [size, size_in]."""
-    if size == size_in:
-        return torch.eye(size)
-    identity = torch.eye(size_in)[None]
-    return F.interpolate(identity, size, mode="linear", align_corners=False)[0].T.contiguous()
+def _bilinear(size: int, size_in: int) -> Tensor:
+    return torch.from_numpy(bilinear_matrix(size, size_in))
 
 
 def _predict(
@@ -459,10 +483,6 @@ def _to_tokens(map_BdNN: Tensor, patch: int) -> Tensor:
     """[B, d, h·p, w·p] -> tokens [B, h, w, c], as pixel_unshuffle does."""
     patches = map_BdNN.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))
     return patches.permute(0, 2, 4, 1, 3, 5).flatten(3)
-
-
-def _angles(rotation: Rotation) -> tuple[Tensor, Tensor]:
-    return rotation.cos[:, None], rotation.sin[:, None]
 
 
 def _uses_references(shapes: Shapes) -> bool:

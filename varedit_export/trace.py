@@ -40,8 +40,9 @@ class ExportError(VareditError):
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """Where a weight lies: a file relative to the graph, and its bytes there."""
+    """Where a weight lies: its name, its file relative to the graph, and its bytes there."""
 
+    name: str
     location: str
     offset: int
     length: int
@@ -125,8 +126,9 @@ def _refer_to_weights(
             place.length,
             value.dtype,
             shape=value.shape,
-            name=str(value.name),
+            name=place.name,
         )
+        value.name = place.name
         model.graph.register_initializer(value)
 
 

@@ -4,10 +4,14 @@ Where to look:
 
 - `config.py`: sizes as data, the presets.
 - `pipeline.py`: one edit from pictures and instructions to pictures.
-- `scale_loop.py`: the autoregressive loop over scales.
-- `transformer.py`: the transformer, read top to bottom.
-- `kv_cache.py`: the explicit cache, and the scale-aligned reference (SAR) of block 0.
+- `scale_loop.py`: the autoregressive loop over scales; `sampling.py`: from logits to bits.
+- `transformer.py`: the transformer, read top to bottom; `rotary.py`: its positions.
+- `kv_cache.py`: the explicit KV cache, and the masks that teacher forcing has in its place.
+- `sar.py`: the scale-aligned reference (SAR) of block 0.
 - `tokenizer.py`, `quantisation.py`: pictures to bits and back.
-- `checkpoint.py`: the released weights, by name.
-- `golden.py`: the check against recordings of the released implementation.
+- `text_encoder.py`: instructions to features.
+- `checkpoint.py`, `weights_file.py`: the released weights, by name; `convert.py`: one file each.
+- `initialise.py`: random weights by seed.
+- `golden.py`: the check against recordings of the released implementation; `agreement.py`: do two
+  runs agree?
 """

@@ -11,7 +11,7 @@ from math import inf
 import torch
 from torch import Tensor
 
-from varedit_reference.sampling import NUCLEUS, bit_probability
+from varedit_reference.sampling import bit_probability, distance_to_cut
 from varedit_reference.scale_loop import PredictedScale
 
 TIE = 1e-5
@@ -63,5 +63,4 @@ def tie_margin(logits: Tensor, noise: Tensor) -> Tensor:
     The distance of the chance of bit 1 to the noise or to the nucleus's cut, whichever is nearer.
     """
     probability = bit_probability(logits)
-    less_likely = probability.minimum(1 - probability)
-    return torch.minimum((noise - probability).abs(), (less_likely - (1 - NUCLEUS)).abs())
+    return torch.minimum((noise - probability).abs(), distance_to_cut(probability))

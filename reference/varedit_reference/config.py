@@ -5,13 +5,12 @@ R = G·B rows (conditional rows of all pictures first), K scales, L tokens of a 
 sequence, C width, H heads, D = C/H, d the tokenizer's bits per position, c the token's channels.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from varedit_runtime.errors import ConfigError
-from varedit_runtime.grids import scale_grids
+from varedit_runtime.grids import Grid, scale_grids
 
-Grid = tuple[int, int]
 Conditioning = Literal["sar", "finest", "full"]
 RotaryLayout = Literal["released", "paper"]
 
@@ -30,8 +29,8 @@ class TokenizerConfig:
     """The convolutional autoencoder with binary spherical quantisation.
 
     bits: d, bits per position of its grid. downsampling: pixels per position. channels: of the
-    finest level; multipliers: one per level, finest first. patchify: a token is a 2x2 patch of
-    positions. Raises ConfigError on sizes that cannot be built.
+    first convolution, and times the multiplier of every level, finest first. patchify: a token is
+    a 2x2 patch of positions. Raises ConfigError on sizes that cannot be built.
     """
 
     bits: int
@@ -46,8 +45,8 @@ class TokenizerConfig:
                 f"a tokenizer with {len(self.multipliers)} levels downsamples by "
                 f"{2 ** (len(self.multipliers) - 1)}, not {self.downsampling}"
             )
-        for channels in self.level_channels:
-            if channels % group_count(channels):
+        for channels in (self.channels, *self.level_channels):
+            if channels < 1 or channels % group_count(channels):
                 raise ConfigError(
                     f"a tokenizer level of {channels} channels cannot be normalised in "
                     "groups: its channels must divide by 32 or by 24"
@@ -95,6 +94,11 @@ class TransformerConfig:
     rotary: RotaryLayout = "released"
 
     def __post_init__(self) -> None:
+        if min(self.depth, self.width, self.heads, self.text_channels) < 1:
+            raise ConfigError(
+                f"depth {self.depth}, width {self.width}, {self.heads} heads and "
+                f"{self.text_channels} text channels: a model needs at least one of each"
+            )
         if self.width % self.heads or self.head_width % 4:
             raise ConfigError(
                 f"width {self.width} over {self.heads} heads gives no whole head width that "
@@ -126,6 +130,11 @@ class TransformerConfig:
     @property
     def finest(self) -> Grid:
         return self.grids[-1]
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """L, the tokens of every scale."""
+        return tuple(rows * columns for rows, columns in self.grids)
 
 
 @dataclass(frozen=True)
@@ -193,8 +202,3 @@ def preset(name: str, resolution: int = 512, aspect: str = "1:1") -> ModelConfig
         table_grids=scale_grids(1024, aspect),
     )
     return ModelConfig(name, size.tokenizer, transformer, size.guidance_scale, size.temperature)
-
-
-def with_conditioning(config: ModelConfig, conditioning: Conditioning) -> ModelConfig:
-    """The same model under another of the paper's conditionings."""
-    return replace(config, transformer=replace(config.transformer, conditioning=conditioning))

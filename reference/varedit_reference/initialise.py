@@ -5,7 +5,7 @@ so a model can be drawn whole or one tensor at a time, in any order and type, wi
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from math import log, prod, sqrt
 from mmap import MAP_SHARED
@@ -46,14 +46,31 @@ def initialise(model: Module, seed: int) -> Module:
 
 def random_state(model: VAR | Tokenizer, seed: int) -> Iterator[tuple[str, Tensor]]:
     """The model's parameters, one fp32 tensor at a time; the model may be on the meta device."""
-    for name, parameter in model.state_dict().items():
-        key = sha256(f"{seed} {name}".encode()).digest()[:8]
+    weights = RandomWeights(model, seed)
+    return ((name, weights[name]) for name in weights)
+
+
+class RandomWeights(Mapping[str, Tensor]):
+    """The model's parameters by name, fp32, each drawn when asked for."""
+
+    def __init__(self, model: VAR | Tokenizer, seed: int) -> None:
+        self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        self._depth = len(model.blocks) if isinstance(model, VAR) else None
+        self._seed = seed
+
+    def __getitem__(self, name: str) -> Tensor:
+        key = sha256(f"{self._seed} {name}".encode()).digest()[:8]
         generator = torch.Generator().manual_seed(int.from_bytes(key, "little"))
-        normal = torch.randn(parameter.shape, generator=generator, device="cpu")
-        if isinstance(model, VAR):
-            yield name, _transformer_weight(name, normal, len(model.blocks))
-        else:
-            yield name, _tokenizer_weight(name, normal)
+        normal = torch.randn(self._shapes[name], generator=generator, device="cpu")
+        if self._depth is None:
+            return _tokenizer_weight(name, normal)
+        return _transformer_weight(name, normal, self._depth)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
 
 
 def _transformer_weight(name: str, normal: Tensor, depth: int) -> Tensor:

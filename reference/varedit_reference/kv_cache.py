@@ -83,12 +83,11 @@ def uses_references(config: TransformerConfig, block: int) -> bool:
 
 def source_length(config: TransformerConfig) -> int:
     """Tokens of the source: the finest grid's, or under full conditioning every grid's."""
-    grids = config.grids if config.conditioning == "full" else config.grids[-1:]
-    return sum(rows * columns for rows, columns in grids)
+    return sum(config.lengths) if config.conditioning == "full" else config.lengths[-1]
 
 
 def target_length(config: TransformerConfig) -> int:
-    return sum(rows * columns for rows, columns in config.grids)
+    return sum(config.lengths)
 
 
 @lru_cache(maxsize=8)
@@ -112,7 +111,7 @@ def sar_mask(config: TransformerConfig, device: torch.device) -> Tensor:
     own_reference = order.where(order > 0, len(config.grids))
     reference_of = torch.cat(
         [torch.full((source_length(config),), len(config.grids))]
-        + [torch.full((r * c,), k + 1) for k, (r, c) in enumerate(config.grids[:-1])]
+        + [torch.full((length,), k) for k, length in enumerate(config.lengths[:-1], start=1)]
     )
     sees_target = (order[:, None] >= order[is_target]) & is_target[:, None]
     sees_reference = own_reference[:, None] == reference_of
@@ -121,8 +120,7 @@ def sar_mask(config: TransformerConfig, device: torch.device) -> Tensor:
 
 def _order(config: TransformerConfig) -> Tensor:
     """0 for the source's tokens, k for those of target scale k = 1 .. K, [S]."""
-    lengths = [source_length(config)] + [rows * columns for rows, columns in config.grids]
-    return torch.repeat_interleave(torch.tensor(lengths))
+    return torch.repeat_interleave(torch.tensor((source_length(config), *config.lengths)))
 
 
 def _with_references(config: TransformerConfig, x_SRHD: Tensor) -> Tensor:

@@ -42,14 +42,16 @@ class VAREdit:
 
         guidance_scale and temperature are numbers or one per scale, by default the model's own;
         a guidance of 1 leaves out the unconditional rows. Raises ConfigError when the counts
-        differ, TextError on an instruction that is empty or too long.
+        differ or a number is out of range, TextError on an instruction that is empty or too long.
         """
-        given = {len(image), len(prompt), len(seed), len(negative_prompt or prompt)}
-        if given != {len(image)}:
+        negative_count = len(image) if negative_prompt is None else len(negative_prompt)
+        if {len(prompt), len(seed), negative_count} != {len(image)}:
             raise ConfigError(
                 f"{len(image)} pictures came with {len(prompt)} prompts, {len(seed)} seeds and "
                 f"{len(negative_prompt or [])} negative prompts; give one of each per picture"
             )
+        if not image:
+            return []
         guidance = self.config.guidance_scale if guidance_scale is None else guidance_scale
         features = self.text_encoder.encode(prompt)
         negatives = self.text_encoder.encode(negative_prompt) if negative_prompt else None

@@ -59,7 +59,7 @@ def source_positions(config: TransformerConfig) -> Tensor:
         return torch.cat(scales)
     if config.rotary == "paper":
         return _cells(config.finest) + SOURCE_OFFSET
-    return _released_table(config.table_grids)[: _area(config.finest)]
+    return _released_table(config.table_grids)[: config.lengths[-1]]
 
 
 def scale_positions(config: TransformerConfig, scale: int) -> Tensor:
@@ -73,8 +73,8 @@ def scale_positions(config: TransformerConfig, scale: int) -> Tensor:
     if config.rotary == "paper":
         steps = [finest // own for finest, own in zip(config.finest, grid, strict=True)]
         return _cells(grid) * torch.tensor(steps)
-    start = _area(config.finest) + sum(_area(g) for g in config.grids[:scale])
-    return _released_table(config.table_grids)[start : start + _area(grid)]
+    start = config.lengths[-1] + sum(config.lengths[:scale])
+    return _released_table(config.table_grids)[start : start + config.lengths[scale]]
 
 
 def _source_offset(config: TransformerConfig) -> Grid:
@@ -93,10 +93,6 @@ def _released_table(grids: tuple[Grid, ...]) -> Tensor:
 def _cells(grid: Grid) -> Tensor:
     rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
     return torch.stack((rows.flatten(), columns.flatten()), dim=1)
-
-
-def _area(grid: Grid) -> int:
-    return grid[0] * grid[1]
 
 
 def _angles(points: Tensor, head_width: int) -> Tensor:

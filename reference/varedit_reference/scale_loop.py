@@ -8,7 +8,14 @@ from torch import Tensor
 
 from varedit_reference.config import ModelConfig
 from varedit_reference.quantisation import add_scale, from_tokens, next_tokens, positions
-from varedit_reference.sampling import bit_probability, draw, guide, nucleus, per_scale
+from varedit_reference.sampling import (
+    bit_probability,
+    draw,
+    guide,
+    nucleus,
+    per_scale,
+    temperature_per_scale,
+)
 from varedit_reference.transformer import VAR, TextCondition
 from varedit_runtime.noise import uniform_noise
 
@@ -45,11 +52,12 @@ def predict_scales(
     """Predict an edit coarse to fine; a caller may look at every scale, or stop.
 
     source_tokens [B, S, c]; text has B rows, or 2B with guidance; guidance_scale and temperature
-    are numbers or one per scale (ConfigError on another count).
+    are numbers or one per scale. Raises ConfigError on another count, and on a temperature that is
+    not over 0.
     """
     grids, patch = config.transformer.grids, config.tokenizer.patch
     guidance = per_scale(guidance_scale, len(grids), "guidance_scale")
-    temperatures = per_scale(temperature, len(grids), "temperature")
+    temperatures = temperature_per_scale(temperature, len(grids))
     pictures = len(source_tokens)
     guided = len(text.pooled) == 2 * pictures
     total = source_tokens.new_zeros(

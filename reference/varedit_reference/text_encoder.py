@@ -120,6 +120,8 @@ def empty_encoder(folder: str | Path, dtype: torch.dtype = torch.float32) -> "T5
 def read_vocabulary(folder: str | Path) -> Vocabulary:
     """A T5 folder's tokenizer.json. Raises CheckpointError when it is absent or unreadable."""
     path = Path(folder) / "tokenizer.json"
+    if not Path(folder).is_dir():
+        raise CheckpointError(f"there is no folder {folder}: give a Flan-T5 folder")
     if not path.is_file():
         raise CheckpointError(
             f"{folder} has no tokenizer.json: fetch it, or make it of spiece.model with "

@@ -31,10 +31,10 @@ class Encoder(nn.Module):
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
         channels = config.level_channels
-        self.conv_in = nn.Conv2d(3, channels[0], 3, padding=1)
+        self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1)
         self.levels = nn.ModuleList(
-            EncoderLevel(channels[max(i - 1, 0)], channels[i], last=i == len(channels) - 1)
-            for i in range(len(channels))
+            EncoderLevel(channels_in, channels[i], last=i == len(channels) - 1)
+            for i, channels_in in enumerate((config.channels, *channels[:-1]))
         )
         self.middle = _middle(channels[-1])
         self.norm_out = _norm(channels[-1])

@@ -92,7 +92,7 @@ class VAR(nn.Module):
         lengths = torch.tensor([len(row) for row in rows])
         mask = (torch.arange(int(lengths.max())) < lengths[:, None])[:, None, None, :]
         mask = mask.to(rows[0].device)
-        text_RTC = self.text_norm(pad_sequence(list(rows), batch_first=True).float())
+        text_RTC = self.text_norm(pad_sequence([row.float() for row in rows], batch_first=True))
         pooled = self.text_pool(text_RTC, mask).float()
         memory = self.text_memory(text_RTC)
         projected = [block.cross_attention.project(memory) for block in self.blocks]
@@ -141,7 +141,7 @@ class VAR(nn.Module):
         rotate = full_rotation(self.config, x_RSC.device)
         context = teacher_forced_context(self.config, x_RSC.device)
         x_RSC = self._run(x_RSC, text, rotate, context)
-        lengths = [rows * columns for rows, columns in self.config.grids]
+        lengths = self.config.lengths
         scales = x_RSC[:, -sum(lengths) :].split(lengths, dim=1)
         return [self._logits(x_RLC, text) for x_RLC in scales]
 
@@ -157,8 +157,8 @@ class VAR(nn.Module):
         tokens_RLC = self.token_embedding(_repeat_rows(source_tokens, len(text.pooled))).float()
         levels = torch.arange(len(self.config.grids), device=tokens_RLC.device)
         if self.config.conditioning == "full":
-            areas = [rows * columns for rows, columns in self.config.grids]
-            levels = levels.repeat_interleave(torch.tensor(areas, device=levels.device))
+            lengths = torch.tensor(self.config.lengths, device=levels.device)
+            levels = levels.repeat_interleave(lengths)
         else:
             levels = levels[-1:]
         return tokens_RLC + self.level_embedding(levels)

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from varedit_reference.weights_file import whole_file
 from varedit_runtime.errors import CheckpointError, ConfigError
@@ -105,6 +106,15 @@ class RunFolder:
         text = "".join(line + "\n" for line in kept)
         with whole_file(self.log_file, len(text)) as partial:
             partial.write_text(text)
+
+
+def write_weights(
+    path: Path, state: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
+) -> None:
+    """A safetensors file of the weights in one type, all or nothing."""
+    weights = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in state.items()}
+    with whole_file(path, sum(tensor.nbytes for tensor in weights.values())) as partial:
+        save_file(weights, partial, {"format": "pt"})
 
 
 def _step_of(line: str) -> float:

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from varedit_reference.config import Grid, TokenizerConfig
-from varedit_reference.nano.checkpointing import RunFolder
+from varedit_reference.nano.checkpointing import RunFolder, write_weights
 from varedit_reference.nano.data import (
     VALIDATION_SEEDS,
     PictureBatches,
@@ -33,7 +33,6 @@ from varedit_reference.nano.training import (
 )
 from varedit_reference.quantisation import quantise
 from varedit_reference.tokenizer import Tokenizer
-from varedit_reference.weights_file import write_safetensors
 
 DEFAULT_RUN = Path.home() / ".cache" / "varedit-nano" / "tokenizer"
 RECIPE = Recipe(

@@ -1,0 +1,116 @@
+"""The components of a bundle: graphs' weights, one file each, shared by all graphs."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from varedit_export.graph_model import GraphTransformer
+from varedit_export.graph_text import GraphTextEncoder, TextEncoderConfig, text_encoder_layout
+from varedit_export.layout import Weight, make_weight, transformer_layout
+from varedit_export.stages import PositionTable
+from varedit_export.trace import StoredWeight
+from varedit_reference.config import TransformerConfig
+from varedit_reference.rotary import full_rotation
+from varedit_reference.tokenizer import Tokenizer
+from varedit_reference.weights_file import write_safetensors
+
+WEIGHTS = "weights"  # the folder of weights, beside the graphs
+
+
+@dataclass(frozen=True)
+class Component:
+    """Weights that go into one file.
+
+    module: their types and shapes, on fake tensors; make: a weight by name; attribute: what the
+    stages call the module, "" if they take it apart.
+    """
+
+    name: str
+    module: nn.Module
+    make: Callable[[str], Tensor]
+    attribute: str
+
+    @property
+    def location(self) -> str:
+        """The file, relative to the graphs."""
+        return f"{WEIGHTS}/{self.name}.safetensors"
+
+    @property
+    def size(self) -> int:
+        """Bytes of all weights."""
+        return sum(tensor.nbytes for tensor in self.module.state_dict().values())
+
+    def write(self, graphs: Path, metadata: Mapping[str, str]) -> None:
+        """Write the file into the folder of graphs, streaming."""
+        layout = self.module.state_dict()
+        write_safetensors(graphs / self.location, layout, self.make, metadata)
+
+    def stored(self, graphs: Path) -> dict[str, StoredWeight]:
+        """Where each weight lies in the written file, by the name that stages know it by."""
+        with (graphs / self.location).open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        prefix = f"{self.attribute}." if self.attribute else ""
+        return {
+            prefix + name: StoredWeight(
+                name,
+                self.location,
+                8 + length + entry["data_offsets"][0],
+                entry["data_offsets"][1] - entry["data_offsets"][0],
+            )
+            for name, entry in header.items()
+        }
+
+
+def transformer_component(
+    config: TransformerConfig,
+    dtype: torch.dtype,
+    state: Mapping[str, Tensor],
+    fake: FakeTensorMode,
+) -> Component:
+    """The transformer, from the reference's parameters by name."""
+    with fake:
+        module = GraphTransformer(config, dtype)
+    make = _maker(module, transformer_layout(config), state)
+    return Component("transformer", module, make, "model")
+
+
+def tokenizer_component(module: Tokenizer, state: Mapping[str, Tensor]) -> Component:
+    """The picture tokenizer, fp32, in the reference's own names."""
+    return Component("tokenizer", module, lambda name: state[name].float(), "")
+
+
+def text_encoder_component(
+    config: TextEncoderConfig,
+    dtype: torch.dtype,
+    state: Mapping[str, Tensor],
+    fake: FakeTensorMode,
+) -> Component:
+    """The text encoder, from a T5 file's tensors by name."""
+    with fake:
+        module = GraphTextEncoder(config, dtype)
+    make = _maker(module, text_encoder_layout(config), state)
+    return Component("text_encoder", module, make, "text_encoder")
+
+
+def positions_component(name: str, config: TransformerConfig, fake: FakeTensorMode) -> Component:
+    """The rotary table of a variant's grids."""
+    with fake:
+        module = PositionTable(config)
+    table = full_rotation(config, torch.device("cpu"))
+    return Component(
+        f"positions_{name}", module, {"cos": table.cos, "sin": table.sin}.__getitem__, "table"
+    )
+
+
+def _maker(
+    module: nn.Module, layout: Mapping[str, Weight], state: Mapping[str, Tensor]
+) -> Callable[[str], Tensor]:
+    dtypes = {name: tensor.dtype for name, tensor in module.state_dict().items()}
+    return lambda name: make_weight(layout[name], state, dtypes[name])
