@@ -19,8 +19,9 @@ def small_config(
     conditioning: Conditioning = "sar",
     rotary: RotaryLayout = "released",
     resolution: int = 256,
+    aspect: str = "1:1",
 ) -> ModelConfig:
-    config = preset(size, resolution)
+    config = preset(size, resolution, aspect)
     transformer = replace(config.transformer, conditioning=conditioning, rotary=rotary)
     return replace(config, transformer=transformer)
 
@@ -49,7 +50,7 @@ class SmallEdits:
         choose: ChooseBits,
         pictures: Sequence[int] | None = None,
         guidance: float | Sequence[float] = 3.0,
-        temperature: float = 0.5,
+        temperature: float | Sequence[float] = 0.5,
     ) -> list[PredictedScale]:
         chosen = range(len(self.prompts)) if pictures is None else pictures
         rows = model.text_rows([self.prompts[i] for i in chosen], guidance != 1)

@@ -46,6 +46,11 @@ def test_unknown_names_say_what_exists() -> None:
     ("change", "message"),
     [
         ({"heads": 3}, "head width"),
+        ({"heads": 0}, "at least one"),
+        ({"depth": 0}, "at least one"),
+        ({"text_channels": 0}, "at least one"),
+        ({"table_grids": ((1, 1), (8, 8))}, "table of 129 positions"),
+        ({"table_grids": ()}, "table of 0 positions"),
         ({"text_channels": 100}, "text pool"),
         ({"grids": ()}, "scales"),
         ({"width": 16, "heads": 1, "text_channels": 128}, "too small"),
@@ -61,6 +66,8 @@ def test_impossible_tokenizers_are_refused() -> None:
         TokenizerConfig(8, 16, 32, (1, 1, 1, 2))
     with pytest.raises(ConfigError, match="groups"):
         TokenizerConfig(8, 8, 30, (1, 1, 1, 2))
+    with pytest.raises(ConfigError, match="groups"):
+        TokenizerConfig(8, 8, 0, (1, 1, 1, 2))
     with pytest.raises(ConfigError, match="at least one bit"):
         TokenizerConfig(0, 8, 32, (1, 1, 1, 2))
     with pytest.raises(ConfigError, match="bits a token"):

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors import safe_open
 from small_t5 import write_t5
 from torch import Tensor
 
+from varedit_export.cli import main
 from varedit_reference import weights_file
 from varedit_reference.checkpoint import load_tokenizer, load_transformer
 from varedit_reference.config import preset
@@ -73,6 +75,16 @@ def test_a_converted_model_is_the_released_one_bit_for_bit(
     [expected_features] = TextEncoder.load(released["text_encoder"]).encode(prompt)
     [features] = TextEncoder.load(output / "text_encoder").encode(prompt)
     assert torch.equal(features, expected_features)
+
+
+def test_the_command_writes_what_it_says(released: dict[str, Path], tmp_path: Path) -> None:
+    output = tmp_path / "converted"
+    arguments = ["--size", "tiny-2b", "--checkpoint", released["transformer"], "--tokenizer"]
+    arguments += [released["tokenizer"], "--text-encoder", released["text_encoder"], "-o", output]
+    done = CliRunner().invoke(main, ["convert", *map(str, arguments)])
+    assert done.exit_code == 0, done.output
+    assert done.stdout.splitlines() == [str(output / name) for name in FILES]
+    assert files_in(output) == sorted(FILES)
 
 
 def test_converted_files_keep_the_float_type_and_say_what_they_are(

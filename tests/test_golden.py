@@ -1,5 +1,6 @@
 """The reference against recordings of the released implementation."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,29 @@ def test_a_folder_that_is_no_recording_is_one_typed_error(tmp_path: Path) -> Non
     result = CliRunner().invoke(main, [str(tmp_path)])
     assert result.exit_code == 1
     assert len(result.output.strip().splitlines()) == 2  # the folder's name, then the error
+
+
+def test_a_broken_recording_does_not_hide_the_others(tmp_path: Path) -> None:
+    good = Path(__file__).parent / "golden" / "tiny2b-256"
+    result = CliRunner().invoke(main, [str(tmp_path), str(good)])
+    assert result.exit_code == 1
+    assert "not a recording" in result.stderr
+    assert "restored picture" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("tau", None), ("tau", 0), ("cfg", [4.0]), ("num_heads", 0), ("depth", []), ("pn", "2M")],
+)
+def test_a_setting_that_makes_no_sense_is_one_typed_error(
+    tmp_path: Path, name: str, value: Any
+) -> None:
+    folder = tmp_path / "bad"
+    shutil.copytree(Path(__file__).parent / "golden" / "tiny2b-256", folder)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, name: value}))
+    with pytest.raises(CheckpointError, match="not a recording"):
+        open_recording(folder)
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,11 @@ def test_wrong_arguments_are_typed_errors(model: VAREdit) -> None:
         model.edit(PICTURES, PROMPTS, seed=[])
     with pytest.raises(ConfigError, match="negative"):
         model.edit(PICTURES, PROMPTS, seed=[1, 2], negative_prompt=["a"])
+    with pytest.raises(ConfigError, match="0 negative"):
+        model.edit(PICTURES, PROMPTS, seed=[1, 2], negative_prompt=[])
+    with pytest.raises(ConfigError, match="temperature is 0; it must be over 0"):
+        model.edit(PICTURES, PROMPTS, seed=[1, 2], temperature=0)
+    assert model.edit([], [], seed=[]) == []
     with pytest.raises(ConfigError, match="guidance_scale has 3 values"):
         model.edit(PICTURES, PROMPTS, seed=[1, 2], guidance_scale=[1, 2, 3])
     with pytest.raises(TextError, match="empty"):

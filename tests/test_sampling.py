@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from varedit_reference.sampling import bit_probability, draw, guide, nucleus, per_scale
+from varedit_reference.sampling import (
+    bit_probability,
+    distance_to_cut,
+    draw,
+    guide,
+    nucleus,
+    per_scale,
+    temperature_per_scale,
+)
 from varedit_runtime.errors import ConfigError
 
 
@@ -12,6 +20,15 @@ def test_a_number_serves_all_scales_and_a_list_must_fit() -> None:
     assert per_scale([1, 2.5], 2, "guidance_scale") == (1, 2.5)
     with pytest.raises(ConfigError, match=r"temperature has 2 values.*3"):
         per_scale([1, 2], 3, "temperature")
+    with pytest.raises(ConfigError, match=r"guidance_scale is nan; it must be finite"):
+        per_scale(float("nan"), 3, "guidance_scale")
+
+
+@pytest.mark.parametrize("value", [0, -0.5, [0.5, 0.0]])
+def test_a_temperature_must_be_over_zero(value: float | list[float]) -> None:
+    with pytest.raises(ConfigError, match="over 0"):
+        temperature_per_scale(value, 2)
+    assert temperature_per_scale([0.1, 2], 2) == (0.1, 2.0)
 
 
 def test_guidance_comes_after_the_temperature() -> None:
@@ -23,6 +40,7 @@ def test_guidance_comes_after_the_temperature() -> None:
 def test_the_nucleus_makes_rare_values_impossible() -> None:
     p = torch.tensor([0.0299, 0.0301, 0.5, 0.9699, 0.9701, 0.0, 1.0])
     assert nucleus(p).tolist() == pytest.approx([0, 0.0301, 0.5, 0.9699, 1, 0, 1])
+    assert distance_to_cut(p[:2]).tolist() == pytest.approx([1e-4, 1e-4], abs=1e-7)
 
 
 def test_probability_is_of_bit_1_and_draws_are_strictly_under_it() -> None:

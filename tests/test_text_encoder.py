@@ -91,6 +91,11 @@ def test_512_tokens_pass_and_513_are_refused_or_cut(folder: Path) -> None:
     assert len(features) == 512
 
 
+def test_a_folder_that_is_not_there_says_so(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"there is no folder .*missing: give a Flan-T5"):
+        TextEncoder.load(tmp_path / "missing")
+
+
 def test_a_folder_with_spiece_model_alone_says_what_to_do(folder: Path) -> None:
     (folder / "tokenizer.json").rename(folder / "spiece.model")
     with pytest.raises(CheckpointError, match=r"no tokenizer\.json.*spiece\.model.*AutoTokenizer"):

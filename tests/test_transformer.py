@@ -1,5 +1,7 @@
 """The transformer: cached against teacher-forced, conditionings, guidance, precision."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from small import SmallEdits, noise_of, random_edits, random_var, small_config
@@ -9,7 +11,7 @@ from varedit_reference.config import Conditioning, RotaryLayout
 from varedit_reference.kv_cache import KVCache, sar_mask, source_length
 from varedit_reference.sampling import guide
 from varedit_reference.sar import scale_aligned_references
-from varedit_reference.scale_loop import forced, seeded
+from varedit_reference.scale_loop import forced, predict_scales, seeded
 
 CONDITIONINGS: tuple[Conditioning, ...] = ("sar", "finest", "full")
 
@@ -37,6 +39,20 @@ def test_teacher_forced_forward_equals_the_cached_loop(
         assert torch.isfinite(logits).all()
         assert logits.std() > 0.1
         torch.testing.assert_close(logits, step.logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+@pytest.mark.parametrize("aspect", ["3:2", "1:3"])
+def test_off_squares_as_well(aspect: str, conditioning: Conditioning) -> None:
+    config = small_config("tiny-8b", conditioning, aspect=aspect)
+    model, edits = random_var(config), random_edits(config, lengths=(3,))
+    cached = edits.run(model, forced(random_bits(edits)), guidance=1.0, temperature=1.0)
+    inputs = [step.tokens for step in cached if step.tokens is not None]
+    at_once = model(edits.source, inputs, model.condition(edits.prompts))
+    for step, logits in zip(cached, at_once, strict=True):
+        torch.testing.assert_close(logits, step.logits, atol=1e-4, rtol=0)
+    (rows, columns), patch = config.transformer.finest, config.tokenizer.patch
+    assert cached[-1].sum.shape[2:] == (rows * patch, columns * patch)
 
 
 def test_conditionings_and_layouts_differ() -> None:
@@ -112,6 +128,42 @@ def test_a_negative_prompt_takes_the_unconditional_row() -> None:
     assert all(torch.equal(a, b) for a, b in zip(plain, same, strict=True))
     negative = model.condition(model.text_rows(edits.prompts, True, edits.prompts[::-1]))
     assert (negative.pooled[3:] - model.condition(plain).pooled[3:]).abs().max() > 1e-3
+
+
+def test_a_negative_prompt_of_another_length_is_as_without_padding() -> None:
+    config = small_config()
+    model, edits = random_var(config), random_edits(config)
+    prompts, negatives = edits.prompts, [edits.prompts[i] for i in (2, 0, 1)]
+    bits = random_bits(edits)
+    rows = model.text_rows(prompts, True, negatives)
+    guided = predict_scales(
+        model, config, edits.source, model.condition(rows), forced(bits), 3.0, 0.5
+    )
+    conditional = edits.run(model, forced(bits), guidance=1.0)
+    unconditional = replace(edits, prompts=negatives).run(model, forced(bits), guidance=1.0)
+    for a, b, c in zip(guided, conditional, unconditional, strict=True):
+        torch.testing.assert_close(a.logits, 3 * b.logits - 2 * c.logits, atol=1e-4, rtol=0)
+
+
+def test_guidance_and_temperature_are_those_of_the_scale() -> None:
+    config = small_config()
+    model, edits = random_var(config), random_edits(config, lengths=(4,))
+    bits = random_bits(edits)
+    guidance, temperature = [1.0, 2.0, 3.0, 4.0, 0.0, 1.5, 5.0], [0.1, 0.2, 0.5, 1.0, 2.0, 0.7, 3.0]
+    mixed = edits.run(model, forced(bits), None, guidance, temperature)
+    for k, step in enumerate(mixed):
+        uniform = edits.run(model, forced(bits), None, [guidance[k]] * 7, temperature[k])[k]
+        torch.testing.assert_close(step.logits, uniform.logits)
+
+
+def test_text_features_of_any_type_are_normed_in_fp32() -> None:
+    """Features in bf16 leave the learned unconditional row exact."""
+    config = small_config()
+    model, edits = random_var(config), random_edits(config)
+    rounded = [prompt.bfloat16() for prompt in edits.prompts]
+    exact = [prompt.float() for prompt in rounded]
+    one, other = (model.condition(model.text_rows(p, guided=True)) for p in (rounded, exact))
+    assert torch.equal(one.pooled, other.pooled)
 
 
 def test_padding_of_the_text_is_not_seen() -> None:

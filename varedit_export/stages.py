@@ -170,7 +170,7 @@ class ConditionStage(Stage):
             has_negative = given["has_negative"][:, None]
             negative = torch.where(has_negative[..., None], given["negative_features"], learned)
             features = torch.cat((features, negative))
-            mask = torch.cat((mask, torch.where(has_negative, given["negative_mask"], mask)))
+            mask = torch.cat((mask, _choose(has_negative, given["negative_mask"], mask)))
         bias_RT = torch.where(mask, 0.0, -torch.inf)
         text_RTC = F.rms_norm(features, features.shape[-1:], model.text_norm, 1e-6)
         pooled_RC = model.text_pool(text_RTC, bias_RT[:, None])
@@ -457,7 +457,12 @@ def _draw(logits_Bhwc2: Tensor, given: dict[str, Tensor]) -> Tensor:
     likely = (probability > 0.5).float()
     probability = torch.where(less_likely > 1 - NUCLEUS, probability, likely)
     drawn = given["noise"] < probability
-    return torch.where(given["forced_mask"], given["forced_bits"], drawn)
+    return _choose(given["forced_mask"], given["forced_bits"], drawn)
+
+
+def _choose(condition: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """torch.where for bools, which ONNX Runtime does not have."""
+    return (condition & one) | (~condition & other)
 
 
 def _embed(shapes: Shapes, model: GraphTransformer, tokens_Bhwc: Tensor) -> Tensor:

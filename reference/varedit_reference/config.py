@@ -111,6 +111,11 @@ class TransformerConfig:
             )
         if not 1 <= len(self.grids) <= MAX_LEVELS:
             raise ConfigError(f"a model has 1 to {MAX_LEVELS} scales, not {len(self.grids)}")
+        if self.rotary == "released" and _positions(self.table_grids) < _positions(self.grids):
+            raise ConfigError(
+                f"the table of {_positions(self.table_grids)} positions is too short for the "
+                f"{_positions(self.grids)} of source and scales"
+            )
         if self.mlp_width == 0:
             raise ConfigError(f"width {self.width} is too small: its MLP would have no channels")
 
@@ -135,6 +140,11 @@ class TransformerConfig:
     def lengths(self) -> tuple[int, ...]:
         """L, the tokens of every scale."""
         return tuple(rows * columns for rows, columns in self.grids)
+
+
+def _positions(grids: tuple[Grid, ...]) -> int:
+    """Tokens of the source, on the finest grid, and of all scales."""
+    return sum(rows * columns for rows, columns in (*grids, *grids[-1:]))
 
 
 @dataclass(frozen=True)

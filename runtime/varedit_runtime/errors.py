@@ -20,8 +20,16 @@ class CheckpointError(VareditError):
     """Weights that cannot be read, or do not fit the model."""
 
 
+class BundleError(VareditError):
+    """A bundle that is missing, damaged, of another kind or version, or cannot be written."""
+
+
 class TextError(VareditError):
     """An instruction that cannot be used, such as an empty or too long one."""
+
+
+class BackendError(VareditError):
+    """Graphs that cannot run as asked: an unknown or absent provider, a graph that won't load."""
 
 
 class MissingExtraError(VareditError):

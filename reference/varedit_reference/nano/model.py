@@ -1,8 +1,19 @@
-"""The sizes of nano, and where its weights are."""
+"""The sizes of nano, and loading its weights."""
 
+from dataclasses import replace
 from pathlib import Path
 
-from varedit_reference.config import ModelConfig, TokenizerConfig, TransformerConfig
+import torch
+
+from varedit_reference.checkpoint import load_tokenizer, load_transformer
+from varedit_reference.config import (
+    Conditioning,
+    ModelConfig,
+    TokenizerConfig,
+    TransformerConfig,
+)
+from varedit_reference.pipeline import VAREdit
+from varedit_reference.text_encoder import TextEncoder
 from varedit_runtime.grids import scale_grids
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -29,3 +40,29 @@ NANO = ModelConfig(
     guidance_scale=2.0,
     temperature=0.5,
 )
+
+
+def nano(conditioning: Conditioning = "sar") -> ModelConfig:
+    """nano's sizes under one of the paper's conditionings."""
+    return replace(NANO, transformer=replace(NANO.transformer, conditioning=conditioning))
+
+
+def load_nano(
+    weights: str | Path = WEIGHTS,
+    conditioning: Conditioning = "sar",
+    device: str | torch.device = "cpu",
+) -> VAREdit:
+    """nano in fp32, with the weights of a folder that `export_weights` wrote; by default its own.
+
+    Raises CheckpointError when they are missing or do not fit.
+    """
+    folder = Path(weights)
+    config = nano(conditioning)
+    text_encoder = TextEncoder.load(folder / TEXT_FOLDER)
+    text_encoder.model.to(device)
+    return VAREdit(
+        config,
+        load_tokenizer(folder / TOKENIZER_FILE, config.tokenizer).to(device),
+        load_transformer(folder / TRANSFORMER_FILE, config.transformer).to(device),
+        text_encoder,
+    )

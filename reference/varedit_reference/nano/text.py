@@ -84,11 +84,10 @@ def write_text_folder(
     folder: Path, model: T5Stack, vocabulary: Vocabulary, dtype: torch.dtype = torch.float32
 ) -> None:
     """A T5 folder: config.json, tokenizer.json and the encoder's weights."""
-    folder.mkdir(parents=True, exist_ok=True)
-    model.config.to_json_file(folder / "config.json")
-    vocabulary.save(str(folder / "tokenizer.json"))
     state = {
         t5_layout(Stored(name, tuple(tensor.shape))).name: tensor
         for name, tensor in model.state_dict().items()
     }
     write_weights(folder / "model.safetensors", state, dtype)
+    model.config.to_json_file(folder / "config.json")
+    vocabulary.save(str(folder / "tokenizer.json"))

@@ -142,8 +142,7 @@ class TokenizerTask:
         return torch.stack([torch.from_numpy(draw_picture(seed, self.size)) for seed in seeds])
 
     def export(self, model: nn.Module, folder: Path) -> None:
-        state = model.state_dict()
-        write_safetensors(folder / TOKENIZER_FILE, state, state.__getitem__, {})
+        write_weights(folder / TOKENIZER_FILE, model.state_dict())
 
 
 def quantised_features(features: Tensor, grids: tuple[Grid, ...]) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,241 @@
+"""What a bundle's manifest.json says, and everything that can be checked without its files.
+
+Types, ranges and unknown fields are checked as the file is decoded; what fields must say about
+each other, in each struct's `__post_init__`, which raises ValueError when one is constructed.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+from varedit_runtime.errors import BundleError
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+DIGEST = "manifest.sha256"
+TOKENIZER = "tokenizer.json"
+ENGINES = "engines"
+GRAPHS = "graphs"
+WEIGHTS = f"{GRAPHS}/weights"
+
+MAX_MANIFEST_BYTES = 8 * 2**20
+
+# What names a file on every system: no separator, drive, space, `.` or `..`, nothing hidden.
+_PLAIN = r"[A-Za-z0-9_][A-Za-z0-9_+-]*(?:\.[A-Za-z0-9_+-]+)*"
+
+Count = Annotated[int, Meta(ge=1, lt=2**31)]
+Name = Annotated[str, Meta(pattern=rf"\A{_PLAIN}\Z", max_length=100)]
+Digest = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+Text = Annotated[str, Meta(min_length=1, max_length=1000)]
+Precision = Literal["fp32", "fp16", "bf16"]
+Grid = tuple[Count, Count]
+
+_INSIDE = re.compile(rf"{_PLAIN}(?:/{_PLAIN})*")
+_STAGES = {"image_encoder", "condition", "prefill", "scale", "image_decoder"}
+_OPTIONAL_INSIDE = re.compile(rf"{_PLAIN}(?:/{_PLAIN})*")
+_STAGES = {"text_encoder", "references"}
+
+
+class TensorSpec(Struct, frozen=True, forbid_unknown_fields=True):
+    """A graph's input or output. A dimension that is a string is symbolic."""
+
+    name: Text
+    dtype: Literal["float32", "float16", "bfloat16", "int64", "int32", "uint8", "bool"]
+    shape: tuple[Count | Text, ...]
+
+
+class GraphSpec(Struct, frozen=True, forbid_unknown_fields=True):
+    """A graph's file, and its inputs and outputs in the graph's own order."""
+
+    file: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    def __post_init__(self) -> None:
+        _refuse_repeated("inputs", (tensor.name for tensor in self.inputs))
+        _refuse_repeated("outputs", (tensor.name for tensor in self.outputs))
+
+
+class Variant(Struct, frozen=True, forbid_unknown_fields=True):
+    """One set of static shapes over the bundle's weights.
+
+    resolution: side in pixels of the square that the aspect ratio (height:width) is derived from;
+    grids: (height, width) of every scale in tokens; picture: (height, width) in pixels;
+    rows: batch, or 2·batch with guidance; graphs: by stage.
+    """
+
+    name: Name
+    resolution: Count
+    aspect: Text
+    grids: Annotated[tuple[Grid, ...], Meta(min_length=1, max_length=99)]
+    picture: tuple[Count, Count]
+    batch: Count
+    rows: Count
+    text_tokens: Count
+    graphs: dict[Name, GraphSpec]
+
+    def __post_init__(self) -> None:
+        if self.rows not in (self.batch, 2 * self.batch):
+            raise ValueError(
+                f"{self.rows} rows for a batch of {self.batch}, where {self.batch} or, "
+                f"with guidance, {2 * self.batch} were expected"
+            )
+        expected = _STAGES | {f"scale_{i:02}" for i in range(len(self.grids))}
+        missing = expected - self.graphs.keys()
+        unknown = self.graphs.keys() - expected - _OPTIONAL_STAGES
+        if missing or unknown:
+            raise ValueError(
+                f"graphs do not match {len(self.grids)} scales: missing "
+                f"{', '.join(sorted(missing)) or 'none'}; not known {sorted(unknown) or 'none'}"
+            )
+
+    def graph(self, stage: str) -> GraphSpec:
+        """Raises BundleError naming the stages that exist."""
+        if stage not in self.graphs:
+            raise BundleError(
+                f"variant {self.name} has no graph {stage!r}; it has {', '.join(self.graphs)}"
+            )
+        return self.graphs[stage]
+
+
+class Model(Struct, frozen=True, forbid_unknown_fields=True):
+    """What was exported. weights: where they came from, such as "random, seed 0"."""
+
+    size: Name
+    bits: Count
+    downsampling: Count
+    patch: Count
+    token_channels: Count
+    depth: Count
+    width: Count
+    heads: Count
+    text_channels: Count
+    conditioning: Literal["sar", "finest", "full"]
+    rotary: Literal["released", "paper"]
+    weights: Text
+
+    def __post_init__(self) -> None:
+        if self.token_channels != self.bits * self.patch**2:
+            raise ValueError(
+                f"tokens of {self.token_channels} channels, where {self.bits} bits in patches of "
+                f"{self.patch} x {self.patch} make {self.bits * self.patch**2}"
+            )
+
+
+class FileEntry(Struct, frozen=True, forbid_unknown_fields=True):
+    """sha256 in lower-case hexadecimal; size in bytes."""
+
+    sha256: Digest
+    size: Annotated[int, Meta(ge=0, lt=2**63)]
+
+
+class ParityLine(Struct, frozen=True, forbid_unknown_fields=True):
+    """One measure of how far a stage was from the reference when the bundle was built."""
+
+    stage: Name
+    measure: Text
+    value: float
+    tolerance: float
+
+
+class Manifest(Struct, frozen=True, forbid_unknown_fields=True):
+    """A bundle. fp32_exceptions: what stays in fp32 whatever the precision; guidance_scale and
+    temperature: the model's defaults; files: all but the manifest and engines, by path."""
+
+    schema_version: Literal[1]
+    name: Name
+    model: Model
+    precision: Precision
+    fp32_exceptions: tuple[Text, ...]
+    guidance_scale: float
+    temperature: Annotated[float, Meta(gt=0)]
+    variants: Annotated[tuple[Variant, ...], Meta(min_length=1)]
+    files: dict[str, FileEntry]
+    tools: dict[Text, Text]
+    parity: tuple[ParityLine, ...]
+
+    def __post_init__(self) -> None:
+        _refuse_repeated("variants", (variant.name for variant in self.variants))
+        check_paths(self.files)
+        for variant in self.variants:
+            self._check_variant(variant)
+
+    def _check_variant(self, variant: Variant) -> None:
+        token_pixels = self.model.downsampling * self.model.patch
+        height, width = (side * token_pixels for side in variant.grids[-1])
+        if variant.picture != (height, width):
+            raise ValueError(
+                f"variant {variant.name} draws {variant.picture[0]} x {variant.picture[1]} px, "
+                f"where its finest grid makes {height} x {width}"
+            )
+        if "references" in variant.graphs and self.model.conditioning != "sar":
+            raise ValueError(f"variant {variant.name} has references, which only sar uses")
+        needed = {stage: graph.file for stage, graph in variant.graphs.items()}
+        if "text_encoder" in variant.graphs:
+            needed["tokenizer"] = TOKENIZER
+        for stage, file in needed.items():
+            if file not in self.files:
+                raise ValueError(f"variant {variant.name}: {stage}'s {file} is not in files")
+
+    def variant(self, name: str) -> Variant:
+        """Raises BundleError naming the variants that exist."""
+        for variant in self.variants:
+            if variant.name == name:
+                return variant
+        known = ", ".join(variant.name for variant in self.variants)
+        raise BundleError(f"bundle {self.name} has no variant {name!r}; it has {known}")
+
+
+AnyManifest = TypeVar("AnyManifest", bound=Struct)
+
+
+class _Versioned(Struct):
+    schema_version: int
+
+
+def encode_manifest(manifest: Struct) -> bytes:
+    """The same bytes for equal manifests, whatever order their mappings were filled in."""
+    return msgspec.json.encode(manifest, order="deterministic")
+
+
+def decode_manifest(data: bytes, kind: type[AnyManifest]) -> AnyManifest:
+    """Raises BundleError on anything but a manifest of this kind and version; it names no file."""
+    try:
+        found = msgspec.json.decode(data, type=_Versioned).schema_version
+        if found != SCHEMA_VERSION:
+            advice = "upgrade varedit-export" if found > SCHEMA_VERSION else "build it again"
+            raise BundleError(
+                f"its schema is version {found}, and this program reads version "
+                f"{SCHEMA_VERSION}: {advice}"
+            )
+        return msgspec.json.decode(data, type=kind)
+    except RecursionError as error:
+        raise BundleError("it is nested too deeply to be a manifest") from error
+    except ValueError as error:
+        raise BundleError(
+            f"it is not a valid manifest, copy or build it again: {_printable(error)}"
+        ) from error
+
+
+def check_paths(files: Mapping[str, FileEntry]) -> None:
+    """Raises ValueError on a path that does not lie inside the folder, or that has another use."""
+    for file in files:
+        if not _INSIDE.fullmatch(file):
+            raise ValueError(f"{file!r} is not the plain, relative path of a file in the folder")
+        if file in (MANIFEST, DIGEST) or file.startswith(f"{ENGINES}/"):
+            raise ValueError(f"{file} cannot be one of the files that a manifest lists")
+
+
+def _refuse_repeated(what: str, names: Iterable[str]) -> None:
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise ValueError(f"{what} called the same: {repeated}")
+
+
+def _printable(error: ValueError) -> str:
+    """In one short line, for the message may quote the file."""
+    return "".join(c if c.isprintable() else "?" for c in str(error)[:300])

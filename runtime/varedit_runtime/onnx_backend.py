@@ -1,0 +1,363 @@
+"""A bundle's graphs on ONNX Runtime: memory allocated once, keys and values appended in place.
+
+All scales, and the prefill, run on the one symbolic-length graph: every further session would hold
+a packed copy of the weights of its own.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from varedit_runtime.bundle import Bundle
+from varedit_runtime.errors import BackendError
+from varedit_runtime.manifest import TensorSpec, Variant
+from varedit_runtime.resizing import bilinear_matrix
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+STAGES = ("text_encoder", "image_encoder", "condition", "scale", "references", "image_decoder")
+KINDS = ("key", "value")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a scale's bits are chosen.
+
+    noise float32 [B, h, w, c] in [0, 1). forced_bits, forced_mask bool of the same shape: bits
+    that are taken as they are where the mask is set.
+    """
+
+    noise: np.ndarray
+    guidance_scale: float
+    temperature: float
+    forced_bits: np.ndarray | None = None
+    forced_mask: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class ScaleOutput:
+    """logits float32 [B, h, w, c, 2], guided; bits bool [B, h, w, c]; running_sum [B, d, H, W]."""
+
+    logits: np.ndarray
+    bits: np.ndarray
+    running_sum: np.ndarray
+
+
+class Buffer:
+    """Memory on the provider's device, allocated once; parts of it are bound to graphs."""
+
+    def __init__(self, shape: Sequence[int], dtype: str, device: str) -> None:
+        self.shape, self.dtype, self.device = tuple(shape), np.dtype(dtype), device
+        # ONNX Runtime makes no buffer without elements.
+        held = self.shape if prod(self.shape) else (1,)
+        self._value = ort.OrtValue.ortvalue_from_shape_and_type(held, self.dtype, device)
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return prod(self.shape) * self.dtype.itemsize
+
+    def part(self, shape: Sequence[int] | None = None, first: int = 0) -> "Part":
+        """All of it, or the part of a shape from entry `first` of the first axis on."""
+        offset = first * prod(self.shape[1:]) * self.dtype.itemsize
+        shape = self.shape if shape is None else tuple(shape)
+        return Part(self, shape, self._value.data_ptr() + offset)
+
+    def read(self, shape: Sequence[int]) -> np.ndarray:
+        """A copy of the leading elements, in a shape."""
+        return self._value.numpy().reshape(-1)[: prod(shape)].reshape(shape).copy()
+
+    def fill(self, value: float) -> None:
+        self._value.update_inplace(np.full(self.shape, value, self.dtype))
+
+
+@dataclass(frozen=True)
+class Part:
+    """Part of a buffer, as a graph sees it; it keeps the buffer alive."""
+
+    buffer: Buffer
+    shape: tuple[int, ...]
+    pointer: int
+
+    def binding(self) -> tuple[Any, ...]:
+        return self.buffer.device, 0, self.buffer.dtype, self.shape, self.pointer
+
+
+class Session:
+    """One graph, loaded. Inputs and outputs are arrays or parts of buffers, by name."""
+
+    def __init__(self, path: Path, graph: bytes, provider: str, threads: int) -> None:
+        settings = ort.SessionOptions()
+        settings.intra_op_num_threads = threads
+        settings.log_severity_level = 3
+        # The graph comes as the bytes that were checked; its weights lie beside its file.
+        folder = "session.model_external_initializers_file_folder_path"
+        settings.add_session_config_entry(folder, str(path.parent))
+        try:
+            self._session = ort.InferenceSession(graph, settings, providers=[PROVIDERS[provider]])
+        except Exception as error:  # onnxruntime's errors have no other common base
+            raise BackendError(
+                f"ONNX Runtime cannot load {path.name} ({error}): run `varedit-export verify` on "
+                "the bundle, or build it again"
+            ) from error
+        self._names = [output.name for output in self._session.get_outputs()]
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Arrays in, arrays out."""
+        return dict(zip(self._names, self._session.run(None, dict(inputs)), strict=True))
+
+    def run_bound(
+        self, inputs: Mapping[str, np.ndarray | Part], outputs: Mapping[str, Part]
+    ) -> None:
+        """Write the outputs where they belong."""
+        binding = self._session.io_binding()
+        for name, value in inputs.items():
+            if isinstance(value, Part):
+                binding.bind_input(name, *value.binding())
+            else:
+                binding.bind_cpu_input(name, np.ascontiguousarray(value))
+        for name, part in outputs.items():
+            binding.bind_output(name, *part.binding())
+        self._session.run_with_iobinding(binding)
+
+
+class OnnxBackend:
+    """All graphs of a variant, on one provider. One edit at a time."""
+
+    def __init__(self, bundle: Bundle, variant: Variant, provider: str, threads: int) -> None:
+        """provider: "cpu" or "cuda"; threads: 0 for one per core.
+
+        Raises BackendError when the provider is unknown or not in the installed onnxruntime, or
+        when a graph cannot be loaded.
+        """
+        check_provider(provider)
+        self.variant, self.model, self.provider = variant, bundle.manifest.model, provider
+        self._sessions = {
+            stage: Session(
+                bundle.path / variant.graphs[stage].file,
+                bundle.graph_bytes(variant, stage),
+                provider,
+                threads,
+            )
+            for stage in STAGES
+            if stage in variant.graphs
+        }
+        self._areas = [rows * columns for rows, columns in variant.grids]
+        self._guided = variant.rows > variant.batch
+        self._sar = self.model.conditioning == "sar"
+        self._allocate()
+
+    def encode_text(self, token_ids: np.ndarray, text_mask: np.ndarray) -> np.ndarray:
+        """Ids int64 and mask bool [B, T] -> features float32 [B, T, text]."""
+        inputs = {"token_ids": token_ids, "text_mask": text_mask}
+        return self._sessions["text_encoder"].run(inputs)["text_features"]
+
+    def encode_pictures(self, pictures: np.ndarray) -> np.ndarray:
+        """Pictures float32 [B, 3, H, W] in [-1, 1] -> source tokens [B, h, w, c]."""
+        return self._sessions["image_encoder"].run({"pictures": pictures})["source_tokens"]
+
+    def decode(self, running_sum: np.ndarray) -> np.ndarray:
+        """A sum of codes [B, d, H, W] -> pictures float32 [B, 3, H, W], not yet clamped."""
+        return self._sessions["image_decoder"].run({"running_sum": running_sum})["pictures"]
+
+    def condition(self, inputs: Mapping[str, np.ndarray]) -> None:
+        """Take the text of the edit to come: the inputs of the condition graph, by name."""
+        self._sessions["condition"].run_bound(
+            inputs, {name: buffer.part() for name, buffer in self._text.items()}
+        )
+
+    def prefill(self, source_tokens: np.ndarray) -> None:
+        """Take the source of the edit to come, tokens [B, h, w, c]; `condition` comes first."""
+        last = len(self._areas) - 1
+        grid = self.variant.grids[last]
+        nothing = Sampling(np.zeros((*source_tokens.shape[:3], self._bits), np.float32), 1.0, 1.0)
+        inputs = {"tokens": source_tokens, **self._place(last, 0), **self._past(None)}
+        source = {
+            f"new_{kind}.{i}": self._source[kind].part()
+            if i == 0 and self._sar
+            else self._caches[kind][i].part(self._kv_shape(self._areas[last]))
+            for kind in KINDS
+            for i in range(self.model.depth)
+        }
+        self._sums[0].fill(0)
+        self._run(grid, (1, 1), inputs, nothing, source)
+        if self._sar:
+            self._sessions["references"].run_bound(
+                {f"source_{kind}": self._source[kind].part() for kind in KINDS},
+                {name: buffer.part() for name, buffer in self._references.items()},
+            )
+        self._sums[0].fill(0)
+
+    def predict(self, scale: int, sampling: Sampling) -> ScaleOutput:
+        """Predict a scale; the prefill and, in order, the scales before it must have run."""
+        grids = self.variant.grids
+        grid, following = grids[scale], grids[min(scale + 1, len(grids) - 1)]
+        before = sum(self._areas[:scale])
+        inputs = {
+            "tokens": self._tokens[0].part((self.variant.batch, *grid, self._bits)),
+            **self._place(scale, self._areas[-1] + before, first=scale == 0),
+            **self._past(scale),
+        }
+        new = {
+            f"new_{kind}.{i}": self._caches[kind][i].part(
+                self._kv_shape(self._areas[scale]), before + self._source_length(i)
+            )
+            for kind in KINDS
+            for i in range(self.model.depth)
+        }
+        self._run(grid, following, inputs, sampling, new)
+        self._tokens.reverse()
+        self._sums.reverse()
+        shape = (self.variant.batch, *grid, self._bits)
+        return ScaleOutput(
+            self._logits.read((*shape, 2)), self._drawn.read(shape), self.running_sum
+        )
+
+    @property
+    def running_sum(self) -> np.ndarray:
+        """The sum of codes [B, d, H, W] of the scales predicted so far."""
+        return self._sums[0].read(self._sums[0].shape)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Memory of the caches and of what passes between graphs."""
+        groups = [self._text, self._references, self._source, *self._caches.values()]
+        buffers = [b for g in groups for b in (g.values() if isinstance(g, dict) else g)]
+        return sum(
+            b.size for b in (*buffers, *self._tokens, *self._sums, self._logits, self._drawn)
+        )
+
+    def _run(
+        self,
+        grid: tuple[int, int],
+        following: tuple[int, int],
+        inputs: Mapping[str, np.ndarray | Part],
+        sampling: Sampling,
+        new: Mapping[str, Part],
+    ) -> None:
+        """One run of the scale graph, from the first of each pair of buffers to the second."""
+        batch = self.variant.batch
+        shape = (batch, *grid, self._bits)
+        self._sessions["scale"].run_bound(
+            {
+                **inputs,
+                "running_sum": self._sums[0].part(),
+                **self._resizing(grid, following),
+                **self._chosen(sampling, shape),
+                **{name: buffer.part() for name, buffer in self._text.items()},
+            },
+            {
+                "logits": self._logits.part((*shape, 2)),
+                "bits": self._drawn.part(shape),
+                "running_sum_out": self._sums[1].part(),
+                "next_tokens": self._tokens[1].part((batch, *following, self._bits)),
+                **new,
+            },
+        )
+
+    def _allocate(self) -> None:
+        """All memory between graphs, from the shapes in the manifest."""
+        graphs, batch = self.variant.graphs, self.variant.batch
+        self._bits = self.model.token_channels
+        finest = (batch, *self.variant.grids[-1], self._bits)
+        inputs = {tensor.name: tensor for tensor in graphs["scale"].inputs}
+        running_sum = inputs["running_sum"]
+        kv = inputs["cross_key.0"].dtype
+        self._text = self._buffers(graphs["condition"].outputs)
+        self._references = self._buffers(graphs["references"].outputs) if self._sar else {}
+        self._source = (
+            {kind: self._buffer(self._kv_shape(self._areas[-1]), kv) for kind in KINDS}
+            if self._sar
+            else {}
+        )
+        self._caches = {
+            kind: [
+                self._buffer(self._kv_shape(self._source_length(i) + sum(self._areas)), kv)
+                for i in range(self.model.depth)
+            ]
+            for kind in KINDS
+        }
+        self._tokens = [self._buffer(finest, "float32") for _ in range(2)]
+        self._sums = [self._buffer(_static(running_sum), "float32") for _ in range(2)]
+        self._logits = self._buffer((*finest, 2), "float32")
+        self._drawn = self._buffer(finest, "bool")
+
+    def _buffers(self, specs: Sequence[TensorSpec]) -> dict[str, Buffer]:
+        return {spec.name: self._buffer(_static(spec), spec.dtype) for spec in specs}
+
+    def _buffer(self, shape: Sequence[int], dtype: str) -> Buffer:
+        return Buffer(shape, dtype, self.provider)
+
+    def _kv_shape(self, tokens: int) -> tuple[int, ...]:
+        heads = self.model.heads
+        return tokens, self.variant.rows, heads, self.model.width // heads
+
+    def _source_length(self, block: int) -> int:
+        """The source's tokens in a block's cache: none in block 0 under SAR."""
+        return 0 if self._sar and block == 0 else self._areas[-1]
+
+    def _past(self, scale: int | None) -> dict[str, Part]:
+        """What new tokens see: references and caches up to a scale; None: nothing, the prefill."""
+        before = None if scale is None else sum(self._areas[:scale])
+        seen: dict[str, Part] = {}
+        for kind in KINDS:
+            if self._sar:
+                own = self._references[f"reference_{kind}.{scale or 0}"]
+                length = 0 if scale is None else self._areas[scale]
+                seen[f"reference_{kind}"] = own.part(self._kv_shape(length))
+            for i, cache in enumerate(self._caches[kind]):
+                length = 0 if before is None else self._source_length(i) + before
+                seen[f"past_{kind}.{i}"] = cache.part(self._kv_shape(length))
+        return seen
+
+    def _place(self, level: int, first_position: int, first: bool = False) -> dict[str, np.ndarray]:
+        return {
+            "level": np.array([level], np.int64),
+            "first_position": np.array([first_position], np.int64),
+            "is_first": np.array([first]),
+        }
+
+    def _resizing(self, grid: tuple[int, int], following: tuple[int, int]) -> dict[str, np.ndarray]:
+        """The matrices from a grid to the finest and from there to the following one."""
+        patch, matrices = self.model.patch, {}
+        for axis, name in enumerate(("rows", "columns")):
+            own, finest, after = (
+                side * patch for side in (grid[axis], self.variant.grids[-1][axis], following[axis])
+            )
+            up, down = bilinear_matrix(finest, own), bilinear_matrix(after, finest)
+            matrices[f"up_{name}"] = up.reshape(finest, grid[axis], patch)
+            matrices[f"down_{name}"] = down.reshape(following[axis], patch, finest)
+        return matrices
+
+    def _chosen(self, sampling: Sampling, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
+        nothing = np.zeros(shape, np.bool_)
+        bits, mask = sampling.forced_bits, sampling.forced_mask
+        inputs = {
+            "temperature": np.array([sampling.temperature], np.float32),
+            "noise": sampling.noise.astype(np.float32, copy=False),
+            "forced_bits": nothing if bits is None else bits,
+            "forced_mask": nothing if mask is None else mask,
+        }
+        if self._guided:
+            inputs["guidance_scale"] = np.array([sampling.guidance_scale], np.float32)
+        return inputs
+
+
+def check_provider(provider: str) -> None:
+    """Raises BackendError unless the installed onnxruntime has the provider."""
+    if provider not in PROVIDERS:
+        raise BackendError(f"no provider is called {provider!r}; there are {', '.join(PROVIDERS)}")
+    available = ort.get_available_providers()
+    if PROVIDERS[provider] not in available:
+        raise BackendError(
+            f"the installed onnxruntime has no {PROVIDERS[provider]}, only {', '.join(available)}: "
+            'run `pip uninstall onnxruntime` and `pip install "varedit-export[gpu]"`'
+        )
+
+
+def _static(spec: TensorSpec) -> tuple[int, ...]:
+    return tuple(int(size) for size in spec.shape)
