@@ -3,32 +3,7 @@
 import pytest
 import torch
 
-from varedit_reference.sampling import (
-    bit_probability,
-    distance_to_cut,
-    draw,
-    guide,
-    nucleus,
-    per_scale,
-    temperature_per_scale,
-)
-from varedit_runtime.errors import ConfigError
-
-
-def test_a_number_serves_all_scales_and_a_list_must_fit() -> None:
-    assert per_scale(2, 3, "guidance_scale") == (2.0, 2.0, 2.0)
-    assert per_scale([1, 2.5], 2, "guidance_scale") == (1, 2.5)
-    with pytest.raises(ConfigError, match=r"temperature has 2 values.*3"):
-        per_scale([1, 2], 3, "temperature")
-    with pytest.raises(ConfigError, match=r"guidance_scale is nan; it must be finite"):
-        per_scale(float("nan"), 3, "guidance_scale")
-
-
-@pytest.mark.parametrize("value", [0, -0.5, [0.5, 0.0]])
-def test_a_temperature_must_be_over_zero(value: float | list[float]) -> None:
-    with pytest.raises(ConfigError, match="over 0"):
-        temperature_per_scale(value, 2)
-    assert temperature_per_scale([0.1, 2], 2) == (0.1, 2.0)
+from varedit_reference.sampling import bit_probability, distance_to_cut, draw, guide, nucleus
 
 
 def test_guidance_comes_after_the_temperature() -> None:

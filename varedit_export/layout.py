@@ -130,3 +130,36 @@ def _attention_scale(log_scale: Tensor) -> Tensor:
 def _pairs_to_halves(config: TransformerConfig) -> Tensor:
     """Rows of a query or key matrix, heads kept, each head's pairs split into halves, [C]."""
     return torch.arange(config.width).view(config.heads, -1, 2).transpose(1, 2).flatten()
+
+
+def restore_transformer(
+    config: TransformerConfig, weights: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The reference's parameters from a bundle's weights: what the layout did, undone, fp32.
+
+    A self-attention's learned scale comes back clamped, as it acts.
+    """
+    state: dict[str, Tensor] = {}
+    pairs = _pairs_to_halves(config).argsort()
+    width = config.width
+    for name, weight in transformer_layout(config).items():
+        made = weights[name].float()
+        if name.endswith("qkv.weight"):
+            query, key, value = made.T.chunk(3)
+            state[weight.sources[0]] = torch.cat((query[pairs], key[pairs], value))
+        elif name.endswith("qkv.bias"):
+            state[weight.sources[0]] = made[:width][pairs]
+            state[weight.sources[1]] = made[2 * width :]
+        elif weight.make is _after_zeros:
+            state[weight.sources[0]] = made[len(made) // 2 :]
+        elif weight.make is _one_plus_first_half:
+            ones = torch.cat((torch.ones(width), torch.zeros(width)))
+            state[weight.sources[0]] = made - ones
+        elif weight.make is _one_plus_scales:
+            ones = torch.tensor([0.0, 0.0, 1.0, 1.0, 0.0, 0.0])
+            state[weight.sources[0]] = made - ones[:, None]
+        elif weight.make is _attention_scale:
+            state[weight.sources[0]] = made.log()
+        else:
+            state[weight.sources[0]] = weight.make(made)  # a transpose, or nothing
+    return state

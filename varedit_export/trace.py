@@ -5,6 +5,7 @@ the safetensors file by offset, and carries only small constants of its own.
 """
 
 import logging
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -79,6 +80,7 @@ def trace(stage: Stage, fake: FakeTensorMode, stored: Mapping[str, StoredWeight]
     weights = _take_weights(model)
     optimizer.optimize_ir(model)
     _refer_to_weights(model, weights, stored)
+    _name_dimensions(model, specs)
     _name_nodes(model)
     _strip(model, stage.name)
     _check_shapes(
@@ -130,6 +132,26 @@ def _refer_to_weights(
         )
         value.name = place.name
         model.graph.register_initializer(value)
+
+
+def _name_dimensions(model: ir.Model, specs: Mapping[str, Spec]) -> None:
+    """Call symbolic dimensions, and what is computed of them, by the names the stage gave them."""
+    names: dict[str, str] = {}
+    for value, spec in zip(model.graph.inputs, specs.values(), strict=True):
+        assert value.shape is not None
+        for traced, own in zip(value.shape, spec.shape, strict=True):
+            if isinstance(own, str):
+                names[str(traced)] = own
+    pattern = re.compile("|".join(rf"\b{re.escape(name)}\b" for name in names) or r"(?!)")
+    nodes = (value for node in model.graph for value in node.outputs)
+    for value in (*model.graph.inputs, *nodes):
+        if value.shape is not None:
+            value.shape = ir.Shape(
+                size
+                if isinstance(size, int)
+                else pattern.sub(lambda match: names[match[0]], str(size))
+                for size in value.shape
+            )
 
 
 def _name_nodes(model: ir.Model) -> None:

@@ -9,21 +9,26 @@ Beside a bundle NAME, hidden:
 """
 
 import errno
+import hashlib
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
 import msgspec
 from filelock import FileLock, Timeout
 
-from varedit_runtime.bundle import (
-    Bundle,
-    file_digest,
-    work_folder,
-)
+from varedit_runtime.bundle import Bundle, digest_line, file_digest, set_aside, work_folder
 from varedit_runtime.errors import BundleError
-from varedit_runtime.manifest import FileEntry
+from varedit_runtime.manifest import (
+    DIGEST,
+    MANIFEST,
+    FileEntry,
+    FolderManifest,
+    canonical_json,
+)
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -46,6 +51,7 @@ class Staging:
 
     target: the folder that the bundle will be. wait: for another builder of it to end.
     check: opens the finished folder just before it is published, raising BundleError.
+    journal: where to note which files are finished; by default beside them.
 
     Raises BundleError when another process builds the same target, when target is something else
     than a bundle, and, also for what is written by others inside the context, when the disk is
@@ -57,28 +63,23 @@ class Staging:
         target: str | os.PathLike[str],
         wait: bool = False,
         check: Callable[[Path], object] = Bundle.open,
+        journal: Path | None = None,
     ) -> None:
         self.target = Path(os.path.realpath(target))
         self.path = work_folder(self.target) / "folder"
         self.files: dict[str, FileEntry] = {}
         self._check = check
-        self._lock = FileLock(self.target.with_name(f".{self.target.name}.lock"))
+        self._journal_path = journal or work_folder(self.target) / "journal.json"
+        self._lock = FileLock(self.target.parent / f".{self.target.name}.lock")
         self._timeout = -1 if wait else 0
 
     def __enter__(self) -> "Staging":
         with _writable(self.target):
+            self._refuse_other_folders()
             self.target.parent.mkdir(parents=True, exist_ok=True)
+            self._acquire()
             try:
-                self._lock.acquire(timeout=self._timeout)
-            except Timeout as error:
-                raise BundleError(
-                    f"{self.target} is being built by another process; wait for it to end"
-                ) from error
-            try:
-                self._recover()
-                self._refuse_other_folders()
-                self.path.mkdir(parents=True, exist_ok=True)
-                self._journal = self._read_journal()
+                self._prepare()
             except BaseException:
                 self._lock.release()
                 raise
@@ -95,7 +96,7 @@ class Staging:
             raise _no_space(self.target) from error
 
     def file(self, name: str) -> Path:
-        """Where to write a file of the bundle. name: its path in the bundle, with forward slashes."""
+        """Where to write a file. name: its path in the bundle, with forward slashes."""
         path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
@@ -104,10 +105,14 @@ class Staging:
         """The file as an earlier build finished it from the same key, whole; else it is deleted."""
         finished = self._journal.get(name)
         path = self.file(name)
-        if finished and finished.key == key and path.is_file():
-            if file_digest(path) == finished.entry.sha256:
-                self.files[name] = finished.entry
-                return finished.entry
+        if (
+            finished
+            and finished.key == key
+            and path.is_file()
+            and file_digest(path) == finished.entry.sha256
+        ):
+            self.files[name] = finished.entry
+            return finished.entry
         path.unlink(missing_ok=True)
         return None
 
@@ -115,7 +120,6 @@ class Staging:
         """Take a finished file into the bundle. Without a key it is made again on resuming."""
         path = self.file(name)
         with _writable(path):
-            _flush(path)
             entry = FileEntry(file_digest(path), path.stat().st_size)
         self.files[name] = entry
         if key is not None:
@@ -123,18 +127,139 @@ class Staging:
             self._write_journal()
         return entry
 
-    def publish(self, manifest: msgspec.Struct) -> str:
+    def publish(self, manifest: FolderManifest) -> str:
         """Make the folder what the manifest says, and rename it to its place. -> its digest
 
         Raises BundleError, publishing nothing, when the manifest is not valid, lists other files
         than were recorded, or when the disk is full.
         """
         with _writable(self.target):
+            self._compare_files(manifest.files)
             self._delete_unlisted()
             digest = self._write_manifest(manifest)
-            for folder, _, _ in os.walk(self.path):
-                _flush(Path(folder))
             self._check(self.path)
+            self._flush_all()
             self._refuse_other_folders()
             self._swap()
         return digest
+
+    def _acquire(self) -> None:
+        try:
+            self._lock.acquire(timeout=self._timeout)
+        except Timeout as error:
+            raise BundleError(
+                f"{self.target} is being built by another process; wait for it to end"
+            ) from error
+
+    def _prepare(self) -> None:
+        self._recover()
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._journal = self._read_journal()
+
+    def _recover(self) -> None:
+        """Put the earlier bundle back where it was, or delete it when the newer is in its place."""
+        previous = set_aside(self.target)
+        if (previous / MANIFEST).exists() and not self.target.exists():
+            previous.rename(self.target)
+        elif previous.exists():
+            # First what makes it a bundle: it must not be put back with half of its files.
+            (previous / MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(previous, ignore_errors=True)
+
+    def _refuse_other_folders(self) -> None:
+        try:
+            names = os.listdir(self.target)
+        except FileNotFoundError:
+            return
+        if names and not {MANIFEST, DIGEST} <= set(names):
+            raise BundleError(
+                f"{self.target} exists and is not a bundle, so it is not replaced; "
+                "choose another folder"
+            )
+
+    def _compare_files(self, listed: Mapping[str, FileEntry]) -> None:
+        different = {name for name, _ in listed.items() ^ self.files.items()}
+        if different:
+            raise BundleError(
+                f"the manifest of {self.target} does not list what was recorded: "
+                f"{', '.join(sorted(different))}"
+            )
+
+    def _delete_unlisted(self) -> None:
+        """What another manifest's build, cut short, left in the folder."""
+        for folder, folders, files in os.walk(self.path, topdown=False):
+            for file in files:
+                path = Path(folder, file)
+                if path.relative_to(self.path).as_posix() not in self.files:
+                    path.unlink()
+            for name in folders:
+                with suppress(OSError):  # not empty
+                    os.rmdir(Path(folder, name))
+
+    def _write_manifest(self, manifest: FolderManifest) -> str:
+        data = canonical_json(manifest)
+        digest = hashlib.sha256(data).hexdigest()
+        (self.path / MANIFEST).write_bytes(data)
+        (self.path / DIGEST).write_bytes(digest_line(digest))
+        return digest
+
+    def _flush_all(self) -> None:
+        for folder, _, files in os.walk(self.path):
+            for file in files:
+                _flush(Path(folder, file))
+            _flush(Path(folder))
+
+    def _swap(self) -> None:
+        try:
+            if self.target.exists():
+                self.target.rename(set_aside(self.target))
+            self.path.rename(self.target)
+            _flush(self.target.parent)
+        finally:
+            self._recover()
+        shutil.rmtree(work_folder(self.target), ignore_errors=True)
+        self._journal_path.unlink(missing_ok=True)
+
+    def _read_journal(self) -> dict[str, _Finished]:
+        try:
+            return msgspec.json.decode(self._journal_path.read_bytes(), type=dict[str, _Finished])
+        except (
+            OSError,
+            msgspec.MsgspecError,
+            ValueError,
+        ):  # none, or cut short: then all is made again
+            return {}
+
+    def _write_journal(self) -> None:
+        partial = self._journal_path.with_suffix(".partial")
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(msgspec.json.encode(self._journal))
+        partial.replace(self._journal_path)
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    if os.name == "nt":  # where a folder cannot be opened
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _writable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _NO_SPACE:
+            raise _no_space(path) from error
+        raise BundleError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _no_space(path: Path) -> BundleError:
+    return BundleError(
+        f"{path} cannot be written: no space is left; free some and run it again, "
+        "which keeps what is finished"
+    )

@@ -27,19 +27,14 @@ from torch import Tensor, nn
 from varedit_reference.checkpoint import load_tokenizer, load_transformer
 from varedit_reference.config import ModelConfig, TokenizerConfig, TransformerConfig
 from varedit_reference.quantisation import positions, quantise, source_tokens, to_tokens
-from varedit_reference.sampling import (
-    bit_probability,
-    distance_to_cut,
-    nucleus,
-    per_scale,
-    temperature_per_scale,
-)
+from varedit_reference.sampling import bit_probability, distance_to_cut, nucleus
 from varedit_reference.scale_loop import forced, predict_scales
 from varedit_reference.tokenizer import Tokenizer
 from varedit_reference.transformer import VAR
 from varedit_runtime.errors import CheckpointError, VareditError
 from varedit_runtime.grids import scale_grids
 from varedit_runtime.pictures import from_decoder, restore, to_square
+from varedit_runtime.settings import per_scale, temperature_per_scale
 
 RESOLUTIONS = {"0.06M": 256, "0.25M": 512, "1M": 1024}
 

@@ -1,35 +1,8 @@
 """From logits to bits: temperature, guidance, nucleus, and a draw from supplied noise."""
 
-from collections.abc import Sequence
-from math import isfinite
-
 from torch import Tensor
 
-from varedit_runtime.errors import ConfigError
-
 NUCLEUS = 0.97
-
-
-def per_scale(value: float | Sequence[float], scales: int, name: str) -> tuple[float, ...]:
-    """A number, or one per scale, as one per scale.
-
-    Raises ConfigError on another count, and on numbers that are not finite.
-    """
-    given = (value,) * scales if isinstance(value, int | float) else value
-    values = tuple(float(v) for v in given)
-    if len(values) != scales:
-        raise ConfigError(f"{name} has {len(values)} values; give one, or one for each of {scales}")
-    if not all(isfinite(v) for v in values):
-        raise ConfigError(f"{name} is {value}; it must be finite")
-    return values
-
-
-def temperature_per_scale(value: float | Sequence[float], scales: int) -> tuple[float, ...]:
-    """A temperature as `per_scale` reads it. Raises ConfigError also unless it is over 0."""
-    values = per_scale(value, scales, "temperature")
-    if min(values) <= 0:
-        raise ConfigError(f"temperature is {value}; it must be over 0")
-    return values
 
 
 def guide(logits: Tensor, guidance_scale: float, temperature: float, guided: bool) -> Tensor:

@@ -8,16 +8,10 @@ from torch import Tensor
 
 from varedit_reference.config import ModelConfig
 from varedit_reference.quantisation import add_scale, from_tokens, next_tokens, positions
-from varedit_reference.sampling import (
-    bit_probability,
-    draw,
-    guide,
-    nucleus,
-    per_scale,
-    temperature_per_scale,
-)
+from varedit_reference.sampling import bit_probability, draw, guide, nucleus
 from varedit_reference.transformer import VAR, TextCondition
 from varedit_runtime.noise import uniform_noise
+from varedit_runtime.settings import PerScale, per_scale, temperature_per_scale
 
 # (scale, chance of bit 1 [B, L, c]) -> bits [B, L, c]
 ChooseBits = Callable[[int, Tensor], Tensor]
@@ -46,8 +40,8 @@ def predict_scales(
     source_tokens: Tensor,
     text: TextCondition,
     choose: ChooseBits,
-    guidance_scale: float | Sequence[float],
-    temperature: float | Sequence[float],
+    guidance_scale: PerScale,
+    temperature: PerScale,
 ) -> Iterator[PredictedScale]:
     """Predict an edit coarse to fine; a caller may look at every scale, or stop.
 

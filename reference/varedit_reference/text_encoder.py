@@ -15,12 +15,12 @@ from torch.nn.utils.rnn import pad_sequence
 from varedit_reference.checkpoint import Stored, load
 from varedit_reference.config import MAX_TEXT_TOKENS
 from varedit_reference.weights_file import open_weights
-from varedit_runtime.errors import CheckpointError, TextError, needs_extra
+from varedit_runtime.errors import CheckpointError, needs_extra
+from varedit_runtime.text import Instructions, read_tokenizer
 
 if TYPE_CHECKING:
     from transformers.models.t5.modeling_t5 import T5Stack
 
-END_TOKEN = "</s>"
 SHARED, EMBEDDING = "shared.weight", "encoder.embed_tokens.weight"
 
 
@@ -30,7 +30,7 @@ class TextEncoder:
     def __init__(self, model: "T5Stack", vocabulary: Vocabulary) -> None:
         self.model = model
         self.vocabulary = vocabulary
-        self.end_token = end_token(vocabulary)
+        self._instructions = Instructions(vocabulary, MAX_TEXT_TOKENS)
 
     @classmethod
     def load(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> "TextEncoder":
@@ -59,15 +59,7 @@ class TextEncoder:
 
     def tokenise(self, prompt: str, *, truncate: bool = False) -> list[int]:
         """The instruction's token ids, end token included. Raises as encode does."""
-        if not prompt.strip():
-            raise TextError("the instruction is empty: say what to change in the picture")
-        ids = self.vocabulary.encode(prompt, add_special_tokens=False).ids
-        if len(ids) >= MAX_TEXT_TOKENS and not truncate:
-            raise TextError(
-                f"the instruction has {len(ids) + 1} tokens, end token included, of at most "
-                f"{MAX_TEXT_TOKENS}: shorten it"
-            )
-        return [*ids[: MAX_TEXT_TOKENS - 1], self.end_token]
+        return self._instructions.tokenise(prompt, truncate=truncate)
 
 
 def t5_layout(own: Stored) -> Stored:
@@ -118,7 +110,7 @@ def empty_encoder(folder: str | Path, dtype: torch.dtype = torch.float32) -> "T5
 
 
 def read_vocabulary(folder: str | Path) -> Vocabulary:
-    """A T5 folder's tokenizer.json. Raises CheckpointError when it is absent or unreadable."""
+    """A T5 folder's tokenizer.json. Raises CheckpointError when it is absent or no T5's."""
     path = Path(folder) / "tokenizer.json"
     if not Path(folder).is_dir():
         raise CheckpointError(f"there is no folder {folder}: give a Flan-T5 folder")
@@ -128,19 +120,6 @@ def read_vocabulary(folder: str | Path) -> Vocabulary:
             "transformers.AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
         )
     try:
-        vocabulary = Vocabulary.from_file(str(path))
-    except Exception as error:  # tokenizers raises bare Exceptions
-        raise CheckpointError(f"{path} is not a tokenizer: fetch or copy it again") from error
-    vocabulary.no_truncation()
-    vocabulary.no_padding()
-    return vocabulary
-
-
-def end_token(vocabulary: Vocabulary) -> int:
-    """The id of T5's end token. Raises CheckpointError if the vocabulary has none."""
-    token = vocabulary.token_to_id(END_TOKEN)
-    if token is None:
-        raise CheckpointError(
-            f"the tokenizer.json has no end token {END_TOKEN}: give the one that came with T5"
-        )
-    return token
+        return read_tokenizer(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} {error}: fetch or copy the one that came with T5") from error

@@ -54,7 +54,7 @@ class Folder:
         if size != expected:
             raise BundleError(
                 f"{path} is damaged: it has {size} bytes instead of {expected}; "
-                "copy or build the bundle again"
+                "copy or build the folder again"
             )
         return path
 
@@ -74,7 +74,7 @@ class Folder:
         if digest != self.files[name].sha256:
             raise BundleError(
                 f"{path} is damaged, or was replaced after the bundle was opened: its sha256 is "
-                f"{digest} instead of {self.files[name].sha256}; copy or build the bundle again"
+                f"{digest} instead of {self.files[name].sha256}; copy or build the folder again"
             )
 
 
@@ -95,13 +95,13 @@ class Bundle:
         """
         place = Path(os.path.realpath(path))
         while True:
-            folder = _standing(place)
+            folder = standing(place)
             before = _identity(folder)
             try:
                 return cls._open(folder, digest)
             except BundleError:
                 # A newer bundle may have taken the folder's place while it was read.
-                if _identity(_standing(place)) == before:
+                if _identity(standing(place)) == before:
                     raise
 
     @classmethod
@@ -131,8 +131,8 @@ class Bundle:
     @property
     def components(self) -> tuple[str, ...]:
         """The parts of the model that have a file of weights each."""
-        paths = map(Path, self.manifest.files)
-        return tuple(path.stem for path in paths if path.parent == Path(WEIGHTS))
+        stems = [Path(name).stem for name in self.manifest.files if name.startswith(f"{WEIGHTS}/")]
+        return tuple(stem for stem in stems if weights_file(stem) in self.manifest.files)
 
     def weights_path(self, component: str) -> Path:
         """A component's safetensors file, of the right size; `verify_weights` hashes it."""
@@ -160,7 +160,7 @@ def weights_file(component: str) -> str:
 
 def work_folder(target: Path) -> Path:
     """Where a bundle is built, beside its place, until it is whole."""
-    return target.with_name(f".{target.name}.partial")
+    return target.parent / f".{target.name}.partial"
 
 
 def set_aside(target: Path) -> Path:
@@ -168,16 +168,16 @@ def set_aside(target: Path) -> Path:
     return work_folder(target) / "previous"
 
 
-def _standing(path: Path) -> Path:
-    """The folder itself or, if a replacement was cut short right then, the earlier bundle."""
+def standing(path: Path) -> Path:
+    """Where a bundle is: its folder or, when replacing it was cut short, where that left it."""
     aside = set_aside(path)
     return aside if not os.path.exists(path) and os.path.exists(aside / MANIFEST) else path
 
 
-def _identity(path: Path) -> tuple[int, int] | None:
+def _identity(path: Path) -> tuple[Path, int] | None:
+    """Of what is at a path now: another folder, or the same one elsewhere, is not the same."""
     with suppress(OSError):
-        found = path.stat()
-        return found.st_dev, found.st_ino
+        return path, path.stat().st_ino
 
 
 def open_manifest(
@@ -199,10 +199,10 @@ def open_manifest(
     if beside != digest_line(found):
         raise BundleError(
             f"{path / MANIFEST} is damaged: its sha256 is not the one in {DIGEST}; "
-            "copy or build the bundle again"
+            "copy or build the folder again"
         )
     if digest not in (None, found):
-        raise BundleError(f"{path} is another bundle: its digest is {found}, not {digest!r}")
+        raise BundleError(f"{path} is not the one asked for: its digest is {found}, not {digest!r}")
     try:
         return decode_manifest(data, kind), found
     except BundleError as error:
@@ -216,15 +216,15 @@ def digest_line(digest: str) -> bytes:
 
 def regular_file(folder: Path, name: str) -> Path:
     """The file of this name. Raises BundleError when it, or a folder on the way, is a link."""
-    path = folder
-    with readable(folder / name):
-        for part in name.split("/"):
-            path = path / part
-            mode = path.lstat().st_mode
-            if stat.S_ISLNK(mode):
-                raise BundleError(f"{path} is a link, and a bundle has none: copy what it links to")
-        if not stat.S_ISREG(mode):
-            raise BundleError(f"{path} is not a file; copy or build the bundle again")
+    path = folder / name
+    with readable(path):
+        for part in (path, *path.parents):
+            if part == folder:
+                break
+            if part.is_symlink():
+                raise BundleError(f"{part} is a link, and a bundle has none: copy what it links to")
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise BundleError(f"{path} is not a file; copy or build the folder again")
     return path
 
 

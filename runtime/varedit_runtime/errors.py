@@ -32,6 +32,14 @@ class BackendError(VareditError):
     """Graphs that cannot run as asked: an unknown or absent provider, a graph that won't load."""
 
 
+class EditorError(VareditError):
+    """An editor used when it cannot be: after it was closed, or from inside its own `on_scale`."""
+
+
+class EditCancelled(VareditError):
+    """The caller cancelled an edit between two scales. The editor can be used again."""
+
+
 class MissingExtraError(VareditError):
     """An optional package is not installed; the message names the command that does it."""
 

@@ -6,7 +6,7 @@ each other, in each struct's `__post_init__`, which raises ValueError when one i
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Annotated, Literal, TypeVar
 
 import msgspec
@@ -36,8 +36,7 @@ Grid = tuple[Count, Count]
 
 _INSIDE = re.compile(rf"{_PLAIN}(?:/{_PLAIN})*")
 _STAGES = {"image_encoder", "condition", "prefill", "scale", "image_decoder"}
-_OPTIONAL_INSIDE = re.compile(rf"{_PLAIN}(?:/{_PLAIN})*")
-_STAGES = {"text_encoder", "references"}
+_OPTIONAL_STAGES = {"text_encoder", "references"}
 
 
 class TensorSpec(Struct, frozen=True, forbid_unknown_fields=True):
@@ -45,7 +44,7 @@ class TensorSpec(Struct, frozen=True, forbid_unknown_fields=True):
 
     name: Text
     dtype: Literal["float32", "float16", "bfloat16", "int64", "int32", "uint8", "bool"]
-    shape: tuple[Count | Text, ...]
+    shape: tuple[Annotated[int, Meta(ge=0, lt=2**31)] | Text, ...]
 
 
 class GraphSpec(Struct, frozen=True, forbid_unknown_fields=True):
@@ -130,7 +129,26 @@ class FileEntry(Struct, frozen=True, forbid_unknown_fields=True):
     """sha256 in lower-case hexadecimal; size in bytes."""
 
     sha256: Digest
-    size: Annotated[int, Meta(ge=0, lt=2**63)]
+    size: Annotated[int, Meta(ge=0, lt=2**60)]
+
+
+class FolderManifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What the manifests of bundles and of engine sets have in common.
+
+    files: all files of the folder but the manifest itself, by their path in it.
+    """
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    files: dict[str, FileEntry]
+
+    def __post_init__(self) -> None:
+        for file in self.files:
+            if not _INSIDE.fullmatch(file):
+                raise ValueError(
+                    f"{file!r} is not the plain, relative path of a file in the folder"
+                )
+            if file in (MANIFEST, DIGEST) or file.startswith(f"{ENGINES}/"):
+                raise ValueError(f"{file} cannot be one of the files that a manifest lists")
 
 
 class ParityLine(Struct, frozen=True, forbid_unknown_fields=True):
@@ -142,25 +160,26 @@ class ParityLine(Struct, frozen=True, forbid_unknown_fields=True):
     tolerance: float
 
 
-class Manifest(Struct, frozen=True, forbid_unknown_fields=True):
-    """A bundle. fp32_exceptions: what stays in fp32 whatever the precision; guidance_scale and
-    temperature: the model's defaults; files: all but the manifest and engines, by path."""
+class Manifest(FolderManifest, frozen=True):
+    """A bundle's manifest. Engine sets, which are added later, are not among its files.
 
-    schema_version: Literal[1]
-    name: Name
+    fp32_exceptions: what stays in fp32 whatever the precision; guidance_scale, temperature: the
+    model's defaults; tools: the versions of what built it.
+    """
+
+    name: Text
     model: Model
     precision: Precision
     fp32_exceptions: tuple[Text, ...]
     guidance_scale: float
     temperature: Annotated[float, Meta(gt=0)]
     variants: Annotated[tuple[Variant, ...], Meta(min_length=1)]
-    files: dict[str, FileEntry]
     tools: dict[Text, Text]
     parity: tuple[ParityLine, ...]
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _refuse_repeated("variants", (variant.name for variant in self.variants))
-        check_paths(self.files)
         for variant in self.variants:
             self._check_variant(variant)
 
@@ -190,16 +209,16 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True):
         raise BundleError(f"bundle {self.name} has no variant {name!r}; it has {known}")
 
 
-AnyManifest = TypeVar("AnyManifest", bound=Struct)
+AnyManifest = TypeVar("AnyManifest", bound=FolderManifest)
 
 
 class _Versioned(Struct):
     schema_version: int
 
 
-def encode_manifest(manifest: Struct) -> bytes:
-    """The same bytes for equal manifests, whatever order their mappings were filled in."""
-    return msgspec.json.encode(manifest, order="deterministic")
+def canonical_json(value: Struct) -> bytes:
+    """The same bytes for equal values, whatever order their mappings were filled in."""
+    return msgspec.json.encode(value, order="deterministic")
 
 
 def decode_manifest(data: bytes, kind: type[AnyManifest]) -> AnyManifest:
@@ -215,19 +234,10 @@ def decode_manifest(data: bytes, kind: type[AnyManifest]) -> AnyManifest:
         return msgspec.json.decode(data, type=kind)
     except RecursionError as error:
         raise BundleError("it is nested too deeply to be a manifest") from error
-    except ValueError as error:
+    except (msgspec.MsgspecError, ValueError) as error:
         raise BundleError(
             f"it is not a valid manifest, copy or build it again: {_printable(error)}"
         ) from error
-
-
-def check_paths(files: Mapping[str, FileEntry]) -> None:
-    """Raises ValueError on a path that does not lie inside the folder, or that has another use."""
-    for file in files:
-        if not _INSIDE.fullmatch(file):
-            raise ValueError(f"{file!r} is not the plain, relative path of a file in the folder")
-        if file in (MANIFEST, DIGEST) or file.startswith(f"{ENGINES}/"):
-            raise ValueError(f"{file} cannot be one of the files that a manifest lists")
 
 
 def _refuse_repeated(what: str, names: Iterable[str]) -> None:
@@ -236,6 +246,6 @@ def _refuse_repeated(what: str, names: Iterable[str]) -> None:
         raise ValueError(f"{what} called the same: {repeated}")
 
 
-def _printable(error: ValueError) -> str:
+def _printable(error: Exception) -> str:
     """In one short line, for the message may quote the file."""
     return "".join(c if c.isprintable() else "?" for c in str(error)[:300])

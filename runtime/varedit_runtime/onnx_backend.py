@@ -4,7 +4,8 @@ All scales, and the prefill, run on the one symbolic-length graph: every further
 a packed copy of the weights of its own.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -14,12 +15,12 @@ import numpy as np
 import onnxruntime as ort
 
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.errors import BackendError
+from varedit_runtime.errors import BackendError, BundleError
 from varedit_runtime.manifest import TensorSpec, Variant
 from varedit_runtime.resizing import bilinear_matrix
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-STAGES = ("text_encoder", "image_encoder", "condition", "scale", "references", "image_decoder")
+CODERS = ("text_encoder", "image_encoder", "image_decoder")  # arrays in, an array out
 KINDS = ("key", "value")
 
 
@@ -88,41 +89,36 @@ class Part:
 
 
 class Session:
-    """One graph, loaded. Inputs and outputs are arrays or parts of buffers, by name."""
+    """One graph, loaded. Inputs are arrays or parts of buffers, outputs parts of buffers."""
 
-    def __init__(self, path: Path, graph: bytes, provider: str, threads: int) -> None:
+    def __init__(self, name: str, graph: bytes, folder: Path, provider: str, threads: int) -> None:
+        """graph: an ONNX file, whose weights lie in the folder. threads: 0 for one per core."""
+        self._name = name
         settings = ort.SessionOptions()
         settings.intra_op_num_threads = threads
         settings.log_severity_level = 3
-        # The graph comes as the bytes that were checked; its weights lie beside its file.
-        folder = "session.model_external_initializers_file_folder_path"
-        settings.add_session_config_entry(folder, str(path.parent))
-        try:
+        for key, value in {
+            # The graph comes as the bytes that were checked, not as a file.
+            "session.model_external_initializers_file_folder_path": str(folder),
+            # Sessions run in turn: the threads of one must not keep the next one's from the cores.
+            "session.force_spinning_stop": "1",
+        }.items():
+            settings.add_session_config_entry(key, value)
+        with _explained(f"load graph {name}"):
             self._session = ort.InferenceSession(graph, settings, providers=[PROVIDERS[provider]])
-        except Exception as error:  # onnxruntime's errors have no other common base
-            raise BackendError(
-                f"ONNX Runtime cannot load {path.name} ({error}): run `varedit-export verify` on "
-                "the bundle, or build it again"
-            ) from error
-        self._names = [output.name for output in self._session.get_outputs()]
 
-    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Arrays in, arrays out."""
-        return dict(zip(self._names, self._session.run(None, dict(inputs)), strict=True))
-
-    def run_bound(
-        self, inputs: Mapping[str, np.ndarray | Part], outputs: Mapping[str, Part]
-    ) -> None:
+    def run(self, inputs: Mapping[str, np.ndarray | Part], outputs: Mapping[str, Part]) -> None:
         """Write the outputs where they belong."""
         binding = self._session.io_binding()
-        for name, value in inputs.items():
-            if isinstance(value, Part):
-                binding.bind_input(name, *value.binding())
-            else:
-                binding.bind_cpu_input(name, np.ascontiguousarray(value))
-        for name, part in outputs.items():
-            binding.bind_output(name, *part.binding())
-        self._session.run_with_iobinding(binding)
+        with _explained(f"run graph {self._name}"):
+            for name, value in inputs.items():
+                if isinstance(value, Part):
+                    binding.bind_input(name, *value.binding())
+                else:
+                    binding.bind_cpu_input(name, np.ascontiguousarray(value))
+            for name, part in outputs.items():
+                binding.bind_output(name, *part.binding())
+            self._session.run_with_iobinding(binding)
 
 
 class OnnxBackend:
@@ -132,41 +128,41 @@ class OnnxBackend:
         """provider: "cpu" or "cuda"; threads: 0 for one per core.
 
         Raises BackendError when the provider is unknown or not in the installed onnxruntime, or
-        when a graph cannot be loaded.
+        when a graph cannot be loaded, BundleError when one is missing or damaged.
         """
         check_provider(provider)
         self.variant, self.model, self.provider = variant, bundle.manifest.model, provider
+        self._guided = variant.rows > variant.batch
+        self._sar = self.model.conditioning == "sar"
+        self._areas = [rows * columns for rows, columns in variant.grids]
+        self._bits = self.model.token_channels
         self._sessions = {
             stage: Session(
-                bundle.path / variant.graphs[stage].file,
-                bundle.graph_bytes(variant, stage),
+                stage,
+                bundle.graph_bytes(variant.name, stage),
+                bundle.graphs_folder,
                 provider,
                 threads,
             )
-            for stage in STAGES
-            if stage in variant.graphs
+            for stage in self._stages()
         }
-        self._areas = [rows * columns for rows, columns in variant.grids]
-        self._guided = variant.rows > variant.batch
-        self._sar = self.model.conditioning == "sar"
         self._allocate()
 
     def encode_text(self, token_ids: np.ndarray, text_mask: np.ndarray) -> np.ndarray:
         """Ids int64 and mask bool [B, T] -> features float32 [B, T, text]."""
-        inputs = {"token_ids": token_ids, "text_mask": text_mask}
-        return self._sessions["text_encoder"].run(inputs)["text_features"]
+        return self._code("text_encoder", {"token_ids": token_ids, "text_mask": text_mask})
 
     def encode_pictures(self, pictures: np.ndarray) -> np.ndarray:
         """Pictures float32 [B, 3, H, W] in [-1, 1] -> source tokens [B, h, w, c]."""
-        return self._sessions["image_encoder"].run({"pictures": pictures})["source_tokens"]
+        return self._code("image_encoder", {"pictures": pictures})
 
     def decode(self, running_sum: np.ndarray) -> np.ndarray:
         """A sum of codes [B, d, H, W] -> pictures float32 [B, 3, H, W], not yet clamped."""
-        return self._sessions["image_decoder"].run({"running_sum": running_sum})["pictures"]
+        return self._code("image_decoder", {"running_sum": running_sum})
 
     def condition(self, inputs: Mapping[str, np.ndarray]) -> None:
         """Take the text of the edit to come: the inputs of the condition graph, by name."""
-        self._sessions["condition"].run_bound(
+        self._sessions["condition"].run(
             inputs, {name: buffer.part() for name, buffer in self._text.items()}
         )
 
@@ -186,7 +182,7 @@ class OnnxBackend:
         self._sums[0].fill(0)
         self._run(grid, (1, 1), inputs, nothing, source)
         if self._sar:
-            self._sessions["references"].run_bound(
+            self._sessions["references"].run(
                 {f"source_{kind}": self._source[kind].part() for kind in KINDS},
                 {name: buffer.part() for name, buffer in self._references.items()},
             )
@@ -224,12 +220,20 @@ class OnnxBackend:
 
     @property
     def buffer_bytes(self) -> int:
-        """Memory of the caches and of what passes between graphs."""
-        groups = [self._text, self._references, self._source, *self._caches.values()]
-        buffers = [b for g in groups for b in (g.values() if isinstance(g, dict) else g)]
-        return sum(
-            b.size for b in (*buffers, *self._tokens, *self._sums, self._logits, self._drawn)
-        )
+        """Memory of the caches and of what passes between graphs, allocated once."""
+        return sum(buffer.size for buffer in self._all_buffers)
+
+    def _stages(self) -> list[str]:
+        """The graphs that run: all but the static ones of the scales and the prefill."""
+        text = ["text_encoder"] if "text_encoder" in self.variant.graphs else []
+        references = ["references"] if self._sar else []
+        return [*text, "image_encoder", "condition", *references, "scale", "image_decoder"]
+
+    def _code(self, stage: str, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        """A copy of the one output of one of CODERS."""
+        ((name, buffer),) = self._coded[stage].items()
+        self._sessions[stage].run(inputs, {name: buffer.part()})
+        return buffer.read(buffer.shape)
 
     def _run(
         self,
@@ -242,7 +246,7 @@ class OnnxBackend:
         """One run of the scale graph, from the first of each pair of buffers to the second."""
         batch = self.variant.batch
         shape = (batch, *grid, self._bits)
-        self._sessions["scale"].run_bound(
+        self._sessions["scale"].run(
             {
                 **inputs,
                 "running_sum": self._sums[0].part(),
@@ -261,12 +265,14 @@ class OnnxBackend:
 
     def _allocate(self) -> None:
         """All memory between graphs, from the shapes in the manifest."""
-        graphs, batch = self.variant.graphs, self.variant.batch
-        self._bits = self.model.token_channels
-        finest = (batch, *self.variant.grids[-1], self._bits)
+        graphs = self.variant.graphs
+        finest = (self.variant.batch, *self.variant.grids[-1], self._bits)
         inputs = {tensor.name: tensor for tensor in graphs["scale"].inputs}
-        running_sum = inputs["running_sum"]
         kv = inputs["cross_key.0"].dtype
+        self._all_buffers: list[Buffer] = []
+        self._coded = {
+            stage: self._buffers(graphs[stage].outputs) for stage in CODERS if stage in graphs
+        }
         self._text = self._buffers(graphs["condition"].outputs)
         self._references = self._buffers(graphs["references"].outputs) if self._sar else {}
         self._source = (
@@ -282,7 +288,7 @@ class OnnxBackend:
             for kind in KINDS
         }
         self._tokens = [self._buffer(finest, "float32") for _ in range(2)]
-        self._sums = [self._buffer(_static(running_sum), "float32") for _ in range(2)]
+        self._sums = [self._buffer(_static(inputs["running_sum"]), "float32") for _ in range(2)]
         self._logits = self._buffer((*finest, 2), "float32")
         self._drawn = self._buffer(finest, "bool")
 
@@ -290,7 +296,9 @@ class OnnxBackend:
         return {spec.name: self._buffer(_static(spec), spec.dtype) for spec in specs}
 
     def _buffer(self, shape: Sequence[int], dtype: str) -> Buffer:
-        return Buffer(shape, dtype, self.provider)
+        buffer = Buffer(shape, dtype, self.provider)
+        self._all_buffers.append(buffer)
+        return buffer
 
     def _kv_shape(self, tokens: int) -> tuple[int, ...]:
         heads = self.model.heads
@@ -360,4 +368,18 @@ def check_provider(provider: str) -> None:
 
 
 def _static(spec: TensorSpec) -> tuple[int, ...]:
-    return tuple(int(size) for size in spec.shape)
+    sizes = tuple(size for size in spec.shape if isinstance(size, int))
+    if len(sizes) != len(spec.shape):
+        raise BundleError(f"the bundle's {spec.name} has no static shape: build the bundle again")
+    return sizes
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # onnxruntime's errors have no other common base
+        raise BackendError(
+            f"ONNX Runtime cannot {what} ({' '.join(str(error).split())}): run `varedit-export "
+            "verify` on the bundle, or build it again"
+        ) from error

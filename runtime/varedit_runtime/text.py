@@ -1,56 +1,56 @@
 """Instructions to token ids, with a model's own tokenizer.json."""
 
-from collections.abc import Sequence
-
-import numpy as np
 from tokenizers import Tokenizer
 
-from varedit_runtime.errors import BundleError, TextError
+from varedit_runtime.errors import TextError
 
 END_TOKEN = "</s>"
 
 
 class Instructions:
-    """Tokenises instructions as T5 does: as they are, with the end token behind."""
+    """Tokenises instructions as T5 does: as they are, with the end token behind.
 
-    def __init__(self, tokenizer_json: bytes, limit: int) -> None:
-        """limit: the most tokens of an instruction, end token included.
+    limit: the most tokens of an instruction, end token included.
+    """
 
-        Raises BundleError if the tokenizer cannot be read or has no end token.
+    def __init__(self, tokenizer: Tokenizer, limit: int) -> None:
+        self._tokenizer, self.limit = tokenizer, limit
+        self._end = _end_token(tokenizer)
+
+    def tokenise(self, prompt: str, *, truncate: bool = False) -> list[int]:
+        """Token ids, end token included.
+
+        truncate: cut a long instruction. Raises TextError on an empty instruction, and on a long
+        one unless truncate.
         """
-        try:
-            self._tokenizer = Tokenizer.from_str(tokenizer_json.decode())
-        except Exception as error:  # tokenizers raises bare Exceptions
-            raise BundleError(
-                "tokenizer.json is not a tokenizer: build the bundle again"
-            ) from error
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self._end = self._tokenizer.token_to_id(END_TOKEN)
-        if self._end is None:
-            raise BundleError(
-                f"tokenizer.json has no end token {END_TOKEN}: build the bundle again"
-            )
-        self.limit = limit
-
-    def tokenise(self, prompt: str) -> list[int]:
-        """Token ids, end token included. Raises TextError on an empty or too long instruction."""
         if not prompt.strip():
             raise TextError("the instruction is empty: say what to change in the picture")
         ids = self._tokenizer.encode(prompt, add_special_tokens=False).ids
-        if len(ids) >= self.limit:
+        if len(ids) >= self.limit and not truncate:
             raise TextError(
-                f"the instruction has {len(ids) + 1} tokens, end token included, and this bundle "
-                f"takes {self.limit}: shorten it, or build with a larger --text-tokens"
+                f"the instruction has {len(ids) + 1} tokens, end token included, of at most "
+                f"{self.limit}: shorten it"
             )
-        return [*ids, self._end]
+        return [*ids[: self.limit - 1], self._end]
 
-    def batch(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids int64 and mask bool [B, limit], padded with zeros. Raises as tokenise does."""
-        ids = np.zeros((len(prompts), self.limit), np.int64)
-        mask = np.zeros((len(prompts), self.limit), np.bool_)
-        for row, prompt in enumerate(prompts):
-            tokens = self.tokenise(prompt)
-            ids[row, : len(tokens)] = tokens
-            mask[row, : len(tokens)] = True
-        return ids, mask
+
+def read_tokenizer(tokenizer_json: bytes) -> Tokenizer:
+    """A model's tokenizer, without the truncation and padding that its file may ask for.
+
+    Raises ValueError, whose text says what the file is or lacks, unless it is a T5 tokenizer.
+    """
+    try:
+        tokenizer = Tokenizer.from_str(tokenizer_json.decode())
+    except Exception as error:  # tokenizers raises bare Exceptions
+        raise ValueError("is not a tokenizer") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    _end_token(tokenizer)
+    return tokenizer
+
+
+def _end_token(tokenizer: Tokenizer) -> int:
+    token = tokenizer.token_to_id(END_TOKEN)
+    if token is None:
+        raise ValueError(f"has no end token {END_TOKEN}")
+    return token

@@ -93,13 +93,22 @@ def _draw_question(seed: int, kind: str, size: int) -> Question:
     return Question(seed, draw_edit(seed, size, kind), alternatives)
 
 
-def answer(model: VAREdit, questions: Sequence[Question], **sampling: float) -> list[np.ndarray]:
+@dataclass(frozen=True)
+class Sampling:
+    """How bits are drawn; None: the model's own."""
+
+    guidance_scale: float | None = None
+    temperature: float | None = None
+
+
+def answer(model: VAREdit, questions: Sequence[Question], sampling: Sampling) -> list[np.ndarray]:
     """The model's edits, uint8 [S, S, 3]; every edit's noise is that of its own seed."""
     results = model.edit(
         [Image.fromarray(question.right.source) for question in questions],
         [question.right.instruction for question in questions],
         seed=[question.seed for question in questions],
-        **sampling,
+        guidance_scale=sampling.guidance_scale,
+        temperature=sampling.temperature,
     )
     return [np.asarray(result) for result in results]
 
@@ -164,13 +173,13 @@ def psnr(a: np.ndarray, b: np.ndarray, region: np.ndarray | None = None) -> floa
 
 
 def evaluate(
-    model: VAREdit, questions: Sequence[Question], batch: int, **sampling: float
+    model: VAREdit, questions: Sequence[Question], batch: int, sampling: Sampling
 ) -> tuple[list[EditScore], list[np.ndarray]]:
     """Scores and resulting pictures of all questions."""
     scores, results = [], []
     for start in tqdm(range(0, len(questions), batch), unit="batch", disable=None):
         asked = questions[start : start + batch]
-        edited = answer(model, asked, **sampling)
+        edited = answer(model, asked, sampling)
         sources = reconstruct(model, [question.right.source for question in asked])
         targets = reconstruct(model, [question.right.target for question in asked])
         scores += map(score, asked, edited, sources, targets)
@@ -238,17 +247,17 @@ def main(
 ) -> None:
     """Score nano; write OUT/scores.json and OUT/sheet.png, and print a table."""
     model = load_nano(weights, conditioning, device)
-    sampling = {
-        "guidance_scale": model.config.guidance_scale if guidance_scale is None else guidance_scale,
-        "temperature": model.config.temperature if temperature is None else temperature,
-    }
+    sampling = Sampling(
+        model.config.guidance_scale if guidance_scale is None else guidance_scale,
+        model.config.temperature if temperature is None else temperature,
+    )
     questions = draw_questions(count, model.config.picture_size[0])
-    scores, results = evaluate(model, questions, batch, **sampling)
+    scores, results = evaluate(model, questions, batch, sampling)
     summary = by_kind(scores)
     out.mkdir(parents=True, exist_ok=True)
     content: dict[str, Any] = {
         "conditioning": conditioning,
-        **sampling,
+        **asdict(sampling),
         "scores": {kind: asdict(row) for kind, row in summary.items()},
         "edits": [asdict(one) for one in scores],
     }

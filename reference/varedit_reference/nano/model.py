@@ -59,7 +59,7 @@ def load_nano(
     folder = Path(weights)
     config = nano(conditioning)
     text_encoder = TextEncoder.load(folder / TEXT_FOLDER)
-    text_encoder.model.to(device)
+    text_encoder.model.to(device)  # pyright: ignore[reportArgumentType]
     return VAREdit(
         config,
         load_tokenizer(folder / TOKENIZER_FILE, config.tokenizer).to(device),

@@ -14,7 +14,8 @@ from transformers.models.t5.modeling_t5 import T5Stack
 
 from varedit_reference.checkpoint import Stored
 from varedit_reference.nano.checkpointing import write_weights
-from varedit_reference.text_encoder import END_TOKEN, t5_layout
+from varedit_reference.text_encoder import t5_layout
+from varedit_runtime.text import END_TOKEN
 
 PAD_TOKEN, UNKNOWN_TOKEN = "<pad>", "<unk>"
 VOCABULARY_SIZE = 768
@@ -62,7 +63,6 @@ def new_text_encoder(vocabulary: Vocabulary, channels: int) -> T5Stack:
         relative_attention_max_distance=32,
         dropout_rate=0.0,
         feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False,
         pad_token_id=vocabulary.token_to_id(PAD_TOKEN),
         eos_token_id=vocabulary.token_to_id(END_TOKEN),
         architectures=["T5EncoderModel"],

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from varedit_reference.config import Grid, TokenizerConfig
+from varedit_reference.initialise import initialise
 from varedit_reference.nano.checkpointing import RunFolder, write_weights
 from varedit_reference.nano.data import (
     VALIDATION_SEEDS,
@@ -32,7 +33,7 @@ from varedit_reference.nano.training import (
     train,
 )
 from varedit_reference.quantisation import quantise
-from varedit_reference.tokenizer import Tokenizer
+from varedit_reference.tokenizer import ResidualBlock, Tokenizer
 
 DEFAULT_RUN = Path.home() / ".cache" / "varedit-nano" / "tokenizer"
 RECIPE = Recipe(
@@ -44,6 +45,7 @@ RECIPE = Recipe(
     warmup=100,
     ema_decay=0.998,
 )
+FIRST_RESIDUAL = 0.3
 VALIDATION_PICTURES = 32
 
 
@@ -163,9 +165,19 @@ def _mean_psnr(pictures: Any, others: Any) -> float:
     return float(sum(psnr(a, b) for a, b in zip(pictures, others, strict=True)) / len(pictures))
 
 
+def new_tokenizer(config: TokenizerConfig, seed: int) -> Tokenizer:
+    """A tokenizer whose residual blocks add little at first: it learns twice as fast so."""
+    model = initialise(Tokenizer(config), seed)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, ResidualBlock):
+                module.conv2.weight *= FIRST_RESIDUAL
+    return model
+
+
 def build(config: TokenizerConfig, recipe: Recipe, machine: Machine) -> TokenizerTask:
-    torch.manual_seed(recipe.seed)
-    model = Tokenizer(config).to(machine.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    model = new_tokenizer(config, recipe.seed)
+    model.to(machine.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     return TokenizerTask(model, recipe, machine)
 
 

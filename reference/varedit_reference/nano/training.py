@@ -9,6 +9,7 @@ import click
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -54,7 +55,8 @@ class Machine:
 class Task(Protocol[Batch]):
     """What is learned. `fast`: as the machine computes; else in eager fp32."""
 
-    model: nn.Module
+    @property
+    def model(self) -> nn.Module: ...
 
     @property
     def dataset(self) -> Dataset[Batch]: ...
@@ -130,9 +132,10 @@ def ema_decay(recipe: Recipe, step: int) -> float:
     return min(recipe.ema_decay, (1 + step) / (10 + step))
 
 
-@torch.no_grad()
 def average(ema: nn.Module, model: nn.Module, decay: float) -> None:
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+    """Move the average towards the model: decay·average + (1-decay)·model."""
+    update = get_ema_multi_avg_fn(decay)
+    update(list(ema.parameters()), list(model.parameters()), 0)
 
 
 @dataclass

@@ -1,0 +1,213 @@
+"""Sets of compiled engines: keyed by all that they depend on, published and checked like bundles.
+
+A set lies in `engines/BACKEND-KEY` of its bundle or, where the bundle cannot be written, in the
+user's cache. Compiled engines are native code: only those that this user built on this machine
+are loaded unasked.
+"""
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from msgspec import Struct
+
+from varedit_engines.publish import Staging
+from varedit_runtime.bundle import Bundle, Folder, open_manifest, weights_file
+from varedit_runtime.errors import BundleError
+from varedit_runtime.locate import cache_folder, data_folder
+from varedit_runtime.manifest import (
+    ENGINES,
+    Digest,
+    FolderManifest,
+    Name,
+    Precision,
+    Text,
+    canonical_json,
+)
+
+
+class Recipe(Struct, frozen=True, forbid_unknown_fields=True):
+    """All that a set of engines depends on; `EngineCache.recipe` makes one.
+
+    graphs: the digest of every stage's ONNX file; weights: of every component that is baked into
+    the engines, none where weights are inputs; tools: their versions; gpu: its architecture.
+    """
+
+    backend: Name
+    variant: Name
+    graphs: dict[Name, Digest]
+    weights: dict[Name, Digest]
+    tools: dict[Text, Text]
+    gpu: Text
+    layout: Text
+    precision: Precision
+    flags: dict[Text, Text]
+
+    @property
+    def key(self) -> str:
+        """sha256 of the recipe: another one for anything that could give other engines."""
+        return hashlib.sha256(canonical_json(self)).hexdigest()
+
+
+class EngineSetManifest(FolderManifest, frozen=True):
+    """The manifest of an engine set. plans: every stage's compiled engine, a file in the set."""
+
+    recipe: Recipe
+    plans: dict[Name, str]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.plans.keys() != self.recipe.graphs.keys():
+            expected = sorted(self.recipe.graphs)
+            raise ValueError(f"plans of {sorted(self.plans)}, where {expected} were expected")
+        for stage, file in self.plans.items():
+            if file not in self.files:
+                raise ValueError(f"{stage}'s {file!r} is not in files")
+
+
+@dataclass(frozen=True)
+class EngineSet:
+    """An opened set. digest: of its manifest, which has the digests of its plans."""
+
+    path: Path
+    manifest: EngineSetManifest
+    digest: str
+
+    @classmethod
+    def open(cls, path: Path, digest: str | None = None) -> "EngineSet":
+        """Raises BundleError when the set is damaged, or its digest is not the one given."""
+        manifest, digest = open_manifest(path, EngineSetManifest, digest)
+        engines = cls(path, manifest, digest)
+        engines._folder.check_sizes()
+        return engines
+
+    @property
+    def _folder(self) -> Folder:
+        return Folder(self.path, self.manifest.files)
+
+    def plan_bytes(self, stage: str) -> bytes:
+        """A stage's compiled engine: exactly the bytes that were hashed and found right."""
+        if stage not in self.manifest.plans:
+            known = ", ".join(self.manifest.plans)
+            raise BundleError(f"{self.path} has no engine for {stage!r}; it has {known}")
+        return self._folder.read(self.manifest.plans[stage])
+
+
+class EngineCache:
+    """The engine sets of a bundle, in it and in the user's cache.
+
+        recipe = cache.recipe("512", stages, backend="tensorrt", ...)
+        engines = cache.open(recipe)
+        if engines is None:
+            with cache.create(recipe) as staging:  # waits while another process compiles
+                engines = cache.open(recipe)  # the other's
+                ...  # else compile, record and publish
+
+    A set that is found damaged is replaced by creating it again.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.bundle = bundle
+
+    def recipe(
+        self,
+        variant: str,
+        stages: Sequence[str],
+        *,
+        backend: str,
+        tools: Mapping[str, str],
+        gpu: str,
+        layout: str,
+        flags: Mapping[str, str],
+        baked: Sequence[str] = (),
+    ) -> Recipe:
+        """What engines for these stages of the bundle depend on.
+
+        baked: the components whose weights are in the engines. Raises BundleError when the bundle
+        does not have one of these parts.
+        """
+        manifest = self.bundle.manifest
+        if unknown := set(baked) - set(self.bundle.components):
+            known = ", ".join(self.bundle.components)
+            raise BundleError(f"there are no weights of {sorted(unknown)}; there are {known}")
+        graphs = {stage: manifest.variant(variant).graph(stage).file for stage in stages}
+        weights = {component: weights_file(component) for component in baked}
+        return Recipe(
+            backend=backend,
+            variant=variant,
+            graphs={stage: manifest.files[file].sha256 for stage, file in graphs.items()},
+            weights={name: manifest.files[file].sha256 for name, file in weights.items()},
+            tools=dict(tools),
+            gpu=gpu,
+            layout=layout,
+            precision=manifest.precision,
+            flags=dict(flags),
+        )
+
+    def open(
+        self, recipe: Recipe, digest: str | None = None, trust: bool = False
+    ) -> EngineSet | None:
+        """The engines made from this recipe, None when there are none.
+
+        digest: the set's own, from where it was published. Raises BundleError when engines are
+        damaged or of another recipe; or were not built here, and neither is their digest given
+        nor are they trusted.
+        """
+        problem = None
+        for folder in self._folders(recipe):
+            if folder.exists():
+                try:
+                    return _open_trusted(folder, recipe, digest, trust)
+                except BundleError as error:
+                    problem = problem or error
+        if problem:
+            raise problem
+        return None
+
+    def create(self, recipe: Recipe) -> Staging:
+        """Where to write a set: in the bundle or, if that is read-only, in the user's cache.
+
+        Opening it once it is published needs neither digest nor trust.
+        """
+        inside, cached = self._folders(recipe)
+        with suppress(OSError):
+            inside.parent.mkdir(exist_ok=True)
+        folder = inside if os.access(inside.parent, os.W_OK) else cached
+        # Not beside the engines: it vouches for what an interrupted compilation left there.
+        journal = _records() / f"{hashlib.sha256(os.fsencode(folder)).hexdigest()}.journal"
+        return Staging(folder, wait=True, check=_vouch_for, journal=journal)
+
+    def _folders(self, recipe: Recipe) -> tuple[Path, Path]:
+        name = f"{recipe.backend}-{recipe.key[:16]}"
+        cached = cache_folder() / ENGINES / self.bundle.digest / name
+        return self.bundle.path / ENGINES / name, cached
+
+
+def _open_trusted(folder: Path, recipe: Recipe, digest: str | None, trust: bool) -> EngineSet:
+    engines = EngineSet.open(folder, digest)
+    if engines.manifest.recipe != recipe:
+        raise BundleError(f"{folder} has engines of other graphs or tools; delete the folder")
+    if not (trust or digest or _built_here(engines.digest).exists()):
+        raise BundleError(
+            f"{folder} has engines that were built elsewhere, and they are native code: give the "
+            "digest they were published with, trust them explicitly, or delete the folder"
+        )
+    return engines
+
+
+def _vouch_for(folder: Path) -> None:
+    record = _built_here(EngineSet.open(folder).digest)
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.touch()
+
+
+def _built_here(digest: str) -> Path:
+    """A file that exists when this user built the engine set of this digest on this machine."""
+    return _records() / digest
+
+
+def _records() -> Path:
+    return data_folder() / "engines-built-here"

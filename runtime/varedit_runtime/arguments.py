@@ -1,0 +1,135 @@
+"""The arguments of `Editor.edit`, checked and spread over the pictures to make."""
+
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import index
+from typing import Any
+
+from PIL import Image
+
+from varedit_runtime.errors import ConfigError
+from varedit_runtime.manifest import Manifest, Variant
+from varedit_runtime.pictures import Source, open_picture
+from varedit_runtime.settings import PerScale, per_scale, temperature_per_scale
+
+SEEDS = 2**64
+DRAWN_SEEDS = 2**32  # short enough to be typed again
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One picture to make. prompt and negative: token ids."""
+
+    picture: Image.Image
+    prompt: list[int]
+    negative: list[int] | None
+    seed: int
+
+
+@dataclass(frozen=True)
+class ScaleSettings:
+    """One of each per scale."""
+
+    guidance_scale: tuple[float, ...]
+    temperature: tuple[float, ...]
+
+
+def choose_sampling(
+    manifest: Manifest,
+    variant: Variant,
+    guidance_scale: PerScale | None,
+    temperature: PerScale | None,
+    negative_prompt: object,
+) -> ScaleSettings:
+    """Guidance and temperature; None is the bundle's own.
+
+    Raises ConfigError on what are no numbers or too many, and on guidance or a negative prompt
+    where the bundle was built without guidance.
+    """
+    guided, scales = variant.rows > variant.batch, len(variant.grids)
+    if guidance_scale is None:
+        guidance_scale = manifest.guidance_scale if guided else 1.0
+    guidance = per_scale(guidance_scale, scales, "guidance_scale")
+    if not guided and (set(guidance) != {1.0} or negative_prompt is not None):
+        raise ConfigError(
+            "this bundle was built without guidance: leave out negative_prompt and any "
+            "guidance_scale but 1, or build a bundle with guidance"
+        )
+    if temperature is None:
+        temperature = manifest.temperature
+    return ScaleSettings(guidance, temperature_per_scale(temperature, scales))
+
+
+def choose_pictures(
+    image: Source | Sequence[Source],
+    prompt: str | Sequence[str],
+    negative_prompt: str | Sequence[str | None] | None,
+    copies: int,
+    seed: int | Sequence[int] | None,
+    tokenise: Callable[[str], list[int]],
+) -> list[Wanted]:
+    """All pictures to make, in order: for each picture and prompt its copies.
+
+    Raises ConfigError on lists of unequal lengths and on what are no texts, counts or seeds,
+    TextError and PictureError as `tokenise` and `open_picture` do.
+    """
+    if not isinstance(copies, int) or copies < 1:
+        raise ConfigError(f"num_images_per_prompt is {copies!r}; give an integer of at least 1")
+    count = _common_length(image=image, prompt=prompt, negative_prompt=negative_prompt)
+    seeds = _seeds(seed, count * copies)
+    prompts = [tokenise(_text(p)) for p in _listed(prompt)]
+    negatives = [None if p is None else tokenise(_text(p)) for p in _listed(negative_prompt)]
+    pictures = [open_picture(source) for source in _listed(image)]
+    entries = zip(
+        _spread(pictures, count), _spread(prompts, count), _spread(negatives, count), strict=True
+    )
+    repeated = [entry for entry in entries for _ in range(copies)]
+    return [Wanted(*entry, seed) for entry, seed in zip(repeated, seeds, strict=True)]
+
+
+def is_list(value: object) -> bool:
+    """Whether an argument has entries of its own, rather than serving all entries."""
+    return isinstance(value, list | tuple)
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if is_list(value) else [value]
+
+
+def _spread(values: list[Any], count: int) -> list[Any]:
+    """A single value serves all entries."""
+    return values * count if len(values) == 1 else values
+
+
+def _common_length(**arguments: object) -> int:
+    """How long the arguments that are lists are; 1 if none is."""
+    lengths = {name: len(_listed(value)) for name, value in arguments.items() if is_list(value)}
+    if len(set(lengths.values())) > 1:
+        told = ", ".join(f"{name} has {length}" for name, length in lengths.items())
+        raise ConfigError(f"lists must be equally long: {told}")
+    return next(iter(lengths.values()), 1)
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ConfigError(f"a prompt is {value!r}; give a text")
+    return value
+
+
+def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
+    """One for each picture to make."""
+    first = secrets.randbelow(DRAWN_SEEDS) if seed is None else seed
+    try:
+        if is_list(first):
+            seeds = [index(s) for s in _listed(first)]
+        else:
+            seeds = [index(first) + i for i in range(count)]  # type: ignore[arg-type]
+    except TypeError as error:
+        raise ConfigError(f"seed is {seed!r}; give an integer, or one for each result") from error
+    if len(seeds) != count:
+        raise ConfigError(f"there are {len(seeds)} seeds for {count} results; give one for each")
+    for value in seeds:
+        if not 0 <= value < SEEDS:
+            raise ConfigError(f"the seed is {value}; it must be at least 0 and less than 2^64")
+    return seeds

@@ -1,0 +1,403 @@
+"""Editing pictures with a bundle: from pictures, instructions and seeds to edited pictures.
+
+    with Editor.open("bundles/2b-512") as editor:
+        result = editor.edit("photo.png", "add a hat", seed=7)
+
+Everything that can be wrong with a call is found before anything is computed.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from threading import Event, RLock
+from time import perf_counter
+from types import TracebackType
+from typing import Literal, overload
+
+import numpy as np
+from PIL import Image
+
+from varedit_runtime.arguments import (
+    ScaleSettings,
+    Wanted,
+    choose_pictures,
+    choose_sampling,
+    is_list,
+)
+from varedit_runtime.bundle import Bundle
+from varedit_runtime.errors import (
+    BackendError,
+    BundleError,
+    ConfigError,
+    EditCancelled,
+    EditorError,
+)
+from varedit_runtime.manifest import TOKENIZER, Variant
+from varedit_runtime.noise import uniform_noise
+from varedit_runtime.onnx_backend import OnnxBackend, Sampling, check_provider
+from varedit_runtime.pictures import Source, from_decoder, restore, to_square
+from varedit_runtime.settings import PerScale
+from varedit_runtime.text import Instructions, read_tokenizer
+
+
+@dataclass(frozen=True)
+class EditResult:
+    """An edited picture.
+
+    image: RGB, of the source's size. seed: with it, alone or in any batch, the same edit gives the
+    same bits, up to ties. timings: seconds by stage, in the order that they ran, of the batch that
+    the picture was in.
+    """
+
+    image: Image.Image
+    seed: int
+    timings: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A scale of an edit, just predicted.
+
+    scale: from 0, the coarsest, to scales - 1. seconds: what it took. pictures: which of the
+    results of the call are in the making.
+    """
+
+    scale: int
+    scales: int
+    seconds: float
+    pictures: range
+    _draw: Callable[[], list[Image.Image]]
+    _cancelled: Event
+
+    def preview(self) -> list[Image.Image]:
+        """The pictures so far, decoded when asked for, one for each of `pictures`."""
+        return self._draw()
+
+    def cancel(self) -> None:
+        """End the edit before its next scale: `Editor.edit` raises EditCancelled."""
+        self._cancelled.set()
+
+
+OnScale = Callable[[Progress], None]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of `Editor.edit`, all its arguments checked."""
+
+    wanted: Sequence[Wanted]
+    sampling: ScaleSettings
+    on_scale: OnScale | None
+    cancelled: Event
+
+
+class Editor:
+    """Edits pictures with one variant of a bundle; made by `Editor.open`, ended by `close`.
+
+    Its memory for caches and for what passes between graphs is allocated once. Threads may share
+    an editor: their calls run one after the other. bundle, variant: what is run, and
+    provider: on what.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        variant: Variant,
+        graphs: OnnxBackend,
+        instructions: Instructions | None,
+    ) -> None:
+        self.bundle, self.variant, self.provider = bundle, variant, graphs.provider
+        self._graphs: OnnxBackend | None = graphs
+        self._instructions = instructions
+        self._turn = RLock()
+        self._editing = False
+
+    @classmethod
+    def open(
+        cls,
+        bundle: str | os.PathLike[str],
+        *,
+        provider: str = "cpu",
+        threads: int | None = None,
+        digest: str | None = None,
+        variant: str | None = None,
+    ) -> "Editor":
+        """Load a bundle.
+
+        provider: "cpu" or "cuda", and no other than that. threads: at least 1, by default one per
+        core. digest: the bundle's own, where it must be that bundle and no other. variant: by
+        name; by default the bundle's first.
+
+        Raises BundleError when the folder is no bundle, is damaged, another one, or has no such
+        variant; BackendError when the provider is not there or a graph cannot be loaded.
+        """
+        check_provider(provider)
+        if threads is not None and (not isinstance(threads, int) or threads < 1):
+            raise ConfigError(f"threads is {threads!r}; it must be an integer of at least 1")
+        opened = Bundle.open(bundle, digest)
+        variants = opened.manifest.variants
+        chosen = variants[0] if variant is None else opened.manifest.variant(variant)
+        instructions = None
+        if "text_encoder" in chosen.graphs:
+            instructions = _read_instructions(opened, chosen.text_tokens)
+        return cls(
+            opened, chosen, OnnxBackend(opened, chosen, provider, threads or 0), instructions
+        )
+
+    def __enter__(self) -> "Editor":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the graphs and their memory, after the edit that may be under way in a thread.
+
+        Raises EditorError inside `on_scale`. Closing twice does nothing.
+        """
+        with self._turn:
+            if self._editing:
+                raise EditorError("the editor cannot be closed inside on_scale: cancel() first")
+            self._graphs = None
+
+    @property
+    def graphs(self) -> OnnxBackend:
+        """The stages, to be run one by one. Nothing else may use the editor meanwhile.
+
+        Raises EditorError when the editor is closed.
+        """
+        if self._graphs is None:
+            raise EditorError("the editor is closed: open another one")
+        return self._graphs
+
+    @property
+    def guided(self) -> bool:
+        """Whether the bundle has the unconditional rows that guidance needs."""
+        return self.variant.rows > self.variant.batch
+
+    @overload
+    def edit(  # pyright: ignore[reportOverlappingOverload]: a str is a sequence of str
+        self,
+        image: Source,
+        prompt: str,
+        *,
+        negative_prompt: str | None = None,
+        guidance_scale: PerScale | None = None,
+        temperature: PerScale | None = None,
+        num_images_per_prompt: Literal[1] = 1,
+        seed: int | None = None,
+        on_scale: OnScale | None = None,
+    ) -> EditResult: ...
+
+    @overload
+    def edit(
+        self,
+        image: Source | Sequence[Source],
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str | Sequence[str | None] | None = None,
+        guidance_scale: PerScale | None = None,
+        temperature: PerScale | None = None,
+        num_images_per_prompt: int = 1,
+        seed: int | Sequence[int] | None = None,
+        on_scale: OnScale | None = None,
+    ) -> list[EditResult]: ...
+
+    def edit(
+        self,
+        image: Source | Sequence[Source],
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str | Sequence[str | None] | None = None,
+        guidance_scale: PerScale | None = None,
+        temperature: PerScale | None = None,
+        num_images_per_prompt: int = 1,
+        seed: int | Sequence[int] | None = None,
+        on_scale: OnScale | None = None,
+    ) -> EditResult | list[EditResult]:
+        """Edit pictures as instructed.
+
+        image: what `pictures.open_picture` takes, or a list; prompt, negative_prompt: a text, or a
+        list. What is no list serves every entry of the lists, which must be equally long. One
+        result comes back where nothing is a list and one picture was asked for, else a list,
+        num_images_per_prompt results for each entry in turn.
+
+        guidance_scale, temperature: a number or one per scale, by default the bundle's own; a
+        guidance of 1 ignores the negative prompt. seed: result i gets seed + i, or a list with one
+        for each result; by default drawn, and told in the results. on_scale: called after every
+        scale, in this thread.
+
+        Raises ConfigError, TextError or PictureError on arguments that cannot be used, naming what
+        can; EditCancelled when on_scale cancelled; EditorError when the editor is closed or
+        on_scale calls it; BackendError when a graph fails or computes what is not finite.
+        """
+        sampling = choose_sampling(
+            self.bundle.manifest, self.variant, guidance_scale, temperature, negative_prompt
+        )
+        wanted = choose_pictures(
+            image, prompt, negative_prompt, num_images_per_prompt, seed, self._tokenise
+        )
+        if on_scale is not None and not callable(on_scale):
+            raise ConfigError(f"on_scale is {on_scale!r}; give a function")
+        call = _Call(wanted, sampling, on_scale, Event())
+        with self._my_turn():
+            results = [
+                result
+                for first in range(0, len(wanted), self.variant.batch)
+                for result in self._edit_batch(call, first)
+            ]
+        lists = map(is_list, (image, prompt, negative_prompt, seed))
+        return results if any(lists) or num_images_per_prompt > 1 else results[0]
+
+    def _tokenise(self, text: str) -> list[int]:
+        if self._instructions is None:
+            raise BundleError(
+                f"{self.bundle.path} was built without a text encoder, and takes no instructions: "
+                "build a bundle with one"
+            )
+        return self._instructions.tokenise(text)
+
+    @contextmanager
+    def _my_turn(self) -> Iterator[None]:
+        with self._turn:
+            _ = self.graphs  # raises if closed
+            if self._editing:
+                raise EditorError("on_scale cannot use the editor that calls it: return first")
+            self._editing = True
+            try:
+                yield
+            finally:
+                self._editing = False
+
+    def _edit_batch(self, call: _Call, first: int) -> Iterator[EditResult]:
+        """first: the place of the batch in the call."""
+        graphs, timings = self.graphs, _Timings()
+        wanted = call.wanted[first : first + self.variant.batch]
+        # The graphs were built for a batch of this size: a smaller one repeats its last picture.
+        batch = [wanted[min(i, len(wanted) - 1)] for i in range(self.variant.batch)]
+        with timings.of("text_encoder"):
+            text = self._encode_text(batch)
+        with timings.of("image_encoder"):
+            squares = [to_square(one.picture, self.variant.picture) for one in batch]
+            source = _finite("image_encoder", graphs.encode_pictures(np.stack(squares)))
+        with timings.of("condition"):
+            graphs.condition(text)
+        with timings.of("prefill"):
+            graphs.prefill(source)
+        total = np.empty(0)
+        for scale in range(len(self.variant.grids)):
+            _raise_if(call.cancelled)
+            with timings.of(f"scale_{scale:02}"):
+                total = self._predict(scale, batch, call.sampling)
+            if call.on_scale is not None:
+                call.on_scale(self._progress(call, scale, timings.last, first, wanted, total))
+        _raise_if(call.cancelled)
+        with timings.of("image_decoder"):
+            images = self._draw(total, wanted)
+        for one, image in zip(wanted, images, strict=True):
+            yield EditResult(image, one.seed, timings.seconds)
+
+    def _encode_text(self, batch: Sequence[Wanted]) -> dict[str, np.ndarray]:
+        """The inputs of the condition graph."""
+        features, mask = self._features([one.prompt for one in batch])
+        inputs = {"text_features": features, "text_mask": mask}
+        if not self.guided:
+            return inputs
+        negatives = [one.negative for one in batch]
+        if any(negatives):  # rows without one take the model's own, whatever is given here
+            features, mask = self._features([negative or batch[0].prompt for negative in negatives])
+        inputs |= {"negative_features": features, "negative_mask": mask}
+        return inputs | {"has_negative": np.array([bool(negative) for negative in negatives])}
+
+    def _features(self, prompts: Sequence[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+        """Features [B, T, text] and mask [B, T] of token ids, padded."""
+        ids = np.zeros((len(prompts), self.variant.text_tokens), np.int64)
+        mask = np.zeros(ids.shape, np.bool_)
+        for row, prompt in enumerate(prompts):
+            ids[row, : len(prompt)] = prompt
+            mask[row, : len(prompt)] = True
+        return _finite("text_encoder", self.graphs.encode_text(ids, mask)), mask
+
+    def _predict(self, scale: int, batch: Sequence[Wanted], settings: ScaleSettings) -> np.ndarray:
+        """Predict a scale. -> the sum of codes [B, d, H, W] so far"""
+        rows, columns = self.variant.grids[scale]
+        channels = self.bundle.manifest.model.token_channels
+        noise = [uniform_noise(one.seed, scale, rows * columns, channels) for one in batch]
+        sampling = Sampling(
+            np.stack(noise).reshape(len(batch), rows, columns, channels),
+            settings.guidance_scale[scale],
+            settings.temperature[scale],
+        )
+        output = self.graphs.predict(scale, sampling)
+        _finite(f"scale_{scale:02}", output.logits)
+        return output.running_sum
+
+    def _draw(self, total: np.ndarray, wanted: Sequence[Wanted]) -> list[Image.Image]:
+        decoded = _finite("image_decoder", self.graphs.decode(total))
+        return [
+            restore(from_decoder(pixels), one.picture.size)
+            for pixels, one in zip(decoded, wanted, strict=False)
+        ]
+
+    def _progress(
+        self,
+        call: _Call,
+        scale: int,
+        seconds: float,
+        first: int,
+        wanted: Sequence[Wanted],
+        total: np.ndarray,
+    ) -> Progress:
+        def draw() -> list[Image.Image]:
+            with self._turn:  # another thread that asks waits for the edit to end
+                return self._draw(total, wanted)
+
+        return Progress(
+            scale=scale,
+            scales=len(self.variant.grids),
+            seconds=seconds,
+            pictures=range(first, first + len(wanted)),
+            _draw=draw,
+            _cancelled=call.cancelled,
+        )
+
+
+class _Timings:
+    """Seconds by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.last = 0.0
+
+    @contextmanager
+    def of(self, stage: str) -> Iterator[None]:
+        start = perf_counter()
+        yield
+        self.last = self.seconds[stage] = perf_counter() - start
+
+
+def _read_instructions(bundle: Bundle, limit: int) -> Instructions:
+    try:
+        return Instructions(read_tokenizer(bundle.tokenizer_json()), limit)
+    except ValueError as error:
+        raise BundleError(f"{bundle.path / TOKENIZER} {error}: build the bundle again") from error
+
+
+def _raise_if(cancelled: Event) -> None:
+    if cancelled.is_set():
+        raise EditCancelled("the edit was cancelled")
+
+
+def _finite(stage: str, array: np.ndarray) -> np.ndarray:
+    if not np.isfinite(array).all():
+        raise BackendError(
+            f"{stage} computed numbers that are not finite, so there is no picture: run "
+            "`varedit-export verify` on the bundle"
+        )
+    return array

@@ -1,0 +1,82 @@
+"""Where bundles are kept, and which one `varedit-run` uses."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from platformdirs import user_cache_path, user_data_path
+
+from varedit_runtime.bundle import standing
+from varedit_runtime.errors import BundleError
+
+VARIABLE = "VAREDIT_BUNDLE"
+
+_APP = "varedit-export"
+_NANO = Path(__file__).with_name("nano")
+
+
+@dataclass(frozen=True)
+class Found:
+    """path: of a bundle's folder; None where even the embedded nano is missing.
+    why: a phrase that says how it was chosen."""
+
+    path: Path | None
+    why: str
+
+
+def data_folder() -> Path:
+    """What this user keeps of this program: bundles, and records about them."""
+    return user_data_path(_APP)
+
+
+def cache_folder() -> Path:
+    """What can be made again."""
+    return user_cache_path(_APP)
+
+
+def default_root() -> Path:
+    """The folder that bundles are built into when no other is named."""
+    return data_folder() / "bundles"
+
+
+def remember(path: Path) -> None:
+    """Make a bundle the last one built. Raises BundleError when that cannot be written down."""
+    record = _last_built()
+    partial = record.with_name(f".{record.name}.{os.getpid()}")
+    try:
+        record.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(os.fsencode(os.path.abspath(path)))
+        partial.replace(record)
+    except OSError as error:
+        raise BundleError(
+            f"{record} cannot be written ({error.strerror}), so that {path} is not the default: "
+            f"name it with --bundle or {VARIABLE}"
+        ) from error
+
+
+def find(explicit: Path | None) -> Found:
+    """The bundle to use: the one named, the environment's, the last one built, the embedded nano.
+
+    One that is named need not exist: opening it says what is wrong.
+    """
+    if explicit is not None:
+        return Found(explicit, "named by --bundle")
+    if named := os.environ.get(VARIABLE):
+        return Found(Path(named), f"named by the environment variable {VARIABLE}")
+    last = _read_last_built()
+    if last and standing(last).exists():
+        return Found(last, "the last one built")
+    reason = f"the last one built, {last}, is gone" if last else "no bundle was named or built"
+    return Found(_NANO if _NANO.is_dir() else None, f"the embedded nano, as {reason}")
+
+
+def _last_built() -> Path:
+    return data_folder() / "last-built"
+
+
+def _read_last_built() -> Path | None:
+    try:
+        recorded = os.fsdecode(_last_built().read_bytes())
+    except OSError:
+        return None
+    return Path(recorded) if recorded else None

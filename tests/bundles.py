@@ -1,0 +1,49 @@
+"""A small bundle with random weights, built once for all tests that need one."""
+
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+
+from varedit_export.build import Plan, Request, build
+from varedit_export.sources import Sources, random_sources
+from varedit_reference.config import ModelConfig, preset
+from varedit_runtime.manifest import Precision
+
+TEXT_TOKENS = 24
+
+
+def bundle_config(size: str = "tiny-8b") -> ModelConfig:
+    """Two blocks, the first of which has the references, and the first four scales."""
+    config = preset(size, 256)
+    grids = config.transformer.grids[:4]
+    return replace(config, transformer=replace(config.transformer, depth=2, grids=grids))
+
+
+def request(target: Path, precision: Precision = "fp32", size: str = "tiny-8b") -> Request:
+    return Request(
+        config=bundle_config(size),
+        resolution=96,
+        aspect="1:1",
+        precision=precision,
+        batch=1,
+        guided=True,
+        text_tokens=TEXT_TOKENS,
+        target=target,
+    )
+
+
+def quiet(what: str, done: int, steps: int) -> None:
+    """Progress that is not shown."""
+
+
+def random_weights() -> Sources:
+    return random_sources(bundle_config(), seed=0)
+
+
+@cache
+def small_bundle() -> Path:
+    """An fp32 bundle of random weights: 96 px, 4 scales, patchified, with a byte tokenizer."""
+    target = Path(mkdtemp(prefix="varedit-tests-")) / "small"
+    build(Plan(request(target), random_weights()), quiet)
+    return target

@@ -1,0 +1,89 @@
+"""Bundles whose manifest is real, and whose graphs and weights are a few random bytes."""
+
+import hashlib
+import random
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from varedit_engines.publish import Staging
+from varedit_runtime.bundle import digest_line
+from varedit_runtime.manifest import (
+    DIGEST,
+    MANIFEST,
+    FileEntry,
+    GraphSpec,
+    Manifest,
+    Model,
+    ParityLine,
+    TensorSpec,
+    Variant,
+    canonical_json,
+)
+
+STAGES = (
+    *("text_encoder", "image_encoder", "condition", "prefill", "references", "scale"),
+    *("scale_00", "scale_01", "scale_02", "image_decoder"),
+)
+COMPONENTS = ("tokenizer", "transformer")
+FILES = (
+    *("tokenizer.json", *(f"graphs/64.{stage}.onnx" for stage in STAGES)),
+    *(f"graphs/weights/{component}.safetensors" for component in COMPONENTS),
+)
+
+
+def content(name: str, seed: int = 0) -> bytes:
+    """What a file of a bundle holds; every seed makes another bundle."""
+    numbers = random.Random(f"{seed} {name}")
+    return numbers.randbytes(numbers.randrange(200, 400))
+
+
+def manifest(files: dict[str, FileEntry], seed: int = 0) -> Manifest:
+    keys = TensorSpec("past_key.0", "float32", ("past", 2, 4, 16))
+    bits = TensorSpec("bits", "bool", (1, 2, 2, 16))
+    graphs = {s: GraphSpec(f"graphs/64.{s}.onnx", (keys,), (bits,)) for s in STAGES}
+    return Manifest(
+        name="fake",
+        model=Model("tiny", 4, 8, 2, 16, 2, 64, 4, 128, "sar", "released", f"random, seed {seed}"),
+        precision="fp32",
+        fp32_exceptions=(),
+        guidance_scale=3,
+        temperature=0.5,
+        variants=(Variant("64", 64, "1:1", ((1, 1), (2, 2), (4, 4)), (64, 64), 1, 2, 24, graphs),),
+        files=files,
+        tools={"onnx": "1.18"},
+        parity=(ParityLine("scale_00", "largest logit error", 1e-6, 1e-3),),
+    )
+
+
+def write_files(staging: Staging, seed: int = 0) -> None:
+    for name in FILES:
+        staging.file(name).write_bytes(content(name, seed))
+        staging.record(name)
+
+
+def publish(target: Path, seed: int = 0) -> Path:
+    with Staging(target) as staging:
+        write_files(staging, seed)
+        staging.publish(manifest(staging.files, seed))
+    return target
+
+
+def valid_manifest() -> dict[str, Any]:
+    """As plain JSON values, to be spoiled."""
+    return msgspec.json.decode(_valid_manifest())
+
+
+@cache
+def _valid_manifest() -> bytes:
+    contents = {name: content(name) for name in FILES}
+    files = {n: FileEntry(hashlib.sha256(c).hexdigest(), len(c)) for n, c in contents.items()}
+    return canonical_json(manifest(files))
+
+
+def rewrite_manifest(folder: Path, data: bytes) -> None:
+    """Replace a bundle's manifest by one that agrees with the digest beside it."""
+    (folder / MANIFEST).write_bytes(data)
+    (folder / DIGEST).write_bytes(digest_line(hashlib.sha256(data).hexdigest()))

@@ -1,0 +1,363 @@
+"""Engine sets: keyed, bound to their bundle, vouched for. Engines are random bytes here."""
+
+import os
+import random
+import shutil
+import stat
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from fake_bundles import content, publish
+
+from varedit_engines import engine_set
+from varedit_engines.engine_set import EngineCache, EngineSetManifest, Recipe
+from varedit_engines.publish import Staging
+from varedit_runtime.bundle import Bundle, work_folder
+from varedit_runtime.errors import BundleError
+from varedit_runtime.manifest import DIGEST, MANIFEST
+
+STAGES = ("condition", "scale_00", "scale_01")
+OF_A_MACHINE = {
+    "backend": "tensorrt",
+    "tools": {"tensorrt": "11.0"},
+    "gpu": "sm_90",
+    "layout": "static",
+    "flags": {"weights": "inputs"},
+}
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folders of a user; what is built here is vouched for there."""
+    monkeypatch.setattr(engine_set, "data_folder", lambda: tmp_path / "data")
+    monkeypatch.setattr(engine_set, "cache_folder", lambda: tmp_path / "cache")
+    return tmp_path
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> EngineCache:
+    return EngineCache(Bundle.open(publish(tmp_path / "bundle")))
+
+
+def recipe_of(cache: EngineCache, **changed: Any) -> Recipe:
+    return cache.recipe("64", STAGES, **{**OF_A_MACHINE, **changed})
+
+
+def plan(stage: str) -> bytes:
+    return content(f"plan of {stage}")
+
+
+def compile_into(staging: Staging, recipe: Recipe) -> list[str]:
+    """Publish a set. Returns the stages that had to be compiled."""
+    files = {stage: f"{stage}.plan" for stage in recipe.graphs}
+    compiled = []
+    for stage, file in files.items():
+        if not staging.kept(file, recipe.key):
+            staging.file(file).write_bytes(plan(stage))
+            staging.record(file, recipe.key)
+            compiled.append(stage)
+    staging.publish(EngineSetManifest(files=staging.files, recipe=recipe, plans=files))
+    return compiled
+
+
+def compile_set(cache: EngineCache, recipe: Recipe) -> Path:
+    with cache.create(recipe) as staging:
+        compile_into(staging, recipe)
+    return staging.target
+
+
+def someone_else(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+    """From here on the user is another, who has built nothing."""
+    monkeypatch.setattr(engine_set, "data_folder", lambda: home / "other" / "data")
+    monkeypatch.setattr(engine_set, "cache_folder", lambda: home / "other" / "cache")
+
+
+def refusal(action: Callable[[], object]) -> str:
+    with pytest.raises(BundleError) as refused:
+        action()
+    assert str(refused.value).isprintable()
+    return str(refused.value)
+
+
+# Found and made
+
+
+def test_a_set_is_found_once_it_is_made(cache: EngineCache):
+    recipe = recipe_of(cache)
+    assert cache.open(recipe) is None
+    folder = compile_set(cache, recipe)
+    engines = cache.open(recipe)
+    assert engines and engines.path == folder
+    assert folder == cache.bundle.path / "engines" / f"tensorrt-{recipe.key[:16]}"
+    assert {stage: engines.plan_bytes(stage) for stage in STAGES} == {s: plan(s) for s in STAGES}
+    assert "it has condition, scale_00" in refusal(lambda: engines.plan_bytes("prefill"))
+
+
+def test_the_bundle_stays_what_it_was(cache: EngineCache):
+    compile_set(cache, recipe_of(cache))
+    assert Bundle.open(cache.bundle.path, cache.bundle.digest) == cache.bundle
+
+
+def test_an_interrupted_compilation_resumes_at_its_graph(cache: EngineCache):
+    recipe = recipe_of(cache)
+    with pytest.raises(KeyboardInterrupt), cache.create(recipe) as staging:
+        staging.file("condition.plan").write_bytes(plan("condition"))
+        staging.record("condition.plan", recipe.key)
+        staging.file("scale_00.plan").write_bytes(plan("scale_00")[:10])
+        raise KeyboardInterrupt
+    assert cache.open(recipe) is None
+    with cache.create(recipe) as staging:
+        assert compile_into(staging, recipe) == ["scale_00", "scale_01"]
+    assert cache.open(recipe)
+
+
+def test_who_waits_for_another_compilation_finds_its_set(cache: EngineCache):
+    recipe = recipe_of(cache)
+    found: list[object] = []
+
+    def wait() -> None:
+        with cache.create(recipe):
+            found.append(cache.open(recipe))
+
+    with cache.create(recipe) as staging:
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        compile_into(staging, recipe)
+        assert not found
+    waiting.join(timeout=10)
+    assert found == [cache.open(recipe)] and found != [None]
+
+
+# Keys
+
+
+def test_anything_that_could_give_other_engines_gives_another_key(cache: EngineCache):
+    other_bundle = EngineCache(Bundle.open(publish(cache.bundle.path.parent / "other", seed=1)))
+    recipes = [
+        recipe_of(cache),
+        recipe_of(cache, backend="tensorrt-rtx"),
+        recipe_of(cache, tools={"tensorrt": "11.1"}),
+        recipe_of(cache, gpu="sm_80"),
+        recipe_of(cache, layout="profiles"),
+        recipe_of(cache, flags={}),
+        recipe_of(cache, baked=["transformer"]),
+        recipe_of(cache, baked=["tokenizer"]),
+        cache.recipe("64", STAGES[:2], **OF_A_MACHINE),
+        recipe_of(other_bundle),
+    ]
+    assert len({recipe.key for recipe in recipes}) == len(recipes)
+    compile_set(cache, recipes[0])
+    assert [cache.open(recipe) is None for recipe in recipes] == [False] + [True] * 9
+
+
+def test_the_order_of_mappings_does_not_change_the_key(cache: EngineCache):
+    keys = {
+        recipe_of(cache, flags=flags, baked=baked).key
+        for flags in ({"a": "1", "b": "2"}, {"b": "2", "a": "1"})
+        for baked in (("transformer", "tokenizer"), ("tokenizer", "transformer"))
+    }
+    assert len(keys) == 1
+
+
+def test_a_recipe_is_of_what_the_bundle_has(cache: EngineCache):
+    assert "no graph 'x'" in refusal(lambda: cache.recipe("64", ["x"], **OF_A_MACHINE))
+    assert "no variant 'x'" in refusal(lambda: cache.recipe("x", STAGES, **OF_A_MACHINE))
+    assert "no weights of ['x']" in refusal(lambda: recipe_of(cache, baked=["x"]))
+
+
+def test_a_set_of_another_bundle_is_refused_under_any_name(cache: EngineCache):
+    other = EngineCache(Bundle.open(publish(cache.bundle.path.parent / "other", seed=1)))
+    folder = compile_set(other, recipe_of(other))
+    recipe = recipe_of(cache)
+    place = compile_set(cache, recipe)
+    shutil.rmtree(place)
+    shutil.copytree(folder, place)
+    assert "other graphs or tools" in refusal(lambda: cache.open(recipe, trust=True))
+
+
+# Trust
+
+
+def test_engines_built_elsewhere_are_loaded_only_when_vouched_for(
+    cache: EngineCache, home: Path, monkeypatch: pytest.MonkeyPatch
+):
+    recipe = recipe_of(cache)
+    compile_set(cache, recipe)
+    built = cache.open(recipe)
+    assert built
+    someone_else(monkeypatch, home)
+    assert "built elsewhere" in refusal(lambda: cache.open(recipe))
+    assert cache.open(recipe, trust=True) == built
+    assert cache.open(recipe, digest=built.digest) == built
+    assert "built elsewhere" in refusal(lambda: cache.open(recipe))
+    for wrong in ("0" * 64, ""):
+        message = refusal(lambda wrong=wrong: cache.open(recipe, digest=wrong, trust=True))
+        assert "not the one asked for" in message
+
+
+def test_who_does_not_trust_a_set_can_build_another(
+    cache: EngineCache, home: Path, monkeypatch: pytest.MonkeyPatch
+):
+    recipe = recipe_of(cache)
+    compile_set(cache, recipe)
+    someone_else(monkeypatch, home)
+    compile_set(cache, recipe)
+    assert cache.open(recipe)
+
+
+def test_a_set_made_like_ours_by_another_is_not_ours(cache: EngineCache):
+    """Vouched for is a manifest, and so the bytes of every plan; not a name, not a recipe."""
+    recipe = recipe_of(cache)
+    folder = compile_set(cache, recipe)
+    with Staging(folder, check=lambda path: None) as staging:
+        staging.file("evil.plan").write_bytes(b"native code")
+        staging.record("evil.plan")
+        plans = {stage: "evil.plan" for stage in STAGES}
+        staging.publish(EngineSetManifest(files=staging.files, recipe=recipe, plans=plans))
+    assert "built elsewhere" in refusal(lambda: cache.open(recipe))
+
+
+def test_another_users_unfinished_compilation_is_not_resumed(
+    cache: EngineCache, home: Path, monkeypatch: pytest.MonkeyPatch
+):
+    recipe = recipe_of(cache)
+    with cache.create(recipe) as staging:
+        staging.file("condition.plan").write_bytes(b"native code")
+        staging.record("condition.plan", recipe.key)
+        journal = msgspec.json.encode(staging._journal)
+    someone_else(monkeypatch, home)
+    (work_folder(staging.target) / "journal.json").write_bytes(journal)
+    with cache.create(recipe) as staging:
+        assert compile_into(staging, recipe) == list(STAGES)
+    engines = cache.open(recipe)
+    assert engines and engines.plan_bytes("condition") == plan("condition")
+
+
+def test_records_of_compilations_do_not_pile_up(cache: EngineCache, home: Path):
+    recipe = recipe_of(cache)
+    compile_set(cache, recipe)
+    engines = cache.open(recipe)
+    assert engines
+    assert [path.name for path in (home / "data").rglob("*.*")] == []
+    assert (home / "data" / "engines-built-here" / engines.digest).exists()
+
+
+# Damage
+
+
+def test_a_flipped_bit_is_found_before_a_plan_is_used(cache: EngineCache):
+    recipe = recipe_of(cache)
+    folder = compile_set(cache, recipe)
+    numbers = random.Random(0)
+    for path in sorted(folder.iterdir()):
+        whole = path.read_bytes()
+        for _ in range(20):
+            damaged = bytearray(whole)
+            damaged[numbers.randrange(len(whole))] ^= 1 << numbers.randrange(8)
+            path.write_bytes(damaged)
+
+            def use() -> None:
+                engines = cache.open(recipe)
+                assert engines
+                for stage in STAGES:
+                    engines.plan_bytes(stage)
+
+            assert "damaged" in refusal(use)
+        path.write_bytes(whole[: numbers.randrange(len(whole))])
+        refusal(lambda: cache.open(recipe))
+        path.unlink()
+        refusal(lambda: cache.open(recipe))
+        path.symlink_to(folder / MANIFEST)
+        refusal(lambda: cache.open(recipe))
+        path.unlink()
+        path.write_bytes(whole)
+    assert cache.open(recipe)
+
+
+def test_a_damaged_set_can_be_made_again(cache: EngineCache):
+    recipe = recipe_of(cache)
+    (compile_set(cache, recipe) / "condition.plan").write_bytes(b"")
+    refusal(lambda: cache.open(recipe))
+    compile_set(cache, recipe)
+    assert cache.open(recipe)
+
+
+@pytest.mark.parametrize(
+    ("plans", "said"),
+    [
+        ({"condition": "condition.plan"}, "were expected"),
+        (dict.fromkeys(STAGES, "../x"), "not in files"),
+        (dict.fromkeys((*STAGES, "prefill"), "condition.plan"), "were expected"),
+    ],
+)
+def test_plans_match_the_recipe_and_the_files(cache: EngineCache, plans: dict[str, str], said: str):
+    recipe = recipe_of(cache)
+    with cache.create(recipe) as staging:
+        staging.file("condition.plan").write_bytes(b"x")
+        staging.record("condition.plan")
+        with pytest.raises(ValueError, match=said):
+            EngineSetManifest(files=staging.files, recipe=recipe, plans=plans)
+
+
+def test_a_bundle_is_no_engine_set(cache: EngineCache):
+    recipe = recipe_of(cache)
+    folder = compile_set(cache, recipe)
+    for name in (MANIFEST, DIGEST):
+        shutil.copy(cache.bundle.path / name, folder / name)
+    assert "unknown field" in refusal(lambda: cache.open(recipe, trust=True))
+
+
+# Bundles that cannot be written
+
+
+@pytest.fixture
+def without_privileges() -> Iterator[Path]:
+    """As a user who may not write everywhere, as root may. Gives a folder where this one may."""
+    root = os.geteuid() == 0
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        place.chmod(0o777)
+        if root:
+            os.setresuid(65534, 65534, 0)
+        yield place
+        if root:
+            os.setresuid(0, 0, 0)
+
+
+def test_the_engines_of_a_read_only_bundle_are_kept_in_the_users_cache(
+    without_privileges: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(engine_set, "data_folder", lambda: without_privileges / "data")
+    monkeypatch.setattr(engine_set, "cache_folder", lambda: without_privileges / "cache")
+    bundle = Bundle.open(publish(without_privileges / "shared" / "bundle"))
+    bundle.path.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    cache = EngineCache(bundle)
+    recipe = recipe_of(cache)
+    folder = compile_set(cache, recipe)
+    assert folder.parent == without_privileges / "cache" / "engines" / bundle.digest
+    engines = cache.open(recipe)
+    assert engines and engines.path == folder
+    assert not (bundle.path / "engines").exists()
+    bundle.path.chmod(stat.S_IRWXU)
+
+
+def test_engines_in_the_users_cache_stand_in_for_damaged_ones_in_the_bundle(
+    without_privileges: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(engine_set, "data_folder", lambda: without_privileges / "data")
+    monkeypatch.setattr(engine_set, "cache_folder", lambda: without_privileges / "cache")
+    cache = EngineCache(Bundle.open(publish(without_privileges / "bundle")))
+    recipe = recipe_of(cache)
+    damaged = compile_set(cache, recipe)
+    (damaged / "condition.plan").write_bytes(b"")
+    damaged.parent.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    assert str(damaged) in refusal(lambda: cache.open(recipe))
+    folder = compile_set(cache, recipe)
+    found = cache.open(recipe)
+    assert found and found.path == folder != damaged
+    damaged.parent.chmod(stat.S_IRWXU)

@@ -1,0 +1,235 @@
+"""Building a bundle: graphs, weights, parity, interruption."""
+
+import hashlib
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from bundles import bundle_config, quiet, random_weights, request, small_bundle
+
+from varedit_export import build as build_module
+from varedit_export.build import Plan, build
+from varedit_export.sources import RandomTextEncoder, Sources
+from varedit_export.verify import ParityError, compare, gate, reference_of
+from varedit_runtime.bundle import Bundle
+from varedit_runtime.errors import ConfigError
+
+SCALES = len(bundle_config().transformer.grids)
+
+
+@pytest.fixture(scope="module")
+def bundle() -> Bundle:
+    return Bundle.open(small_bundle())
+
+
+@pytest.fixture
+def graphs(bundle: Bundle) -> dict[str, Path]:
+    (variant,) = bundle.manifest.variants
+    return {stage: bundle.path / spec.file for stage, spec in variant.graphs.items()}
+
+
+def test_a_bundle_holds_every_stage_and_one_copy_of_the_weights(
+    bundle: Bundle, graphs: dict[str, Path]
+) -> None:
+    stages = {"text_encoder", "image_encoder", "condition", "prefill", "references", "scale"}
+    stages |= {"image_decoder", *(f"scale_{k:02}" for k in range(SCALES))}
+    assert set(graphs) == stages
+    assert set(bundle.components) == {
+        "transformer",
+        "tokenizer",
+        "text_encoder",
+        "positions_96-b1",
+    }
+    stored = sum(bundle.weights_path(name).stat().st_size for name in bundle.components)
+    whole = sum(entry.size for entry in bundle.manifest.files.values())
+    plan = Plan(request(Path("unused")), random_weights())
+    assert plan.weight_bytes <= stored <= plan.weight_bytes + 100_000
+    assert whole - stored < len(graphs) * 10**6
+
+
+def test_graphs_are_valid_standard_and_load_without_a_warning(
+    graphs: dict[str, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    for path in graphs.values():
+        onnx.checker.check_model(path, full_check=True)
+        model = onnx.load(path, load_external_data=False)
+        assert {opset.domain for opset in model.opset_import} == {""}
+        assert path.stat().st_size < 2 * 10**6
+        options = ort.SessionOptions()
+        options.log_severity_level = 2
+        ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    assert capfd.readouterr().err == ""
+
+
+def test_graphs_are_static_but_for_the_twin(graphs: dict[str, Path]) -> None:
+    for stage, path in graphs.items():
+        graph = onnx.load(path, load_external_data=False).graph
+        values = [*graph.input, *graph.output, *graph.value_info]
+        assert {o for node in graph.node for o in node.output} <= {v.name for v in values}
+        dims = [d for v in values for d in v.type.tensor_type.shape.dim]
+        assert all(v.type.tensor_type.HasField("shape") for v in values)
+        static = all(d.HasField("dim_value") for d in dims)
+        assert static == (stage != "scale")
+
+
+def test_the_twins_dimensions_have_names_that_say_what_they_are(graphs: dict[str, Path]) -> None:
+    inputs = {i.name: i for i in onnx.load(graphs["scale"], load_external_data=False).graph.input}
+
+    def shape(name: str) -> list[int | str]:
+        dims = inputs[name].type.tensor_type.shape.dim
+        return [d.dim_param or d.dim_value for d in dims]
+
+    assert shape("tokens")[1:3] == ["h", "w"]
+    assert shape("past_key.1")[0] == "past"
+    assert shape("past_value.0")[0] == "past_0"
+    assert shape("reference_key")[0] == "reference"
+
+
+def test_graphs_tell_nothing_of_where_they_were_made(graphs: dict[str, Path]) -> None:
+    for path in graphs.values():
+        content = path.read_bytes()
+        for secret in (str(Path(__file__).parents[1]), str(Path.home()), socket.gethostname()):
+            assert len(secret) < 3 or secret.encode() not in content
+        assert b".py" not in content
+        model = onnx.load(path, load_external_data=False)
+        assert not model.metadata_props
+        assert not any(node.metadata_props or node.doc_string for node in model.graph.node)
+
+
+def test_nodes_are_named_for_the_part_they_belong_to(graphs: dict[str, Path]) -> None:
+    names = {n.name for n in onnx.load(graphs["scale_03"], load_external_data=False).graph.node}
+    assert {"blocks.0.mlp_up/MatMul", "blocks.1.qkv/MatMul", "head/MatMul"} <= names
+
+
+def test_parity_was_proven_for_every_scale(bundle: Bundle) -> None:
+    measured = {(line.stage, line.measure) for line in bundle.manifest.parity}
+    for k in range(SCALES):
+        assert (f"scale_{k:02}", "logits, largest error") in measured
+        assert (f"scale_{k:02}", "bits that differ and are no ties") in measured
+        assert ("scale", f"logits of scale {k}, largest error") in measured
+    assert {"text_encoder", "image_encoder", "image_decoder"} <= {s for s, _ in measured}
+    assert all(line.value <= line.tolerance for line in bundle.manifest.parity)
+
+
+def test_a_published_bundle_is_verified_from_its_own_weights(bundle: Bundle) -> None:
+    lines = gate(compare(bundle, reference_of(bundle)))
+    assert len(lines) > 3 * SCALES
+
+
+@pytest.mark.parametrize(
+    ("component", "one", "other"),
+    [
+        ("transformer", "blocks.1.self_attention.projection", "blocks.1.cross_attention.query"),
+        ("transformer", "blocks.0.mlp.0", "blocks.1.mlp.0"),
+        ("tokenizer", "decoder.middle.0.conv1", "decoder.middle.0.conv2"),
+    ],
+)
+def test_swapped_tensors_fail_the_gate(
+    tmp_path: Path, component: str, one: str, other: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = random_weights()
+    names = {f"{one}.weight": f"{other}.weight", f"{other}.weight": f"{one}.weight"}
+    state = {
+        "transformer": dict(good.transformer.items()),
+        "tokenizer": dict(good.tokenizer.items()),
+    }
+    swapped = state | {component: {n: state[component][names.get(n, n)] for n in state[component]}}
+    bad = Sources(swapped["transformer"], swapped["tokenizer"], None, "swapped", "swapped")
+    plan = Plan(request(tmp_path / "bad"), bad)
+    verify = build_module.verify_folder
+    given = Sources(state["transformer"], state["tokenizer"], None, "", "")
+    monkeypatch.setattr(
+        build_module,
+        "verify_folder",
+        lambda folder, manifest, sources, config: verify(folder, manifest, given, config),
+    )
+    with pytest.raises(ParityError, match="measures failed"):
+        build(plan, quiet)
+    assert not (tmp_path / "bad").exists()
+
+
+def test_an_interrupted_build_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    traced: list[str] = []
+    trace = build_module.trace
+
+    def counted(stage: build_module.Stage, *rest: object) -> object:
+        if len(traced) == 5:
+            raise KeyboardInterrupt
+        traced.append(stage.name)
+        return trace(stage, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(build_module, "trace", counted)
+    target = tmp_path / "small"
+    with pytest.raises(KeyboardInterrupt):
+        build(Plan(request(target), random_weights()), quiet)
+    assert not target.exists()
+    first = list(traced)
+    traced[:] = ["resumed"] * 6
+    build(Plan(request(target), random_weights()), quiet)
+    assert not set(traced) & set(first)
+    reference = Bundle.open(small_bundle()).manifest
+    assert Bundle.open(target).manifest.files == reference.files
+
+
+@pytest.mark.parametrize(("precision", "kind"), [("fp16", "FLOAT16"), ("bf16", "BFLOAT16")])
+def test_half_precision_is_written_into_the_graphs(
+    tmp_path: Path, precision: build_module.Precision, kind: str
+) -> None:
+    target = tmp_path / precision
+    build(Plan(request(target, precision), random_weights()), quiet)
+    bundle = Bundle.open(target)
+    (variant,) = bundle.manifest.variants
+    graph = onnx.load(target / variant.graphs["scale_02"].file, load_external_data=False).graph
+    types = {i.name: onnx.TensorProto.DataType.Name(i.data_type) for i in graph.initializer}
+    assert types["blocks.0.mlp_up.weight"] == kind
+    assert types["head.weight"] == types["blocks.0.cross_norm.weight"] == "FLOAT"
+    outputs = {spec.name: spec.dtype for spec in variant.graphs["scale_02"].outputs}
+    assert outputs["logits"] == outputs["running_sum_out"] == "float32"
+    assert outputs["new_key.1"] == {"fp16": "float16", "bf16": "bfloat16"}[precision]
+    assert any("rounded" in line.measure for line in bundle.manifest.parity)
+    assert bundle.manifest.fp32_exceptions
+    for spec in variant.graphs.values():
+        onnx.checker.check_model(target / spec.file, full_check=True)
+
+
+def test_nothing_of_a_failed_build_is_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: object) -> Iterator[object]:
+        raise ParityError("no")
+
+    monkeypatch.setattr(build_module, "verify_folder", broken)
+    with pytest.raises(ParityError):
+        build(Plan(request(tmp_path / "bundle"), random_weights()), quiet)
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_impossible_requests_are_refused(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    good = request(tmp_path)
+    with pytest.raises(ConfigError, match="batch"):
+        replace(good, batch=0)
+    with pytest.raises(ConfigError, match="text tokens"):
+        replace(good, text_tokens=513)
+    full = replace(good.config, transformer=replace(good.config.transformer, conditioning="full"))
+    with pytest.raises(ConfigError, match="full"):
+        replace(good, config=full)
+
+
+def test_random_text_weights_do_not_depend_on_order() -> None:
+    text = random_weights().text
+    assert text is not None and isinstance(text.state, RandomTextEncoder)
+    names = list(text.state)
+    digests = [
+        hashlib.sha256(text.state[name].numpy().tobytes()).hexdigest()
+        for name in (names[2], names[5], names[2])
+    ]
+    assert digests[0] == digests[2] != digests[1]
+    assert torch.isfinite(text.state[names[0]]).all()

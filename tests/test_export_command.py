@@ -1,0 +1,123 @@
+"""The `varedit-export` command: build, verify, inspect."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from bundles import small_bundle
+from click.testing import CliRunner, Result
+
+from varedit_export.cli import main
+from varedit_runtime.locate import find
+
+RECORDINGS = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(autouse=True)
+def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of these tests is remembered as the user's last build."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    monkeypatch.delenv("VAREDIT_BUNDLE", raising=False)
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def one_line_error(result: Result) -> str:
+    assert result.exit_code == 1, result.output
+    assert len(result.stderr.strip().splitlines()) == 1
+    return result.stderr
+
+
+def test_a_recordings_bundle_agrees_with_the_recording(
+    recording_folder: Path, tmp_path: Path
+) -> None:
+    bundle = tmp_path / "bundle"
+    built = run(
+        *("build", "--config", recording_folder / "config.json", "-o", bundle),
+        *("--checkpoint", recording_folder / "var.pth"),
+        *("--tokenizer", recording_folder / "vae.pth", "--text-tokens", "20"),
+    )
+    assert built.exit_code == 0, built.output
+    assert built.stdout == f"{bundle}\n"
+    assert "parity with the reference" in built.stderr
+    assert find(None).path == bundle
+
+    report = tmp_path / "report.json"
+    verified = run("verify", bundle, "--golden", recording_folder, "--report", report)
+    assert verified.exit_code == 0, verified.output
+    lines = json.loads(report.read_text())
+    recorded = [line for line in lines if "recorded" in line["measure"]]
+    settings = json.loads((recording_folder / "config.json").read_text())
+    assert len(recorded) == {"0.06M": 7, "0.25M": 10}[settings["pn"]]
+    assert all(line["value"] <= line["tolerance"] for line in lines)
+
+
+def test_another_recordings_numbers_do_not_pass() -> None:
+    other = RECORDINGS / "tiny2b-256"
+    assert one_line_error(run("verify", small_bundle(), "--golden", other))
+
+
+def test_inspect_says_what_is_in_a_bundle() -> None:
+    shown = run("inspect", small_bundle())
+    assert shown.exit_code == 0, shown.output
+    for word in ("random, seed 0", "fp32", "96 x 96 px", "4 scales", "graphs/weights", "parity"):
+        assert word in shown.output
+
+
+def test_without_weights_the_error_names_the_files() -> None:
+    error = one_line_error(run("build", "--size", "2b", "--res", "512"))
+    assert "infinity_vae_d32reg.pth" in error
+    assert "Hugging Face" in error
+    error = one_line_error(run("build", "--size", "8b", "--res", "512"))
+    assert "infinity_vae_d56_f8_14_patchify.pth" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("build", "--size", "3b", "--res", "512"), "2b, 8b"),
+        (("build", "--size", "2b", "--res", "300"), "256, 512"),
+        (("build", "--size", "2b"), "--res"),
+        (("build", "--config", "nowhere.json"), "config.json"),
+        (("build", "--config", "x.json", "--size", "2b"), "leave out --size"),
+        (
+            ("build", "--size", "2b", "--res", "256", "--aspect", "9:1", "--random-weights", "0"),
+            "1:1",
+        ),
+        (
+            ("build", "--size", "2b", "--res", "256", "--random-weights", "0", "--checkpoint", "x"),
+            "takes the place",
+        ),
+        (
+            ("build", "--size", "tiny-2b", "--res", "256", "--random-weights", "0", "--batch", "0"),
+            "batch of at least 1",
+        ),
+        (("verify", "nowhere"), "nowhere"),
+        (("inspect", "."), "not a bundle"),
+    ],
+)
+def test_wrong_arguments_are_one_line(arguments: tuple[str, ...], said: str) -> None:
+    assert said in one_line_error(run(*arguments))
+
+
+def test_a_checkpoint_of_another_size_is_named(tmp_path: Path) -> None:
+    folder = RECORDINGS / "tiny8b-256"
+    error = one_line_error(
+        run(
+            *("build", "--config", RECORDINGS / "tiny2b-256" / "config.json"),
+            *("--checkpoint", folder / "var.pth", "--tokenizer", folder / "vae.pth"),
+            *("-o", tmp_path / "bundle"),
+        )
+    )
+    assert "does not fit" in error
+    assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    arguments = ("build", "--size", "tiny-2b", "--res", "256", "--random-weights", "0")
+    assert one_line_error(run(*arguments, "-o", tmp_path / "bundle"))

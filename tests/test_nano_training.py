@@ -1,0 +1,377 @@
+"""nano's training: what it learns from, and that a run can be killed at any point."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from varedit_reference.config import ModelConfig, TokenizerConfig, TransformerConfig
+from varedit_reference.initialise import initialise
+from varedit_reference.nano.checkpointing import RunFolder, TrainingState, write_weights
+from varedit_reference.nano.data import (
+    EVALUATION_SEEDS,
+    VALIDATION_SEEDS,
+    EditBatch,
+    EditBatches,
+    PictureBatches,
+    batches,
+    step_seeds,
+)
+from varedit_reference.nano.export_weights import LARGEST_BYTES, export_weights
+from varedit_reference.nano.model import NANO, TOKENIZER_FILE, load_nano
+from varedit_reference.nano.teacher import bit_losses, flip, lesson, scale_weights
+from varedit_reference.nano.text import build_vocabulary, new_text_encoder
+from varedit_reference.nano.train_tokenizer import RECIPE as TOKENIZER_RECIPE
+from varedit_reference.nano.train_tokenizer import TokenizerTask, new_tokenizer
+from varedit_reference.nano.train_transformer import RECIPE as TRANSFORMER_RECIPE
+from varedit_reference.nano.train_transformer import Editor, TransformerTask, new_transformer
+from varedit_reference.nano.training import (
+    Machine,
+    Recipe,
+    check_gradients,
+    ema_decay,
+    learning_rate,
+    train,
+)
+from varedit_reference.quantisation import quantise, to_tokens
+from varedit_reference.tokenizer import Tokenizer
+from varedit_runtime.errors import CheckpointError, ConfigError
+
+GRIDS = ((1, 1), (2, 2))
+TINY = ModelConfig(
+    "tiny-nano",
+    TokenizerConfig(bits=4, downsampling=8, channels=24, multipliers=(1, 1, 1, 1)),
+    TransformerConfig(
+        depth=2,
+        width=64,
+        heads=2,
+        token_channels=4,
+        text_channels=128,
+        grids=GRIDS,
+        table_grids=GRIDS,
+        rotary="paper",
+    ),
+)
+INSTRUCTIONS = ["add a hat", "remove the dog", "make the sky red"]
+NEVER = 10**6
+
+
+@pytest.fixture(autouse=True)
+def gradients(no_gradients: None) -> Iterator[None]:
+    with torch.enable_grad():
+        yield
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(1)
+
+
+def features(generator: torch.Generator, side: int = 16, bits: int = 6) -> Tensor:
+    return torch.randn(3, bits, side, side, generator=generator) / 2
+
+
+def tokenizer_task(recipe: Recipe, machine: Machine) -> TokenizerTask:
+    return TokenizerTask(new_tokenizer(TINY.tokenizer, 0), recipe, machine, GRIDS)
+
+
+def transformer_task(recipe: Recipe, machine: Machine) -> TransformerTask:
+    torch.manual_seed(0)
+    vocabulary = build_vocabulary(INSTRUCTIONS)
+    model = Editor(new_transformer(TINY, 0), new_text_encoder(vocabulary, 128))
+    tokenizer = new_tokenizer(TINY.tokenizer, 0).requires_grad_(False)
+    return TransformerTask(TINY, model, tokenizer, vocabulary, recipe, machine)
+
+
+BuildTask = Callable[[Recipe, Machine], Any]
+TASKS = pytest.mark.parametrize(
+    ("build", "recipe"),
+    [(tokenizer_task, TOKENIZER_RECIPE), (transformer_task, TRANSFORMER_RECIPE)],
+    ids=["tokenizer", "transformer"],
+)
+
+
+class Killed(Exception):
+    pass
+
+
+def flat(content: Any) -> list[Any]:
+    """The leaves of a checkpoint; tensors as lists."""
+    if isinstance(content, dict):
+        return [leaf for key in sorted(content, key=str) for leaf in flat(content[key])]
+    if isinstance(content, list | tuple):
+        return [leaf for item in content for leaf in flat(item)]
+    return content.flatten().tolist() if isinstance(content, Tensor) else [content]
+
+
+@TASKS
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(
+    build: BuildTask, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = replace(recipe, steps=5, batch=2, warmup=2)
+    machine = Machine(log_every=1, save_every=2, report_every=NEVER)
+    through, resumed = RunFolder(tmp_path / "through"), RunFolder(tmp_path / "resumed")
+    seen: list[tuple[int, float]] = []
+
+    def losses_until(task: Any, last: int) -> Callable[..., dict[str, Tensor]]:
+        def losses(batch: Any, step: int, fast: bool) -> dict[str, Tensor]:
+            if step == last:
+                raise Killed
+            pictures = batch.source if isinstance(batch, EditBatch) else batch
+            seen.append((step, float(pictures.float().mean())))
+            return type(task).losses(task, batch, step, fast)
+
+        return losses
+
+    def run(folder: RunFolder, last: int) -> None:
+        task = build(recipe, machine)
+        monkeypatch.setattr(task, "losses", losses_until(task, last))
+        monkeypatch.setattr(task, "report", lambda model: ({}, Image.new("RGB", (1, 1))))
+        train(task, recipe, machine, folder)
+
+    run(through, last=NEVER)
+    whole, seen = seen, []
+    with pytest.raises(Killed):
+        run(resumed, last=3)  # one step behind the checkpoint
+    run(resumed, last=NEVER)
+    contents = [torch.load(f.checkpoint, weights_only=True) for f in (through, resumed)]
+    assert flat(contents[0]) == flat(contents[1])
+    assert contents[0]["step"] == 5
+    assert through.log_file.read_text() == resumed.log_file.read_text()
+    assert seen == [*whole[:3], *whole[2:]]
+    assert len({mean for _, mean in whole}) == 5
+
+
+@TASKS
+def test_it_learns(build: BuildTask, recipe: Recipe, tmp_path: Path) -> None:
+    recipe = replace(recipe, steps=40, batch=2, warmup=1)
+    machine = Machine(log_every=10, save_every=NEVER, report_every=NEVER)
+    task = build(recipe, machine)
+    first = task.dataset[0]
+    before = task.losses(first, 0, False)["loss"].item()
+    state = TrainingState.start(task.model, torch.optim.AdamW(task.model.parameters(), lr=3e-3))
+    for _ in range(40):
+        loss = task.losses(first, 0, False)["loss"]
+        state.optimiser.zero_grad()
+        loss.backward()
+        state.optimiser.step()
+    assert task.losses(first, 0, False)["loss"].item() < 0.8 * before
+
+
+def test_a_run_keeps_its_options(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.keep_options({"steps": 5, "betas": (0.9, 0.97)})
+    folder.keep_options({"steps": 5, "betas": (0.9, 0.97)})
+    with pytest.raises(ConfigError, match="steps 5, not 6"):
+        folder.keep_options({"steps": 6, "betas": (0.9, 0.97)})
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    for width in (3, 4):
+        model = nn.Linear(width, 1)
+        state = TrainingState.start(model, torch.optim.AdamW(model.parameters()))
+        if width == 3:
+            folder.save(state)
+        else:
+            with pytest.raises(CheckpointError, match="another run folder"):
+                folder.resume(state)
+
+
+def test_a_half_written_log_line_is_dropped(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.log_file.write_text('{"step": 0, "loss": 1}\n{"step": 9, "loss": 1}\n{"step": 0, "l')
+    model = nn.Linear(1, 1)
+    folder.resume(TrainingState.start(model, torch.optim.AdamW(model.parameters())))
+    assert folder.log_file.read_text() == '{"step": 0, "loss": 1}\n'
+
+
+def test_a_wrong_fast_path_is_refused() -> None:
+    recipe = replace(TOKENIZER_RECIPE, steps=10, batch=2)
+    grids = ((1, 1), (8, 8))
+    task = TokenizerTask(new_tokenizer(TINY.tokenizer, 0), recipe, Machine(precision="bf16"), grids)
+    cosine, ratio = check_gradients(task)
+    assert cosine > 0.98
+    assert abs(ratio - 1) < 0.1
+
+    class Wrong(TokenizerTask):
+        def losses(self, batch: Tensor, step: int, fast: bool) -> dict[str, Tensor]:
+            parts = super().losses(batch, step, fast)
+            return {"loss": parts["edges"] if fast else parts["loss"]}
+
+    with pytest.raises(ConfigError, match="cosine"):
+        check_gradients(Wrong(new_tokenizer(TINY.tokenizer, 0), recipe, Machine(), GRIDS))
+
+
+def test_the_transformer_computes_in_bf16_with_nearly_the_same_gradients() -> None:
+    recipe = replace(TRANSFORMER_RECIPE, steps=10, batch=2)
+    task = transformer_task(recipe, Machine(precision="bf16"))
+    cosine, _ = check_gradients(task)
+    assert 0.98 < cosine < 1
+    assert {p.dtype for p in task.model.parameters()} == {torch.float32}
+
+
+def test_batches_depend_on_the_step_alone() -> None:
+    dataset = PictureBatches(batch=2, size=16)
+    drawn = list(batches(dataset, range(3, 6), workers=2))
+    assert [torch.equal(drawn[i], dataset[3 + i]) for i in range(3)] == [True] * 3
+    assert not torch.equal(dataset[3], dataset[4])
+    edits = EditBatches(batch=2, size=16)[7]
+    assert edits.source.shape == edits.target.shape == (2, 16, 16, 3)
+    assert len(edits.instructions) == 2
+
+
+def test_training_seeds_are_no_others() -> None:
+    reserved = [*EVALUATION_SEEDS[:: len(EVALUATION_SEEDS) - 1], *VALIDATION_SEEDS[::999_999]]
+    assert len(reserved) == 4
+    for step in (0, 1, 1000):
+        assert min(step_seeds(step, 8)) > max(reserved)
+    assert not set(step_seeds(0, 8)) & set(step_seeds(1, 8))
+    assert VALIDATION_SEEDS.start >= EVALUATION_SEEDS.stop
+
+
+@pytest.mark.parametrize("patch", [1, 2])
+def test_unflipped_targets_are_the_tokenizers_own_bits(
+    patch: int, generator: torch.Generator
+) -> None:
+    grids = ((1, 1), (2, 2), (3, 3), (8, 8))
+    given = features(generator, side=8 * patch)
+    taught = lesson(given, grids, patch, generator, largest_flip_rate=0.0)
+    scales = list(quantise(given, [(rows * patch, columns * patch) for rows, columns in grids]))
+    for bits, scale in zip(taught.bits, scales, strict=True):
+        assert torch.equal(bits, to_tokens(scale.bits.float(), patch).bool())
+    assert torch.equal(taught.inputs[-1], to_tokens(scales[-2].sum, patch))
+
+
+def test_self_correction_flips_inputs_only_and_later_targets_mend_it(
+    generator: torch.Generator,
+) -> None:
+    given = features(generator)
+    grids = ((4, 4), (16, 16), (16, 16))
+    exact = lesson(given, grids, 1, generator, largest_flip_rate=0.0)
+    taught = lesson(given, grids, 1, generator)
+    assert torch.equal(taught.bits[0], exact.bits[0])
+    assert not torch.equal(taught.inputs[0], exact.inputs[0])
+    # Inputs on the finest grid are the sum so far; targets are the signs of what it leaves.
+    tokens = to_tokens(given, 1)
+    assert torch.equal(taught.bits[1], tokens - taught.inputs[0] > 0)
+    assert torch.equal(taught.bits[2], tokens - taught.inputs[1] > 0)
+    flipped = (taught.inputs[1] - taught.inputs[0] > 0) ^ taught.bits[1]
+    assert 0 < flipped.float().mean() < 0.3
+
+
+def test_flip_rates_differ_between_pictures(generator: torch.Generator) -> None:
+    bits = torch.zeros(400, 4, 16, 16, dtype=torch.bool)
+    rates = flip(bits, 0.3, generator).float().mean((1, 2, 3))
+    assert 0.13 < rates.mean() < 0.17
+    assert rates.min() < 0.03
+    assert 0.27 < rates.max() < 0.34
+
+
+def test_loss_weights() -> None:
+    grids = NANO.transformer.grids
+    weights = scale_weights(grids)
+    assert sum(weights) == pytest.approx(1)
+    per_token = [w / (r * c) for w, (r, c) in zip(weights, grids, strict=True)]
+    assert [w / per_token[0] for w in per_token] == pytest.approx([1 / r for r, _ in grids])
+
+
+def test_the_loss_is_the_two_way_cross_entropy(generator: torch.Generator) -> None:
+    logits = torch.randn(2, 5, 3, 2, generator=generator)
+    bits = torch.rand(2, 5, 3, generator=generator) < 0.5
+    expected = F.cross_entropy(logits.flatten(0, 2), bits.flatten().long())
+    torch.testing.assert_close(bit_losses([logits], [bits]), [expected])
+
+
+def test_text_is_dropped_now_and_then() -> None:
+    task = transformer_task(TRANSFORMER_RECIPE, Machine())
+    with torch.no_grad():
+        task.model.transformer.unconditional_text.fill_(7)
+        rows = task._text_rows(["add a hat"] * 600, torch.Generator().manual_seed(0))
+    dropped = np.mean([bool((row == 7).all()) for row in rows])
+    assert 0.06 < dropped < 0.14
+    assert len({tuple(row.shape) for row in rows}) == 1
+
+
+def test_quantisation_sets_in_gradually() -> None:
+    task = tokenizer_task(replace(TOKENIZER_RECIPE, steps=1000), Machine())
+    shares = [task.quantised_share(step) for step in range(1000)]
+    assert shares[0] == 0
+    assert shares == sorted(shares)
+    assert shares[-1] == 1
+    assert len(set(shares)) > 100
+
+
+def test_gradients_pass_through_the_bits() -> None:
+    task = tokenizer_task(replace(TOKENIZER_RECIPE, steps=10, batch=2), Machine())
+    loss = task.losses(task.dataset[0], 9, False)["absolute"]
+    loss.backward()
+    gradient = task.model.encoder.conv_in.weight.grad
+    assert gradient is not None
+    assert float(gradient.abs().sum()) > 0
+
+
+def test_schedules() -> None:
+    recipe = replace(TRANSFORMER_RECIPE, steps=100, warmup=10, learning_rate=1.0, ema_decay=0.9)
+    rates = [learning_rate(recipe, step) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert rates[55] == pytest.approx(0.5)
+    assert rates[-1] == pytest.approx(1 / 90)
+    assert ema_decay(recipe, 1) < 0.2
+    assert ema_decay(recipe, 10**6) == 0.9
+
+
+def test_blocks_start_by_adding_little() -> None:
+    model = new_transformer(TINY, 0)
+    pooled = torch.randn(5, TINY.transformer.width)
+    shared = model.shared_modulation(F.silu(pooled)).unflatten(1, (6, -1))
+    for block in model.blocks:
+        gammas, rest = (shared + block.get_parameter("modulation")).split((2, 4), dim=1)
+        assert gammas.abs().max() < 0.02
+        assert rest.abs().max() > 0.1
+
+
+def test_unknown_words_fall_apart() -> None:
+    vocabulary = build_vocabulary(INSTRUCTIONS)
+    known = vocabulary.encode("ADD a hat", add_special_tokens=False)
+    assert len(known.ids) == 3
+    unknown = vocabulary.encode("bedazzle Zürich ☃!", add_special_tokens=False)
+    assert "<unk>" in unknown.tokens
+    assert unknown.tokens.count("<unk>") == 1
+    letters = "".join(unknown.tokens).replace("▁", "").replace("<unk>", "")
+    assert letters == "bedazzlezurich!"
+
+
+def test_nano_ships_small_and_loads_as_it_was(tmp_path: Path) -> None:
+    vocabulary = build_vocabulary(INSTRUCTIONS)
+    task = TransformerTask(
+        NANO,
+        Editor(new_transformer(NANO, 0), new_text_encoder(vocabulary, 128)),
+        initialise(Tokenizer(NANO.tokenizer), 0),
+        vocabulary,
+        TRANSFORMER_RECIPE,
+        Machine(),
+    )
+    task.export(task.model, tmp_path / "run" / "ema")
+    tokenizer = tmp_path / TOKENIZER_FILE
+    write_weights(tokenizer, task.tokenizer.state_dict())
+    size = export_weights(tokenizer, tmp_path / "run", tmp_path / "nano")
+    assert size <= LARGEST_BYTES
+    model = load_nano(tmp_path / "nano")
+    for name, weight in task.model.transformer.state_dict().items():
+        loaded = model.transformer.state_dict()[name]
+        assert loaded.dtype == torch.float32
+        torch.testing.assert_close(loaded, weight, rtol=1e-3, atol=1e-4)
+    expected = task.text.encode(["add a hat"])[0]
+    torch.testing.assert_close(
+        model.text_encoder.encode(["add a hat"])[0], expected, atol=0.05, rtol=0
+    )
+    assert json.loads((tmp_path / "nano/text_encoder/config.json").read_text())["d_model"] == 128

@@ -1,0 +1,305 @@
+"""Build a bundle: weights, graphs, parity, manifest, published whole or not at all."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+from shutil import disk_usage
+
+import onnx_ir as ir
+import torch
+
+from varedit_engines.publish import Staging
+from varedit_export.components import (
+    Component,
+    positions_component,
+    text_encoder_component,
+    tokenizer_component,
+    transformer_component,
+)
+from varedit_export.graph_model import GraphTransformer
+from varedit_export.graph_text import GraphTextEncoder
+from varedit_export.sources import Sources
+from varedit_export.stages import (
+    ConditionStage,
+    ImageDecoderStage,
+    ImageEncoderStage,
+    PositionTable,
+    PrefillStage,
+    References,
+    ScaleStage,
+    Shapes,
+    Stage,
+    SymbolicScaleStage,
+    TextEncoderStage,
+)
+from varedit_export.trace import fake_tensors, trace
+from varedit_export.verify import verify_folder
+from varedit_reference.config import ModelConfig
+from varedit_reference.tokenizer import Tokenizer
+from varedit_runtime.errors import BundleError, ConfigError
+from varedit_runtime.manifest import (
+    GRAPHS,
+    TOKENIZER,
+    FileEntry,
+    GraphSpec,
+    Manifest,
+    Model,
+    ParityLine,
+    Precision,
+    TensorSpec,
+    Variant,
+)
+
+DTYPES: dict[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+TYPE_NAMES = {
+    ir.DataType.FLOAT: "float32",
+    ir.DataType.FLOAT16: "float16",
+    ir.DataType.BFLOAT16: "bfloat16",
+    ir.DataType.INT64: "int64",
+    ir.DataType.BOOL: "bool",
+}
+# What stays in fp32 whatever the precision.
+STREAM_EXCEPTIONS = (
+    "transformer: residual stream, norms, softmax, AdaLN, head, sampling",
+    "text_encoder: residual stream, norms, softmax",
+    "image_encoder",
+    "image_decoder",
+)
+WIDE_MLP = "text_encoder: MLP output projections (past fp16's range in T5-XL)"
+TOOLS = ("varedit-export", "torch", "onnx-ir", "onnxscript", "onnxruntime")
+
+# (what is being done, steps done, steps in all)
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to build. resolution and aspect name the variant; the config holds its grids."""
+
+    config: ModelConfig
+    resolution: int
+    aspect: str
+    precision: Precision
+    batch: int
+    guided: bool
+    text_tokens: int
+    target: Path
+
+    def __post_init__(self) -> None:
+        if self.config.transformer.conditioning == "full":
+            raise ConfigError("models with full conditioning are not exported: use sar or finest")
+        if self.batch < 1 or not 1 < self.text_tokens <= 512:
+            raise ConfigError(
+                f"a bundle takes a batch of at least 1 and 2 to 512 text tokens, not {self.batch} "
+                f"and {self.text_tokens}"
+            )
+
+    @property
+    def variant(self) -> str:
+        height, width = self.config.picture_size
+        size = f"{height}" if height == width else f"{height}x{width}"
+        return f"{size}-b{self.batch}" + ("" if self.guided else "-unguided")
+
+    @property
+    def shapes(self) -> Shapes:
+        dtype = DTYPES[self.precision]
+        return Shapes(self.config, self.batch, self.guided, self.text_tokens, dtype)
+
+
+class Plan:
+    """All files of a bundle and what each is made from; nothing is computed until asked for."""
+
+    def __init__(self, request: Request, sources: Sources) -> None:
+        self.request, self.sources = request, sources
+        self.fake = fake_tensors()
+        config, dtype = request.config, DTYPES[request.precision]
+        with self.fake:
+            tokenizer = Tokenizer(config.tokenizer)
+        transformer = transformer_component(
+            config.transformer, dtype, sources.transformer, self.fake
+        )
+        positions = positions_component(request.variant, config.transformer, self.fake)
+        self.components = [
+            transformer,
+            tokenizer_component(tokenizer, sources.tokenizer),
+            positions,
+        ]
+        self.stages = _stages(request.shapes, transformer, tokenizer, positions)
+        if sources.text is not None:
+            text = text_encoder_component(sources.text.config, dtype, sources.text.state, self.fake)
+            self.components.append(text)
+            assert isinstance(text.module, GraphTextEncoder)
+            self.stages.insert(0, TextEncoderStage(request.shapes, text.module))
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(component.size for component in self.components)
+
+    def __str__(self) -> str:
+        """For a person to read before it begins."""
+        lines = [f"{self.request.target}: {self.request.variant}, {self.request.precision}"]
+        lines += [f"  {c.location:<44} {c.size / 1e6:10.1f} MB" for c in self.components]
+        lines += [f"  {len(self.stages)} graphs", f"  weights: {self.sources.description}"]
+        return "\n".join(lines)
+
+    def graph_file(self, stage: Stage) -> str:
+        return f"{GRAPHS}/{self.request.variant}.{stage.name}.onnx"
+
+
+def build(plan: Plan, progress: Progress) -> list[ParityLine]:
+    """Build and publish. Returns how far each graph is from the reference.
+
+    Raises BundleError when the disk has no room or another process builds the same bundle,
+    ExportError and ParityError when a graph does not come out as it must. What was finished
+    before a failure or an interrupt is kept for the next attempt; an earlier bundle of the same
+    name stays until the new one is whole.
+    """
+    request = plan.request
+    _check_room(plan)
+    steps = len(plan.components) + len(plan.stages) + 2
+    with Staging(request.target) as staging:
+        step = 0
+        stored = {}
+        for component in plan.components:
+            progress(f"weights of {component.name}", step, steps)
+            file = f"{GRAPHS}/{component.location}"
+            key = _key(plan, component.name)
+            if not staging.kept(file, key):
+                staging.file(file)
+                component.write(staging.path / GRAPHS, {"component": component.name})
+                staging.record(file, key)
+            stored |= component.stored(staging.path / GRAPHS)
+            step += 1
+        graphs = {}
+        for stage in plan.stages:
+            progress(f"graph {stage.name}", step, steps)
+            file = plan.graph_file(stage)
+            key = _key(plan, stage.name)
+            if not staging.kept(file, key):
+                ir.save(trace(stage, plan.fake, stored), staging.file(file))
+                staging.record(file, key)
+            graphs[stage.name] = graph_spec(staging.path, file)
+            step += 1
+        if plan.sources.text is not None:
+            staging.file(TOKENIZER).write_bytes(plan.sources.text.tokenizer_json)
+            staging.record(TOKENIZER)
+        progress("parity with the reference", step, steps)
+        manifest = _manifest(plan, graphs, staging.files, ())
+        parity = verify_folder(staging.path, manifest, plan.sources, request.config)
+        progress("publishing", step + 1, steps)
+        staging.publish(_manifest(plan, graphs, staging.files, tuple(parity)))
+        progress("done", steps, steps)
+    return parity
+
+
+def graph_spec(folder: Path, file: str) -> GraphSpec:
+    """A written graph's inputs and outputs."""
+    graph = ir.load(folder / file).graph
+    inputs = tuple(_tensor_spec(value) for value in graph.inputs)
+    return GraphSpec(file, inputs, tuple(_tensor_spec(value) for value in graph.outputs))
+
+
+def _tensor_spec(value: ir.Value) -> TensorSpec:
+    assert value.name and value.dtype is not None and value.shape is not None
+    shape = tuple(s if isinstance(s, int) else str(s.value) for s in value.shape)
+    return TensorSpec(value.name, TYPE_NAMES[value.dtype], shape)  # type: ignore[arg-type]
+
+
+def _stages(
+    shapes: Shapes, transformer: Component, tokenizer: Tokenizer, positions: Component
+) -> list[Stage]:
+    model, table = transformer.module, positions.module
+    assert isinstance(model, GraphTransformer) and isinstance(table, PositionTable)
+    stages: list[Stage] = [
+        ImageEncoderStage(shapes, tokenizer),
+        ConditionStage(shapes, model),
+        PrefillStage(shapes, model, table),
+        SymbolicScaleStage(shapes, model, table),
+    ]
+    if shapes.config.transformer.conditioning == "sar":
+        stages.append(References(shapes))
+    scales = range(len(shapes.config.transformer.grids))
+    stages += [ScaleStage(shapes, model, table, k) for k in scales]
+    return [*stages, ImageDecoderStage(shapes, tokenizer)]
+
+
+def _manifest(
+    plan: Plan,
+    graphs: dict[str, GraphSpec],
+    files: dict[str, FileEntry],
+    parity: tuple[ParityLine, ...],
+) -> Manifest:
+    request = plan.request
+    config, tokenizer = request.config.transformer, request.config.tokenizer
+    exceptions = {"fp32": (), "bf16": STREAM_EXCEPTIONS, "fp16": (*STREAM_EXCEPTIONS, WIDE_MLP)}
+    variant = Variant(
+        name=request.variant,
+        resolution=request.resolution,
+        aspect=request.aspect,
+        grids=config.grids,
+        picture=request.config.picture_size,
+        batch=request.batch,
+        rows=request.shapes.rows,
+        text_tokens=request.text_tokens,
+        graphs=graphs,
+    )
+    model = Model(
+        size=request.config.name,
+        bits=tokenizer.bits,
+        downsampling=tokenizer.downsampling,
+        patch=tokenizer.patch,
+        token_channels=tokenizer.token_channels,
+        depth=config.depth,
+        width=config.width,
+        heads=config.heads,
+        text_channels=config.text_channels,
+        conditioning=config.conditioning,
+        rotary=config.rotary,
+        weights=plan.sources.description,
+    )
+    return Manifest(
+        schema_version=1,
+        name=request.target.name,
+        model=model,
+        precision=request.precision,
+        fp32_exceptions=exceptions[request.precision],
+        guidance_scale=request.config.guidance_scale,
+        temperature=request.config.temperature,
+        variants=(variant,),
+        files=dict(files),
+        tools={tool: version(tool) for tool in TOOLS},
+        parity=parity,
+    )
+
+
+def _key(plan: Plan, part: str) -> str:
+    """Stands for all that a file is made from: the model, the request, the weights, the tools."""
+    request = plan.request
+    made_from = (
+        part,
+        request.config,
+        request.precision,
+        request.batch,
+        request.guided,
+        request.text_tokens,
+        plan.sources.identity,
+        [version(tool) for tool in TOOLS],
+    )
+    return sha256(repr(made_from).encode()).hexdigest()
+
+
+def _check_room(plan: Plan) -> None:
+    folder = plan.request.target.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    free, needed = disk_usage(folder).free, plan.weight_bytes + len(plan.stages) * 10**6
+    if free < needed:
+        raise BundleError(
+            f"{folder} has {free / 1e9:.1f} GB free and the bundle needs {needed / 1e9:.1f} GB: "
+            "free some room or choose another folder with -o"
+        )
