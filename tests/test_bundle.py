@@ -297,3 +297,19 @@ def test_a_bundle_replaced_while_it_is_opened_is_opened_again(
     monkeypatch.setattr(Path, "open", replaced)
     assert Bundle.open(folder).digest == expected
     assert not newer.exists()
+
+
+def test_a_bundle_set_aside_while_it_is_opened_is_opened_there(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    aside = set_aside(folder)
+    aside.parent.mkdir()
+    unchanged = Path.open
+
+    def moved(path: Path, mode: str):
+        if path == folder / DIGEST:
+            folder.rename(aside)
+        return unchanged(path, mode)
+
+    monkeypatch.setattr(Path, "open", moved)
+    assert Bundle.open(folder).path == aside

@@ -4,6 +4,7 @@ import errno
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -166,7 +167,7 @@ def test_a_folder_that_is_no_bundle_is_never_replaced(target: Path):
     (target / "thesis.txt").write_text("years of work")
     with pytest.raises(BundleError, match="is not a bundle, so it is not replaced"):
         publish(target)
-    assert neighbours(target) == {"name"}
+    assert neighbours(target) == {"name", ".name.lock"}
     (target / "thesis.txt").unlink()
     with Staging(target) as staging:
         write_files(staging)
@@ -315,6 +316,23 @@ def test_a_failing_rename_puts_the_earlier_bundle_back(
     with pytest.raises(BundleError, match="Input/output error"):
         publish(target, seed=1)
     assert target.exists() and seed_of(target) == 0
+
+
+def test_an_earlier_bundle_that_was_being_deleted_is_not_put_back(
+    target: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def interrupted(path: Path, ignore_errors: bool) -> None:
+        (path / NAME).unlink()
+        raise KeyboardInterrupt
+
+    publish(target)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(shutil, "rmtree", interrupted)
+        publish(target, seed=1)
+    assert seed_of(target) == 1
+    shutil.rmtree(target)
+    with Staging(target):
+        assert not target.exists()
 
 
 # Killed

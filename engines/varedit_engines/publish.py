@@ -75,7 +75,6 @@ class Staging:
 
     def __enter__(self) -> "Staging":
         with _writable(self.target):
-            self._refuse_other_folders()
             self.target.parent.mkdir(parents=True, exist_ok=True)
             self._acquire()
             try:
@@ -152,6 +151,7 @@ class Staging:
             ) from error
 
     def _prepare(self) -> None:
+        self._refuse_other_folders()
         self._recover()
         self.path.mkdir(parents=True, exist_ok=True)
         self._journal = self._read_journal()

@@ -10,7 +10,13 @@ _DEBUG = "varedit.debug"
 
 
 def _remember(context: click.Context, _: click.Parameter, debug: bool) -> None:
-    context.meta[_DEBUG] = debug
+    context.meta[_DEBUG] = debug or _debugging(context)
+    if debug:
+        warnings.simplefilter("default")
+
+
+def _debugging(context: click.Context) -> bool:
+    return context.meta.get(_DEBUG, False)
 
 
 debug_option = click.option(
@@ -23,18 +29,24 @@ debug_option = click.option(
 
 
 class CommandGroup(click.Group):
-    """Ends with exit code 1 and one line on a VareditError, and with 130 on an interrupt."""
+    """Ends with exit code 1 and one line on a VareditError, and with 130 on an interrupt.
+
+    `--debug` goes before or after the name of a command that has the option too.
+    """
 
     def invoke(self, ctx: click.Context) -> object:
-        if ctx.meta[_DEBUG]:
-            return super().invoke(ctx)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+            if not _debugging(ctx):
+                warnings.simplefilter("ignore")
             try:
                 return super().invoke(ctx)
             except VareditError as error:
+                if _debugging(ctx):
+                    raise
                 click.echo(f"Error: {' '.join(str(error).split())}", err=True)
                 ctx.exit(1)
             except KeyboardInterrupt:
+                if _debugging(ctx):
+                    raise
                 click.echo("Interrupted.", err=True)
                 ctx.exit(130)

@@ -96,6 +96,7 @@ class Session:
         self._name = name
         settings = ort.SessionOptions()
         settings.intra_op_num_threads = threads
+        settings.enable_mem_pattern = False  # it keeps memory for every length ever seen
         settings.log_severity_level = 3
         for key, value in {
             # The graph comes as the bytes that were checked, not as a file.
@@ -104,8 +105,16 @@ class Session:
             "session.force_spinning_stop": "1",
         }.items():
             settings.add_session_config_entry(key, value)
+        self._options = ort.RunOptions()
+        # Activations are freed after a run: graphs run in turn, and the largest decides the peak.
+        self._options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         with _explained(f"load graph {name}"):
             self._session = ort.InferenceSession(graph, settings, providers=[PROVIDERS[provider]])
+        if PROVIDERS[provider] not in self._session.get_providers():
+            raise BackendError(
+                f"ONNX Runtime could not start {PROVIDERS[provider]} and would have gone on with "
+                "the CPU: check the driver and the CUDA and cuDNN libraries, or use provider cpu"
+            )
 
     def run(self, inputs: Mapping[str, np.ndarray | Part], outputs: Mapping[str, Part]) -> None:
         """Write the outputs where they belong."""
@@ -118,7 +127,7 @@ class Session:
                     binding.bind_cpu_input(name, np.ascontiguousarray(value))
             for name, part in outputs.items():
                 binding.bind_output(name, *part.binding())
-            self._session.run_with_iobinding(binding)
+            self._session.run_with_iobinding(binding, self._options)
 
 
 class OnnxBackend:

@@ -115,6 +115,28 @@ def restore(pixels: np.ndarray, original_size: tuple[int, int]) -> Image.Image:
     return canvas.crop((0, 0, *original_size))
 
 
+def side_by_side(left: Image.Image, right: Image.Image) -> Image.Image:
+    """Two RGB pictures beside each other, on white where one is lower."""
+    size = left.width + right.width, max(left.height, right.height)
+    both = Image.new("RGB", size, _WHITE)
+    both.paste(left, (0, 0))
+    both.paste(right, (left.width, 0))
+    return both
+
+
+def check_target(path: Path) -> str:
+    """The format in which a path's extension has a picture written; see `save_picture`.
+
+    Raises PictureError on an extension not in WRITE_FORMATS, or when the folder is not there.
+    """
+    if path.suffix.lower() not in WRITE_FORMATS:
+        known = ", ".join(WRITE_FORMATS)
+        raise PictureError(f"{path}: pictures are written as {known}, not {path.suffix!r}")
+    if not path.parent.is_dir():
+        raise PictureError(f"{path} cannot be written: there is no folder {path.parent}")
+    return WRITE_FORMATS[path.suffix.lower()]
+
+
 def save_picture(image: Image.Image, path: str | os.PathLike[str]) -> None:
     """Write a picture, without any metadata, in the format of the path's extension.
 
@@ -122,10 +144,7 @@ def save_picture(image: Image.Image, path: str | os.PathLike[str]) -> None:
     extension not in WRITE_FORMATS, or when the file cannot be written.
     """
     path = Path(path)
-    written_as = WRITE_FORMATS.get(path.suffix.lower())
-    if written_as is None:
-        known = ", ".join(WRITE_FORMATS)
-        raise PictureError(f"{path}: pictures are written as {known}, not {path.suffix!r}")
+    written_as = check_target(path)
     partial = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
     # Encoded in memory, for Pillow does not notice when a full disk takes only part of a write.
     encoded = BytesIO()
