@@ -13,7 +13,13 @@ import pytest
 from fake_bundles import COMPONENTS, FILES, STAGES, valid_manifest
 
 from varedit_runtime.errors import BundleError
-from varedit_runtime.manifest import SCHEMA_VERSION, Manifest, canonical_json, decode_manifest
+from varedit_runtime.manifest import (
+    SCHEMA_VERSION,
+    Manifest,
+    Variant,
+    canonical_json,
+    decode_manifest,
+)
 
 Spoil = Callable[[dict[str, Any]], object]
 
@@ -316,3 +322,10 @@ def test_importing_the_package_does_not_import_msgspec(tmp_path: Path):
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
     )
     assert done.stdout == "False\n"
+
+
+@pytest.mark.parametrize("struct", [Manifest, Variant])
+def test_the_documentation_names_every_field(struct: type[msgspec.Struct]):
+    documentation = (Path(__file__).parent.parent / "docs" / "bundle.md").read_text()
+    for field in struct.__struct_fields__:
+        assert f"`{field}`" in documentation

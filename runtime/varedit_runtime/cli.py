@@ -1,10 +1,17 @@
 """The `varedit-run` command."""
 
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from varedit_runtime.command import CommandGroup, debug_option
+from varedit_runtime.errors import BundleError, ConfigError
 from varedit_runtime.grids import (
     ASPECT_RATIOS,
     RESOLUTIONS,
@@ -13,29 +20,179 @@ from varedit_runtime.grids import (
     scale_grids,
 )
 
+if TYPE_CHECKING:
+    from varedit_runtime.editor import Editor, OnScale, Progress
 
-@click.group(cls=CommandGroup)
+_PATH = click.Path(path_type=Path)
+_EDIT = "edit"
+
+
+class EditGroup(CommandGroup):
+    """A group that edits a picture where the first argument names no other command."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        own = {name for option in self.get_params(ctx) for name in option.opts}
+        first = next((i for i, arg in enumerate(args) if arg not in own), None)
+        if first is not None and args[first] not in self.commands:
+            args = [*args[:first], _EDIT, *args[first:]]
+        return super().parse_args(ctx, args)
+
+    def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        formatter.write_usage(ctx.command_path, "IMAGE INSTRUCTION [OPTIONS]")
+        formatter.write_usage(ctx.command_path, "COMMAND [ARGS]...", prefix="       ")
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        edit = self.commands[_EDIT]
+        rows = {row: None for command in (edit, self) for row in _option_rows(command, ctx)}
+        with formatter.section("Options"):
+            formatter.write_dl(list(rows))
+        self.format_commands(ctx, formatter)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        options = self.commands[_EDIT].shell_complete(ctx, incomplete)
+        return [
+            *super().shell_complete(ctx, incomplete),
+            *options,
+            CompletionItem(incomplete, type="file"),
+        ]
+
+
+def _option_rows(command: click.Command, ctx: click.Context) -> Iterator[tuple[str, str]]:
+    for parameter in command.get_params(ctx):
+        row = parameter.get_help_record(ctx)
+        if isinstance(parameter, click.Option) and row is not None:
+            yield row
+
+
+@click.group(cls=EditGroup)
 @click.version_option(package_name="varedit-export")
 @debug_option
 def main() -> None:
-    """Run exported VAREdit models.
+    """Edit a picture as instructed, with an exported VAREdit model.
 
-    Editing a picture is NOT in this version yet. What works today: seeing a picture exactly as a
-    model will see it, and listing the sizes that models come in.
+    \b
+    varedit-run photo.png "add a hat"
+    varedit-run photo.jpg "make it night" -o night.jpg --seed 7
+    varedit-run photo.png "add a hat" --bundle bundles/2b-512 --compare both.png
+    varedit-run photo.png "add a hat" --guidance-scale 4 --temperature 1,1,1,.5,.5,.5,.5
+    varedit-run bench bundles/2b-512 --repeat 5
+
+    The result goes beside the picture, as photo-edited.png. The bundle is the one named by
+    --bundle or the environment variable VAREDIT_BUNDLE, else the last one built, else nano, which
+    is embedded. X is a number or one per scale, coarse to fine, separated by commas; by default
+    the bundle's own. A picture that is called like a command is written ./bench.
     """
 
 
+@main.command(_EDIT, hidden=True)
+@click.argument("image", type=_PATH)
+@click.argument("instruction")
+@click.option(
+    "-o", "--output", type=_PATH, help="Where to write; by default IMAGE's name with -edited."
+)
+@click.option("--bundle", type=_PATH, help="The folder of the model's bundle.")
+@click.option("--seed", type=int, help="The same seed gives the same picture; random if left out.")
+@click.option("--guidance-scale", metavar="X", help="How much the instruction counts.")
+@click.option("--temperature", metavar="X", help="How much chance there is, over 0.")
+@click.option("--negative-prompt", metavar="TEXT", help="What the picture should not be like.")
+@click.option("--compare", type=_PATH, help="Write source and result side by side here.")
+@click.option("--previews", type=_PATH, help="A folder for the picture after every scale.")
+@click.option("--provider", default="cpu", show_default=True, help="cpu or cuda.")
+@click.option("--threads", type=int, help="Threads of the cpu; by default one per core.")
+@click.option("--json", "as_json", is_flag=True, help="Tell what was done as JSON.")
+@debug_option
+def edit(image: Path, instruction: str, output: Path | None, **options: Any) -> None:
+    """Edit IMAGE as INSTRUCTION says.
+
+    X is a number, or one per scale, coarse to fine, separated by commas; by default the bundle's
+    own.
+    """
+    from varedit_runtime.editor import Editor
+    from varedit_runtime.pictures import open_picture, save_picture, side_by_side
+
+    output = output or image.with_name(f"{image.stem}-edited.png")
+    _check_targets(image, output, options["compare"])
+    guidance_scale = _numbers("guidance-scale", options["guidance_scale"])
+    temperature = _numbers("temperature", options["temperature"])
+    source = open_picture(image)
+    bundle, why = _find_bundle(options["bundle"])
+    if options["previews"] is not None:
+        _make_folder(options["previews"])
+    with (
+        Editor.open(bundle, provider=options["provider"], threads=options["threads"]) as editor,
+        _watching(editor, options["previews"]) as on_scale,
+    ):
+        result = editor.edit(
+            source,
+            instruction,
+            negative_prompt=options["negative_prompt"],
+            guidance_scale=guidance_scale,
+            temperature=temperature,
+            seed=options["seed"],
+            on_scale=on_scale,
+        )
+    save_picture(result.image, output)
+    if options["compare"] is not None:
+        save_picture(side_by_side(source, result.image), options["compare"])
+    if options["as_json"]:
+        told = {
+            "image": str(output),
+            "width": result.image.width,
+            "height": result.image.height,
+            "seed": result.seed,
+            "bundle": str(bundle),
+            "bundle_chosen": why,
+            "digest": editor.bundle.digest,
+            "variant": editor.variant.name,
+            "provider": editor.provider,
+            "timings": result.timings,
+        }
+        click.echo(json.dumps(told, indent=1))
+    else:
+        seconds = sum(result.timings.values())
+        click.echo(
+            f"{output}: {result.image.width} x {result.image.height}, seed {result.seed}, "
+            f"{seconds:.1f} s"
+        )
+
+
 @main.command()
-@click.argument("image", type=click.Path(path_type=Path))
+@click.argument("bundle", type=_PATH)
+@click.option("--repeat", default=5, show_default=True, help="How often to edit.")
+@click.option("--provider", default="cpu", show_default=True, help="cpu or cuda.")
+@click.option("--threads", type=int, help="Threads of the cpu; by default one per core.")
+@click.option("--json", "json_file", type=_PATH, help="Write all numbers here.")
+@debug_option
+def bench(
+    bundle: Path, repeat: int, provider: str, threads: int | None, json_file: Path | None
+) -> None:
+    """Measure BUNDLE: every stage and scale, start-up, memory.
+
+    \b
+    varedit-run bench bundles/2b-512 --repeat 10 --threads 2 --json bench.json
+    """
+    from varedit_runtime.bench import measure, table, write_report
+
+    if json_file is not None and not json_file.parent.is_dir():
+        raise ConfigError(f"{json_file} cannot be written: there is no folder {json_file.parent}")
+    report = measure(bundle, repeat, provider, threads)
+    click.echo(table(report))
+    if json_file is not None:
+        write_report(report, json_file)
+
+
+@main.command()
+@click.argument("image", type=_PATH)
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path),
+    type=_PATH,
     required=True,
     help="The file to write; .png, .bmp and .tiff keep every pixel.",
 )
 @click.option("--res", default=512, show_default=True, help="256, 512 or 1024.")
 @click.option("--aspect", default="1:1", show_default=True, help="height:width, see `grids`.")
+@debug_option
 def prepare(image: Path, output: Path, res: int, aspect: str) -> None:
     """Write IMAGE as a model will see it: upright, sRGB, padded with white, resized."""
     from varedit_runtime.pictures import open_picture, pad_and_resize, save_picture
@@ -60,3 +217,72 @@ def grids() -> None:
             scales = " ".join(f"{h}x{w}" for h, w in scale_grids(resolution, aspect))
             pixels = f"{height}x{width}"
             click.echo(f"{resolution:<5} {aspect:<4} {pixels:<10} {trained:<10} {scales}")
+
+
+def _find_bundle(named: Path | None) -> tuple[Path, str]:
+    """A bundle's folder, told on stderr, and why it is that one."""
+    from varedit_runtime.locate import find
+
+    found = find(named)
+    if found.path is None:
+        raise BundleError(
+            "there is no bundle to edit with, not even the embedded nano: build one with "
+            "`varedit-export build`, or name one with --bundle"
+        )
+    click.echo(f"bundle: {found.path} ({found.why})", err=True)
+    return found.path, found.why
+
+
+def _check_targets(image: Path, output: Path, compare: Path | None) -> None:
+    """Refuse what could not be written, or would overwrite the source, before work is spent."""
+    from varedit_runtime.pictures import check_target
+
+    targets = [output] if compare is None else [output, compare]
+    for target in targets:
+        check_target(target)
+        if target.resolve() == image.resolve():
+            raise ConfigError(f"{target} is the picture to edit: choose another file to write")
+    if compare is not None and compare.resolve() == output.resolve():
+        raise ConfigError(f"{compare} is where the result goes: choose another file for --compare")
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be made a folder: {error.strerror}") from error
+
+
+def _numbers(name: str, text: str | None) -> float | Sequence[float] | None:
+    """A number, or several with commas between them."""
+    if text is None:
+        return None
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(
+            f"--{name} is {text!r}; give a number, or one per scale with commas between them"
+        ) from error
+    return numbers if len(numbers) > 1 else numbers[0]
+
+
+@contextmanager
+def _watching(editor: "Editor", previews: Path | None) -> Iterator["OnScale"]:
+    """Previews into a folder and, on a terminal, a bar over the scales, by their tokens."""
+    from varedit_runtime.pictures import save_picture
+
+    tokens = [height * width for height, width in editor.variant.grids]
+    with ExitStack() as stack:
+        bar = None
+        if sys.stderr.isatty():
+            bar = click.progressbar(length=sum(tokens), label="editing", file=sys.stderr)
+            stack.enter_context(bar)
+
+        def on_scale(progress: "Progress") -> None:
+            if previews is not None:
+                (preview,) = progress.preview()
+                save_picture(preview, previews / f"scale-{progress.scale:02}.png")
+            if bar is not None:
+                bar.update(tokens[progress.scale])
+
+        yield on_scale

@@ -372,7 +372,7 @@ def check_provider(provider: str) -> None:
     if PROVIDERS[provider] not in available:
         raise BackendError(
             f"the installed onnxruntime has no {PROVIDERS[provider]}, only {', '.join(available)}: "
-            'run `pip uninstall onnxruntime` and `pip install "varedit-export[gpu]"`'
+            'run `pip uninstall onnxruntime` and `pip install --force-reinstall onnxruntime-gpu`'
         )
 
 

@@ -1,0 +1,299 @@
+"""How fast a bundle is here: every stage and scale, start-up, memory, and what could be reached.
+
+The yardstick is one large fp32 matrix product on the same provider and threads, measured in the
+same run: a stage that spends its time on products as well as that has a share of 1.
+"""
+
+import json
+import os
+import statistics
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from threading import Event, Thread
+from time import perf_counter
+
+import numpy as np
+import onnxruntime as ort
+from PIL import Image
+
+from varedit_runtime.editor import Editor
+from varedit_runtime.errors import ConfigError
+from varedit_runtime.manifest import Model, Variant
+from varedit_runtime.onnx_backend import Buffer, Session
+
+INSTRUCTION = "add a hat"
+PRODUCT_SIZES = {"cpu": 1024, "cuda": 8192}
+PRODUCT_RUNS = 10
+SAMPLE_SECONDS = 0.02
+ROLLUP = Path("/proc/self/smaps_rollup")
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Of repeated measurements: the median, and the lower and upper quartile."""
+
+    median: float
+    lower: float
+    upper: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        lower, median, upper = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
+        return cls(median, lower, upper)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """seconds: of a batch, what the host does for the stage included. flops: of its matrix
+    products, where they are counted. share: of the yardstick's rate."""
+
+    name: str
+    seconds: Spread
+    flops: int | None
+    share: float | None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of the process (proportional set size, None where the system does not tell).
+
+    before: with Python and libraries alone; opened: with the bundle; peak: during an edit.
+    weights: the files; buffers: caches and what passes between graphs.
+    """
+
+    before: int | None
+    opened: int | None
+    peak: int | None
+    weights: int
+    buffers: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `measure` found; seconds, bytes, and floating-point operations a second."""
+
+    bundle: str
+    digest: str
+    variant: str
+    precision: str
+    batch: int
+    provider: str
+    threads: int | None
+    cores: int | None
+    onnxruntime: str
+    repeat: int
+    open_seconds: float
+    first_edit_seconds: float
+    edit_seconds: Spread
+    stages: tuple[Stage, ...]
+    product_rate: float
+    memory: Memory
+
+
+def measure(
+    bundle: str | os.PathLike[str], repeat: int, provider: str = "cpu", threads: int | None = None
+) -> Report:
+    """Open a bundle and edit a synthetic picture: once to warm up, then `repeat` times.
+
+    Raises what `Editor.open` does, and ConfigError unless repeat is at least 1.
+    """
+    if repeat < 1:
+        raise ConfigError(f"repeat is {repeat}; it must be at least 1")
+    before = memory_in_use()
+    start = perf_counter()
+    with Editor.open(bundle, provider=provider, threads=threads) as editor:
+        opened_seconds, opened = perf_counter() - start, memory_in_use()
+        pictures = [_picture(editor.variant)] * editor.variant.batch
+        start = perf_counter()
+        with peak_memory() as samples:
+            editor.edit(pictures, INSTRUCTION, seed=0)
+        first_seconds = perf_counter() - start
+        runs = [editor.edit(pictures, INSTRUCTION, seed=0)[0].timings for _ in range(repeat)]
+        buffers = editor.graphs.buffer_bytes
+    rate = product_rate(provider, threads)
+    manifest, variant = editor.bundle.manifest, editor.variant
+    weights = sum(editor.bundle.weights_path(c).stat().st_size for c in editor.bundle.components)
+    return Report(
+        bundle=str(editor.bundle.path),
+        digest=editor.bundle.digest,
+        variant=variant.name,
+        precision=manifest.precision,
+        batch=variant.batch,
+        provider=provider,
+        threads=threads,
+        cores=os.cpu_count(),
+        onnxruntime=ort.__version__,
+        repeat=repeat,
+        open_seconds=opened_seconds,
+        first_edit_seconds=first_seconds,
+        edit_seconds=Spread.of([sum(timings.values()) for timings in runs]),
+        stages=tuple(
+            _stage(name, [timings[name] for timings in runs], manifest.model, variant, rate)
+            for name in runs[0]
+        ),
+        product_rate=rate,
+        memory=Memory(before, opened, max(samples, default=None), weights, buffers),
+    )
+
+
+def table(report: Report) -> str:
+    """The report for a person."""
+    cores = f"{report.cores} cores" if report.threads is None else f"{report.threads} threads"
+    lines = [
+        f"{report.bundle}: {report.variant}, {report.precision}, batch {report.batch}",
+        f"onnxruntime {report.onnxruntime}, {report.provider}, {cores}; median of {report.repeat}",
+        "",
+        f"{'stage':<16}{'median ms':>12}{'quartiles ms':>22}{'of product rate':>18}",
+    ]
+    for stage in report.stages:
+        share = "" if stage.share is None else f"{stage.share:.0%}"
+        lines.append(f"{stage.name:<16}{_milliseconds(stage.seconds)}{share:>18}")
+    lines += [
+        f"{'edit':<16}{_milliseconds(report.edit_seconds)}",
+        "",
+        f"start-up         {report.open_seconds:.2f} s, the first edit "
+        f"{report.first_edit_seconds:.2f} s",
+        f"matrix product   {report.product_rate / 1e9:.1f} GFLOP/s in fp32",
+        f"memory           {_memory(report.memory)}",
+    ]
+    return "\n".join(lines)
+
+
+def write_report(report: Report, path: Path) -> None:
+    """Write the report as JSON, whole or not at all. Raises ConfigError when that fails."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        try:
+            partial.write_text(json.dumps(asdict(report), indent=1) + "\n")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def memory_in_use() -> int | None:
+    """This process's proportional set size in bytes; None where the system does not tell it."""
+    try:
+        lines = ROLLUP.read_text().splitlines()
+    except OSError:
+        return None
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+
+
+@contextmanager
+def peak_memory() -> Iterator[list[int]]:
+    """Sample `memory_in_use` meanwhile; the list is whole when the context has ended."""
+    samples: list[int] = []
+    ended = Event()
+
+    def sample() -> None:
+        while (used := memory_in_use()) is not None:
+            samples.append(used)
+            if ended.wait(SAMPLE_SECONDS):
+                break
+
+    thread = Thread(target=sample, daemon=True)
+    thread.start()
+    try:
+        yield samples
+    finally:
+        ended.set()
+        thread.join()
+
+
+def product_rate(provider: str, threads: int | None = None) -> float:
+    """Floating-point operations a second of a large square fp32 matrix product, the median."""
+    size = PRODUCT_SIZES[provider]
+    session = Session("matrix product", _product_graph(size), Path(), provider, threads or 0)
+    buffers = {name: Buffer((size, size), "float32", provider) for name in "abc"}
+    for name in "ab":
+        buffers[name].fill(0.5)
+    inputs = {name: buffers[name].part() for name in "ab"}
+    seconds = []
+    for _ in range(PRODUCT_RUNS + 1):
+        start = perf_counter()
+        session.run(inputs, {"c": buffers["c"].part()})
+        seconds.append(perf_counter() - start)
+    return 2 * size**3 / statistics.median(seconds[1:])
+
+
+def product_flops(stage: str, model: Model, variant: Variant) -> int | None:
+    """Operations in the matrix products of the prefill or a scale; None for other stages.
+
+    Per token and block: 2 · (weights of the linear layers) + 4 · C · (keys seen, text included).
+    """
+    areas = [height * width for height, width in variant.grids]
+    source, width = areas[-1], model.width
+    if stage == "prefill":
+        tokens, seen = source, [source] * model.depth
+    elif stage.startswith("scale_"):
+        scale = int(stage.removeprefix("scale_"))
+        tokens, targets = areas[scale], sum(areas[: scale + 1])
+        seen = [source + targets] * model.depth
+        if model.conditioning == "sar":
+            seen[0] = tokens + targets
+    else:
+        return None
+    mlp = round(4 * width / 256) * 256
+    linear = 2 * (6 * width**2 + 2 * width * mlp)
+    blocks = sum(linear + 4 * width * (keys + variant.text_tokens) for keys in seen)
+    return variant.rows * tokens * blocks
+
+
+def _stage(
+    name: str, seconds: Sequence[float], model: Model, variant: Variant, rate: float
+) -> Stage:
+    spread, flops = Spread.of(seconds), product_flops(name, model, variant)
+    return Stage(name, spread, flops, None if flops is None else flops / spread.median / rate)
+
+
+def _picture(variant: Variant) -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (*variant.picture, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def _milliseconds(seconds: Spread) -> str:
+    quartiles = f"{seconds.lower * 1e3:.1f} - {seconds.upper * 1e3:.1f}"
+    return f"{seconds.median * 1e3:>12.1f}{quartiles:>22}"
+
+
+def _memory(memory: Memory) -> str:
+    parts = f"weights {_megabytes(memory.weights)}, caches {_megabytes(memory.buffers)}"
+    if memory.peak is None or memory.before is None:
+        return f"{parts}; the process's own is not told by this system"
+    rest = memory.peak - memory.before - memory.weights - memory.buffers
+    return (
+        f"peak {_megabytes(memory.peak)}: before opening {_megabytes(memory.before)}, {parts}, "
+        f"activations and all else {_megabytes(max(rest, 0))}"
+    )
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.0f} MB"
+
+
+def _product_graph(size: int) -> bytes:
+    """An ONNX model of c = a @ b on square matrices, as protobuf (onnx.proto3) writes it."""
+    shape = 2 * _message(1, _integer(1, size))  # dim: dim_value
+    kind = _message(1, _integer(1, 1) + _message(2, shape))  # tensor_type: float32, shape
+    a, b, c = (_message(1, name) + _message(2, kind) for name in (b"a", b"b", b"c"))
+    node = _message(1, b"a") + _message(1, b"b") + _message(2, b"c") + _message(4, b"MatMul")
+    graph = _message(1, node) + _message(2, b"product")
+    graph += _message(11, a) + _message(11, b) + _message(12, c)  # inputs, output
+    return _integer(1, 8) + _message(7, graph) + _message(8, _integer(2, 17))  # IR 8, opset 17
+
+
+def _message(field: int, content: bytes) -> bytes:
+    return _varint(field << 3 | 2) + _varint(len(content)) + content
+
+
+def _integer(field: int, value: int) -> bytes:
+    return _varint(field << 3) + _varint(value)
+
+
+def _varint(value: int) -> bytes:
+    more, low = divmod(value, 128)
+    return bytes([low | 128]) + _varint(more) if more else bytes([low])
