@@ -297,12 +297,12 @@ class OnnxBackend:
             for kind in KINDS
         }
         self._tokens = [self._buffer(finest, "float32") for _ in range(2)]
-        self._sums = [self._buffer(_static(inputs["running_sum"]), "float32") for _ in range(2)]
+        self._sums = [self._buffer(static_shape(inputs["running_sum"]), "float32") for _ in range(2)]
         self._logits = self._buffer((*finest, 2), "float32")
         self._drawn = self._buffer(finest, "bool")
 
     def _buffers(self, specs: Sequence[TensorSpec]) -> dict[str, Buffer]:
-        return {spec.name: self._buffer(_static(spec), spec.dtype) for spec in specs}
+        return {spec.name: self._buffer(static_shape(spec), spec.dtype) for spec in specs}
 
     def _buffer(self, shape: Sequence[int], dtype: str) -> Buffer:
         buffer = Buffer(shape, dtype, self.provider)
@@ -376,7 +376,7 @@ def check_provider(provider: str) -> None:
         )
 
 
-def _static(spec: TensorSpec) -> tuple[int, ...]:
+def static_shape(spec: TensorSpec) -> tuple[int, ...]:
     sizes = tuple(size for size in spec.shape if isinstance(size, int))
     if len(sizes) != len(spec.shape):
         raise BundleError(f"the bundle's {spec.name} has no static shape: build the bundle again")

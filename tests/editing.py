@@ -1,0 +1,134 @@
+"""Bundles to edit with, and the reference that edits as they must."""
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+
+import numpy as np
+import torch
+from bundles import bundle_config, quiet, random_weights, request, small_bundle
+from PIL import Image
+from torch import Tensor
+from transformers import T5Config, T5EncoderModel
+
+from varedit_export.build import Plan, build
+from varedit_export.sources import random_sources
+from varedit_export.verify import Reference
+from varedit_reference.agreement import compare_until_tie
+from varedit_reference.config import ModelConfig
+from varedit_reference.pipeline import VAREdit
+from varedit_reference.scale_loop import PredictedScale
+from varedit_reference.text_encoder import TextEncoder
+from varedit_runtime.bundle import digest_line
+from varedit_runtime.editor import Editor
+from varedit_runtime.manifest import DIGEST, MANIFEST, Manifest, canonical_json, decode_manifest
+from varedit_runtime.noise import uniform_noise
+from varedit_runtime.onnx_backend import Sampling, ScaleOutput
+from varedit_runtime.text import read_tokenizer
+
+
+@cache
+def pair_bundle() -> Path:
+    """As the small bundle, for two pictures at a time."""
+    return _built("pair", bundle_config(), batch=2, guided=True)
+
+
+@cache
+def plain_bundle() -> Path:
+    """Without guidance, and without the references of SAR."""
+    return _built("plain", plain_config(), batch=1, guided=False)
+
+
+def plain_config() -> ModelConfig:
+    config = bundle_config()
+    return replace(config, transformer=replace(config.transformer, conditioning="finest"))
+
+
+def _built(name: str, config: ModelConfig, batch: int, guided: bool) -> Path:
+    target = Path(mkdtemp(prefix="varedit-tests-")) / name
+    wanted = replace(request(target), config=config, batch=batch, guided=guided)
+    build(Plan(wanted, random_sources(config, seed=0)), quiet)
+    return target
+
+
+def changed_bundle(folder: Path, change: Callable[[Manifest], Manifest]) -> Path:
+    """A copy of the small bundle whose manifest says something else."""
+    target = folder / "changed"
+    shutil.copytree(small_bundle(), target)
+    data = canonical_json(change(decode_manifest((target / MANIFEST).read_bytes(), Manifest)))
+    (target / MANIFEST).write_bytes(data)
+    (target / DIGEST).write_bytes(digest_line(hashlib.sha256(data).hexdigest()))
+    return target
+
+
+@cache
+def reference(config: ModelConfig) -> VAREdit:
+    """The PyTorch pipeline with the weights of the bundles."""
+    sources = random_weights()
+    model, text = Reference.from_sources(config, sources), sources.text
+    assert text is not None
+    encoder = T5EncoderModel(T5Config(**text.json)).encoder.eval()
+    encoder.load_state_dict(
+        {
+            name: text.state["shared.weight" if name == "embed_tokens.weight" else f"encoder.{name}"]
+            for name in encoder.state_dict()
+        }
+    )
+    vocabulary = read_tokenizer(text.tokenizer_json)
+    return VAREdit(config, model.tokenizer, model.transformer, TextEncoder(encoder, vocabulary))
+
+
+def picture(width: int, height: int, blue: int = 90) -> Image.Image:
+    rows, columns = np.mgrid[:height, :width]
+    colours = np.stack((rows * 255 // height, columns * 255 // width, rows * 0 + blue), axis=2)
+    return Image.fromarray(colours.astype(np.uint8))
+
+
+@dataclass
+class Recorder:
+    """Keeps what an editor's scales put out, as the reference tells it."""
+
+    steps: list[PredictedScale]
+    sampled: list[Sampling]
+
+    @classmethod
+    def of(cls, editor: Editor) -> "Recorder":
+        recorder, graphs = cls([], []), editor.graphs
+        predict = graphs.predict
+
+        def recorded(scale: int, sampling: Sampling) -> ScaleOutput:
+            output = predict(scale, sampling)
+            recorder.steps.append(as_reference(scale, output))
+            recorder.sampled.append(sampling)
+            return output
+
+        graphs.predict = recorded  # type: ignore[method-assign]
+        return recorder
+
+
+def as_reference(scale: int, output: ScaleOutput) -> PredictedScale:
+    logits = torch.from_numpy(output.logits).flatten(1, 2)
+    bits = torch.from_numpy(output.bits).flatten(1, 2)
+    sums = torch.from_numpy(output.running_sum)
+    return PredictedScale(scale, None, logits, torch.empty(0), bits, sums)
+
+
+def equal_until_tie(
+    ours: list[PredictedScale], theirs: list[PredictedScale], noise: list[Tensor]
+) -> bool:
+    """Whether all bits are equal. Fails unless those that are not are ties."""
+    compared = compare_until_tie(ours, theirs, noise)
+    assert all(scale.explained for scale in compared), compared
+    return not compared[-1].differing
+
+
+def noise_of(seeds: list[int], grids: tuple[tuple[int, int], ...], channels: int) -> list[Tensor]:
+    """Per scale [B, L, c]."""
+    return [
+        torch.stack([torch.from_numpy(uniform_noise(s, k, h * w, channels)) for s in seeds])
+        for k, (h, w) in enumerate(grids)
+    ]

@@ -1,0 +1,228 @@
+"""The graphs as the runtime drives them, stage by stage, against the reference."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from bundles import small_bundle
+from editing import as_reference, bundle_config, pair_bundle, plain_bundle, plain_config, reference
+from torch import Tensor
+
+from varedit_reference.agreement import compare_scale
+from varedit_reference.config import ModelConfig
+from varedit_reference.pipeline import VAREdit
+from varedit_reference.scale_loop import PredictedScale, forced, predict_scales, seeded
+from varedit_runtime import onnx_backend
+from varedit_runtime.bundle import Bundle
+from varedit_runtime.errors import BackendError, BundleError
+from varedit_runtime.manifest import TensorSpec
+from varedit_runtime.noise import uniform_noise
+from varedit_runtime.onnx_backend import OnnxBackend, Sampling
+
+GUIDANCE, TEMPERATURE = 3.0, 0.7
+LENGTHS = (9, 4)
+
+
+def backend_of(path: Path, threads: int = 1) -> OnnxBackend:
+    bundle = Bundle.open(path)
+    return OnnxBackend(bundle, bundle.manifest.variants[0], "cpu", threads)
+
+
+class Given:
+    """Random sources and text features of as many pictures as a bundle takes."""
+
+    def __init__(self, config: ModelConfig, batch: int, guided: bool, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        transformer = config.transformer
+        shape = (batch, *transformer.finest, transformer.token_channels)
+        self.config, self.guided = config, guided
+        self.source = torch.randn(shape, generator=generator) / 4
+        self.text = [
+            torch.randn(length, transformer.text_channels, generator=generator)
+            for length in LENGTHS[:batch]
+        ]
+
+    def start(self, backend: OnnxBackend) -> None:
+        """Condition and prefill."""
+        batch, tokens = len(self.text), backend.variant.text_tokens
+        features = np.zeros((batch, tokens, self.text[0].shape[1]), np.float32)
+        mask = np.zeros((batch, tokens), np.bool_)
+        for row, text in enumerate(self.text):
+            features[row, : len(text)] = text.numpy()
+            mask[row, : len(text)] = True
+        inputs = {"text_features": features, "text_mask": mask}
+        if self.guided:
+            inputs |= {"negative_features": features, "negative_mask": mask}
+            inputs["has_negative"] = np.zeros(batch, np.bool_)
+        backend.condition(inputs)
+        backend.prefill(self.source.numpy())
+
+    def run_reference(self, model: VAREdit, choose: Any) -> list[PredictedScale]:
+        rows = model.transformer.text_rows(self.text, self.guided, None)
+        condition = model.transformer.condition(rows)
+        guidance = GUIDANCE if self.guided else 1.0
+        source = self.source.flatten(1, 2)
+        steps = predict_scales(
+            model.transformer, self.config, source, condition, choose, guidance, TEMPERATURE
+        )
+        return list(steps)
+
+    def noise(self, scale: int, seeds: Sequence[int]) -> Tensor:
+        rows, columns = self.config.transformer.grids[scale]
+        channels = self.config.transformer.token_channels
+        noise = [uniform_noise(s, scale, rows * columns, channels) for s in seeds]
+        return torch.from_numpy(np.stack(noise))
+
+    def shaped(self, scale: int, tensor: Tensor) -> np.ndarray:
+        """[B, L, c] -> [B, h, w, c]."""
+        return tensor.unflatten(1, self.config.transformer.grids[scale]).numpy()
+
+
+@pytest.mark.parametrize(
+    ("path", "config", "batch", "guided"),
+    [
+        (small_bundle, bundle_config(), 1, True),
+        (pair_bundle, bundle_config(), 2, True),
+        (plain_bundle, plain_config(), 1, False),
+    ],
+    ids=["small", "pair", "plain"],
+)
+def test_teacher_forced_every_scale_equals_the_reference(
+    path: Any, config: ModelConfig, batch: int, guided: bool
+) -> None:
+    """Half of the bits are forced to the reference's, and the others drawn."""
+    backend, given, seeds = backend_of(path()), Given(config, batch, guided), [5, 6][:batch]
+    expected = given.run_reference(reference(config), seeded(seeds))
+    given.start(backend)
+    for k, step in enumerate(expected):
+        noise = given.noise(k, seeds)
+        mask = torch.arange(step.bits.numel()).view(step.bits.shape) % 2 == 0
+        sampling = Sampling(
+            given.shaped(k, noise),
+            GUIDANCE if guided else 1.0,
+            TEMPERATURE,
+            given.shaped(k, step.bits),
+            given.shaped(k, mask),
+        )
+        output = as_reference(k, backend.predict(k, sampling))
+        assert step.logits.std() > 0.1
+        torch.testing.assert_close(output.logits, step.logits, rtol=0, atol=1e-3)
+        assert compare_scale(output, step, noise).explained
+        torch.testing.assert_close(output.sum, step.sum, rtol=0, atol=1e-5)
+
+
+def test_forced_bits_are_taken_where_the_mask_is_set_and_there_alone() -> None:
+    backend, given = backend_of(small_bundle()), Given(bundle_config(), 1, True)
+    steps = given.run_reference(reference(bundle_config()), seeded([5]))
+    other = [~step.bits for step in steps]
+    flipped = given.run_reference(reference(bundle_config()), forced(other))
+    given.start(backend)
+    for k, step in enumerate(flipped):
+        everywhere = np.ones(given.shaped(k, step.bits).shape, np.bool_)
+        noise = given.shaped(k, given.noise(k, [5]))
+        bits = given.shaped(k, other[k])
+        output = backend.predict(k, Sampling(noise, GUIDANCE, TEMPERATURE, bits, everywhere))
+        assert np.array_equal(output.bits, bits)
+        np.testing.assert_allclose(output.running_sum, step.sum.numpy(), rtol=0, atol=1e-5)
+
+
+def logits_of(backend: OnnxBackend, given: Given) -> list[np.ndarray]:
+    given.start(backend)
+    noise = [given.shaped(k, given.noise(k, [3])) for k in range(len(backend.variant.grids))]
+    return [backend.predict(k, Sampling(u, 3.0, 0.5)).logits for k, u in enumerate(noise)]
+
+
+def test_an_edit_leaves_nothing_behind_for_the_next_one() -> None:
+    backend = backend_of(small_bundle())
+    one, other = (Given(bundle_config(), 1, True, seed) for seed in range(2))
+    first = logits_of(backend, one)
+    assert not np.array_equal(logits_of(backend, other)[-1], first[-1])
+    given_up = Given(bundle_config(), 1, True, seed=2)
+    given_up.start(backend)
+    backend.predict(0, Sampling(given_up.shaped(0, given_up.noise(0, [1])), 3.0, 0.5))
+    for before, after in zip(first, logits_of(backend, one), strict=True):
+        assert np.array_equal(before, after)
+
+
+def test_memory_is_allocated_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, given = backend_of(small_bundle()), Given(bundle_config(), 1, True)
+    transformer = bundle_config().transformer
+    targets, source = sum(transformer.lengths), transformer.lengths[-1]
+    # Keys and values, guided, fp32: both blocks' targets, the source of all but the first block.
+    caches = 2 * 2 * transformer.width * 4 * (2 * targets + source)
+    assert caches < backend.buffer_bytes < 4 * caches
+    monkeypatch.setattr(ort.OrtValue, "ortvalue_from_shape_and_type", None)
+    assert np.isfinite(logits_of(backend, given)[-1]).all()
+    total = backend.running_sum
+    backend.decode(total)
+    assert np.array_equal(backend.running_sum, total)
+
+
+def test_what_is_handed_out_does_not_change_later() -> None:
+    backend = backend_of(small_bundle())
+    one, other = (Given(bundle_config(), 1, True, seed) for seed in range(2))
+    kept = logits_of(backend, one)
+    copies = [array.copy() for array in kept]
+    tokens = backend.encode_pictures(np.zeros((1, 3, 96, 96), np.float32))
+    before = tokens.copy()
+    logits_of(backend, other)
+    backend.encode_pictures(np.ones((1, 3, 96, 96), np.float32))
+    assert all(np.array_equal(a, b) for a, b in zip(kept, copies, strict=True))
+    assert np.array_equal(tokens, before)
+
+
+def test_threads_do_not_change_what_is_computed() -> None:
+    given = Given(bundle_config(), 1, True)
+    one, two = (logits_of(backend_of(small_bundle(), n), given) for n in (1, 2))
+    for a, b in zip(one, two, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-4)
+
+
+def test_an_unknown_provider_is_refused_by_name() -> None:
+    bundle = Bundle.open(small_bundle())
+    with pytest.raises(BackendError, match="no provider is called 'tpu'; there are cpu, cuda"):
+        OnnxBackend(bundle, bundle.manifest.variants[0], "tpu", 0)
+
+
+def test_an_absent_provider_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    bundle = Bundle.open(small_bundle())
+    with pytest.raises(BackendError, match=r"no CUDAExecutionProvider.*onnxruntime-gpu"):
+        OnnxBackend(bundle, bundle.manifest.variants[0], "cuda", 0)
+
+
+@pytest.mark.skipif(
+    "CUDAExecutionProvider" in ort.get_available_providers(), reason="CUDA would start"
+)
+@pytest.mark.filterwarnings("ignore:Specified provider")
+def test_a_provider_that_does_not_start_is_no_reason_to_use_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(onnx_backend, "check_provider", lambda provider: None)
+    bundle = Bundle.open(small_bundle())
+    with pytest.raises(BackendError, match="could not start CUDAExecutionProvider"):
+        OnnxBackend(bundle, bundle.manifest.variants[0], "cuda", 0)
+
+
+def test_a_graph_that_is_none_is_a_typed_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Bundle, "graph_bytes", lambda *_: b"no graph")
+    with pytest.raises(BackendError, match="cannot load graph text_encoder") as caught:
+        backend_of(small_bundle())
+    assert "\n" not in str(caught.value)
+
+
+def test_a_graph_that_fails_is_a_typed_error() -> None:
+    backend = backend_of(small_bundle())
+    with pytest.raises(BackendError, match="cannot run graph image_encoder") as caught:
+        backend.encode_pictures(np.zeros((1, 3, 8, 8), np.float32))
+    assert "\n" not in str(caught.value)
+    assert np.isfinite(logits_of(backend, Given(bundle_config(), 1, True))[-1]).all()
+
+
+def test_a_manifest_without_static_shapes_is_a_typed_error() -> None:
+    with pytest.raises(BundleError, match=r"start has no static shape"):
+        onnx_backend.static_shape(TensorSpec("start", "float32", (1, "tokens")))
