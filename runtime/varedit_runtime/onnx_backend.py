@@ -297,7 +297,9 @@ class OnnxBackend:
             for kind in KINDS
         }
         self._tokens = [self._buffer(finest, "float32") for _ in range(2)]
-        self._sums = [self._buffer(static_shape(inputs["running_sum"]), "float32") for _ in range(2)]
+        self._sums = [
+            self._buffer(static_shape(inputs["running_sum"]), "float32") for _ in range(2)
+        ]
         self._logits = self._buffer((*finest, 2), "float32")
         self._drawn = self._buffer(finest, "bool")
 
@@ -372,7 +374,7 @@ def check_provider(provider: str) -> None:
     if PROVIDERS[provider] not in available:
         raise BackendError(
             f"the installed onnxruntime has no {PROVIDERS[provider]}, only {', '.join(available)}: "
-            'run `pip uninstall onnxruntime` and `pip install --force-reinstall onnxruntime-gpu`'
+            "run `pip uninstall onnxruntime` and `pip install --force-reinstall onnxruntime-gpu`"
         )
 
 
