@@ -45,7 +45,8 @@ def plain_bundle() -> Path:
 
 def plain_config() -> ModelConfig:
     config = bundle_config()
-    return replace(config, transformer=replace(config.transformer, conditioning="finest"))
+    transformer = replace(config.transformer, conditioning="finest")
+    return replace(config, transformer=transformer, guidance_scale=1.0)
 
 
 def _built(name: str, config: ModelConfig, batch: int, guided: bool) -> Path:
@@ -74,7 +75,9 @@ def reference(config: ModelConfig) -> VAREdit:
     encoder = T5EncoderModel(T5Config(**text.json)).encoder.eval()
     encoder.load_state_dict(
         {
-            name: text.state["shared.weight" if name == "embed_tokens.weight" else f"encoder.{name}"]
+            name: text.state[
+                "shared.weight" if name == "embed_tokens.weight" else f"encoder.{name}"
+            ]
             for name in encoder.state_dict()
         }
     )

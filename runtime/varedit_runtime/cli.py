@@ -240,10 +240,18 @@ def _check_targets(image: Path, output: Path, compare: Path | None) -> None:
     targets = [output] if compare is None else [output, compare]
     for target in targets:
         check_target(target)
-        if target.resolve() == image.resolve():
+        if _same_file(target, image):
             raise ConfigError(f"{target} is the picture to edit: choose another file to write")
-    if compare is not None and compare.resolve() == output.resolve():
+    if compare is not None and _same_file(compare, output):
         raise ConfigError(f"{compare} is where the result goes: choose another file for --compare")
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    """Also through links, and under other names where case does not count."""
+    try:
+        return one.samefile(other)
+    except OSError:  # not both are there
+        return one.resolve() == other.resolve()
 
 
 def _make_folder(folder: Path) -> None:

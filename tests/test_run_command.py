@@ -1,0 +1,444 @@
+"""`varedit-run`: editing and measuring from a terminal, in a pipe, and when it goes wrong."""
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from bundles import bundle_config, small_bundle
+from click.testing import CliRunner, Result
+from editing import picture, reference
+from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from varedit_reference.scale_loop import predict_scales, seeded
+from varedit_runtime import bench, locate
+from varedit_runtime.bundle import Bundle
+from varedit_runtime.cli import main
+from varedit_runtime.editor import Editor
+from varedit_runtime.errors import ConfigError
+from varedit_runtime.onnx_backend import Buffer, Session
+
+COMMAND = Path(sys.executable).with_name("varedit-run")
+SCALES = len(bundle_config().transformer.grids)
+INTERRUPTED = 130
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    path = tmp_path / "photo.png"
+    picture(90, 60).save(path)
+    return path
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def edit(photo: Path, *options: object, prompt: str = "add a hat") -> Result:
+    return run(photo, prompt, "--bundle", small_bundle(), "--threads", 1, *options)
+
+
+def pixels(path: Path) -> bytes:
+    with Image.open(path) as image:
+        return image.tobytes()
+
+
+def fails(result: Result, message: str) -> None:
+    """Exit code 1, one line that says what is wrong, and no output."""
+    assert result.exit_code == 1, result.output
+    told = [line for line in result.stderr.splitlines() if not line.startswith("bundle: ")]
+    assert len(told) == 1 and re.search(message, told[0]), result.stderr
+    assert told[0].startswith("Error: ")
+    assert result.stdout == ""
+
+
+# Editing
+
+
+def test_an_edit_goes_beside_the_picture_and_is_told(photo: Path) -> None:
+    source = photo.read_bytes()
+    done = edit(photo, "--seed", 7)
+    edited = photo.with_name("photo-edited.png")
+    assert re.fullmatch(rf"{edited}: 90 x 60, seed 7, \d+\.\d s\n", done.stdout)
+    assert done.stderr == f"bundle: {small_bundle()} (named by --bundle)\n"
+    assert photo.read_bytes() == source
+    with Editor.open(small_bundle(), threads=1) as editor:
+        expected = editor.edit(photo, "add a hat", seed=7)
+    assert pixels(edited) == expected.image.tobytes()
+    assert sorted(p.name for p in photo.parent.iterdir()) == ["photo-edited.png", "photo.png"]
+
+
+def test_options_reach_the_editor(photo: Path) -> None:
+    arguments = {"negative_prompt": "a dog", "guidance_scale": [1, 2, 3, 4], "temperature": 0.9}
+    options = ("--negative-prompt", "a dog", "--guidance-scale", "1,2,3,4", "--temperature", ".9")
+    output = photo.with_name("out.bmp")
+    assert edit(photo, "-o", output, "--seed", 3, *options).exit_code == 0
+    with Editor.open(small_bundle(), threads=1) as editor:
+        expected = editor.edit(photo, "add a hat", seed=3, **arguments)  # type: ignore[arg-type]
+        plain = editor.edit(photo, "add a hat", seed=3)
+    assert pixels(output) == expected.image.tobytes() != plain.image.tobytes()
+
+
+def test_json_is_one_object_with_all_that_was_done(photo: Path) -> None:
+    output = photo.with_name("out.webp")
+    told = json.loads(edit(photo, "--seed", 7, "--json", "-o", output).stdout)
+    assert output.exists()
+    assert told.pop("timings").keys() >= {"text_encoder", "prefill", "scale_00", "image_decoder"}
+    assert told == {
+        "image": str(output),
+        "width": 90,
+        "height": 60,
+        "seed": 7,
+        "bundle": str(small_bundle()),
+        "bundle_chosen": "named by --bundle",
+        "digest": Bundle.open(small_bundle()).digest,
+        "variant": "96-b1",
+        "provider": "cpu",
+    }
+    seeds = [json.loads(edit(photo, "--json").stdout)["seed"] for _ in range(2)]
+    assert seeds[0] != seeds[1]
+
+
+def test_source_and_result_side_by_side(photo: Path) -> None:
+    both = photo.with_name("both.png")
+    assert edit(photo, "--compare", both).exit_code == 0
+    with Image.open(both) as image, Image.open(photo.with_name("photo-edited.png")) as edited:
+        assert image.size == (180, 60)
+        assert image.crop((0, 0, 90, 60)).tobytes() == picture(90, 60).tobytes()
+        assert image.crop((90, 0, 180, 60)).tobytes() == edited.tobytes()
+
+
+def test_previews_of_every_scale(photo: Path) -> None:
+    folder = photo.with_name("previews")
+    assert edit(photo, "--previews", folder).exit_code == 0
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == [f"scale-{k:02}.png" for k in range(SCALES)]
+    last = (folder / names[-1]).read_bytes()
+    assert last == photo.with_name("photo-edited.png").read_bytes()
+
+
+def test_the_bundle_is_found_and_told(photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VAREDIT_BUNDLE", str(small_bundle()))
+    done = run(photo, "add a hat", "--threads", 1)
+    assert done.exit_code == 0
+    why = "named by the environment variable VAREDIT_BUNDLE"
+    assert done.stderr == f"bundle: {small_bundle()} ({why})\n"
+
+
+def test_without_any_bundle_the_error_says_how_to_build_one(
+    photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locate, "find", lambda named: locate.Found(None, "nothing"))
+    fails(run(photo, "add a hat"), "no bundle .*`varedit-export build`")
+
+
+# The commands beside it
+
+
+def test_a_first_argument_that_names_no_command_is_a_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    picture(20, 20).save(tmp_path / "bench", format="PNG")
+    assert edit(Path("./bench"), "-o", "out.png").exit_code == 2  # Path drops the "./"
+    options = ("--bundle", small_bundle(), "--threads", 1)
+    for arguments in (
+        ("./bench", "add a hat", "-o", "one.png", *options),
+        ("-o", "two.png", "./bench", "add a hat", *options),
+        (*options, "-o", "three.png", "--", "bench", "add a hat"),
+        ("edit", "bench", "add a hat", "-o", "four.png", *options),
+    ):
+        done = run(*arguments)
+        assert done.exit_code == 0, (arguments, done.output)
+    written = {path.stem for path in tmp_path.glob("*.png")}
+    assert written == {"one", "two", "three", "four"}
+
+
+def test_help_shows_the_options_of_editing_and_the_commands() -> None:
+    text = run("--help").stdout
+    assert run().output == text
+    assert "varedit-run IMAGE INSTRUCTION [OPTIONS]" in text or "main IMAGE INSTRUCTION" in text
+    for told in ("--negative-prompt", "--previews", "--version", "bench", "grids", "prepare"):
+        assert told in text
+    assert 'varedit-run photo.png "add a hat"' in text
+
+
+@pytest.mark.parametrize(
+    ("words", "number", "expected"),
+    [
+        ("varedit-run ", 1, {"plain,bench", "plain,prepare", "file,"}),
+        ("varedit-run be", 1, {"plain,bench", "file,be"}),
+        ("varedit-run --se", 1, {"plain,--seed"}),
+        ("varedit-run photo.png red --neg", 3, {"plain,--negative-prompt"}),
+        ("varedit-run bench --rep", 2, {"plain,--repeat"}),
+    ],
+)
+def test_a_shell_can_complete(words: str, number: int, expected: set[str]) -> None:
+    environment = os.environ | {"COMP_WORDS": words, "COMP_CWORD": str(number)}
+    environment["_VAREDIT_RUN_COMPLETE"] = "bash_complete"
+    done = subprocess.run([COMMAND], env=environment, capture_output=True, text=True)
+    assert expected <= set(done.stdout.splitlines())
+
+
+# What is refused
+
+
+REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
+    "the source": (("-o", "photo.png"), "photo.png is the picture to edit"),
+    "the source compared": (("--compare", "photo.png"), "photo.png is the picture to edit"),
+    "twice": (("-o", "a.png", "--compare", "a.png"), "a.png is where the result goes"),
+    "format": (("-o", "out.gif"), r"out.gif: pictures are written as .png, .jpg.*not '.gif'"),
+    "no format": (("--compare", "out"), "out: pictures are written as"),
+    "folder": (("-o", "missing/out.png"), "there is no folder missing"),
+    "a file for previews": (("--previews", "photo.png"), "photo.png cannot be made a folder"),
+    "number": (("--temperature", "1,warm"), "--temperature is '1,warm'; give a number, or one per"),
+    "no number": (("--guidance-scale", ""), "--guidance-scale is ''"),
+    "too few": (("--guidance-scale", "1,2"), "guidance_scale has 2 values.*4"),
+    "cold": (("--temperature", "0"), "over 0"),
+    "seed": (("--seed", "-1"), "the seed is -1"),
+    "provider": (("--provider", "tpu"), "there are cpu, cuda"),
+    "threads": (("--threads", "0"), "threads is 0"),
+    "bundle": (("--bundle", "missing"), "missing cannot be read"),
+    "no bundle": (("--bundle", "."), "is not a bundle"),
+    "long negative": (("--negative-prompt", "x" * 99), "100 tokens.*24"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_done_is_one_line_and_leaves_no_file(
+    photo: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[object, ...], message: str
+) -> None:
+    monkeypatch.chdir(photo.parent)
+    before = photo.read_bytes()
+    fails(edit(Path("photo.png"), *options), message)
+    assert [path.name for path in photo.parent.iterdir()] == ["photo.png"]
+    assert photo.read_bytes() == before
+
+
+def test_a_link_to_the_source_is_the_source(photo: Path) -> None:
+    link = photo.with_name("link.png")
+    link.symlink_to(photo)
+    fails(edit(photo, "-o", link), "is the picture to edit")
+    twin = photo.with_name("twin.png")
+    twin.hardlink_to(photo)
+    fails(edit(photo, "-o", twin), "is the picture to edit")
+
+
+def test_wrong_pictures_and_instructions_are_one_line(photo: Path) -> None:
+    fails(edit(photo, prompt=" "), "the instruction is empty")
+    fails(edit(photo, prompt="x" * 30), "31 tokens, end token included, of at most 24")
+    fails(edit(photo.with_name("missing.png")), "missing.png cannot be read: No such file")
+    data = photo.read_bytes()
+    photo.write_bytes(data[: len(data) // 2])
+    fails(edit(photo), r"photo.png cannot be read")
+    photo.write_bytes(b"no picture")
+    fails(edit(photo), r"photo.png is not a picture")
+
+
+def test_debug_shows_a_traceback_wherever_it_is_said(photo: Path) -> None:
+    assert edit(photo, "--debug", prompt="").exception.__class__.__name__ == "TextError"
+    result = run("--debug", photo, "", "--bundle", small_bundle())
+    assert result.exception.__class__.__name__ == "TextError"
+    fails(edit(photo, prompt=""), "empty")
+
+
+# Terminals, pipes, interrupts
+
+
+def test_a_terminal_sees_a_bar_and_a_pipe_does_not(photo: Path) -> None:
+    ours, theirs = pty.openpty()
+    command = [COMMAND, photo, "red", "--bundle", small_bundle(), "--threads", "1", "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            part = os.read(ours, 4096)
+        except OSError:  # the end of a terminal
+            break
+        shown += part
+    os.close(ours)
+    assert process.stdout is not None
+    told = json.loads(process.stdout.read())
+    assert process.wait() == 0
+    assert told["image"].endswith("photo-edited.png")
+    assert b"editing" in shown and b"100%" in shown
+    piped = subprocess.run(command, capture_output=True, text=True)
+    assert piped.returncode == 0
+    assert piped.stderr == f"bundle: {small_bundle()} (named by --bundle)\n"
+
+
+SLOW = """if True:
+    import sys, time
+    from varedit_runtime import editor
+    def uniform_noise(*arguments):
+        print("under way", flush=True)
+        time.sleep(120)
+    editor.uniform_noise = uniform_noise
+    from varedit_runtime.cli import main
+    main()
+    """
+
+
+def test_an_interrupt_leaves_nothing(photo: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, photo, "red", "--bundle", small_bundle(), "--threads", "1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "under way\n"
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == INTERRUPTED
+    assert stderr.splitlines()[1:] == ["Interrupted."]
+    assert [path.name for path in photo.parent.iterdir()] == ["photo.png"]
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+def test_interrupted_at_any_time_there_is_a_whole_picture_or_none(
+    photo: Path, sent: signal.Signals
+) -> None:
+    command = [COMMAND, photo, "red", "--bundle", small_bundle(), "--threads", "1"]
+    edited = photo.with_name("photo-edited.png")
+    for delay in (0.3, 0.6, 0.9):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        time.sleep(delay)
+        process.send_signal(sent)
+        process.communicate(timeout=60)
+        if edited.exists():
+            with Image.open(edited) as image:
+                image.load()
+            edited.unlink()
+        if sent == signal.SIGINT:
+            assert [path.name for path in photo.parent.iterdir()] == ["photo.png"]
+
+
+# Measuring
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
+    file = tmp_path_factory.mktemp("bench") / "bench.json"
+    done = run("bench", small_bundle(), "--repeat", 2, "--threads", 1, "--json", file)
+    assert done.exit_code == 0, done.output
+    assert [path.name for path in file.parent.iterdir()] == ["bench.json"]
+    return done.stdout, json.loads(file.read_text())
+
+
+def test_bench_measures_every_stage_and_scale(measured: tuple[str, dict[str, Any]]) -> None:
+    table, report = measured
+    stages = [stage["name"] for stage in report["stages"]]
+    scales = [f"scale_{k:02}" for k in range(SCALES)]
+    expected = ["text_encoder", "image_encoder", "condition", "prefill", *scales, "image_decoder"]
+    assert stages == expected
+    for stage in report["stages"]:
+        seconds = stage["seconds"]
+        assert 0 < seconds["lower"] <= seconds["median"] <= seconds["upper"]
+        assert stage["name"] in table
+        counted = stage["name"] == "prefill" or stage["name"] in scales
+        assert (stage["share"] is not None) == counted
+        if counted:
+            rate = stage["flops"] / seconds["median"]
+            assert stage["share"] == pytest.approx(rate / report["product_rate"])
+    assert report["digest"] == Bundle.open(small_bundle()).digest
+    assert (report["repeat"], report["threads"], report["batch"]) == (2, 1, 1)
+    assert report["first_edit_seconds"] > 0 and report["open_seconds"] > 0
+
+
+def test_bench_tells_where_the_memory_is(measured: tuple[str, dict[str, Any]]) -> None:
+    table, report = measured
+    memory, bundle = report["memory"], Bundle.open(small_bundle())
+    stored = [bundle.weights_path(name).stat().st_size for name in bundle.components]
+    assert memory["weights"] == sum(stored)
+    with Editor.open(small_bundle(), threads=1) as editor:
+        assert memory["buffers"] == editor.graphs.buffer_bytes
+    assert "memory" in table
+    if bench.ROLLUP.exists():
+        assert 0 < memory["before"] < memory["peak"]
+        assert "peak" in table
+
+
+def test_memory_is_left_out_where_the_system_does_not_tell(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(bench, "ROLLUP", tmp_path / "missing")
+    assert bench.memory_in_use() is None
+    with bench.peak_memory() as samples:
+        pass
+    assert samples == []
+    memory = bench.Memory(None, None, None, 10**6, 2 * 10**6)
+    report = bench.measure(small_bundle(), 1, threads=1)
+    assert report.memory.peak is None
+    assert "weights 1 MB, caches 2 MB" in bench.table(replace(report, memory=memory))
+
+
+@pytest.mark.skipif(not bench.ROLLUP.exists(), reason="the system does not tell")
+def test_the_peak_of_memory_is_seen() -> None:
+    before = bench.memory_in_use()
+    assert before is not None
+    with bench.peak_memory() as samples:
+        held = np.ones(200 * 2**20, np.uint8)
+        while max(samples, default=0) < before + held.nbytes * 0.9:
+            time.sleep(0.01)
+        del held
+    assert max(samples) < before + 400 * 2**20
+
+
+def test_products_are_counted_as_the_reference_computes_them() -> None:
+    """The reference's products of the prefill and all scales, without embedding and head."""
+    config, bundle = bundle_config(), Bundle.open(small_bundle())
+    variant, model = bundle.manifest.variants[0], reference(config)
+    transformer = config.transformer
+    text = model.transformer.condition(
+        model.transformer.text_rows(model.text_encoder.encode(["x" * 23]), True, None)
+    )
+    source = model.read([picture(96, 96)])
+    # The fused attention of the CPU is not counted.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        list(predict_scales(model.transformer, config, source, text, seeded([1]), 3.0, 0.5))
+    stages = ["prefill", *(f"scale_{k:02}" for k in range(SCALES))]
+    counted = [bench.product_flops(stage, bundle.manifest.model, variant) for stage in stages]
+    tokens = sum(transformer.lengths)
+    head = 2 * tokens * variant.rows * transformer.width * transformer.token_channels * 2
+    total = sum(flops or 0 for flops in counted) + head
+    assert counter.get_total_flops() == pytest.approx(total, rel=0.02)
+    assert bench.product_flops("image_encoder", bundle.manifest.model, variant) is None
+
+
+def test_the_yardstick_is_a_matrix_product() -> None:
+    graph = bench._product_graph(300)
+    onnx.checker.check_model(onnx.load_from_string(graph), full_check=True)
+    session = Session("product", graph, Path(), "cpu", 1)
+    a, b = np.random.default_rng(0).normal(size=(2, 300, 300)).astype(np.float32)
+    result = Buffer((300, 300), "float32", "cpu")
+    session.run({"a": a, "b": b}, {"c": result.part()})
+    np.testing.assert_allclose(result.read((300, 300)), a @ b, atol=1e-3)
+    assert bench.product_rate("cpu", 1) > 1e8
+
+
+def test_quartiles() -> None:
+    assert bench.Spread.of([5, 1, 2, 4, 3]) == bench.Spread(3, 2, 4)
+
+
+def test_what_cannot_be_measured_is_one_line(tmp_path: Path) -> None:
+    fails(run("bench", small_bundle(), "--repeat", 0), "repeat is 0; it must be at least 1")
+    fails(run("bench", tmp_path / "missing"), "missing cannot be read")
+    fails(run("bench", small_bundle(), "--json", tmp_path / "no" / "b.json"), "there is no folder")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        report = bench.measure(small_bundle(), 1, threads=1)
+        bench.write_report(report, tmp_path)
+    assert list(tmp_path.iterdir()) == []
