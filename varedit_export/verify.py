@@ -110,7 +110,7 @@ def compare(bundle: Bundle, reference: Reference) -> Iterator[ParityLine]:
     """Every graph of every variant against the reference."""
     for variant in bundle.manifest.variants:
         yield from _compare_coders(bundle, variant, reference)
-        edit = _random_edit(bundle, reference)
+        edit = _random_edit(bundle, variant, reference)
         steps = _run_reference(reference.transformer, reference.config, edit)
         precision = bundle.manifest.precision
         if reference.text is not None and precision != "bf16":
@@ -197,16 +197,16 @@ def _var(
     return model.eval()
 
 
-def _random_edit(bundle: Bundle, reference: Reference) -> Edit:
+def _random_edit(bundle: Bundle, variant: Variant, reference: Reference) -> Edit:
     generator = torch.Generator().manual_seed(0)
     config, scales = reference.config.transformer, len(reference.config.transformer.grids)
     shape = (1, config.finest[0] * config.finest[1], config.token_channels)
-    tokens = min(variant.text_tokens for variant in bundle.manifest.variants) // 2
+    guidance = bundle.manifest.guidance_scale if variant.rows > variant.batch else 1.0
     return Edit(
-        torch.randn(max(tokens, 1), config.text_channels, generator=generator),
+        torch.randn(variant.text_tokens // 2, config.text_channels, generator=generator),
         None,
         torch.randn(shape, generator=generator) / config.token_channels**0.5,
-        [bundle.manifest.guidance_scale] * scales,
+        [guidance] * scales,
         [bundle.manifest.temperature] * scales,
         None,
         seed=1,
