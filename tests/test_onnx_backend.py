@@ -1,9 +1,7 @@
 """The graphs as the runtime drives them, stage by stage, against the reference."""
 
-from _thread import interrupt_main
 from collections.abc import Sequence
 from pathlib import Path
-from time import monotonic, sleep
 from typing import Any
 
 import numpy as np
@@ -228,26 +226,3 @@ def test_a_graph_that_fails_is_a_typed_error() -> None:
 def test_a_manifest_without_static_shapes_is_a_typed_error() -> None:
     with pytest.raises(BundleError, match=r"start has no static shape"):
         onnx_backend.static_shape(TensorSpec("start", "float32", (1, "tokens")))
-
-
-def test_an_interrupt_ends_the_run_of_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The main thread is interrupted while a graph, which would run for a minute, runs."""
-    backend, given = backend_of(small_bundle()), Given(bundle_config(), 1, True)
-    expected = logits_of(backend, given)
-    waited: list[float] = []
-
-    def endless(session: ort.InferenceSession, binding: object, options: ort.RunOptions) -> None:
-        start = monotonic()
-        interrupt_main()
-        while not options.terminate and monotonic() - start < 60:
-            sleep(0.001)
-        waited.append(monotonic() - start)
-        raise RuntimeError("terminated")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ort.InferenceSession, "run_with_iobinding", endless)
-        with pytest.raises(KeyboardInterrupt):
-            given.start(backend)
-    assert len(waited) == 1 and waited[0] < 60
-    for before, after in zip(expected, logits_of(backend, given), strict=True):
-        assert np.array_equal(before, after)

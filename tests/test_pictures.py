@@ -20,7 +20,6 @@ from varedit_runtime.pictures import (
     pad_and_resize,
     restore,
     save_picture,
-    side_by_side,
     to_square,
 )
 
@@ -444,10 +443,3 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(KeyboardInterrupt):
         save_picture(BLOCKS, tmp_path / "out.png")
     assert not list(tmp_path.iterdir())
-
-
-def test_two_pictures_side_by_side_the_lower_one_on_white() -> None:
-    both = side_by_side(Image.new("RGB", (3, 2), "red"), Image.new("RGB", (4, 5), "blue"))
-    assert both.size == (7, 5)
-    colours = [both.getpixel(place) for place in ((2, 1), (3, 0), (6, 4), (2, 2))]
-    assert colours == [(255, 0, 0), (0, 0, 255), (0, 0, 255), (255, 255, 255)]

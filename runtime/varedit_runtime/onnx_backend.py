@@ -5,7 +5,6 @@ a packed copy of the weights of its own.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -92,18 +91,9 @@ class Part:
 class Session:
     """One graph, loaded. Inputs are arrays or parts of buffers, outputs parts of buffers."""
 
-    def __init__(
-        self,
-        name: str,
-        graph: bytes,
-        folder: Path,
-        provider: str,
-        threads: int,
-        worker: Executor,
-    ) -> None:
-        """graph: an ONNX file, whose weights lie in the folder. threads: 0 for one per core.
-        worker: of one thread, which runs it."""
-        self._name, self._worker = name, worker
+    def __init__(self, name: str, graph: bytes, folder: Path, provider: str, threads: int) -> None:
+        """graph: an ONNX file, whose weights lie in the folder. threads: 0 for one per core."""
+        self._name = name
         settings = ort.SessionOptions()
         settings.intra_op_num_threads = threads
         settings.enable_mem_pattern = False  # it keeps memory for every length ever seen
@@ -137,18 +127,7 @@ class Session:
                     binding.bind_cpu_input(name, np.ascontiguousarray(value))
             for name, part in outputs.items():
                 binding.bind_output(name, *part.binding())
-            self._run(binding)
-
-    def _run(self, binding: ort.IOBinding) -> None:
-        """In the worker, for this thread to hear an interrupt, which ends the run."""
-        self._options.terminate = False
-        running = self._worker.submit(self._session.run_with_iobinding, binding, self._options)
-        try:
-            running.result()
-        except BaseException:
-            self._options.terminate = True
-            wait([running])
-            raise
+            self._session.run_with_iobinding(binding, self._options)
 
 
 class OnnxBackend:
@@ -166,7 +145,6 @@ class OnnxBackend:
         self._sar = self.model.conditioning == "sar"
         self._areas = [rows * columns for rows, columns in variant.grids]
         self._bits = self.model.token_channels
-        worker = ThreadPoolExecutor(1, "varedit")
         self._sessions = {
             stage: Session(
                 stage,
@@ -174,7 +152,6 @@ class OnnxBackend:
                 bundle.graphs_folder,
                 provider,
                 threads,
-                worker,
             )
             for stage in self._stages()
         }
