@@ -16,7 +16,7 @@ LARGEST_BYTES = 40 * 10**6
 
 
 def export_weights(tokenizer: Path, run: Path, out: Path = WEIGHTS) -> int:
-    """Write averaged weights in fp16, which halves the download and costs no visible quality.
+    """Write averaged weights in fp16, which halves the download.
 
     tokenizer: the file that the transformer was trained on; run: the transformer's run folder.
     Returns the bytes written. Raises CheckpointError when they are more than the package may hold.

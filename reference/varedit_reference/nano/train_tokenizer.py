@@ -166,7 +166,7 @@ def _mean_psnr(pictures: Any, others: Any) -> float:
 
 
 def new_tokenizer(config: TokenizerConfig, seed: int) -> Tokenizer:
-    """A tokenizer whose residual blocks add little at first: it learns twice as fast so."""
+    """A tokenizer whose residual blocks add little at first, from which it learns faster."""
     model = initialise(Tokenizer(config), seed)
     with torch.no_grad():
         for module in model.modules():
