@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
-from shutil import disk_usage
 
 import onnx_ir as ir
 import torch
@@ -38,7 +37,8 @@ from varedit_export.trace import fake_tensors, trace
 from varedit_export.verify import verify_folder
 from varedit_reference.config import ModelConfig
 from varedit_reference.tokenizer import Tokenizer
-from varedit_runtime.errors import BundleError, ConfigError
+from varedit_reference.weights_file import check_room
+from varedit_runtime.errors import ConfigError
 from varedit_runtime.manifest import (
     GRAPHS,
     TOKENIZER,
@@ -155,13 +155,13 @@ class Plan:
 def build(plan: Plan, progress: Progress) -> list[ParityLine]:
     """Build and publish. Returns how far each graph is from the reference.
 
-    Raises BundleError when the disk has no room or another process builds the same bundle,
-    ExportError and ParityError when a graph does not come out as it must. What was finished
+    Raises CheckpointError when the disk has no room or the folder cannot be made, BundleError
+    when another process builds the same bundle, ExportError and ParityError when a graph does not come out as it must. What was finished
     before a failure or an interrupt is kept for the next attempt; an earlier bundle of the same
     name stays until the new one is whole.
     """
     request = plan.request
-    _check_room(plan)
+    check_room(request.target.parent, plan.weight_bytes + len(plan.stages) * 10**6)
     steps = len(plan.components) + len(plan.stages) + 2
     with Staging(request.target) as staging:
         step = 0
@@ -292,14 +292,3 @@ def _key(plan: Plan, part: str) -> str:
         [version(tool) for tool in TOOLS],
     )
     return sha256(repr(made_from).encode()).hexdigest()
-
-
-def _check_room(plan: Plan) -> None:
-    folder = plan.request.target.parent
-    folder.mkdir(parents=True, exist_ok=True)
-    free, needed = disk_usage(folder).free, plan.weight_bytes + len(plan.stages) * 10**6
-    if free < needed:
-        raise BundleError(
-            f"{folder} has {free / 1e9:.1f} GB free and the bundle needs {needed / 1e9:.1f} GB: "
-            "free some room or choose another folder with -o"
-        )
