@@ -156,7 +156,8 @@ def build(plan: Plan, progress: Progress) -> list[ParityLine]:
     """Build and publish. Returns how far each graph is from the reference.
 
     Raises CheckpointError when the disk has no room or the folder cannot be made, BundleError
-    when another process builds the same bundle, ExportError and ParityError when a graph does not come out as it must. What was finished
+    when another process builds the same bundle, ExportError and
+    ParityError when a graph does not come out as it must. What was finished
     before a failure or an interrupt is kept for the next attempt; an earlier bundle of the same
     name stays until the new one is whole.
     """
