@@ -39,6 +39,7 @@ from varedit_reference.nano.training import (
     check_gradients,
     ema_decay,
     learning_rate,
+    run_training,
     train,
 )
 from varedit_reference.quantisation import quantise, to_tokens
@@ -164,6 +165,43 @@ def test_it_learns(build: BuildTask, recipe: Recipe, tmp_path: Path) -> None:
         loss.backward()
         state.optimiser.step()
     assert task.losses(first, 0, False)["loss"].item() < 0.8 * before
+
+
+def test_a_run_starts_from_the_averaged_weights_of_another(tmp_path: Path) -> None:
+    options = {"steps": 2, "batch": 1, "learning_rate": 0.1, "check_gradients": False}
+    machine = {"log_every": 1, "save_every": 1, "report_every": NEVER}
+
+    def run(name: str, start_from: str | None) -> RunFolder:
+        folder = RunFolder(tmp_path / name)
+        start = None if start_from is None else tmp_path / start_from
+        more = {"run": folder.folder, "start_from": start} | options | machine
+        run_training(quiet_task, TOKENIZER_RECIPE, {}, **more)
+        return folder
+
+    seen: list[Tensor] = []
+
+    def quiet_task(recipe: Recipe, machine: Machine) -> TokenizerTask:
+        task = tokenizer_task(recipe, machine)
+        losses = task.losses
+        task.report = lambda model: ({}, Image.new("RGB", (1, 1)))  # type: ignore[method-assign]
+
+        def first_seen(batch: Tensor, step: int, fast: bool) -> dict[str, Tensor]:
+            if step == 0:
+                seen.append(next(task.model.parameters()).detach().clone())
+            return losses(batch, step, fast)
+
+        task.losses = first_seen  # type: ignore[method-assign]
+        return task
+
+    one = run("one", None)
+    run("two", "one")
+    averaged = torch.load(one.checkpoint, weights_only=True)["ema"]
+    assert torch.equal(seen[1], next(iter(averaged.values())))
+    assert not torch.equal(seen[0], seen[1])
+    with pytest.raises(ConfigError, match="start_from"):
+        run("two", None)
+    with pytest.raises(CheckpointError, match="does not fit"):
+        run("three", "missing")
 
 
 def test_a_run_keeps_its_options(tmp_path: Path) -> None:

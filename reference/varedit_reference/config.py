@@ -19,18 +19,14 @@ MAX_TEXT_TOKENS = 512
 MAX_LEVELS = 15
 
 
-def group_count(channels: int) -> int:
-    """Groups of a GroupNorm: 32 where the channels divide by 32, else 24."""
-    return 32 if channels % 32 == 0 else 24
-
-
 @dataclass(frozen=True)
 class TokenizerConfig:
     """The convolutional autoencoder with binary spherical quantisation.
 
     bits: d, bits per position of its grid. downsampling: pixels per position. channels: of the
     first convolution, and times the multiplier of every level, finest first. patchify: a token is
-    a 2x2 patch of positions. Raises ConfigError on sizes that cannot be built.
+    a 2x2 patch of positions. groups: of every GroupNorm; None: 32 where a level's channels divide
+    by 32, else 24. Raises ConfigError on sizes that cannot be built.
     """
 
     bits: int
@@ -38,6 +34,7 @@ class TokenizerConfig:
     channels: int
     multipliers: tuple[int, ...]
     patchify: bool = False
+    groups: int | None = None
 
     def __post_init__(self) -> None:
         if self.downsampling != 2 ** (len(self.multipliers) - 1):
@@ -46,13 +43,18 @@ class TokenizerConfig:
                 f"{2 ** (len(self.multipliers) - 1)}, not {self.downsampling}"
             )
         for channels in (self.channels, *self.level_channels):
-            if channels < 1 or channels % group_count(channels):
+            groups = self.group_count(channels)
+            if channels < 1 or channels % groups:
                 raise ConfigError(
-                    f"a tokenizer level of {channels} channels cannot be normalised in "
-                    "groups: its channels must divide by 32 or by 24"
+                    f"a tokenizer level of {channels} channels cannot be normalised in {groups} "
+                    "groups of the same size"
                 )
         if self.bits < 1:
             raise ConfigError(f"a tokenizer needs at least one bit per position, not {self.bits}")
+
+    def group_count(self, channels: int) -> int:
+        """Groups of a GroupNorm over so many channels."""
+        return self.groups or (32 if channels % 32 == 0 else 24)
 
     @property
     def level_channels(self) -> tuple[int, ...]:

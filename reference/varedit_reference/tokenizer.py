@@ -6,7 +6,7 @@ Names: x_BCHW is a batch of feature maps. Quantisation of the features lives in 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from varedit_reference.config import TokenizerConfig, group_count
+from varedit_reference.config import TokenizerConfig
 
 
 class Tokenizer(nn.Module):
@@ -33,11 +33,11 @@ class Encoder(nn.Module):
         channels = config.level_channels
         self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1)
         self.levels = nn.ModuleList(
-            EncoderLevel(channels_in, channels[i], last=i == len(channels) - 1)
+            EncoderLevel(config, channels_in, channels[i], last=i == len(channels) - 1)
             for i, channels_in in enumerate((config.channels, *channels[:-1]))
         )
-        self.middle = _middle(channels[-1])
-        self.norm_out = _norm(channels[-1])
+        self.middle = _middle(config, channels[-1])
+        self.norm_out = _norm(config, channels[-1])
         self.conv_out = nn.Conv2d(channels[-1], config.bits, 3, padding=1)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
@@ -50,10 +50,12 @@ class Encoder(nn.Module):
 class EncoderLevel(nn.Module):
     """Two residual blocks, then, but on the coarsest level, a halving convolution."""
 
-    def __init__(self, channels_in: int, channels: int, last: bool) -> None:
+    def __init__(
+        self, config: TokenizerConfig, channels_in: int, channels: int, last: bool
+    ) -> None:
         super().__init__()
         self.blocks = nn.Sequential(
-            ResidualBlock(channels_in, channels), ResidualBlock(channels, channels)
+            ResidualBlock(config, channels_in, channels), ResidualBlock(config, channels, channels)
         )
         self.downsample = None if last else nn.Conv2d(channels, channels, 3, stride=2)
 
@@ -69,12 +71,14 @@ class Decoder(nn.Module):
         super().__init__()
         channels = config.level_channels
         self.conv_in = nn.Conv2d(config.bits, channels[-1], 3, padding=1)
-        self.middle = _middle(channels[-1])
+        self.middle = _middle(config, channels[-1])
         self.levels = nn.ModuleList(
-            DecoderLevel(channels[min(i + 1, len(channels) - 1)], channels[i], finest=i == 0)
+            DecoderLevel(
+                config, channels[min(i + 1, len(channels) - 1)], channels[i], finest=i == 0
+            )
             for i in range(len(channels))
         )
-        self.norm_out = _norm(channels[0])
+        self.norm_out = _norm(config, channels[0])
         self.conv_out = nn.Conv2d(channels[0], 3, 3, padding=1)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
@@ -87,12 +91,14 @@ class Decoder(nn.Module):
 class DecoderLevel(nn.Module):
     """Three residual blocks, then, but on the finest level, nearest x2 and a convolution."""
 
-    def __init__(self, channels_in: int, channels: int, finest: bool) -> None:
+    def __init__(
+        self, config: TokenizerConfig, channels_in: int, channels: int, finest: bool
+    ) -> None:
         super().__init__()
         self.blocks = nn.Sequential(
-            ResidualBlock(channels_in, channels),
-            ResidualBlock(channels, channels),
-            ResidualBlock(channels, channels),
+            ResidualBlock(config, channels_in, channels),
+            ResidualBlock(config, channels, channels),
+            ResidualBlock(config, channels, channels),
         )
         self.upsample = None if finest else nn.Conv2d(channels, channels, 3, padding=1)
 
@@ -104,11 +110,11 @@ class DecoderLevel(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    def __init__(self, channels_in: int, channels: int) -> None:
+    def __init__(self, config: TokenizerConfig, channels_in: int, channels: int) -> None:
         super().__init__()
-        self.norm1 = _norm(channels_in)
+        self.norm1 = _norm(config, channels_in)
         self.conv1 = nn.Conv2d(channels_in, channels, 3, padding=1)
-        self.norm2 = _norm(channels)
+        self.norm2 = _norm(config, channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
         self.shortcut = nn.Conv2d(channels_in, channels, 1) if channels_in != channels else None
 
@@ -119,9 +125,11 @@ class ResidualBlock(nn.Module):
         return shortcut_BCHW + x_BCHW
 
 
-def _middle(channels: int) -> nn.Sequential:
-    return nn.Sequential(ResidualBlock(channels, channels), ResidualBlock(channels, channels))
+def _middle(config: TokenizerConfig, channels: int) -> nn.Sequential:
+    return nn.Sequential(
+        ResidualBlock(config, channels, channels), ResidualBlock(config, channels, channels)
+    )
 
 
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(group_count(channels), channels, eps=1e-6)
+def _norm(config: TokenizerConfig, channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(config.group_count(channels), channels, eps=1e-6)

@@ -12,7 +12,8 @@ from it.
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,24 @@ class RunFolder:
         with whole_file(self.checkpoint, 0) as partial:
             torch.save(content, partial)
 
+    def load_averaged(self, model: nn.Module) -> None:
+        """Give a model this run's averaged weights. Raises CheckpointError if they do not fit."""
+        with self._fitting():
+            model.load_state_dict(self._load()["ema"])
+
+    def _load(self) -> dict[str, Any]:
+        return torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+
+    @contextmanager
+    def _fitting(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, RuntimeError, KeyError, ValueError, EOFError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise CheckpointError(
+                f"{self.checkpoint} does not fit this model ({reason}): use another run folder"
+            ) from error
+
     def resume(self, state: TrainingState) -> None:
         """Bring a fresh state to where the run was, and forget log lines after that.
 
@@ -82,17 +101,12 @@ class RunFolder:
         fit.
         """
         if self.checkpoint.exists():
-            try:
-                content = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+            with self._fitting():
+                content = self._load()
                 state.model.load_state_dict(content["model"])
                 state.ema.load_state_dict(content["ema"])
                 state.optimiser.load_state_dict(content["optimiser"])
                 state.step = content["step"]
-            except (RuntimeError, KeyError, ValueError, EOFError) as error:
-                reason = " ".join(str(error).split())[:200]
-                raise CheckpointError(
-                    f"{self.checkpoint} does not fit this model ({reason}): use another run folder"
-                ) from error
         self._cut_log(state.step)
 
     def log(self, entry: Mapping[str, Any]) -> None:

@@ -74,8 +74,8 @@ def batches(dataset: Dataset[Batch], steps: range, workers: int) -> Iterator[Bat
 
 
 def to_model(pictures: Tensor) -> Tensor:
-    """uint8 [B, H, W, 3] -> fp32 [B, 3, H, W] in [-1, 1], in channels-last memory."""
-    return (pictures.float() / 127.5 - 1).permute(0, 3, 1, 2)
+    """uint8 [B, H, W, 3] -> fp32 [B, 3, H, W] in [-1, 1]."""
+    return (pictures.float() / 127.5 - 1).permute(0, 3, 1, 2).contiguous()
 
 
 def to_pixels(pictures: Tensor) -> np.ndarray:

@@ -26,11 +26,13 @@ TOKENIZER_FILE, TRANSFORMER_FILE, TEXT_FOLDER = (
 # Pictures of 128 px with 8x downsampling have the token grids of 256 px with 16x.
 NANO = ModelConfig(
     name="nano",
-    tokenizer=TokenizerConfig(bits=24, downsampling=8, channels=24, multipliers=(1, 1, 2, 4)),
+    tokenizer=TokenizerConfig(
+        bits=24, downsampling=8, channels=16, multipliers=(1, 1, 2, 4), groups=8
+    ),
     transformer=TransformerConfig(
-        depth=8,
-        width=256,
-        heads=4,
+        depth=4,
+        width=192,
+        heads=3,
         token_channels=24,
         text_channels=128,
         grids=scale_grids(256),

@@ -1,7 +1,7 @@
 """Trains the tokenizer: `python -m varedit_reference.nano.train_tokenizer --run FOLDER`."""
 
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from varedit_reference.config import Grid, TokenizerConfig
 from varedit_reference.initialise import initialise
-from varedit_reference.nano.checkpointing import RunFolder, write_weights
+from varedit_reference.nano.checkpointing import write_weights
 from varedit_reference.nano.data import (
     VALIDATION_SEEDS,
     PictureBatches,
@@ -23,23 +23,15 @@ from varedit_reference.nano.evaluate import psnr
 from varedit_reference.nano.model import NANO, TOKENIZER_FILE
 from varedit_reference.nano.scenes import draw_picture
 from varedit_reference.nano.sheets import contact_sheet
-from varedit_reference.nano.training import (
-    Machine,
-    Recipe,
-    check_gradients,
-    machine_options,
-    recorded,
-    split_options,
-    train,
-)
+from varedit_reference.nano.training import Machine, Recipe, run_training, training_options
 from varedit_reference.quantisation import quantise
 from varedit_reference.tokenizer import ResidualBlock, Tokenizer
 
 DEFAULT_RUN = Path.home() / ".cache" / "varedit-nano" / "tokenizer"
 RECIPE = Recipe(
     steps=6000,
-    batch=8,
-    learning_rate=1e-3,
+    batch=4,
+    learning_rate=1.5e-3,
     weight_decay=1e-4,
     betas=(0.9, 0.99),
     warmup=100,
@@ -177,31 +169,15 @@ def new_tokenizer(config: TokenizerConfig, seed: int) -> Tokenizer:
 
 def build(config: TokenizerConfig, recipe: Recipe, machine: Machine) -> TokenizerTask:
     model = new_tokenizer(config, recipe.seed)
-    model.to(machine.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    model.to(machine.device, memory_format=machine.memory_format)  # pyright: ignore[reportCallIssue]
     return TokenizerTask(model, recipe, machine)
 
 
 @click.command()
-@click.option("--run", type=click.Path(path_type=Path), default=DEFAULT_RUN, show_default=True)
-@click.option("--steps", default=RECIPE.steps, show_default=True)
-@click.option("--batch", default=RECIPE.batch, show_default=True)
-@click.option("--learning-rate", default=RECIPE.learning_rate, show_default=True)
-@click.option("--check-gradients", "only_check", is_flag=True, help="Check the fast path and stop.")
-@machine_options
-def main(
-    run: Path, steps: int, batch: int, learning_rate: float, only_check: bool, **options: Any
-) -> None:
+@training_options(RECIPE, DEFAULT_RUN)
+def main(**options: Any) -> None:
     """Train nano's tokenizer, or go on with a run that was stopped."""
-    machine, _ = split_options(options)
-    recipe = replace(RECIPE, steps=steps, batch=batch, learning_rate=learning_rate)
-    task = build(NANO.tokenizer, recipe, machine)
-    if only_check:
-        cosine, ratio = check_gradients(task)
-        click.echo(f"cosine to eager fp32 {cosine:.6f}, norm {ratio:.4f} times")
-        return
-    folder = RunFolder(run)
-    folder.keep_options(recorded(recipe))
-    train(task, recipe, machine, folder)
+    run_training(partial(build, NANO.tokenizer), RECIPE, {}, **options)
 
 
 if __name__ == "__main__":

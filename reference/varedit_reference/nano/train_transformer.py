@@ -1,7 +1,6 @@
 """Trains transformer and text encoder: `python -m varedit_reference.nano.train_transformer`."""
 
-from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from transformers.models.t5.modeling_t5 import T5Stack
 from varedit_reference.checkpoint import load_tokenizer
 from varedit_reference.config import Conditioning, ModelConfig
 from varedit_reference.initialise import initialise
-from varedit_reference.nano.checkpointing import RunFolder, write_weights
+from varedit_reference.nano.checkpointing import write_weights
 from varedit_reference.nano.data import VALIDATION_SEEDS, EditBatch, EditBatches, to_model
 from varedit_reference.nano.evaluate import psnr
 from varedit_reference.nano.model import TEXT_FOLDER, TRANSFORMER_FILE, nano
@@ -30,15 +29,7 @@ from varedit_reference.nano.text import (
     text_features,
     write_text_folder,
 )
-from varedit_reference.nano.training import (
-    Machine,
-    Recipe,
-    check_gradients,
-    machine_options,
-    recorded,
-    split_options,
-    train,
-)
+from varedit_reference.nano.training import Machine, Recipe, run_training, training_options
 from varedit_reference.pipeline import VAREdit
 from varedit_reference.quantisation import source_tokens
 from varedit_reference.text_encoder import TextEncoder
@@ -82,7 +73,7 @@ class TransformerTask:
         machine: Machine,
     ) -> None:
         self.config, self.model, self.recipe, self.machine = config, model, recipe, machine
-        self.tokenizer = tokenizer.to(machine.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self.tokenizer = tokenizer.to(machine.device, memory_format=machine.memory_format)  # pyright: ignore[reportCallIssue]
         self.text = TextEncoder(model.text_encoder, vocabulary)
         self._forward = torch.compile(model.transformer) if machine.compiled else model.transformer
 
@@ -137,11 +128,12 @@ class TransformerTask:
         )
         pairs = [(edit, np.asarray(picture)) for edit, picture in zip(edits, results, strict=True)]
         inside = [psnr(edit.target, picture, edit.mask) for edit, picture in pairs]
-        outside = [psnr(edit.target, picture, ~edit.mask) for edit, picture in pairs]
+        local = [(edit, picture) for edit, picture in pairs if not edit.mask.all()]
+        outside = [psnr(edit.target, picture, ~edit.mask) for edit, picture in local]
         rows = [(edit.source, picture, edit.target) for edit, picture in pairs]
         scores = {
             "psnr_inside": sum(inside) / len(inside),
-            "psnr_outside": sum(outside) / len(outside),
+            "psnr_outside": sum(outside) / max(len(outside), 1),
         }
         return scores, contact_sheet(rows, [edit.instruction for edit in edits], columns=2)
 
@@ -190,39 +182,18 @@ def build(
 
 
 @click.command()
-@click.option("--run", type=click.Path(path_type=Path), default=DEFAULT_RUN, show_default=True)
 @click.option("--tokenizer", type=click.Path(exists=True, path_type=Path), required=True)
-@click.option("--steps", default=RECIPE.steps, show_default=True)
-@click.option("--batch", default=RECIPE.batch, show_default=True)
-@click.option("--learning-rate", default=RECIPE.learning_rate, show_default=True)
 @click.option(
     "--conditioning", type=click.Choice(["sar", "finest", "full"]), default="sar", show_default=True
 )
-@click.option("--check-gradients", "only_check", is_flag=True, help="Check the fast path and stop.")
-@machine_options
-def main(
-    run: Path,
-    tokenizer: Path,
-    steps: int,
-    batch: int,
-    learning_rate: float,
-    conditioning: Conditioning,
-    only_check: bool,
-    **options: Any,
-) -> None:
+@training_options(RECIPE, DEFAULT_RUN)
+def main(tokenizer: Path, conditioning: Conditioning, **options: Any) -> None:
     """Train nano's transformer on a trained tokenizer, or go on with a run that was stopped."""
-    machine, _ = split_options(options)
-    recipe = replace(RECIPE, steps=steps, batch=batch, learning_rate=learning_rate)
     config = nano(conditioning)
-    task = build(config, load_tokenizer(tokenizer, config.tokenizer), recipe, machine)
-    if only_check:
-        cosine, ratio = check_gradients(task)
-        click.echo(f"cosine to eager fp32 {cosine:.6f}, norm {ratio:.4f} times")
-        return
-    folder = RunFolder(run)
+    coder = load_tokenizer(tokenizer, config.tokenizer)
     digest = sha256(tokenizer.read_bytes()).hexdigest()
-    folder.keep_options(recorded(recipe) | {"conditioning": conditioning, "tokenizer": digest})
-    train(task, recipe, machine, folder)
+    learns = {"conditioning": conditioning, "tokenizer": digest}
+    run_training(partial(build, config, coder), RECIPE, learns, **options)
 
 
 if __name__ == "__main__":

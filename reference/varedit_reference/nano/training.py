@@ -1,7 +1,8 @@
 """The training loop that tokenizer and transformer share."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -50,6 +51,11 @@ class Machine:
     log_every: int = 20
     save_every: int = 200
     report_every: int = 500
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """Of the tokenizer's convolutions: the faster one, measured forward and backward."""
+        return torch.channels_last if self.device == "cuda" else torch.contiguous_format
 
 
 class Task(Protocol[Batch]):
@@ -197,9 +203,16 @@ def _due(step: int, every: int, recipe: Recipe) -> bool:
     return step % every == 0 or step == recipe.steps
 
 
-def machine_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The command-line options of `Machine`."""
+def training_options(recipe: Recipe, run: Path) -> Callable[..., Any]:
+    """The command-line options of both trainers, for `run_training`."""
+    path = click.Path(path_type=Path)
     options = [
+        click.option("--run", type=path, default=run, show_default=True, help="The run's folder."),
+        click.option("--steps", default=recipe.steps, show_default=True),
+        click.option("--batch", default=recipe.batch, show_default=True),
+        click.option("--learning-rate", default=recipe.learning_rate, show_default=True),
+        click.option("--start-from", type=path, help="A run with whose averaged weights to start."),
+        click.option("--check-gradients", is_flag=True, help="Check the fast path and stop."),
         click.option("--device", default="cpu", show_default=True, help="cpu or cuda."),
         click.option("--workers", default=0, show_default=True, help="Processes that draw ahead."),
         click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32"),
@@ -208,9 +221,40 @@ def machine_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--save-every", default=200, show_default=True, help="Steps."),
         click.option("--report-every", default=500, show_default=True, help="Steps."),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+def run_training(
+    build: Callable[[Recipe, Machine], Task[Any]],
+    recipe: Recipe,
+    learns: Mapping[str, Any],
+    **options: Any,
+) -> None:
+    """Train as the command line says, or go on with a run that was stopped.
+
+    learns: what the run folder records besides the recipe.
+    """
+    machine, options = split_options(options)
+    chosen = {name: options[name] for name in ("steps", "batch", "learning_rate")}
+    recipe = replace(recipe, **chosen)
+    task = build(recipe, machine)
+    if options["check_gradients"]:
+        cosine, ratio = check_gradients(task)
+        click.echo(f"cosine to eager fp32 {cosine:.6f}, norm {ratio:.4f} times")
+        return
+    folder = RunFolder(options["run"])
+    if options["start_from"] is not None:
+        start = RunFolder(options["start_from"])
+        start.load_averaged(task.model)
+        learns = {**learns, "start_from": sha256(start.checkpoint.read_bytes()).hexdigest()}
+    folder.keep_options({**asdict(recipe), **learns})
+    train(task, recipe, machine, folder)
 
 
 def split_options(options: Mapping[str, Any]) -> tuple[Machine, dict[str, Any]]:
@@ -218,8 +262,3 @@ def split_options(options: Mapping[str, Any]) -> tuple[Machine, dict[str, Any]]:
     names = {f.name for f in fields(Machine)}
     machine = Machine(**{name: value for name, value in options.items() if name in names})
     return machine, {name: value for name, value in options.items() if name not in names}
-
-
-def recorded(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as the run folder keeps it."""
-    return asdict(recipe)
