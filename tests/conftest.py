@@ -5,6 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from varedit_export import trace
+from varedit_export.stages import Stage
 
 RECORDINGS = Path(__file__).parent / "golden"
 
@@ -13,6 +17,24 @@ RECORDINGS = Path(__file__).parent / "golden"
 def one_thread() -> None:
     """Small products are faster on one thread; tests of threads set their own number."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def stages_are_traced_once() -> Iterator[None]:
+    """Tests build the same few models again and again; tracing them is most of a small build."""
+    templates: dict[tuple[object, ...], trace.Template] = {}
+
+    def traced(stage: Stage, fake: FakeTensorMode) -> trace.Template:
+        text = getattr(stage, "text_encoder", None)
+        key = (stage.name, stage.shapes, text and text.config)
+        if key not in templates:
+            templates[key] = original(stage, fake)
+        return templates[key]
+
+    original = trace.trace
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trace, "trace", traced)
+        yield
 
 
 @pytest.fixture(autouse=True)

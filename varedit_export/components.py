@@ -1,6 +1,5 @@
 """The components of a bundle: graphs' weights, one file each, shared by all graphs."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from varedit_export.trace import StoredWeight
 from varedit_reference.config import TransformerConfig
 from varedit_reference.rotary import full_rotation
 from varedit_reference.tokenizer import Tokenizer
-from varedit_reference.weights_file import write_safetensors
+from varedit_reference.weights_file import read_layout, write_safetensors
 
 WEIGHTS = "weights"  # the folder of weights, beside the graphs
 
@@ -45,26 +44,20 @@ class Component:
         """Bytes of all weights."""
         return sum(tensor.nbytes for tensor in self.module.state_dict().values())
 
-    def write(self, graphs: Path, metadata: Mapping[str, str]) -> None:
-        """Write the file into the folder of graphs, streaming."""
+    def write(self, graphs: Path, metadata: Mapping[str, str], made_from: str) -> None:
+        """Write the file into the folder of graphs, streaming.
+
+        made_from: stands for all that it is made from; a file cut short is gone on with.
+        """
         layout = self.module.state_dict()
-        write_safetensors(graphs / self.location, layout, self.make, metadata)
+        write_safetensors(graphs / self.location, layout, self.make, metadata, made_from)
 
     def stored(self, graphs: Path) -> dict[str, StoredWeight]:
         """Where each weight lies in the written file, by the name that stages know it by."""
-        with (graphs / self.location).open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
         prefix = f"{self.attribute}." if self.attribute else ""
         return {
-            prefix + name: StoredWeight(
-                name,
-                self.location,
-                8 + length + entry["data_offsets"][0],
-                entry["data_offsets"][1] - entry["data_offsets"][0],
-            )
-            for name, entry in header.items()
+            prefix + name: StoredWeight(name, self.location, start, tensor.nbytes)
+            for name, (tensor, start) in read_layout(graphs / self.location).items()
         }
 
 

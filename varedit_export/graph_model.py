@@ -83,7 +83,7 @@ class Block(nn.Module):
         self.projection = Product(width, width, dtype)
         self.cross_norm = Affine(width)
         self.cross_query = Product(width, width, dtype)
-        self.cross_kv = Product(width, 2 * width, dtype)
+        self.cross_kv = TextKeysValues(config, dtype)
         self.cross_projection = Product(width, width, dtype)
         self.mlp_up = Product(width, config.mlp_width, dtype)
         self.mlp_down = Product(config.mlp_width, width, dtype)
@@ -98,11 +98,6 @@ class Block(nn.Module):
         x_RLC = x_RLC + self._attend_text(self.cross_norm(x_RLC), text, index)
         hidden = F.gelu(self.mlp_up(layer_norm(x_RLC) * scale2 + shift2), approximate="tanh")
         return x_RLC + gamma2 * self.mlp_down(hidden).float(), keys, values
-
-    def project_text(self, memory_RTC: Tensor) -> tuple[Tensor, Tensor]:
-        """The text's memory -> keys [R, H, D, T] and values [R, H, T, D]."""
-        k, v = (x.unflatten(-1, (self.heads, -1)) for x in split(self.cross_kv(memory_RTC), 2))
-        return k.permute(0, 2, 3, 1), v.transpose(1, 2)
 
     def _attend(
         self, x_RLC: Tensor, cos: Tensor, sin: Tensor, past: Past
@@ -153,7 +148,23 @@ class Product(nn.Module):
         self.bias = parameter(channels, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.to(self.weight.dtype) @ self.weight + self.bias
+        return product(x, self.weight, self.bias)
+
+
+class TextKeysValues(nn.Module):
+    """The keys and values of the text that a block attends to."""
+
+    def __init__(self, config: TransformerConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.weight = parameter(config.width, 2 * config.width, dtype=dtype)
+        self.bias = parameter(2 * config.width, dtype=dtype)
+
+    def forward(self, memory_RTC: Tensor) -> tuple[Tensor, Tensor]:
+        """The text's memory -> keys [R, H, D, T] and values [R, H, T, D]."""
+        keys_values = product(memory_RTC, self.weight, self.bias)
+        k, v = (x.unflatten(-1, (self.heads, -1)) for x in split(keys_values, 2))
+        return k.permute(0, 2, 3, 1), v.transpose(1, 2)
 
 
 class Affine(nn.Module):
@@ -166,6 +177,10 @@ class Affine(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, 1e-6)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return x.to(weight.dtype) @ weight + bias
 
 
 def attention(

@@ -12,9 +12,10 @@ bits of a tokenizer position, p positions along a token's side, N positions alon
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import sqrt
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,9 @@ from varedit_reference.quantisation import positions
 from varedit_reference.sampling import NUCLEUS
 from varedit_reference.tokenizer import Tokenizer
 from varedit_runtime.resizing import bilinear_matrix
+
+LENGTHS = ("h", "w", "next_h", "next_w", "reference", "past_0", "past")  # symbolic dimensions
+Kind = Literal["first", "middle", "last"]
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ class Stage(nn.Module, ABC):
     """A graph. Subclasses compute named outputs from named inputs."""
 
     name: str
+    shapes: Shapes
 
     @abstractmethod
     def inputs(self) -> dict[str, Spec]:
@@ -184,7 +189,7 @@ class ConditionStage(Stage):
             "text_bias": bias_RT[:, None, None],
         }
         for i, block in enumerate(model.blocks):
-            keys, values = block.project_text(memory_RTC)
+            keys, values = block.cross_kv(memory_RTC)
             outputs |= {f"cross_key.{i}": keys, f"cross_value.{i}": values}
         return outputs
 
@@ -201,22 +206,13 @@ class PositionTable(nn.Module):
 
     def source(self) -> tuple[Tensor, Tensor]:
         """cos and sin [S, 1, D/2] of the source's tokens."""
-        return self._slice(0, source_length(self.config))
-
-    def scale(self, scale: int) -> tuple[Tensor, Tensor]:
-        """Of a target scale's tokens."""
-        grids = self.config.grids
-        start = source_length(self.config) + sum(r * c for r, c in grids[:scale])
-        return self._slice(start, grids[scale][0] * grids[scale][1])
+        tokens = source_length(self.config)
+        return self.cos[:tokens, None], self.sin[:tokens, None]
 
     def at(self, first: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Of as many tokens as there are, from the given place [1] on."""
         places = first + torch.arange(tokens.shape[1])
         return self.cos[places][:, None], self.sin[places][:, None]
-
-    def _slice(self, start: int, length: int) -> tuple[Tensor, Tensor]:
-        part = slice(start, start + length)
-        return self.cos[part, None], self.sin[part, None]
 
 
 class PrefillStage(Stage):
@@ -298,39 +294,92 @@ class Geometry:
 
 
 class ScaleStage(Stage):
-    """One scale: its keys and values, guided logits, bits, the running sum, the next tokens."""
+    """One scale: its keys and values, guided logits, bits, the running sum, the next tokens.
 
-    def __init__(
-        self, shapes: Shapes, model: GraphTransformer, table: PositionTable, scale: int
-    ) -> None:
+    A template of the first scale, of the last, or of any between. What one scale does not share
+    with all of its kind comes in as inputs, or as symbolic lengths; `Scale` fills it in.
+    """
+
+    def __init__(self, shapes: Shapes, model: GraphTransformer, kind: Kind) -> None:
         super().__init__()
-        self.name = f"scale_{scale:02}"
-        self.shapes, self.model, self.table, self.scale = shapes, model, table, scale
-        self.grid = shapes.config.transformer.grids[scale]
-        self.up, self.down = scale_matrices(shapes, scale)
+        self.name = f"{kind}_scale"
+        self.shapes, self.model = shapes, model
+        self.kind: Kind = kind
+        index = 0 if kind == "first" else len(shapes.config.transformer.grids) - 1
+        known = {} if kind == "middle" else scale_sizes(shapes.config.transformer, index)
+        self.sizes: dict[str, int | str] = {name: known.get(name, name) for name in LENGTHS}
 
     def inputs(self) -> dict[str, Spec]:
-        grids = self.shapes.config.transformer.grids
-        before = sum(rows * columns for rows, columns in grids[: self.scale])
-        source = grids[-1][0] * grids[-1][1]
-        first = {"start": _start(self.shapes)}
-        later = {"tokens": _tokens(self.shapes, *self.grid), "running_sum": self.shapes.map()}
+        transformer = self.shapes.config.transformer
+        grid = self.sizes["h"], self.sizes["w"]
+        inputs = {"start": _start(self.shapes)}
+        if self.kind != "first":
+            inputs = {"tokens": _tokens(self.shapes, *grid), "running_sum": self.shapes.map()}
+        angles = Spec(torch.float32, (*grid, transformer.head_width // 2))
+        inputs |= {"level": Spec(torch.float32, (transformer.width,)), "cos": angles, "sin": angles}
+        if self.kind != "last":
+            inputs |= _resampling_inputs(self.shapes, self.sizes)
+        lengths = (self.sizes[name] for name in ("reference", "past_0", "past"))
         return {
-            **(later if self.scale else first),
-            **_sampling_inputs(self.shapes, *self.grid),
+            **inputs,
+            **_sampling_inputs(self.shapes, *grid),
             **_text_inputs(self.shapes, head=True),
-            **_past_inputs(self.shapes, self.grid[0] * self.grid[1], before, source + before),
+            **_past_inputs(self.shapes, *lengths),
         }
 
     def compute(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
-        model = self.model
-        level = model.level_embedding[self.scale]
-        geometry = Geometry(level, *self.table.scale(self.scale), self.up, self.down)
-        if self.scale == 0:
-            return _predict(self.shapes, model, given["start"], geometry, self.grid, None, given)
-        x_RLC = _embed(self.shapes, model, given["tokens"])
-        total = given["running_sum"]
-        return _predict(self.shapes, model, x_RLC, geometry, self.grid, total, given)
+        up, down = (None, None) if self.kind == "last" else _resampling(given)
+        cos, sin = (given[name].flatten(0, 1)[:, None] for name in ("cos", "sin"))
+        geometry = Geometry(given["level"], cos, sin, up, down)
+        tokens, total = given.get("tokens"), given.get("running_sum")
+        x_RLC = given["start"] if tokens is None else _embed(self.shapes, self.model, tokens)
+        grid = given["noise"].shape[1], given["noise"].shape[2]
+        return _predict(self.shapes, self.model, x_RLC, geometry, grid, total, given)
+
+
+@dataclass(frozen=True)
+class WeightPart:
+    """Some bytes of a stored weight, by the parameter's name."""
+
+    weight: str
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What makes a template (`ScaleStage`) the static graph of one scale.
+
+    sizes: its symbolic lengths; constants: inputs that become constants; parts: inputs that become
+    parts of weights: the level's embedding and the rotary tables' rows.
+    """
+
+    name: str
+    kind: Kind
+    sizes: dict[str, int]
+    constants: dict[str, Tensor]
+    parts: dict[str, WeightPart]
+
+
+def scale(shapes: Shapes, index: int) -> Scale:
+    """A scale of the variant."""
+    transformer = shapes.config.transformer
+    last = len(transformer.grids) - 1
+    sizes = scale_sizes(transformer, index)
+    row = transformer.head_width // 2 * torch.float32.itemsize
+    rows = sizes["past"] * row, transformer.lengths[index] * row
+    level = transformer.width * torch.float32.itemsize
+    return Scale(
+        f"scale_{index:02}",
+        "first" if index == 0 else "last" if index == last else "middle",
+        sizes,
+        {} if index == last else scale_matrices(shapes, index),
+        {
+            "level": WeightPart("model.level_embedding", index * level, level),
+            "cos": WeightPart("table.cos", *rows),
+            "sin": WeightPart("table.sin", *rows),
+        },
+    )
 
 
 class SymbolicScaleStage(Stage):
@@ -346,7 +395,6 @@ class SymbolicScaleStage(Stage):
         self.shapes, self.model, self.table = shapes, model, table
 
     def inputs(self) -> dict[str, Spec]:
-        patch, (rows, columns) = self.shapes.config.tokenizer.patch, self.shapes.positions
         return {
             "tokens": _tokens(self.shapes, "h", "w"),
             "running_sum": self.shapes.map(),
@@ -354,10 +402,7 @@ class SymbolicScaleStage(Stage):
             "is_first": Spec(torch.bool, (1,)),
             "level": Spec(torch.int64, (1,)),
             "first_position": Spec(torch.int64, (1,)),
-            "up_rows": Spec(torch.float32, (rows, "h", patch)),
-            "up_columns": Spec(torch.float32, (columns, "w", patch)),
-            "down_rows": Spec(torch.float32, ("next_h", patch, rows)),
-            "down_columns": Spec(torch.float32, ("next_w", patch, columns)),
+            **_resampling_inputs(self.shapes, {name: name for name in LENGTHS}),
             **_sampling_inputs(self.shapes, "h", "w"),
             **_text_inputs(self.shapes, head=True),
             **_past_inputs(self.shapes, "reference", "past_0", "past"),
@@ -367,32 +412,41 @@ class SymbolicScaleStage(Stage):
         model = self.model
         x_RLC = _embed(self.shapes, model, given["tokens"])
         cos, sin = self.table.at(given["first_position"], x_RLC)
-        geometry = Geometry(
-            level=model.level_embedding[given["level"]],
-            cos=cos,
-            sin=sin,
-            up=(given["up_rows"].flatten(1), given["up_columns"].flatten(1)),
-            down=(given["down_rows"].flatten(0, 1), given["down_columns"].flatten(0, 1)),
-        )
+        level = model.level_embedding[given["level"]]
+        geometry = Geometry(level, cos, sin, *_resampling(given))
         x_RLC = torch.where(given["is_first"], given["start"], x_RLC)
         grid = given["tokens"].shape[1], given["tokens"].shape[2]
         total = given["running_sum"]
         return _predict(self.shapes, model, x_RLC, geometry, grid, total, given)
 
 
-def scale_matrices(
-    shapes: Shapes, scale: int
-) -> tuple[tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor] | None]:
+def scale_sizes(config: TransformerConfig, index: int) -> dict[str, int]:
+    """What the symbolic lengths are at a scale: its grid, the next one, and what came before."""
+    grids = config.grids
+    before = sum(config.lengths[:index])
+    sizes = {
+        "h": grids[index][0],
+        "w": grids[index][1],
+        "reference": config.lengths[index],
+        "past_0": before,
+        "past": source_length(config) + before,
+    }
+    if index + 1 < len(grids):
+        sizes |= {"next_h": grids[index + 1][0], "next_w": grids[index + 1][1]}
+    return sizes
+
+
+def scale_matrices(shapes: Shapes, index: int) -> dict[str, Tensor]:
     """The resizing matrices of a scale: up to the finest grid, down to the next scale's."""
     grids, patch = shapes.config.transformer.grids, shapes.config.tokenizer.patch
-    if scale == len(grids) - 1:
-        return None, None
     finest = shapes.positions
-    own, following = (positions(grid, patch) for grid in grids[scale : scale + 2])
-    return (
-        (_bilinear(finest[0], own[0]), _bilinear(finest[1], own[1])),
-        (_bilinear(following[0], finest[0]), _bilinear(following[1], finest[1])),
-    )
+    own, following = (positions(grid, patch) for grid in grids[index : index + 2])
+    return {
+        "up_rows": _bilinear(finest[0], own[0]).unflatten(1, (-1, patch)),
+        "up_columns": _bilinear(finest[1], own[1]).unflatten(1, (-1, patch)),
+        "down_rows": _bilinear(following[0], finest[0]).unflatten(0, (-1, patch)),
+        "down_columns": _bilinear(following[1], finest[1]).unflatten(0, (-1, patch)),
+    }
 
 
 def area_matrix(size: int, size_in: int) -> Tensor:
@@ -488,6 +542,23 @@ def _to_tokens(map_BdNN: Tensor, patch: int) -> Tensor:
     """[B, d, h·p, w·p] -> tokens [B, h, w, c], as pixel_unshuffle does."""
     patches = map_BdNN.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))
     return patches.permute(0, 2, 4, 1, 3, 5).flatten(3)
+
+
+def _resampling_inputs(shapes: Shapes, sizes: Mapping[str, int | str]) -> dict[str, Spec]:
+    """Resizing matrices of a scale that is not the last; positions by token and place in it."""
+    patch, (rows, columns) = shapes.config.tokenizer.patch, shapes.positions
+    return {
+        "up_rows": Spec(torch.float32, (rows, sizes["h"], patch)),
+        "up_columns": Spec(torch.float32, (columns, sizes["w"], patch)),
+        "down_rows": Spec(torch.float32, (sizes["next_h"], patch, rows)),
+        "down_columns": Spec(torch.float32, (sizes["next_w"], patch, columns)),
+    }
+
+
+def _resampling(given: dict[str, Tensor]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Up [out, in] and down [out, in], rows and columns each."""
+    up = given["up_rows"].flatten(1), given["up_columns"].flatten(1)
+    return up, (given["down_rows"].flatten(0, 1), given["down_columns"].flatten(0, 1))
 
 
 def _uses_references(shapes: Shapes) -> bool:

@@ -1,0 +1,7 @@
+"""Errors of the exporter alone."""
+
+from varedit_runtime.errors import VareditError
+
+
+class ExportError(VareditError):
+    """A graph did not come out as it must; the message names it."""
