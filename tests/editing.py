@@ -6,16 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
 
 import numpy as np
 import torch
-from bundles import bundle_config, quiet, random_weights, request, small_bundle
+from bundles import built, bundle_config, random_weights, request, small_bundle
 from PIL import Image
 from torch import Tensor
 from transformers import T5Config, T5EncoderModel
 
-from varedit_export.build import Plan, build
+from varedit_export.build import Plan
 from varedit_export.sources import random_sources
 from varedit_export.verify import Reference
 from varedit_reference.agreement import compare_until_tie
@@ -50,10 +49,11 @@ def plain_config() -> ModelConfig:
 
 
 def _built(name: str, config: ModelConfig, batch: int, guided: bool) -> Path:
-    target = Path(mkdtemp(prefix="varedit-tests-")) / name
-    wanted = replace(request(target), config=config, batch=batch, guided=guided)
-    build(Plan(wanted, random_sources(config, seed=0)), quiet)
-    return target
+    def plan(target: Path) -> Plan:
+        wanted = replace(request(target), config=config, batch=batch, guided=guided)
+        return Plan(wanted, random_sources(config, seed=0))
+
+    return built(name, plan)
 
 
 def changed_bundle(folder: Path, change: Callable[[Manifest], Manifest]) -> Path:

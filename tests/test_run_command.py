@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from varedit_reference.scale_loop import predict_scales, seeded
-from varedit_runtime import bench, locate
+from varedit_runtime import bench
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.cli import main
 from varedit_runtime.editor import Editor
@@ -137,13 +137,6 @@ def test_the_bundle_is_found_and_told(photo: Path, monkeypatch: pytest.MonkeyPat
     assert done.stderr == f"bundle: {small_bundle()} ({why})\n"
 
 
-def test_without_any_bundle_the_error_says_how_to_build_one(
-    photo: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(locate, "find", lambda named: locate.Found(None, "nothing"))
-    fails(run(photo, "add a hat"), "no bundle .*`varedit-export build`")
-
-
 # The commands beside it
 
 
@@ -210,7 +203,7 @@ REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "seed": (("--seed", "-1"), "the seed is -1"),
     "provider": (("--provider", "tpu"), "there are cpu, cuda"),
     "threads": (("--threads", "0"), "threads is 0"),
-    "bundle": (("--bundle", "missing"), "missing cannot be read"),
+    "bundle": (("--bundle", "missing"), "no bundle at .*missing: build one with `varedit-export"),
     "no bundle": (("--bundle", "."), "is not a bundle"),
     "long negative": (("--negative-prompt", "x" * 99), "100 tokens.*24"),
 }
@@ -367,9 +360,17 @@ def test_bench_tells_where_the_memory_is(measured: tuple[str, dict[str, Any]]) -
     with Editor.open(small_bundle(), threads=1) as editor:
         assert memory["buffers"] == editor.graphs.buffer_bytes
     assert "memory" in table
+    files = [file for file in small_bundle().rglob("*") if file.is_file()]
+    assert memory["disk"] == sum(file.stat().st_size for file in files)
+    assert memory["disk_ratio"] == memory["disk"] / memory["weights"]
+    assert f"{memory['disk_ratio']:.3f} x weights" in table
     if bench.ROLLUP.exists():
         assert 0 < memory["before"] < memory["peak"]
-        assert "peak" in table
+        assert 0 <= memory["activations"] < memory["peak"]
+        assert memory["peak_ratio"] == memory["peak"] / memory["weights"]
+        held = memory["peak"] - memory["buffers"] - memory["activations"]
+        assert memory["held_ratio"] == held / memory["weights"]
+        assert f"peak {memory['peak_ratio']:.2f} x weights" in table
 
 
 def test_memory_is_left_out_where_the_system_does_not_tell(
@@ -380,10 +381,12 @@ def test_memory_is_left_out_where_the_system_does_not_tell(
     with bench.peak_memory() as samples:
         pass
     assert samples == []
-    memory = bench.Memory(None, None, None, 10**6, 2 * 10**6)
     report = bench.measure(small_bundle(), 1, threads=1)
-    assert report.memory.peak is None
-    assert "weights 1 MB, caches 2 MB" in bench.table(replace(report, memory=memory))
+    assert report.memory.peak is report.memory.activations is report.memory.held_ratio is None
+    memory = replace(report.memory, weights=10**6, buffers=2 * 10**6)
+    table = bench.table(replace(report, memory=memory))
+    assert "weights 1 MB, caches 2 MB; the process's own is not told" in table
+    assert "disk" in table
 
 
 @pytest.mark.skipif(not bench.ROLLUP.exists(), reason="the system does not tell")
@@ -436,7 +439,7 @@ def test_quartiles() -> None:
 
 def test_what_cannot_be_measured_is_one_line(tmp_path: Path) -> None:
     fails(run("bench", small_bundle(), "--repeat", 0), "repeat is 0; it must be at least 1")
-    fails(run("bench", tmp_path / "missing"), "missing cannot be read")
+    fails(run("bench", tmp_path / "missing"), "there is no bundle at .*missing")
     fails(run("bench", small_bundle(), "--json", tmp_path / "no" / "b.json"), "there is no folder")
     with pytest.raises(ConfigError, match="cannot be written"):
         report = bench.measure(small_bundle(), 1, threads=1)

@@ -11,7 +11,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from varedit_runtime.command import CommandGroup, debug_option
-from varedit_runtime.errors import BundleError, ConfigError
+from varedit_runtime.errors import ConfigError
 from varedit_runtime.grids import (
     ASPECT_RATIOS,
     RESOLUTIONS,
@@ -78,9 +78,10 @@ def main() -> None:
     varedit-run bench bundles/2b-512 --repeat 5
 
     The result goes beside the picture, as photo-edited.png. The bundle is the one named by
-    --bundle or the environment variable VAREDIT_BUNDLE, else the last one built, else nano, which
-    is embedded. X is a number or one per scale, coarse to fine, separated by commas; by default
-    the bundle's own. A picture that is called like a command is written ./bench.
+    --bundle or the environment variable VAREDIT_BUNDLE, else the last one built, else nano, a small
+    model for drawn scenes that comes with this program. X is a number or one per scale, coarse to
+    fine, separated by commas; by default the bundle's own. A picture that is called like a command
+    is written ./bench.
     """
 
 
@@ -106,6 +107,9 @@ def edit(image: Path, instruction: str, output: Path | None, **options: Any) -> 
 
     X is a number, or one per scale, coarse to fine, separated by commas; by default the bundle's
     own.
+
+    \b
+    varedit-run photo.png "add a hat" --seed 7
     """
     from varedit_runtime.editor import Editor
     from varedit_runtime.pictures import open_picture, save_picture, side_by_side
@@ -171,10 +175,10 @@ def bench(
     \b
     varedit-run bench bundles/2b-512 --repeat 10 --threads 2 --json bench.json
     """
-    from varedit_runtime.bench import measure, table, write_report
+    from varedit_runtime.bench import check_report, measure, table, write_report
 
-    if json_file is not None and not json_file.parent.is_dir():
-        raise ConfigError(f"{json_file} cannot be written: there is no folder {json_file.parent}")
+    if json_file is not None:
+        check_report(json_file)
     report = measure(bundle, repeat, provider, threads)
     click.echo(table(report))
     if json_file is not None:
@@ -194,7 +198,11 @@ def bench(
 @click.option("--aspect", default="1:1", show_default=True, help="height:width, see `grids`.")
 @debug_option
 def prepare(image: Path, output: Path, res: int, aspect: str) -> None:
-    """Write IMAGE as a model will see it: upright, sRGB, padded with white, resized."""
+    """Write IMAGE as a model will see it: upright, sRGB, padded with white, resized.
+
+    \b
+    varedit-run prepare photo.jpg -o square.png --res 256
+    """
     from varedit_runtime.pictures import open_picture, pad_and_resize, save_picture
 
     size = picture_size(res, aspect)
@@ -209,6 +217,9 @@ def grids() -> None:
     """List resolutions and aspect ratios, and the token grid of every scale.
 
     All are height first. No model was trained on the ones called untrained.
+
+    \b
+    varedit-run grids | grep 3:2
     """
     for resolution in RESOLUTIONS:
         for aspect in ASPECT_RATIOS:
@@ -224,11 +235,6 @@ def _find_bundle(named: Path | None) -> tuple[Path, str]:
     from varedit_runtime.locate import find
 
     found = find(named)
-    if found.path is None:
-        raise BundleError(
-            "there is no bundle to edit with, not even the embedded nano: build one with "
-            "`varedit-export build`, or name one with --bundle"
-        )
     click.echo(f"bundle: {found.path} ({found.why})", err=True)
     return found.path, found.why
 

@@ -1,0 +1,49 @@
+"""Ctrl-C while native code runs."""
+
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def stopped_by_interrupt(stop: Callable[[], None]) -> Iterator[None]:
+    """Call `stop`, on a thread of its own, as soon as Ctrl-C is pressed while the block runs.
+
+    Python itself raises KeyboardInterrupt only once native code returns, which for a graph may
+    take minutes. Signals reach the main thread alone: on others, and where the program already
+    watches its signals (asyncio does), the block just runs.
+    """
+    told, telling = socket.socketpair()
+    with told, telling:
+        telling.setblocking(False)
+        if not _take_wakeup(telling):
+            yield
+            return
+        watcher = threading.Thread(target=_watch, args=(told, stop), daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(-1)
+            telling.shutdown(socket.SHUT_WR)
+            watcher.join()
+
+
+def _take_wakeup(telling: socket.socket) -> bool:
+    """Have signals written to the socket, if nobody else has."""
+    if threading.current_thread() is not threading.main_thread():
+        return False
+    previous = signal.set_wakeup_fd(telling.fileno(), warn_on_full_buffer=False)
+    if previous == -1:
+        return True
+    signal.set_wakeup_fd(previous)
+    return False
+
+
+def _watch(told: socket.socket, stop: Callable[[], None]) -> None:
+    """Reads the numbers of the signals that arrive, until the other end closes."""
+    while numbers := told.recv(1):
+        if numbers[0] == signal.SIGINT:
+            stop()

@@ -1,0 +1,80 @@
+"""Ctrl-C while a graph runs."""
+
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from varedit_runtime.interrupt import stopped_by_interrupt
+from varedit_runtime.onnx_backend import Buffer, Session
+
+SIZE, NODES = 512, 20000  # a minute or more of matrix products
+
+
+@pytest.fixture(scope="module")
+def long_session() -> Session:
+    start = ir.Value(
+        name="start", shape=ir.Shape([SIZE, SIZE]), type=ir.TensorType(ir.DataType.FLOAT)
+    )
+    nodes, value = [], start
+    for _ in range(NODES):
+        nodes.append(ir.node("MatMul", [value, start]))
+        value = nodes[-1].outputs[0]
+    value.name, value.shape, value.type = "end", start.shape, start.type
+    graph = ir.Graph([start], [value], nodes=nodes, opset_imports={"": 20}, name="long")
+    model = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
+    return Session("long", model, Path("."), "cpu", 1)
+
+
+@contextmanager
+def pressed_after(seconds: float) -> Iterator[None]:
+    timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    yield
+    timer.join()
+
+
+def test_a_running_graph_is_stopped(long_session: Session) -> None:
+    end = Buffer((SIZE, SIZE), "float32", "cpu")
+    end.fill(7)
+    with pressed_after(0.5), pytest.raises(KeyboardInterrupt):
+        long_session.run({"start": np.eye(SIZE, dtype=np.float32)}, {"end": end.part()})
+    assert (end.read((SIZE, SIZE)) == 7).all()  # it never came to its end
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_a_program_that_watches_its_signals_keeps_them() -> None:
+    told, telling = socket.socketpair()
+    stopped: list[bool] = []
+    with told, telling:
+        telling.setblocking(False)
+        signal.set_wakeup_fd(telling.fileno())
+        try:
+            with (
+                pytest.raises(KeyboardInterrupt),
+                stopped_by_interrupt(lambda: stopped.append(True)),
+            ):
+                signal.raise_signal(signal.SIGINT)
+            assert told.recv(1)[0] == signal.SIGINT and not stopped
+        finally:
+            signal.set_wakeup_fd(-1)
+
+
+def test_other_threads_just_run() -> None:
+    done: list[bool] = []
+
+    def work() -> None:
+        with stopped_by_interrupt(lambda: None):
+            done.append(True)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert done
