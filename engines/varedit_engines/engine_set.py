@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 from msgspec import Struct
 
 from varedit_engines.publish import Staging
@@ -52,11 +53,25 @@ class Recipe(Struct, frozen=True, forbid_unknown_fields=True):
         return hashlib.sha256(canonical_json(self)).hexdigest()
 
 
+class EngineWeight(Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
+    """An input of an engine that is a weight: bytes of one of the bundle's files."""
+
+    name: str
+    file: str
+    offset: int
+    length: int
+
+
 class EngineSetManifest(FolderManifest, frozen=True):
-    """The manifest of an engine set. plans: every stage's compiled engine, a file in the set."""
+    """The manifest of an engine set.
+
+    plans: every stage's compiled engine, a file in the set; weights: the inputs of each that are
+    weights, where these are not inside.
+    """
 
     recipe: Recipe
     plans: dict[Name, str]
+    weights: dict[Name, tuple[EngineWeight, ...]] = msgspec.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,0 +1,132 @@
+"""ONNX graphs -> compiled engines, by TensorRT or TensorRT for RTX: one code path for both.
+
+Where the weights of the graphs go is the layout:
+
+    external   inputs of the engines, filled from the bundle's own files: small plans, one copy of
+               the weights whatever the number of scales, and other weights need no compilation
+    profiles   inside; one engine, with a profile each, for the prefill and all scales
+    baked      inside; one engine per scale
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from varedit_engines.compiler import Compiler, Progress
+from varedit_engines.engine_set import (
+    EngineCache,
+    EngineSet,
+    EngineSetManifest,
+    Recipe,
+)
+from varedit_engines.network import Sizes, external_inputs, scale_profiles
+from varedit_engines.publish import Staging
+from varedit_runtime.bundle import Bundle, weights_file
+from varedit_runtime.errors import ConfigError
+from varedit_runtime.manifest import Variant
+
+Layout = Literal["external", "profiles", "baked"]
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+TWIN = ("scale", "references")  # with symbolic lengths, for prefill and all scales
+
+
+def stages_of(variant: Variant, layout: Layout) -> list[str]:
+    """The graphs that a layout compiles."""
+    if layout not in LAYOUTS:
+        raise ConfigError(f"there is no layout {layout!r}; there are {', '.join(LAYOUTS)}")
+    static = [stage for stage in variant.graphs if stage not in TWIN]
+    if layout != "profiles":
+        return static
+    scales = {"prefill", *(f"scale_{k:02}" for k in range(len(variant.grids)))}
+    return [stage for stage in variant.graphs if stage not in scales]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Compiling a bundle's first variant in a layout."""
+
+    bundle: Bundle
+    layout: Layout
+    compiler: Compiler
+
+    @property
+    def variant(self) -> Variant:
+        return self.bundle.manifest.variants[0]
+
+    @property
+    def recipe(self) -> Recipe:
+        return EngineCache(self.bundle).recipe(
+            self.variant.name,
+            stages_of(self.variant, self.layout),
+            backend=self.compiler.backend,
+            tools=self.compiler.tools,
+            gpu=self.compiler.gpu,
+            layout=self.layout,
+            flags=self.compiler.flags,
+            baked=() if self.layout == "external" else self.bundle.components,
+        )
+
+    def __str__(self) -> str:
+        """For a person to read before it begins: what the GPU will have to hold."""
+        manifest, scales = self.bundle.manifest, len(self.variant.grids)
+        weights = {name: manifest.files[weights_file(name)].size for name in self.bundle.components}
+        transformer, all_ = weights["transformer"], sum(weights.values())
+        copies = scales + 1 if self.layout == "baked" else 1
+        size = all_ + (copies - 1) * transformer
+        return (
+            f"{len(self.recipe.graphs)} engines for {self.compiler.gpu}, weights {self.layout}: "
+            f"{size / 1e9:.2f} GB of weights on the GPU, {copies}x the transformer's"
+        )
+
+
+def compile_engines(job: Job, progress: Progress) -> EngineSet:
+    """The engines of a bundle: compiled or, where they were before, opened.
+
+    A compilation that was interrupted goes on at the graph it had reached. Raises BackendError when
+    a graph does not compile, BundleError when the bundle is damaged or the disk full.
+    """
+    cache, recipe = EngineCache(job.bundle), job.recipe
+    found = cache.open(recipe)
+    if found is not None:
+        return found
+    if job.layout != "external":
+        job.bundle.verify_weights()
+    with cache.create(recipe) as staging:
+        if cache.open(recipe) is None:  # nobody else compiled them while this process waited
+            _compile_all(job, recipe, staging, progress)
+    engines = cache.open(recipe)
+    assert engines is not None
+    return engines
+
+
+def _compile_all(job: Job, recipe: Recipe, staging: Staging, progress: Progress) -> None:
+    plans, weights = {}, {}
+    for stage in recipe.graphs:
+        plans[stage] = file = f"{stage}.plan"
+        graph = job.bundle.graph_bytes(job.variant.name, stage)
+        if job.layout == "external":
+            graph, weights[stage] = external_inputs(graph)
+        if not staging.kept(file, recipe.key):
+            shapes = _profiles(job, stage)
+            folder = job.bundle.graphs_folder
+            plan = job.compiler.compile(stage, graph, folder, shapes, progress)
+            staging.file(file).write_bytes(plan)
+            staging.record(file, recipe.key)
+    staging.publish(
+        EngineSetManifest(files=staging.files, recipe=recipe, plans=plans, weights=weights)
+    )
+
+
+def _profiles(job: Job, stage: str) -> list[Mapping[str, tuple[int, ...]]]:
+    """The shape of every input, in every profile of a graph with symbolic lengths; else none."""
+    specs = job.variant.graphs[stage].inputs
+    if all(isinstance(size, int) for spec in specs for size in spec.shape):
+        return []
+    return [
+        {spec.name: tuple(_size(size, sizes) for size in spec.shape) for spec in specs}
+        for sizes in scale_profiles(job.variant, job.bundle.manifest.model)
+    ]
+
+
+def _size(size: int | str, sizes: Sizes) -> int:
+    return size if isinstance(size, int) else sizes[size]

@@ -1,0 +1,192 @@
+"""One graph -> one compiled engine, with TensorRT or TensorRT for RTX.
+
+TensorRT compiles for the GPU it runs on; TensorRT for RTX for named architectures too, ahead of
+time and without a GPU. Networks are strongly typed: precision is what the graph says.
+"""
+
+import importlib
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, get_args
+
+from varedit_runtime.errors import BackendError, ConfigError, needs_extra
+
+Backend = Literal["tensorrt", "tensorrt-rtx"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
+MODULES: dict[Backend, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+RTX: Backend = "tensorrt-rtx"
+
+# (graph, steps done, steps in all) of the builder's outermost phase
+Progress = Callable[[str, int, int], None]
+
+
+class Compiler:
+    """A backend and how it compiles.
+
+    architectures: of the GPUs to compile for, as in "sm89" (RTX only); none: this machine's GPU.
+    workspace: bytes of GPU memory that a layer may use for itself; optimisation: 0, fast to
+    compile, to 5, fast to run; None leaves either to the library.
+
+    Raises MissingExtraError when the backend is not installed, ConfigError on a backend or an
+    architecture that does not exist, BackendError where there is no GPU and none was named.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        architectures: Sequence[str] = (),
+        workspace: int | None = None,
+        optimisation: int | None = None,
+    ) -> None:
+        if backend not in BACKENDS:
+            raise ConfigError(f"there is no backend {backend!r}; there are {', '.join(BACKENDS)}")
+        if architectures and backend != RTX:
+            raise ConfigError(f"only {RTX} compiles for named architectures; {backend} for its GPU")
+        with needs_extra(backend):
+            self._trt = importlib.import_module(MODULES[backend])
+        self.backend: Backend = backend
+        self._architectures = [_architecture(self._trt, name) for name in architectures]
+        self.gpu = "+".join(architectures) or this_gpu()
+        self._workspace, self._optimisation = workspace, optimisation
+
+    @property
+    def tools(self) -> dict[str, str]:
+        return {self.backend: str(self._trt.__version__)}
+
+    @property
+    def flags(self) -> dict[str, str]:
+        return {"workspace": str(self._workspace), "optimisation": str(self._optimisation)}
+
+    def compile(
+        self,
+        name: str,
+        graph: bytes,
+        folder: Path,
+        profiles: Sequence[Mapping[str, tuple[int, ...]]],
+        progress: Progress,
+    ) -> bytes:
+        """An ONNX graph, whose weights lie in the folder, as a plan.
+
+        profiles: the shapes of all inputs, one mapping for each fixed profile, none where they are
+        static. Ctrl-C stops it. Raises BackendError when the graph cannot be parsed or compiled.
+        """
+        trt = self._trt
+        messages = _logger(trt)
+        builder = trt.Builder(messages)
+        flag = trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED
+        network = builder.create_network(1 << int(flag))
+        parser = trt.OnnxParser(network, messages)
+        # The bytes that were checked; the path only says where weights lie.
+        if not parser.parse(graph, str(folder / f"{name}.onnx")):
+            errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
+            raise BackendError(f"{self.backend} cannot read graph {name}: {'; '.join(errors)}")
+        config = self._config(builder)
+        for shapes in profiles:
+            config.add_optimization_profile(_fixed_profile(builder, shapes))
+        with _monitored(trt, config, name, progress) as stopped:
+            plan = builder.build_serialized_network(network, config)
+        if stopped.is_set():
+            raise KeyboardInterrupt
+        if plan is None:
+            raise BackendError(
+                f"{self.backend} cannot compile graph {name}: {messages.worst or 'no reason given'}"
+            )
+        return bytes(plan)
+
+    def _config(self, builder: Any) -> Any:
+        trt = self._trt
+        config = builder.create_builder_config()
+        config.clear_flag(trt.BuilderFlag.TF32)
+        if self._workspace is not None:
+            config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, self._workspace)
+        if self._optimisation is not None:
+            config.builder_optimization_level = self._optimisation
+        if self._architectures:
+            config.num_compute_capabilities = len(self._architectures)
+            for i, architecture in enumerate(self._architectures):
+                config.set_compute_capability(architecture, i)
+        return config
+
+
+def this_gpu() -> str:
+    """The architecture of the GPU in use, as in "sm90". Raises BackendError where there is none."""
+    try:
+        core = importlib.import_module("cuda.core")
+        major, minor = core.Device().compute_capability
+    except Exception as error:  # the driver's errors have no common base, and may lack a module
+        raise BackendError(
+            "no NVIDIA GPU can be used here: compile for a named architecture with tensorrt-rtx "
+            "(--architecture sm89), or on a machine with one"
+        ) from error
+    return f"sm{major}{minor}"
+
+
+def _architecture(trt: ModuleType, name: str) -> Any:
+    known = {str(member): member for member in trt.ComputeCapability.__members__}
+    known = {member for member in known if member.startswith("SM")}
+    if name.upper() not in known:
+        names = ", ".join(sorted(member.lower() for member in known))
+        raise ConfigError(f"no architecture is called {name!r}; there are {names}")
+    return trt.ComputeCapability.__members__[name.upper()]
+
+
+def _fixed_profile(builder: Any, shapes: Mapping[str, tuple[int, ...]]) -> Any:
+    profile = builder.create_optimization_profile()
+    for name, shape in shapes.items():
+        profile.set_shape(name, shape, shape, shape)
+    return profile
+
+
+def _logger(trt: ModuleType) -> Any:
+    """Keeps the last error instead of printing anything."""
+
+    class Messages(trt.ILogger):
+        def __init__(self) -> None:
+            super().__init__()
+            self.worst = ""
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+                self.worst = " ".join(message.split())
+
+    return Messages()
+
+
+@contextmanager
+def _monitored(
+    trt: ModuleType, config: Any, name: str, progress: Progress
+) -> Iterator[threading.Event]:
+    """Report the builder's progress, and have Ctrl-C stop it: it then returns nothing."""
+    stopped = threading.Event()
+
+    class Monitor(trt.IProgressMonitor):
+        def __init__(self) -> None:
+            super().__init__()
+            self.steps: dict[str, int] = {}
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            if not parent:
+                self.steps[phase] = steps
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            if phase in self.steps:
+                progress(name, step + 1, self.steps[phase])
+            return not stopped.is_set()
+
+        def phase_finish(self, phase: str) -> None:
+            self.steps.pop(phase, None)
+
+    config.progress_monitor = monitor = Monitor()
+    main = threading.current_thread() is threading.main_thread()
+    # An exception must not pass through the builder's native frames.
+    previous = signal.signal(signal.SIGINT, lambda *_: stopped.set()) if main else None
+    try:
+        yield stopped
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, previous)
+        del monitor

@@ -1,0 +1,228 @@
+"""Compiling engines with TensorRT for RTX, ahead of time and without a GPU."""
+
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+from bundles import half_bundle, small_bundle
+from click.testing import CliRunner
+
+from varedit_engines import compile as compile_module
+from varedit_engines import engine_set
+from varedit_engines.compile import LAYOUTS, Job, Layout, compile_engines, stages_of
+from varedit_engines.compiler import Compiler
+from varedit_engines.engine_set import EngineSet
+from varedit_engines.network import external_inputs, scale_profiles
+from varedit_export.cli import main
+from varedit_runtime.bundle import Bundle
+from varedit_runtime.errors import BackendError, ConfigError, MissingExtraError
+from varedit_runtime.manifest import Precision
+
+ADA = ("sm89",)
+EXTERNAL_BYTES = 8 * 10**6
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("data_folder", "cache_folder"):
+        monkeypatch.setattr(engine_set, name, lambda name=name: tmp_path / name)
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    return Bundle.open(shutil.copytree(small_bundle(), tmp_path / "bundle"))
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The graphs that were compiled, in order."""
+    names: list[str] = []
+    original = Compiler.compile
+
+    def recorded(compiler: Compiler, name: str, *rest: Any) -> bytes:
+        plan = original(compiler, name, *rest)
+        names.append(name)
+        return plan
+
+    monkeypatch.setattr(Compiler, "compile", recorded)
+    return names
+
+
+def quiet(graph: str, done: int, steps: int) -> None:
+    """Progress that is not shown."""
+
+
+def compile_small(bundle: Bundle, layout: Layout = "external", **options: Any) -> EngineSet:
+    compiler = Compiler("tensorrt-rtx", options.pop("architectures", ADA), **options)
+    return compile_engines(Job(bundle, layout, compiler), quiet)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_every_graph_compiles(
+    tmp_path: Path, precision: Precision, layout: Layout, compiled: list[str]
+) -> None:
+    bundle = Bundle.open(shutil.copytree(half_bundle(precision), tmp_path / "bundle"))
+    engines = compile_small(bundle, layout)
+    (variant,) = bundle.manifest.variants
+    weights = {name: bundle.weights_path(name).stat().st_size for name in bundle.components}
+    sizes = {stage: len(engines.plan_bytes(stage)) for stage in stages_of(variant, layout)}
+    assert set(compiled) == set(sizes) == set(engines.manifest.plans)
+    if layout == "external":
+        assert max(sizes.values()) <= EXTERNAL_BYTES
+    if layout == "profiles":
+        assert sizes["scale"] > weights["transformer"]
+        assert {"prefill", "scale_00"}.isdisjoint(sizes)
+    if layout == "baked":
+        assert min(sizes["scale_00"], sizes["scale_02"]) > weights["transformer"] / 2
+
+
+def test_external_weights_are_inputs_that_lie_in_the_bundle(bundle: Bundle) -> None:
+    (variant,) = bundle.manifest.variants
+    for stage in stages_of(variant, "external"):
+        graph, weights = external_inputs(bundle.graph_bytes(variant.name, stage))
+        model = onnx.load_model_from_string(graph)
+        names = [spec.name for spec in variant.graphs[stage].inputs]
+        assert [value.name for value in model.graph.input] == [*names, *(w.name for w in weights)]
+        assert weights
+        for weight in weights:
+            path = bundle.path / weight.file
+            assert weight.offset + weight.length <= path.stat().st_size
+            stored = _stored(path)
+            whole = "level_embedding" if weight.name == "level" else weight.name
+            offset, length = stored[whole]
+            if weight.name in ("level", "cos", "sin"):  # a scale's own part of it
+                assert offset <= weight.offset
+                assert weight.offset + weight.length <= offset + length
+            else:
+                assert (weight.offset, weight.length) == (offset, length)
+
+
+def _stored(path: Path) -> dict[str, tuple[int, int]]:
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header.pop("__metadata__", None)
+    return {
+        name: (8 + length + start, end - start)
+        for name, (start, end) in ((n, entry["data_offsets"]) for n, entry in header.items())
+    }
+
+
+def test_profiles_are_the_shapes_of_the_static_graphs(bundle: Bundle) -> None:
+    (variant,) = bundle.manifest.variants
+    twin = {spec.name: spec.shape for spec in variant.graphs["scale"].inputs}
+    profiles = scale_profiles(variant, bundle.manifest.model)
+    assert len(profiles) == 1 + len(variant.grids)
+    for index, sizes in enumerate(profiles[1:]):
+        static = {s.name: s.shape for s in variant.graphs[f"scale_{index:02}"].inputs}
+        for name in static.keys() & twin.keys() - {"start"}:
+            shape = tuple(n if isinstance(n, int) else sizes[n] for n in twin[name])
+            assert shape == static[name], (index, name)
+    assert profiles[0]["past"] == profiles[0]["reference"] == 0
+
+
+def test_a_second_compilation_compiles_nothing(bundle: Bundle, compiled: list[str]) -> None:
+    engines = compile_small(bundle)
+    compiled.clear()
+    assert compile_small(bundle) == engines and not compiled
+    other = compile_small(bundle, architectures=("sm120",))
+    assert other.path != engines.path and compiled
+
+
+def test_an_interrupted_compilation_goes_on_where_it_was(
+    bundle: Bundle, compiled: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(graph: str, done: int, steps: int) -> None:
+        if len(compiled) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    job = Job(bundle, "external", Compiler("tensorrt-rtx", ADA))
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        compile_engines(job, stop)
+    assert signal.getsignal(signal.SIGINT) is before
+    first = list(compiled)
+    assert len(first) == 3
+    compile_engines(job, quiet)
+    assert sorted(compiled) == sorted(job.recipe.graphs)
+
+
+def test_two_at_once_compile_once(bundle: Bundle, compiled: list[str]) -> None:
+    results: list[EngineSet] = []
+    threads = [
+        threading.Thread(target=lambda: results.append(compile_small(bundle))) for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 2 and results[0] == results[1]
+    assert len(compiled) == len(set(compiled))
+
+
+def test_baked_weights_are_checked_before_they_are_baked(bundle: Bundle) -> None:
+    path = bundle.weights_path("transformer")
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(Exception, match="damaged"):
+        compile_small(bundle, "baked")
+    assert not list(bundle.path.glob("engines/*"))
+
+
+def test_a_graph_that_cannot_be_compiled_says_which() -> None:
+    compiler = Compiler("tensorrt-rtx", ADA)
+    with pytest.raises(BackendError, match="cannot read graph broken"):
+        compiler.compile("broken", b"no graph", Path("."), [], quiet)
+
+
+@pytest.fixture
+def without_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setitem(sys.modules, "cuda.core", None)
+    yield
+
+
+def test_what_cannot_be_is_refused(without_gpu: None) -> None:
+    with pytest.raises(ConfigError, match=r"there are .*sm120"):
+        Compiler("tensorrt-rtx", ["sm1"])
+    with pytest.raises(ConfigError, match="only tensorrt-rtx"):
+        Compiler("tensorrt", ADA)
+    with pytest.raises(ConfigError, match="no backend"):
+        Compiler("openvino")  # type: ignore[arg-type]
+    with pytest.raises(BackendError, match="no NVIDIA GPU"):
+        Compiler("tensorrt-rtx")
+    with pytest.raises(ConfigError, match="no layout"):
+        stages_of(Bundle.open(small_bundle()).manifest.variants[0], "loose")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
+def test_a_backend_that_is_not_installed_is_named(
+    backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, backend.replace("-", "_"), None)
+    with pytest.raises(MissingExtraError, match=rf"varedit-export\[{backend}\]"):
+        Compiler(backend)
+
+
+def test_the_command(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr(
+        compile_module, "compile_engines", lambda job, progress: shown.append(str(job)) or _none()
+    )
+    arguments = ["engines", str(bundle.path), "--backend", "tensorrt-rtx", "--architecture", "sm89"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 1 and "not compiled" in result.output
+    assert "weights external" in result.output and len(shown) == 1
+
+
+def _none() -> EngineSet:
+    raise BackendError("not compiled")
