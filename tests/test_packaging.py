@@ -59,6 +59,29 @@ def test_the_wheel_installs_four_import_names_and_two_commands(built: Path):
     assert [line.split()[0] for line in scripts.splitlines() if "=" in line] == COMMANDS
 
 
+def test_the_installed_bundle_opens_where_nothing_can_be_written(built: Path, tmp_path: Path):
+    (path,) = built.glob("*.whl")
+    with ZipFile(path) as wheel:
+        wheel.extractall(tmp_path / "site")
+    files = sorted((tmp_path / "site").rglob("*"))
+    for file in files:
+        file.chmod(0o555 if file.is_dir() else 0o444)
+    code = """if True:
+        import sys
+        sys.path.insert(0, sys.argv[1])
+        from varedit_runtime import bundle, locate
+        opened = bundle.Bundle.open(locate._NANO)
+        opened.verify_weights()
+        print(opened.path)
+        """
+    done = python(code, str(tmp_path / "site"), cwd=tmp_path)
+    assert done.stdout == f"{tmp_path / 'site' / 'varedit_runtime' / 'nano'}\n", done.stderr
+    hidden = [file.name for file in files if file.name.startswith(".")]
+    assert hidden == []
+    for folder in [tmp_path / "site", *filter(Path.is_dir, files)]:
+        folder.chmod(0o755)
+
+
 def test_the_source_archive_has_the_tests_without_the_recordings(built: Path):
     (path,) = built.glob("*.tar.gz")
     with tarfile.open(path) as archive:

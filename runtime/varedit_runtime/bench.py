@@ -13,14 +13,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Event, Thread
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 from PIL import Image
 
+from varedit_runtime.bundle import Bundle
 from varedit_runtime.editor import Editor
 from varedit_runtime.errors import ConfigError
-from varedit_runtime.manifest import Model, Variant
+from varedit_runtime.manifest import DIGEST, MANIFEST, Model, Variant
 from varedit_runtime.onnx_backend import Buffer, Session
 
 INSTRUCTION = "add a hat"
@@ -59,15 +61,25 @@ class Stage:
 class Memory:
     """Bytes of the process (proportional set size, None where the system does not tell).
 
-    before: with Python and libraries alone; opened: with the bundle; peak: during an edit.
-    weights: the files; buffers: caches and what passes between graphs.
+    before: with Python and libraries alone; opened: with the bundle; peak: during an edit;
+    activations: how far the peak is above what is held after it, as graphs give back after a run
+    what they took for it. weights: their files; buffers: caches and what passes between graphs,
+    by their shapes; disk: all files of the bundle.
+
+    Times the weights: peak_ratio, the peak; held_ratio, the peak without buffers and activations;
+    disk_ratio, the disk.
     """
 
     before: int | None
     opened: int | None
     peak: int | None
+    activations: int | None
     weights: int
     buffers: int
+    disk: int
+    peak_ratio: float | None
+    held_ratio: float | None
+    disk_ratio: float
 
 
 @dataclass(frozen=True)
@@ -105,16 +117,15 @@ def measure(
     start = perf_counter()
     with Editor.open(bundle, provider=provider, threads=threads) as editor:
         opened_seconds, opened = perf_counter() - start, memory_in_use()
-        pictures = [_picture(editor.variant)] * editor.variant.batch
+        pictures = [synthetic_picture(editor.variant)] * editor.variant.batch
         start = perf_counter()
         with peak_memory() as samples:
             editor.edit(pictures, INSTRUCTION, seed=0)
-        first_seconds = perf_counter() - start
+        first_seconds, after = perf_counter() - start, memory_in_use()
         runs = [editor.edit(pictures, INSTRUCTION, seed=0)[0].timings for _ in range(repeat)]
         buffers = editor.graphs.buffer_bytes
     rate = product_rate(provider, threads)
     manifest, variant = editor.bundle.manifest, editor.variant
-    weights = sum(editor.bundle.weights_path(c).stat().st_size for c in editor.bundle.components)
     return Report(
         bundle=str(editor.bundle.path),
         digest=editor.bundle.digest,
@@ -134,7 +145,7 @@ def measure(
             for name in runs[0]
         ),
         product_rate=rate,
-        memory=Memory(before, opened, max(samples, default=None), weights, buffers),
+        memory=_memory(editor.bundle, before, opened, samples, after, buffers),
     )
 
 
@@ -149,20 +160,38 @@ def table(report: Report) -> str:
     ]
     for stage in report.stages:
         share = "" if stage.share is None else f"{stage.share:.0%}"
-        lines.append(f"{stage.name:<16}{_milliseconds(stage.seconds)}{share:>18}")
+        lines.append(f"{stage.name:<16}{milliseconds(stage.seconds)}{share:>18}")
     lines += [
-        f"{'edit':<16}{_milliseconds(report.edit_seconds)}",
+        f"{'edit':<16}{milliseconds(report.edit_seconds)}",
         "",
         f"start-up         {report.open_seconds:.2f} s, the first edit "
         f"{report.first_edit_seconds:.2f} s",
         f"matrix product   {report.product_rate / 1e9:.1f} GFLOP/s in fp32",
-        f"memory           {_memory(report.memory)}",
+        *memory_lines(report.memory),
     ]
     return "\n".join(lines)
 
 
-def write_report(report: Report, path: Path) -> None:
-    """Write the report as JSON, whole or not at all. Raises ConfigError when that fails."""
+def memory_lines(memory: Memory) -> list[str]:
+    """Where the memory is, and the disk, for a person."""
+    return [
+        f"memory           {_process(memory)}",
+        *_ratios(memory),
+        f"disk             {_megabytes(memory.disk)}, {memory.disk_ratio:.3f} x weights",
+    ]
+
+
+def check_report(path: Path) -> None:
+    """Raises ConfigError where no report could be written, before work is spent on one."""
+    if not path.parent.is_dir():
+        raise ConfigError(f"{path} cannot be written: there is no folder {path.parent}")
+
+
+def write_report(report: Any, path: Path) -> None:
+    """Write a report, a dataclass, as JSON, whole or not at all.
+
+    Raises ConfigError when that fails.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         try:
@@ -250,25 +279,63 @@ def _stage(
     return Stage(name, spread, flops, None if flops is None else flops / spread.median / rate)
 
 
-def _picture(variant: Variant) -> Image.Image:
+def synthetic_picture(variant: Variant) -> Image.Image:
     pixels = np.random.default_rng(0).integers(0, 256, (*variant.picture, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
 
-def _milliseconds(seconds: Spread) -> str:
+def milliseconds(seconds: Spread) -> str:
     quartiles = f"{seconds.lower * 1e3:.1f} - {seconds.upper * 1e3:.1f}"
     return f"{seconds.median * 1e3:>12.1f}{quartiles:>22}"
 
 
-def _memory(memory: Memory) -> str:
+def _memory(
+    bundle: Bundle,
+    before: int | None,
+    opened: int | None,
+    samples: Sequence[int],
+    after: int | None,
+    buffers: int,
+) -> Memory:
+    files = bundle.manifest.files
+    weights = sum(bundle.weights_path(name).stat().st_size for name in bundle.components)
+    disk = sum(entry.size for entry in files.values())
+    disk += sum((bundle.path / name).stat().st_size for name in (MANIFEST, DIGEST))
+    peak = max(samples, default=None)
+    activations = None if peak is None or after is None else max(peak - after, 0)
+    held = None if peak is None or activations is None else peak - buffers - activations
+    return Memory(
+        before,
+        opened,
+        peak,
+        activations,
+        weights,
+        buffers,
+        disk,
+        peak_ratio=None if peak is None else peak / weights,
+        held_ratio=None if held is None else held / weights,
+        disk_ratio=disk / weights,
+    )
+
+
+def _process(memory: Memory) -> str:
     parts = f"weights {_megabytes(memory.weights)}, caches {_megabytes(memory.buffers)}"
-    if memory.peak is None or memory.before is None:
+    if memory.peak is None or memory.activations is None or memory.before is None:
         return f"{parts}; the process's own is not told by this system"
-    rest = memory.peak - memory.before - memory.weights - memory.buffers
+    parts += f", activations {_megabytes(memory.activations)}"
+    known = memory.before + memory.weights + memory.buffers + memory.activations
     return (
         f"peak {_megabytes(memory.peak)}: before opening {_megabytes(memory.before)}, {parts}, "
-        f"activations and all else {_megabytes(max(rest, 0))}"
+        f"all else {_megabytes(max(memory.peak - known, 0))}"
     )
+
+
+def _ratios(memory: Memory) -> Iterator[str]:
+    if memory.peak_ratio is not None and memory.held_ratio is not None:
+        yield (
+            f"                 peak {memory.peak_ratio:.2f} x weights, without caches and "
+            f"activations {memory.held_ratio:.2f} x"
+        )
 
 
 def _megabytes(size: int) -> str:

@@ -106,6 +106,11 @@ class Bundle:
 
     @classmethod
     def _open(cls, path: Path, digest: str | None) -> "Bundle":
+        if not os.path.exists(path):
+            raise BundleError(
+                f"there is no bundle at {path}: build one with `varedit-export build`, or name "
+                "another"
+            )
         manifest, digest = open_manifest(path, Manifest, digest)
         bundle = cls(path, manifest, digest)
         bundle._folder.check_sizes()

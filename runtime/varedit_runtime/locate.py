@@ -13,14 +13,14 @@ VARIABLE = "VAREDIT_BUNDLE"
 
 _APP = "varedit-export"
 _NANO = Path(__file__).with_name("nano")
+_NANO_IS = "the embedded nano, a small demonstration model for drawn scenes"
 
 
 @dataclass(frozen=True)
 class Found:
-    """path: of a bundle's folder; None where even the embedded nano is missing.
-    why: a phrase that says how it was chosen."""
+    """path: of a bundle's folder. why: a phrase that says how it was chosen."""
 
-    path: Path | None
+    path: Path
     why: str
 
 
@@ -57,7 +57,7 @@ def remember(path: Path) -> None:
 def find(explicit: Path | None) -> Found:
     """The bundle to use: the one named, the environment's, the last one built, the embedded nano.
 
-    One that is named need not exist: opening it says what is wrong.
+    It need not exist: opening it says what is wrong.
     """
     if explicit is not None:
         return Found(explicit, "named by --bundle")
@@ -67,7 +67,7 @@ def find(explicit: Path | None) -> Found:
     if last and standing(last).exists():
         return Found(last, "the last one built")
     reason = f"the last one built, {last}, is gone" if last else "no bundle was named or built"
-    return Found(_NANO if _NANO.is_dir() else None, f"the embedded nano, as {reason}")
+    return Found(_NANO, f"{_NANO_IS}, as {reason}")
 
 
 def _last_built() -> Path:

@@ -1,0 +1,187 @@
+"""nano, the bundle that `varedit-run` has with it: what it is built from, and editing with it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from shutil import copytree
+
+import msgspec
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from varedit_export import build as build_module
+from varedit_export import cli, sources
+from varedit_export.build import Plan
+from varedit_reference.nano.data import EVALUATION_SEEDS
+from varedit_reference.nano.model import NANO, WEIGHTS, load_nano
+from varedit_reference.nano.scenes import KINDS, draw_edit
+from varedit_reference.nano.scenes.samples import plan_edit
+from varedit_runtime import locate
+from varedit_runtime.bundle import Bundle
+from varedit_runtime.cli import main as run_main
+from varedit_runtime.manifest import Manifest, ParityLine
+from varedit_runtime.pictures import open_picture
+from varedit_runtime.text import Instructions, read_tokenizer
+
+SAMPLE = Path(__file__).parent.parent / "docs" / "samples" / "person.png"
+SAMPLE_SEED = 420
+# Around an instruction's clause: "i want you to"; around two of them: "first", ",", "then".
+SENTENCE_TOKENS, JOINT_TOKENS = 4, 3
+
+
+@pytest.fixture(autouse=True)
+def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user who never built anything."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    monkeypatch.delenv(locate.VARIABLE, raising=False)
+
+
+@dataclass
+class Planned:
+    """What `varedit-export build` would have built."""
+
+    plans: list[Plan]
+
+    def __call__(self, *arguments: str | Path) -> Plan:
+        result = build(*arguments)
+        assert result.exit_code == 0, result.output
+        return self.plans[-1]
+
+
+@pytest.fixture
+def planned(monkeypatch: pytest.MonkeyPatch) -> Planned:
+    plans: list[Plan] = []
+
+    def keep(plan: Plan, progress: object) -> list[ParityLine]:
+        plans.append(plan)
+        return []
+
+    monkeypatch.setattr(build_module, "build", keep)
+    return Planned(plans)
+
+
+def build(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(cli.main, ["build", "--size", "nano", *map(str, arguments)])
+
+
+def edit(*arguments: str | Path) -> Result:
+    words = [str(SAMPLE), "add a hat", "--threads", "1", *map(str, arguments)]
+    return CliRunner().invoke(run_main, words)
+
+
+def embedded() -> Bundle:
+    return Bundle.open(locate.find(None).path)
+
+
+# Building
+
+
+def test_building_nano_gives_the_embedded_bundle(tmp_path: Path) -> None:
+    built = build("-o", tmp_path / "nano")
+    assert built.exit_code == 0, built.output
+    ours, theirs = Bundle.open(tmp_path / "nano"), embedded()
+    assert _essence(ours.manifest) == _essence(theirs.manifest)
+    for file in ours.manifest.files:
+        assert (ours.path / file).read_bytes() == (theirs.path / file).read_bytes(), file
+
+
+def _essence(manifest: Manifest) -> Manifest:
+    """All but what built it, and how that rounds."""
+    return msgspec.structs.replace(manifest, tools={}, parity=())
+
+
+def test_the_embedded_bundle_is_for_one_guided_picture() -> None:
+    manifest = embedded().manifest
+    (variant,) = manifest.variants
+    assert (manifest.name, manifest.precision, manifest.model.size) == ("nano", "fp32", "nano")
+    assert (variant.picture, variant.batch, variant.rows) == ((128, 128), 1, 2)
+    assert variant.text_tokens == cli.NANO_TEXT_TOKENS
+
+
+def test_the_embedded_bundle_agrees_with_the_reference() -> None:
+    verified = CliRunner().invoke(cli.main, ["verify", str(embedded().path)])
+    assert verified.exit_code == 0, verified.output
+
+
+def test_every_instruction_of_the_scenes_fits() -> None:
+    instructions = Instructions(read_tokenizer(embedded().tokenizer_json()), 512)
+    rng = np.random.default_rng(0)
+    clauses = {
+        clause
+        for kind in KINDS
+        if kind != "compound"
+        for _ in range(300)
+        for clause in plan_edit(rng, kind)[1].clauses
+    }
+    longest = max(len(instructions.tokenise(clause)) - 1 for clause in clauses)
+    end = 1
+    assert SENTENCE_TOKENS + JOINT_TOKENS + 2 * longest + end <= cli.NANO_TEXT_TOKENS
+
+
+def test_nano_is_built_of_its_own_weights_by_default(planned: Planned) -> None:
+    plan = planned()
+    assert plan.request.config == NANO
+    assert (plan.request.resolution, plan.request.target.name) == (128, "nano-128")
+    assert plan.sources.description == "nano's own"
+    assert planned("--res", "128", "--text-tokens", "64").request.text_tokens == 64
+
+
+def test_nano_can_be_built_of_others(planned: Planned) -> None:
+    plan = planned(
+        *("--checkpoint", WEIGHTS / "transformer.safetensors"),
+        *("--tokenizer", WEIGHTS / "tokenizer.safetensors"),
+        *("--text-encoder", WEIGHTS / "text_encoder"),
+    )
+    files = "transformer.safetensors, tokenizer.safetensors, text_encoder"
+    assert plan.sources.description == files
+    assert planned("--random-weights", "3").sources.description == "random, seed 3"
+
+
+def test_the_weights_are_known_by_their_contents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = sources.nano_sources()
+    copy = copytree(WEIGHTS, tmp_path / "copy", copy_function=_copy)
+    monkeypatch.setattr(sources, "WEIGHTS", copy)
+    assert sources.nano_sources().identity == own.identity
+    settings = copy / "text_encoder" / "config.json"
+    settings.write_text(settings.read_text() + " ")
+    assert sources.nano_sources().identity != own.identity
+
+
+def _copy(source: str, target: str) -> None:
+    """Without the time of the last change."""
+    Path(target).write_bytes(Path(source).read_bytes())
+
+
+# Editing
+
+
+def test_the_sample_is_a_picture_that_nano_never_saw() -> None:
+    assert SAMPLE_SEED in EVALUATION_SEEDS
+    with Image.open(SAMPLE) as sample:
+        assert np.array_equal(np.asarray(sample), draw_edit(SAMPLE_SEED).source)
+
+
+def test_without_another_bundle_nano_edits(tmp_path: Path) -> None:
+    output, both = tmp_path / "hat.png", tmp_path / "both.png"
+    done = edit("-o", output, "--compare", both, "--seed", "7")
+    assert done.exit_code == 0, done.output
+    why = "the embedded nano, a small demonstration model for drawn scenes"
+    folder = Path(locate.__file__).parent / "nano"
+    assert done.stderr == f"bundle: {folder} ({why}, as no bundle was named or built)\n"
+    assert done.stdout.startswith(f"{output}: 128 x 128, seed 7, ")
+    source = open_picture(SAMPLE)
+    (expected,) = load_nano().edit([source], ["add a hat"], seed=[7])
+    with Image.open(output) as edited, Image.open(both) as pair:
+        assert np.abs(np.asarray(edited, int) - np.asarray(expected, int)).max() <= 1
+        assert pair.crop((0, 0, 128, 128)).tobytes() == source.tobytes()
+        assert pair.crop((128, 0, 256, 128)).tobytes() == edited.tobytes() != source.tobytes()
+
+
+def test_a_bundle_that_was_built_comes_before_nano(tmp_path: Path) -> None:
+    built = copytree(embedded().path, tmp_path / "built")
+    locate.remember(built)
+    done = edit("-o", tmp_path / "hat.png")
+    assert done.stderr == f"bundle: {built} (the last one built)\n"
