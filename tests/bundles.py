@@ -1,9 +1,13 @@
 """A small bundle with random weights, built once for all tests that need one."""
 
+import os
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import gettempdir
+
+from filelock import FileLock
 
 from varedit_export.build import Plan, Request, build
 from varedit_export.sources import Sources, random_sources
@@ -44,6 +48,21 @@ def random_weights() -> Sources:
 @cache
 def small_bundle() -> Path:
     """An fp32 bundle of random weights: 96 px, 4 scales, patchified, with a byte tokenizer."""
-    target = Path(mkdtemp(prefix="varedit-tests-")) / "small"
-    build(Plan(request(target), random_weights()), quiet)
-    return target
+    return built("small", lambda target: Plan(request(target), random_weights()))
+
+
+@cache
+def half_bundle(precision: Precision) -> Path:
+    """The same in fp16 or bf16."""
+    return built(precision, lambda target: Plan(request(target, precision), random_weights()))
+
+
+def built(name: str, plan: Callable[[Path], Plan]) -> Path:
+    """A bundle built once in a run of the tests, whichever of its processes asks first."""
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
+    folder = Path(gettempdir()) / f"varedit-tests-{run}"
+    folder.mkdir(exist_ok=True)
+    with FileLock(folder / f"{name}.test-lock"):
+        if not (folder / name).exists():
+            build(plan(folder / name), quiet)
+    return folder / name

@@ -224,7 +224,7 @@ def test_a_link_to_nothing_or_itself_is_no_bundle(tmp_path: Path):
 def test_what_is_no_folder_is_no_bundle(tmp_path: Path):
     (tmp_path / "file").touch()
     assert "Not a directory" in refusal(lambda: Bundle.open(tmp_path / "file"))
-    assert "No such file" in refusal(lambda: Bundle.open(tmp_path / "missing"))
+    assert "there is no bundle" in refusal(lambda: Bundle.open(tmp_path / "missing"))
     assert "no manifest.json" in refusal(lambda: Bundle.open(tmp_path))
     assert "no manifest.json" in refusal(lambda: Bundle.open("/"))
 

@@ -3,20 +3,23 @@
 import hashlib
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from bundles import bundle_config, quiet, random_weights, request, small_bundle
+from bundles import bundle_config, half_bundle, quiet, random_weights, request, small_bundle
 
+from varedit_engines.publish import Staging
 from varedit_export import build as build_module
 from varedit_export.build import Plan, build
-from varedit_export.sources import RandomTextEncoder, Sources
+from varedit_export.sources import RandomTextEncoder, Sources, random_sources
 from varedit_export.verify import ParityError, compare, gate, reference_of
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import ConfigError
+from varedit_runtime.manifest import FileEntry, Precision
 
 SCALES = len(bundle_config().transformer.grids)
 
@@ -152,37 +155,45 @@ def test_swapped_tensors_fail_the_gate(
     assert not (tmp_path / "bad").exists()
 
 
+def test_thirteen_scales_pass_the_gates(tmp_path: Path) -> None:
+    config = bundle_config()
+    grids = tuple((side, side) for side in range(1, 14))
+    config = replace(config, transformer=replace(config.transformer, grids=grids))
+    wanted = replace(request(tmp_path / "thirteen"), config=config)
+    build(Plan(wanted, random_sources(config, seed=0)), quiet)
+    parity = Bundle.open(wanted.target).manifest.parity
+    assert {f"scale_{k:02}" for k in range(13)} <= {line.stage for line in parity}
+
+
 def test_an_interrupted_build_goes_on_where_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    traced: list[str] = []
-    trace = build_module.trace
+    recorded: list[str] = []
+    record, stop_after = Staging.record, [9]
 
-    def counted(stage: build_module.Stage, *rest: object) -> object:
-        if len(traced) == 5:
+    def counted(staging: Staging, name: str, key: str | None = None) -> FileEntry:
+        if len(recorded) in stop_after:
             raise KeyboardInterrupt
-        traced.append(stage.name)
-        return trace(stage, *rest)  # type: ignore[arg-type]
+        recorded.append(name)
+        return record(staging, name, key)
 
-    monkeypatch.setattr(build_module, "trace", counted)
+    monkeypatch.setattr(Staging, "record", counted)
     target = tmp_path / "small"
     with pytest.raises(KeyboardInterrupt):
         build(Plan(request(target), random_weights()), quiet)
     assert not target.exists()
-    first = list(traced)
-    traced[:] = ["resumed"] * 6
+    first = set(recorded)
+    recorded.clear()
+    stop_after.clear()
     build(Plan(request(target), random_weights()), quiet)
-    assert not set(traced) & set(first)
+    assert len(first) == 9 and not first & set(recorded)
     reference = Bundle.open(small_bundle()).manifest
     assert Bundle.open(target).manifest.files == reference.files
 
 
 @pytest.mark.parametrize(("precision", "kind"), [("fp16", "FLOAT16"), ("bf16", "BFLOAT16")])
-def test_half_precision_is_written_into_the_graphs(
-    tmp_path: Path, precision: build_module.Precision, kind: str
-) -> None:
-    target = tmp_path / precision
-    build(Plan(request(target, precision), random_weights()), quiet)
+def test_half_precision_is_written_into_the_graphs(precision: Precision, kind: str) -> None:
+    target = half_bundle(precision)
     bundle = Bundle.open(target)
     (variant,) = bundle.manifest.variants
     graph = onnx.load(target / variant.graphs["scale_02"].file, load_external_data=False).graph

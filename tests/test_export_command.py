@@ -77,7 +77,10 @@ def test_without_weights_the_error_names_the_files() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("build", "--size", "3b", "--res", "512"), "2b, 8b"),
+        (("build", "--size", "3b", "--res", "512"), "nano, 2b, 8b"),
+        (("build", "--size", "nano", "--res", "256"), "128 px and 1:1 alone, not at 256 px"),
+        (("build", "--size", "nano", "--aspect", "2:1"), "128 px and 1:1 alone"),
+        (("build", "--size", "nano", "--checkpoint", "x"), "give none, or all of --checkpoint"),
         (("build", "--size", "2b", "--res", "300"), "256, 512"),
         (("build", "--size", "2b"), "--res"),
         (("build", "--config", "nowhere.json"), "config.json"),

@@ -1,44 +1,51 @@
 """Build a bundle: weights, graphs, parity, manifest, published whole or not at all."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 
 import onnx_ir as ir
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from varedit_engines.publish import Staging
+from varedit_export.blocks import TRACED_BLOCKS
 from varedit_export.components import (
-    Component,
     positions_component,
     text_encoder_component,
     tokenizer_component,
     transformer_component,
 )
+from varedit_export.estimate import Needs, check_memory, needs, present
 from varedit_export.graph_model import GraphTransformer
-from varedit_export.graph_text import GraphTextEncoder
+from varedit_export.graph_text import GraphTextEncoder, TextEncoderConfig
 from varedit_export.sources import Sources
 from varedit_export.stages import (
     ConditionStage,
     ImageDecoderStage,
     ImageEncoderStage,
+    Kind,
     PositionTable,
     PrefillStage,
     References,
+    Scale,
     ScaleStage,
     Shapes,
     Stage,
     SymbolicScaleStage,
     TextEncoderStage,
+    scale,
 )
-from varedit_export.trace import fake_tensors, trace
-from varedit_export.verify import verify_folder
+from varedit_export.trace import Tracer, fake_tensors
+from varedit_export.verify import is_large, verify_folder
 from varedit_reference.config import ModelConfig
 from varedit_reference.tokenizer import Tokenizer
 from varedit_reference.weights_file import check_room
-from varedit_runtime.errors import ConfigError
+from varedit_runtime.bundle import Bundle, file_digest, work_folder
+from varedit_runtime.errors import BundleError, ConfigError
 from varedit_runtime.manifest import (
     GRAPHS,
     TOKENIZER,
@@ -112,6 +119,19 @@ class Request:
         return Shapes(self.config, self.batch, self.guided, self.text_tokens, dtype)
 
 
+@dataclass(frozen=True)
+class Graph:
+    """A graph to make: a stage with few blocks, the whole model's depth, and which scale it is."""
+
+    stage: Stage
+    depth: int = 0
+    scale: Scale | None = None
+
+    @property
+    def name(self) -> str:
+        return self.stage.name if self.scale is None else self.scale.name
+
+
 class Plan:
     """All files of a bundle and what each is made from; nothing is computed until asked for."""
 
@@ -130,40 +150,46 @@ class Plan:
             tokenizer_component(tokenizer, sources.tokenizer),
             positions,
         ]
-        self.stages = _stages(request.shapes, transformer, tokenizer, positions)
+        self.graphs = _graphs(request, tokenizer, self.fake)
         if sources.text is not None:
             text = text_encoder_component(sources.text.config, dtype, sources.text.state, self.fake)
             self.components.append(text)
-            assert isinstance(text.module, GraphTextEncoder)
-            self.stages.insert(0, TextEncoderStage(request.shapes, text.module))
+            self.graphs.insert(0, _text_graph(request, sources.text.config, self.fake))
 
     @property
     def weight_bytes(self) -> int:
         return sum(component.size for component in self.components)
 
+    @property
+    def needs(self) -> Needs:
+        count = sum(t.numel() for c in self.components for t in c.module.state_dict().values())
+        return needs(self, large=is_large(count))
+
     def __str__(self) -> str:
         """For a person to read before it begins."""
         lines = [f"{self.request.target}: {self.request.variant}, {self.request.precision}"]
         lines += [f"  {c.location:<44} {c.size / 1e6:10.1f} MB" for c in self.components]
-        lines += [f"  {len(self.stages)} graphs", f"  weights: {self.sources.description}"]
+        lines += [f"  {len(self.graphs)} graphs", f"  weights: {self.sources.description}"]
+        lines += [f"  needs {self.needs}"]
         return "\n".join(lines)
 
-    def graph_file(self, stage: Stage) -> str:
-        return f"{GRAPHS}/{self.request.variant}.{stage.name}.onnx"
+    def graph_file(self, graph: Graph) -> str:
+        return f"{GRAPHS}/{self.request.variant}.{graph.name}.onnx"
 
 
 def build(plan: Plan, progress: Progress) -> list[ParityLine]:
     """Build and publish. Returns how far each graph is from the reference.
 
     Raises CheckpointError when the disk has no room or the folder cannot be made, BundleError
-    when another process builds the same bundle, ExportError and
-    ParityError when a graph does not come out as it must. What was finished
-    before a failure or an interrupt is kept for the next attempt; an earlier bundle of the same
-    name stays until the new one is whole.
+    when another process builds the same bundle, ExportError when there is too little memory, and,
+    as ParityError, when a graph does not come out as it must. What was finished before a failure or
+    an interrupt, weights tensor by tensor, is kept for the next attempt; an earlier bundle of the
+    same name stays until the new one is whole.
     """
-    request = plan.request
-    check_room(request.target.parent, plan.weight_bytes + len(plan.stages) * 10**6)
-    steps = len(plan.components) + len(plan.stages) + 2
+    request, needed = plan.request, plan.needs
+    check_room(request.target.parent, needed.disk - present(work_folder(request.target)))
+    check_memory(needed.memory)
+    steps = len(plan.components) + len(plan.graphs) + 2
     with Staging(request.target) as staging:
         step = 0
         stored = {}
@@ -173,30 +199,53 @@ def build(plan: Plan, progress: Progress) -> list[ParityLine]:
             key = _key(plan, component.name)
             if not staging.kept(file, key):
                 staging.file(file)
-                component.write(staging.path / GRAPHS, {"component": component.name})
-                staging.record(file, key)
+                component.write(staging.path / GRAPHS, {"component": component.name}, key)
+                share(staging.path / file, file, staging.record(file, key), request.target)
             stored |= component.stored(staging.path / GRAPHS)
             step += 1
-        graphs = {}
-        for stage in plan.stages:
-            progress(f"graph {stage.name}", step, steps)
-            file = plan.graph_file(stage)
-            key = _key(plan, stage.name)
+        specs = {}
+        tracer = Tracer(plan.fake, stored)
+        for graph in plan.graphs:
+            progress(f"graph {graph.name}", step, steps)
+            file = plan.graph_file(graph)
+            key = _key(plan, graph.name)
             if not staging.kept(file, key):
-                ir.save(trace(stage, plan.fake, stored), staging.file(file))
+                model = tracer.graph(graph.stage, graph.depth, graph.scale)
+                ir.save(model, staging.file(file))
                 staging.record(file, key)
-            graphs[stage.name] = graph_spec(staging.path, file)
+            specs[graph.name] = graph_spec(staging.path, file)
             step += 1
         if plan.sources.text is not None:
             staging.file(TOKENIZER).write_bytes(plan.sources.text.tokenizer_json)
             staging.record(TOKENIZER)
         progress("parity with the reference", step, steps)
-        manifest = _manifest(plan, graphs, staging.files, ())
+        manifest = _manifest(plan, specs, staging.files, ())
         parity = verify_folder(staging.path, manifest, plan.sources, request.config)
         progress("publishing", step + 1, steps)
-        staging.publish(_manifest(plan, graphs, staging.files, tuple(parity)))
+        staging.publish(_manifest(plan, specs, staging.files, tuple(parity)))
         progress("done", steps, steps)
     return parity
+
+
+def share(path: Path, file: str, entry: FileEntry, target: Path) -> None:
+    """Make a file one with the same file of a bundle beside the target, where there is one.
+
+    Bundles never change, so that those of one checkpoint can have one copy of its weights. Where
+    the disk has no links, the file stays as it is.
+    """
+    for folder in (target, *target.parent.iterdir()):
+        with suppress(BundleError, OSError):
+            if folder.name.startswith(".") or not folder.is_dir():
+                continue
+            bundle = Bundle.open(folder)
+            twin = bundle.path / file
+            if bundle.manifest.files.get(file) != entry or file_digest(twin) != entry.sha256:
+                continue
+            link = path.with_name(f".{path.name}.link")
+            link.unlink(missing_ok=True)
+            link.hardlink_to(twin)
+            link.replace(path)
+            return
 
 
 def graph_spec(folder: Path, file: str) -> GraphSpec:
@@ -212,22 +261,39 @@ def _tensor_spec(value: ir.Value) -> TensorSpec:
     return TensorSpec(value.name, TYPE_NAMES[value.dtype], shape)  # type: ignore[arg-type]
 
 
-def _stages(
-    shapes: Shapes, transformer: Component, tokenizer: Tokenizer, positions: Component
-) -> list[Stage]:
-    model, table = transformer.module, positions.module
-    assert isinstance(model, GraphTransformer) and isinstance(table, PositionTable)
-    stages: list[Stage] = [
-        ImageEncoderStage(shapes, tokenizer),
-        ConditionStage(shapes, model),
-        PrefillStage(shapes, model, table),
-        SymbolicScaleStage(shapes, model, table),
+def _text_graph(request: Request, config: TextEncoderConfig, fake: FakeTensorMode) -> Graph:
+    shallow_config = replace(config, depth=min(config.depth, TRACED_BLOCKS))
+    with fake:
+        model = GraphTextEncoder(shallow_config, request.shapes.dtype)
+    return Graph(TextEncoderStage(request.shapes, model), config.depth)
+
+
+def shallow(shapes: Shapes) -> Shapes:
+    """The same with no more blocks than are traced."""
+    transformer = shapes.config.transformer
+    transformer = replace(transformer, depth=min(transformer.depth, TRACED_BLOCKS))
+    return replace(shapes, config=replace(shapes.config, transformer=transformer))
+
+
+def _graphs(request: Request, tokenizer: Tokenizer, fake: FakeTensorMode) -> list[Graph]:
+    """All graphs but the text encoder's, traced with a few blocks of the transformer."""
+    full, shapes = request.shapes, shallow(request.shapes)
+    depth, grids = full.config.transformer.depth, full.config.transformer.grids
+    with fake:
+        model = GraphTransformer(shapes.config.transformer, shapes.dtype)
+        table = PositionTable(shapes.config.transformer)
+    scales = [scale(full, index) for index in range(len(grids))]
+    kinds: dict[Kind, ScaleStage] = {s.kind: ScaleStage(shapes, model, s.kind) for s in scales}
+    references = References(shapes)
+    return [
+        Graph(ImageEncoderStage(shapes, tokenizer)),
+        Graph(ConditionStage(shapes, model), depth),
+        Graph(PrefillStage(shapes, model, table), depth),
+        Graph(SymbolicScaleStage(shapes, model, table), depth),
+        *([Graph(references)] if full.config.transformer.conditioning == "sar" else []),
+        *(Graph(kinds[s.kind], depth, s) for s in scales),
+        Graph(ImageDecoderStage(shapes, tokenizer)),
     ]
-    if shapes.config.transformer.conditioning == "sar":
-        stages.append(References(shapes))
-    scales = range(len(shapes.config.transformer.grids))
-    stages += [ScaleStage(shapes, model, table, k) for k in scales]
-    return [*stages, ImageDecoderStage(shapes, tokenizer)]
 
 
 def _manifest(

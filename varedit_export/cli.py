@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from varedit_export.sources import Sources
     from varedit_reference.config import ModelConfig
 
+TEXT_TOKENS = 128
+# The longest instruction of nano's wordings has 32 tokens; a word that is not among theirs falls
+# apart into several.
+NANO_TEXT_TOKENS = 48
+
 _PATH = click.Path(path_type=Path)
 _checkpoint = click.option(
     "--checkpoint",
@@ -38,6 +43,7 @@ def main() -> None:
     """Export VAREdit models to bundles that `varedit-run` edits pictures with.
 
     \b
+    varedit-export build --size nano
     varedit-export build --size 2b --res 512 --checkpoint 2B-512.pth \\
         --tokenizer infinity_vae_d32reg.pth --text-encoder flan-t5-xl
     varedit-export build --size tiny-2b --res 256 --random-weights 0
@@ -45,8 +51,8 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--size", help="The model: 2b or 8b, or a small one for tests (125m, tiny-2b, ...).")
-@click.option("--res", "resolution", type=int, help="256, 512 or 1024 px.")
+@click.option("--size", help="The model: nano, 2b or 8b, or one for tests (125m, tiny-2b, ...).")
+@click.option("--res", "resolution", type=int, help="256, 512 or 1024 px; nano's is 128.")
 @click.option(
     "--aspect", default="1:1", show_default=True, help="Height:width; see varedit-run grids."
 )
@@ -62,7 +68,9 @@ def main() -> None:
 )
 @click.option("--batch", type=int, default=1, show_default=True, help="Pictures at a time.")
 @click.option(
-    "--text-tokens", type=int, default=128, show_default=True, help="Longest instruction."
+    "--text-tokens",
+    type=int,
+    help=f"Longest instruction; by default {TEXT_TOKENS}, for nano {NANO_TEXT_TOKENS}.",
 )
 @click.option("--no-guidance", is_flag=True, help="Leave out the unconditional rows.")
 @click.option("-o", "--output", type=_PATH, help="The bundle's folder; by default one of yours.")
@@ -70,6 +78,12 @@ def build(output: Path | None, **options: Any) -> None:
     """Build a bundle, prove its parity with the reference, and publish it.
 
     What an interrupted build had finished is kept for the next one.
+
+    \b
+    varedit-export build --size 2b --res 512 --checkpoint 2B-512.pth \\
+        --tokenizer infinity_vae_d32reg.pth --text-encoder flan-t5-xl \\
+        -o bundles/2b-512
+    varedit-export build --size 125m --res 256 --random-weights 0
     """
     with needs_extra("export"):
         from varedit_export.build import Plan, Request
@@ -85,7 +99,7 @@ def build(output: Path | None, **options: Any) -> None:
         precision=options["precision"],
         batch=options["batch"],
         guided=not options["no_guidance"],
-        text_tokens=options["text_tokens"],
+        text_tokens=_text_tokens(config, options["text_tokens"]),
         target=output or default_root() / name,
     )
     plan = Plan(request, sources)
@@ -99,6 +113,55 @@ def build(output: Path | None, **options: Any) -> None:
 
 @main.command()
 @click.argument("bundle", type=_PATH)
+@click.option(
+    "--backend",
+    type=click.Choice(["tensorrt", "tensorrt-rtx"]),
+    default="tensorrt",
+    show_default=True,
+)
+@click.option(
+    "--layout",
+    type=click.Choice(["external", "profiles", "baked"]),
+    default="external",
+    show_default=True,
+    help="Weights as inputs; or inside one engine with a profile per scale, or one per scale.",
+)
+@click.option(
+    "--architecture",
+    "architectures",
+    multiple=True,
+    help="Of GPUs, as in sm89: tensorrt-rtx compiles for them anywhere. Default: this GPU's.",
+)
+@click.option("--workspace", type=click.IntRange(1), help="MB of GPU memory a layer may use.")
+@click.option(
+    "--optimisation", type=click.IntRange(0, 5), help="0 compiles fast, 5 gives fast engines."
+)
+def engines(bundle: Path, layout: Any, workspace: int | None, **options: Any) -> None:
+    """Compile a bundle's graphs to TensorRT engines, kept with the bundle or in your cache.
+
+    Engines that were compiled before, from the same graphs in the same way, are found again.
+
+    \b
+    varedit-export engines bundles/2b-512
+    varedit-export engines bundles/2b-512 --backend tensorrt-rtx --architecture sm89
+    """
+    from varedit_engines.compiler import Compiler
+
+    with needs_extra("export"):
+        from varedit_engines.compile import Job, compile_engines
+
+    bytes_ = None if workspace is None else workspace * 10**6
+    job = Job(Bundle.open(bundle), layout, Compiler(workspace=bytes_, **options))
+    click.echo(str(job), err=True)
+    with _progress() as progress:
+        found = compile_engines(job, progress)
+    for file, entry in found.manifest.files.items():
+        click.echo(f"  {file:<24} {entry.size / 1e6:8.1f} MB", err=True)
+    click.echo(found.path)
+
+
+@main.command()
+@click.argument("bundle", type=_PATH)
 @click.option("--golden", type=_PATH, help="A recording, of which the bundle was built.")
 @click.option("--report", type=_PATH, help="Write all measures here, as JSON.")
 def verify(bundle: Path, golden: Path | None, report: Path | None) -> None:
@@ -106,14 +169,17 @@ def verify(bundle: Path, golden: Path | None, report: Path | None) -> None:
 
     The reference takes the bundle's own weights. With a recording of the released implementation,
     of which the bundle was built, its numbers are compared as well.
+
+    \b
+    varedit-export verify bundles/2b-512 --report parity.json
     """
     with needs_extra("export"):
-        from varedit_export.verify import compare, compare_recording, gate, reference_of
+        from varedit_export.verify import compare_bundle, compare_recording, gate
         from varedit_reference.golden import open_recording
 
     opened = Bundle.open(bundle)
     opened.verify_weights()
-    lines = list(compare(opened, reference_of(opened)))
+    lines = list(compare_bundle(opened))
     if golden is not None:
         lines += compare_recording(opened, open_recording(golden))
     for line in lines:
@@ -127,7 +193,11 @@ def verify(bundle: Path, golden: Path | None, report: Path | None) -> None:
 @main.command()
 @click.argument("bundle", type=_PATH)
 def inspect(bundle: Path) -> None:
-    """Say what is in a bundle: model, variants, graphs, sizes, precision, parity."""
+    """Say what is in a bundle: model, variants, graphs, sizes, precision, parity.
+
+    \b
+    varedit-export inspect bundles/2b-512
+    """
     opened = Bundle.open(bundle)
     manifest, model = opened.manifest, opened.manifest.model
     click.echo(f"{manifest.name}  {opened.digest}")
@@ -153,6 +223,31 @@ def inspect(bundle: Path) -> None:
 
 
 @main.command()
+@click.argument("bundle", type=_PATH)
+@click.option("--repeat", default=5, show_default=True, help="How often each edits.")
+@click.option("--threads", type=int, help="Threads of either; by default one per core.")
+@click.option("--json", "json_file", type=_PATH, help="Write all numbers here.")
+def bench(bundle: Path, repeat: int, threads: int | None, json_file: Path | None) -> None:
+    """Measure BUNDLE beside the reference, in turns: every stage and scale, memory, disk.
+
+    The reference is eager PyTorch in fp32 with the bundle's own weights.
+
+    \b
+    varedit-export bench bundles/2b-512 --repeat 10 --threads 2 --json bench.json
+    """
+    with needs_extra("export"):
+        from varedit_export.bench import measure, table
+    from varedit_runtime.bench import check_report, write_report
+
+    if json_file is not None:
+        check_report(json_file)
+    report = measure(bundle, repeat, threads)
+    click.echo(table(report))
+    if json_file is not None:
+        write_report(report, json_file)
+
+
+@main.command()
 @click.option("--size", required=True, help="2b or 8b: the size of the model.")
 @_checkpoint
 @_tokenizer
@@ -165,7 +260,13 @@ def convert(
     text_encoder: Path | None,
     output: Path,
 ) -> None:
-    """Write one safetensors file per component of the released checkpoints."""
+    """Write one safetensors file per component of the released checkpoints.
+
+    \b
+    varedit-export convert --size 2b --checkpoint 2B-512.pth \\
+        --tokenizer infinity_vae_d32reg.pth --text-encoder flan-t5-xl \\
+        -o converted/2b-512
+    """
     with needs_extra("export"):
         from varedit_reference.convert import convert as convert_checkpoints
 
@@ -176,8 +277,9 @@ def convert(
 
 
 def _config(options: dict[str, Any]) -> tuple["ModelConfig", int]:
-    from varedit_reference.config import preset
+    from varedit_reference.config import PRESETS, preset
     from varedit_reference.golden import RESOLUTIONS, model_config
+    from varedit_reference.nano.model import NANO
 
     if options["config"] is not None:
         if options["size"] is not None or options["resolution"] is not None:
@@ -188,14 +290,41 @@ def _config(options: dict[str, Any]) -> tuple["ModelConfig", int]:
             return model_config(name, settings), RESOLUTIONS[settings["pn"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{options['config']} is no recording's config.json") from error
-    if options["size"] is None or options["resolution"] is None:
+    size, resolution, aspect = options["size"], options["resolution"], options["aspect"]
+    if size == NANO.name:
+        return NANO, _nano_resolution(NANO, resolution, aspect)
+    if size is not None and size not in PRESETS:
+        raise ConfigError(f"no size is called {size!r}; there are nano, {', '.join(PRESETS)}")
+    if size is None or resolution is None:
         raise ConfigError("give --size and --res, such as --size 2b --res 512, or --config")
-    config = preset(options["size"], options["resolution"], options["aspect"])
-    return config, options["resolution"]
+    return preset(size, resolution, aspect), resolution
+
+
+def _nano_resolution(nano: "ModelConfig", resolution: int | None, aspect: str) -> int:
+    own, _ = nano.picture_size
+    if resolution not in (None, own) or aspect != "1:1":
+        raise ConfigError(
+            f"nano was trained at {own} px and 1:1 alone, not at {resolution or own} px and "
+            f"{aspect}: leave out --res and --aspect"
+        )
+    return own
+
+
+def _text_tokens(config: "ModelConfig", given: int | None) -> int:
+    from varedit_reference.nano.model import NANO
+
+    default = NANO_TEXT_TOKENS if config == NANO else TEXT_TOKENS
+    return default if given is None else given
 
 
 def _sources(config: "ModelConfig", options: dict[str, Any]) -> "Sources":
-    from varedit_export.sources import checkpoint_sources, missing_weights, random_sources
+    from varedit_export.sources import (
+        checkpoint_sources,
+        missing_weights,
+        nano_sources,
+        random_sources,
+    )
+    from varedit_reference.nano.model import NANO
 
     checkpoint, tokenizer = options["checkpoint"], options["tokenizer"]
     text_encoder = options["text_encoder"]
@@ -203,6 +332,8 @@ def _sources(config: "ModelConfig", options: dict[str, Any]) -> "Sources":
         if checkpoint or tokenizer or text_encoder:
             raise ConfigError("--random-weights takes the place of all checkpoints: give one kind")
         return random_sources(config, options["seed"])
+    if config == NANO and not (checkpoint or tokenizer or text_encoder):
+        return nano_sources()
     needs_text = options["config"] is None
     if not (checkpoint and tokenizer and (text_encoder or not needs_text)):
         raise CheckpointError(missing_weights(config.name))

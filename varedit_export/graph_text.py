@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from varedit_export.graph_model import attention, parameter, split
-from varedit_export.layout import Weight, same, transposed
+from varedit_export.layout import Restored, Weight, same, transposed
 from varedit_runtime.errors import ConfigError
 
 
@@ -122,6 +122,38 @@ def text_encoder_layout(config: TextEncoderConfig) -> dict[str, Weight]:
             f"blocks.{i}.down": transposed(f"{mlp}.DenseReluDense.wo.weight"),
         }
     return weights
+
+
+def restore_text_encoder(
+    weights: Mapping[str, Tensor],
+) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
+    """T5's config.json and tensors from a bundle's weights: what the layout did, undone, fp32.
+
+    Each tensor is restored when asked for. What shapes do not tell, the distances and epsilon, is
+    as in every T5 published.
+    """
+    depth = sum(name.endswith(".attention_norm") for name in weights)
+    buckets, heads = weights["relative_attention_bias"].shape
+    settings = {
+        "feed_forward_proj": "gated-gelu",
+        "vocab_size": len(weights["embedding"]),
+        "d_model": len(weights["final_norm"]),
+        "d_kv": len(weights["blocks.0.projection"]) // heads,
+        "num_heads": heads,
+        "d_ff": len(weights["blocks.0.down"]),
+        "num_layers": depth,
+        "relative_attention_num_buckets": buckets,
+        "relative_attention_max_distance": 128,
+        "layer_norm_epsilon": 1e-6,
+    }
+    layout = text_encoder_layout(TextEncoderConfig.from_json(settings))
+    return settings, Restored(layout, weights, _restore)
+
+
+def _restore(name: str, weight: Weight, made: Tensor) -> dict[str, Tensor]:
+    fused = weight.make is _fused
+    parts = made.T.chunk(len(weight.sources)) if fused else [weight.make(made)]
+    return dict(zip(weight.sources, parts, strict=True))
 
 
 def relative_buckets(tokens: int, config: TextEncoderConfig) -> Tensor:

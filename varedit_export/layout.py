@@ -10,7 +10,7 @@ reference's parameters. What changes on the way, so that no graph has to do it a
 - a self-attention's learned scale is exp(min(s, ln 100)), an AdaLN scale is 1 + scale.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -139,27 +139,57 @@ def restore_transformer(
 
     A self-attention's learned scale comes back clamped, as it acts.
     """
+    restore = transformer_restorer(config)
     state: dict[str, Tensor] = {}
-    pairs = _pairs_to_halves(config).argsort()
-    width = config.width
     for name, weight in transformer_layout(config).items():
-        made = weights[name].float()
+        state |= restore(name, weight, weights[name].float())
+    return state
+
+
+# (name of a graph's weight, how it was made, the weight in fp32) -> what it was made from
+Restorer = Callable[[str, Weight, Tensor], dict[str, Tensor]]
+
+
+class Restored(Mapping[str, Tensor]):
+    """What a bundle's weights were made from, by name, each restored when asked for."""
+
+    def __init__(
+        self, layout: Mapping[str, Weight], weights: Mapping[str, Tensor], restore: Restorer
+    ) -> None:
+        self._layout, self._weights, self._restore = layout, weights, restore
+        self._made = {source: name for name, w in layout.items() for source in w.sources}
+
+    def __getitem__(self, source: str) -> Tensor:
+        name = self._made[source]
+        return self._restore(name, self._layout[name], self._weights[name].float())[source]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._made)
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+
+def transformer_restorer(config: TransformerConfig) -> Restorer:
+    pairs, width = _pairs_to_halves(config).argsort(), config.width
+
+    def restore(name: str, weight: Weight, made: Tensor) -> dict[str, Tensor]:
+        first = weight.sources[0]
         if name.endswith("qkv.weight"):
             query, key, value = made.T.chunk(3)
-            state[weight.sources[0]] = torch.cat((query[pairs], key[pairs], value))
-        elif name.endswith("qkv.bias"):
-            state[weight.sources[0]] = made[:width][pairs]
-            state[weight.sources[1]] = made[2 * width :]
-        elif weight.make is _after_zeros:
-            state[weight.sources[0]] = made[len(made) // 2 :]
-        elif weight.make is _one_plus_first_half:
+            return {first: torch.cat((query[pairs], key[pairs], value))}
+        if name.endswith("qkv.bias"):
+            return {first: made[:width][pairs], weight.sources[1]: made[2 * width :]}
+        if weight.make is _after_zeros:
+            return {first: made[len(made) // 2 :]}
+        if weight.make is _one_plus_first_half:
             ones = torch.cat((torch.ones(width), torch.zeros(width)))
-            state[weight.sources[0]] = made - ones
-        elif weight.make is _one_plus_scales:
+            return {first: made - ones}
+        if weight.make is _one_plus_scales:
             ones = torch.tensor([0.0, 0.0, 1.0, 1.0, 0.0, 0.0])
-            state[weight.sources[0]] = made - ones[:, None]
-        elif weight.make is _attention_scale:
-            state[weight.sources[0]] = made.log()
-        else:
-            state[weight.sources[0]] = weight.make(made)  # a transpose, or nothing
-    return state
+            return {first: made - ones[:, None]}
+        if weight.make is _attention_scale:
+            return {first: made.log()}
+        return {first: weight.make(made)}  # a transpose, or nothing
+
+    return restore

@@ -5,44 +5,55 @@ bits. Bits are drawn from the same noise and must be equal, but for ties.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from math import log2
+from dataclasses import dataclass, replace
+from math import log2, prod
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from varedit_export.layout import restore_transformer
+from varedit_export.cut import WeightFiles
+from varedit_export.graph_text import TextEncoderConfig, restore_text_encoder
+from varedit_export.layout import Restored, transformer_layout, transformer_restorer
 from varedit_export.sources import Sources, TextSource
-from varedit_reference.agreement import TIE, tie_margin
+from varedit_export.streamed import compare_streamed
+from varedit_export.teacher_forcing import (
+    DTYPES,
+    FEATURES,
+    ROUNDED_SHARE,
+    SUMS,
+    Edit,
+    ParityError,
+    bits_line,
+    line,
+    noise_of,
+    picture_lines,
+    random_edit,
+    run_reference,
+    scale_arrays,
+    source_array,
+    text_arrays,
+)
 from varedit_reference.checkpoint import empty_tokenizer
 from varedit_reference.config import ModelConfig, TokenizerConfig, TransformerConfig
 from varedit_reference.golden import Recording
+from varedit_reference.nano.model import NANO
 from varedit_reference.quantisation import to_tokens
-from varedit_reference.scale_loop import PredictedScale, forced, predict_scales, seeded
+from varedit_reference.scale_loop import PredictedScale
 from varedit_reference.tokenizer import Tokenizer
 from varedit_reference.transformer import VAR
+from varedit_reference.weights_file import open_weights
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.errors import VareditError
 from varedit_runtime.grids import scale_grids
 from varedit_runtime.manifest import Manifest, ParityLine, Variant
-from varedit_runtime.noise import uniform_noise
 from varedit_runtime.onnx_backend import OnnxBackend, Sampling
 from varedit_runtime.pictures import from_decoder
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-# fp32 arithmetic in another order; a wrong formula differs by far more.
-FEATURES, LOGITS, SUMS = 1e-3, 1e-3, 1e-4
-# Bits that may differ when products are rounded to 16 bits.
-ROUNDED_SHARE = 0.02
-
-
-class ParityError(VareditError):
-    """Graphs that do not agree with the reference; the message names the worst."""
+# Bytes of a model's weights in fp32, over which it is compared block by block: the whole
+# comparison holds them some four times, in the reference, rounded and in ONNX Runtime's sessions.
+WHOLE = 10**9
 
 
 @dataclass(frozen=True)
@@ -57,28 +68,9 @@ class Reference:
     @classmethod
     def from_sources(cls, config: ModelConfig, sources: Sources) -> "Reference":
         """The weights that a bundle is built from."""
-        tokenizer = empty_tokenizer(config.tokenizer)
-        state = {name: sources.tokenizer[name].float() for name in tokenizer.state_dict()}
-        tokenizer.load_state_dict(state, assign=True)
         transformer = {name: sources.transformer[name] for name in sources.transformer}
-        return cls(config, _var(config, transformer), tokenizer.eval(), sources.text)
-
-
-@dataclass(frozen=True)
-class Edit:
-    """One edit to compare: what the transformer reads, and how bits are chosen.
-
-    text and negative [T, text]; source [1, S, c]; guidance and temperature one per scale; bits
-    [1, L, c] per scale are forced where given, else drawn with the seed.
-    """
-
-    text: Tensor
-    negative: Tensor | None
-    source: Tensor
-    guidance: Sequence[float]
-    temperature: Sequence[float]
-    bits: Sequence[Tensor] | None
-    seed: int
+        tokenizer = _tokenizer(config, sources.tokenizer)
+        return cls(config, _var(config, transformer), tokenizer, sources.text)
 
 
 def verify_folder(
@@ -89,7 +81,20 @@ def verify_folder(
     Raises ParityError if a measure exceeds its tolerance or is not finite.
     """
     bundle = Bundle(folder, manifest, digest="")
-    return gate(compare(bundle, Reference.from_sources(config, sources)))
+    if not is_large(_parameters(bundle)):
+        return gate(compare(bundle, Reference.from_sources(config, sources)))
+    return gate(compare_streamed(bundle, config, sources))
+
+
+def is_large(parameters: int) -> bool:
+    """Whether a model is too large to be compared whole."""
+    return parameters * torch.float32.itemsize > WHOLE
+
+
+def _parameters(bundle: Bundle) -> int:
+    files = WeightFiles(bundle.graphs_folder)
+    layouts = (files.layout(f"weights/{name}.safetensors") for name in bundle.components)
+    return sum(prod(place.shape) for layout in layouts for place in layout.values())
 
 
 def gate(lines: Iterator[ParityLine]) -> list[ParityLine]:
@@ -109,9 +114,9 @@ def gate(lines: Iterator[ParityLine]) -> list[ParityLine]:
 def compare(bundle: Bundle, reference: Reference) -> Iterator[ParityLine]:
     """Every graph of every variant against the reference."""
     for variant in bundle.manifest.variants:
-        yield from _compare_coders(bundle, variant, reference)
-        edit = _random_edit(bundle, variant, reference)
-        steps = _run_reference(reference.transformer, reference.config, edit)
+        yield from _compare_coders(bundle, variant, reference.tokenizer)
+        edit = random_edit(variant, reference.config)
+        steps = run_reference(reference.transformer, reference.config, edit)
         precision = bundle.manifest.precision
         if reference.text is not None and precision != "bf16":
             yield from _compare_text(bundle, variant, reference.text)
@@ -140,20 +145,45 @@ def compare_recording(bundle: Bundle, recording: Recording) -> Iterator[ParityLi
     )
     for k, logits, total in _run_symbolic(bundle, variant, edit, recording.forced_bits):
         expected = recording[f"out.guided_logits.{k}"].numpy().reshape(logits.shape)
-        yield _line(f"scale_{k:02}", "recorded guided logits, largest error", logits, expected)
+        yield line(f"scale_{k:02}", "recorded guided logits, largest error", logits, expected)
         if k == count - 1:
             picture = from_decoder(_session(bundle, variant, "image_decoder")(running_sum=total)[0])
-            yield from _picture_lines(picture, recording["out.image_rgb_u8"].numpy())
+            yield from picture_lines(picture, recording["out.image_rgb_u8"].numpy())
+
+
+def compare_bundle(bundle: Bundle) -> Iterator[ParityLine]:
+    """Every graph of every variant against the reference made of the bundle's own weights."""
+    if not is_large(_parameters(bundle)):
+        return compare(bundle, reference_of(bundle))
+    return compare_streamed(bundle, *sources_of(bundle))
 
 
 def reference_of(bundle: Bundle) -> Reference:
     """The reference made of a bundle's own weights, all but the text encoder."""
-    weights = {name: load_file(bundle.weights_path(name)) for name in ("transformer", "tokenizer")}
-    config = _config_of(bundle, weights["tokenizer"])
-    tokenizer = empty_tokenizer(config.tokenizer)
-    tokenizer.load_state_dict(weights["tokenizer"], assign=True)
-    state = restore_transformer(config.transformer, weights["transformer"])
-    return Reference(config, _var(config, state), tokenizer.eval(), None)
+    config, sources = sources_of(bundle)
+    return Reference.from_sources(config, replace(sources, text=None))
+
+
+def sources_of(bundle: Bundle) -> tuple[ModelConfig, Sources]:
+    """What a bundle was built from, restored from its own weights, each when asked for."""
+    files = {
+        name: open_weights(bundle.weights_path(name))
+        for name in ("transformer", "tokenizer", "text_encoder")
+        if name in bundle.components
+    }
+    config = _config_of(bundle, files["tokenizer"])
+    layout, restore = (
+        transformer_layout(config.transformer),
+        transformer_restorer(config.transformer),
+    )
+    text = None
+    if "text_encoder" in files:
+        settings, state = restore_text_encoder(files["text_encoder"])
+        encoder = TextEncoderConfig.from_json(settings)
+        text = TextSource(encoder, settings, state, bundle.tokenizer_json())
+    transformer = Restored(layout, files["transformer"], restore)
+    weights = bundle.manifest.model.weights
+    return config, Sources(transformer, files["tokenizer"], text, weights, bundle.digest)
 
 
 def _config_of(bundle: Bundle, tokenizer: Mapping[str, Tensor]) -> ModelConfig:
@@ -170,6 +200,8 @@ def _config_of(bundle: Bundle, tokenizer: Mapping[str, Tensor]) -> ModelConfig:
             channels=channels,
             multipliers=tuple(width // channels for width in widths),
             patchify=model.patch == 2,
+            # The one thing that neither the manifest nor the weights tell.
+            groups=NANO.tokenizer.groups if model.size == NANO.name else None,
         ),
         TransformerConfig(
             depth=model.depth,
@@ -187,6 +219,13 @@ def _config_of(bundle: Bundle, tokenizer: Mapping[str, Tensor]) -> ModelConfig:
     )
 
 
+def _tokenizer(config: ModelConfig, state: Mapping[str, Tensor]) -> Tokenizer:
+    tokenizer = empty_tokenizer(config.tokenizer)
+    names = tokenizer.state_dict()
+    tokenizer.load_state_dict({name: state[name].float() for name in names}, assign=True)
+    return tokenizer.eval()
+
+
 def _var(
     config: ModelConfig, state: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
 ) -> VAR:
@@ -195,33 +234,6 @@ def _var(
     types = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     model.load_state_dict({n: t.to(types[n]) for n, t in state.items()}, assign=True)
     return model.eval()
-
-
-def _random_edit(bundle: Bundle, variant: Variant, reference: Reference) -> Edit:
-    generator = torch.Generator().manual_seed(0)
-    config, scales = reference.config.transformer, len(reference.config.transformer.grids)
-    shape = (1, config.finest[0] * config.finest[1], config.token_channels)
-    guidance = bundle.manifest.guidance_scale if variant.rows > variant.batch else 1.0
-    return Edit(
-        torch.randn(variant.text_tokens // 2, config.text_channels, generator=generator),
-        None,
-        torch.randn(shape, generator=generator) / config.token_channels**0.5,
-        [guidance] * scales,
-        [bundle.manifest.temperature] * scales,
-        None,
-        seed=1,
-    )
-
-
-def _run_reference(model: VAR, config: ModelConfig, edit: Edit) -> list[PredictedScale]:
-    guided = any(g != 1 for g in edit.guidance)
-    negative = None if edit.negative is None else [edit.negative]
-    text = model.condition(model.text_rows([edit.text], guided, negative))
-    choose = seeded([edit.seed]) if edit.bits is None else forced(edit.bits)
-    steps = predict_scales(
-        model, config, edit.source, text, choose, edit.guidance, edit.temperature
-    )
-    return list(steps)
 
 
 def _compare_text(bundle: Bundle, variant: Variant, text: TextSource) -> Iterator[ParityLine]:
@@ -246,23 +258,23 @@ def _compare_text(bundle: Bundle, variant: Variant, text: TextSource) -> Iterato
     features = run(token_ids=ids.numpy(), text_mask=mask.numpy())
     kept = mask.numpy()
     tolerance = FEATURES if bundle.manifest.precision == "fp32" else 0.1
-    yield _line(
+    yield line(
         "text_encoder", "features, largest error", features[kept], expected.numpy()[kept], tolerance
     )
 
 
-def _compare_coders(bundle: Bundle, variant: Variant, reference: Reference) -> Iterator[ParityLine]:
+def _compare_coders(bundle: Bundle, variant: Variant, tokenizer: Tokenizer) -> Iterator[ParityLine]:
     generator = torch.Generator().manual_seed(3)
-    patch, tokenizer = reference.config.tokenizer.patch, reference.tokenizer
+    patch = tokenizer.config.patch
     pictures = torch.rand((variant.batch, 3, *variant.picture), generator=generator) * 2 - 1
     features = tokenizer.encode(pictures)
     tokens = _session(bundle, variant, "image_encoder")(pictures=pictures.numpy())
     expected = to_tokens(features, patch).numpy().reshape(tokens.shape)
-    yield _line("image_encoder", "source tokens, largest error", tokens, expected, SUMS)
+    yield line("image_encoder", "source tokens, largest error", tokens, expected, SUMS)
     total = torch.randn(features.shape, generator=generator) / features.shape[1] ** 0.5
     decoded = _session(bundle, variant, "image_decoder")(running_sum=total.numpy())
     expected = from_decoder(tokenizer.decode(total)[0].numpy())
-    yield from _picture_lines(from_decoder(decoded[0]), expected)
+    yield from picture_lines(from_decoder(decoded[0]), expected)
 
 
 def _compare_rounding(
@@ -272,8 +284,8 @@ def _compare_rounding(
     state = reference.transformer.state_dict()
     rounded = _var(reference.config, state, DTYPES[precision])
     given = _forced_edit(edit, steps)
-    for step, other in zip(steps, _run_reference(rounded, reference.config, given), strict=True):
-        noise = _noise(edit, step)
+    for step, other in zip(steps, run_reference(rounded, reference.config, given), strict=True):
+        noise = noise_of(edit, step)
         share = ((noise < step.probability) != (noise < other.probability)).float().mean().item()
         measure = f"share of bits that differ, reference with products rounded to {precision}"
         yield ParityLine(f"scale_{step.scale:02}", measure, share, ROUNDED_SHARE)
@@ -284,34 +296,24 @@ def _compare_static(
 ) -> Iterator[ParityLine]:
     """The static graphs, one loaded at a time, their caches handed on."""
     exact = bundle.manifest.precision == "fp32"
-    text = _run_stage(bundle, variant, "condition", _text_arrays(variant, edit))
-    source = edit.source.numpy().reshape(1, *variant.grids[-1], -1)
-    tiled = {**text, "source_tokens": np.repeat(source, variant.batch, 0)}
-    cache = _run_stage(bundle, variant, "prefill", tiled)
+    text = _run_stage(bundle, variant, "condition", text_arrays(variant, edit))
+    source = {"source_tokens": source_array(variant, edit)}
+    cache = _run_stage(bundle, variant, "prefill", text | source)
     past = {name.replace("source", "past"): x for name, x in cache.items() if "source" in name}
     for step in steps:
-        stage, shape = f"scale_{step.scale:02}", (1, *variant.grids[step.scale], -1)
-        noise = _noise(edit, step)
-        # Half of the bits are forced, the other half drawn.
-        mask = torch.arange(step.bits.numel()).reshape(step.bits.shape) % 2 == 0
+        stage, noise = f"scale_{step.scale:02}", noise_of(edit, step)
+        references = {f"reference_{kind}": f"reference_{kind}.{step.scale}" for kind in KINDS}
         given = {
             **text,
             **past,
-            **{f"reference_{kind}": cache.get(f"reference_{kind}.{step.scale}") for kind in KINDS},
-            **_sampling_arrays(variant, edit, step.scale),
-            "noise": noise.numpy().reshape(shape),
-            "forced_bits": step.bits.numpy().reshape(shape),
-            "forced_mask": mask.numpy().reshape(shape),
+            **{name: cache[stored] for name, stored in references.items() if stored in cache},
+            **scale_arrays(variant, edit, steps, step.scale),
         }
-        if step.tokens is not None:
-            given["tokens"] = step.tokens.numpy().reshape(shape)
-            given["running_sum"] = steps[step.scale - 1].sum.numpy()
-        batched = {n: _tile(variant, n, x) for n, x in given.items() if x is not None}
-        outputs = _run_stage(bundle, variant, stage, batched)
+        outputs = _run_stage(bundle, variant, stage, given)
         logits = outputs["logits"][:1].reshape(step.logits.shape)
         if exact:
-            yield _line(stage, "logits, largest error", logits, step.logits.numpy())
-        yield _bits_line(stage, outputs["bits"][:1].reshape(step.bits.shape), step, noise, exact)
+            yield line(stage, "logits, largest error", logits, step.logits.numpy())
+        yield bits_line(stage, outputs["bits"][:1].reshape(step.bits.shape), step, noise, exact)
         for i in range(bundle.manifest.model.depth):
             for kind in KINDS:
                 name, new = f"past_{kind}.{i}", outputs[f"new_{kind}.{i}"]
@@ -327,9 +329,9 @@ def _compare_symbolic(
     for k, logits, total in _run_symbolic(bundle, variant, edit, bits):
         if exact:
             expected = steps[k].logits.numpy().reshape(logits.shape)
-            yield _line("scale", f"logits of scale {k}, largest error", logits, expected)
+            yield line("scale", f"logits of scale {k}, largest error", logits, expected)
         expected = steps[k].sum.numpy()
-        yield _line("scale", f"sum after scale {k}, largest error", total[:1], expected, SUMS)
+        yield line("scale", f"sum after scale {k}, largest error", total[:1], expected, SUMS)
 
 
 def _run_symbolic(
@@ -337,9 +339,8 @@ def _run_symbolic(
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """(scale, guided logits, running sum) of an edit with all bits forced."""
     backend = OnnxBackend(bundle, variant, "cpu", threads=torch.get_num_threads())
-    backend.condition(_text_arrays(variant, edit))
-    source = edit.source.numpy().reshape(1, *variant.grids[-1], -1)
-    backend.prefill(np.repeat(source, variant.batch, 0))
+    backend.condition(text_arrays(variant, edit))
+    backend.prefill(source_array(variant, edit))
     for k, chosen in enumerate(bits):
         array = chosen.numpy().reshape(1, *variant.grids[k], -1)
         array = np.repeat(array, variant.batch, 0)
@@ -389,82 +390,11 @@ def _run_stage(
     return named
 
 
-def _text_arrays(variant: Variant, edit: Edit) -> dict[str, np.ndarray]:
-    features, mask = _padded(edit.text, variant)
-    arrays = {"text_features": features, "text_mask": mask}
-    if variant.rows > variant.batch:
-        negative, negative_mask = _padded(
-            edit.text[:1] if edit.negative is None else edit.negative, variant
-        )
-        has_negative = np.full(variant.batch, edit.negative is not None)
-        arrays |= {"negative_features": negative, "negative_mask": negative_mask}
-        arrays["has_negative"] = has_negative
-    return arrays
-
-
-def _padded(text: Tensor, variant: Variant) -> tuple[np.ndarray, np.ndarray]:
-    if len(text) > variant.text_tokens:
-        raise ParityError(
-            f"the text has {len(text)} tokens and the bundle takes {variant.text_tokens}: build it "
-            "with a larger --text-tokens"
-        )
-    features = np.zeros((variant.batch, variant.text_tokens, text.shape[1]), np.float32)
-    features[:, : len(text)] = text.numpy()
-    mask = np.zeros(features.shape[:2], np.bool_)
-    mask[:, : len(text)] = True
-    return features, mask
-
-
-def _sampling_arrays(variant: Variant, edit: Edit, scale: int) -> dict[str, np.ndarray]:
-    return {
-        "guidance_scale": np.array([edit.guidance[scale]], np.float32),
-        "temperature": np.array([edit.temperature[scale]], np.float32),
-    }
-
-
-def _tile(variant: Variant, name: str, array: np.ndarray) -> np.ndarray:
-    """One picture's input as a batch's."""
-    one = ("noise", "forced_bits", "forced_mask", "tokens", "running_sum")
-    return np.repeat(array, variant.batch, 0) if name in one else array
-
-
 def _forced_edit(edit: Edit, steps: Sequence[PredictedScale]) -> Edit:
     bits = [step.bits for step in steps]
     return Edit(
         edit.text, edit.negative, edit.source, edit.guidance, edit.temperature, bits, edit.seed
     )
-
-
-def _noise(edit: Edit, step: PredictedScale) -> Tensor:
-    """The noise that the reference drew a scale's bits from."""
-    _, tokens, channels = step.bits.shape
-    return torch.from_numpy(uniform_noise(edit.seed, step.scale, tokens, channels))[None]
-
-
-def _bits_line(
-    stage: str, bits: np.ndarray, step: PredictedScale, noise: Tensor, exact: bool
-) -> ParityLine:
-    differs = torch.from_numpy(bits) != step.bits
-    if exact:
-        wrong = differs & (tie_margin(step.logits, noise) > TIE)
-        return ParityLine(stage, "bits that differ and are no ties", float(wrong.sum()), 0.0)
-    share = differs.float().mean().item()
-    return ParityLine(stage, "share of bits that differ, computed in fp32", share, ROUNDED_SHARE)
-
-
-def _picture_lines(picture: np.ndarray, expected: np.ndarray) -> Iterator[ParityLine]:
-    difference = np.abs(picture.astype(np.int16) - expected.astype(np.int16))
-    yield ParityLine("image_decoder", "picture, levels", float(difference.max()), 1.0)
-    share = float((difference > 0).mean())
-    yield ParityLine("image_decoder", "picture, share of values differing", share, 0.01)
-
-
-def _line(
-    stage: str, measure: str, actual: np.ndarray, expected: np.ndarray, tolerance: float = LOGITS
-) -> ParityLine:
-    error = np.abs(actual.astype(np.float64) - expected)
-    value = float(error.max()) if np.isfinite(error).all() else float("inf")
-    return ParityLine(stage, measure, value, tolerance)
 
 
 def _each(value: float | Sequence[float], count: int) -> list[float]:

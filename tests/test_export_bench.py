@@ -1,0 +1,146 @@
+"""`varedit-export bench`: the bundle beside the reference it was made of."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from bundles import bundle_config, small_bundle
+from click.testing import CliRunner, Result
+from editing import changed_bundle, pair_bundle, picture, plain_bundle, reference
+
+from varedit_export import bench
+from varedit_export.cli import main
+from varedit_runtime.bench import INSTRUCTION, ROLLUP, Memory, memory_in_use
+from varedit_runtime.bundle import Bundle
+from varedit_runtime.errors import BackendError
+from varedit_runtime.manifest import Manifest
+
+SCALES = [f"scale_{k:02}" for k in range(len(bundle_config().transformer.grids))]
+STAGES = ["text_encoder", "image_encoder", "condition", "prefill", *SCALES, "image_decoder"]
+NOT_MEASURED = Memory(None, None, None, None, 1, 1, 1, None, None, 1.0)
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
+    file = tmp_path_factory.mktemp("bench") / "bench.json"
+    done = run("bench", small_bundle(), "--repeat", 2, "--threads", 1, "--json", file)
+    assert done.exit_code == 0, done.output
+    assert [path.name for path in file.parent.iterdir()] == ["bench.json"]
+    return done.stdout, json.loads(file.read_text())
+
+
+def test_every_stage_is_measured_for_both(measured: tuple[str, dict[str, Any]]) -> None:
+    table, report = measured
+    assert [stage["name"] for stage in report["stages"]] == STAGES
+    for row in (*report["stages"], report["edit"]):
+        for side in ("reference", "bundle"):
+            assert 0 < row[side]["lower"] <= row[side]["median"] <= row[side]["upper"]
+        assert row["ratio"] == row["reference"]["median"] / row["bundle"]["median"]
+        (line,) = [line for line in table.splitlines() if line.split()[:1] == [row["name"]]]
+        assert line.endswith(f"{row['ratio']:.2f}x")
+    for side in ("reference", "bundle"):
+        least = sum(stage[side]["lower"] for stage in report["stages"])
+        assert report["edit"][side]["upper"] > least / 2
+    assert report["digest"] == Bundle.open(small_bundle()).digest
+    assert (report["repeat"], report["threads"], report["batch"]) == (2, 1, 1)
+    assert report["torch"] == torch.__version__
+
+
+def test_both_draw_the_same_picture(measured: tuple[str, dict[str, Any]]) -> None:
+    table, report = measured
+    assert report["differing"] < 0.01
+    assert "of values differ" in table
+
+
+@pytest.mark.skipif(not ROLLUP.exists(), reason="the system does not tell")
+def test_the_memory_is_of_a_process_without_pytorch(measured: tuple[str, dict[str, Any]]) -> None:
+    table, report = measured
+    memory, own = report["memory"], memory_in_use()
+    assert own is not None
+    assert memory["before"] < memory["peak"] < own
+    assert memory["peak_ratio"] == memory["peak"] / memory["weights"]
+    for told in ("memory", "activations", "x weights", "disk"):
+        assert told in table
+
+
+@pytest.mark.parametrize("path", [pair_bundle, plain_bundle], ids=["pair", "plain"])
+def test_batches_and_bundles_without_guidance_are_measured(
+    path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "measure_memory", lambda *_: NOT_MEASURED)
+    threads = torch.get_num_threads()
+    report = bench.measure(path(), 1, threads=2)
+    assert torch.get_num_threads() == threads
+    assert report.threads == 2
+    assert report.differing < 0.01
+    assert report.edit.ratio > 0
+
+
+def test_the_reference_has_the_bundles_weights_as_they_were_loaded() -> None:
+    ours, theirs = bench.pipeline_of(Bundle.open(small_bundle())), reference(bundle_config())
+    for name in ("transformer", "tokenizer"):
+        expected = getattr(theirs, name).state_dict()
+        for key, tensor in getattr(ours, name).state_dict().items():
+            assert tensor.is_contiguous()
+            torch.testing.assert_close(tensor, expected[key], rtol=0, atol=1e-5)
+    (features,), (wanted,) = (m.text_encoder.encode([INSTRUCTION]) for m in (ours, theirs))
+    torch.testing.assert_close(features, wanted)
+
+
+def test_an_edit_that_is_timed_is_the_references_own() -> None:
+    model, source = reference(bundle_config()), [picture(90, 60)]
+    timed = bench.edit_timed(model, source, model.config.guidance_scale, [3])
+    (expected,) = model.edit(source, [INSTRUCTION], seed=[3])
+    assert np.array_equal(np.asarray(timed.pictures[0]), np.asarray(expected))
+    assert list(timed.seconds) == STAGES
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("nowhere",), "nowhere"),
+        ((small_bundle, "--repeat", "0"), "repeat is 0"),
+        ((small_bundle, "--threads", "0"), "threads 0"),
+        ((small_bundle, "--json", "missing/bench.json"), "there is no folder missing"),
+    ],
+)
+def test_wrong_arguments_are_one_line(arguments: tuple[Any, ...], said: str) -> None:
+    refused = run("bench", *(a() if callable(a) else a for a in arguments))
+    assert refused.exit_code == 1, refused.output
+    assert len(refused.stderr.strip().splitlines()) == 1
+    assert said in refused.stderr
+
+
+def test_a_bundle_that_starts_at_text_features_is_refused(tmp_path: Path) -> None:
+    def without_text(manifest: Manifest) -> Manifest:
+        (variant,) = manifest.variants
+        graphs = {s: g for s, g in variant.graphs.items() if s != "text_encoder"}
+        variant = msgspec.structs.replace(variant, graphs=graphs)
+        return msgspec.structs.replace(manifest, variants=(variant,))
+
+    refused = run("bench", changed_bundle(tmp_path, without_text))
+    assert refused.exit_code == 1, refused.output
+    assert "without a text encoder" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        ("raise SystemExit('Error: no room')", "no room"),
+        ("import os; os._exit(9)", "exit code 9"),
+    ],
+)
+def test_a_process_that_fails_is_one_line(
+    program: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "RUNTIME", program)
+    with pytest.raises(BackendError, match=said):
+        bench.measure_memory(small_bundle(), 1)

@@ -1,0 +1,198 @@
+"""Builds that are killed, and builds beside others: what is kept, and what is shared."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from bundles import bundle_config, quiet, request, small_bundle
+
+from varedit_export import build as build_module
+from varedit_export.build import Plan, build, share
+from varedit_export.sources import random_sources
+from varedit_reference.weights_file import open_weights, write_safetensors
+from varedit_runtime.bundle import Bundle
+from varedit_runtime.manifest import FileEntry
+
+KILLS = 10
+
+# Everything is imported once, and every build is a fork of that. A build is killed in the middle of
+# what it does to the files of its bundle, as often as it is told to, counted from its beginning.
+BUILDS = """
+import json, os, random, signal, sys
+from pathlib import Path
+import bundles
+from varedit_export.build import Plan, build
+from varedit_export.sources import random_sources
+from varedit_export import verify
+import varedit_reference.weights_file as weights_file
+import onnx_ir, onnxscript, torch.onnx, torch.export
+from dataclasses import replace
+
+folder, kills = Path(sys.argv[1]), int(sys.argv[2])
+weights_file.NOTED_EVERY = 2**16
+config = bundles.bundle_config()
+transformer = replace(config.transformer, grids=config.transformer.grids[:3])
+config = replace(config, transformer=transformer)
+
+def run(target, kill_at):
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            counted = count_of(target, kill_at)
+            wanted = replace(bundles.request(target), config=config, resolution=64)
+            sources = replace(random_sources(config, seed=0), text=None)
+            build(Plan(wanted, sources), bundles.quiet)
+            target.with_suffix(".events").write_text(str(counted[0]))
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitpid(child, 0)[1]
+
+def count_of(target, kill_at):
+    counted = [0]
+    def hook(event, arguments):
+        if event in ("open", "os.rename", "os.remove", "os.link", "os.mkdir"):
+            if target.name in str(arguments[0]):
+                counted[0] += 1
+                if counted[0] == kill_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(hook)
+    return counted
+
+assert run(folder / "whole", 0) == 0
+events = int((folder / "whole.events").read_text())
+draw = random.Random(0)
+killed = []
+while len(killed) < kills:
+    # Spread over the build, of which every attempt finds more done.
+    at = draw.randint(1, max(events // 3, 2))
+    if run(folder / "killed", at) == signal.SIGKILL:
+        killed.append(at)
+assert run(folder / "killed", 0) == 0
+print(json.dumps({"events": events, "killed": killed}))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forks of itself")
+def test_a_build_that_is_killed_ten_times_comes_out_the_same(tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", BUILDS, str(tmp_path), str(KILLS)],
+        capture_output=True,
+        text=True,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join((str(Path(__file__).parent), *sys.path)),
+            "OMP_NUM_THREADS": "1",
+        },
+    )
+    assert run.returncode == 0, run.stderr
+    assert len(json.loads(run.stdout.splitlines()[-1])["killed"]) == KILLS
+    whole, killed = contents(tmp_path / "whole"), contents(tmp_path / "killed")
+    manifest, other = (json.loads(c.pop("manifest.json")) for c in (whole, killed))
+    for files in (whole, killed):
+        files.pop("manifest.sha256")  # of the name, too
+    assert whole == killed
+    assert (manifest.pop("name"), other.pop("name")) == ("whole", "killed")
+    assert manifest == other
+    assert not [path for path in tmp_path.iterdir() if "partial" in path.name]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+@pytest.fixture
+def tensors() -> dict[str, torch.Tensor]:
+    return {f"t{i}": torch.full((64,), float(i)) for i in range(8)}
+
+
+def interrupted(path: Path, tensors: dict[str, torch.Tensor], after: int) -> None:
+    def make(name: str) -> torch.Tensor:
+        if name == f"t{after}":
+            raise KeyboardInterrupt
+        return tensors[name]
+
+    with pytest.raises(KeyboardInterrupt):
+        write_safetensors(path, tensors, make, {}, "the same")
+
+
+@pytest.mark.parametrize(
+    ("made_from", "damage", "kept"),
+    [
+        ("the same", None, True),
+        ("another", None, False),
+        ("the same", "content", False),
+        ("the same", "journal", False),
+    ],
+)
+def test_a_file_of_weights_goes_on_at_the_tensor_it_was_at(
+    tmp_path: Path,
+    tensors: dict[str, torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    made_from: str,
+    damage: str | None,
+    kept: bool,
+) -> None:
+    monkeypatch.setattr("varedit_reference.weights_file.NOTED_EVERY", 1)
+    path = tmp_path / "weights.safetensors"
+    interrupted(path, tensors, after=5)
+    (partial,) = tmp_path.glob(".*.partial")
+    if damage == "content":
+        content = bytearray(partial.read_bytes())
+        content[-300] ^= 1
+        partial.write_bytes(content)
+    if damage == "journal":
+        partial.with_suffix(".json").write_text("{")
+    made: list[str] = []
+    write_safetensors(path, tensors, lambda n: made.append(n) or tensors[n], {}, made_from)
+    assert made == [f"t{i}" for i in range(5 if kept else 0, 8)]
+    assert all(torch.equal(open_weights(path)[name], tensor) for name, tensor in tensors.items())
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    write_safetensors(tmp_path / "other.safetensors", tensors, tensors.__getitem__, {})
+    assert path.read_bytes() == (tmp_path / "other.safetensors").read_bytes()
+
+
+def test_weights_are_shared_with_a_bundle_beside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two resolutions of one checkpoint: only positions and graphs are their own."""
+    monkeypatch.setattr(build_module, "verify_folder", lambda *arguments: [])
+    weights = replace(random_sources(bundle_config(), seed=0), text=None)
+    build(Plan(request(tmp_path / "one"), weights), quiet)
+    config = bundle_config()
+    fewer = replace(
+        config, transformer=replace(config.transformer, grids=config.transformer.grids[:3])
+    )
+    build(Plan(replace(request(tmp_path / "other"), config=fewer), weights), quiet)
+    one, other = (Bundle.open(tmp_path / name) for name in ("one", "other"))
+    for component in ("transformer", "tokenizer"):
+        assert one.weights_path(component).samefile(other.weights_path(component))
+    assert {"positions_96-b1"} == set(one.components) - {"transformer", "tokenizer"}
+    other.verify_weights()
+
+
+def test_weights_are_not_shared_where_they_differ_or_links_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, name = Bundle.open(small_bundle()), "graphs/weights/tokenizer.safetensors"
+    entry, own = bundle.manifest.files[name], tmp_path / "own"
+    own.write_bytes(b"own")
+    share(own, name, FileEntry("0" * 64, entry.size), small_bundle())
+    assert own.read_bytes() == b"own"
+
+    def refused(*arguments: object) -> None:
+        raise OSError("no links here")
+
+    monkeypatch.setattr(Path, "hardlink_to", refused)
+    share(own, name, entry, small_bundle())
+    assert own.read_bytes() == b"own"
+    monkeypatch.undo()
+    share(own, name, entry, small_bundle())
+    assert own.samefile(bundle.path / name)

@@ -1,0 +1,101 @@
+"""What a build will need: room on the disk, memory, time. Said before it begins, and asked for.
+
+Constants were measured with `tests/measure_build.py` on builds of 2b at 512 px and 8b at 1024 px
+in fp16 with random weights, on two cores of an x86 server, PyTorch 2.13 and ONNX Runtime 1.31.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from varedit_export.errors import ExportError
+from varedit_export.stages import Shapes
+
+if TYPE_CHECKING:
+    from varedit_export.build import Plan
+
+GRAPH = 2 * 10**6  # bytes of the largest graph; most have less than one million
+# The program itself, with PyTorch, onnxscript and transformers, and what tracing leaves behind.
+PROGRAM = 450 * 10**6
+DRAWN = 4  # fp32 tensors of the largest weight: drawn, converted, waiting, written
+WHOLE = 6  # fp32 copies of a small model's weights, in the reference and ONNX Runtime's sessions
+KEYS_VALUES = 8  # fp32 arrays of all keys, or values, that the last scale sees
+HIDDEN = 4  # fp32 arrays of the last scale's MLP
+TRACING = 100.0  # seconds, whatever the model, on one core
+WEIGHT = 70e-9  # seconds of one core for a parameter: drawn, written, hashed, drawn again, run
+PRODUCTS = 5e10  # products and sums that one core does in a second
+CORES = 2  # more are of little use
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes of disk and of anonymous memory at the peak; seconds on cores like those measured."""
+
+    disk: int
+    memory: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.disk / 1e9:.1f} GB of disk, {self.memory / 1e9:.1f} GB of memory, about "
+            f"{max(self.seconds / 60, 1):.0f} min"
+        )
+
+
+def needs(plan: "Plan", large: bool) -> Needs:
+    """What building a plan takes. large: whether parity is proven block by block."""
+    shapes = plan.request.shapes
+    sizes = [t.numel() for c in plan.components for t in c.module.state_dict().values()]
+    parameters = sum(sizes)
+    memory = PROGRAM + DRAWN * 4 * max(sizes)
+    if large:
+        memory = max(memory, PROGRAM + _block_by_block(shapes))
+    else:
+        memory += WHOLE * 4 * parameters
+    config = shapes.config.transformer
+    tokens = sum(config.lengths) + 2 * config.lengths[-1]
+    # Two blocks of every scale and three of the prefill's.
+    products = 2 * 2 * shapes.rows * tokens * _block_parameters(shapes)
+    cores = min(os.cpu_count() or 1, CORES)
+    work = parameters * WEIGHT + products / PRODUCTS
+    disk = plan.weight_bytes + len(plan.graphs) * GRAPH
+    return Needs(disk, memory, TRACING + work / cores)
+
+
+def _block_parameters(shapes: Shapes) -> int:
+    width, mlp = shapes.config.transformer.width, shapes.config.transformer.mlp_width
+    return 8 * width * width + 2 * width * mlp
+
+
+def _block_by_block(shapes: Shapes) -> int:
+    """A block as stored and in fp32, and what the last scale's reads and computes."""
+    config, block = shapes.config.transformer, _block_parameters(shapes)
+    seen = (sum(config.lengths) + config.lengths[-1]) * shapes.rows * config.width
+    hidden = shapes.rows * config.lengths[-1] * config.mlp_width
+    return (shapes.dtype.itemsize + 4) * block + 4 * (KEYS_VALUES * seen + HIDDEN * hidden)
+
+
+def check_memory(needed: int) -> None:
+    """Raises ExportError when the system has less memory to give than needed."""
+    available = available_memory()
+    if available is not None and available < needed:
+        raise ExportError(
+            f"{available / 1e9:.1f} GB of memory are available and the build needs "
+            f"{needed / 1e9:.1f} GB: end other programs, or build on a larger machine"
+        )
+
+
+def available_memory() -> int | None:
+    """Bytes that programs can have without swapping; None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    sizes = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    return 1024 * sizes[0] if sizes else None
+
+
+def present(folder: Path) -> int:
+    """Bytes on the disk of what an interrupted build left there."""
+    return sum(512 * path.lstat().st_blocks for path in folder.rglob("*") if path.is_file())
