@@ -1,24 +1,34 @@
 PYTHON ?= python3
 BIN := .venv/bin
+RUNTIME := .venv/runtime
 INSTALLED := .venv/installed
+NANO := runtime/varedit_runtime/nano
+DEMO := build/demo
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test lint format docs nano-bundle clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
-$(INSTALLED): pyproject.toml
+$(RUNTIME): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet -e '.[export,train,dev]'
+	$(BIN)/pip install --quiet -e .
 	touch $@
 
-demo: $(INSTALLED)  ## show what works today
-	$(BIN)/python -m varedit_reference.golden tests/golden/*
+$(INSTALLED): $(RUNTIME)
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet -e '.[export,train,tensorrt-rtx,dev]'
+	touch $@
+
+demo: $(RUNTIME)  ## edit a sample picture
+	mkdir -p $(DEMO)
+	$(BIN)/varedit-run docs/samples/person.png "add a hat" --bundle $(NANO) --seed 1 \
+		-o $(DEMO)/hat.png --compare $(DEMO)/before-and-after.png
+	@echo "before and after: $(DEMO)/before-and-after.png"
 
 test: lint  ## lint, then run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadscope
 
 lint: $(INSTALLED)  ## style, format and types
 	$(BIN)/ruff check .
@@ -29,5 +39,11 @@ format: $(INSTALLED)  ## rewrite files in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:  ## remove the environment and caches
-	rm -rf .venv .pytest_cache .ruff_cache dist
+docs: $(INSTALLED)  ## write the commands' help into docs/commands.md
+	$(BIN)/python tests/commands_page.py
+
+nano-bundle: $(INSTALLED)  ## build the embedded bundle of nano's weights
+	$(BIN)/varedit-export build --size nano -o $(NANO)
+
+clean:  ## remove the environment, caches and what was built
+	rm -rf .venv .pytest_cache .ruff_cache build dist

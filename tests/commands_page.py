@@ -1,0 +1,40 @@
+"""Write docs/commands.md anew from the commands' own help: `make docs`.
+
+What lies above the mark in the page is written by hand and stays.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from textwrap import indent
+
+import click
+
+from varedit_export.cli import main as export_main
+from varedit_runtime.cli import main as run_main
+
+PAGE = Path(__file__).parent.parent / "docs" / "commands.md"
+MARK = "<!-- All below is written by `make docs`. -->\n"
+COMMANDS: dict[str, click.Group] = {"varedit-run": run_main, "varedit-export": export_main}
+WIDTH = 80
+
+
+def helps() -> Iterator[tuple[str, str]]:
+    """Every command and its help."""
+    for name, group in COMMANDS.items():
+        context = click.Context(group, info_name=name, terminal_width=WIDTH)
+        yield name, group.get_help(context)
+        for own, command in group.commands.items():
+            if not command.hidden:
+                inner = click.Context(command, context, own, terminal_width=WIDTH)
+                yield f"{name} {own}", command.get_help(inner)
+
+
+def refreshed(page: str) -> str:
+    """The page with the commands' help as it is now."""
+    written, mark, _ = page.partition(MARK)
+    assert mark, f"{PAGE} has lost its mark: {MARK}"
+    return written + MARK + "".join(f"\n## {n}\n\n{indent(h, '    ')}\n" for n, h in helps())
+
+
+if __name__ == "__main__":
+    PAGE.write_text(refreshed(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,99 @@
+"""The documentation says what the code does."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from bundles import small_bundle
+from commands_page import COMMANDS, PAGE, helps, refreshed
+
+from varedit_export import teacher_forcing
+from varedit_reference import golden
+from varedit_runtime.bundle import Bundle
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FOLDERS = [".", "varedit_export", "runtime/varedit_runtime", "reference/varedit_reference"]
+
+
+def rows(page: str, heading: str) -> dict[str, list[str]]:
+    """The table under a heading: its rows' other cells, by the first."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    section = text.split(f"# {heading}\n")[1].split("\n#")[0]
+    lines = [line.strip("|").split(" | ") for line in section.splitlines() if line[:1] == "|"]
+    return {first.strip(): [cell.strip() for cell in others] for first, *others in lines[2:]}
+
+
+def test_the_commands_page_is_current() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    assert page == refreshed(page), "run `make docs`"
+
+
+@pytest.mark.parametrize(("name", "text"), [pytest.param(n, h, id=n) for n, h in helps()])
+def test_every_help_has_examples_that_parse(name: str, text: str) -> None:
+    lines = text.replace("\\\n", "").splitlines()
+    examples = [line.split("|")[0] for line in lines if line.startswith("  varedit-")]
+    assert any(example.startswith(f"  {name} ") for example in examples)
+    for example in examples:
+        command, first, *arguments = shlex.split(example)
+        own = COMMANDS[command].commands
+        if first in own:
+            own[first].make_context(first, arguments)
+        else:
+            own["edit"].make_context("edit", [first, *arguments])
+
+
+def test_the_stages_have_the_inputs_and_outputs_that_are_said() -> None:
+    (variant,) = Bundle.open(small_bundle()).manifest.variants
+    scales = {stage for stage in variant.graphs if stage.startswith("scale_")}
+    table = rows("architecture.md", "The stages")
+    said = {tuple(re.findall("`(.+?)`", stage)): cells for stage, cells in table.items()}
+    assert {stage for stages in said for stage in stages} | scales == set(variant.graphs)
+    common = said["scale_00", "scale_01"]
+    for stages, cells in said.items():
+        graphs = [variant.graphs[stage] for stage in (scales if len(stages) > 1 else stages)]
+        made = [g.inputs for g in graphs], [g.outputs for g in graphs]
+        for place, cell in enumerate(cells):
+            told = f"{cell} {common[place]}" if stages == ("scale",) else cell
+            names = {re.sub(r"\.[ik]$", ".0", name) for name in re.findall("`(.+?)`", told)}
+            assert names == {re.sub(r"\.\d+$", ".0", t.name) for of in made[place] for t in of}
+
+
+@pytest.mark.parametrize(
+    ("heading", "row", "tolerance"),
+    [
+        ("Gates of a bundle", "guided logits, every scale", teacher_forcing.LOGITS),
+        ("Gates of a bundle", "running sum", teacher_forcing.SUMS),
+        ("Gates of a bundle", "source tokens", teacher_forcing.SUMS),
+        ("Gates of a bundle", "text features, fp32", teacher_forcing.FEATURES),
+        ("Gates of a bundle", "share of bits", teacher_forcing.ROUNDED_SHARE),
+        ("Gates of the reference", "encoder features", golden.FEATURES),
+        ("Gates of the reference", "quantiser", golden.SIGN_MARGIN),
+        ("Gates of the reference", "quantised sum", golden.SUMS),
+        ("Gates of the reference", "pooled text", golden.CONDITION),
+        ("Gates of the reference", "a block's output", golden.LOGITS),
+        ("Gates of the reference", "guided logits", golden.LOGITS),
+        ("Gates of the reference", "probability of bit 1", golden.PROBABILITY),
+    ],
+)
+def test_tolerances_are_those_of_the_code(heading: str, row: str, tolerance: float) -> None:
+    (said,) = (c[0] for name, c in rows("numerics.md", heading).items() if name.startswith(row))
+    number = said.removesuffix(" %")
+    assert float(number) / (1 if said == number else 100) == tolerance
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    links = {link.split("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text)}
+    local = {link for link in links if link and "://" not in link}
+    assert [link for link in sorted(local) if not (page.parent / link).exists()] == []
+
+
+def test_where_to_look_names_files_that_are_there() -> None:
+    cells = "".join(cell for cell, *_ in rows("architecture.md", "Where to change what").values())
+    names = set(re.findall(r"`([\w/]+(?:\.py|/))`", cells))
+    assert len(names) > 20
+    missing = [n for n in names if not any((ROOT / f / n).exists() for f in FOLDERS)]
+    assert missing == []
