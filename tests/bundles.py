@@ -48,13 +48,13 @@ def random_weights() -> Sources:
 @cache
 def small_bundle() -> Path:
     """An fp32 bundle of random weights: 96 px, 4 scales, patchified, with a byte tokenizer."""
-    return built("small", lambda target: Plan(request(target), random_weights()))
+    return built("small", lambda target: Plan([request(target)], random_weights()))
 
 
 @cache
 def half_bundle(precision: Precision) -> Path:
     """The same in fp16 or bf16."""
-    return built(precision, lambda target: Plan(request(target, precision), random_weights()))
+    return built(precision, lambda target: Plan([request(target, precision)], random_weights()))
 
 
 def built(name: str, plan: Callable[[Path], Plan]) -> Path:

@@ -51,7 +51,7 @@ def plain_config() -> ModelConfig:
 def _built(name: str, config: ModelConfig, batch: int, guided: bool) -> Path:
     def plan(target: Path) -> Plan:
         wanted = replace(request(target), config=config, batch=batch, guided=guided)
-        return Plan(wanted, random_sources(config, seed=0))
+        return Plan([wanted], random_sources(config, seed=0))
 
     return built(name, plan)
 

@@ -32,7 +32,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
     assert weights.text is not None
     text = replace(weights.text, config=replace(weights.text.config, depth=DEPTH))
     wanted = replace(request(tmp_path_factory.mktemp("bundle")), config=config)
-    return Plan(wanted, replace(weights, text=text))
+    return Plan([wanted], replace(weights, text=text))
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def whole(plan: Plan, graph: Graph) -> Stage:
     """The stage of a graph with all of its blocks."""
     shapes = plan.request.shapes
     modules = {component.name: component.module for component in plan.components}
-    model, table = modules["transformer"], modules[f"positions_{plan.request.variant}"]
+    model, table = modules["transformer"], modules[f"positions_{plan.request.name}"]
     stage, text = graph.stage, modules["text_encoder"]
     assert isinstance(model, GraphTransformer) and isinstance(text, GraphTextEncoder)
     if isinstance(stage, TextEncoderStage):
@@ -73,7 +73,7 @@ def whole(plan: Plan, graph: Graph) -> Stage:
 def test_grown_graphs_are_what_tracing_every_block_gives(
     plan: Plan, stored: dict[str, StoredWeight], name: str
 ) -> None:
-    graph = next(graph for graph in plan.graphs if graph.name == name)
+    graph = next(graph for graph in plan.variants[0].graphs if graph.name == name)
     grown = Tracer(plan.fake, stored).graph(graph.stage, graph.depth, graph.scale)
     traced = Tracer(plan.fake, stored).graph(whole(plan, graph), 0, graph.scale)
     assert DEPTH > 4 and text(grown) == text(traced)
@@ -107,7 +107,7 @@ def text(model: ir.Model) -> list[str]:
 def test_blocks_that_differ_are_refused(
     plan: Plan, stored: dict[str, StoredWeight], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    graph = next(graph for graph in plan.graphs if graph.name == "scale")
+    graph = next(graph for graph in plan.variants[0].graphs if graph.name == "scale")
     assert isinstance(graph.stage, SymbolicScaleStage)
     monkeypatch.setattr(graph.stage, "name", "odd")
     monkeypatch.setattr(graph.stage.model.blocks[2], "cross_norm", torch.nn.Identity())

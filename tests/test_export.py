@@ -49,7 +49,7 @@ def test_a_bundle_holds_every_stage_and_one_copy_of_the_weights(
     }
     stored = sum(bundle.weights_path(name).stat().st_size for name in bundle.components)
     whole = sum(entry.size for entry in bundle.manifest.files.values())
-    plan = Plan(request(Path("unused")), random_weights())
+    plan = Plan([request(Path("unused"))], random_weights())
     assert plan.weight_bytes <= stored <= plan.weight_bytes + 100_000
     assert whole - stored < len(graphs) * 10**6
 
@@ -142,7 +142,7 @@ def test_swapped_tensors_fail_the_gate(
     }
     swapped = state | {component: {n: state[component][names.get(n, n)] for n in state[component]}}
     bad = Sources(swapped["transformer"], swapped["tokenizer"], None, "swapped", "swapped")
-    plan = Plan(request(tmp_path / "bad"), bad)
+    plan = Plan([request(tmp_path / "bad")], bad)
     verify = build_module.verify_folder
     given = Sources(state["transformer"], state["tokenizer"], None, "", "")
     monkeypatch.setattr(
@@ -160,7 +160,7 @@ def test_thirteen_scales_pass_the_gates(tmp_path: Path) -> None:
     grids = tuple((side, side) for side in range(1, 14))
     config = replace(config, transformer=replace(config.transformer, grids=grids))
     wanted = replace(request(tmp_path / "thirteen"), config=config)
-    build(Plan(wanted, random_sources(config, seed=0)), quiet)
+    build(Plan([wanted], random_sources(config, seed=0)), quiet)
     parity = Bundle.open(wanted.target).manifest.parity
     assert {f"scale_{k:02}" for k in range(13)} <= {line.stage for line in parity}
 
@@ -180,12 +180,12 @@ def test_an_interrupted_build_goes_on_where_it_was(
     monkeypatch.setattr(Staging, "record", counted)
     target = tmp_path / "small"
     with pytest.raises(KeyboardInterrupt):
-        build(Plan(request(target), random_weights()), quiet)
+        build(Plan([request(target)], random_weights()), quiet)
     assert not target.exists()
     first = set(recorded)
     recorded.clear()
     stop_after.clear()
-    build(Plan(request(target), random_weights()), quiet)
+    build(Plan([request(target)], random_weights()), quiet)
     assert len(first) == 9 and not first & set(recorded)
     reference = Bundle.open(small_bundle()).manifest
     assert Bundle.open(target).manifest.files == reference.files
@@ -217,7 +217,7 @@ def test_nothing_of_a_failed_build_is_published(
 
     monkeypatch.setattr(build_module, "verify_folder", broken)
     with pytest.raises(ParityError):
-        build(Plan(request(tmp_path / "bundle"), random_weights()), quiet)
+        build(Plan([request(tmp_path / "bundle")], random_weights()), quiet)
     assert not (tmp_path / "bundle").exists()
 
 

@@ -85,7 +85,9 @@ def test_batches_and_bundles_without_guidance_are_measured(
 
 
 def test_the_reference_has_the_bundles_weights_as_they_were_loaded() -> None:
-    ours, theirs = bench.pipeline_of(Bundle.open(small_bundle())), reference(bundle_config())
+    opened = Bundle.open(small_bundle())
+    ours = bench.pipeline_of(opened, opened.manifest.variant(None))
+    theirs = reference(bundle_config())
     for name in ("transformer", "tokenizer"):
         expected = getattr(theirs, name).state_dict()
         for key, tensor in getattr(ours, name).state_dict().items():
@@ -143,4 +145,4 @@ def test_a_process_that_fails_is_one_line(
 ) -> None:
     monkeypatch.setattr(bench, "RUNTIME", program)
     with pytest.raises(BackendError, match=said):
-        bench.measure_memory(small_bundle(), 1)
+        bench.measure_memory(small_bundle(), 1, "96-b1")

@@ -95,9 +95,10 @@ def test_a_value_of_another_type_is_refused_wherever_it_is():
             except BundleError:
                 refused += 1
             else:
-                # A name for a dimension, or a whole number for a float.
+                # A name for a dimension, a whole number for a float, a setting or none.
                 assert path[-2:-1] == ("shape",) or path[-1] in (
                     *("value", "tolerance", "guidance_scale", "temperature"),
+                    *("norm_groups", "text_distance", "text_epsilon"),
                 ), (path, wrong)
     assert refused > 2000
 

@@ -1,22 +1,15 @@
-"""Builds that are killed, and builds beside others: what is kept, and what is shared."""
+"""Builds that are killed: what is kept."""
 
 import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from bundles import bundle_config, quiet, request, small_bundle
 
-from varedit_export import build as build_module
-from varedit_export.build import Plan, build, share
-from varedit_export.sources import random_sources
 from varedit_reference.weights_file import open_weights, write_safetensors
-from varedit_runtime.bundle import Bundle
-from varedit_runtime.manifest import FileEntry
 
 KILLS = 10
 
@@ -47,7 +40,7 @@ def run(target, kill_at):
             counted = count_of(target, kill_at)
             wanted = replace(bundles.request(target), config=config, resolution=64)
             sources = replace(random_sources(config, seed=0), text=None)
-            build(Plan(wanted, sources), bundles.quiet)
+            build(Plan([wanted], sources), bundles.quiet)
             target.with_suffix(".events").write_text(str(counted[0]))
             status = 0
         finally:
@@ -157,42 +150,3 @@ def test_a_file_of_weights_goes_on_at_the_tensor_it_was_at(
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
     write_safetensors(tmp_path / "other.safetensors", tensors, tensors.__getitem__, {})
     assert path.read_bytes() == (tmp_path / "other.safetensors").read_bytes()
-
-
-def test_weights_are_shared_with_a_bundle_beside(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two resolutions of one checkpoint: only positions and graphs are their own."""
-    monkeypatch.setattr(build_module, "verify_folder", lambda *arguments: [])
-    weights = replace(random_sources(bundle_config(), seed=0), text=None)
-    build(Plan(request(tmp_path / "one"), weights), quiet)
-    config = bundle_config()
-    fewer = replace(
-        config, transformer=replace(config.transformer, grids=config.transformer.grids[:3])
-    )
-    build(Plan(replace(request(tmp_path / "other"), config=fewer), weights), quiet)
-    one, other = (Bundle.open(tmp_path / name) for name in ("one", "other"))
-    for component in ("transformer", "tokenizer"):
-        assert one.weights_path(component).samefile(other.weights_path(component))
-    assert {"positions_96-b1"} == set(one.components) - {"transformer", "tokenizer"}
-    other.verify_weights()
-
-
-def test_weights_are_not_shared_where_they_differ_or_links_fail(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bundle, name = Bundle.open(small_bundle()), "graphs/weights/tokenizer.safetensors"
-    entry, own = bundle.manifest.files[name], tmp_path / "own"
-    own.write_bytes(b"own")
-    share(own, name, FileEntry("0" * 64, entry.size), small_bundle())
-    assert own.read_bytes() == b"own"
-
-    def refused(*arguments: object) -> None:
-        raise OSError("no links here")
-
-    monkeypatch.setattr(Path, "hardlink_to", refused)
-    share(own, name, entry, small_bundle())
-    assert own.read_bytes() == b"own"
-    monkeypatch.undo()
-    share(own, name, entry, small_bundle())
-    assert own.samefile(bundle.path / name)

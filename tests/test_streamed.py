@@ -44,7 +44,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
     wanted = replace(request(target, "fp16"), config=deep_config(), resolution=64, batch=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verify, "WHOLE", 0)
-        build(Plan(wanted, deep_weights()), quiet)
+        build(Plan([wanted], deep_weights()), quiet)
     yield Bundle.open(target)
 
 
@@ -83,7 +83,7 @@ def test_types_that_no_cpu_computes_are_compared_alike(
 ) -> None:
     monkeypatch.setattr(verify, "WHOLE", 0)
     wanted = replace(request(tmp_path / "bf16", "bf16"), config=deep_config(), guided=False)
-    lines = build(Plan(wanted, replace(deep_weights(), text=None)), quiet)
+    lines = build(Plan([wanted], replace(deep_weights(), text=None)), quiet)
     assert any(line.measure.startswith(f"all {DEPTH} blocks") for line in lines)
 
 

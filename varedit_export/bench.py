@@ -20,17 +20,13 @@ import numpy as np
 import onnxruntime as ort
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import T5Config, T5EncoderModel
 
-from varedit_export.graph_text import restore_text_encoder
-from varedit_export.verify import reference_of
-from varedit_reference.checkpoint import Stored
+from varedit_export.verify import reference_of, t5_encoder
 from varedit_reference.kv_cache import KVCache
 from varedit_reference.pipeline import VAREdit
 from varedit_reference.scale_loop import predict_scales, seeded
-from varedit_reference.text_encoder import TextEncoder, t5_layout
+from varedit_reference.text_encoder import TextEncoder
 from varedit_reference.transformer import VAR, TextCondition
 from varedit_runtime.bench import (
     INSTRUCTION,
@@ -43,6 +39,7 @@ from varedit_runtime.bench import (
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.editor import Editor
 from varedit_runtime.errors import BackendError, BundleError, ConfigError
+from varedit_runtime.manifest import Variant
 from varedit_runtime.text import read_tokenizer
 
 RUNTIME = "from varedit_runtime.cli import main; main()"
@@ -91,7 +88,9 @@ class Edit:
     seconds: Mapping[str, float]
 
 
-def measure(path: Path, repeat: int, threads: int | None = None) -> Report:
+def measure(
+    path: Path, repeat: int, threads: int | None = None, variant: str | None = None
+) -> Report:
     """Edit a synthetic picture with both: once to warm up, then `repeat` times in turns.
 
     Raises what `Editor.open` does, BundleError on a bundle that starts at text features,
@@ -102,13 +101,16 @@ def measure(path: Path, repeat: int, threads: int | None = None) -> Report:
     if repeat < 1 or count < 1:
         raise ConfigError(f"repeat is {repeat}, threads {count}; they must be at least 1")
     bundle = Bundle.open(path)
-    if "text_encoder" not in bundle.manifest.variants[0].graphs:
+    chosen = bundle.manifest.variant(variant)
+    if "text_encoder" not in chosen.graphs:
         raise BundleError(
             f"{bundle.path} was built without a text encoder, and takes no instructions: build a "
             "bundle with one"
         )
-    memory = measure_memory(path, count)  # before this process holds pages of the same files
-    with Editor.open(path, threads=count) as editor, _torch_threads(count):
+    memory = measure_memory(
+        path, count, chosen.name
+    )  # before this process holds pages of the same files
+    with Editor.open(path, threads=count, variant=chosen.name) as editor, _torch_threads(count):
         turns = list(_turns(bundle, editor, repeat))
     warm, *timed = turns
     return Report(
@@ -153,7 +155,7 @@ def table(report: Report) -> str:
     return "\n".join(lines)
 
 
-def measure_memory(path: Path, threads: int) -> Memory:
+def measure_memory(path: Path, threads: int, variant: str) -> Memory:
     """What `varedit-run bench` finds in a process without PyTorch.
 
     Raises BackendError, with what it said, when it fails.
@@ -161,6 +163,7 @@ def measure_memory(path: Path, threads: int) -> Memory:
     with TemporaryDirectory(prefix="varedit-bench-") as folder:
         file = Path(folder) / "report.json"
         options = ["--repeat", "1", "--threads", str(threads), "--json", str(file)]
+        options += ["--variant", variant]
         done = subprocess.run(
             [sys.executable, "-c", RUNTIME, "bench", os.path.abspath(path), *options],
             capture_output=True,
@@ -172,10 +175,12 @@ def measure_memory(path: Path, threads: int) -> Memory:
         return Memory(**json.loads(file.read_bytes())["memory"])
 
 
-def pipeline_of(bundle: Bundle) -> VAREdit:
+def pipeline_of(bundle: Bundle, variant: Variant) -> VAREdit:
     """The reference with a bundle's own weights, the text encoder included, laid out as loaded."""
-    reference = reference_of(bundle)
-    text = _text_encoder(bundle)
+    reference = reference_of(bundle).of(variant)
+    assert reference.text is not None
+    tokenizer = read_tokenizer(reference.text.tokenizer_json)
+    text = TextEncoder(t5_encoder(reference.text), tokenizer)
     for module in (reference.transformer, reference.tokenizer, text.model):
         _lay_out(module)
     return VAREdit(reference.config, reference.tokenizer, reference.transformer, text)
@@ -232,7 +237,7 @@ class _Prefilled:
 
 def _turns(bundle: Bundle, editor: Editor, repeat: int) -> Iterator[tuple[Edit, Edit]]:
     """(the reference's edit, the bundle's), the first of which is to warm up."""
-    model, batch = pipeline_of(bundle), editor.variant.batch
+    model, batch = pipeline_of(bundle, editor.variant), editor.variant.batch
     pictures, seeds = [synthetic_picture(editor.variant)] * batch, list(range(batch))
     guidance = bundle.manifest.guidance_scale if editor.guided else 1.0
     for _ in range(repeat + 1):
@@ -251,18 +256,6 @@ def _compare(
 def _share_differing(one: Edit, other: Edit) -> float:
     pairs = zip(one.pictures, other.pictures, strict=True)
     return float(np.mean([np.asarray(a) != np.asarray(b) for a, b in pairs]))
-
-
-def _text_encoder(bundle: Bundle) -> TextEncoder:
-    settings, state = restore_text_encoder(load_file(bundle.weights_path("text_encoder")))
-    with torch.device("meta"):
-        encoder = T5EncoderModel(T5Config(**settings)).encoder
-    names = {
-        name: t5_layout(Stored(name, tuple(parameter.shape))).name
-        for name, parameter in encoder.state_dict().items()
-    }
-    encoder.load_state_dict({own: state[name] for own, name in names.items()}, assign=True)
-    return TextEncoder(encoder.eval(), read_tokenizer(bundle.tokenizer_json()))
 
 
 def _lay_out(module: nn.Module) -> None:

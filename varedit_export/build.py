@@ -1,7 +1,6 @@
 """Build a bundle: weights, graphs, parity, manifest, published whole or not at all."""
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from importlib.metadata import version
@@ -14,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from varedit_engines.publish import Staging
 from varedit_export.blocks import TRACED_BLOCKS
 from varedit_export.components import (
+    Component,
     positions_component,
     text_encoder_component,
     tokenizer_component,
@@ -39,13 +39,13 @@ from varedit_export.stages import (
     TextEncoderStage,
     scale,
 )
-from varedit_export.trace import Tracer, fake_tensors
+from varedit_export.trace import StoredWeight, Tracer, fake_tensors
 from varedit_export.verify import is_large, verify_folder
 from varedit_reference.config import ModelConfig
 from varedit_reference.tokenizer import Tokenizer
 from varedit_reference.weights_file import check_room
-from varedit_runtime.bundle import Bundle, file_digest, work_folder
-from varedit_runtime.errors import BundleError, ConfigError
+from varedit_runtime.bundle import work_folder
+from varedit_runtime.errors import ConfigError
 from varedit_runtime.manifest import (
     GRAPHS,
     TOKENIZER,
@@ -87,7 +87,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Request:
-    """What to build. resolution and aspect name the variant; the config holds its grids."""
+    """A variant to build, and where. resolution and aspect name it; the config holds its grids."""
 
     config: ModelConfig
     resolution: int
@@ -108,7 +108,7 @@ class Request:
             )
 
     @property
-    def variant(self) -> str:
+    def name(self) -> str:
         height, width = self.config.picture_size
         size = f"{height}" if height == width else f"{height}x{width}"
         return f"{size}-b{self.batch}" + ("" if self.guided else "-unguided")
@@ -132,29 +132,53 @@ class Graph:
         return self.stage.name if self.scale is None else self.scale.name
 
 
+@dataclass(frozen=True)
+class VariantPlan:
+    """A variant's own files: the table of its positions, and its graphs."""
+
+    request: Request
+    positions: Component
+    graphs: Sequence[Graph]
+
+    def file(self, graph: Graph) -> str:
+        return f"{GRAPHS}/{self.request.name}.{graph.name}.onnx"
+
+
 class Plan:
     """All files of a bundle and what each is made from; nothing is computed until asked for."""
 
-    def __init__(self, request: Request, sources: Sources) -> None:
-        self.request, self.sources = request, sources
-        self.fake = fake_tensors()
-        config, dtype = request.config, DTYPES[request.precision]
+    def __init__(self, requests: Sequence[Request], sources: Sources) -> None:
+        """requests: variants of one bundle. Raises ConfigError where they cannot share weights."""
+        self.request, *others = requests
+        _check_variants(requests)
+        self.sources, self.fake = sources, fake_tensors()
+        config, dtype = self.request.config, DTYPES[self.request.precision]
         with self.fake:
             tokenizer = Tokenizer(config.tokenizer)
-        transformer = transformer_component(
-            config.transformer, dtype, sources.transformer, self.fake
-        )
-        positions = positions_component(request.variant, config.transformer, self.fake)
-        self.components = [
-            transformer,
+        self.shared = [
+            transformer_component(config.transformer, dtype, sources.transformer, self.fake),
             tokenizer_component(tokenizer, sources.tokenizer),
-            positions,
         ]
-        self.graphs = _graphs(request, tokenizer, self.fake)
-        if sources.text is not None:
-            text = text_encoder_component(sources.text.config, dtype, sources.text.state, self.fake)
-            self.components.append(text)
-            self.graphs.insert(0, _text_graph(request, sources.text.config, self.fake))
+        text = sources.text
+        if text is not None:
+            component = text_encoder_component(text.config, dtype, text.state, self.fake)
+            self.shared.append(component)
+        self.variants = [
+            VariantPlan(
+                request,
+                positions_component(request.name, request.config.transformer, self.fake),
+                _graphs(request, tokenizer, text and text.config, self.fake),
+            )
+            for request in (self.request, *others)
+        ]
+
+    @property
+    def components(self) -> list[Component]:
+        return [*self.shared, *(variant.positions for variant in self.variants)]
+
+    @property
+    def graph_count(self) -> int:
+        return sum(len(variant.graphs) for variant in self.variants)
 
     @property
     def weight_bytes(self) -> int:
@@ -167,14 +191,29 @@ class Plan:
 
     def __str__(self) -> str:
         """For a person to read before it begins."""
-        lines = [f"{self.request.target}: {self.request.variant}, {self.request.precision}"]
+        variants = ", ".join(variant.request.name for variant in self.variants)
+        lines = [f"{self.request.target}: {variants}, {self.request.precision}"]
         lines += [f"  {c.location:<44} {c.size / 1e6:10.1f} MB" for c in self.components]
-        lines += [f"  {len(self.graphs)} graphs", f"  weights: {self.sources.description}"]
+        lines += [f"  {self.graph_count} graphs", f"  weights: {self.sources.description}"]
         lines += [f"  needs {self.needs}"]
         return "\n".join(lines)
 
-    def graph_file(self, graph: Graph) -> str:
-        return f"{GRAPHS}/{self.request.variant}.{graph.name}.onnx"
+
+def _check_variants(requests: Sequence[Request]) -> None:
+    """They must differ in name, and in nothing that weights are made from."""
+    names = [request.name for request in requests]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"variants of a bundle must differ, and these are {', '.join(names)}")
+    first = requests[0]
+    grids = first.config.transformer.grids, first.config.transformer.table_grids
+    for request in requests:
+        same_grids = dict(zip(("grids", "table_grids"), grids, strict=True))
+        transformer = replace(request.config.transformer, **same_grids)
+        config = replace(request.config, transformer=transformer)
+        made_from = config, request.precision, request.target
+        if made_from == (first.config, first.precision, first.target):
+            continue
+        raise ConfigError("variants of a bundle must be of one model, precision and folder")
 
 
 def build(plan: Plan, progress: Progress) -> list[ParityLine]:
@@ -186,66 +225,81 @@ def build(plan: Plan, progress: Progress) -> list[ParityLine]:
     an interrupt, weights tensor by tensor, is kept for the next attempt; an earlier bundle of the
     same name stays until the new one is whole.
     """
-    request, needed = plan.request, plan.needs
-    check_room(request.target.parent, needed.disk - present(work_folder(request.target)))
+    target, needed = plan.request.target, plan.needs
+    check_room(target.parent, needed.disk - present(work_folder(target)))
     check_memory(needed.memory)
-    steps = len(plan.components) + len(plan.graphs) + 2
-    with Staging(request.target) as staging:
-        step = 0
-        stored = {}
-        for component in plan.components:
-            progress(f"weights of {component.name}", step, steps)
-            file = f"{GRAPHS}/{component.location}"
-            key = _key(plan, component.name)
-            if not staging.kept(file, key):
-                staging.file(file)
-                component.write(staging.path / GRAPHS, {"component": component.name}, key)
-                share(staging.path / file, file, staging.record(file, key), request.target)
-            stored |= component.stored(staging.path / GRAPHS)
-            step += 1
-        specs = {}
-        tracer = Tracer(plan.fake, stored)
-        for graph in plan.graphs:
-            progress(f"graph {graph.name}", step, steps)
-            file = plan.graph_file(graph)
-            key = _key(plan, graph.name)
-            if not staging.kept(file, key):
-                model = tracer.graph(graph.stage, graph.depth, graph.scale)
-                ir.save(model, staging.file(file))
-                staging.record(file, key)
-            specs[graph.name] = graph_spec(staging.path, file)
-            step += 1
+    steps = len(plan.components) + plan.graph_count + 2
+    with Staging(target) as staging:
+        work = _Work(plan, staging, progress, steps)
+        shared = _merged(work.weights(component, plan.request) for component in plan.shared)
+        variants = tuple(work.variant(variant, shared) for variant in plan.variants)
         if plan.sources.text is not None:
             staging.file(TOKENIZER).write_bytes(plan.sources.text.tokenizer_json)
             staging.record(TOKENIZER)
-        progress("parity with the reference", step, steps)
-        manifest = _manifest(plan, specs, staging.files, ())
-        parity = verify_folder(staging.path, manifest, plan.sources, request.config)
-        progress("publishing", step + 1, steps)
-        staging.publish(_manifest(plan, specs, staging.files, tuple(parity)))
+        progress("parity with the reference", steps - 2, steps)
+        manifest = _manifest(plan, variants, staging.files, ())
+        parity = verify_folder(staging.path, manifest, plan.sources, plan.request.config)
+        progress("publishing", steps - 1, steps)
+        staging.publish(_manifest(plan, variants, staging.files, tuple(parity)))
         progress("done", steps, steps)
     return parity
 
 
-def share(path: Path, file: str, entry: FileEntry, target: Path) -> None:
-    """Make a file one with the same file of a bundle beside the target, where there is one.
+@dataclass
+class _Work:
+    """A build under way: makes what an earlier attempt left undone."""
 
-    Bundles never change, so that those of one checkpoint can have one copy of its weights. Where
-    the disk has no links, the file stays as it is.
-    """
-    for folder in (target, *target.parent.iterdir()):
-        with suppress(BundleError, OSError):
-            if folder.name.startswith(".") or not folder.is_dir():
-                continue
-            bundle = Bundle.open(folder)
-            twin = bundle.path / file
-            if bundle.manifest.files.get(file) != entry or file_digest(twin) != entry.sha256:
-                continue
-            link = path.with_name(f".{path.name}.link")
-            link.unlink(missing_ok=True)
-            link.hardlink_to(twin)
-            link.replace(path)
-            return
+    plan: Plan
+    staging: Staging
+    progress: Progress
+    steps: int
+    step: int = 0
+
+    def weights(self, component: Component, request: Request) -> dict[str, StoredWeight]:
+        """Write a component; where each of its weights lies."""
+        self._next(f"weights of {component.name}")
+        graphs, file = self.staging.path / GRAPHS, f"{GRAPHS}/{component.location}"
+        key = _key(self.plan, request, component.name)
+        if not self.staging.kept(file, key):
+            self.staging.file(file)
+            component.write(graphs, {"component": component.name}, key)
+            self.staging.record(file, key)
+        return component.stored(graphs)
+
+    def variant(self, variant: VariantPlan, shared: dict[str, StoredWeight]) -> Variant:
+        """Write a variant's table and graphs."""
+        request = variant.request
+        tracer = Tracer(self.plan.fake, shared | self.weights(variant.positions, request))
+        specs = {graph.name: self._graph(variant, graph, tracer) for graph in variant.graphs}
+        return Variant(
+            name=request.name,
+            resolution=request.resolution,
+            aspect=request.aspect,
+            grids=request.config.transformer.grids,
+            picture=request.config.picture_size,
+            batch=request.batch,
+            rows=request.shapes.rows,
+            text_tokens=request.text_tokens,
+            graphs=specs,
+        )
+
+    def _graph(self, variant: VariantPlan, graph: Graph, tracer: Tracer) -> GraphSpec:
+        several = f" of {variant.request.name}" if len(self.plan.variants) > 1 else ""
+        self._next(f"graph {graph.name}{several}")
+        file, key = variant.file(graph), _key(self.plan, variant.request, graph.name)
+        if not self.staging.kept(file, key):
+            model = tracer.graph(graph.stage, graph.depth, graph.scale)
+            ir.save(model, self.staging.file(file))
+            self.staging.record(file, key)
+        return graph_spec(self.staging.path, file)
+
+    def _next(self, what: str) -> None:
+        self.progress(what, self.step, self.steps)
+        self.step += 1
+
+
+def _merged(parts: Iterable[dict[str, StoredWeight]]) -> dict[str, StoredWeight]:
+    return {name: place for part in parts for name, place in part.items()}
 
 
 def graph_spec(folder: Path, file: str) -> GraphSpec:
@@ -275,8 +329,13 @@ def shallow(shapes: Shapes) -> Shapes:
     return replace(shapes, config=replace(shapes.config, transformer=transformer))
 
 
-def _graphs(request: Request, tokenizer: Tokenizer, fake: FakeTensorMode) -> list[Graph]:
-    """All graphs but the text encoder's, traced with a few blocks of the transformer."""
+def _graphs(
+    request: Request,
+    tokenizer: Tokenizer,
+    text: TextEncoderConfig | None,
+    fake: FakeTensorMode,
+) -> list[Graph]:
+    """All graphs, to be traced with a few blocks of the transformer and the text encoder."""
     full, shapes = request.shapes, shallow(request.shapes)
     depth, grids = full.config.transformer.depth, full.config.transformer.grids
     with fake:
@@ -286,6 +345,7 @@ def _graphs(request: Request, tokenizer: Tokenizer, fake: FakeTensorMode) -> lis
     kinds: dict[Kind, ScaleStage] = {s.kind: ScaleStage(shapes, model, s.kind) for s in scales}
     references = References(shapes)
     return [
+        *([] if text is None else [_text_graph(request, text, fake)]),
         Graph(ImageEncoderStage(shapes, tokenizer)),
         Graph(ConditionStage(shapes, model), depth),
         Graph(PrefillStage(shapes, model, table), depth),
@@ -298,24 +358,14 @@ def _graphs(request: Request, tokenizer: Tokenizer, fake: FakeTensorMode) -> lis
 
 def _manifest(
     plan: Plan,
-    graphs: dict[str, GraphSpec],
+    variants: tuple[Variant, ...],
     files: dict[str, FileEntry],
     parity: tuple[ParityLine, ...],
 ) -> Manifest:
     request = plan.request
     config, tokenizer = request.config.transformer, request.config.tokenizer
     exceptions = {"fp32": (), "bf16": STREAM_EXCEPTIONS, "fp16": (*STREAM_EXCEPTIONS, WIDE_MLP)}
-    variant = Variant(
-        name=request.variant,
-        resolution=request.resolution,
-        aspect=request.aspect,
-        grids=config.grids,
-        picture=request.config.picture_size,
-        batch=request.batch,
-        rows=request.shapes.rows,
-        text_tokens=request.text_tokens,
-        graphs=graphs,
-    )
+    text = plan.sources.text and plan.sources.text.config
     model = Model(
         size=request.config.name,
         bits=tokenizer.bits,
@@ -329,6 +379,9 @@ def _manifest(
         conditioning=config.conditioning,
         rotary=config.rotary,
         weights=plan.sources.description,
+        norm_groups=tokenizer.groups,
+        text_distance=text and text.max_distance,
+        text_epsilon=text and text.epsilon,
     )
     return Manifest(
         schema_version=1,
@@ -338,16 +391,15 @@ def _manifest(
         fp32_exceptions=exceptions[request.precision],
         guidance_scale=request.config.guidance_scale,
         temperature=request.config.temperature,
-        variants=(variant,),
+        variants=variants,
         files=dict(files),
         tools={tool: version(tool) for tool in TOOLS},
         parity=parity,
     )
 
 
-def _key(plan: Plan, part: str) -> str:
+def _key(plan: Plan, request: Request, part: str) -> str:
     """Stands for all that a file is made from: the model, the request, the weights, the tools."""
-    request = plan.request
     made_from = (
         part,
         request.config,

@@ -1,7 +1,7 @@
 """The `varedit-export` command."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,7 +52,13 @@ def main() -> None:
 
 @main.command()
 @click.option("--size", help="The model: nano, 2b or 8b, or one for tests (125m, tiny-2b, ...).")
-@click.option("--res", "resolution", type=int, help="256, 512 or 1024 px; nano's is 128.")
+@click.option(
+    "--res",
+    "resolutions",
+    type=int,
+    multiple=True,
+    help="256, 512 or 1024 px, several times for a bundle of several; nano's is 128.",
+)
 @click.option(
     "--aspect", default="1:1", show_default=True, help="Height:width; see varedit-run grids."
 )
@@ -89,26 +95,31 @@ def build(output: Path | None, **options: Any) -> None:
         from varedit_export.build import Plan, Request
         from varedit_export.build import build as build_bundle
 
-    config, resolution = _config(options)
+    configs = _configs(options)
+    (config, _), *_ = configs
     sources = _sources(config, options)
-    name = f"{config.name}-{resolution}" + _suffix(options["precision"])
-    request = Request(
-        config=config,
-        resolution=resolution,
-        aspect=options["aspect"],
-        precision=options["precision"],
-        batch=options["batch"],
-        guided=not options["no_guidance"],
-        text_tokens=_text_tokens(config, options["text_tokens"]),
-        target=output or default_root() / name,
-    )
-    plan = Plan(request, sources)
+    resolutions = "-".join(str(resolution) for _, resolution in configs)
+    name = f"{config.name}-{resolutions}" + _suffix(options["precision"])
+    requests = [
+        Request(
+            config=config,
+            resolution=resolution,
+            aspect=options["aspect"],
+            precision=options["precision"],
+            batch=options["batch"],
+            guided=not options["no_guidance"],
+            text_tokens=_text_tokens(config, options["text_tokens"]),
+            target=output or default_root() / name,
+        )
+        for config, resolution in configs
+    ]
+    plan = Plan(requests, sources)
     click.echo(str(plan), err=True)
     with _progress() as progress:
         parity = build_bundle(plan, progress)
-    remember(request.target)
+    remember(plan.request.target)
     click.echo(_summary(parity), err=True)
-    click.echo(request.target)
+    click.echo(plan.request.target)
 
 
 @main.command()
@@ -132,11 +143,14 @@ def build(output: Path | None, **options: Any) -> None:
     multiple=True,
     help="Of GPUs, as in sm89: tensorrt-rtx compiles for them anywhere. Default: this GPU's.",
 )
+@click.option("--variant", metavar="NAME", help="Of a bundle's several; by default the first.")
 @click.option("--workspace", type=click.IntRange(1), help="MB of GPU memory a layer may use.")
 @click.option(
     "--optimisation", type=click.IntRange(0, 5), help="0 compiles fast, 5 gives fast engines."
 )
-def engines(bundle: Path, layout: Any, workspace: int | None, **options: Any) -> None:
+def engines(
+    bundle: Path, layout: Any, variant: str | None, workspace: int | None, **options: Any
+) -> None:
     """Compile a bundle's graphs to TensorRT engines, kept with the bundle or in your cache.
 
     Engines that were compiled before, from the same graphs in the same way, are found again.
@@ -151,7 +165,7 @@ def engines(bundle: Path, layout: Any, workspace: int | None, **options: Any) ->
         from varedit_engines.compile import Job, compile_engines
 
     bytes_ = None if workspace is None else workspace * 10**6
-    job = Job(Bundle.open(bundle), layout, Compiler(workspace=bytes_, **options))
+    job = Job(Bundle.open(bundle), layout, Compiler(workspace=bytes_, **options), variant)
     click.echo(str(job), err=True)
     with _progress() as progress:
         found = compile_engines(job, progress)
@@ -224,10 +238,11 @@ def inspect(bundle: Path) -> None:
 
 @main.command()
 @click.argument("bundle", type=_PATH)
+@click.option("--variant", metavar="NAME", help="Of a bundle's several; by default the first.")
 @click.option("--repeat", default=5, show_default=True, help="How often each edits.")
 @click.option("--threads", type=int, help="Threads of either; by default one per core.")
 @click.option("--json", "json_file", type=_PATH, help="Write all numbers here.")
-def bench(bundle: Path, repeat: int, threads: int | None, json_file: Path | None) -> None:
+def bench(bundle: Path, repeat: int, json_file: Path | None, **options: Any) -> None:
     """Measure BUNDLE beside the reference, in turns: every stage and scale, memory, disk.
 
     The reference is eager PyTorch in fp32 with the bundle's own weights.
@@ -241,7 +256,7 @@ def bench(bundle: Path, repeat: int, threads: int | None, json_file: Path | None
 
     if json_file is not None:
         check_report(json_file)
-    report = measure(bundle, repeat, threads)
+    report = measure(bundle, repeat, **options)
     click.echo(table(report))
     if json_file is not None:
         write_report(report, json_file)
@@ -276,36 +291,38 @@ def convert(
         click.echo(path)
 
 
-def _config(options: dict[str, Any]) -> tuple["ModelConfig", int]:
+def _configs(options: dict[str, Any]) -> list[tuple["ModelConfig", int]]:
+    """The model at every resolution asked for, and which those are."""
     from varedit_reference.config import PRESETS, preset
     from varedit_reference.golden import RESOLUTIONS, model_config
     from varedit_reference.nano.model import NANO
 
+    size, resolutions, aspect = options["size"], options["resolutions"], options["aspect"]
     if options["config"] is not None:
-        if options["size"] is not None or options["resolution"] is not None:
+        if size is not None or resolutions:
             raise ConfigError("--config says the size and resolution: leave out --size and --res")
         try:
             settings = json.loads(options["config"].read_text())
             name = options["config"].resolve().parent.name
-            return model_config(name, settings), RESOLUTIONS[settings["pn"]]
+            return [(model_config(name, settings), RESOLUTIONS[settings["pn"]])]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{options['config']} is no recording's config.json") from error
-    size, resolution, aspect = options["size"], options["resolution"], options["aspect"]
     if size == NANO.name:
-        return NANO, _nano_resolution(NANO, resolution, aspect)
+        return [(NANO, _nano_resolution(NANO, resolutions, aspect))]
     if size is not None and size not in PRESETS:
         raise ConfigError(f"no size is called {size!r}; there are nano, {', '.join(PRESETS)}")
-    if size is None or resolution is None:
+    if size is None or not resolutions:
         raise ConfigError("give --size and --res, such as --size 2b --res 512, or --config")
-    return preset(size, resolution, aspect), resolution
+    return [(preset(size, resolution, aspect), resolution) for resolution in resolutions]
 
 
-def _nano_resolution(nano: "ModelConfig", resolution: int | None, aspect: str) -> int:
+def _nano_resolution(nano: "ModelConfig", resolutions: Sequence[int], aspect: str) -> int:
     own, _ = nano.picture_size
-    if resolution not in (None, own) or aspect != "1:1":
+    if not {own}.issuperset(resolutions) or aspect != "1:1":
+        asked = ", ".join(map(str, resolutions)) or own
         raise ConfigError(
-            f"nano was trained at {own} px and 1:1 alone, not at {resolution or own} px and "
-            f"{aspect}: leave out --res and --aspect"
+            f"nano was trained at {own} px and 1:1 alone, not at {asked} px and {aspect}: leave "
+            "out --res and --aspect"
         )
     return own
 

@@ -45,22 +45,25 @@ class Needs:
 
 def needs(plan: "Plan", large: bool) -> Needs:
     """What building a plan takes. large: whether parity is proven block by block."""
-    shapes = plan.request.shapes
+    variants = [variant.request.shapes for variant in plan.variants]
     sizes = [t.numel() for c in plan.components for t in c.module.state_dict().values()]
     parameters = sum(sizes)
     memory = PROGRAM + DRAWN * 4 * max(sizes)
     if large:
-        memory = max(memory, PROGRAM + _block_by_block(shapes))
+        memory = max(memory, PROGRAM + max(map(_block_by_block, variants)))
     else:
         memory += WHOLE * 4 * parameters
+    cores = min(os.cpu_count() or 1, CORES)
+    work = sum(parameters * WEIGHT + _products(shapes) / PRODUCTS for shapes in variants)
+    disk = plan.weight_bytes + plan.graph_count * GRAPH
+    return Needs(disk, memory, TRACING * len(variants) + work / cores)
+
+
+def _products(shapes: Shapes) -> int:
+    """Of parity: those of two blocks of every scale and three of the prefill's."""
     config = shapes.config.transformer
     tokens = sum(config.lengths) + 2 * config.lengths[-1]
-    # Two blocks of every scale and three of the prefill's.
-    products = 2 * 2 * shapes.rows * tokens * _block_parameters(shapes)
-    cores = min(os.cpu_count() or 1, CORES)
-    work = parameters * WEIGHT + products / PRODUCTS
-    disk = plan.weight_bytes + len(plan.graphs) * GRAPH
-    return Needs(disk, memory, TRACING + work / cores)
+    return 2 * 2 * shapes.rows * tokens * _block_parameters(shapes)
 
 
 def _block_parameters(shapes: Shapes) -> int:

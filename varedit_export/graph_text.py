@@ -125,12 +125,11 @@ def text_encoder_layout(config: TextEncoderConfig) -> dict[str, Weight]:
 
 
 def restore_text_encoder(
-    weights: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor], max_distance: int, epsilon: float
 ) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
     """T5's config.json and tensors from a bundle's weights: what the layout did, undone, fp32.
 
-    Each tensor is restored when asked for. What shapes do not tell, the distances and epsilon, is
-    as in every T5 published.
+    Each tensor is restored when asked for.
     """
     depth = sum(name.endswith(".attention_norm") for name in weights)
     buckets, heads = weights["relative_attention_bias"].shape
@@ -143,8 +142,8 @@ def restore_text_encoder(
         "d_ff": len(weights["blocks.0.down"]),
         "num_layers": depth,
         "relative_attention_num_buckets": buckets,
-        "relative_attention_max_distance": 128,
-        "layer_norm_epsilon": 1e-6,
+        "relative_attention_max_distance": max_distance,
+        "layer_norm_epsilon": epsilon,
     }
     layout = text_encoder_layout(TextEncoderConfig.from_json(settings))
     return settings, Restored(layout, weights, _restore)

@@ -37,15 +37,16 @@ from varedit_export.stages import Shapes, scale_matrices, scale_sizes
 from varedit_export.teacher_forcing import (
     DTYPES,
     FEATURES,
-    ROUNDED_SHARE,
     SUMS,
     bits_line,
+    config_of,
     line,
     noise_of,
     picture_lines,
     random_edit,
     run_reference,
     scale_arrays,
+    share_line,
     source_array,
     text_arrays,
 )
@@ -165,7 +166,7 @@ class Stage:
 def compare_streamed(bundle: Bundle, config: ModelConfig, sources: Sources) -> Iterator[ParityLine]:
     """Every graph of every variant against the weights it was built from."""
     for variant in bundle.manifest.variants:
-        files = WeightFiles(bundle.graphs_folder)
+        files, config = WeightFiles(bundle.graphs_folder), config_of(variant, config)
         yield from _places(bundle, variant, files)
         if sources.text is not None and "text_encoder" in variant.graphs:
             yield from TextComparison(bundle, variant, sources.text, files).lines()
@@ -521,12 +522,12 @@ class Comparison:
                 logits, self._edit.guidance[k], self._edit.temperature[k], self._shapes.guided
             )
             bits.append(noise < nucleus(bit_probability(logits)))
-        share = (bits[0] != bits[1]).float().mean().item()
+        differs = bits[0] != bits[1]
         if not rounded_RLC.isfinite().all():
-            share = float("inf")
+            differs = torch.ones_like(differs)
         precision = self._bundle.manifest.precision
         measure = f"share of bits that differ, reference with products rounded to {precision}"
-        return ParityLine(stage.graph.name, measure, share, ROUNDED_SHARE)
+        return share_line(stage.graph.name, measure, differs)
 
     def _line(self, stage: str, measure: str, actual: np.ndarray, expected: Tensor) -> ParityLine:
         """Of the first picture's rows."""

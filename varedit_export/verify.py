@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import log2, prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnxruntime as ort
@@ -22,24 +23,24 @@ from varedit_export.streamed import compare_streamed
 from varedit_export.teacher_forcing import (
     DTYPES,
     FEATURES,
-    ROUNDED_SHARE,
     SUMS,
     Edit,
     ParityError,
     bits_line,
+    config_of,
     line,
     noise_of,
     picture_lines,
     random_edit,
     run_reference,
     scale_arrays,
+    share_line,
     source_array,
     text_arrays,
 )
 from varedit_reference.checkpoint import empty_tokenizer
 from varedit_reference.config import ModelConfig, TokenizerConfig, TransformerConfig
 from varedit_reference.golden import Recording
-from varedit_reference.nano.model import NANO
 from varedit_reference.quantisation import to_tokens
 from varedit_reference.scale_loop import PredictedScale
 from varedit_reference.tokenizer import Tokenizer
@@ -50,6 +51,9 @@ from varedit_runtime.grids import scale_grids
 from varedit_runtime.manifest import Manifest, ParityLine, Variant
 from varedit_runtime.onnx_backend import OnnxBackend, Sampling
 from varedit_runtime.pictures import from_decoder
+
+if TYPE_CHECKING:
+    from transformers.models.t5.modeling_t5 import T5Stack
 
 # Bytes of a model's weights in fp32, over which it is compared block by block: the whole
 # comparison holds them some four times, in the reference, rounded and in ONNX Runtime's sessions.
@@ -71,6 +75,12 @@ class Reference:
         transformer = {name: sources.transformer[name] for name in sources.transformer}
         tokenizer = _tokenizer(config, sources.tokenizer)
         return cls(config, _var(config, transformer), tokenizer, sources.text)
+
+    def of(self, variant: Variant) -> "Reference":
+        """The same weights with a variant's grids."""
+        config = config_of(variant, self.config)
+        transformer = _var(config, self.transformer.state_dict())
+        return replace(self, config=config, transformer=transformer)
 
 
 def verify_folder(
@@ -114,6 +124,7 @@ def gate(lines: Iterator[ParityLine]) -> list[ParityLine]:
 def compare(bundle: Bundle, reference: Reference) -> Iterator[ParityLine]:
     """Every graph of every variant against the reference."""
     for variant in bundle.manifest.variants:
+        reference = reference.of(variant)
         yield from _compare_coders(bundle, variant, reference.tokenizer)
         edit = random_edit(variant, reference.config)
         steps = run_reference(reference.transformer, reference.config, edit)
@@ -159,9 +170,8 @@ def compare_bundle(bundle: Bundle) -> Iterator[ParityLine]:
 
 
 def reference_of(bundle: Bundle) -> Reference:
-    """The reference made of a bundle's own weights, all but the text encoder."""
-    config, sources = sources_of(bundle)
-    return Reference.from_sources(config, replace(sources, text=None))
+    """The reference made of a bundle's own weights."""
+    return Reference.from_sources(*sources_of(bundle))
 
 
 def sources_of(bundle: Bundle) -> tuple[ModelConfig, Sources]:
@@ -171,14 +181,18 @@ def sources_of(bundle: Bundle) -> tuple[ModelConfig, Sources]:
         for name in ("transformer", "tokenizer", "text_encoder")
         if name in bundle.components
     }
-    config = _config_of(bundle, files["tokenizer"])
+    config = _model_of(bundle, files["tokenizer"])
     layout, restore = (
         transformer_layout(config.transformer),
         transformer_restorer(config.transformer),
     )
     text = None
     if "text_encoder" in files:
-        settings, state = restore_text_encoder(files["text_encoder"])
+        model = bundle.manifest.model
+        assert model.text_distance and model.text_epsilon
+        settings, state = restore_text_encoder(
+            files["text_encoder"], model.text_distance, model.text_epsilon
+        )
         encoder = TextEncoderConfig.from_json(settings)
         text = TextSource(encoder, settings, state, bundle.tokenizer_json())
     transformer = Restored(layout, files["transformer"], restore)
@@ -186,7 +200,7 @@ def sources_of(bundle: Bundle) -> tuple[ModelConfig, Sources]:
     return config, Sources(transformer, files["tokenizer"], text, weights, bundle.digest)
 
 
-def _config_of(bundle: Bundle, tokenizer: Mapping[str, Tensor]) -> ModelConfig:
+def _model_of(bundle: Bundle, tokenizer: Mapping[str, Tensor]) -> ModelConfig:
     """The model that a bundle was built from; the tokenizer's widths are those of its weights."""
     model, (variant, *_) = bundle.manifest.model, bundle.manifest.variants
     levels = int(log2(model.downsampling)) + 1
@@ -200,8 +214,7 @@ def _config_of(bundle: Bundle, tokenizer: Mapping[str, Tensor]) -> ModelConfig:
             channels=channels,
             multipliers=tuple(width // channels for width in widths),
             patchify=model.patch == 2,
-            # The one thing that neither the manifest nor the weights tell.
-            groups=NANO.tokenizer.groups if model.size == NANO.name else None,
+            groups=model.norm_groups,
         ),
         TransformerConfig(
             depth=model.depth,
@@ -236,8 +249,8 @@ def _var(
     return model.eval()
 
 
-def _compare_text(bundle: Bundle, variant: Variant, text: TextSource) -> Iterator[ParityLine]:
-    """The text encoder's graph against transformers' T5, with padding."""
+def t5_encoder(text: TextSource) -> "T5Stack":
+    """transformers' encoder of a bundle's text weights, in fp32."""
     from transformers import T5Config, T5EncoderModel
 
     with torch.device("meta"):
@@ -247,13 +260,19 @@ def _compare_text(bundle: Bundle, variant: Variant, text: TextSource) -> Iterato
         for name in encoder.state_dict()
     }
     encoder.load_state_dict({n: text.state[t].float() for n, t in names.items()}, assign=True)
+    return encoder.eval()
+
+
+def _compare_text(bundle: Bundle, variant: Variant, text: TextSource) -> Iterator[ParityLine]:
+    """The text encoder's graph against transformers' T5, with padding."""
+    encoder = t5_encoder(text)
     shape = (variant.batch, variant.text_tokens)
     ids = torch.randint(
         3, text.config.vocabulary, shape, generator=torch.Generator().manual_seed(2)
     )
     mask = torch.arange(shape[1]) < max(shape[1] // 2, 1)
     mask = mask.expand(shape)
-    expected = encoder.eval()(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+    expected = encoder(input_ids=ids, attention_mask=mask.long()).last_hidden_state
     run = _session(bundle, variant, "text_encoder")
     features = run(token_ids=ids.numpy(), text_mask=mask.numpy())
     kept = mask.numpy()
@@ -286,9 +305,9 @@ def _compare_rounding(
     given = _forced_edit(edit, steps)
     for step, other in zip(steps, run_reference(rounded, reference.config, given), strict=True):
         noise = noise_of(edit, step)
-        share = ((noise < step.probability) != (noise < other.probability)).float().mean().item()
+        differs = (noise < step.probability) != (noise < other.probability)
         measure = f"share of bits that differ, reference with products rounded to {precision}"
-        yield ParityLine(f"scale_{step.scale:02}", measure, share, ROUNDED_SHARE)
+        yield share_line(f"scale_{step.scale:02}", measure, differs)
 
 
 def _compare_static(

@@ -43,15 +43,16 @@ def stages_of(variant: Variant, layout: Layout) -> list[str]:
 
 @dataclass(frozen=True)
 class Job:
-    """Compiling a bundle's first variant in a layout."""
+    """Compiling a bundle's variant, by default the first, in a layout."""
 
     bundle: Bundle
     layout: Layout
     compiler: Compiler
+    variant_name: str | None = None
 
     @property
     def variant(self) -> Variant:
-        return self.bundle.manifest.variants[0]
+        return self.bundle.manifest.variant(self.variant_name)
 
     @property
     def recipe(self) -> Recipe:

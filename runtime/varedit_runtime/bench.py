@@ -105,7 +105,11 @@ class Report:
 
 
 def measure(
-    bundle: str | os.PathLike[str], repeat: int, provider: str = "cpu", threads: int | None = None
+    bundle: str | os.PathLike[str],
+    repeat: int,
+    provider: str = "cpu",
+    threads: int | None = None,
+    variant: str | None = None,
 ) -> Report:
     """Open a bundle and edit a synthetic picture: once to warm up, then `repeat` times.
 
@@ -115,7 +119,7 @@ def measure(
         raise ConfigError(f"repeat is {repeat}; it must be at least 1")
     before = memory_in_use()
     start = perf_counter()
-    with Editor.open(bundle, provider=provider, threads=threads) as editor:
+    with Editor.open(bundle, provider=provider, threads=threads, variant=variant) as editor:
         opened_seconds, opened = perf_counter() - start, memory_in_use()
         pictures = [synthetic_picture(editor.variant)] * editor.variant.batch
         start = perf_counter()
@@ -125,13 +129,13 @@ def measure(
         runs = [editor.edit(pictures, INSTRUCTION, seed=0)[0].timings for _ in range(repeat)]
         buffers = editor.graphs.buffer_bytes
     rate = product_rate(provider, threads)
-    manifest, variant = editor.bundle.manifest, editor.variant
+    manifest, measured = editor.bundle.manifest, editor.variant
     return Report(
         bundle=str(editor.bundle.path),
         digest=editor.bundle.digest,
-        variant=variant.name,
+        variant=measured.name,
         precision=manifest.precision,
-        batch=variant.batch,
+        batch=measured.batch,
         provider=provider,
         threads=threads,
         cores=os.cpu_count(),
@@ -141,7 +145,7 @@ def measure(
         first_edit_seconds=first_seconds,
         edit_seconds=Spread.of([sum(timings.values()) for timings in runs]),
         stages=tuple(
-            _stage(name, [timings[name] for timings in runs], manifest.model, variant, rate)
+            _stage(name, [timings[name] for timings in runs], manifest.model, measured, rate)
             for name in runs[0]
         ),
         product_rate=rate,

@@ -92,6 +92,7 @@ def main() -> None:
     "-o", "--output", type=_PATH, help="Where to write; by default IMAGE's name with -edited."
 )
 @click.option("--bundle", type=_PATH, help="The folder of the model's bundle.")
+@click.option("--variant", metavar="NAME", help="Of a bundle's several; by default the first.")
 @click.option("--seed", type=int, help="The same seed gives the same picture; random if left out.")
 @click.option("--guidance-scale", metavar="X", help="How much the instruction counts.")
 @click.option("--temperature", metavar="X", help="How much chance there is, over 0.")
@@ -122,8 +123,9 @@ def edit(image: Path, instruction: str, output: Path | None, **options: Any) -> 
     bundle, why = _find_bundle(options["bundle"])
     if options["previews"] is not None:
         _make_folder(options["previews"])
+    chosen = {name: options[name] for name in ("provider", "threads", "variant")}
     with (
-        Editor.open(bundle, provider=options["provider"], threads=options["threads"]) as editor,
+        Editor.open(bundle, **chosen) as editor,
         _watching(editor, options["previews"]) as on_scale,
     ):
         result = editor.edit(
@@ -162,14 +164,13 @@ def edit(image: Path, instruction: str, output: Path | None, **options: Any) -> 
 
 @main.command()
 @click.argument("bundle", type=_PATH)
+@click.option("--variant", metavar="NAME", help="Of a bundle's several; by default the first.")
 @click.option("--repeat", default=5, show_default=True, help="How often to edit.")
 @click.option("--provider", default="cpu", show_default=True, help="cpu or cuda.")
 @click.option("--threads", type=int, help="Threads of the cpu; by default one per core.")
 @click.option("--json", "json_file", type=_PATH, help="Write all numbers here.")
 @debug_option
-def bench(
-    bundle: Path, repeat: int, provider: str, threads: int | None, json_file: Path | None
-) -> None:
+def bench(bundle: Path, repeat: int, json_file: Path | None, **options: Any) -> None:
     """Measure BUNDLE: every stage and scale, start-up, memory.
 
     \b
@@ -179,7 +180,7 @@ def bench(
 
     if json_file is not None:
         check_report(json_file)
-    report = measure(bundle, repeat, provider, threads)
+    report = measure(bundle, repeat, **options)
     click.echo(table(report))
     if json_file is not None:
         write_report(report, json_file)

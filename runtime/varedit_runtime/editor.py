@@ -136,8 +136,7 @@ class Editor:
         if threads is not None and (not isinstance(threads, int) or threads < 1):
             raise ConfigError(f"threads is {threads!r}; it must be an integer of at least 1")
         opened = Bundle.open(bundle, digest)
-        variants = opened.manifest.variants
-        chosen = variants[0] if variant is None else opened.manifest.variant(variant)
+        chosen = opened.manifest.variant(variant)
         instructions = None
         if "text_encoder" in chosen.graphs:
             instructions = _read_instructions(opened, chosen.text_tokens)

@@ -102,7 +102,12 @@ class Variant(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Model(Struct, frozen=True, forbid_unknown_fields=True):
-    """What was exported. weights: where they came from, such as "random, seed 0"."""
+    """What was exported. weights: where they came from, such as "random, seed 0".
+
+    norm_groups: of the image coders' norms; None: as many as the released ones have.
+    text_distance: of tokens, from which on the text encoder takes all for equally far, and
+    text_epsilon, that of its norms; None without a text encoder.
+    """
 
     size: Name
     bits: Count
@@ -116,6 +121,9 @@ class Model(Struct, frozen=True, forbid_unknown_fields=True):
     conditioning: Literal["sar", "finest", "full"]
     rotary: Literal["released", "paper"]
     weights: Text
+    norm_groups: Count | None
+    text_distance: Count | None
+    text_epsilon: Annotated[float, Meta(gt=0, lt=1)] | None
 
     def __post_init__(self) -> None:
         if self.token_channels != self.bits * self.patch**2:
@@ -200,10 +208,10 @@ class Manifest(FolderManifest, frozen=True):
             if file not in self.files:
                 raise ValueError(f"variant {variant.name}: {stage}'s {file} is not in files")
 
-    def variant(self, name: str) -> Variant:
-        """Raises BundleError naming the variants that exist."""
+    def variant(self, name: str | None) -> Variant:
+        """By name; without one the first. Raises BundleError naming the variants that exist."""
         for variant in self.variants:
-            if variant.name == name:
+            if name in (None, variant.name):
                 return variant
         known = ", ".join(variant.name for variant in self.variants)
         raise BundleError(f"bundle {self.name} has no variant {name!r}; it has {known}")

@@ -1,0 +1,54 @@
+"""What fp16 and bf16 change of nano's edits, whose probabilities are those of a trained model.
+
+No CPU computes such graphs; the reference rounds every product of the transformer, and its weights,
+as the graphs' types say.
+"""
+
+import pytest
+import torch
+from PIL import Image
+
+from varedit_reference.nano.data import EVALUATION_SEEDS
+from varedit_reference.nano.model import load_nano
+from varedit_reference.nano.scenes import draw_edit
+from varedit_reference.pipeline import VAREdit
+from varedit_reference.scale_loop import PredictedScale, forced, predict_scales, seeded
+from varedit_reference.transformer import VAR
+
+EDITS = 9  # one of each kind
+LEAST_AGREEMENT = 0.995
+
+
+@pytest.fixture(scope="module")
+def nano() -> VAREdit:
+    return load_nano()
+
+
+@torch.inference_mode()
+def steps(nano: VAREdit, model: VAR, exact: list[PredictedScale] | None) -> list[PredictedScale]:
+    """Edits of scenes never trained on; with the exact model's steps, all scales given its bits."""
+    edits = [draw_edit(seed, nano.config.picture_size[0]) for seed in EVALUATION_SEEDS[:EDITS]]
+    features = nano.text_encoder.encode([edit.instruction for edit in edits])
+    text = model.condition(model.text_rows(features, guided=True))
+    source = nano.read([Image.fromarray(edit.source) for edit in edits])
+    choose = seeded(range(EDITS)) if exact is None else forced([step.bits for step in exact])
+    config = nano.config
+    scales = predict_scales(
+        model, config, source, text, choose, config.guidance_scale, config.temperature
+    )
+    return list(scales)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounded_products_draw_the_same_bits(nano: VAREdit, dtype: torch.dtype) -> None:
+    exact = steps(nano, nano.transformer, None)
+    rounded = VAR(nano.config.transformer, dtype)
+    rounded.load_state_dict(nano.transformer.state_dict())
+    choose = seeded(range(EDITS))
+    agreeing, bits = 0, 0
+    for step, other in zip(exact, steps(nano, rounded.eval(), exact), strict=True):
+        assert other.logits.isfinite().all()
+        agreeing += int((step.bits == choose(step.scale, other.probability)).sum())
+        bits += step.bits.numel()
+    assert agreeing / bits >= LEAST_AGREEMENT
+    assert agreeing < bits, "nothing was rounded"
