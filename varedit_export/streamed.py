@@ -16,7 +16,9 @@ the graph's types: what 16-bit products change is measured in the reference, thr
 one scale.
 """
 
+import ctypes
 import re
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -72,6 +74,7 @@ POSITIONS = 8  # of the tokenizer, along the side of a picture that coders are c
 TOKENS = 64  # of a scale, that blocks are compared at
 DRAWING = 2  # parameters at a time
 CPU = torch.device("cpu")
+M_MMAP_THRESHOLD, LARGE_ARRAY = -3, 2**20  # of glibc's malloc.h; bytes
 TRANSFORMER, TEXT = "weights/transformer.safetensors", "weights/text_encoder.safetensors"
 
 
@@ -105,7 +108,8 @@ class Stored(Mapping[str, Tensor]):
         types = {name: tensor.dtype for name, tensor in module.state_dict().items()}
         # Drawing random ones, or reading them from a disk, takes longer than computing with them.
         with ThreadPoolExecutor(DRAWING) as pool:
-            tensors = pool.map(lambda name: self[rename(name)].to(types[name]), types)
+            # In order: 16-bit products of transposed ones are a hundred times slower.
+            tensors = pool.map(lambda n: self[rename(n)].to(types[n]).contiguous(), types)
             state = dict(zip(types, tensors, strict=True))
         module.load_state_dict(state, assign=True)
         module.requires_grad_(False).eval()
@@ -165,6 +169,7 @@ class Stage:
 @torch.inference_mode()
 def compare_streamed(bundle: Bundle, config: ModelConfig, sources: Sources) -> Iterator[ParityLine]:
     """Every graph of every variant against the weights it was built from."""
+    _return_freed_memory()
     for variant in bundle.manifest.variants:
         files, config = WeightFiles(bundle.graphs_folder), config_of(variant, config)
         yield from _places(bundle, variant, files)
@@ -172,6 +177,16 @@ def compare_streamed(bundle: Bundle, config: ModelConfig, sources: Sources) -> I
             yield from TextComparison(bundle, variant, sources.text, files).lines()
         yield from Coders(bundle, variant, config, sources, files).lines()
         yield from Comparison(bundle, variant, config, sources, files).lines()
+
+
+def _return_freed_memory() -> None:
+    """Let large arrays go back to the system when they are freed.
+
+    glibc keeps up to 32 MB of each for later, in pieces that the next ones do not fit into.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, LARGE_ARRAY)
 
 
 def _cut(bundle: Bundle, variant: Variant, stage: str) -> CutGraph:
