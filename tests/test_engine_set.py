@@ -1,18 +1,19 @@
 """Engine sets: keyed, bound to their bundle, vouched for. Engines are random bytes here."""
 
+import hashlib
 import os
 import random
 import shutil
 import stat
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-from fake_bundles import content, publish
+from fake_bundles import content, publish, rewrite_manifest
 
 from varedit_engines import engine_set
 from varedit_engines.engine_set import EngineCache, EngineSetManifest, Recipe
@@ -52,13 +53,15 @@ def plan(stage: str) -> bytes:
     return content(f"plan of {stage}")
 
 
-def compile_into(staging: Staging, recipe: Recipe) -> list[str]:
+def compile_into(
+    staging: Staging, recipe: Recipe, contents: Mapping[str, bytes] | None = None
+) -> list[str]:
     """Publish a set. Returns the stages that had to be compiled."""
     files = {stage: f"{stage}.plan" for stage in recipe.graphs}
     compiled = []
     for stage, file in files.items():
         if not staging.kept(file, recipe.key):
-            staging.file(file).write_bytes(plan(stage))
+            staging.file(file).write_bytes(contents[stage] if contents else plan(stage))
             staging.record(file, recipe.key)
             compiled.append(stage)
     staging.publish(EngineSetManifest(files=staging.files, recipe=recipe, plans=files))
@@ -277,6 +280,154 @@ def test_a_flipped_bit_is_found_before_a_plan_is_used(cache: EngineCache):
         path.unlink()
         path.write_bytes(whole)
     assert cache.open(recipe)
+
+
+def test_a_thousand_damaged_plans_are_never_handed_on(cache: EngineCache):
+    """Flipped, cut short or grown, before or after the set was opened."""
+    recipe = recipe_of(cache)
+    folder = compile_set(cache, recipe)
+    opened = cache.open(recipe)
+    assert opened
+    numbers = random.Random(0)
+    for _ in range(1000):
+        stage = numbers.choice(STAGES)
+        path, whole = folder / f"{stage}.plan", plan(stage)
+        path.write_bytes(numbers.choice([flipped, cut_short, grown])(whole, numbers))
+        assert "damaged" in refusal(lambda stage=stage: opened.plan_bytes(stage))
+        assert "damaged" in refusal(lambda stage=stage: read_plan(cache, recipe, stage))
+        path.write_bytes(whole)
+    assert [read_plan(cache, recipe, stage) for stage in STAGES] == [plan(s) for s in STAGES]
+
+
+def flipped(whole: bytes, numbers: random.Random) -> bytes:
+    damaged = bytearray(whole)
+    damaged[numbers.randrange(len(whole))] ^= 1 << numbers.randrange(8)
+    return bytes(damaged)
+
+
+def cut_short(whole: bytes, numbers: random.Random) -> bytes:
+    return whole[: numbers.randrange(len(whole))]
+
+
+def grown(whole: bytes, numbers: random.Random) -> bytes:
+    return whole + numbers.randbytes(numbers.randrange(1, 9))
+
+
+def read_plan(cache: EngineCache, recipe: Recipe, stage: str, **vouched: Any) -> bytes:
+    """As a runtime would, just before it deserialises it."""
+    engines = cache.open(recipe, **vouched)
+    assert engines
+    return engines.plan_bytes(stage)
+
+
+def test_the_bytes_handed_on_are_those_that_were_hashed(
+    cache: EngineCache, monkeypatch: pytest.MonkeyPatch
+):
+    """One reading serves both: a file exchanged after it was hashed is not read again."""
+    recipe = recipe_of(cache)
+    folder = compile_set(cache, recipe)
+    original = hashlib.sha256
+
+    def exchanging(data: bytes) -> Any:
+        if data == plan("condition"):
+            (folder / "condition.plan").write_bytes(b"native code")
+        return original(data)
+
+    engines = cache.open(recipe)
+    assert engines
+    monkeypatch.setattr(hashlib, "sha256", exchanging)
+    assert engines.plan_bytes("condition") == plan("condition")
+    assert (folder / "condition.plan").read_bytes() == b"native code"
+
+
+def test_swapped_plans_are_refused(cache: EngineCache):
+    """The plans of one size, so that only digests tell them apart."""
+    recipe = recipe_of(cache)
+    contents = {stage: bytes([number]) * 100 for number, stage in enumerate(STAGES)}
+    with cache.create(recipe) as staging:
+        compile_into(staging, recipe, contents)
+    first, second = (staging.target / f"{stage}.plan" for stage in STAGES[:2])
+    first.write_bytes(contents[STAGES[1]])
+    second.write_bytes(contents[STAGES[0]])
+    for stage in STAGES[:2]:
+        assert "damaged" in refusal(lambda stage=stage: read_plan(cache, recipe, stage))
+    assert read_plan(cache, recipe, STAGES[2]) == contents[STAGES[2]]
+
+
+def swap_plans(manifest: dict[str, Any]) -> None:
+    plans = manifest["plans"]
+    plans["condition"], plans["scale_00"] = plans["scale_00"], plans["condition"]
+
+
+def swap_digests(manifest: dict[str, Any]) -> None:
+    files = manifest["files"]
+    first, second = files["condition.plan"], files["scale_00.plan"]
+    files["condition.plan"], files["scale_00.plan"] = second, first
+
+
+def foreign_tool(manifest: dict[str, Any]) -> None:
+    manifest["recipe"]["tools"]["tensorrt"] = "11.1"
+
+
+def file_unlisted(manifest: dict[str, Any]) -> None:
+    del manifest["files"]["condition.plan"]
+
+
+def digest_left_out(manifest: dict[str, Any]) -> None:
+    del manifest["files"]["condition.plan"]["sha256"]
+
+
+def plan_left_out(manifest: dict[str, Any]) -> None:
+    del manifest["plans"]["condition"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said", "said_to_who_trusts"),
+    [
+        (swap_plans, "built elsewhere", None),
+        (swap_digests, "damaged", "damaged"),
+        (foreign_tool, "other graphs or tools", "other graphs or tools"),
+        (file_unlisted, "not in files", "not in files"),
+        (digest_left_out, "sha256", "sha256"),
+        (plan_left_out, "were expected", "were expected"),
+    ],
+)
+def test_a_rewritten_manifest_is_refused(
+    cache: EngineCache,
+    change: Callable[[dict[str, Any]], None],
+    said: str,
+    said_to_who_trusts: str | None,
+):
+    """One that agrees with the digest beside it. Trust vouches for plans, not for damage."""
+    recipe = recipe_of(cache)
+    folder = compile_set(cache, recipe)
+    manifest = msgspec.json.decode((folder / MANIFEST).read_bytes())
+    change(manifest)
+    rewrite_manifest(folder, msgspec.json.encode(manifest))
+    assert said in refusal(lambda: read_plan(cache, recipe, "condition"))
+    if said_to_who_trusts is not None:
+        trusted = refusal(lambda: read_plan(cache, recipe, "condition", trust=True))
+        assert said_to_who_trusts in trusted
+
+
+def test_a_set_without_its_checksum_or_manifest_is_refused(cache: EngineCache):
+    recipe = recipe_of(cache)
+    folder = compile_set(cache, recipe)
+    for name, said in ((DIGEST, "cannot be read"), (MANIFEST, "it has no manifest.json")):
+        (folder / name).unlink()
+        assert said in refusal(lambda: read_plan(cache, recipe, "condition", trust=True))
+
+
+def test_a_plan_that_is_a_link_is_refused(cache: EngineCache, tmp_path: Path):
+    """Even to the very bytes that are right: another may change what it leads to."""
+    recipe = recipe_of(cache)
+    path = compile_set(cache, recipe) / "condition.plan"
+    opened = cache.open(recipe)
+    assert opened
+    path.rename(tmp_path / "elsewhere.plan")
+    path.symlink_to(tmp_path / "elsewhere.plan")
+    assert "is a link" in refusal(lambda: opened.plan_bytes("condition"))
+    assert "is a link" in refusal(lambda: read_plan(cache, recipe, "condition", trust=True))
 
 
 def test_a_damaged_set_can_be_made_again(cache: EngineCache):
