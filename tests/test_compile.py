@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import onnx
 import pytest
 from bundles import half_bundle, small_bundle
 from click.testing import CliRunner
+from fake_bundles import rewrite_manifest
 
 from varedit_engines import compile as compile_module
 from varedit_engines import engine_set
@@ -21,10 +23,11 @@ from varedit_engines.compile import LAYOUTS, Job, Layout, compile_engines, stage
 from varedit_engines.compiler import Compiler
 from varedit_engines.engine_set import EngineSet
 from varedit_engines.network import external_inputs, scale_profiles
+from varedit_export import build as build_module
 from varedit_export.cli import main
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import BackendError, ConfigError, MissingExtraError
-from varedit_runtime.manifest import Precision
+from varedit_runtime.manifest import ParityLine, Precision, canonical_json
 
 ADA = ("sm89",)
 EXTERNAL_BYTES = 8 * 10**6
@@ -226,3 +229,101 @@ def test_the_command(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _none() -> EngineSet:
     raise BackendError("not compiled")
+
+
+# Building with a backend
+
+
+BUILD = ("build", "--size", "tiny-2b", "--res", "256", "--random-weights", "0", "-o")
+
+
+@pytest.fixture
+def builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The bundles that were built: copies of one with two variants, which takes no time."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    targets: list[Path] = []
+
+    def copied(plan: build_module.Plan, progress: Any) -> list[ParityLine]:
+        targets.append(plan.request.target)
+        shutil.copytree(two_variants(tmp_path / "built"), plan.request.target)
+        return []
+
+    monkeypatch.setattr(build_module, "build", copied)
+    return targets
+
+
+def two_variants(folder: Path) -> Path:
+    """A small bundle whose variant is there under two names."""
+    shutil.copytree(small_bundle(), folder)
+    manifest = Bundle.open(folder).manifest
+    (variant,) = manifest.variants
+    variants = (variant, msgspec.structs.replace(variant, name="other"))
+    rewrite_manifest(folder, canonical_json(msgspec.structs.replace(manifest, variants=variants)))
+    return folder
+
+
+def test_a_build_for_a_backend_compiles_as_the_command_for_engines_does(
+    builds: list[Path], compiled: list[str], tmp_path: Path
+) -> None:
+    options = ("--backend", "tensorrt-rtx", "--architecture", "sm89")
+    target = tmp_path / "new"
+    result = CliRunner().invoke(
+        main, [*BUILD, str(target), *options, "--engine-layout", "profiles"]
+    )
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"{target}\n" and builds == [target]
+    variants = Bundle.open(target).manifest.variants
+    stages = [stage for variant in variants for stage in stages_of(variant, "profiles")]
+    assert sorted(compiled) == sorted(stages)
+    compiled.clear()
+    for variant in variants:
+        arguments = ["engines", str(target), *options, "--layout", "profiles"]
+        found = CliRunner().invoke(main, [*arguments, "--variant", variant.name])
+        assert found.exit_code == 0 and found.stdout.strip() in result.stderr
+    assert compiled == []
+
+
+def test_a_failed_compilation_leaves_the_bundle(
+    builds: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(compile_module, "compile_engines", lambda job, progress: _none())
+    arguments = [*BUILD, str(tmp_path / "new"), "--backend", "tensorrt-rtx"]
+    result = CliRunner().invoke(main, [*arguments, "--architecture", "sm89"])
+    assert result.exit_code == 1 and "not compiled" in result.stderr
+    assert result.stdout == f"{builds[0]}\n"
+    assert Bundle.open(builds[0])
+
+
+def test_a_build_compiles_nothing_unless_asked(
+    builds: list[Path], compiled: list[str], tmp_path: Path
+) -> None:
+    result = CliRunner().invoke(main, [*BUILD, str(tmp_path / "new")])
+    assert result.exit_code == 0 and len(builds) == 1 and compiled == []
+
+
+@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
+def test_a_missing_backend_is_named_before_the_build(
+    backend: str, builds: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, backend.replace("-", "_"), None)
+    result = CliRunner().invoke(main, [*BUILD, str(tmp_path / "new"), "--backend", backend])
+    assert result.exit_code == 1 and builds == []
+    assert f'pip install "varedit-export[{backend}]"' in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--architecture", "sm89"), "--architecture: onnxruntime"),
+        (("--engine-layout", "baked"), "--engine-layout: onnxruntime"),
+        (("--backend", "tensorrt-rtx"), "no NVIDIA GPU"),
+        (("--backend", "tensorrt-rtx", "--architecture", "sm1"), "sm120"),
+        (("--backend", "tensorrt", "--architecture", "sm89"), "only tensorrt-rtx"),
+    ],
+)
+def test_what_a_backend_does_not_take_is_said_before_the_build(
+    options: tuple[str, ...], said: str, builds: list[Path], without_gpu: None, tmp_path: Path
+) -> None:
+    result = CliRunner().invoke(main, [*BUILD, str(tmp_path / "new"), *options])
+    assert result.exit_code == 1 and builds == []
+    assert said in result.stderr and len(result.stderr.splitlines()) == 1

@@ -1,12 +1,13 @@
 """The `varedit-export` command."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.command import CommandGroup, debug_option
@@ -15,6 +16,7 @@ from varedit_runtime.locate import default_root, remember
 from varedit_runtime.manifest import ParityLine
 
 if TYPE_CHECKING:
+    from varedit_engines.compiler import Compiler
     from varedit_export.build import Progress
     from varedit_export.sources import Sources
     from varedit_reference.config import ModelConfig
@@ -34,6 +36,25 @@ _tokenizer = click.option(
     "--tokenizer", type=_PATH, help="The picture tokenizer: infinity_vae_*.pth."
 )
 _text_encoder = click.option("--text-encoder", type=_PATH, help="The flan-t5-xl folder.")
+_ENGINES = ("tensorrt", "tensorrt-rtx")
+_architectures = click.option(
+    "--architecture",
+    "architectures",
+    multiple=True,
+    help="Of GPUs, as in sm89: tensorrt-rtx compiles for them anywhere. Default: this GPU's.",
+)
+
+
+def _layout(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The option of where engines have their weights, by the name it has in a command."""
+    return click.option(
+        name,
+        "layout",
+        type=click.Choice(["external", "profiles", "baked"]),
+        default="external",
+        show_default=True,
+        help="Weights as inputs; or inside one engine with a profile per scale, or one per scale.",
+    )
 
 
 @click.group(cls=CommandGroup)
@@ -79,18 +100,40 @@ def main() -> None:
     help=f"Longest instruction; by default {TEXT_TOKENS}, for nano {NANO_TEXT_TOKENS}.",
 )
 @click.option("--no-guidance", is_flag=True, help="Leave out the unconditional rows.")
+@click.option(
+    "--backend",
+    type=click.Choice(["onnxruntime", *_ENGINES]),
+    default="onnxruntime",
+    show_default=True,
+    help="What is to run it; for the others, engines are compiled as well.",
+)
+@_layout("--engine-layout")
+@_architectures
 @click.option("-o", "--output", type=_PATH, help="The bundle's folder; by default one of yours.")
-def build(output: Path | None, **options: Any) -> None:
+@click.pass_context
+def build(
+    context: click.Context,
+    output: Path | None,
+    backend: Any,
+    layout: Any,
+    architectures: tuple[str, ...],
+    **options: Any,
+) -> None:
     """Build a bundle, prove its parity with the reference, and publish it.
 
-    What an interrupted build had finished is kept for the next one.
+    What an interrupted build had finished is kept for the next one. Engines are
+    compiled once the bundle is published, and `varedit-export engines` goes on with
+    those that were interrupted.
 
     \b
     varedit-export build --size 2b --res 512 --checkpoint 2B-512.pth \\
         --tokenizer infinity_vae_d32reg.pth --text-encoder flan-t5-xl \\
         -o bundles/2b-512
     varedit-export build --size 125m --res 256 --random-weights 0
+    varedit-export build --size nano --precision fp16 --backend tensorrt-rtx \\
+        --architecture sm89
     """
+    compiler = _compiler(context, backend, architectures)  # what it misses is said before the build
     with needs_extra("export"):
         from varedit_export.build import Plan, Request
         from varedit_export.build import build as build_bundle
@@ -120,29 +163,39 @@ def build(output: Path | None, **options: Any) -> None:
     remember(plan.request.target)
     click.echo(_summary(parity), err=True)
     click.echo(plan.request.target)
+    if compiler is not None:
+        bundle = Bundle.open(plan.request.target)
+        for variant in bundle.manifest.variants:
+            click.echo(_compile(bundle, layout, compiler, variant.name), err=True)
+
+
+def _compiler(
+    context: click.Context, backend: Any, architectures: tuple[str, ...]
+) -> "Compiler | None":
+    """What compiles for a backend; None for onnxruntime, which takes no options of engines."""
+    if backend in _ENGINES:
+        from varedit_engines.compiler import Compiler
+
+        return Compiler(backend, architectures)
+    given = [
+        parameter.opts[0]
+        for parameter in context.command.params
+        if parameter.name in ("layout", "architectures")
+        and context.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE
+    ]
+    if given:
+        raise ConfigError(
+            f"{' and '.join(given)}: onnxruntime runs the graphs and has no engines; leave it out, "
+            f"or give --backend {' or '.join(_ENGINES)}"
+        )
+    return None
 
 
 @main.command()
 @click.argument("bundle", type=_PATH)
-@click.option(
-    "--backend",
-    type=click.Choice(["tensorrt", "tensorrt-rtx"]),
-    default="tensorrt",
-    show_default=True,
-)
-@click.option(
-    "--layout",
-    type=click.Choice(["external", "profiles", "baked"]),
-    default="external",
-    show_default=True,
-    help="Weights as inputs; or inside one engine with a profile per scale, or one per scale.",
-)
-@click.option(
-    "--architecture",
-    "architectures",
-    multiple=True,
-    help="Of GPUs, as in sm89: tensorrt-rtx compiles for them anywhere. Default: this GPU's.",
-)
+@click.option("--backend", type=click.Choice(_ENGINES), default="tensorrt", show_default=True)
+@_layout("--layout")
+@_architectures
 @click.option("--variant", metavar="NAME", help="Of a bundle's several; by default the first.")
 @click.option("--workspace", type=click.IntRange(1), help="MB of GPU memory a layer may use.")
 @click.option(
@@ -161,17 +214,23 @@ def engines(
     """
     from varedit_engines.compiler import Compiler
 
+    bytes_ = None if workspace is None else workspace * 10**6
+    compiler = Compiler(workspace=bytes_, **options)
+    click.echo(_compile(Bundle.open(bundle), layout, compiler, variant))
+
+
+def _compile(bundle: Bundle, layout: Any, compiler: "Compiler", variant: str | None) -> Path:
+    """Compile a variant's engines, saying what is done. -> where they are"""
     with needs_extra("export"):
         from varedit_engines.compile import Job, compile_engines
 
-    bytes_ = None if workspace is None else workspace * 10**6
-    job = Job(Bundle.open(bundle), layout, Compiler(workspace=bytes_, **options), variant)
+    job = Job(bundle, layout, compiler, variant)
     click.echo(str(job), err=True)
     with _progress() as progress:
         found = compile_engines(job, progress)
     for file, entry in found.manifest.files.items():
         click.echo(f"  {file:<24} {entry.size / 1e6:8.1f} MB", err=True)
-    click.echo(found.path)
+    return found.path
 
 
 @main.command()
