@@ -296,6 +296,28 @@ def inspect(bundle: Path) -> None:
 
 
 @main.command()
+@click.argument("bundle", type=_PATH, required=False)
+@click.pass_context
+def doctor(context: click.Context, bundle: Path | None) -> None:
+    """Say what can edit pictures here, what cannot and why, and the command that helps.
+
+    With BUNDLE, also whether it fits in memory, and which of its engines are for this
+    machine. Exits 1 when nothing can edit pictures.
+
+    \b
+    varedit-export doctor
+    varedit-export doctor bundles/2b-512
+    """
+    from varedit_export.doctor import can_edit, report
+    from varedit_export.machine import survey
+
+    machine = survey(bundle)
+    click.echo(report(machine))
+    if not can_edit(machine):
+        context.exit(1)
+
+
+@main.command()
 @click.argument("bundle", type=_PATH)
 @click.option("--variant", metavar="NAME", help="Of a bundle's several; by default the first.")
 @click.option("--repeat", default=5, show_default=True, help="How often each edits.")

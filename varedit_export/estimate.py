@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from varedit_export.errors import ExportError
+from varedit_export.machine import available_memory
 from varedit_export.stages import Shapes
 
 if TYPE_CHECKING:
@@ -87,16 +88,6 @@ def check_memory(needed: int) -> None:
             f"{available / 1e9:.1f} GB of memory are available and the build needs "
             f"{needed / 1e9:.1f} GB: end other programs, or build on a larger machine"
         )
-
-
-def available_memory() -> int | None:
-    """Bytes that programs can have without swapping; None where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    sizes = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
-    return 1024 * sizes[0] if sizes else None
 
 
 def present(folder: Path) -> int:

@@ -195,10 +195,20 @@ class EngineCache:
         journal = _records() / f"{hashlib.sha256(os.fsencode(folder)).hexdigest()}.journal"
         return Staging(folder, wait=True, check=_vouch_for, journal=journal)
 
+    @property
+    def folders(self) -> list[Path]:
+        """Of all sets that there are, whole or damaged, whatever they were made from."""
+        found = [path for place in self._places if place.is_dir() for path in place.iterdir()]
+        return sorted(path for path in found if path.is_dir() and path.name[0] != ".")
+
+    @property
+    def _places(self) -> tuple[Path, Path]:
+        return self.bundle.path / ENGINES, cache_folder() / ENGINES / self.bundle.digest
+
     def _folders(self, recipe: Recipe) -> tuple[Path, Path]:
+        inside, cached = self._places
         name = f"{recipe.backend}-{recipe.key[:16]}"
-        cached = cache_folder() / ENGINES / self.bundle.digest / name
-        return self.bundle.path / ENGINES / name, cached
+        return inside / name, cached / name
 
 
 def _open_trusted(folder: Path, recipe: Recipe, digest: str | None, trust: bool) -> EngineSet:

@@ -39,6 +39,11 @@ def default_root() -> Path:
     return data_folder() / "bundles"
 
 
+def embedded() -> Path:
+    """nano's bundle, which is installed with this package."""
+    return _NANO
+
+
 def remember(path: Path) -> None:
     """Make a bundle the last one built. Raises BundleError when that cannot be written down."""
     record = _last_built()
@@ -67,7 +72,7 @@ def find(explicit: Path | None) -> Found:
     if last and standing(last).exists():
         return Found(last, "the last one built")
     reason = f"the last one built, {last}, is gone" if last else "no bundle was named or built"
-    return Found(_NANO, f"{_NANO_IS}, as {reason}")
+    return Found(embedded(), f"{_NANO_IS}, as {reason}")
 
 
 def _last_built() -> Path:

@@ -1,0 +1,413 @@
+"""What `doctor` says of made-up machines, and what it finds on this one."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.metadata import requires
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from fake_bundles import publish
+from test_engine_set import OF_A_MACHINE, STAGES, compile_set
+
+from varedit_engines import engine_set
+from varedit_engines.engine_set import EngineCache
+from varedit_export import machine as machine_module
+from varedit_export.cli import main
+from varedit_export.doctor import can_edit, report, verdicts
+from varedit_export.machine import (
+    EXPORT,
+    BundleFacts,
+    Gpu,
+    Machine,
+    Nvidia,
+    available_memory,
+    nvidia,
+    survey,
+)
+from varedit_runtime import onnx_backend
+from varedit_runtime.bundle import Bundle
+from varedit_runtime.errors import BackendError, BundleError
+
+ADA = Gpu("NVIDIA RTX 4090", "sm89", 24 * 10**9, 20 * 10**9)
+HOPPER = Gpu("NVIDIA H200", "sm90", None, None)
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+EXTRA = dict.fromkeys(EXPORT, "1.0")
+LAPTOP = Machine(
+    python="3.11.7",
+    nvidia=Nvidia(None, (), "nvidia-smi cannot be run"),
+    packages={"varedit-export": "0.1.0", "onnxruntime": "1.21"},
+    unusable={},
+    providers=(CPU,),
+    failed={},
+    rtx_architectures=(),
+    memory=16 * 10**9,
+    disk=10**11,
+)
+SERVER = replace(
+    LAPTOP,
+    nvidia=Nvidia("570.1", (ADA,)),
+    packages={"onnxruntime-gpu": "1.21", "tensorrt": "11.0", "tensorrt-rtx": "1.7", **EXTRA}
+    | {"cuda-core": "0.5"},
+    providers=(CUDA, CPU),
+    rtx_architectures=("sm75", "sm89"),
+)
+BUNDLE = BundleFacts(Path("bundles/2b"), "fp32", 8 * 10**9, ("512-b1",), ())
+
+
+def without(machine: Machine, *packages: str) -> Machine:
+    left = {name: v for name, v in machine.packages.items() if name not in packages}
+    return replace(machine, packages=left)
+
+
+def having(machine: Machine, *packages: str) -> Machine:
+    return replace(machine, packages={**machine.packages, **dict.fromkeys(packages, "1.0")})
+
+
+def with_bundle(machine: Machine, **changed: Any) -> Machine:
+    return replace(machine, bundle=replace(BUNDLE, **changed))
+
+
+SWAP = "`pip uninstall onnxruntime` and `pip install --force-reinstall onnxruntime-gpu`"
+SWAP_BACK = "`pip uninstall onnxruntime-gpu` and `pip install --force-reinstall onnxruntime`"
+
+
+@pytest.mark.parametrize(
+    ("machine", "backend", "word", "said"),
+    [
+        (LAPTOP, "onnxruntime cpu", "can run", "fp32"),
+        (
+            replace(without(LAPTOP, "onnxruntime"), providers=()),
+            "onnxruntime cpu",
+            "cannot",
+            "is not installed; run `pip install --force-reinstall onnxruntime`",
+        ),
+        (
+            replace(LAPTOP, unusable={"onnxruntime": "no libgomp"}, providers=()),
+            "onnxruntime cpu",
+            "cannot",
+            "(no libgomp); run `pip",
+        ),
+        (
+            replace(having(LAPTOP, "onnxruntime-gpu"), failed={"cpu": "no symbol"}),
+            "onnxruntime cpu",
+            "cannot",
+            f"no symbol; run {SWAP_BACK}",
+        ),
+        (with_bundle(LAPTOP), "onnxruntime cpu", "can run", "this bundle"),
+        (with_bundle(LAPTOP, precision="bf16"), "onnxruntime cpu", "cannot", "--precision fp32"),
+        (with_bundle(LAPTOP, weights=13 * 10**9), "onnxruntime cpu", "cannot", "16.9 GB"),
+        (with_bundle(LAPTOP, weights=12 * 10**9), "onnxruntime cpu", "can run", "this bundle"),
+        (with_bundle(LAPTOP, precision="fp16"), "onnxruntime cpu", "cannot", "20.8 GB"),
+        (
+            with_bundle(LAPTOP, precision="fp16", weights=10**9),
+            "onnxruntime cpu",
+            "can run",
+            "in fp32",
+        ),
+        (
+            replace(with_bundle(LAPTOP, weights=10**12), memory=None),
+            "onnxruntime cpu",
+            "can run",
+            "this bundle",
+        ),
+        (LAPTOP, "onnxruntime cuda", "cannot", "no NVIDIA GPU was found (nvidia-smi cannot"),
+        (SERVER, "onnxruntime cuda", "can run", "GPU's memory"),
+        (
+            replace(LAPTOP, nvidia=SERVER.nvidia),
+            "onnxruntime cuda",
+            "cannot",
+            f"onnxruntime-gpu is not installed; run {SWAP}",
+        ),
+        (
+            replace(having(SERVER, "onnxruntime"), providers=(CPU,)),
+            "onnxruntime cuda",
+            "cannot",
+            f"installed over onnxruntime-gpu; run {SWAP}",
+        ),
+        (
+            replace(SERVER, failed={"cuda": "cuDNN is missing"}),
+            "onnxruntime cuda",
+            "cannot",
+            "cuDNN is missing",
+        ),
+        (with_bundle(SERVER, weights=16 * 10**9), "onnxruntime cuda", "cannot", "20.8 GB of GPU"),
+        (with_bundle(SERVER, weights=15 * 10**9), "onnxruntime cuda", "can run", "this bundle"),
+        (
+            with_bundle(replace(SERVER, nvidia=Nvidia("570.1", (HOPPER,)))),
+            "onnxruntime cuda",
+            "can run",
+            "this bundle",
+        ),
+        (LAPTOP, "tensorrt", "cannot", 'run `pip install "varedit-export[tensorrt]"`'),
+        (replace(SERVER, nvidia=LAPTOP.nvidia), "tensorrt", "cannot", "there is none"),
+        (without(SERVER, "cuda-core"), "tensorrt", "cannot", "run `pip install cuda-core`"),
+        (without(SERVER, "onnx"), "tensorrt", "cannot", '"varedit-export[export]"'),
+        (
+            replace(SERVER, unusable={"tensorrt": "no libnvinfer"}),
+            "tensorrt",
+            "cannot",
+            "no libnvinfer; run `pip install --force-reinstall tensorrt`",
+        ),
+        (
+            with_bundle(SERVER),
+            "tensorrt",
+            "can compile",
+            "this sm89 (nothing here runs engines yet); run `varedit-export engines bundles/2b "
+            "--backend tensorrt`",
+        ),
+        (LAPTOP, "tensorrt-rtx", "cannot", '"varedit-export[tensorrt-rtx]"'),
+        (
+            replace(SERVER, nvidia=LAPTOP.nvidia),
+            "tensorrt-rtx",
+            "can compile",
+            "sm75, sm89: name one with --architecture",
+        ),
+        (
+            replace(SERVER, nvidia=Nvidia("570.1", (HOPPER,))),
+            "tensorrt-rtx",
+            "can compile",
+            "sm75, sm89, not sm90: name one",
+        ),
+        (
+            SERVER,
+            "tensorrt-rtx",
+            "can compile",
+            "BUNDLE --backend tensorrt-rtx --architecture sm89",
+        ),
+    ],
+)
+def test_a_verdict_says_why_and_what_helps(
+    machine: Machine, backend: str, word: str, said: str
+) -> None:
+    (verdict,) = (found for found in verdicts(machine) if found.backend == backend)
+    assert verdict.word == word
+    assert said in str(verdict)
+    assert str(verdict) in report(machine).splitlines()
+
+
+@pytest.mark.parametrize("machine", [LAPTOP, SERVER, with_bundle(LAPTOP), with_bundle(SERVER)])
+def test_every_backend_has_one_verdict_and_every_line_a_name(machine: Machine) -> None:
+    backends = ["onnxruntime cpu", "onnxruntime cuda", "tensorrt", "tensorrt-rtx"]
+    assert [verdict.backend for verdict in verdicts(machine)] == backends
+    assert can_edit(machine)
+    assert all(line[:18].strip() for line in report(machine).splitlines() if line)
+
+
+def test_nothing_edits_where_compiling_is_all_that_works() -> None:
+    assert not can_edit(replace(SERVER, providers=()))
+
+
+def test_two_packages_over_each_other_are_told_even_where_one_works() -> None:
+    both = having(SERVER, "onnxruntime")
+    assert f"installed over each other; run {SWAP}" in report(both)
+    assert f"each other; run {SWAP_BACK}" in report(replace(both, nvidia=LAPTOP.nvidia))
+    assert "over each other" not in report(SERVER)
+
+
+def test_what_the_extra_lacks_is_told() -> None:
+    lacking = without(SERVER, "torch", "tqdm")
+    assert 'without torch, tqdm; run `pip install "varedit-export[export]"`' in report(lacking)
+
+
+def test_the_extra_is_what_the_project_says() -> None:
+    listed = requires("varedit-export") or []
+    own = [line for line in listed if re.search("extra == .export.", line)]
+    assert sorted(EXPORT) == sorted(re.split(r"[<>]", line)[0] for line in own)
+
+
+# Engines
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EngineCache:
+    monkeypatch.setattr(engine_set, "data_folder", lambda: tmp_path / "data")
+    monkeypatch.setattr(engine_set, "cache_folder", lambda: tmp_path / "cache")
+    return EngineCache(Bundle.open(publish(tmp_path / "bundle")))
+
+
+def engines_line(cache: EngineCache, machine: Machine = SERVER) -> str:
+    """What is said of the bundle's only set."""
+    facts = survey(cache.bundle.path).bundle
+    lines = report(replace(machine, bundle=facts)).splitlines()
+    (line,) = (line for line in lines if line.startswith("engines"))
+    return line
+
+
+@pytest.mark.parametrize(
+    ("changed", "machine", "said"),
+    [
+        ({}, SERVER, ": for this machine"),
+        ({"gpu": "sm75+sm89"}, SERVER, ": for this machine"),
+        ({"tools": {"tensorrt": "10.9"}}, SERVER, "of tensorrt 10.9, and 11.0 is installed; run"),
+        ({}, without(SERVER, "tensorrt"), "of tensorrt 11.0, and none is installed"),
+        ({"gpu": "sm75"}, SERVER, "for sm75, and this machine has sm89; run `varedit-export"),
+        ({}, replace(SERVER, nvidia=LAPTOP.nvidia), "for sm89, and this machine has no GPU"),
+        (
+            {"gpu": "sm75", "layout": "baked"},
+            SERVER,
+            "--backend tensorrt --layout baked --variant 64`",
+        ),
+        (
+            {"backend": "tensorrt-rtx", "tools": {"tensorrt-rtx": "1.6"}},
+            SERVER,
+            "--backend tensorrt-rtx --architecture sm89 --layout static --variant 64`",
+        ),
+    ],
+)
+def test_engines_are_compared_with_the_machine(
+    cache: EngineCache, changed: dict[str, Any], machine: Machine, said: str
+) -> None:
+    recipe = cache.recipe("64", STAGES, **{**OF_A_MACHINE, "gpu": "sm89", **changed})
+    folder = compile_set(cache, recipe)
+    line = engines_line(cache, machine)
+    assert said in line and folder.name in line
+
+
+def cut_a_plan(folder: Path, home: Path) -> None:
+    (folder / "condition.plan").write_bytes(b"")
+
+
+def forget_who_built_it(folder: Path, home: Path) -> None:
+    (home / "data").rename(home / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"), [(cut_a_plan, "is damaged"), (forget_who_built_it, "built elsewhere")]
+)
+def test_engines_that_no_machine_can_use_are_to_be_deleted(
+    cache: EngineCache, tmp_path: Path, spoil: Callable[[Path, Path], None], said: str
+) -> None:
+    recipe = cache.recipe("64", STAGES, **{**OF_A_MACHINE, "gpu": "sm89"})
+    folder = compile_set(cache, recipe)
+    spoil(folder, tmp_path)
+    line = engines_line(cache)
+    command = f"varedit-export engines {cache.bundle.path} --backend tensorrt"
+    assert said in line and line.endswith(f"run `rm -r {folder}` and `{command}`")
+
+
+def test_engines_of_another_bundle_are_told(cache: EngineCache, tmp_path: Path) -> None:
+    other = EngineCache(Bundle.open(publish(tmp_path / "other", seed=1)))
+    folder = compile_set(other, other.recipe("64", STAGES, **OF_A_MACHINE))
+    (cache.bundle.path / "engines").mkdir()
+    folder.rename(cache.bundle.path / "engines" / folder.name)
+    assert "of other graphs" in engines_line(cache)
+
+
+def test_a_bundle_that_cannot_be_opened_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="there is no bundle"):
+        survey(tmp_path / "nowhere")
+
+
+# Facts
+
+
+def binding(**changed: Any) -> Any:
+    """NVIDIA's binding, on a machine with one GPU."""
+    functions: dict[str, Any] = {
+        "nvmlInit": lambda: None,
+        "nvmlShutdown": lambda: None,
+        "nvmlSystemGetDriverVersion": lambda: "570.1",
+        "nvmlDeviceGetCount": lambda: 1,
+        "nvmlDeviceGetHandleByIndex": lambda index: index,
+        "nvmlDeviceGetName": lambda handle: ADA.name,
+        "nvmlDeviceGetCudaComputeCapability": lambda handle: (8, 9),
+        "nvmlDeviceGetMemoryInfo": lambda handle: SimpleNamespace(total=ADA.memory, free=ADA.free),
+    }
+    return SimpleNamespace(**{**functions, **changed})
+
+
+def broken(*_: Any) -> Any:
+    raise RuntimeError("driver and library differ")
+
+
+def smi(stdout: str, code: int = 0) -> Callable[..., Any]:
+    return lambda command, **_: subprocess.CompletedProcess(command, code, stdout, "")
+
+
+def timed_out(command: list[str], timeout: float, **_: Any) -> Any:
+    raise subprocess.TimeoutExpired(command, timeout)
+
+
+ROW = "570.1, NVIDIA RTX 4090, 8.9, 22888, 19073\n"
+
+
+def test_gpus_come_from_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", binding())
+    assert nvidia() == Nvidia("570.1", (ADA,))
+
+
+@pytest.mark.parametrize(
+    ("run", "found"),
+    [
+        (smi(ROW), Nvidia("570.1", (replace(ADA, memory=22888 << 20, free=19073 << 20),))),
+        (
+            smi("570.1, NVIDIA GB10, 12.1, [N/A], [N/A]\n"),
+            Nvidia("570.1", (Gpu("NVIDIA GB10", "sm121", None, None),)),
+        ),
+        (smi("couldn't talk to\nthe driver\n", 9), Nvidia(None, (), "couldn't talk to the driver")),
+        (smi(""), Nvidia(None, (), "nvidia-smi names none")),
+        (timed_out, Nvidia(None, (), "nvidia-smi gave no answer in 10 s")),
+    ],
+)
+@pytest.mark.parametrize("library", [None, binding(nvmlInit=broken)])
+def test_gpus_come_from_the_program_where_the_library_does_not_work(
+    run: Any, found: Nvidia, library: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", library)
+    monkeypatch.setattr(subprocess, "run", run)
+    assert nvidia() == found
+
+
+def test_without_library_and_program_there_is_a_statement(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    monkeypatch.setenv("PATH", "")
+    assert nvidia() == Nvidia(None, (), "nvidia-smi cannot be run: No such file or directory")
+
+
+def test_a_provider_that_loads_no_graph_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str, graph: bytes, folder: Path, provider: str, threads: int) -> None:
+        if provider == "cuda":
+            raise BackendError("no\ncuDNN")
+
+    assert machine_module._failed((CPU,)) == {}
+    monkeypatch.setattr(onnx_backend, "Session", load)
+    assert machine_module._failed((CUDA, CPU)) == {"cuda": "no cuDNN"}
+
+
+def test_a_module_that_cannot_be_imported_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tensorrt.py").write_text("raise OSError('libnvinfer.so: cannot open')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
+    assert survey().unusable == {"tensorrt": "libnvinfer.so: cannot open"}
+
+
+def test_this_machine_can_edit() -> None:
+    result = CliRunner().invoke(main, ["doctor"])
+    assert result.exit_code == 0, result.output
+    assert "onnxruntime cpu   can run" in result.output
+    memory = available_memory()
+    assert memory is None or memory > 10**8
+
+
+def test_it_works_with_what_editing_needs_alone(tmp_path: Path) -> None:
+    """Neither PyTorch nor TensorRT, then not even ONNX Runtime."""
+    code = """if True:
+        import sys
+        sys.modules.update(dict.fromkeys(sys.argv.pop().split(",")))
+        from varedit_export.cli import main
+        main()
+        """
+    absent = "torch,onnx,transformers,safetensors,tensorrt,tensorrt_rtx,pynvml"
+    for missing, exit_code in ((absent, 0), (f"{absent},onnxruntime", 1)):
+        command = [sys.executable, "-c", code, "doctor", missing]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (exit_code, "")
+        assert "tensorrt          cannot" in done.stdout
