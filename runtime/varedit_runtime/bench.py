@@ -4,9 +4,11 @@ The yardstick is one large fp32 matrix product on the same provider and threads,
 same run: a stage that spends its time on products as well as that has a share of 1.
 """
 
+import ctypes
 import json
 import os
 import statistics
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -63,7 +65,7 @@ class Memory:
 
     before: with Python and libraries alone; opened: with the bundle; peak: during an edit;
     activations: how far the peak is above what is held after it, as graphs give back after a run
-    what they took for it. weights: their files; buffers: caches and what passes between graphs,
+    what they took for it, and the allocator is asked to do so. weights: their files; buffers: caches and what passes between graphs,
     by their shapes; disk: all files of the bundle.
 
     Times the weights: peak_ratio, the peak; held_ratio, the peak without buffers and activations;
@@ -125,7 +127,9 @@ def measure(
         start = perf_counter()
         with peak_memory() as samples:
             editor.edit(pictures, INSTRUCTION, seed=0)
-        first_seconds, after = perf_counter() - start, memory_in_use()
+        first_seconds = perf_counter() - start
+        _return_freed_memory()
+        after = memory_in_use()
         runs = [editor.edit(pictures, INSTRUCTION, seed=0)[0].timings for _ in range(repeat)]
         buffers = editor.graphs.buffer_bytes
     rate = product_rate(provider, threads)
@@ -214,6 +218,13 @@ def memory_in_use() -> int | None:
     except OSError:
         return None
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+
+
+def _return_freed_memory() -> None:
+    """Ask glibc for what it keeps of freed memory, which belongs to no one."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 @contextmanager
