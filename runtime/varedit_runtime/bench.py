@@ -65,8 +65,8 @@ class Memory:
 
     before: with Python and libraries alone; opened: with the bundle; peak: during an edit;
     activations: how far the peak is above what is held after it, as graphs give back after a run
-    what they took for it, and the allocator is asked to do so. weights: their files; buffers: caches and what passes between graphs,
-    by their shapes; disk: all files of the bundle.
+    what they took for it, and the allocator is asked to do so. weights: their files; buffers:
+    caches and what passes between graphs, by their shapes; disk: all files of the bundle.
 
     Times the weights: peak_ratio, the peak; held_ratio, the peak without buffers and activations;
     disk_ratio, the disk.
