@@ -43,6 +43,7 @@ from varedit_reference.nano.training import (
     train,
 )
 from varedit_reference.quantisation import quantise, to_tokens
+from varedit_reference.text_encoder import TextEncoder
 from varedit_reference.tokenizer import Tokenizer
 from varedit_runtime.errors import CheckpointError, ConfigError
 
@@ -173,7 +174,7 @@ def test_a_run_starts_from_the_averaged_weights_of_another(tmp_path: Path) -> No
 
     def run(name: str, start_from: str | None) -> RunFolder:
         folder = RunFolder(tmp_path / name)
-        start = None if start_from is None else tmp_path / start_from
+        start = None if start_from is None else tmp_path / start_from / "ema"
         more = {"run": folder.folder, "start_from": start} | options | machine
         run_training(quiet_task, TOKENIZER_RECIPE, {}, **more)
         return folder
@@ -200,7 +201,7 @@ def test_a_run_starts_from_the_averaged_weights_of_another(tmp_path: Path) -> No
     assert not torch.equal(seen[0], seen[1])
     with pytest.raises(ConfigError, match="start_from"):
         run("two", None)
-    with pytest.raises(CheckpointError, match="does not fit"):
+    with pytest.raises(CheckpointError, match="missing"):
         run("three", "missing")
 
 
@@ -408,6 +409,23 @@ def test_nano_ships_small_and_loads_as_it_was(tmp_path: Path) -> None:
         loaded = model.transformer.state_dict()[name]
         assert loaded.dtype == torch.float32
         torch.testing.assert_close(loaded, weight, rtol=1e-3, atol=1e-4)
+    again = TransformerTask(
+        NANO,
+        Editor(new_transformer(NANO, 1), new_text_encoder(vocabulary, 128)),
+        task.tokenizer,
+        vocabulary,
+        TRANSFORMER_RECIPE,
+        Machine(),
+    )
+    again.restore(tmp_path / "nano")  # what ships can be trained on
+    for name, weight in again.model.transformer.state_dict().items():
+        assert torch.equal(weight, model.transformer.state_dict()[name])
+    restored = again.model.text_encoder.state_dict()
+    for name, weight in model.text_encoder.model.state_dict().items():
+        assert torch.equal(restored[name], weight)
+    again.text = TextEncoder(again.model.text_encoder, build_vocabulary(["other words"]))
+    with pytest.raises(ConfigError, match="another vocabulary"):
+        again.restore(tmp_path / "nano")
     expected = task.text.encode(["add a hat"])[0]
     torch.testing.assert_close(
         model.text_encoder.encode(["add a hat"])[0], expected, atol=0.05, rtol=0

@@ -76,11 +76,6 @@ class RunFolder:
         with whole_file(self.checkpoint, 0) as partial:
             torch.save(content, partial)
 
-    def load_averaged(self, model: nn.Module) -> None:
-        """Give a model this run's averaged weights. Raises CheckpointError if they do not fit."""
-        with self._fitting():
-            model.load_state_dict(self._load()["ema"])
-
     def _load(self) -> dict[str, Any]:
         return torch.load(self.checkpoint, map_location="cpu", weights_only=True)
 

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from varedit_reference.checkpoint import load_tokenizer
 from varedit_reference.config import Grid, TokenizerConfig
 from varedit_reference.initialise import initialise
 from varedit_reference.nano.checkpointing import write_weights
@@ -137,6 +138,10 @@ class TokenizerTask:
 
     def export(self, model: nn.Module, folder: Path) -> None:
         write_weights(folder / TOKENIZER_FILE, model.state_dict())
+
+    def restore(self, folder: Path) -> None:
+        tokenizer = load_tokenizer(folder / TOKENIZER_FILE, self.model.config)
+        self.model.load_state_dict(tokenizer.state_dict())
 
 
 def quantised_features(features: Tensor, grids: tuple[Grid, ...]) -> tuple[Tensor, Tensor]:

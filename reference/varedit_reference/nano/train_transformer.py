@@ -13,7 +13,7 @@ from tokenizers import Tokenizer as Vocabulary
 from torch import Tensor, nn
 from transformers.models.t5.modeling_t5 import T5Stack
 
-from varedit_reference.checkpoint import load_tokenizer
+from varedit_reference.checkpoint import load_tokenizer, load_transformer
 from varedit_reference.config import Conditioning, ModelConfig
 from varedit_reference.initialise import initialise
 from varedit_reference.nano.checkpointing import write_weights
@@ -35,6 +35,7 @@ from varedit_reference.quantisation import source_tokens
 from varedit_reference.text_encoder import TextEncoder
 from varedit_reference.tokenizer import Tokenizer
 from varedit_reference.transformer import VAR, Linear
+from varedit_runtime.errors import ConfigError
 
 DEFAULT_RUN = Path.home() / ".cache" / "varedit-nano" / "transformer"
 RECIPE = Recipe(
@@ -146,6 +147,14 @@ class TransformerTask:
         assert isinstance(model, Editor)
         write_weights(folder / TRANSFORMER_FILE, model.transformer.state_dict())
         write_text_folder(folder / TEXT_FOLDER, model.text_encoder, self.text.vocabulary)
+
+    def restore(self, folder: Path) -> None:
+        transformer = load_transformer(folder / TRANSFORMER_FILE, self.config.transformer)
+        text = TextEncoder.load(folder / TEXT_FOLDER)
+        if text.vocabulary.to_str() != self.text.vocabulary.to_str():
+            raise ConfigError(f"{folder} has another vocabulary than the scenes' instructions now")
+        self.model.transformer.load_state_dict(transformer.state_dict())
+        self.model.text_encoder.load_state_dict(text.model.state_dict())
 
 
 def new_transformer(config: ModelConfig, seed: int) -> VAR:

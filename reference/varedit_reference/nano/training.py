@@ -79,6 +79,10 @@ class Task(Protocol[Batch]):
         """Write the averaged weights."""
         ...
 
+    def restore(self, folder: Path) -> None:
+        """Take the weights that `export` wrote. Raises VareditError if they do not fit."""
+        ...
+
 
 def train(task: Task[Any], recipe: Recipe, machine: Machine, run: RunFolder) -> TrainingState:
     """Train from where the run folder is to the recipe's last step."""
@@ -211,7 +215,11 @@ def training_options(recipe: Recipe, run: Path) -> Callable[..., Any]:
         click.option("--steps", default=recipe.steps, show_default=True),
         click.option("--batch", default=recipe.batch, show_default=True),
         click.option("--learning-rate", default=recipe.learning_rate, show_default=True),
-        click.option("--start-from", type=path, help="A run with whose averaged weights to start."),
+        click.option(
+            "--start-from",
+            type=path,
+            help="Weights to start with: a run's ema, or nano's own.",
+        ),
         click.option("--check-gradients", is_flag=True, help="Check the fast path and stop."),
         click.option("--device", default="cpu", show_default=True, help="cpu or cuda."),
         click.option("--workers", default=0, show_default=True, help="Processes that draw ahead."),
@@ -250,11 +258,16 @@ def run_training(
         return
     folder = RunFolder(options["run"])
     if options["start_from"] is not None:
-        start = RunFolder(options["start_from"])
-        start.load_averaged(task.model)
-        learns = {**learns, "start_from": sha256(start.checkpoint.read_bytes()).hexdigest()}
+        task.restore(options["start_from"])
+        learns = {**learns, "start_from": _digest(options["start_from"])}
     folder.keep_options({**asdict(recipe), **learns})
     train(task, recipe, machine, folder)
+
+
+def _digest(folder: Path) -> str:
+    """Of all weights below a folder."""
+    digests = (sha256(file.read_bytes()) for file in sorted(folder.rglob("*.safetensors")))
+    return sha256(b"".join(digest.digest() for digest in digests)).hexdigest()
 
 
 def split_options(options: Mapping[str, Any]) -> tuple[Machine, dict[str, Any]]:
