@@ -7,7 +7,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import onnx_ir as ir
-import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from varedit_engines.publish import Staging
@@ -24,6 +23,7 @@ from varedit_export.graph_model import GraphTransformer
 from varedit_export.graph_text import GraphTextEncoder, TextEncoderConfig
 from varedit_export.sources import Sources
 from varedit_export.stages import (
+    DTYPES,
     ConditionStage,
     ImageDecoderStage,
     ImageEncoderStage,
@@ -59,11 +59,6 @@ from varedit_runtime.manifest import (
     Variant,
 )
 
-DTYPES: dict[str, torch.dtype] = {
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-}
 TYPE_NAMES = {
     ir.DataType.FLOAT: "float32",
     ir.DataType.FLOAT16: "float16",

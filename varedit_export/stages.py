@@ -30,6 +30,7 @@ from varedit_reference.sampling import NUCLEUS
 from varedit_reference.tokenizer import Tokenizer
 from varedit_runtime.resizing import bilinear_matrix
 
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LENGTHS = ("h", "w", "next_h", "next_w", "reference", "past_0", "past")  # symbolic dimensions
 Kind = Literal["first", "middle", "last"]
 

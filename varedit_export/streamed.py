@@ -35,9 +35,8 @@ from varedit_export.cut import Arrays, Attention, CutCoder, CutGraph, Runner, We
 from varedit_export.graph_text import text_encoder_layout
 from varedit_export.layout import Weight, transformer_layout
 from varedit_export.sources import Sources, TextSource
-from varedit_export.stages import Shapes, scale_matrices, scale_sizes
+from varedit_export.stages import DTYPES, Shapes, scale_matrices, scale_sizes
 from varedit_export.teacher_forcing import (
-    DTYPES,
     FEATURES,
     SUMS,
     bits_line,

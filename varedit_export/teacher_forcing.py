@@ -20,8 +20,6 @@ from varedit_runtime.grids import scale_grids
 from varedit_runtime.manifest import ParityLine, Variant
 from varedit_runtime.noise import uniform_noise
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
 # fp32 arithmetic in another order; a wrong formula differs by far more.
 FEATURES, LOGITS, SUMS = 1e-3, 1e-3, 1e-4
 # Bits that may differ when products are rounded to 16 bits; the first scales have few, of which a

@@ -19,9 +19,9 @@ from varedit_export.cut import WeightFiles
 from varedit_export.graph_text import TextEncoderConfig, restore_text_encoder
 from varedit_export.layout import Restored, transformer_layout, transformer_restorer
 from varedit_export.sources import Sources, TextSource
+from varedit_export.stages import DTYPES
 from varedit_export.streamed import compare_streamed
 from varedit_export.teacher_forcing import (
-    DTYPES,
     FEATURES,
     SUMS,
     Edit,
