@@ -1,12 +1,10 @@
 """The same edit alone and in a batch, on one and on two threads: equal but for ties."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pytest
 import torch
 from small import SmallEdits, noise_of, random_edits, random_var, small_config
 
+from varedit_export.bench import torch_threads
 from varedit_reference.agreement import (
     TIE,
     compare_scale,
@@ -16,16 +14,6 @@ from varedit_reference.agreement import (
 from varedit_reference.scale_loop import PredictedScale, forced, seeded
 
 SEEDS = (11, 12, 13)
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def picture(steps: list[PredictedScale], index: int) -> list[PredictedScale]:
@@ -62,7 +50,7 @@ def test_in_a_batch_and_alone(edits: SmallEdits, count: int) -> None:
     model = random_var(edits.config)
     together = edits.run(model, seeded(SEEDS))
     for i, seed in enumerate(SEEDS):
-        with threads(count):
+        with torch_threads(count):
             free = edits.run(model, seeded([seed]), pictures=[i])
             forced_bits = [step.bits[i : i + 1] for step in together]
             kept = edits.run(model, forced(forced_bits), pictures=[i])

@@ -110,7 +110,7 @@ def measure(
     memory = measure_memory(
         path, count, chosen.name
     )  # before this process holds pages of the same files
-    with Editor.open(path, threads=count, variant=chosen.name) as editor, _torch_threads(count):
+    with Editor.open(path, threads=count, variant=chosen.name) as editor, torch_threads(count):
         turns = list(_turns(bundle, editor, repeat))
     warm, *timed = turns
     return Report(
@@ -272,7 +272,7 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
 
 
 @contextmanager
-def _torch_threads(count: int) -> Iterator[None]:
+def torch_threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -200,15 +200,13 @@ def _check_variants(requests: Sequence[Request]) -> None:
     if len(set(names)) < len(names):
         raise ConfigError(f"variants of a bundle must differ, and these are {', '.join(names)}")
     first = requests[0]
-    grids = first.config.transformer.grids, first.config.transformer.table_grids
+    grids, table_grids = first.config.transformer.grids, first.config.transformer.table_grids
     for request in requests:
-        same_grids = dict(zip(("grids", "table_grids"), grids, strict=True))
-        transformer = replace(request.config.transformer, **same_grids)
+        transformer = replace(request.config.transformer, grids=grids, table_grids=table_grids)
         config = replace(request.config, transformer=transformer)
-        made_from = config, request.precision, request.target
-        if made_from == (first.config, first.precision, first.target):
-            continue
-        raise ConfigError("variants of a bundle must be of one model, precision and folder")
+        shared = config, request.precision, request.target
+        if shared != (first.config, first.precision, first.target):
+            raise ConfigError("variants of a bundle must be of one model, precision and folder")
 
 
 def build(plan: Plan, progress: Progress) -> list[ParityLine]:

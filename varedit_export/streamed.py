@@ -39,6 +39,7 @@ from varedit_export.stages import DTYPES, Shapes, scale_matrices, scale_sizes
 from varedit_export.teacher_forcing import (
     FEATURES,
     SUMS,
+    ParityError,
     bits_line,
     config_of,
     line,
@@ -50,8 +51,8 @@ from varedit_export.teacher_forcing import (
     share_line,
     source_array,
     text_arrays,
+    tokenizer_of,
 )
-from varedit_reference.checkpoint import empty_tokenizer
 from varedit_reference.config import ModelConfig
 from varedit_reference.kv_cache import KVCache
 from varedit_reference.quantisation import to_tokens
@@ -368,7 +369,8 @@ class Comparison:
             line("", "", out[n][:1].reshape(x.shape), x.numpy()).value for n, x in sums.items()
         )
         yield ParityLine(stage, f"sum and next tokens{suffix}, largest error", error, SUMS)
-        assert all((out["bits"][b] == out["bits"][0]).all() for b in range(batch))
+        if any((out["bits"][b] != out["bits"][0]).any() for b in range(batch)):
+            raise ParityError(f"{stage}: equal pictures of one batch get different bits")
         self._stages.append(compared)
 
     def _blocks(self, x_RLC: Tensor) -> Iterator[ParityLine]:
@@ -592,9 +594,7 @@ class Coders:
         self._bundle, self._variant = bundle, variant
         self._runner = Runner(files, torch.get_num_threads())
         self._patch, self._sides = config.tokenizer.patch, variant.picture
-        self._tokenizer = empty_tokenizer(config.tokenizer)
-        state = {name: sources.tokenizer[name].float() for name in self._tokenizer.state_dict()}
-        self._tokenizer.load_state_dict(state, assign=True)
+        self._tokenizer = tokenizer_of(config, sources.tokenizer)
         # Of the tokenizer's positions, so that all sides divide.
         sides = [side // config.tokenizer.downsampling for side in variant.picture]
         self._factor = max(f for f in _divisors(gcd(*sides)) if min(sides) // f >= POSITIONS)

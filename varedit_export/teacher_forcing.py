@@ -4,7 +4,7 @@ One flipped bit changes all later scales, so every scale is given the reference'
 bits. Bits are drawn from the same noise and must be equal, but for ties.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from varedit_reference.agreement import TIE, tie_margin
+from varedit_reference.checkpoint import empty_tokenizer
 from varedit_reference.config import ModelConfig
 from varedit_reference.scale_loop import PredictedScale, forced, predict_scales, seeded
+from varedit_reference.tokenizer import Tokenizer
 from varedit_reference.transformer import VAR
 from varedit_runtime.errors import VareditError
 from varedit_runtime.grids import scale_grids
@@ -56,6 +58,14 @@ def config_of(variant: Variant, config: ModelConfig) -> ModelConfig:
         table_grids=scale_grids(1024, variant.aspect),
     )
     return replace(config, transformer=transformer)
+
+
+def tokenizer_of(config: ModelConfig, state: Mapping[str, Tensor]) -> Tokenizer:
+    """The reference's tokenizer, fp32, of weights by its own names."""
+    tokenizer = empty_tokenizer(config.tokenizer)
+    names = tokenizer.state_dict()
+    tokenizer.load_state_dict({name: state[name].float() for name in names}, assign=True)
+    return tokenizer.eval()
 
 
 def random_edit(variant: Variant, config: ModelConfig) -> Edit:

@@ -37,8 +37,8 @@ from varedit_export.teacher_forcing import (
     share_line,
     source_array,
     text_arrays,
+    tokenizer_of,
 )
-from varedit_reference.checkpoint import empty_tokenizer
 from varedit_reference.config import ModelConfig, TokenizerConfig, TransformerConfig
 from varedit_reference.golden import Recording
 from varedit_reference.quantisation import to_tokens
@@ -73,7 +73,7 @@ class Reference:
     def from_sources(cls, config: ModelConfig, sources: Sources) -> "Reference":
         """The weights that a bundle is built from."""
         transformer = {name: sources.transformer[name] for name in sources.transformer}
-        tokenizer = _tokenizer(config, sources.tokenizer)
+        tokenizer = tokenizer_of(config, sources.tokenizer)
         return cls(config, _var(config, transformer), tokenizer, sources.text)
 
     def of(self, variant: Variant) -> "Reference":
@@ -230,13 +230,6 @@ def _model_of(bundle: Bundle, tokenizer: Mapping[str, Tensor]) -> ModelConfig:
         bundle.manifest.guidance_scale,
         bundle.manifest.temperature,
     )
-
-
-def _tokenizer(config: ModelConfig, state: Mapping[str, Tensor]) -> Tokenizer:
-    tokenizer = empty_tokenizer(config.tokenizer)
-    names = tokenizer.state_dict()
-    tokenizer.load_state_dict({name: state[name].float() for name in names}, assign=True)
-    return tokenizer.eval()
 
 
 def _var(
