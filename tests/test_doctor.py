@@ -15,8 +15,7 @@ from click.testing import CliRunner
 from fake_bundles import publish
 from test_engine_set import OF_A_MACHINE, STAGES, compile_set
 
-from varedit_engines import engine_set
-from varedit_engines.engine_set import EngineCache
+from varedit_engines.engine_cache import EngineCache
 from varedit_export import machine as machine_module
 from varedit_export.cli import main
 from varedit_export.doctor import can_edit, report, verdicts
@@ -30,7 +29,7 @@ from varedit_export.machine import (
     nvidia,
     survey,
 )
-from varedit_runtime import onnx_backend
+from varedit_runtime import engine_set, onnx_backend
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import BackendError, BundleError
 

@@ -15,10 +15,11 @@ import msgspec
 import pytest
 from fake_bundles import content, publish, rewrite_manifest
 
-from varedit_engines import engine_set
-from varedit_engines.engine_set import EngineCache, EngineSetManifest, Recipe
+from varedit_engines.engine_cache import EngineCache
 from varedit_engines.publish import Staging
+from varedit_runtime import engine_set
 from varedit_runtime.bundle import Bundle, work_folder
+from varedit_runtime.engine_set import EngineSetManifest, Recipe
 from varedit_runtime.errors import BundleError
 from varedit_runtime.manifest import DIGEST, MANIFEST
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from types import ModuleType
 
 from varedit_engines.compiler import MODULES
-from varedit_engines.engine_set import EngineCache, EngineSet, Recipe
 from varedit_runtime.bundle import Bundle, weights_file
+from varedit_runtime.engine_set import EngineSet, EngineSets, Recipe
 from varedit_runtime.errors import BundleError, VareditError
 from varedit_runtime.locate import default_root, embedded
 from varedit_runtime.manifest import Precision
@@ -216,12 +216,12 @@ def _bundle_facts(bundle: Bundle) -> BundleFacts:
         precision=manifest.precision,
         weights=sum(manifest.files[weights_file(name)].size for name in bundle.components),
         variants=tuple(variant.name for variant in manifest.variants),
-        engines=tuple(_engines(bundle, path) for path in EngineCache(bundle).folders),
+        engines=tuple(_engines(bundle, path) for path in EngineSets(bundle).folders),
     )
 
 
 def _engines(bundle: Bundle, path: Path) -> Engines:
-    cache = EngineCache(bundle)
+    cache = EngineSets(bundle)
     try:
         recipe = EngineSet.open(path).manifest.recipe
         ours = cache.recipe(

@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from varedit_engines.compiler import Compiler, Progress
-from varedit_engines.engine_set import (
-    EngineCache,
+from varedit_engines.engine_cache import EngineCache
+from varedit_engines.network import Sizes, external_inputs, scale_profiles
+from varedit_engines.publish import Staging
+from varedit_runtime.bundle import Bundle, weights_file
+from varedit_runtime.engine_set import (
     EngineSet,
     EngineSetManifest,
     Recipe,
 )
-from varedit_engines.network import Sizes, external_inputs, scale_profiles
-from varedit_engines.publish import Staging
-from varedit_runtime.bundle import Bundle, weights_file
 from varedit_runtime.errors import ConfigError
 from varedit_runtime.manifest import Variant
 

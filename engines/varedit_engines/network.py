@@ -3,7 +3,7 @@
 import onnx
 from onnx import helper
 
-from varedit_engines.engine_set import EngineWeight
+from varedit_runtime.engine_set import EngineWeight
 from varedit_runtime.manifest import GRAPHS, Model, Variant
 
 Sizes = dict[str, int]

@@ -6,16 +6,13 @@ are loaded unasked.
 """
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 from msgspec import Struct
 
-from varedit_engines.publish import Staging
 from varedit_runtime.bundle import Bundle, Folder, open_manifest, weights_file
 from varedit_runtime.errors import BundleError
 from varedit_runtime.locate import cache_folder, data_folder
@@ -31,7 +28,7 @@ from varedit_runtime.manifest import (
 
 
 class Recipe(Struct, frozen=True, forbid_unknown_fields=True):
-    """All that a set of engines depends on; `EngineCache.recipe` makes one.
+    """All that a set of engines depends on; `EngineSets.recipe` makes one.
 
     graphs: the digest of every stage's ONNX file; weights: of every component that is baked into
     the engines, none where weights are inputs; tools: their versions; gpu: its architecture.
@@ -111,18 +108,8 @@ class EngineSet:
         return self._folder.read(self.manifest.plans[stage])
 
 
-class EngineCache:
-    """The engine sets of a bundle, in it and in the user's cache.
-
-        recipe = cache.recipe("512", stages, backend="tensorrt", ...)
-        engines = cache.open(recipe)
-        if engines is None:
-            with cache.create(recipe) as staging:  # waits while another process compiles
-                engines = cache.open(recipe)  # the other's
-                ...  # else compile, record and publish
-
-    A set that is found damaged is replaced by creating it again.
-    """
+class EngineSets:
+    """The engine sets of a bundle, in it and in the user's cache."""
 
     def __init__(self, bundle: Bundle) -> None:
         self.bundle = bundle
@@ -172,7 +159,7 @@ class EngineCache:
         nor are they trusted.
         """
         problem = None
-        for folder in self._folders(recipe):
+        for folder in self.places_of(recipe):
             if folder.exists():
                 try:
                     return _open_trusted(folder, recipe, digest, trust)
@@ -181,19 +168,6 @@ class EngineCache:
         if problem:
             raise problem
         return None
-
-    def create(self, recipe: Recipe) -> Staging:
-        """Where to write a set: in the bundle or, if that is read-only, in the user's cache.
-
-        Opening it once it is published needs neither digest nor trust.
-        """
-        inside, cached = self._folders(recipe)
-        with suppress(OSError):
-            inside.parent.mkdir(exist_ok=True)
-        folder = inside if os.access(inside.parent, os.W_OK) else cached
-        # Not beside the engines: it vouches for what an interrupted compilation left there.
-        journal = _records() / f"{hashlib.sha256(os.fsencode(folder)).hexdigest()}.journal"
-        return Staging(folder, wait=True, check=_vouch_for, journal=journal)
 
     @property
     def folders(self) -> list[Path]:
@@ -205,7 +179,7 @@ class EngineCache:
     def _places(self) -> tuple[Path, Path]:
         return self.bundle.path / ENGINES, cache_folder() / ENGINES / self.bundle.digest
 
-    def _folders(self, recipe: Recipe) -> tuple[Path, Path]:
+    def places_of(self, recipe: Recipe) -> tuple[Path, Path]:
         inside, cached = self._places
         name = f"{recipe.backend}-{recipe.key[:16]}"
         return inside / name, cached / name
@@ -215,7 +189,7 @@ def _open_trusted(folder: Path, recipe: Recipe, digest: str | None, trust: bool)
     engines = EngineSet.open(folder, digest)
     if engines.manifest.recipe != recipe:
         raise BundleError(f"{folder} has engines of other graphs or tools; delete the folder")
-    if not (trust or digest or _built_here(engines.digest).exists()):
+    if not (trust or digest or built_here(engines.digest).exists()):
         raise BundleError(
             f"{folder} has engines that were built elsewhere, and they are native code: give the "
             "digest they were published with, trust them explicitly, or delete the folder"
@@ -223,16 +197,10 @@ def _open_trusted(folder: Path, recipe: Recipe, digest: str | None, trust: bool)
     return engines
 
 
-def _vouch_for(folder: Path) -> None:
-    record = _built_here(EngineSet.open(folder).digest)
-    record.parent.mkdir(parents=True, exist_ok=True)
-    record.touch()
-
-
-def _built_here(digest: str) -> Path:
+def built_here(digest: str) -> Path:
     """A file that exists when this user built the engine set of this digest on this machine."""
-    return _records() / digest
+    return records() / digest
 
 
-def _records() -> Path:
+def records() -> Path:
     return data_folder() / "engines-built-here"
