@@ -22,11 +22,11 @@ from varedit_reference.config import ModelConfig
 from varedit_reference.pipeline import VAREdit
 from varedit_reference.scale_loop import PredictedScale
 from varedit_reference.text_encoder import TextEncoder
+from varedit_runtime.backend import Sampling, ScaleOutput
 from varedit_runtime.bundle import digest_line
 from varedit_runtime.editor import Editor
 from varedit_runtime.manifest import DIGEST, MANIFEST, Manifest, canonical_json, decode_manifest
 from varedit_runtime.noise import uniform_noise
-from varedit_runtime.onnx_backend import Sampling, ScaleOutput
 from varedit_runtime.text import read_tokenizer
 
 

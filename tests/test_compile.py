@@ -20,7 +20,7 @@ from fake_bundles import rewrite_manifest
 from varedit_engines import compile as compile_module
 from varedit_engines.compile import LAYOUTS, Job, Layout, compile_engines, stages_of
 from varedit_engines.compiler import Compiler
-from varedit_engines.network import external_inputs, scale_profiles
+from varedit_engines.network import external_inputs
 from varedit_export import build as build_module
 from varedit_export.cli import main
 from varedit_runtime import engine_set
@@ -28,6 +28,7 @@ from varedit_runtime.bundle import Bundle
 from varedit_runtime.engine_set import EngineSet
 from varedit_runtime.errors import BackendError, ConfigError, MissingExtraError
 from varedit_runtime.manifest import ParityLine, Precision, canonical_json
+from varedit_runtime.wiring import scale_profiles
 
 ADA = ("sm89",)
 EXTERNAL_BYTES = 8 * 10**6

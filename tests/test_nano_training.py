@@ -27,6 +27,7 @@ from varedit_reference.nano.data import (
 )
 from varedit_reference.nano.export_weights import LARGEST_BYTES, export_weights
 from varedit_reference.nano.model import NANO, TOKENIZER_FILE, load_nano
+from varedit_reference.nano.optimisers import optimisers
 from varedit_reference.nano.teacher import bit_losses, flip, lesson, scale_weights
 from varedit_reference.nano.text import build_vocabulary, new_text_encoder
 from varedit_reference.nano.train_tokenizer import RECIPE as TOKENIZER_RECIPE
@@ -159,7 +160,7 @@ def test_it_learns(build: BuildTask, recipe: Recipe, tmp_path: Path) -> None:
     task = build(recipe, machine)
     first = task.dataset[0]
     before = task.losses(first, 0, False)["loss"].item()
-    state = TrainingState.start(task.model, torch.optim.AdamW(task.model.parameters(), lr=3e-3))
+    state = TrainingState.start(task.model, optimisers(task.model, 3e-3, 0.01, (0.9, 0.999)))
     for _ in range(40):
         loss = task.losses(first, 0, False)["loss"]
         state.optimiser.zero_grad()
@@ -217,7 +218,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     for width in (3, 4):
         model = nn.Linear(width, 1)
-        state = TrainingState.start(model, torch.optim.AdamW(model.parameters()))
+        state = TrainingState.start(model, optimisers(model, 1e-3, 0.01, (0.9, 0.999)))
         if width == 3:
             folder.save(state)
         else:
@@ -229,7 +230,7 @@ def test_a_half_written_log_line_is_dropped(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.log_file.write_text('{"step": 0, "loss": 1}\n{"step": 9, "loss": 1}\n{"step": 0, "l')
     model = nn.Linear(1, 1)
-    folder.resume(TrainingState.start(model, torch.optim.AdamW(model.parameters())))
+    folder.resume(TrainingState.start(model, optimisers(model, 1e-3, 0.01, (0.9, 0.999))))
     assert folder.log_file.read_text() == '{"step": 0, "loss": 1}\n'
 
 

@@ -46,10 +46,11 @@ from varedit_reference.scale_loop import PredictedScale
 from varedit_reference.tokenizer import Tokenizer
 from varedit_reference.transformer import VAR
 from varedit_reference.weights_file import open_weights
+from varedit_runtime.backend import Sampling
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.grids import scale_grids
 from varedit_runtime.manifest import Manifest, ParityLine, Variant
-from varedit_runtime.onnx_backend import OnnxBackend, Sampling
+from varedit_runtime.onnx_backend import OnnxBackend
 from varedit_runtime.pictures import from_decoder
 
 if TYPE_CHECKING:

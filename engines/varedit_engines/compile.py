@@ -14,7 +14,7 @@ from typing import Literal, get_args
 
 from varedit_engines.compiler import Compiler, Progress
 from varedit_engines.engine_cache import EngineCache
-from varedit_engines.network import Sizes, external_inputs, scale_profiles
+from varedit_engines.network import external_inputs
 from varedit_engines.publish import Staging
 from varedit_runtime.bundle import Bundle, weights_file
 from varedit_runtime.engine_set import (
@@ -24,6 +24,7 @@ from varedit_runtime.engine_set import (
 )
 from varedit_runtime.errors import ConfigError
 from varedit_runtime.manifest import Variant
+from varedit_runtime.wiring import scale_profiles, sized
 
 Layout = Literal["external", "profiles", "baked"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
@@ -124,10 +125,6 @@ def _profiles(job: Job, stage: str) -> list[Mapping[str, tuple[int, ...]]]:
     if all(isinstance(size, int) for spec in specs for size in spec.shape):
         return []
     return [
-        {spec.name: tuple(_size(size, sizes) for size in spec.shape) for spec in specs}
+        {spec.name: sized(spec, sizes) for spec in specs}
         for sizes in scale_profiles(job.variant, job.bundle.manifest.model)
     ]
-
-
-def _size(size: int | str, sizes: Sizes) -> int:
-    return size if isinstance(size, int) else sizes[size]

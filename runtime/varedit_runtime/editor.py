@@ -25,6 +25,7 @@ from varedit_runtime.arguments import (
     choose_sampling,
     is_list,
 )
+from varedit_runtime.backend import Backend, Sampling
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import (
     BackendError,
@@ -35,7 +36,7 @@ from varedit_runtime.errors import (
 )
 from varedit_runtime.manifest import TOKENIZER, Variant
 from varedit_runtime.noise import uniform_noise
-from varedit_runtime.onnx_backend import OnnxBackend, Sampling, check_provider
+from varedit_runtime.onnx_backend import OnnxBackend, check_provider
 from varedit_runtime.pictures import Source, from_decoder, restore, to_square
 from varedit_runtime.settings import PerScale
 from varedit_runtime.text import Instructions, read_tokenizer
@@ -104,11 +105,11 @@ class Editor:
         self,
         bundle: Bundle,
         variant: Variant,
-        graphs: OnnxBackend,
+        graphs: Backend,
         instructions: Instructions | None,
     ) -> None:
         self.bundle, self.variant, self.provider = bundle, variant, graphs.provider
-        self._graphs: OnnxBackend | None = graphs
+        self._graphs: Backend | None = graphs
         self._instructions = instructions
         self._turn = RLock()
         self._editing = False
@@ -166,7 +167,7 @@ class Editor:
             self._graphs = None
 
     @property
-    def graphs(self) -> OnnxBackend:
+    def graphs(self) -> Backend:
         """The stages, to be run one by one. Nothing else may use the editor meanwhile.
 
         Raises EditorError when the editor is closed.

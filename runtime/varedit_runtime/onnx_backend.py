@@ -14,39 +14,14 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from varedit_runtime.backend import Backend
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.errors import BackendError, BundleError
+from varedit_runtime.errors import BackendError
 from varedit_runtime.interrupt import stopped_by_interrupt
-from varedit_runtime.manifest import TensorSpec, Variant
-from varedit_runtime.resizing import bilinear_matrix
+from varedit_runtime.manifest import Variant
+from varedit_runtime.wiring import Step, View, constants, values_of
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-CODERS = ("text_encoder", "image_encoder", "image_decoder")  # arrays in, an array out
-KINDS = ("key", "value")
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a scale's bits are chosen.
-
-    noise float32 [B, h, w, c] in [0, 1). forced_bits, forced_mask bool of the same shape: bits
-    that are taken as they are where the mask is set.
-    """
-
-    noise: np.ndarray
-    guidance_scale: float
-    temperature: float
-    forced_bits: np.ndarray | None = None
-    forced_mask: np.ndarray | None = None
-
-
-@dataclass(frozen=True)
-class ScaleOutput:
-    """logits float32 [B, h, w, c, 2], guided; bits bool [B, h, w, c]; running_sum [B, d, H, W]."""
-
-    logits: np.ndarray
-    bits: np.ndarray
-    running_sum: np.ndarray
 
 
 class Buffer:
@@ -69,9 +44,9 @@ class Buffer:
         shape = self.shape if shape is None else tuple(shape)
         return Part(self, shape, self._value.data_ptr() + offset)
 
-    def read(self, shape: Sequence[int]) -> np.ndarray:
-        """A copy of the leading elements, in a shape."""
-        return self._value.numpy().reshape(-1)[: prod(shape)].reshape(shape).copy()
+    def read(self) -> np.ndarray:
+        """A copy."""
+        return self._value.numpy().reshape(-1)[: prod(self.shape)].reshape(self.shape).copy()
 
     def fill(self, value: float) -> None:
         self._value.update_inplace(np.full(self.shape, value, self.dtype))
@@ -139,7 +114,7 @@ class Session:
         self._options.terminate = True
 
 
-class OnnxBackend:
+class OnnxBackend(Backend):
     """All graphs of a variant, on one provider. One edit at a time."""
 
     def __init__(self, bundle: Bundle, variant: Variant, provider: str, threads: int) -> None:
@@ -149,11 +124,8 @@ class OnnxBackend:
         when a graph cannot be loaded, BundleError when one is missing or damaged.
         """
         check_provider(provider)
-        self.variant, self.model, self.provider = variant, bundle.manifest.model, provider
-        self._guided = variant.rows > variant.batch
-        self._sar = self.model.conditioning == "sar"
-        self._areas = [rows * columns for rows, columns in variant.grids]
-        self._bits = self.model.token_channels
+        super().__init__(variant, bundle.manifest.model, provider, symbolic=True)
+        stages = dict.fromkeys(step.stage for step in self.steps.values())
         self._sessions = {
             stage: Session(
                 stage,
@@ -162,217 +134,41 @@ class OnnxBackend:
                 provider,
                 threads,
             )
-            for stage in self._stages()
+            for stage in stages
         }
-        self._allocate()
-
-    def encode_text(self, token_ids: np.ndarray, text_mask: np.ndarray) -> np.ndarray:
-        """Ids int64 and mask bool [B, T] -> features float32 [B, T, text]."""
-        return self._code("text_encoder", {"token_ids": token_ids, "text_mask": text_mask})
-
-    def encode_pictures(self, pictures: np.ndarray) -> np.ndarray:
-        """Pictures float32 [B, 3, H, W] in [-1, 1] -> source tokens [B, h, w, c]."""
-        return self._code("image_encoder", {"pictures": pictures})
-
-    def decode(self, running_sum: np.ndarray) -> np.ndarray:
-        """A sum of codes [B, d, H, W] -> pictures float32 [B, 3, H, W], not yet clamped."""
-        return self._code("image_decoder", {"running_sum": running_sum})
-
-    def condition(self, inputs: Mapping[str, np.ndarray]) -> None:
-        """Take the text of the edit to come: the inputs of the condition graph, by name."""
-        self._sessions["condition"].run(
-            inputs, {name: buffer.part() for name, buffer in self._text.items()}
-        )
-
-    def prefill(self, source_tokens: np.ndarray) -> None:
-        """Take the source of the edit to come, tokens [B, h, w, c]; `condition` comes first."""
-        last = len(self._areas) - 1
-        grid = self.variant.grids[last]
-        nothing = Sampling(np.zeros((*source_tokens.shape[:3], self._bits), np.float32), 1.0, 1.0)
-        inputs = {"tokens": source_tokens, **self._place(last, 0), **self._past(None)}
-        source = {
-            f"new_{kind}.{i}": self._source[kind].part()
-            if i == 0 and self._sar
-            else self._caches[kind][i].part(self._kv_shape(self._areas[last]))
-            for kind in KINDS
-            for i in range(self.model.depth)
-        }
-        self._sums[0].fill(0)
-        self._run(grid, (1, 1), inputs, nothing, source)
-        if self._sar:
-            self._sessions["references"].run(
-                {f"source_{kind}": self._source[kind].part() for kind in KINDS},
-                {name: buffer.part() for name, buffer in self._references.items()},
-            )
-        self._sums[0].fill(0)
-
-    def predict(self, scale: int, sampling: Sampling) -> ScaleOutput:
-        """Predict a scale; the prefill and, in order, the scales before it must have run."""
-        grids = self.variant.grids
-        grid, following = grids[scale], grids[min(scale + 1, len(grids) - 1)]
-        before = sum(self._areas[:scale])
-        inputs = {
-            "tokens": self._tokens[0].part((self.variant.batch, *grid, self._bits)),
-            **self._place(scale, self._areas[-1] + before, first=scale == 0),
-            **self._past(scale),
-        }
-        new = {
-            f"new_{kind}.{i}": self._caches[kind][i].part(
-                self._kv_shape(self._areas[scale]), before + self._source_length(i)
-            )
-            for kind in KINDS
-            for i in range(self.model.depth)
-        }
-        self._run(grid, following, inputs, sampling, new)
-        self._tokens.reverse()
-        self._sums.reverse()
-        shape = (self.variant.batch, *grid, self._bits)
-        return ScaleOutput(
-            self._logits.read((*shape, 2)), self._drawn.read(shape), self.running_sum
-        )
-
-    @property
-    def running_sum(self) -> np.ndarray:
-        """The sum of codes [B, d, H, W] of the scales predicted so far."""
-        return self._sums[0].read(self._sums[0].shape)
+        self._constants = constants(variant, self.model)
+        self._values = self._allocate(list(self.steps.values()))
 
     @property
     def buffer_bytes(self) -> int:
-        """Memory of the caches and of what passes between graphs, allocated once."""
-        return sum(buffer.size for buffer in self._all_buffers)
+        return sum(value.size for value in self._values.values())
 
-    def _stages(self) -> list[str]:
-        """The graphs that run: all but the static ones of the scales and the prefill."""
-        text = ["text_encoder"] if "text_encoder" in self.variant.graphs else []
-        references = ["references"] if self._sar else []
-        return [*text, "image_encoder", "condition", *references, "scale", "image_decoder"]
-
-    def _code(self, stage: str, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
-        """A copy of the one output of one of CODERS."""
-        ((name, buffer),) = self._coded[stage].items()
-        self._sessions[stage].run(inputs, {name: buffer.part()})
-        return buffer.read(buffer.shape)
-
-    def _run(
-        self,
-        grid: tuple[int, int],
-        following: tuple[int, int],
-        inputs: Mapping[str, np.ndarray | Part],
-        sampling: Sampling,
-        new: Mapping[str, Part],
-    ) -> None:
-        """One run of the scale graph, from the first of each pair of buffers to the second."""
-        batch = self.variant.batch
-        shape = (batch, *grid, self._bits)
-        self._sessions["scale"].run(
+    def _run(self, step: Step, given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        arrays = {**self._constants, **given}
+        self._sessions[step.stage].run(
             {
-                **inputs,
-                "running_sum": self._sums[0].part(),
-                **self._resizing(grid, following),
-                **self._chosen(sampling, shape),
-                **{name: buffer.part() for name, buffer in self._text.items()},
+                name: arrays[view.value] if view.value in arrays else self._part(view)
+                for name, view in step.inputs.items()
             },
-            {
-                "logits": self._logits.part((*shape, 2)),
-                "bits": self._drawn.part(shape),
-                "running_sum_out": self._sums[1].part(),
-                "next_tokens": self._tokens[1].part((batch, *following, self._bits)),
-                **new,
-            },
+            {name: self._part(view) for name, view in step.outputs.items()},
         )
+        return {name: self._values[name].read() for name in step.read}
 
-    def _allocate(self) -> None:
-        """All memory between graphs, from the shapes in the manifest."""
-        graphs = self.variant.graphs
-        finest = (self.variant.batch, *self.variant.grids[-1], self._bits)
-        inputs = {tensor.name: tensor for tensor in graphs["scale"].inputs}
-        kv = inputs["cross_key.0"].dtype
-        self._all_buffers: list[Buffer] = []
-        self._coded = {
-            stage: self._buffers(graphs[stage].outputs) for stage in CODERS if stage in graphs
+    def _allocate(self, steps: Sequence[Step]) -> dict[str, Buffer]:
+        """Memory for what passes between graphs; what the host gives stays with the host."""
+        written = {view.value for step in steps for view in step.outputs.values()}
+        given = {name for step in steps for name in step.fed} | self._constants.keys()
+        values = {
+            name: Buffer(value.shape, value.dtype, self.provider)
+            for name, value in values_of(steps).items()
+            if name in written or name not in given
         }
-        self._text = self._buffers(graphs["condition"].outputs)
-        self._references = self._buffers(graphs["references"].outputs) if self._sar else {}
-        self._source = (
-            {kind: self._buffer(self._kv_shape(self._areas[-1]), kv) for kind in KINDS}
-            if self._sar
-            else {}
-        )
-        self._caches = {
-            kind: [
-                self._buffer(self._kv_shape(self._source_length(i) + sum(self._areas)), kv)
-                for i in range(self.model.depth)
-            ]
-            for kind in KINDS
-        }
-        self._tokens = [self._buffer(finest, "float32") for _ in range(2)]
-        self._sums = [
-            self._buffer(static_shape(inputs["running_sum"]), "float32") for _ in range(2)
-        ]
-        self._logits = self._buffer((*finest, 2), "float32")
-        self._drawn = self._buffer(finest, "bool")
+        for name in values.keys() - written:
+            values[name].fill(0)
+        return values
 
-    def _buffers(self, specs: Sequence[TensorSpec]) -> dict[str, Buffer]:
-        return {spec.name: self._buffer(static_shape(spec), spec.dtype) for spec in specs}
-
-    def _buffer(self, shape: Sequence[int], dtype: str) -> Buffer:
-        buffer = Buffer(shape, dtype, self.provider)
-        self._all_buffers.append(buffer)
-        return buffer
-
-    def _kv_shape(self, tokens: int) -> tuple[int, ...]:
-        heads = self.model.heads
-        return tokens, self.variant.rows, heads, self.model.width // heads
-
-    def _source_length(self, block: int) -> int:
-        """The source's tokens in a block's cache: none in block 0 under SAR."""
-        return 0 if self._sar and block == 0 else self._areas[-1]
-
-    def _past(self, scale: int | None) -> dict[str, Part]:
-        """What new tokens see: references and caches up to a scale; None: nothing, the prefill."""
-        before = None if scale is None else sum(self._areas[:scale])
-        seen: dict[str, Part] = {}
-        for kind in KINDS:
-            if self._sar:
-                own = self._references[f"reference_{kind}.{scale or 0}"]
-                length = 0 if scale is None else self._areas[scale]
-                seen[f"reference_{kind}"] = own.part(self._kv_shape(length))
-            for i, cache in enumerate(self._caches[kind]):
-                length = 0 if before is None else self._source_length(i) + before
-                seen[f"past_{kind}.{i}"] = cache.part(self._kv_shape(length))
-        return seen
-
-    def _place(self, level: int, first_position: int, first: bool = False) -> dict[str, np.ndarray]:
-        return {
-            "level": np.array([level], np.int64),
-            "first_position": np.array([first_position], np.int64),
-            "is_first": np.array([first]),
-        }
-
-    def _resizing(self, grid: tuple[int, int], following: tuple[int, int]) -> dict[str, np.ndarray]:
-        """The matrices from a grid to the finest and from there to the following one."""
-        patch, matrices = self.model.patch, {}
-        for axis, name in enumerate(("rows", "columns")):
-            own, finest, after = (
-                side * patch for side in (grid[axis], self.variant.grids[-1][axis], following[axis])
-            )
-            up, down = bilinear_matrix(finest, own), bilinear_matrix(after, finest)
-            matrices[f"up_{name}"] = up.reshape(finest, grid[axis], patch)
-            matrices[f"down_{name}"] = down.reshape(following[axis], patch, finest)
-        return matrices
-
-    def _chosen(self, sampling: Sampling, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
-        nothing = np.zeros(shape, np.bool_)
-        bits, mask = sampling.forced_bits, sampling.forced_mask
-        inputs = {
-            "temperature": np.array([sampling.temperature], np.float32),
-            "noise": sampling.noise.astype(np.float32, copy=False),
-            "forced_bits": nothing if bits is None else bits,
-            "forced_mask": nothing if mask is None else mask,
-        }
-        if self._guided:
-            inputs["guidance_scale"] = np.array([sampling.guidance_scale], np.float32)
-        return inputs
+    def _part(self, view: View) -> Part:
+        return self._values[view.value].part(view.shape, view.first)
 
 
 def check_provider(provider: str) -> None:
@@ -385,13 +181,6 @@ def check_provider(provider: str) -> None:
             f"the installed onnxruntime has no {PROVIDERS[provider]}, only {', '.join(available)}: "
             "run `pip uninstall onnxruntime` and `pip install --force-reinstall onnxruntime-gpu`"
         )
-
-
-def static_shape(spec: TensorSpec) -> tuple[int, ...]:
-    sizes = tuple(size for size in spec.shape if isinstance(size, int))
-    if len(sizes) != len(spec.shape):
-        raise BundleError(f"the bundle's {spec.name} has no static shape: build the bundle again")
-    return sizes
 
 
 @contextmanager

@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from varedit_reference.nano.optimisers import Optimisers
 from varedit_reference.weights_file import whole_file
 from varedit_runtime.errors import CheckpointError, ConfigError
 
@@ -32,11 +33,11 @@ class TrainingState:
 
     model: nn.Module
     ema: nn.Module
-    optimiser: torch.optim.Optimizer
+    optimiser: Optimisers
     step: int = 0
 
     @classmethod
-    def start(cls, model: nn.Module, optimiser: torch.optim.Optimizer) -> "TrainingState":
+    def start(cls, model: nn.Module, optimiser: Optimisers) -> "TrainingState":
         return cls(model, copy.deepcopy(model).requires_grad_(False).eval(), optimiser)
 
 

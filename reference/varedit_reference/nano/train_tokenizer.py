@@ -79,6 +79,10 @@ class TokenizerTask:
             self._encode, self._decode = torch.compile(model.encode), torch.compile(model.decode)
 
     @property
+    def hidden(self) -> tuple[nn.Parameter, ...]:
+        return ()
+
+    @property
     def dataset(self) -> PictureBatches:
         return PictureBatches(self.recipe.batch, self.size)
 

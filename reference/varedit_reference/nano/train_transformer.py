@@ -79,6 +79,18 @@ class TransformerTask:
         self._forward = torch.compile(model.transformer) if machine.compiled else model.transformer
 
     @property
+    def hidden(self) -> tuple[nn.Parameter, ...]:
+        transformer = self.model.transformer
+        inner = (*transformer.blocks, transformer.text_memory, transformer.text_pool)
+        products = (
+            module
+            for part in (*inner, self.model.text_encoder)
+            for module in part.modules()
+            if isinstance(module, nn.Linear | Linear)
+        )
+        return tuple(module.get_parameter("weight") for module in products)
+
+    @property
     def dataset(self) -> EditBatches:
         return EditBatches(self.recipe.batch, self.config.picture_size[0])
 

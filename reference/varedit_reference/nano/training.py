@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from varedit_reference.nano.checkpointing import RunFolder, TrainingState
 from varedit_reference.nano.data import batches
+from varedit_reference.nano.optimisers import Optimisers, optimisers
 from varedit_runtime.errors import ConfigError
 
 Batch = TypeVar("Batch")
@@ -65,6 +66,11 @@ class Task(Protocol[Batch]):
     def model(self) -> nn.Module: ...
 
     @property
+    def hidden(self) -> tuple[nn.Parameter, ...]:
+        """The matrices that Muon trains."""
+        ...
+
+    @property
     def dataset(self) -> Dataset[Batch]: ...
 
     def losses(self, batch: Batch, step: int, fast: bool) -> dict[str, Tensor]:
@@ -86,7 +92,7 @@ class Task(Protocol[Batch]):
 
 def train(task: Task[Any], recipe: Recipe, machine: Machine, run: RunFolder) -> TrainingState:
     """Train from where the run folder is to the recipe's last step."""
-    state = TrainingState.start(task.model, _optimiser(task.model, recipe))
+    state = TrainingState.start(task.model, _optimisers(task, recipe))
     run.resume(state)
     if machine.precision != "fp32" or machine.compiled:
         check_gradients(task)
@@ -117,7 +123,7 @@ def train(task: Task[Any], recipe: Recipe, machine: Machine, run: RunFolder) -> 
 def train_step(
     task: Task[Batch], state: TrainingState, recipe: Recipe, batch: Batch, fast: bool = False
 ) -> dict[str, Tensor]:
-    """One step of AdamW and of the EMA; returns the losses before it."""
+    """One step of the optimisers and of the EMA; returns the losses before it."""
     for group in state.optimiser.param_groups:
         group["lr"] = learning_rate(recipe, state.step)
     losses = task.losses(batch, state.step, fast)
@@ -192,15 +198,10 @@ def _gradient(task: Task[Any], batch: Any, fast: bool) -> Tensor:
     return gradient
 
 
-def _optimiser(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW; vectors (biases, norms, gammas) are not decayed."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": recipe.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas)
+def _optimisers(task: Task[Any], recipe: Recipe) -> Optimisers:
+    return optimisers(
+        task.model, recipe.learning_rate, recipe.weight_decay, recipe.betas, task.hidden
+    )
 
 
 def _due(step: int, every: int, recipe: Recipe) -> bool:

@@ -1,0 +1,61 @@
+"""What changes the weights in training: AdamW, and Muon for the matrices between hidden states."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class Optimisers:
+    """Several optimisers, each with parameters of its own, as one."""
+
+    def __init__(self, *parts: torch.optim.Optimizer) -> None:
+        self.parts = parts
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for part in self.parts for group in part.param_groups]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none)
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {str(i): part.state_dict() for i, part in enumerate(self.parts)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises KeyError or ValueError when the state is of other optimisers."""
+        for i, part in enumerate(self.parts):
+            part.load_state_dict(state[str(i)])
+
+
+def optimisers(
+    model: nn.Module,
+    learning_rate: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    hidden: tuple[nn.Parameter, ...] = (),
+) -> Optimisers:
+    """Muon (Jordan et al. 2024) for `hidden`, matrices; AdamW for the rest.
+
+    Muon's updates are scaled to the size of AdamW's (Liu et al. 2025, arXiv 2502.16982), so that
+    one learning rate serves both. Vectors (biases, norms, gammas) are not decayed.
+    """
+    orthogonal = {id(parameter) for parameter in hidden}
+    rest = [p for p in model.parameters() if id(p) not in orthogonal]
+    groups = [
+        {"params": [p for p in rest if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=betas)
+    if not hidden:
+        return Optimisers(adamw)
+    muon = torch.optim.Muon(
+        hidden, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
+    )
+    return Optimisers(adamw, muon)

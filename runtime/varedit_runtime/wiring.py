@@ -1,0 +1,300 @@
+"""Which memory every tensor of an edit's graphs is.
+
+An edit is a list of steps, each a run of one graph. Steps share values: what one writes, another
+reads. The keys and values of a block are one value, its cache: a step appends to it by writing
+behind what earlier steps wrote, and nothing is ever copied.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+
+from varedit_runtime.errors import BundleError
+from varedit_runtime.manifest import Model, TensorSpec, Variant
+from varedit_runtime.resizing import bilinear_matrix
+
+Sizes = dict[str, int]
+
+KINDS = ("key", "value")
+# Of a scale, what the host gives and what it takes.
+CHOSEN = ("guidance_scale", "temperature", "noise", "forced_bits", "forced_mask")
+PREDICTED = ("logits", "bits")
+TEXT, NEGATIVE, CONDITION, PREFILL = "text_encoder", "negative_encoder", "condition", "prefill"
+ENCODER, DECODER, REFERENCES, SYMBOLIC = "image_encoder", "image_decoder", "references", "scale"
+
+
+@dataclass(frozen=True)
+class View:
+    """A tensor: the entries of a value from `first` of its first axis on."""
+
+    value: str
+    shape: tuple[int, ...]
+    dtype: str
+    first: int = 0
+
+    @property
+    def row(self) -> int:
+        """Bytes of an entry of the first axis."""
+        return prod(self.shape[1:]) * np.dtype(self.dtype).itemsize
+
+    @property
+    def offset(self) -> int:
+        """Bytes from the value's start."""
+        return self.first * self.row
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+@dataclass(frozen=True)
+class Step:
+    """A run of the graph of a stage, at one of its profiles: inputs and outputs by their names.
+
+    fed, read: the values that the host gives before it, and takes after it, when steps are run one
+    by one.
+    """
+
+    name: str
+    stage: str
+    inputs: Mapping[str, View]
+    outputs: Mapping[str, View]
+    fed: tuple[str, ...]
+    read: tuple[str, ...]
+    profile: int = 0
+
+    @property
+    def views(self) -> Iterator[View]:
+        yield from self.inputs.values()
+        yield from self.outputs.values()
+
+
+def scale_name(scale: int) -> str:
+    return f"scale_{scale:02}"
+
+
+def values_of(steps: Sequence[Step]) -> dict[str, View]:
+    """Every value, as the smallest view that holds all others of it.
+
+    Raises BundleError when graphs do not fit together.
+    """
+    values: dict[str, View] = {}
+    for step in steps:
+        for view in step.views:
+            known = values.setdefault(view.value, view)
+            if (known.shape[1:], known.dtype) != (view.shape[1:], view.dtype):
+                raise BundleError(
+                    f"the bundle's graphs do not fit together: {step.name} has {view.value} as "
+                    f"{view.dtype} {view.shape}, and another graph as {known.dtype} {known.shape}; "
+                    "build it again"
+                )
+            rows = max(known.first + known.shape[0], view.first + view.shape[0])
+            values[view.value] = View(view.value, (rows, *view.shape[1:]), view.dtype)
+    return values
+
+
+def wire(variant: Variant, model: Model, symbolic: bool) -> list[Step]:
+    """The steps of an edit in order.
+
+    symbolic: prefill and scales run on the one graph of symbolic lengths, with a profile each.
+    """
+    return _Wiring(variant, model).steps(symbolic)
+
+
+def constants(variant: Variant, model: Model) -> dict[str, np.ndarray]:
+    """What a symbolic wiring reads that is the same for every edit; all else starts as zeros."""
+    return _Wiring(variant, model).constants()
+
+
+def scale_profiles(variant: Variant, model: Model) -> list[Sizes]:
+    """The symbolic lengths of the scale graph: as the prefill, then at every scale."""
+    source = variant.grids[-1][0] * variant.grids[-1][1]
+    targets_only = model.conditioning == "sar"  # block 0 then has no source in its past
+    prefill = _grids(variant.grids[-1], (1, 1)) | {"reference": 0, "past_0": 0, "past": 0}
+    profiles, before = [prefill], 0
+    for grid, following in zip(variant.grids, (*variant.grids[1:], (1, 1)), strict=True):
+        lengths = {"reference": grid[0] * grid[1], "past": source + before}
+        lengths["past_0"] = before if targets_only else source + before
+        profiles.append(_grids(grid, following) | lengths)
+        before += grid[0] * grid[1]
+    return profiles
+
+
+def _grids(grid: tuple[int, int], following: tuple[int, int]) -> Sizes:
+    return dict(zip(("h", "w", "next_h", "next_w"), (*grid, *following), strict=True))
+
+
+def sized(spec: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """A tensor's shape; sizes: of its symbolic lengths, or products of them such as "h*w".
+
+    Raises BundleError when it has one that is not among them.
+    """
+    try:
+        return tuple(
+            size if isinstance(size, int) else prod(sizes[name] for name in size.split("*"))
+            for size in spec.shape
+        )
+    except KeyError as error:
+        raise BundleError(
+            f"the bundle's {spec.name} has no static shape: build the bundle again"
+        ) from error
+
+
+def resizing_matrices(
+    variant: Variant, patch: int, grid: tuple[int, int], following: tuple[int, int]
+) -> dict[str, np.ndarray]:
+    """The matrices from a grid to the finest and from there to the following one."""
+    matrices: dict[str, np.ndarray] = {}
+    for axis, name in enumerate(("rows", "columns")):
+        own, finest, after = (
+            side * patch for side in (grid[axis], variant.grids[-1][axis], following[axis])
+        )
+        up, down = bilinear_matrix(finest, own), bilinear_matrix(after, finest)
+        matrices[f"up_{name}"] = up.reshape(finest, grid[axis], patch)
+        matrices[f"down_{name}"] = down.reshape(following[axis], patch, finest)
+    return matrices
+
+
+class _Wiring:
+    def __init__(self, variant: Variant, model: Model) -> None:
+        self.variant, self.model = variant, model
+        self.sar = model.conditioning == "sar"
+        self.areas = [rows * columns for rows, columns in variant.grids]
+        self.scales = range(len(variant.grids))
+
+    def steps(self, symbolic: bool) -> list[Step]:
+        steps: list[Step] = []
+        if TEXT in self.variant.graphs:
+            steps.append(self._coder(TEXT, TEXT))
+            if self.variant.rows > self.variant.batch:
+                steps.append(self._coder(NEGATIVE, TEXT, _NEGATIVE))
+        steps.append(self._coder(ENCODER, ENCODER))
+        condition = self._coder(CONDITION, CONDITION)
+        steps.append(condition)
+        steps += self._symbolic_scales() if symbolic else self._static_scales()
+        last = len(self.scales)
+        decoded = {"running_sum": f"sum.{last}", "pictures": "decoded"}
+        steps.append(self._coder(DECODER, DECODER, decoded))
+        return steps
+
+    def constants(self) -> dict[str, np.ndarray]:
+        grids, source = self.variant.grids, self.areas[-1]
+        one = np.ones(1, np.float32)
+        found = {f"{name}.{PREFILL}": one for name in ("guidance_scale", "temperature")}
+        found |= self._place(PREFILL, len(grids) - 1, 0, grids[-1], (1, 1))
+        for k, following in zip(self.scales, (*grids[1:], (1, 1)), strict=True):
+            found |= self._place(str(k), k, source + sum(self.areas[:k]), grids[k], following)
+        return found
+
+    def _place(
+        self,
+        suffix: str,
+        level: int,
+        first_position: int,
+        grid: tuple[int, int],
+        following: tuple[int, int],
+    ) -> dict[str, np.ndarray]:
+        arrays = {
+            "level": np.array([level], np.int64),
+            "first_position": np.array([first_position], np.int64),
+            "is_first": np.array([suffix == "0"]),
+            **resizing_matrices(self.variant, self.model.patch, grid, following),
+        }
+        return {f"{name}.{suffix}": array for name, array in arrays.items()}
+
+    def _coder(self, name: str, stage: str, renamed: Mapping[str, str] | None = None) -> Step:
+        """A step whose inputs the host gives and, but for the condition's, whose outputs it takes.
+
+        The tensors are values of their own names, if they are not renamed.
+        """
+        called = renamed or {}
+        graph = self.variant.graph(stage)
+        inputs, outputs = (
+            {
+                spec.name: View(called.get(spec.name, spec.name), sized(spec, {}), spec.dtype)
+                for spec in specs
+            }
+            for specs in (graph.inputs, graph.outputs)
+        )
+        read = () if stage == CONDITION else tuple(view.value for view in outputs.values())
+        fed = tuple(view.value for view in inputs.values())
+        return Step(name, stage, inputs, outputs, fed, read)
+
+    def _static_scales(self) -> Iterator[Step]:
+        yield self._scale(PREFILL, PREFILL, None, {}, 0)
+        for k in self.scales:
+            yield self._scale(scale_name(k), scale_name(k), k, {}, 0)
+
+    def _symbolic_scales(self) -> Iterator[Step]:
+        prefill, *profiles = scale_profiles(self.variant, self.model)
+        yield self._scale(PREFILL, SYMBOLIC, None, prefill, 0)
+        if self.sar:
+            references = self._coder(REFERENCES, REFERENCES)
+            yield Step(REFERENCES, REFERENCES, references.inputs, references.outputs, (), ())
+        for k, sizes in enumerate(profiles):
+            yield self._scale(scale_name(k), SYMBOLIC, k, sizes, k + 1)
+
+    def _scale(
+        self, name: str, stage: str, scale: int | None, sizes: Mapping[str, int], profile: int
+    ) -> Step:
+        """scale: None for the prefill."""
+        graph = self.variant.graph(stage)
+        inputs, outputs = (
+            {spec.name: self._view(spec, scale, sizes) for spec in specs}
+            for specs in (graph.inputs, graph.outputs)
+        )
+        if scale is None:
+            return Step(name, stage, inputs, outputs, ("source_tokens",), (), profile)
+        fed = tuple(f"{given}.{scale}" for given in CHOSEN if given in inputs)
+        read = (*(f"{taken}.{scale}" for taken in PREDICTED), f"sum.{scale + 1}")
+        return Step(name, stage, inputs, outputs, fed, read, profile)
+
+    def _view(self, spec: TensorSpec, scale: int | None, sizes: Mapping[str, int]) -> View:
+        shape = sized(spec, sizes)
+        value, first = self._value(spec.name, scale)
+        return View(value, shape, spec.dtype, first)
+
+    def _value(self, name: str, scale: int | None) -> tuple[str, int]:
+        """What a tensor of a scale, or of the prefill, is part of, and its first entry there."""
+        kind, _, block = name.partition(".")
+        what, _, which = kind.partition("_")
+        if which in KINDS and what in ("past", "new", "source") and block:
+            return self._cached(what, which, int(block), scale)
+        if kind in ("reference_key", "reference_value"):
+            return (name if block else f"{kind}.{scale or 0}"), 0
+        own = PREFILL if scale is None else str(scale)
+        following = "unused" if scale is None else str(scale + 1)
+        names = {
+            "tokens": "source_tokens" if scale is None else f"tokens.{own}",
+            "next_tokens": f"tokens.{following}",
+            "running_sum": f"sum.{own}",
+            "running_sum_out": f"sum.{following}",
+        }
+        if name in names:
+            return names[name], 0
+        return (f"{name}.{own}" if name in _OF_A_SCALE else name), 0
+
+    def _cached(self, what: str, kind: str, block: int, scale: int | None) -> tuple[str, int]:
+        if scale is None and what == "new" and block == 0 and self.sar:
+            return f"source_{kind}", 0  # of which the references are made
+        cache = f"cache_{kind}.{block}"
+        if what != "new" or scale is None:
+            return cache, 0
+        source = 0 if self.sar and block == 0 else self.areas[-1]
+        return cache, source + sum(self.areas[:scale])
+
+
+_NEGATIVE = {
+    "token_ids": "negative_ids",
+    "text_mask": "negative_mask",
+    "text_features": "negative_features",
+}
+_OF_A_SCALE = {
+    *CHOSEN,
+    *PREDICTED,
+    *("level", "first_position", "is_first"),
+    *("up_rows", "up_columns", "down_rows", "down_columns"),
+}
