@@ -45,18 +45,24 @@ class ScaleOutput:
 
 
 @dataclass(frozen=True)
+class Negatives:
+    """Negative prompts: ids and mask as in Prompts; present bool [B]: which rows have one."""
+
+    ids: np.ndarray
+    mask: np.ndarray
+    present: np.ndarray
+
+
+@dataclass(frozen=True)
 class Prompts:
     """Token ids int64 and mask bool [B, T] of a batch's instructions, padded.
 
-    negative_ids, negative_mask: alike, of the negative prompts; has_negative bool [B]: which rows
-    have one.
+    negatives: None where the bundle has no guidance.
     """
 
     ids: np.ndarray
     mask: np.ndarray
-    negative_ids: np.ndarray | None = None
-    negative_mask: np.ndarray | None = None
-    has_negative: np.ndarray | None = None
+    negatives: Negatives | None = None
 
 
 @dataclass(frozen=True)

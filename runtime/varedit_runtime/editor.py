@@ -9,7 +9,7 @@ Everything that can be wrong with a call is found before anything is computed.
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import Event, RLock
 from time import perf_counter
 from types import TracebackType
@@ -25,7 +25,7 @@ from varedit_runtime.arguments import (
     choose_sampling,
     is_list,
 )
-from varedit_runtime.backend import Backend, Sampling
+from varedit_runtime.backend import Backend, Negatives, Prompts, Sampling
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import (
     BackendError,
@@ -277,92 +277,121 @@ class Editor:
 
     def _edit_batch(self, call: _Call, first: int) -> Iterator[EditResult]:
         """first: the place of the batch in the call."""
-        graphs, timings = self.graphs, _Timings()
         wanted = call.wanted[first : first + self.variant.batch]
         # The graphs were built for a batch of this size: a smaller one repeats its last picture.
-        batch = [wanted[min(i, len(wanted) - 1)] for i in range(self.variant.batch)]
+        rows = [wanted[min(i, len(wanted) - 1)] for i in range(self.variant.batch)]
+        batch = _Batch(
+            wanted,
+            range(first, first + len(wanted)),
+            self._prompts(rows),
+            np.stack([to_square(row.picture, self.variant.picture) for row in rows]),
+            self._samplings(rows, call.sampling),
+        )
+        decoded = self._edit_whole(batch) if call.on_scale is None else None
+        if decoded is None:
+            decoded = self._edit_by_stages(batch, call)
+        for one, image in zip(wanted, self._restored(decoded, wanted), strict=True):
+            yield EditResult(image, one.seed, batch.timings.seconds)
+
+    def _edit_whole(self, batch: "_Batch") -> np.ndarray | None:
+        """The pictures, decoded, of an edit in one piece; None where it takes one by stages."""
+        start = perf_counter()
+        whole = self.graphs.edit(batch.prompts, batch.pictures, batch.samplings)
+        if whole is None:
+            return None
+        batch.timings.seconds["edit"] = perf_counter() - start
+        for scale, logits in enumerate(whole.logits):
+            _finite(f"scale_{scale:02}", logits)
+        return whole.pictures
+
+    def _edit_by_stages(self, batch: "_Batch", call: _Call) -> np.ndarray:
+        """The pictures, decoded."""
+        graphs, timings, total = self.graphs, batch.timings, np.empty(0)
         with timings.of("text_encoder"):
-            text = self._encode_text(batch)
+            text = self._encode_text(batch.prompts)
         with timings.of("image_encoder"):
-            squares = [to_square(one.picture, self.variant.picture) for one in batch]
-            source = _finite("image_encoder", graphs.encode_pictures(np.stack(squares)))
+            source = _finite("image_encoder", graphs.encode_pictures(batch.pictures))
         with timings.of("condition"):
             graphs.condition(text)
         with timings.of("prefill"):
             graphs.prefill(source)
-        total = np.empty(0)
-        for scale in range(len(self.variant.grids)):
+        for scale, sampling in enumerate(batch.samplings):
             _raise_if(call.cancelled)
             with timings.of(f"scale_{scale:02}"):
-                total = self._predict(scale, batch, call.sampling)
+                output = graphs.predict(scale, sampling)
+                _finite(f"scale_{scale:02}", output.logits)
+            total = output.running_sum
             if call.on_scale is not None:
-                call.on_scale(self._progress(call, scale, timings.last, first, wanted, total))
+                call.on_scale(self._progress(batch, call, scale, total))
         _raise_if(call.cancelled)
         with timings.of("image_decoder"):
-            images = self._draw(total, wanted)
-        for one, image in zip(wanted, images, strict=True):
-            yield EditResult(image, one.seed, timings.seconds)
+            return graphs.decode(total)
 
-    def _encode_text(self, batch: Sequence[Wanted]) -> dict[str, np.ndarray]:
-        """The inputs of the condition graph."""
-        features, mask = self._features([one.prompt for one in batch])
-        inputs = {"text_features": features, "text_mask": mask}
+    def _prompts(self, batch: Sequence[Wanted]) -> Prompts:
+        ids, mask = self._padded([one.prompt for one in batch])
         if not self.guided:
-            return inputs
-        negatives = [one.negative for one in batch]
-        if any(negatives):  # rows without one take the model's own, whatever is given here
-            features, mask = self._features([negative or batch[0].prompt for negative in negatives])
-        inputs |= {"negative_features": features, "negative_mask": mask}
-        return inputs | {"has_negative": np.array([bool(negative) for negative in negatives])}
+            return Prompts(ids, mask)
+        # Rows without a negative prompt take the model's own, whatever is given here.
+        negative_ids, negative_mask = self._padded([one.negative or one.prompt for one in batch])
+        present = np.array([bool(one.negative) for one in batch])
+        return Prompts(ids, mask, Negatives(negative_ids, negative_mask, present))
 
-    def _features(self, prompts: Sequence[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-        """Features [B, T, text] and mask [B, T] of token ids, padded."""
+    def _padded(self, prompts: Sequence[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids int64 and mask bool [B, T]."""
         ids = np.zeros((len(prompts), self.variant.text_tokens), np.int64)
         mask = np.zeros(ids.shape, np.bool_)
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt)] = prompt
             mask[row, : len(prompt)] = True
-        return _finite("text_encoder", self.graphs.encode_text(ids, mask)), mask
+        return ids, mask
 
-    def _predict(self, scale: int, batch: Sequence[Wanted], settings: ScaleSettings) -> np.ndarray:
-        """Predict a scale. -> the sum of codes [B, d, H, W] so far"""
-        rows, columns = self.variant.grids[scale]
+    def _samplings(self, batch: Sequence[Wanted], settings: ScaleSettings) -> list[Sampling]:
+        """How each scale's bits are chosen: by noise from each picture's own seed."""
         channels = self.bundle.manifest.model.token_channels
-        noise = [uniform_noise(one.seed, scale, rows * columns, channels) for one in batch]
-        sampling = Sampling(
-            np.stack(noise).reshape(len(batch), rows, columns, channels),
-            settings.guidance_scale[scale],
-            settings.temperature[scale],
-        )
-        output = self.graphs.predict(scale, sampling)
-        _finite(f"scale_{scale:02}", output.logits)
-        return output.running_sum
+        samplings: list[Sampling] = []
+        for scale, (rows, columns) in enumerate(self.variant.grids):
+            noise = [uniform_noise(one.seed, scale, rows * columns, channels) for one in batch]
+            samplings.append(
+                Sampling(
+                    np.stack(noise).reshape(len(batch), rows, columns, channels),
+                    settings.guidance_scale[scale],
+                    settings.temperature[scale],
+                )
+            )
+        return samplings
 
-    def _draw(self, total: np.ndarray, wanted: Sequence[Wanted]) -> list[Image.Image]:
-        decoded = _finite("image_decoder", self.graphs.decode(total))
+    def _encode_text(self, prompts: Prompts) -> dict[str, np.ndarray]:
+        """The inputs of the condition graph."""
+        features = self._features(prompts.ids, prompts.mask)
+        inputs = {"text_features": features, "text_mask": prompts.mask}
+        if (negatives := prompts.negatives) is None:
+            return inputs
+        if negatives.present.any():
+            features = self._features(negatives.ids, negatives.mask)
+        inputs |= {"negative_features": features, "negative_mask": negatives.mask}
+        return inputs | {"has_negative": negatives.present}
+
+    def _features(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        return _finite("text_encoder", self.graphs.encode_text(ids, mask))
+
+    def _restored(self, decoded: np.ndarray, wanted: Sequence[Wanted]) -> list[Image.Image]:
+        """Decoded pictures [B, 3, H, W] as pictures of their sources' sizes."""
+        _finite("image_decoder", decoded)
         return [
             restore(from_decoder(pixels), one.picture.size)
             for pixels, one in zip(decoded, wanted, strict=False)
         ]
 
-    def _progress(
-        self,
-        call: _Call,
-        scale: int,
-        seconds: float,
-        first: int,
-        wanted: Sequence[Wanted],
-        total: np.ndarray,
-    ) -> Progress:
+    def _progress(self, batch: "_Batch", call: _Call, scale: int, total: np.ndarray) -> Progress:
         def draw() -> list[Image.Image]:
             with self._turn:  # another thread that asks waits for the edit to end
-                return self._draw(total, wanted)
+                return self._restored(self.graphs.decode(total), batch.wanted)
 
         return Progress(
             scale=scale,
             scales=len(self.variant.grids),
-            seconds=seconds,
-            pictures=range(first, first + len(wanted)),
+            seconds=batch.timings.last,
+            pictures=batch.places,
             _draw=draw,
             _cancelled=call.cancelled,
         )
@@ -380,6 +409,18 @@ class _Timings:
         start = perf_counter()
         yield
         self.last = self.seconds[stage] = perf_counter() - start
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What is edited at once. places: of its pictures in the call's results."""
+
+    wanted: Sequence[Wanted]
+    places: range
+    prompts: Prompts
+    pictures: np.ndarray
+    samplings: Sequence[Sampling]
+    timings: _Timings = field(default_factory=_Timings)
 
 
 def _read_instructions(bundle: Bundle, limit: int) -> Instructions:

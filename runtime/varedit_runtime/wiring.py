@@ -25,6 +25,11 @@ TEXT, NEGATIVE, CONDITION, PREFILL = "text_encoder", "negative_encoder", "condit
 ENCODER, DECODER, REFERENCES, SYMBOLIC = "image_encoder", "image_decoder", "references", "scale"
 
 
+def item_size(dtype: str) -> int:
+    """Bytes of a number of a manifest's type, of which NumPy lacks one."""
+    return 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
+
+
 @dataclass(frozen=True)
 class View:
     """A tensor: the entries of a value from `first` of its first axis on."""
@@ -37,7 +42,7 @@ class View:
     @property
     def row(self) -> int:
         """Bytes of an entry of the first axis."""
-        return prod(self.shape[1:]) * np.dtype(self.dtype).itemsize
+        return prod(self.shape[1:]) * item_size(self.dtype)
 
     @property
     def offset(self) -> int:
@@ -47,7 +52,7 @@ class View:
     @property
     def size(self) -> int:
         """Bytes."""
-        return prod(self.shape) * np.dtype(self.dtype).itemsize
+        return prod(self.shape) * item_size(self.dtype)
 
 
 @dataclass(frozen=True)

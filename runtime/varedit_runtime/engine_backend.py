@@ -1,0 +1,214 @@
+"""A variant's compiled engines on a GPU: memory allocated once, and every scale one graph of work.
+
+Nothing the scale loop needs comes from the host: noise and parameters are copied before the first
+scale, keys and values are written where the next scale reads them, and the whole edit is one
+launch when nobody listens between scales.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from varedit_runtime.backend import Backend, Prompts, Sampling, WholeEdit
+from varedit_runtime.bundle import Bundle
+from varedit_runtime.device import ALIGNMENT, Device, Engine, Launch, address_of
+from varedit_runtime.engine_set import EngineSet
+from varedit_runtime.errors import BackendError, BundleError
+from varedit_runtime.gpu_memory import PROFILES, aligned, budget, lay_out
+from varedit_runtime.gpu_weights import Weights
+from varedit_runtime.manifest import Variant
+from varedit_runtime.wiring import DECODER, NEGATIVE, TEXT, Step, View, constants, values_of
+
+SCRATCH, LANDING = "scratch", "landing"
+
+
+class EngineBackend(Backend):
+    """All engines of a variant on one GPU. One edit at a time."""
+
+    def __init__(
+        self, bundle: Bundle, variant: Variant, engines: EngineSet, device: Device
+    ) -> None:
+        """Load engines, which must have been found to fit the bundle, and give them memory.
+
+        Raises BackendError when they do not fit into the GPU's memory, before any of it is
+        allocated, or when one cannot be loaded; BundleError when a file is damaged.
+        """
+        recipe = engines.manifest.recipe
+        symbolic = recipe.layout == PROFILES
+        super().__init__(variant, bundle.manifest.model, recipe.backend, symbolic)
+        self._device, self._weights = device, Weights(engines.manifest.weights)
+        self.budget = budget(bundle, variant, recipe.layout)
+        self.budget.check(device.free_memory())
+        self._engines = self._load(engines)
+        self._values = values_of(list(self.steps.values()))
+        self._allocate()
+        self._weights.fill(bundle, device)
+        self._host = self._allocate_host()
+        if symbolic:
+            self._set(constants(variant, self.model))
+        self._bound = {step.name: self._bind(step) for step in self.steps.values()}
+        self._graphs = self._capture()
+        self._whole: dict[bool, Launch] = {}
+
+    @property
+    def buffer_bytes(self) -> int:
+        return sum(view.size for view in self._values.values())
+
+    def close(self) -> None:
+        self._whole, self._graphs, self._bound, self._engines = {}, {}, {}, {}
+        self._device.close()
+
+    def edit(
+        self, prompts: Prompts, pictures: np.ndarray, samplings: Sequence[Sampling]
+    ) -> WholeEdit | None:
+        if TEXT not in self.steps:
+            return None
+        given = {"token_ids": prompts.ids, "text_mask": prompts.mask, "pictures": pictures}
+        negatives = prompts.negatives
+        if negatives is not None:
+            given["negative_ids"], given["negative_mask"] = negatives.ids, negatives.mask
+            given["has_negative"] = negatives.present
+        for scale, sampling in enumerate(samplings):
+            given |= self._chosen(scale, sampling)
+        self._give(given)
+        self._whole_edit(negatives is not None and bool(negatives.present.any()))()
+        self._device.wait()
+        logits = [self._host[f"logits.{scale}"].copy() for scale in range(len(samplings))]
+        return WholeEdit(logits, self._host["decoded"].copy())
+
+    def _run(self, step: Step, given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        self._give(given)
+        self._graphs[step.name]()
+        self._device.wait()
+        return {name: self._host[name].copy() for name in step.read}
+
+    def _give(self, given: Mapping[str, np.ndarray]) -> None:
+        for name, array in given.items():
+            target = self._host[name]
+            if array.shape != target.shape:
+                raise BackendError(f"{name} is {array.shape}, where {target.shape} was expected")
+            np.copyto(target, array)
+
+    def _load(self, engines: EngineSet) -> dict[str, Engine]:
+        """The engines by stage. Raises BundleError on one that is not of its graph."""
+        stages = dict.fromkeys(step.stage for step in self.steps.values())
+        loaded = {stage: self._device.load(stage, engines.plan_bytes(stage)) for stage in stages}
+        for step in self.steps.values():
+            tensors = {name: view.dtype for name, view in {**step.inputs, **step.outputs}.items()}
+            own, weights = loaded[step.stage].tensors, self._weights.names(step.stage)
+            found = {name: own[name] for name in own if name not in weights}
+            if found != tensors:
+                different = sorted(name for name, _ in found.items() ^ tensors.items())
+                raise BundleError(
+                    f"{engines.path} has an engine for {step.stage} whose {', '.join(different)} "
+                    "are not its graph's: delete the folder and compile it again"
+                )
+        return loaded
+
+    def _allocate(self) -> None:
+        """The engines' scratch, and all values, in one arena."""
+        scratch = max(self._engines[s.stage].scratch(s.profile) for s in self.steps.values())
+        landing = max(sum(aligned(v.size) for v in _unaligned(s)) for s in self.steps.values())
+        sizes = {name: view.size for name, view in self._values.items()}
+        self._arena = lay_out({SCRATCH: scratch, LANDING: landing, **sizes})
+        self.budget = replace(self.budget, scratch=scratch)
+        left = replace(self.budget, weights=self._weights.size)  # what is baked in is loaded
+        left.check(self._device.free_memory())
+        self._start = self._device.allocate(self._arena.size)
+        self._device.clear(self._start, self._arena.size)
+        self._scratch = self._start + self._arena.offsets[SCRATCH], scratch
+
+    def _address(self, view: View) -> int:
+        return self._start + self._arena.offsets[view.value] + view.offset
+
+    def _allocate_host(self) -> dict[str, np.ndarray]:
+        """What is copied from and to the GPU, in one piece of memory."""
+        names = {name for step in self.steps.values() for name in (*step.fed, *step.read)}
+        places = lay_out({name: self._values[name].size for name in sorted(names)})
+        memory = self._device.allocate_host(places.size)
+        return {
+            name: memory[start : start + self._values[name].size]
+            .view(self._values[name].dtype)
+            .reshape(self._values[name].shape)
+            for name, start in places.offsets.items()
+        }
+
+    def _set(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Values that no step writes."""
+        for name, array in arrays.items():
+            staged = self._device.allocate_host(array.nbytes)
+            staged[:] = array.reshape(-1).view(np.uint8)
+            self._device.copy(self._address(self._values[name]), address_of(staged), array.nbytes)
+        self._device.wait()
+
+    def _bind(self, step: Step) -> Launch:
+        """What runs a step: outputs whose place is not aligned land elsewhere and are copied."""
+        tensors = {**step.inputs, **step.outputs}
+        addresses = {name: self._address(view) for name, view in tensors.items()}
+        addresses |= self._weights.addresses(step.stage)
+        landing = self._start + self._arena.offsets[LANDING]
+        copies: list[tuple[int, int, int]] = []
+        for name, view in step.outputs.items():
+            if view in _unaligned(step):
+                copies.append((addresses[name], landing, view.size))
+                addresses[name] = landing
+                landing += aligned(view.size)
+        shapes = {name: view.shape for name, view in step.inputs.items()}
+        engine = self._engines[step.stage]
+        execute = engine.bind(step.profile, shapes, addresses, self._scratch)
+
+        def run() -> None:
+            execute()
+            for copy in copies:
+                self._device.copy(*copy)
+
+        return run
+
+    def _capture(self) -> dict[str, Launch]:
+        """Every step with what is copied before and after it, once each has run."""
+        for run in self._bound.values():
+            run()
+        self._device.wait()
+        self._device.settle()
+        return {
+            step.name: self._device.capture(lambda step=step: self._record(step))
+            for step in self.steps.values()
+        }
+
+    def _record(self, step: Step) -> None:
+        self._copy_in(step.fed)
+        self._bound[step.name]()
+        self._copy_out(step.read)
+
+    def _whole_edit(self, negatives: bool) -> Launch:
+        """negatives: whether there are negative prompts to encode."""
+        if negatives not in self._whole:
+            steps = [s for s in self.steps.values() if negatives or s.name != NEGATIVE]
+            self._whole[negatives] = self._device.capture(lambda: self._record_whole(steps))
+        return self._whole[negatives]
+
+    def _record_whole(self, steps: Sequence[Step]) -> None:
+        """All that the host gives, once; all steps; of what it takes, logits and pictures."""
+        written = {view.value for step in self.steps.values() for view in step.outputs.values()}
+        fed = dict.fromkeys(name for step in steps for name in step.fed)
+        self._copy_in(name for name in fed if name not in written)
+        for step in steps:
+            self._bound[step.name]()
+        self._copy_out(n for step in steps for n in step.read if n.startswith("logits."))
+        self._copy_out(self.steps[DECODER].read)
+
+    def _copy_in(self, names: Iterable[str]) -> None:
+        for name in names:
+            host = self._host[name]
+            self._device.copy(self._address(self._values[name]), address_of(host), host.nbytes)
+
+    def _copy_out(self, names: Iterable[str]) -> None:
+        for name in names:
+            host = self._host[name]
+            self._device.copy(address_of(host), self._address(self._values[name]), host.nbytes)
+
+
+def _unaligned(step: Step) -> list[View]:
+    """Outputs whose place an engine would refuse: only where a token's keys are few bytes."""
+    return [view for view in step.outputs.values() if view.offset % ALIGNMENT]

@@ -1,0 +1,185 @@
+"""A GPU of this machine's memory, whose engines are ONNX graphs: the runtime's other end in tests.
+
+As a real one it does nothing before it is waited for, and its memory starts as garbage. Unlike a
+real one it notices: addresses that are not aligned or not allocated, engines run for the first
+time in a capture, and scratch that something else relies on, which it overwrites.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+from varedit_runtime.device import ALIGNMENT, Launch, address_of
+from varedit_runtime.errors import BackendError
+
+GARBAGE = 0xFF  # NaN in every floating-point type
+TYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(int64)": "int64",
+    "tensor(bool)": "bool",
+}
+
+
+@dataclass
+class SimulatedGpu:
+    """folder: where the graphs' weights are. free: bytes of memory left."""
+
+    folder: Path
+    free: int = 10**9
+    scratch: int = 1000
+    allocated: list[np.ndarray] = field(default_factory=list)
+    host: list[np.ndarray] = field(default_factory=list)
+    queue: list[Launch] = field(default_factory=list)
+    recording: list[Launch] | None = None
+    launches: int = 0
+    closed: bool = False
+
+    def free_memory(self) -> int:
+        return self.free
+
+    def allocate(self, size: int) -> int:
+        assert not self.closed
+        if size > self.free:
+            raise BackendError(f"{size} bytes are more than {self.free}")
+        self.free -= size
+        block = _aligned_block(size)
+        self.allocated.append(block)
+        return address_of(block)
+
+    def allocate_host(self, size: int) -> np.ndarray:
+        block = _aligned_block(size)
+        self.host.append(block)
+        return block
+
+    def copy(self, target: int, source: int, size: int) -> None:
+        into, out_of = self.memory(target, size), self.memory(source, size)
+        self._do(lambda: np.copyto(into, out_of))
+
+    def clear(self, address: int, size: int) -> None:
+        memory = self.memory(address, size)
+        self._do(lambda: memory.fill(0))
+
+    def load(self, name: str, plan: bytes) -> "SimulatedEngine":
+        settings = ort.SessionOptions()
+        settings.log_severity_level = 3
+        settings.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(self.folder)
+        )
+        return SimulatedEngine(self, name, ort.InferenceSession(plan, settings))
+
+    def capture(self, record: Launch) -> Launch:
+        assert self.recording is None, "one capture at a time"
+        self.recording = work = []
+        try:
+            record()
+        finally:
+            self.recording = None
+
+        def launch() -> None:
+            assert not self.closed
+            self.launches += 1
+            self.queue += work
+
+        return launch
+
+    def settle(self) -> None:
+        assert not self.queue, "engines settle once they have run"
+
+    def wait(self) -> None:
+        work, self.queue = self.queue, []
+        for one in work:
+            one()
+
+    def close(self) -> None:
+        self.closed = True
+
+    def memory(self, address: int, size: int) -> np.ndarray:
+        """Bytes of one of the allocations."""
+        for block in (*self.allocated, *self.host):
+            start = address - address_of(block)
+            if 0 <= start and start + size <= len(block):
+                return block[start : start + size]
+        raise AssertionError(f"{size} bytes at {address} were never allocated")
+
+    def on_gpu(self, address: int) -> bool:
+        return any(0 <= address - address_of(b) < len(b) for b in self.allocated)
+
+    def _do(self, work: Launch) -> None:
+        (self.queue if self.recording is None else self.recording).append(work)
+
+
+@dataclass
+class SimulatedEngine:
+    gpu: SimulatedGpu
+    name: str
+    session: ort.InferenceSession
+    has_run: bool = False
+
+    @property
+    def tensors(self) -> dict[str, str]:
+        return {arg.name: TYPES[arg.type] for arg in (*self._inputs, *self._outputs)}
+
+    def scratch(self, profile: int) -> int:
+        return self.gpu.scratch + profile
+
+    def bind(
+        self,
+        profile: int,
+        shapes: Mapping[str, tuple[int, ...]],
+        addresses: Mapping[str, int],
+        scratch: tuple[int, int],
+    ) -> Launch:
+        for name, address in addresses.items():
+            assert address % ALIGNMENT == 0, f"{self.name}: {name} is not aligned"
+            assert self.gpu.on_gpu(address), f"{self.name}: {name} is not on the GPU"
+        own = self.gpu.memory(*scratch)
+        assert len(own) >= self.scratch(profile)
+        inputs = {
+            arg.name: self._array(
+                addresses[arg.name], shapes.get(arg.name, tuple(arg.shape)), TYPES[arg.type]
+            )
+            for arg in self._inputs
+        }
+
+        def run() -> None:
+            assert self.has_run or self.gpu.recording is None, f"{self.name} was never run"
+            self.has_run = True
+            self.gpu._do(lambda: self._compute(inputs, addresses, own))
+
+        return run
+
+    def _compute(
+        self, inputs: Mapping[str, np.ndarray], addresses: Mapping[str, int], own: np.ndarray
+    ) -> None:
+        own.fill(GARBAGE)
+        for arg, array in zip(self._outputs, self.session.run(None, dict(inputs)), strict=True):
+            self.gpu.memory(addresses[arg.name], array.nbytes)[:] = _bytes(np.asarray(array))
+
+    def _array(self, address: int, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        return self.gpu.memory(address, size).view(dtype).reshape(shape)
+
+    @property
+    def _inputs(self) -> list[ort.NodeArg]:
+        return self.session.get_inputs()
+
+    @property
+    def _outputs(self) -> list[ort.NodeArg]:
+        return self.session.get_outputs()
+
+
+def _aligned_block(size: int) -> np.ndarray:
+    raw = np.full(size + ALIGNMENT, GARBAGE, np.uint8)
+    start = -address_of(raw) % ALIGNMENT
+    return raw[start : start + size]
+
+
+def _bytes(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+Simulate = Callable[..., SimulatedGpu]
