@@ -7,13 +7,15 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import onnx
+import onnx_ir as ir
 import pytest
-from bundles import half_bundle, small_bundle
+from bundles import bundle_config, half_bundle, random_weights, request, small_bundle
 from click.testing import CliRunner
 from fake_bundles import rewrite_manifest
 
@@ -23,6 +25,7 @@ from varedit_engines.compiler import Compiler
 from varedit_engines.network import external_inputs, scale_profiles
 from varedit_export import build as build_module
 from varedit_export.cli import main
+from varedit_export.trace import StoredWeight, Tracer
 from varedit_runtime import engine_set
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.engine_set import EngineSet
@@ -79,13 +82,47 @@ def test_every_graph_compiles(
     weights = {name: bundle.weights_path(name).stat().st_size for name in bundle.components}
     sizes = {stage: len(engines.plan_bytes(stage)) for stage in stages_of(variant, layout)}
     assert set(compiled) == set(sizes) == set(engines.manifest.plans)
+    stored = {stage: engines.manifest.files[p.file] for stage, p in engines.manifest.plans.items()}
+    assert {stage: p.size for stage, p in engines.manifest.plans.items()} == sizes
     if layout == "external":
-        assert max(sizes.values()) <= EXTERNAL_BYTES
+        assert all(stored[stage].size < size / 2 for stage, size in sizes.items())
     if layout == "profiles":
         assert sizes["scale"] > weights["transformer"]
         assert {"prefill", "scale_00"}.isdisjoint(sizes)
     if layout == "baked":
         assert min(sizes["scale_00"], sizes["scale_02"]) > weights["transformer"] / 2
+
+
+def test_a_plan_of_32_blocks_is_a_small_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels' sources are most of a plan, as many as there are blocks and of any width."""
+    bundle = Bundle.open(shutil.copytree(half_bundle("fp16"), tmp_path / "bundle"))
+    graph = deep_graph("scale_00", 32)
+    monkeypatch.setattr(Bundle, "graph_bytes", lambda bundle, variant, stage: graph)
+    monkeypatch.setattr(compile_module, "stages_of", lambda variant, layout: ["scale_00"])
+    engines = compile_small(bundle)
+    plan = engines.manifest.plans["scale_00"]
+    assert plan.size == len(engines.plan_bytes("scale_00"))
+    assert (engines.path / plan.file).stat().st_size <= EXTERNAL_BYTES < plan.size
+
+
+def deep_graph(stage: str, depth: int) -> bytes:
+    """A stage of the fp16 bundle as a model of more blocks has it. Its weights have no bytes."""
+    config = bundle_config()
+    config = replace(config, transformer=replace(config.transformer, depth=depth))
+    wanted = replace(request(Path("deep"), "fp16"), config=config)
+    plan = build_module.Plan([wanted], random_weights())
+    stored = {
+        f"{part.attribute}.{name}" if part.attribute else name: StoredWeight(
+            name, part.location, 0, 0
+        )
+        for part in plan.components
+        for name in part.module.state_dict()
+    }
+    (graph,) = (graph for graph in plan.variants[0].graphs if graph.name == stage)
+    model = Tracer(plan.fake, stored).graph(graph.stage, graph.depth, graph.scale)
+    return ir.to_proto(model).SerializeToString()
 
 
 def test_external_weights_are_inputs_that_lie_in_the_bundle(bundle: Bundle) -> None:
@@ -155,8 +192,9 @@ def test_an_interrupted_compilation_goes_on_where_it_was(
     assert signal.getsignal(signal.SIGINT) is before
     first = list(compiled)
     assert len(first) == 3
-    compile_engines(job, quiet)
+    engines = compile_engines(job, quiet)
     assert sorted(compiled) == sorted(job.recipe.graphs)
+    assert all(engines.plan_bytes(stage) for stage in first)
 
 
 def test_two_at_once_compile_once(bundle: Bundle, compiled: list[str]) -> None:

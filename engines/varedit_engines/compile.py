@@ -3,13 +3,16 @@
 Where the weights of the graphs go is the layout:
 
     external   inputs of the engines, filled from the bundle's own files: small plans, one copy of
-               the weights whatever the number of scales, and other weights need no compilation
+               the weights whatever the number of scales, and other weights need no compilation.
+               Plans are packed: most of one is the same kernels' sources again and again.
     profiles   inside; one engine, with a profile each, for the prefill and all scales
     baked      inside; one engine per scale
 """
 
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 from varedit_engines.compiler import Compiler, Progress
@@ -17,11 +20,7 @@ from varedit_engines.engine_cache import EngineCache
 from varedit_engines.network import Sizes, external_inputs, scale_profiles
 from varedit_engines.publish import Staging
 from varedit_runtime.bundle import Bundle, weights_file
-from varedit_runtime.engine_set import (
-    EngineSet,
-    EngineSetManifest,
-    Recipe,
-)
+from varedit_runtime.engine_set import EngineSet, EngineSetManifest, Plan, Recipe
 from varedit_runtime.errors import ConfigError
 from varedit_runtime.manifest import Variant
 
@@ -101,21 +100,27 @@ def compile_engines(job: Job, progress: Progress) -> EngineSet:
 
 
 def _compile_all(job: Job, recipe: Recipe, staging: Staging, progress: Progress) -> None:
+    external = job.layout == "external"
     plans, weights = {}, {}
     for stage in recipe.graphs:
-        plans[stage] = file = f"{stage}.plan"
+        file = f"{stage}.plan.z" if external else f"{stage}.plan"
         graph = job.bundle.graph_bytes(job.variant.name, stage)
-        if job.layout == "external":
+        if external:
             graph, weights[stage] = external_inputs(graph)
         if not staging.kept(file, recipe.key):
             shapes = _profiles(job, stage)
             folder = job.bundle.graphs_folder
             plan = job.compiler.compile(stage, graph, folder, shapes, progress)
-            staging.file(file).write_bytes(plan)
+            staging.file(file).write_bytes(zlib.compress(plan) if external else plan)
             staging.record(file, recipe.key)
+        plans[stage] = Plan(file, _plan_size(staging.file(file), external), packed=external)
     staging.publish(
         EngineSetManifest(files=staging.files, recipe=recipe, plans=plans, weights=weights)
     )
+
+
+def _plan_size(path: Path, packed: bool) -> int:
+    return len(zlib.decompress(path.read_bytes())) if packed else path.stat().st_size
 
 
 def _profiles(job: Job, stage: str) -> list[Mapping[str, tuple[int, ...]]]:

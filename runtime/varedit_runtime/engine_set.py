@@ -6,6 +6,7 @@ are loaded unasked.
 """
 
 import hashlib
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from varedit_runtime.errors import BundleError
 from varedit_runtime.locate import cache_folder, data_folder
 from varedit_runtime.manifest import (
     ENGINES,
+    Bytes,
     Digest,
     FolderManifest,
     Name,
@@ -59,15 +61,23 @@ class EngineWeight(Struct, frozen=True, forbid_unknown_fields=True, array_like=T
     length: int
 
 
+class Plan(Struct, frozen=True, forbid_unknown_fields=True):
+    """A compiled engine. file: in the set; size: in bytes, unpacked; packed: the file is zlib's."""
+
+    file: str
+    size: Bytes
+    packed: bool
+
+
 class EngineSetManifest(FolderManifest, frozen=True):
     """The manifest of an engine set.
 
-    plans: every stage's compiled engine, a file in the set; weights: the inputs of each that are
-    weights, where these are not inside.
+    plans: every stage's compiled engine; weights: the inputs of each that are weights, where these
+    are not inside.
     """
 
     recipe: Recipe
-    plans: dict[Name, str]
+    plans: dict[Name, Plan]
     weights: dict[Name, tuple[EngineWeight, ...]] = msgspec.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -75,9 +85,12 @@ class EngineSetManifest(FolderManifest, frozen=True):
         if self.plans.keys() != self.recipe.graphs.keys():
             expected = sorted(self.recipe.graphs)
             raise ValueError(f"plans of {sorted(self.plans)}, where {expected} were expected")
-        for stage, file in self.plans.items():
-            if file not in self.files:
-                raise ValueError(f"{stage}'s {file!r} is not in files")
+        for stage, plan in self.plans.items():
+            if plan.file not in self.files:
+                raise ValueError(f"{stage}'s {plan.file!r} is not in files")
+            stored = self.files[plan.file].size
+            if not plan.packed and plan.size != stored:
+                raise ValueError(f"{stage}'s plan of {plan.size} bytes is a file of {stored}")
 
 
 @dataclass(frozen=True)
@@ -101,11 +114,30 @@ class EngineSet:
         return Folder(self.path, self.manifest.files)
 
     def plan_bytes(self, stage: str) -> bytes:
-        """A stage's compiled engine: exactly the bytes that were hashed and found right."""
+        """A stage's compiled engine: of exactly the bytes that were hashed and found right.
+
+        Raises BundleError when there is none, or it is damaged or not as large as is said.
+        """
         if stage not in self.manifest.plans:
             known = ", ".join(self.manifest.plans)
             raise BundleError(f"{self.path} has no engine for {stage!r}; it has {known}")
-        return self._folder.read(self.manifest.plans[stage])
+        plan = self.manifest.plans[stage]
+        data = self._folder.read(plan.file)
+        return _unpacked(data, plan.size, self.path / plan.file) if plan.packed else data
+
+
+def _unpacked(data: bytes, size: int, path: Path) -> bytes:
+    """zlib's data, unpacked no further than the size that it must have."""
+    unpacker = zlib.decompressobj()
+    try:
+        plan = unpacker.decompress(data, size + 1)
+    except zlib.error as error:
+        raise BundleError(f"{path} is no packed plan ({error}); compile it again") from error
+    if len(plan) != size or not unpacker.eof or unpacker.unused_data:
+        raise BundleError(
+            f"{path} is not the packed plan of {size} bytes that was expected; compile it again"
+        )
+    return plan
 
 
 class EngineSets:
