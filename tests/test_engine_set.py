@@ -286,6 +286,14 @@ def test_a_flipped_bit_is_found_before_a_plan_is_used(cache: EngineCache):
     assert cache.open(recipe)
 
 
+def test_verifying_finds_a_flipped_bit_that_opening_does_not(cache: EngineCache):
+    recipe = recipe_of(cache)
+    path = compile_set(cache, recipe) / "scale_01.plan"
+    path.write_bytes(flipped(path.read_bytes(), random.Random(0)))
+    assert cache.open(recipe)
+    assert f"{path} is damaged" in refusal(lambda: cache.open(recipe, verify=True))
+
+
 def test_a_thousand_damaged_plans_are_never_handed_on(cache: EngineCache):
     """Flipped, cut short or grown, before or after the set was opened."""
     recipe = recipe_of(cache)

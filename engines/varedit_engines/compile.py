@@ -10,7 +10,7 @@ Where the weights of the graphs go is the layout:
 """
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -21,7 +21,7 @@ from varedit_engines.network import Sizes, external_inputs, scale_profiles
 from varedit_engines.publish import Staging
 from varedit_runtime.bundle import Bundle, weights_file
 from varedit_runtime.engine_set import EngineSet, EngineSetManifest, Plan, Recipe
-from varedit_runtime.errors import ConfigError
+from varedit_runtime.errors import BundleError, ConfigError
 from varedit_runtime.manifest import Variant
 
 Layout = Literal["external", "profiles", "baked"]
@@ -79,24 +79,41 @@ class Job:
         )
 
 
-def compile_engines(job: Job, progress: Progress) -> EngineSet:
+def compile_engines(
+    job: Job, progress: Progress, notice: Callable[[str], None] = lambda line: None
+) -> EngineSet:
     """The engines of a bundle: compiled or, where they were before, opened.
 
-    A compilation that was interrupted goes on at the graph it had reached. Raises BackendError when
-    a graph does not compile, BundleError when the bundle is damaged or the disk full.
+    A compilation that was interrupted goes on at the graph it had reached. Engines that this user
+    built here and that are damaged are compiled again; notice is told why, in one line.
+
+    Raises BackendError when a graph does not compile, BundleError when the bundle is damaged, the
+    disk full, or when engines are there that were built elsewhere, which are left as they are.
     """
     cache, recipe = EngineCache(job.bundle), job.recipe
-    found = cache.open(recipe)
+    found = _whole(cache, recipe, notice)
     if found is not None:
         return found
     if job.layout != "external":
         job.bundle.verify_weights()
     with cache.create(recipe) as staging:
-        if cache.open(recipe) is None:  # nobody else compiled them while this process waited
+        # Unless another process compiled them while this one waited.
+        if _whole(cache, recipe, lambda line: None) is None:
             _compile_all(job, recipe, staging, progress)
-    engines = cache.open(recipe)
+    engines = cache.open(recipe, verify=True)
     assert engines is not None
     return engines
+
+
+def _whole(cache: EngineCache, recipe: Recipe, notice: Callable[[str], None]) -> EngineSet | None:
+    """The set that is there; None where there is none, or a damaged one that can be replaced."""
+    try:
+        return cache.open(recipe, verify=True)
+    except BundleError as error:
+        if not cache.made_here(recipe):
+            raise
+        notice(f"engines are compiled again: {error}")
+        return None
 
 
 def _compile_all(job: Job, recipe: Recipe, staging: Staging, progress: Progress) -> None:

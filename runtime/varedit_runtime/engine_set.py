@@ -113,6 +113,11 @@ class EngineSet:
     def _folder(self) -> Folder:
         return Folder(self.path, self.manifest.files)
 
+    def verify(self) -> None:
+        """Hash all files. Raises BundleError on damage."""
+        for file in self.manifest.files:
+            self._folder.verify(file, lambda count: None)
+
     def plan_bytes(self, stage: str) -> bytes:
         """A stage's compiled engine: of exactly the bytes that were hashed and found right.
 
@@ -182,19 +187,26 @@ class EngineSets:
         )
 
     def open(
-        self, recipe: Recipe, digest: str | None = None, trust: bool = False
+        self,
+        recipe: Recipe,
+        digest: str | None = None,
+        trust: bool = False,
+        verify: bool = False,
     ) -> EngineSet | None:
         """The engines made from this recipe, None when there are none.
 
-        digest: the set's own, from where it was published. Raises BundleError when engines are
-        damaged or of another recipe; or were not built here, and neither is their digest given
-        nor are they trusted.
+        digest: the set's own, from where it was published; verify: hash all files now, and not
+        only when they are read. Raises BundleError when engines are damaged or of another recipe;
+        or were not built here, and neither is their digest given nor are they trusted.
         """
         problem = None
         for folder in self.places_of(recipe):
             if folder.exists():
                 try:
-                    return _open_trusted(folder, recipe, digest, trust)
+                    engines = _open_trusted(folder, recipe, digest, trust)
+                    if verify:
+                        engines.verify()
+                    return engines
                 except BundleError as error:
                     problem = problem or error
         if problem:
