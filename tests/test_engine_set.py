@@ -432,6 +432,60 @@ def test_a_rewritten_manifest_is_refused(
         assert said_to_who_trusts in trusted
 
 
+WEIGHTS = "graphs/weights/transformer.safetensors"
+SIZE = len(content(WEIGHTS))
+
+
+def publish_weights(cache: EngineCache, stage: str, *place: Any) -> Recipe:
+    """A set built here, one stage of which has a weight at this place."""
+    recipe = recipe_of(cache)
+    folder = compile_set(cache, recipe)
+    manifest = msgspec.json.decode((folder / MANIFEST).read_bytes())
+    manifest["weights"] = {stage: [["blocks.0.qkv", *place]]}
+    data = msgspec.json.encode(manifest)
+    rewrite_manifest(folder, data)
+    engine_set.built_here(hashlib.sha256(data).hexdigest()).touch()
+    return recipe
+
+
+@pytest.mark.parametrize("place", [(0, SIZE), (SIZE - 1, 1), (SIZE, 0), (3, 5)])
+def test_weights_lie_anywhere_in_the_bundles_weights(cache: EngineCache, place: tuple[int, int]):
+    engines = cache.open(publish_weights(cache, "condition", WEIGHTS, *place))
+    assert engines
+    (weight,) = engines.manifest.weights["condition"]
+    assert (weight.file, weight.offset, weight.length) == (WEIGHTS, *place)
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ((WEIGHTS, 0, SIZE + 1), f"{SIZE + 1} bytes at 0 of"),
+        ((WEIGHTS, SIZE, 1), f"1 bytes at {SIZE} of"),
+        ((WEIGHTS, 2**59, 2**59), "compile the engines again"),
+        ((WEIGHTS, -1, 1), ">= 0"),
+        ((WEIGHTS, 1, -1), ">= 0"),
+        ((WEIGHTS, 0.5, 1), "Expected `int`"),
+        (("../x", 0, 1), "'../x'"),
+        (("/etc/passwd", 0, 0), "'/etc/passwd'"),
+        (("manifest.json", 0, 1), "'manifest.json'"),
+        (("tokenizer.json", 0, 1), "'tokenizer.json'"),
+        (("graphs/64.scale.onnx", 0, 1), "'graphs/64.scale.onnx'"),
+        (("graphs/weights/../weights/transformer.safetensors", 0, 1), "at 0 of 'graphs/weights/.."),
+    ],
+)
+def test_weights_that_lie_elsewhere_are_refused(
+    cache: EngineCache, place: tuple[str, int, int], said: str
+):
+    recipe = publish_weights(cache, "condition", *place)
+    for trust in (False, True):
+        assert said in refusal(lambda trust=trust: cache.open(recipe, trust=trust))
+
+
+def test_weights_of_no_plan_are_refused(cache: EngineCache):
+    recipe = publish_weights(cache, "prefill", WEIGHTS, 0, 1)
+    assert "['prefill'], which have no plan" in refusal(lambda: cache.open(recipe))
+
+
 def test_a_set_without_its_checksum_or_manifest_is_refused(cache: EngineCache):
     recipe = recipe_of(cache)
     folder = compile_set(cache, recipe)

@@ -53,12 +53,12 @@ class Recipe(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class EngineWeight(Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
-    """An input of an engine that is a weight: bytes of one of the bundle's files."""
+    """An input of an engine that is a weight: bytes of one of the bundle's weights files."""
 
-    name: str
+    name: Text
     file: str
-    offset: int
-    length: int
+    offset: Bytes
+    length: Bytes
 
 
 class Plan(Struct, frozen=True, forbid_unknown_fields=True):
@@ -91,6 +91,8 @@ class EngineSetManifest(FolderManifest, frozen=True):
             stored = self.files[plan.file].size
             if not plan.packed and plan.size != stored:
                 raise ValueError(f"{stage}'s plan of {plan.size} bytes is a file of {stored}")
+        if unknown := self.weights.keys() - self.plans.keys():
+            raise ValueError(f"weights of {sorted(unknown)}, which have no plan")
 
 
 @dataclass(frozen=True)
@@ -196,14 +198,15 @@ class EngineSets:
         """The engines made from this recipe, None when there are none.
 
         digest: the set's own, from where it was published; verify: hash all files now, and not
-        only when they are read. Raises BundleError when engines are damaged or of another recipe;
-        or were not built here, and neither is their digest given nor are they trusted.
+        only when they are read. Raises BundleError when engines are damaged, of another recipe, or
+        have weights that are not in the bundle; or were not built here, and neither is their digest
+        given nor are they trusted.
         """
         problem = None
         for folder in self.places_of(recipe):
             if folder.exists():
                 try:
-                    engines = _open_trusted(folder, recipe, digest, trust)
+                    engines = self._open_trusted(folder, recipe, digest, trust)
                     if verify:
                         engines.verify()
                     return engines
@@ -212,6 +215,34 @@ class EngineSets:
         if problem:
             raise problem
         return None
+
+    def _open_trusted(
+        self, folder: Path, recipe: Recipe, digest: str | None, trust: bool
+    ) -> EngineSet:
+        engines = EngineSet.open(folder, digest)
+        if engines.manifest.recipe != recipe:
+            raise BundleError(f"{folder} has engines of other graphs or tools; delete the folder")
+        self._check_weights(engines)
+        if not (trust or digest or built_here(engines.digest).exists()):
+            raise BundleError(
+                f"{folder} has engines that were built elsewhere, and they are native code: give "
+                "the digest they were published with, trust them explicitly, or delete the folder"
+            )
+        return engines
+
+    def _check_weights(self, engines: EngineSet) -> None:
+        """Refuse weights that lie elsewhere than in the bundle's weights."""
+        files = self.bundle.manifest.files
+        sizes = {file: files[file].size for file in map(weights_file, self.bundle.components)}
+        for stage, weights in engines.manifest.weights.items():
+            for weight in weights:
+                if weight.offset + weight.length > sizes.get(weight.file, -1):
+                    there = ", ".join(f"{file} of {size}" for file, size in sizes.items())
+                    raise BundleError(
+                        f"{engines.path}: {stage}'s weight {weight.name!r} is to be "
+                        f"{weight.length} bytes at {weight.offset} of {weight.file!r}, and the "
+                        f"bundle's weights are {there}; compile the engines again"
+                    )
 
     @property
     def folders(self) -> list[Path]:
@@ -227,18 +258,6 @@ class EngineSets:
         inside, cached = self._places
         name = f"{recipe.backend}-{recipe.key[:16]}"
         return inside / name, cached / name
-
-
-def _open_trusted(folder: Path, recipe: Recipe, digest: str | None, trust: bool) -> EngineSet:
-    engines = EngineSet.open(folder, digest)
-    if engines.manifest.recipe != recipe:
-        raise BundleError(f"{folder} has engines of other graphs or tools; delete the folder")
-    if not (trust or digest or built_here(engines.digest).exists()):
-        raise BundleError(
-            f"{folder} has engines that were built elsewhere, and they are native code: give the "
-            "digest they were published with, trust them explicitly, or delete the folder"
-        )
-    return engines
 
 
 def built_here(digest: str) -> Path:
