@@ -1,4 +1,5 @@
-"""Compile a bundle's graphs, each in a process of its own: seconds, peak memory, size of the plan.
+"""Compile a bundle's graphs, each in a process of its own: seconds, peak memory, size of the plan
+and of its file.
 
     python tests/measure_compile.py bundles/2b-512 --architecture sm89
     python tests/measure_compile.py bundles/8b-1024 --stage scale_00 --stage scale_12
@@ -10,6 +11,7 @@ import argparse
 import json
 import multiprocessing
 import resource
+import zlib
 from pathlib import Path
 from time import perf_counter
 
@@ -46,6 +48,7 @@ def compile_one(bundle: Path, stage: str, architecture: str) -> dict[str, float]
         "seconds": round(perf_counter() - start, 1),
         "peak GB": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
         "plan MB": round(len(plan) / 1e6, 1),
+        "file MB": round(len(zlib.compress(plan)) / 1e6, 1),
     }
 
 

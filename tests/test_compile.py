@@ -6,28 +6,33 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import onnx
+import onnx_ir as ir
 import pytest
-from bundles import half_bundle, small_bundle
+from bundles import bundle_config, half_bundle, random_weights, request, small_bundle
 from click.testing import CliRunner
 from fake_bundles import rewrite_manifest
 
 from varedit_engines import compile as compile_module
 from varedit_engines.compile import LAYOUTS, Job, Layout, compile_engines, stages_of
 from varedit_engines.compiler import Compiler
+from varedit_engines.engine_cache import EngineCache
 from varedit_engines.network import external_inputs
 from varedit_export import build as build_module
 from varedit_export.cli import main
+from varedit_export.trace import StoredWeight, Tracer
 from varedit_runtime import engine_set
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.engine_set import EngineSet
-from varedit_runtime.errors import BackendError, ConfigError, MissingExtraError
-from varedit_runtime.manifest import ParityLine, Precision, canonical_json
+from varedit_runtime.errors import BackendError, BundleError, ConfigError, MissingExtraError
+from varedit_runtime.manifest import DIGEST, MANIFEST, ParityLine, Precision, canonical_json
 from varedit_runtime.wiring import scale_profiles
 
 ADA = ("sm89",)
@@ -80,13 +85,47 @@ def test_every_graph_compiles(
     weights = {name: bundle.weights_path(name).stat().st_size for name in bundle.components}
     sizes = {stage: len(engines.plan_bytes(stage)) for stage in stages_of(variant, layout)}
     assert set(compiled) == set(sizes) == set(engines.manifest.plans)
+    stored = {stage: engines.manifest.files[p.file] for stage, p in engines.manifest.plans.items()}
+    assert {stage: p.size for stage, p in engines.manifest.plans.items()} == sizes
     if layout == "external":
-        assert max(sizes.values()) <= EXTERNAL_BYTES
+        assert all(stored[stage].size < size / 2 for stage, size in sizes.items())
     if layout == "profiles":
         assert sizes["scale"] > weights["transformer"]
         assert {"prefill", "scale_00"}.isdisjoint(sizes)
     if layout == "baked":
         assert min(sizes["scale_00"], sizes["scale_02"]) > weights["transformer"] / 2
+
+
+def test_a_plan_of_32_blocks_is_a_small_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels' sources are most of a plan, as many as there are blocks and of any width."""
+    bundle = Bundle.open(shutil.copytree(half_bundle("fp16"), tmp_path / "bundle"))
+    graph = deep_graph("scale_00", 32)
+    monkeypatch.setattr(Bundle, "graph_bytes", lambda bundle, variant, stage: graph)
+    monkeypatch.setattr(compile_module, "stages_of", lambda variant, layout: ["scale_00"])
+    engines = compile_small(bundle)
+    plan = engines.manifest.plans["scale_00"]
+    assert plan.size == len(engines.plan_bytes("scale_00"))
+    assert (engines.path / plan.file).stat().st_size <= EXTERNAL_BYTES < plan.size
+
+
+def deep_graph(stage: str, depth: int) -> bytes:
+    """A stage of the fp16 bundle as a model of more blocks has it. Its weights have no bytes."""
+    config = bundle_config()
+    config = replace(config, transformer=replace(config.transformer, depth=depth))
+    wanted = replace(request(Path("deep"), "fp16"), config=config)
+    plan = build_module.Plan([wanted], random_weights())
+    stored = {
+        f"{part.attribute}.{name}" if part.attribute else name: StoredWeight(
+            name, part.location, 0, 0
+        )
+        for part in plan.components
+        for name in part.module.state_dict()
+    }
+    (graph,) = (graph for graph in plan.variants[0].graphs if graph.name == stage)
+    model = Tracer(plan.fake, stored).graph(graph.stage, graph.depth, graph.scale)
+    return ir.to_proto(model).SerializeToString()
 
 
 def test_external_weights_are_inputs_that_lie_in_the_bundle(bundle: Bundle) -> None:
@@ -156,8 +195,137 @@ def test_an_interrupted_compilation_goes_on_where_it_was(
     assert signal.getsignal(signal.SIGINT) is before
     first = list(compiled)
     assert len(first) == 3
-    compile_engines(job, quiet)
+    engines = compile_engines(job, quiet)
     assert sorted(compiled) == sorted(job.recipe.graphs)
+    assert all(engines.plan_bytes(stage) for stage in first)
+
+
+# Damaged engines
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The graphs that would have been compiled. Their plans are their names: no time passes."""
+    names: list[str] = []
+    monkeypatch.setattr(
+        Compiler, "compile", lambda compiler, name, *rest: names.append(name) or name.encode()
+    )
+    return names
+
+
+def cut_a_plan(folder: Path) -> None:
+    (folder / "prefill.plan.z").write_bytes(b"")
+
+
+def lose_a_plan(folder: Path) -> None:
+    (folder / "prefill.plan.z").unlink()
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def flip_a_plan(folder: Path) -> None:
+    flip(folder / "prefill.plan.z")
+
+
+def flip_the_manifest(folder: Path) -> None:
+    flip(folder / MANIFEST)
+
+
+def flip_the_digest(folder: Path) -> None:
+    flip(folder / DIGEST)
+
+
+def make_it_of_an_earlier_format(folder: Path) -> None:
+    """Built here as well, by a program whose manifests named no more than a plan's file."""
+    manifest = msgspec.json.decode((folder / MANIFEST).read_bytes())
+    manifest["plans"] = {stage: plan["file"] for stage, plan in manifest["plans"].items()}
+    data = msgspec.json.encode(manifest)
+    rewrite_manifest(folder, data)
+    engine_set.built_here(sha256(data).hexdigest()).touch()
+
+
+DAMAGES = (
+    *(cut_a_plan, lose_a_plan, flip_a_plan),
+    *(flip_the_manifest, flip_the_digest, make_it_of_an_earlier_format),
+)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_engines_are_compiled_again(
+    bundle: Bundle, pretended: list[str], damage: Callable[[Path], None]
+) -> None:
+    job = Job(bundle, "external", Compiler("tensorrt-rtx", ADA))
+    engines, notices = compile_engines(job, quiet), []
+    damage(engines.path)
+    pretended.clear()
+    assert compile_engines(job, quiet, notices.append) == engines
+    (notice,) = notices
+    assert notice.startswith("engines are compiled again: ") and str(engines.path) in notice
+    assert sorted(pretended) == sorted(job.recipe.graphs)
+    assert compile_engines(job, quiet, notices.append) == engines and len(notices) == 1
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda folder: None, "built elsewhere"),
+        (cut_a_plan, "is damaged"),
+        (flip_the_manifest, "is damaged"),
+    ],
+)
+def test_engines_built_elsewhere_are_refused_and_left(
+    bundle: Bundle,
+    pretended: list[str],
+    damage: Callable[[Path], None],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = compile_small(bundle).path
+    damage(folder)
+    before = contents(folder)
+    monkeypatch.setattr(engine_set, "data_folder", lambda: tmp_path / "other")
+    pretended.clear()
+    with pytest.raises(BundleError, match=said):
+        compile_small(bundle)
+    assert pretended == [] and contents(folder) == before
+
+
+def test_damaged_engines_are_not_replaced_while_foreign_ones_are_in_the_cache(
+    bundle: Bundle, pretended: list[str]
+) -> None:
+    job = Job(bundle, "external", Compiler("tensorrt-rtx", ADA))
+    inside, cached = EngineCache(bundle).places_of(job.recipe)
+    compile_engines(job, quiet)
+    shutil.copytree(inside, cached)
+    manifest = (cached / MANIFEST).read_bytes()
+    rewrite_manifest(cached, manifest + b" ")
+    cut_a_plan(inside)
+    before = contents(cached)
+    with pytest.raises(BundleError, match="damaged"):
+        compile_engines(job, quiet)
+    assert contents(cached) == before
+
+
+def test_the_command_says_that_engines_are_compiled_again(
+    bundle: Bundle, pretended: list[str]
+) -> None:
+    arguments = ["engines", str(bundle.path), "--backend", "tensorrt-rtx", "--architecture", "sm89"]
+    first = CliRunner().invoke(main, arguments)
+    assert first.exit_code == 0 and "again" not in first.output
+    cut_a_plan(Path(first.stdout.strip()))
+    second = CliRunner().invoke(main, arguments)
+    assert second.exit_code == 0 and second.stdout == first.stdout
+    (line,) = (line for line in second.stderr.splitlines() if "again" in line)
+    assert line.startswith("engines are compiled again: ") and "prefill.plan.z is damaged" in line
 
 
 def test_two_at_once_compile_once(bundle: Bundle, compiled: list[str]) -> None:
@@ -220,7 +388,7 @@ def test_a_backend_that_is_not_installed_is_named(
 def test_the_command(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[str] = []
     monkeypatch.setattr(
-        compile_module, "compile_engines", lambda job, progress: shown.append(str(job)) or _none()
+        compile_module, "compile_engines", lambda job, *rest: shown.append(str(job)) or _none()
     )
     arguments = ["engines", str(bundle.path), "--backend", "tensorrt-rtx", "--architecture", "sm89"]
     result = CliRunner().invoke(main, arguments)
@@ -287,7 +455,7 @@ def test_a_build_for_a_backend_compiles_as_the_command_for_engines_does(
 def test_a_failed_compilation_leaves_the_bundle(
     builds: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(compile_module, "compile_engines", lambda job, progress: _none())
+    monkeypatch.setattr(compile_module, "compile_engines", lambda job, *rest: _none())
     arguments = [*BUILD, str(tmp_path / "new"), "--backend", "tensorrt-rtx"]
     result = CliRunner().invoke(main, [*arguments, "--architecture", "sm89"])
     assert result.exit_code == 1 and "not compiled" in result.stderr

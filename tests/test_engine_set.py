@@ -7,6 +7,8 @@ import shutil
 import stat
 import tempfile
 import threading
+import tracemalloc
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,11 @@ from varedit_engines.engine_cache import EngineCache
 from varedit_engines.publish import Staging
 from varedit_runtime import engine_set
 from varedit_runtime.bundle import Bundle, work_folder
-from varedit_runtime.engine_set import EngineSetManifest, Recipe
+from varedit_runtime.engine_set import EngineSet, EngineSetManifest, Plan, Recipe
 from varedit_runtime.errors import BundleError
 from varedit_runtime.manifest import DIGEST, MANIFEST
 
-STAGES = ("condition", "scale_00", "scale_01")
+STAGES: tuple[str, ...] = ("condition", "scale_00", "scale_01")
 OF_A_MACHINE = {
     "backend": "tensorrt",
     "tools": {"tensorrt": "11.0"},
@@ -65,7 +67,8 @@ def compile_into(
             staging.file(file).write_bytes(contents[stage] if contents else plan(stage))
             staging.record(file, recipe.key)
             compiled.append(stage)
-    staging.publish(EngineSetManifest(files=staging.files, recipe=recipe, plans=files))
+    plans = {s: Plan(file, staging.files[file].size, packed=False) for s, file in files.items()}
+    staging.publish(EngineSetManifest(files=staging.files, recipe=recipe, plans=plans))
     return compiled
 
 
@@ -221,7 +224,7 @@ def test_a_set_made_like_ours_by_another_is_not_ours(cache: EngineCache):
     with Staging(folder, check=lambda path: None) as staging:
         staging.file("evil.plan").write_bytes(b"native code")
         staging.record("evil.plan")
-        plans = {stage: "evil.plan" for stage in STAGES}
+        plans = dict.fromkeys(STAGES, Plan("evil.plan", 11, packed=False))
         staging.publish(EngineSetManifest(files=staging.files, recipe=recipe, plans=plans))
     assert "built elsewhere" in refusal(lambda: cache.open(recipe))
 
@@ -281,6 +284,14 @@ def test_a_flipped_bit_is_found_before_a_plan_is_used(cache: EngineCache):
         path.unlink()
         path.write_bytes(whole)
     assert cache.open(recipe)
+
+
+def test_verifying_finds_a_flipped_bit_that_opening_does_not(cache: EngineCache):
+    recipe = recipe_of(cache)
+    path = compile_set(cache, recipe) / "scale_01.plan"
+    path.write_bytes(flipped(path.read_bytes(), random.Random(0)))
+    assert cache.open(recipe)
+    assert f"{path} is damaged" in refusal(lambda: cache.open(recipe, verify=True))
 
 
 def test_a_thousand_damaged_plans_are_never_handed_on(cache: EngineCache):
@@ -360,10 +371,18 @@ def swap_plans(manifest: dict[str, Any]) -> None:
     plans["condition"], plans["scale_00"] = plans["scale_00"], plans["condition"]
 
 
+def wrong_size(manifest: dict[str, Any]) -> None:
+    manifest["plans"]["condition"]["size"] += 1
+
+
+def no_size(manifest: dict[str, Any]) -> None:
+    manifest["plans"]["condition"]["size"] = -1
+
+
 def swap_digests(manifest: dict[str, Any]) -> None:
     files = manifest["files"]
     first, second = files["condition.plan"], files["scale_00.plan"]
-    files["condition.plan"], files["scale_00.plan"] = second, first
+    first["sha256"], second["sha256"] = second["sha256"], first["sha256"]
 
 
 def foreign_tool(manifest: dict[str, Any]) -> None:
@@ -386,7 +405,9 @@ def plan_left_out(manifest: dict[str, Any]) -> None:
     ("change", "said", "said_to_who_trusts"),
     [
         (swap_plans, "built elsewhere", None),
-        (swap_digests, "damaged", "damaged"),
+        (swap_digests, "built elsewhere", "damaged"),
+        (wrong_size, "condition's plan of", "condition's plan of"),
+        (no_size, ">= 0", ">= 0"),
         (foreign_tool, "other graphs or tools", "other graphs or tools"),
         (file_unlisted, "not in files", "not in files"),
         (digest_left_out, "sha256", "sha256"),
@@ -409,6 +430,60 @@ def test_a_rewritten_manifest_is_refused(
     if said_to_who_trusts is not None:
         trusted = refusal(lambda: read_plan(cache, recipe, "condition", trust=True))
         assert said_to_who_trusts in trusted
+
+
+WEIGHTS = "graphs/weights/transformer.safetensors"
+SIZE = len(content(WEIGHTS))
+
+
+def publish_weights(cache: EngineCache, stage: str, *place: Any) -> Recipe:
+    """A set built here, one stage of which has a weight at this place."""
+    recipe = recipe_of(cache)
+    folder = compile_set(cache, recipe)
+    manifest = msgspec.json.decode((folder / MANIFEST).read_bytes())
+    manifest["weights"] = {stage: [["blocks.0.qkv", *place]]}
+    data = msgspec.json.encode(manifest)
+    rewrite_manifest(folder, data)
+    engine_set.built_here(hashlib.sha256(data).hexdigest()).touch()
+    return recipe
+
+
+@pytest.mark.parametrize("place", [(0, SIZE), (SIZE - 1, 1), (SIZE, 0), (3, 5)])
+def test_weights_lie_anywhere_in_the_bundles_weights(cache: EngineCache, place: tuple[int, int]):
+    engines = cache.open(publish_weights(cache, "condition", WEIGHTS, *place))
+    assert engines
+    (weight,) = engines.manifest.weights["condition"]
+    assert (weight.file, weight.offset, weight.length) == (WEIGHTS, *place)
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ((WEIGHTS, 0, SIZE + 1), f"{SIZE + 1} bytes at 0 of"),
+        ((WEIGHTS, SIZE, 1), f"1 bytes at {SIZE} of"),
+        ((WEIGHTS, 2**59, 2**59), "compile the engines again"),
+        ((WEIGHTS, -1, 1), ">= 0"),
+        ((WEIGHTS, 1, -1), ">= 0"),
+        ((WEIGHTS, 0.5, 1), "Expected `int`"),
+        (("../x", 0, 1), "'../x'"),
+        (("/etc/passwd", 0, 0), "'/etc/passwd'"),
+        (("manifest.json", 0, 1), "'manifest.json'"),
+        (("tokenizer.json", 0, 1), "'tokenizer.json'"),
+        (("graphs/64.scale.onnx", 0, 1), "'graphs/64.scale.onnx'"),
+        (("graphs/weights/../weights/transformer.safetensors", 0, 1), "at 0 of 'graphs/weights/.."),
+    ],
+)
+def test_weights_that_lie_elsewhere_are_refused(
+    cache: EngineCache, place: tuple[str, int, int], said: str
+):
+    recipe = publish_weights(cache, "condition", *place)
+    for trust in (False, True):
+        assert said in refusal(lambda trust=trust: cache.open(recipe, trust=trust))
+
+
+def test_weights_of_no_plan_are_refused(cache: EngineCache):
+    recipe = publish_weights(cache, "prefill", WEIGHTS, 0, 1)
+    assert "['prefill'], which have no plan" in refusal(lambda: cache.open(recipe))
 
 
 def test_a_set_without_its_checksum_or_manifest_is_refused(cache: EngineCache):
@@ -439,21 +514,81 @@ def test_a_damaged_set_can_be_made_again(cache: EngineCache):
     assert cache.open(recipe)
 
 
+X = Plan("condition.plan", 1, packed=False)
+
+
 @pytest.mark.parametrize(
     ("plans", "said"),
     [
-        ({"condition": "condition.plan"}, "were expected"),
-        (dict.fromkeys(STAGES, "../x"), "not in files"),
-        (dict.fromkeys((*STAGES, "prefill"), "condition.plan"), "were expected"),
+        ({"condition": X}, "were expected"),
+        (dict.fromkeys(STAGES, Plan("../x", 1, packed=False)), "not in files"),
+        (dict.fromkeys((*STAGES, "prefill"), X), "were expected"),
+        (dict.fromkeys(STAGES, Plan("condition.plan", 2, packed=False)), "is a file of 1"),
     ],
 )
-def test_plans_match_the_recipe_and_the_files(cache: EngineCache, plans: dict[str, str], said: str):
+def test_plans_match_the_recipe_and_the_files(
+    cache: EngineCache, plans: dict[str, Plan], said: str
+):
     recipe = recipe_of(cache)
     with cache.create(recipe) as staging:
         staging.file("condition.plan").write_bytes(b"x")
         staging.record("condition.plan")
         with pytest.raises(ValueError, match=said):
             EngineSetManifest(files=staging.files, recipe=recipe, plans=plans)
+
+
+# Packed plans
+
+
+def publish_packed(cache: EngineCache, data: bytes, size: int) -> EngineSet:
+    """A set with one file for all plans, which is said to be packed."""
+    recipe = recipe_of(cache)
+    with cache.create(recipe) as staging:
+        staging.file("one.plan.z").write_bytes(data)
+        staging.record("one.plan.z")
+        plans = dict.fromkeys(STAGES, Plan("one.plan.z", size, packed=True))
+        staging.publish(EngineSetManifest(files=staging.files, recipe=recipe, plans=plans))
+    engines = cache.open(recipe)
+    assert engines
+    return engines
+
+
+def test_a_packed_plan_is_handed_on_unpacked(cache: EngineCache):
+    whole = plan("condition") * 1000
+    engines = publish_packed(cache, zlib.compress(whole), len(whole))
+    assert engines.plan_bytes("condition") == whole
+    assert engines.manifest.files["one.plan.z"].size < len(whole) / 10
+
+
+PACKED = zlib.compress(b"native code")
+
+
+@pytest.mark.parametrize(
+    ("data", "size", "said"),
+    [
+        (PACKED, 10, "of 10 bytes that was expected"),
+        (PACKED, 12, "of 12 bytes that was expected"),
+        (PACKED, 0, "of 0 bytes that was expected"),
+        (PACKED[:-1], 11, "of 11 bytes that was expected"),
+        (PACKED + b"x", 11, "of 11 bytes that was expected"),
+        (b"", 11, "of 11 bytes that was expected"),
+        (b"native code", 11, "is no packed plan"),
+    ],
+)
+def test_what_does_not_unpack_to_its_size_is_refused(
+    cache: EngineCache, data: bytes, size: int, said: str
+):
+    engines = publish_packed(cache, data, size)
+    assert said in refusal(lambda: engines.plan_bytes("condition"))
+
+
+def test_a_plan_is_unpacked_no_further_than_its_size(cache: EngineCache):
+    engines = publish_packed(cache, zlib.compress(bytes(10**8)), 1000)
+    tracemalloc.start()
+    refusal(lambda: engines.plan_bytes("condition"))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10**6
 
 
 def test_a_bundle_is_no_engine_set(cache: EngineCache):

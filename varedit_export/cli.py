@@ -1,6 +1,7 @@
 """The `varedit-export` command."""
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -207,6 +208,7 @@ def engines(
     """Compile a bundle's graphs to TensorRT engines, kept with the bundle or in your cache.
 
     Engines that were compiled before, from the same graphs in the same way, are found again.
+    Damaged ones are compiled again, unless they were built elsewhere.
 
     \b
     varedit-export engines bundles/2b-512
@@ -222,12 +224,17 @@ def engines(
 def _compile(bundle: Bundle, layout: Any, compiler: "Compiler", variant: str | None) -> Path:
     """Compile a variant's engines, saying what is done. -> where they are"""
     with needs_extra("export"):
+        from tqdm import tqdm
+
         from varedit_engines.compile import Job, compile_engines
+
+    def above_the_bar(line: str) -> None:
+        tqdm.write(line, file=sys.stderr)
 
     job = Job(bundle, layout, compiler, variant)
     click.echo(str(job), err=True)
     with _progress() as progress:
-        found = compile_engines(job, progress)
+        found = compile_engines(job, progress, above_the_bar)
     for file, entry in found.manifest.files.items():
         click.echo(f"  {file:<24} {entry.size / 1e6:8.1f} MB", err=True)
     return found.path

@@ -3,13 +3,16 @@
 Where the weights of the graphs go is the layout:
 
     external   inputs of the engines, filled from the bundle's own files: small plans, one copy of
-               the weights whatever the number of scales, and other weights need no compilation
+               the weights whatever the number of scales, and other weights need no compilation.
+               Plans are packed: most of one is the same kernels' sources again and again.
     profiles   inside; one engine, with a profile each, for the prefill and all scales
     baked      inside; one engine per scale
 """
 
-from collections.abc import Mapping
+import zlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 from varedit_engines.compiler import Compiler, Progress
@@ -17,12 +20,8 @@ from varedit_engines.engine_cache import EngineCache
 from varedit_engines.network import external_inputs
 from varedit_engines.publish import Staging
 from varedit_runtime.bundle import Bundle, weights_file
-from varedit_runtime.engine_set import (
-    EngineSet,
-    EngineSetManifest,
-    Recipe,
-)
-from varedit_runtime.errors import ConfigError
+from varedit_runtime.engine_set import EngineSet, EngineSetManifest, Plan, Recipe
+from varedit_runtime.errors import BundleError, ConfigError
 from varedit_runtime.manifest import Variant
 from varedit_runtime.wiring import scale_profiles, sized
 
@@ -81,42 +80,65 @@ class Job:
         )
 
 
-def compile_engines(job: Job, progress: Progress) -> EngineSet:
+def compile_engines(
+    job: Job, progress: Progress, notice: Callable[[str], None] = lambda line: None
+) -> EngineSet:
     """The engines of a bundle: compiled or, where they were before, opened.
 
-    A compilation that was interrupted goes on at the graph it had reached. Raises BackendError when
-    a graph does not compile, BundleError when the bundle is damaged or the disk full.
+    A compilation that was interrupted goes on at the graph it had reached. Engines that this user
+    built here and that are damaged are compiled again; notice is told why, in one line.
+
+    Raises BackendError when a graph does not compile, BundleError when the bundle is damaged, the
+    disk full, or when engines are there that were built elsewhere, which are left as they are.
     """
     cache, recipe = EngineCache(job.bundle), job.recipe
-    found = cache.open(recipe)
+    found = _whole(cache, recipe, notice)
     if found is not None:
         return found
     if job.layout != "external":
         job.bundle.verify_weights()
     with cache.create(recipe) as staging:
-        if cache.open(recipe) is None:  # nobody else compiled them while this process waited
+        # Unless another process compiled them while this one waited.
+        if _whole(cache, recipe, lambda line: None) is None:
             _compile_all(job, recipe, staging, progress)
-    engines = cache.open(recipe)
+    engines = cache.open(recipe, verify=True)
     assert engines is not None
     return engines
 
 
+def _whole(cache: EngineCache, recipe: Recipe, notice: Callable[[str], None]) -> EngineSet | None:
+    """The set that is there; None where there is none, or a damaged one that can be replaced."""
+    try:
+        return cache.open(recipe, verify=True)
+    except BundleError as error:
+        if not cache.made_here(recipe):
+            raise
+        notice(f"engines are compiled again: {error}")
+        return None
+
+
 def _compile_all(job: Job, recipe: Recipe, staging: Staging, progress: Progress) -> None:
+    external = job.layout == "external"
     plans, weights = {}, {}
     for stage in recipe.graphs:
-        plans[stage] = file = f"{stage}.plan"
+        file = f"{stage}.plan.z" if external else f"{stage}.plan"
         graph = job.bundle.graph_bytes(job.variant.name, stage)
-        if job.layout == "external":
+        if external:
             graph, weights[stage] = external_inputs(graph)
         if not staging.kept(file, recipe.key):
             shapes = _profiles(job, stage)
             folder = job.bundle.graphs_folder
             plan = job.compiler.compile(stage, graph, folder, shapes, progress)
-            staging.file(file).write_bytes(plan)
+            staging.file(file).write_bytes(zlib.compress(plan) if external else plan)
             staging.record(file, recipe.key)
+        plans[stage] = Plan(file, _plan_size(staging.file(file), external), packed=external)
     staging.publish(
         EngineSetManifest(files=staging.files, recipe=recipe, plans=plans, weights=weights)
     )
+
+
+def _plan_size(path: Path, packed: bool) -> int:
+    return len(zlib.decompress(path.read_bytes())) if packed else path.stat().st_size
 
 
 def _profiles(job: Job, stage: str) -> list[Mapping[str, tuple[int, ...]]]:

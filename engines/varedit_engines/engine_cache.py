@@ -6,7 +6,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from varedit_engines.publish import Staging
+from varedit_runtime.bundle import digest_line, read_at_most, regular_file
 from varedit_runtime.engine_set import EngineSet, EngineSets, Recipe, built_here, records
+from varedit_runtime.errors import BundleError
+from varedit_runtime.manifest import DIGEST, MANIFEST, MAX_MANIFEST_BYTES
 
 
 class EngineCache(EngineSets):
@@ -19,8 +22,12 @@ class EngineCache(EngineSets):
                 engines = cache.open(recipe)  # the other's
                 ...  # else compile, record and publish
 
-    A set that is found damaged is replaced by creating it again.
+    Creating a set replaces the one that is there: a damaged one that `made_here` says to be ours.
     """
+
+    def made_here(self, recipe: Recipe) -> bool:
+        """Whether this user built here what is in the places of this set, whole or damaged."""
+        return all(_made_here(folder) for folder in self.places_of(recipe) if folder.exists())
 
     def create(self, recipe: Recipe) -> Staging:
         """Where to write a set: in the bundle or, if that is read-only, in the user's cache.
@@ -34,6 +41,19 @@ class EngineCache(EngineSets):
         # Not beside the engines: it vouches for what an interrupted compilation left there.
         journal = records() / f"{hashlib.sha256(os.fsencode(folder)).hexdigest()}.journal"
         return Staging(folder, wait=True, check=_vouch_for, journal=journal)
+
+
+def _made_here(folder: Path) -> bool:
+    """As the manifest tells or, should that be damaged, the digest beside it."""
+    try:
+        manifest, beside = (
+            read_at_most(regular_file(folder, name), MAX_MANIFEST_BYTES)
+            for name in (MANIFEST, DIGEST)
+        )
+    except BundleError:
+        return False
+    told = {digest_line(hashlib.sha256(manifest).hexdigest()), beside}
+    return any(digest_line(record.name) in told for record in records().glob("*"))
 
 
 def _vouch_for(folder: Path) -> None:

@@ -6,6 +6,7 @@ are loaded unasked.
 """
 
 import hashlib
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from varedit_runtime.errors import BundleError
 from varedit_runtime.locate import cache_folder, data_folder
 from varedit_runtime.manifest import (
     ENGINES,
+    Bytes,
     Digest,
     FolderManifest,
     Name,
@@ -51,23 +53,31 @@ class Recipe(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class EngineWeight(Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
-    """An input of an engine that is a weight: bytes of one of the bundle's files."""
+    """An input of an engine that is a weight: bytes of one of the bundle's weights files."""
 
-    name: str
+    name: Text
     file: str
-    offset: int
-    length: int
+    offset: Bytes
+    length: Bytes
+
+
+class Plan(Struct, frozen=True, forbid_unknown_fields=True):
+    """A compiled engine. file: in the set; size: in bytes, unpacked; packed: the file is zlib's."""
+
+    file: str
+    size: Bytes
+    packed: bool
 
 
 class EngineSetManifest(FolderManifest, frozen=True):
     """The manifest of an engine set.
 
-    plans: every stage's compiled engine, a file in the set; weights: the inputs of each that are
-    weights, where these are not inside.
+    plans: every stage's compiled engine; weights: the inputs of each that are weights, where these
+    are not inside.
     """
 
     recipe: Recipe
-    plans: dict[Name, str]
+    plans: dict[Name, Plan]
     weights: dict[Name, tuple[EngineWeight, ...]] = msgspec.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -75,9 +85,14 @@ class EngineSetManifest(FolderManifest, frozen=True):
         if self.plans.keys() != self.recipe.graphs.keys():
             expected = sorted(self.recipe.graphs)
             raise ValueError(f"plans of {sorted(self.plans)}, where {expected} were expected")
-        for stage, file in self.plans.items():
-            if file not in self.files:
-                raise ValueError(f"{stage}'s {file!r} is not in files")
+        for stage, plan in self.plans.items():
+            if plan.file not in self.files:
+                raise ValueError(f"{stage}'s {plan.file!r} is not in files")
+            stored = self.files[plan.file].size
+            if not plan.packed and plan.size != stored:
+                raise ValueError(f"{stage}'s plan of {plan.size} bytes is a file of {stored}")
+        if unknown := self.weights.keys() - self.plans.keys():
+            raise ValueError(f"weights of {sorted(unknown)}, which have no plan")
 
 
 @dataclass(frozen=True)
@@ -100,12 +115,36 @@ class EngineSet:
     def _folder(self) -> Folder:
         return Folder(self.path, self.manifest.files)
 
+    def verify(self) -> None:
+        """Hash all files. Raises BundleError on damage."""
+        for file in self.manifest.files:
+            self._folder.verify(file, lambda count: None)
+
     def plan_bytes(self, stage: str) -> bytes:
-        """A stage's compiled engine: exactly the bytes that were hashed and found right."""
+        """A stage's compiled engine: of exactly the bytes that were hashed and found right.
+
+        Raises BundleError when there is none, or it is damaged or not as large as is said.
+        """
         if stage not in self.manifest.plans:
             known = ", ".join(self.manifest.plans)
             raise BundleError(f"{self.path} has no engine for {stage!r}; it has {known}")
-        return self._folder.read(self.manifest.plans[stage])
+        plan = self.manifest.plans[stage]
+        data = self._folder.read(plan.file)
+        return _unpacked(data, plan.size, self.path / plan.file) if plan.packed else data
+
+
+def _unpacked(data: bytes, size: int, path: Path) -> bytes:
+    """zlib's data, unpacked no further than the size that it must have."""
+    unpacker = zlib.decompressobj()
+    try:
+        plan = unpacker.decompress(data, size + 1)
+    except zlib.error as error:
+        raise BundleError(f"{path} is no packed plan ({error}); compile it again") from error
+    if len(plan) != size or not unpacker.eof or unpacker.unused_data:
+        raise BundleError(
+            f"{path} is not the packed plan of {size} bytes that was expected; compile it again"
+        )
+    return plan
 
 
 class EngineSets:
@@ -150,24 +189,60 @@ class EngineSets:
         )
 
     def open(
-        self, recipe: Recipe, digest: str | None = None, trust: bool = False
+        self,
+        recipe: Recipe,
+        digest: str | None = None,
+        trust: bool = False,
+        verify: bool = False,
     ) -> EngineSet | None:
         """The engines made from this recipe, None when there are none.
 
-        digest: the set's own, from where it was published. Raises BundleError when engines are
-        damaged or of another recipe; or were not built here, and neither is their digest given
-        nor are they trusted.
+        digest: the set's own, from where it was published; verify: hash all files now, and not
+        only when they are read. Raises BundleError when engines are damaged, of another recipe, or
+        have weights that are not in the bundle; or were not built here, and neither is their digest
+        given nor are they trusted.
         """
         problem = None
         for folder in self.places_of(recipe):
             if folder.exists():
                 try:
-                    return _open_trusted(folder, recipe, digest, trust)
+                    engines = self._open_trusted(folder, recipe, digest, trust)
+                    if verify:
+                        engines.verify()
+                    return engines
                 except BundleError as error:
                     problem = problem or error
         if problem:
             raise problem
         return None
+
+    def _open_trusted(
+        self, folder: Path, recipe: Recipe, digest: str | None, trust: bool
+    ) -> EngineSet:
+        engines = EngineSet.open(folder, digest)
+        if engines.manifest.recipe != recipe:
+            raise BundleError(f"{folder} has engines of other graphs or tools; delete the folder")
+        self._check_weights(engines)
+        if not (trust or digest or built_here(engines.digest).exists()):
+            raise BundleError(
+                f"{folder} has engines that were built elsewhere, and they are native code: give "
+                "the digest they were published with, trust them explicitly, or delete the folder"
+            )
+        return engines
+
+    def _check_weights(self, engines: EngineSet) -> None:
+        """Refuse weights that lie elsewhere than in the bundle's weights."""
+        files = self.bundle.manifest.files
+        sizes = {file: files[file].size for file in map(weights_file, self.bundle.components)}
+        for stage, weights in engines.manifest.weights.items():
+            for weight in weights:
+                if weight.offset + weight.length > sizes.get(weight.file, -1):
+                    there = ", ".join(f"{file} of {size}" for file, size in sizes.items())
+                    raise BundleError(
+                        f"{engines.path}: {stage}'s weight {weight.name!r} is to be "
+                        f"{weight.length} bytes at {weight.offset} of {weight.file!r}, and the "
+                        f"bundle's weights are {there}; compile the engines again"
+                    )
 
     @property
     def folders(self) -> list[Path]:
@@ -183,18 +258,6 @@ class EngineSets:
         inside, cached = self._places
         name = f"{recipe.backend}-{recipe.key[:16]}"
         return inside / name, cached / name
-
-
-def _open_trusted(folder: Path, recipe: Recipe, digest: str | None, trust: bool) -> EngineSet:
-    engines = EngineSet.open(folder, digest)
-    if engines.manifest.recipe != recipe:
-        raise BundleError(f"{folder} has engines of other graphs or tools; delete the folder")
-    if not (trust or digest or built_here(engines.digest).exists()):
-        raise BundleError(
-            f"{folder} has engines that were built elsewhere, and they are native code: give the "
-            "digest they were published with, trust them explicitly, or delete the folder"
-        )
-    return engines
 
 
 def built_here(digest: str) -> Path:

@@ -31,6 +31,7 @@ Count = Annotated[int, Meta(ge=1, lt=2**31)]
 Name = Annotated[str, Meta(pattern=rf"\A{_PLAIN}\Z", max_length=100)]
 Digest = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 Text = Annotated[str, Meta(min_length=1, max_length=1000)]
+Bytes = Annotated[int, Meta(ge=0, lt=2**60)]
 Precision = Literal["fp32", "fp16", "bf16"]
 Grid = tuple[Count, Count]
 
@@ -137,7 +138,7 @@ class FileEntry(Struct, frozen=True, forbid_unknown_fields=True):
     """sha256 in lower-case hexadecimal; size in bytes."""
 
     sha256: Digest
-    size: Annotated[int, Meta(ge=0, lt=2**60)]
+    size: Bytes
 
 
 class FolderManifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
