@@ -5,7 +5,7 @@ real one it notices: addresses that are not aligned or not allocated, engines ru
 time in a capture, and scratch that something else relies on, which it overwrites.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -101,7 +101,7 @@ class SimulatedGpu:
         """Bytes of one of the allocations."""
         for block in (*self.allocated, *self.host):
             start = address - address_of(block)
-            if 0 <= start and start + size <= len(block):
+            if start >= 0 and start + size <= len(block):
                 return block[start : start + size]
         raise AssertionError(f"{size} bytes at {address} were never allocated")
 
@@ -120,8 +120,14 @@ class SimulatedEngine:
     has_run: bool = False
 
     @property
-    def tensors(self) -> dict[str, str]:
-        return {arg.name: TYPES[arg.type] for arg in (*self._inputs, *self._outputs)}
+    def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        return {
+            arg.name: (
+                TYPES[arg.type],
+                tuple(size if isinstance(size, int) else -1 for size in arg.shape),
+            )
+            for arg in (*self._inputs, *self._outputs)
+        }
 
     def scratch(self, profile: int) -> int:
         return self.gpu.scratch + profile
@@ -156,19 +162,20 @@ class SimulatedEngine:
         self, inputs: Mapping[str, np.ndarray], addresses: Mapping[str, int], own: np.ndarray
     ) -> None:
         own.fill(GARBAGE)
-        for arg, array in zip(self._outputs, self.session.run(None, dict(inputs)), strict=True):
-            self.gpu.memory(addresses[arg.name], array.nbytes)[:] = _bytes(np.asarray(array))
+        for arg, output in zip(self._outputs, self.session.run(None, dict(inputs)), strict=True):
+            data = np.asarray(output).reshape(-1).view(np.uint8)
+            self.gpu.memory(addresses[arg.name], len(data))[:] = data
 
     def _array(self, address: int, shape: tuple[int, ...], dtype: str) -> np.ndarray:
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         return self.gpu.memory(address, size).view(dtype).reshape(shape)
 
     @property
-    def _inputs(self) -> list[ort.NodeArg]:
+    def _inputs(self) -> Sequence[ort.NodeArg]:
         return self.session.get_inputs()
 
     @property
-    def _outputs(self) -> list[ort.NodeArg]:
+    def _outputs(self) -> Sequence[ort.NodeArg]:
         return self.session.get_outputs()
 
 
@@ -176,10 +183,3 @@ def _aligned_block(size: int) -> np.ndarray:
     raw = np.full(size + ALIGNMENT, GARBAGE, np.uint8)
     start = -address_of(raw) % ALIGNMENT
     return raw[start : start + size]
-
-
-def _bytes(array: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-
-
-Simulate = Callable[..., SimulatedGpu]

@@ -21,7 +21,7 @@ from click.testing import CliRunner
 from fake_bundles import rewrite_manifest
 
 from varedit_engines import compile as compile_module
-from varedit_engines.compile import LAYOUTS, Job, Layout, compile_engines, stages_of
+from varedit_engines.compile import Job, compile_engines, stages_of
 from varedit_engines.compiler import Compiler
 from varedit_engines.engine_cache import EngineCache
 from varedit_engines.network import external_inputs
@@ -30,7 +30,7 @@ from varedit_export.cli import main
 from varedit_export.trace import StoredWeight, Tracer
 from varedit_runtime import engine_set
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.engine_set import EngineSet
+from varedit_runtime.engine_set import LAYOUTS, EngineSet, Layout
 from varedit_runtime.errors import BackendError, BundleError, ConfigError, MissingExtraError
 from varedit_runtime.manifest import DIGEST, MANIFEST, ParityLine, Precision, canonical_json
 from varedit_runtime.wiring import scale_profiles

@@ -30,7 +30,7 @@ OF_A_MACHINE = {
     "backend": "tensorrt",
     "tools": {"tensorrt": "11.0"},
     "gpu": "sm_90",
-    "layout": "static",
+    "layout": "external",
     "flags": {"weights": "inputs"},
 }
 

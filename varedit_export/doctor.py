@@ -7,6 +7,7 @@ from typing import Literal
 
 from varedit_engines.compiler import MODULES, RTX, Backend
 from varedit_export.machine import EXPORT, BundleFacts, Engines, Gpu, Machine
+from varedit_runtime.engine_set import mismatch
 
 PEAK = 1.3  # of the weights: they, packed copies, caches and activations
 
@@ -193,13 +194,7 @@ def _mismatch(machine: Machine, engines: Engines) -> str | None:
     recipe = engines.recipe
     if recipe is None:
         return engines.problem
-    for tool, needed in recipe.tools.items():
-        if (found := machine.packages.get(tool)) != needed:
-            return f"of {tool} {needed}, and {f'{found} is' if found else 'none is'} installed"
-    here = {gpu.architecture for gpu in machine.nvidia.gpus}
-    if here.isdisjoint(recipe.gpu.split("+")):
-        return f"for {recipe.gpu}, and this machine has {', '.join(sorted(here)) or 'no GPU'}"
-    return None
+    return mismatch(recipe, machine.packages, [gpu.architecture for gpu in machine.nvidia.gpus])
 
 
 def _replace(machine: Machine, engines: Engines) -> tuple[str, ...]:

@@ -224,17 +224,7 @@ def _engines(bundle: Bundle, path: Path) -> Engines:
     cache = EngineSets(bundle)
     try:
         recipe = EngineSet.open(path).manifest.recipe
-        ours = cache.recipe(
-            recipe.variant,
-            list(recipe.graphs),
-            backend=recipe.backend,
-            tools=recipe.tools,
-            gpu=recipe.gpu,
-            layout=recipe.layout,
-            flags=recipe.flags,
-            baked=list(recipe.weights),
-        )
-        if ours != recipe:
+        if not cache.of_this_bundle(recipe):
             return Engines(path, None, "they are of other graphs or weights than the bundle's")
         cache.open(recipe)  # says whether they were built here
     except BundleError as error:

@@ -13,20 +13,25 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
 
 from varedit_engines.compiler import Compiler, Progress
 from varedit_engines.engine_cache import EngineCache
 from varedit_engines.network import external_inputs
 from varedit_engines.publish import Staging
-from varedit_runtime.bundle import Bundle, weights_file
-from varedit_runtime.engine_set import EngineSet, EngineSetManifest, Plan, Recipe
+from varedit_runtime.bundle import Bundle
+from varedit_runtime.engine_set import (
+    LAYOUTS,
+    EngineSet,
+    EngineSetManifest,
+    Layout,
+    Plan,
+    Recipe,
+)
 from varedit_runtime.errors import BundleError, ConfigError
+from varedit_runtime.gpu_memory import transformers, weights_on_gpu
 from varedit_runtime.manifest import Variant
 from varedit_runtime.wiring import scale_profiles, sized
 
-Layout = Literal["external", "profiles", "baked"]
-LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 TWIN = ("scale", "references")  # with symbolic lengths, for prefill and all scales
 
 
@@ -69,11 +74,8 @@ class Job:
 
     def __str__(self) -> str:
         """For a person to read before it begins: what the GPU will have to hold."""
-        manifest, scales = self.bundle.manifest, len(self.variant.grids)
-        weights = {name: manifest.files[weights_file(name)].size for name in self.bundle.components}
-        transformer, all_ = weights["transformer"], sum(weights.values())
-        copies = scales + 1 if self.layout == "baked" else 1
-        size = all_ + (copies - 1) * transformer
+        size = weights_on_gpu(self.bundle, self.variant, self.layout)
+        copies = transformers(self.variant, self.layout)
         return (
             f"{len(self.recipe.graphs)} engines for {self.compiler.gpu}, weights {self.layout}: "
             f"{size / 1e9:.2f} GB of weights on the GPU, {copies}x the transformer's"

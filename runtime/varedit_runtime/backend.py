@@ -93,6 +93,10 @@ class Backend(ABC):
     def buffer_bytes(self) -> int:
         """Memory of the caches and of what passes between graphs, allocated once."""
 
+    @abstractmethod
+    def close(self) -> None:
+        """Free what is held outside of Python. Nothing may be run afterwards."""
+
     def encode_text(self, token_ids: np.ndarray, text_mask: np.ndarray) -> np.ndarray:
         """Ids int64 and mask bool [B, T] -> features float32 [B, T, text]."""
         return self._code(TEXT, {"token_ids": token_ids, "text_mask": text_mask})

@@ -2,19 +2,18 @@
 
 import ctypes
 import importlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, Literal, get_args
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import numpy as np
 
 from varedit_runtime.device import Launch
-from varedit_runtime.errors import BackendError, ConfigError, needs_extra
-from varedit_runtime.locate import cache_folder, replace_file
+from varedit_runtime.errors import BackendError, needs_extra
+from varedit_runtime.locate import cache_folder
+from varedit_runtime.tensorrt_module import EngineKind, import_tensorrt, quiet_logger
 
-EngineKind = Literal["tensorrt", "tensorrt-rtx"]
-ENGINE_KINDS: tuple[EngineKind, ...] = get_args(EngineKind)
-MODULES: dict[EngineKind, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 TYPES = {  # of TensorRT, as manifests call them
     "FLOAT": "float32",
     "HALF": "float16",
@@ -30,9 +29,9 @@ class CudaDevice:
     """This process's current GPU, and one stream of it."""
 
     def __init__(self, backend: EngineKind) -> None:
-        """Raises MissingExtraError when the backend is not installed, BackendError without a GPU."""
+        """Raises MissingExtraError without the backend, BackendError without a GPU."""
+        self._trt: Any = import_tensorrt(backend)
         with needs_extra(backend):
-            self._trt: Any = importlib.import_module(MODULES[backend])
             cuda: Any = importlib.import_module("cuda.core")
             self._driver: Any = importlib.import_module("cuda.bindings.driver")
         self.tools = {backend: str(self._trt.__version__)}
@@ -43,11 +42,12 @@ class CudaDevice:
             self._stream = self._gpu.create_stream()
             self._pinned = cuda.LegacyPinnedMemoryResource()
         self.architecture = f"sm{major}{minor}"
-        self._logger = _logger(self._trt)
+        self._logger = quiet_logger(self._trt)
         self._runtime = self._trt.Runtime(self._logger)
         self._blocks: list[Any] = []
         self._graphs: list[Any] = []
-        self._kernels = _KernelCache(self._trt, f"{backend}-{self._trt.__version__}-{self._gpu.name}")
+        version = f"{backend}-{self._trt.__version__}"
+        self._kernels = _KernelCache(self._trt, f"{version}-{self._gpu.name}")
 
     def free_memory(self) -> int:
         with self._current("tell its free memory"):
@@ -157,9 +157,13 @@ class CudaEngine:
         self._device, self._name, self._engine = device, name, engine
 
     @property
-    def tensors(self) -> dict[str, str]:
-        names = map(self._engine.get_tensor_name, range(self._engine.num_io_tensors))
-        return {name: TYPES[self._engine.get_tensor_dtype(name).name] for name in names}
+    def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        engine = self._engine
+        names = map(engine.get_tensor_name, range(engine.num_io_tensors))
+        return {
+            name: (TYPES[engine.get_tensor_dtype(name).name], tuple(engine.get_tensor_shape(name)))
+            for name in names
+        }
 
     def scratch(self, profile: int) -> int:
         return int(self._engine.get_device_memory_size_for_profile_v2(profile))
@@ -208,26 +212,15 @@ class _KernelCache:
 
     def keep(self) -> None:
         if self._cache is not None:
-            replace_file(self._file, bytes(self._cache.serialize()))
+            partial = self._file.with_name(f"{self._file.name}.{os.getpid()}")
+            with suppress(OSError):  # it is compiled again by the next process
+                self._file.parent.mkdir(parents=True, exist_ok=True)
+                partial.write_bytes(bytes(self._cache.serialize()))
+                partial.replace(self._file)
 
 
 def _plain(name: str) -> str:
     return "".join(c if c.isalnum() or c in ".-" else "_" for c in name)
-
-
-def _logger(trt: Any) -> Any:
-    """Keeps the last error instead of printing anything."""
-
-    class Messages(trt.ILogger):
-        def __init__(self) -> None:
-            super().__init__()
-            self.worst = ""
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-                self.worst = " ".join(message.split())
-
-    return Messages()
 
 
 @contextmanager
@@ -235,7 +228,9 @@ def _explained(what: str) -> Iterator[None]:
     try:
         yield
     except BackendError as error:
-        raise BackendError(f"the GPU cannot {what}: {error}; run `varedit-export doctor`") from error
+        raise BackendError(
+            f"the GPU cannot {what}: {error}; run `varedit-export doctor`"
+        ) from error
     except Exception as error:  # cuda-python's errors have no common base
         raise BackendError(
             f"the GPU cannot {what} ({' '.join(str(error).split()) or type(error).__name__}): run "

@@ -22,8 +22,11 @@ class Engine(Protocol):
     """A compiled graph, loaded."""
 
     @property
-    def tensors(self) -> Mapping[str, str]:
-        """The types of its inputs and outputs by their names, as manifests call them."""
+    def tensors(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
+        """Its inputs and outputs by name: types as manifests call them, and shapes.
+
+        A length that its profiles set is -1.
+        """
         ...
 
     def scratch(self, profile: int) -> int:

@@ -39,6 +39,7 @@ from varedit_runtime.noise import uniform_noise
 from varedit_runtime.onnx_backend import OnnxBackend, check_provider
 from varedit_runtime.pictures import Source, from_decoder, restore, to_square
 from varedit_runtime.settings import PerScale
+from varedit_runtime.tensorrt_module import ENGINE_KINDS, EngineKind
 from varedit_runtime.text import Instructions, read_tokenizer
 
 
@@ -80,6 +81,8 @@ class Progress:
         self._cancelled.set()
 
 
+ONNXRUNTIME = "onnxruntime"
+
 OnScale = Callable[[Progress], None]
 
 
@@ -119,31 +122,45 @@ class Editor:
         cls,
         bundle: str | os.PathLike[str],
         *,
-        provider: str = "cpu",
+        backend: str = ONNXRUNTIME,
+        provider: str | None = None,
         threads: int | None = None,
         digest: str | None = None,
         variant: str | None = None,
+        engines_digest: str | None = None,
+        trust_engines: bool = False,
     ) -> "Editor":
         """Load a bundle.
 
-        provider: "cpu" or "cuda", and no other than that. threads: at least 1, by default one per
-        core. digest: the bundle's own, where it must be that bundle and no other. variant: by
-        name; by default the bundle's first.
+        backend: "onnxruntime", or "tensorrt" or "tensorrt-rtx" for engines that were compiled.
+        digest: the bundle's own, where it must be that bundle and no other. variant: by name; by
+        default the bundle's first.
+
+        Of onnxruntime alone: provider, "cpu" or "cuda" and no other than that, by default the cpu;
+        threads, at least 1, by default one per core. Of engines alone: engines_digest, of their
+        set, or trust_engines, to load such as were not compiled here; they are native code.
 
         Raises BundleError when the folder is no bundle, is damaged, another one, or has no such
-        variant; BackendError when the provider is not there or a graph cannot be loaded.
+        variant or no engines for this GPU; BackendError when the provider or a GPU is not there, a
+        graph cannot be loaded or the GPU's memory is too small; MissingExtraError when the backend
+        is not installed; ConfigError on other arguments that cannot be used.
         """
-        check_provider(provider)
-        if threads is not None and (not isinstance(threads, int) or threads < 1):
-            raise ConfigError(f"threads is {threads!r}; it must be an integer of at least 1")
+        engines = engines_digest is not None or trust_engines
+        _check_backend(backend, provider, threads, engines)
         opened = Bundle.open(bundle, digest)
         chosen = opened.manifest.variant(variant)
         instructions = None
         if "text_encoder" in chosen.graphs:
             instructions = _read_instructions(opened, chosen.text_tokens)
-        return cls(
-            opened, chosen, OnnxBackend(opened, chosen, provider, threads or 0), instructions
-        )
+        if backend == ONNXRUNTIME:
+            graphs: Backend = OnnxBackend(opened, chosen, provider or "cpu", threads or 0)
+        else:
+            from varedit_runtime.engine_backend import open_engines
+
+            graphs = open_engines(
+                opened, chosen, _engine_kind(backend), engines_digest, trust_engines
+            )
+        return cls(opened, chosen, graphs, instructions)
 
     def __enter__(self) -> "Editor":
         return self
@@ -164,6 +181,8 @@ class Editor:
         with self._turn:
             if self._editing:
                 raise EditorError("the editor cannot be closed inside on_scale: cancel() first")
+            if self._graphs is not None:
+                self._graphs.close()
             self._graphs = None
 
     @property
@@ -421,6 +440,28 @@ class _Batch:
     pictures: np.ndarray
     samplings: Sequence[Sampling]
     timings: _Timings = field(default_factory=_Timings)
+
+
+def _check_backend(backend: str, provider: str | None, threads: int | None, engines: bool) -> None:
+    """engines: whether something was said about engines."""
+    if backend == ONNXRUNTIME:
+        check_provider(provider or "cpu")
+        if engines:
+            raise ConfigError(f"{ONNXRUNTIME} has no engines to be trusted: name their backend")
+    elif provider is not None or threads is not None:
+        raise ConfigError(f"provider and threads are {ONNXRUNTIME}'s: leave them out")
+    else:
+        _engine_kind(backend)
+    if threads is not None and (not isinstance(threads, int) or threads < 1):
+        raise ConfigError(f"threads is {threads!r}; it must be an integer of at least 1")
+
+
+def _engine_kind(backend: str) -> EngineKind:
+    for kind in ENGINE_KINDS:
+        if kind == backend:
+            return kind
+    known = ", ".join((ONNXRUNTIME, *ENGINE_KINDS))
+    raise ConfigError(f"no backend is called {backend!r}; there are {known}")
 
 
 def _read_instructions(bundle: Bundle, limit: int) -> Instructions:

@@ -12,12 +12,14 @@ import numpy as np
 
 from varedit_runtime.backend import Backend, Prompts, Sampling, WholeEdit
 from varedit_runtime.bundle import Bundle
+from varedit_runtime.cuda_device import CudaDevice
 from varedit_runtime.device import ALIGNMENT, Device, Engine, Launch, address_of
-from varedit_runtime.engine_set import EngineSet
+from varedit_runtime.engine_set import EngineSet, EngineSets
 from varedit_runtime.errors import BackendError, BundleError
-from varedit_runtime.gpu_memory import PROFILES, aligned, budget, lay_out
+from varedit_runtime.gpu_memory import aligned, budget, lay_out
 from varedit_runtime.gpu_weights import Weights
 from varedit_runtime.manifest import Variant
+from varedit_runtime.tensorrt_module import EngineKind
 from varedit_runtime.wiring import DECODER, NEGATIVE, TEXT, Step, View, constants, values_of
 
 SCRATCH, LANDING = "scratch", "landing"
@@ -35,7 +37,7 @@ class EngineBackend(Backend):
         allocated, or when one cannot be loaded; BundleError when a file is damaged.
         """
         recipe = engines.manifest.recipe
-        symbolic = recipe.layout == PROFILES
+        symbolic = recipe.layout == "profiles"
         super().__init__(variant, bundle.manifest.model, recipe.backend, symbolic)
         self._device, self._weights = device, Weights(engines.manifest.weights)
         self.budget = budget(bundle, variant, recipe.layout)
@@ -95,11 +97,10 @@ class EngineBackend(Backend):
         stages = dict.fromkeys(step.stage for step in self.steps.values())
         loaded = {stage: self._device.load(stage, engines.plan_bytes(stage)) for stage in stages}
         for step in self.steps.values():
-            tensors = {name: view.dtype for name, view in {**step.inputs, **step.outputs}.items()}
-            own, weights = loaded[step.stage].tensors, self._weights.names(step.stage)
-            found = {name: own[name] for name in own if name not in weights}
-            if found != tensors:
-                different = sorted(name for name, _ in found.items() ^ tensors.items())
+            weights = self._weights.names(step.stage)
+            tensors = loaded[step.stage].tensors
+            given = {name: tensors[name] for name in tensors if name not in weights}
+            if different := _different({**step.inputs, **step.outputs}, given):
                 raise BundleError(
                     f"{engines.path} has an engine for {step.stage} whose {', '.join(different)} "
                     "are not its graph's: delete the folder and compile it again"
@@ -207,6 +208,39 @@ class EngineBackend(Backend):
         for name in names:
             host = self._host[name]
             self._device.copy(address_of(host), self._address(self._values[name]), host.nbytes)
+
+
+def open_engines(
+    bundle: Bundle, variant: Variant, kind: EngineKind, digest: str | None, trust: bool
+) -> EngineBackend:
+    """A variant's engines on this machine's GPU. digest, trust: see `EngineSets.find`.
+
+    Raises MissingExtraError when the backend is not installed, BackendError without a GPU or with
+    too little of its memory, BundleError when there are no engines for it, or none to be trusted.
+    """
+    device = CudaDevice(kind)
+    try:
+        sets = EngineSets(bundle)
+        engines = sets.find(variant.name, kind, device.tools, device.architecture, digest, trust)
+        return EngineBackend(bundle, variant, engines, device)
+    except BaseException:
+        device.close()
+        raise
+
+
+def _different(
+    views: Mapping[str, View], tensors: Mapping[str, tuple[str, tuple[int, ...]]]
+) -> list[str]:
+    """The tensors that an engine has otherwise than its graph, or one of them alone."""
+
+    def same(view: View, dtype: str, shape: tuple[int, ...]) -> bool:
+        if (view.dtype, len(view.shape)) != (dtype, len(shape)):
+            return False
+        return all(b in (a, -1) for a, b in zip(view.shape, shape, strict=True))
+
+    alone = views.keys() ^ tensors.keys()
+    both = views.keys() & tensors.keys()
+    return sorted(alone | {name for name in both if not same(views[name], *tensors[name])})
 
 
 def _unaligned(step: Step) -> list[View]:

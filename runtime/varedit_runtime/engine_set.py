@@ -6,10 +6,13 @@ are loaded unasked.
 """
 
 import hashlib
+import shlex
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 import msgspec
 from msgspec import Struct
@@ -28,6 +31,9 @@ from varedit_runtime.manifest import (
     canonical_json,
 )
 
+Layout = Literal["external", "profiles", "baked"]
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+
 
 class Recipe(Struct, frozen=True, forbid_unknown_fields=True):
     """All that a set of engines depends on; `EngineSets.recipe` makes one.
@@ -42,7 +48,7 @@ class Recipe(Struct, frozen=True, forbid_unknown_fields=True):
     weights: dict[Name, Digest]
     tools: dict[Text, Text]
     gpu: Text
-    layout: Text
+    layout: Layout
     precision: Precision
     flags: dict[Text, Text]
 
@@ -161,7 +167,7 @@ class EngineSets:
         backend: str,
         tools: Mapping[str, str],
         gpu: str,
-        layout: str,
+        layout: Layout,
         flags: Mapping[str, str],
         baked: Sequence[str] = (),
     ) -> Recipe:
@@ -216,6 +222,58 @@ class EngineSets:
             raise problem
         return None
 
+    def find(
+        self,
+        variant: str,
+        backend: str,
+        tools: Mapping[str, str],
+        gpu: str,
+        digest: str | None = None,
+        trust: bool = False,
+    ) -> EngineSet:
+        """The engines of a variant for a GPU and these tools, of several the smallest layout.
+
+        digest, trust: as for `open`. Raises BundleError when there are none, saying what there is
+        instead; and as `open` does.
+        """
+        recipes: list[Recipe] = []
+        for folder in self.folders:
+            with suppress(BundleError):  # damaged ones are said when nothing else serves
+                recipe = EngineSet.open(folder).manifest.recipe
+                if (recipe.backend, recipe.variant) == (backend, variant):
+                    recipes.append(recipe)
+        reasons = [(recipe, self._unfit(recipe, tools, gpu)) for recipe in recipes]
+        fitting = [recipe for recipe, reason in reasons if reason is None]
+        for recipe in sorted(fitting, key=lambda recipe: LAYOUTS.index(recipe.layout)):
+            if engines := self.open(recipe, digest, trust):
+                return engines
+        there = "; ".join(f"there are some {reason}" for _, reason in reasons) or "there are none"
+        rtx = f" --architecture {gpu}" if backend == "tensorrt-rtx" else ""
+        raise BundleError(
+            f"{self.bundle.path} has no {backend} engines of variant {variant} for this {gpu}: "
+            f"{there}; run `varedit-export engines {shlex.quote(str(self.bundle.path))} "
+            f"--backend {backend}{rtx} --variant {variant}`"
+        )
+
+    def _unfit(self, recipe: Recipe, tools: Mapping[str, str], gpu: str) -> str | None:
+        if not self.of_this_bundle(recipe):
+            return "of other graphs or weights than the bundle's"
+        return mismatch(recipe, tools, [gpu])
+
+    def of_this_bundle(self, recipe: Recipe) -> bool:
+        """Whether it is of the bundle as it is. Raises BundleError if the bundle lacks parts."""
+        ours = self.recipe(
+            recipe.variant,
+            list(recipe.graphs),
+            backend=recipe.backend,
+            tools=recipe.tools,
+            gpu=recipe.gpu,
+            layout=recipe.layout,
+            flags=recipe.flags,
+            baked=list(recipe.weights),
+        )
+        return ours == recipe
+
     def _open_trusted(
         self, folder: Path, recipe: Recipe, digest: str | None, trust: bool
     ) -> EngineSet:
@@ -258,6 +316,16 @@ class EngineSets:
         inside, cached = self._places
         name = f"{recipe.backend}-{recipe.key[:16]}"
         return inside / name, cached / name
+
+
+def mismatch(recipe: Recipe, tools: Mapping[str, str], gpus: Collection[str]) -> str | None:
+    """Why engines cannot run with these tools, by name, on these GPUs; None where they can."""
+    for tool, needed in recipe.tools.items():
+        if (found := tools.get(tool)) != needed:
+            return f"of {tool} {needed}, and {f'{found} is' if found else 'none is'} installed"
+    if set(gpus).isdisjoint(recipe.gpu.split("+")):
+        return f"for {recipe.gpu}, and this machine has {', '.join(sorted(gpus)) or 'no GPU'}"
+    return None
 
 
 def built_here(digest: str) -> Path:

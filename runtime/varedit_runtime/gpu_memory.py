@@ -11,13 +11,12 @@ from typing import Generic, TypeVar
 
 from varedit_runtime.bundle import Bundle, weights_file
 from varedit_runtime.device import ALIGNMENT
+from varedit_runtime.engine_set import Layout
 from varedit_runtime.errors import BackendError
 from varedit_runtime.manifest import Variant
 from varedit_runtime.wiring import values_of, wire
 
 Key = TypeVar("Key", bound=Hashable)
-
-PROFILES = "profiles"  # the layout with one engine for all scales
 
 
 @dataclass(frozen=True)
@@ -73,9 +72,9 @@ class Budget:
             )
 
 
-def budget(bundle: Bundle, variant: Variant, layout: str) -> Budget:
+def budget(bundle: Bundle, variant: Variant, layout: Layout) -> Budget:
     """What a variant's engines will take, by the manifest; a plan's code is not counted."""
-    symbolic = layout == PROFILES
+    symbolic = layout == "profiles"
     values = values_of(wire(variant, bundle.manifest.model, symbolic))
     sizes = {name: aligned(view.size) for name, view in values.items()}
     caches = sum(size for name, size in sizes.items() if is_cache(name))
@@ -86,14 +85,14 @@ def is_cache(value: str) -> bool:
     return value.startswith("cache_")
 
 
-def weights_on_gpu(bundle: Bundle, variant: Variant, layout: str) -> int:
+def weights_on_gpu(bundle: Bundle, variant: Variant, layout: Layout) -> int:
     """Bytes: those of all files, the transformer's once for each engine that it is baked into."""
     files = bundle.manifest.files
     sizes = {name: files[weights_file(name)].size for name in bundle.components}
     return sum(sizes.values()) + (transformers(variant, layout) - 1) * sizes["transformer"]
 
 
-def transformers(variant: Variant, layout: str) -> int:
+def transformers(variant: Variant, layout: Layout) -> int:
     """How many copies of the transformer's weights a layout has: prefill and scales, or one."""
     return len(variant.grids) + 1 if layout == "baked" else 1
 

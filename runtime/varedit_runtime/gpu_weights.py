@@ -18,10 +18,11 @@ class Weights:
 
     def __init__(self, by_stage: Mapping[str, Sequence[EngineWeight]]) -> None:
         self._by_stage = by_stage
-        every = (weight for weights in by_stage.values() for weight in weights)
-        lengths = {(weight.file, weight.offset): weight.length for weight in every}
-        # In the files' own order, in which they are read.
-        self._lengths: dict[Place, int] = dict(sorted(lengths.items()))
+        every = [weight for weights in by_stage.values() for weight in weights]
+        # In the files' own order, in which they are read; a table may start like one row of it,
+        # so that the longest at a place comes last.
+        places = sorted((weight.file, weight.offset, weight.length) for weight in every)
+        self._lengths: dict[Place, int] = {(file, at): length for file, at, length in places}
         self._arena = lay_out(self._lengths)
         self._start = 0
 

@@ -143,6 +143,9 @@ class OnnxBackend(Backend):
     def buffer_bytes(self) -> int:
         return sum(value.size for value in self._values.values())
 
+    def close(self) -> None:
+        self._sessions, self._values = {}, {}
+
     def _run(self, step: Step, given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         arrays = {**self._constants, **given}
         self._sessions[step.stage].run(

@@ -1,0 +1,244 @@
+"""The engines' runtime on a simulated GPU: the same edits as ONNX Runtime's, from the same bits."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from editing import pair_bundle, picture, plain_bundle, small_bundle
+from PIL import Image
+from simulated_gpu import SimulatedGpu
+
+from varedit_engines import engine_cache
+from varedit_engines.compile import Job, compile_engines
+from varedit_runtime import engine_set
+from varedit_runtime.backend import Sampling, ScaleOutput
+from varedit_runtime.bundle import Bundle
+from varedit_runtime.editor import Editor, Progress, _read_instructions
+from varedit_runtime.engine_backend import EngineBackend
+from varedit_runtime.engine_set import LAYOUTS, EngineSet, EngineSets, Layout
+from varedit_runtime.errors import BackendError, BundleError
+from varedit_runtime.gpu_memory import budget, lay_out
+from varedit_runtime.locate import embedded
+
+GPU = "sm90"
+
+
+@dataclass
+class Uncompiled:
+    """A compiler whose plans are the graphs themselves."""
+
+    backend: str = "tensorrt-rtx"
+    gpu: str = GPU
+
+    @property
+    def tools(self) -> dict[str, str]:
+        return {self.backend: "1.7"}
+
+    @property
+    def flags(self) -> dict[str, str]:
+        return {}
+
+    def compile(self, name: str, graph: bytes, *rest: Any) -> bytes:
+        return graph
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("data_folder", "cache_folder"):
+        monkeypatch.setattr(engine_set, name, lambda name=name: tmp_path / name)
+    # The bundles are shared by all tests: engines go to the user's cache.
+    monkeypatch.setattr(engine_cache.os, "access", lambda *_: False)
+    return tmp_path
+
+
+def compiled(path: Path, layout: Layout = "external") -> tuple[Bundle, EngineSet]:
+    bundle = Bundle.open(path)
+    job = Job(bundle, layout, Uncompiled())  # type: ignore[arg-type]
+    return bundle, compile_engines(job, lambda *_: None)
+
+
+def editor_on(gpu: SimulatedGpu, bundle: Bundle, engines: EngineSet) -> Editor:
+    (variant,) = bundle.manifest.variants
+    backend = EngineBackend(bundle, variant, engines, gpu)
+    return Editor(bundle, variant, backend, _read_instructions(bundle, variant.text_tokens))
+
+
+@pytest.fixture(params=LAYOUTS)
+def small(request: pytest.FixtureRequest) -> tuple[Editor, SimulatedGpu]:
+    bundle, engines = compiled(small_bundle(), request.param)
+    gpu = SimulatedGpu(bundle.graphs_folder)
+    return editor_on(gpu, bundle, engines), gpu
+
+
+def pixels(editor: Editor, image: Image.Image, prompt: str, **options: Any) -> np.ndarray:
+    return np.asarray(editor.edit(image, prompt, **options).image)
+
+
+def test_an_edit_is_the_same_as_onnxruntimes(small: tuple[Editor, SimulatedGpu]) -> None:
+    editor, gpu = small
+    with Editor.open(small_bundle(), threads=1) as other:
+        for seed, options in (
+            (1, {}),
+            (2, {"negative_prompt": "rain"}),
+            (3, {"guidance_scale": 4}),
+        ):
+            ours, theirs = (
+                one.edit(picture(40, 30), "add a hat", seed=seed, **options)
+                for one in (editor, other)
+            )
+            assert near(ours.image, theirs.image)
+    assert gpu.launches == 3  # one for each edit
+
+
+def test_by_stages_and_as_a_whole_are_the_same_edit(small: tuple[Editor, SimulatedGpu]) -> None:
+    editor, gpu = small
+    whole = editor.edit(picture(40, 30), "add a hat", seed=1)
+    assert list(whole.timings) == ["edit"]
+    previews: list[np.ndarray] = []
+
+    def on_scale(progress: Progress) -> None:
+        previews.append(np.asarray(progress.preview()[0]))
+
+    before = gpu.launches
+    staged = editor.edit(picture(40, 30), "add a hat", seed=1, on_scale=on_scale)
+    assert np.array_equal(np.asarray(whole.image), np.asarray(staged.image))
+    assert np.array_equal(previews[-1], np.asarray(staged.image))
+    assert not np.array_equal(previews[0], previews[-1])
+    assert gpu.launches - before == len(editor.graphs.steps) - 1 + len(previews)  # no negative
+
+
+def test_an_edit_leaves_nothing_for_the_next(small: tuple[Editor, SimulatedGpu]) -> None:
+    editor, _ = small
+    first = pixels(editor, picture(40, 30), "add a hat", seed=1)
+    pixels(editor, picture(30, 40, blue=5), "make it night", seed=2, negative_prompt="sun")
+    assert np.array_equal(first, pixels(editor, picture(40, 30), "add a hat", seed=1))
+
+
+def test_bits_can_be_forced(small: tuple[Editor, SimulatedGpu]) -> None:
+    editor, _ = small
+    with Editor.open(small_bundle(), threads=1) as other:
+        outputs = [forced(one) for one in (editor, other)]
+    for ours, theirs in zip(*outputs, strict=True):
+        np.testing.assert_allclose(ours.logits, theirs.logits, rtol=0, atol=1e-4)
+        assert np.array_equal(ours.bits, theirs.bits) and ours.bits.all()
+        np.testing.assert_allclose(ours.running_sum, theirs.running_sum, rtol=0, atol=1e-5)
+
+
+def forced(editor: Editor) -> list[ScaleOutput]:
+    graphs, variant = editor.graphs, editor.variant
+    random = np.random.default_rng(0)
+    graphs.condition(
+        {
+            spec.name: np.ones(spec.shape, np.bool_)
+            if spec.dtype == "bool"
+            else random.normal(size=spec.shape).astype(np.float32)
+            for spec in variant.graphs["condition"].inputs
+        }
+    )
+    shapes = [(variant.batch, *grid, graphs.model.token_channels) for grid in variant.grids]
+    graphs.prefill(random.normal(size=shapes[-1]).astype(np.float32))
+    ones = [np.ones(shape, np.bool_) for shape in shapes]
+    return [
+        graphs.predict(k, Sampling(np.full(one.shape, 0.5, np.float32), 2.0, 0.7, one, one))
+        for k, one in enumerate(ones)
+    ]
+
+
+@pytest.mark.parametrize("path", [pair_bundle, plain_bundle, embedded])
+def test_batches_and_other_conditionings(path: Callable[[], Path]) -> None:
+    bundle, engines = compiled(path())
+    editor = editor_on(SimulatedGpu(bundle.graphs_folder), bundle, engines)
+    pictures = [picture(40, 30), picture(20, 60, blue=200), picture(30, 30)]
+    prompts = ["add a hat", "make it night", "remove it"]
+    with Editor.open(path(), threads=1) as other:
+        ours, theirs = (one.edit(pictures, prompts, seed=5) for one in (editor, other))
+    assert all(near(a.image, b.image) for a, b in zip(ours, theirs, strict=True))
+
+
+def near(a: Image.Image, b: Image.Image) -> bool:
+    """Equal, but for single values that the decoders round differently."""
+    different = np.abs(np.asarray(a, np.int16) - np.asarray(b, np.int16))
+    return bool(different.max() <= 1 and different.mean() < 1e-3)
+
+
+def test_memory_is_as_the_budget_says(small: tuple[Editor, SimulatedGpu]) -> None:
+    editor, gpu = small
+    backend = editor.graphs
+    assert isinstance(backend, EngineBackend)
+    layout = "external" if len(gpu.allocated) == 2 else "baked"
+    said = backend.budget
+    taken = sum(map(len, gpu.allocated))
+    inside = said.weights if layout == "baked" else 0  # in the engines, which simulated ones ignore
+    assert said.total - inside == pytest.approx(taken, rel=0.2)
+    assert said.caches > 0 and said.between > 0 and said.scratch
+    assert "GB of GPU memory" in str(said)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_too_little_memory_is_said_before_any_is_taken(layout: Layout) -> None:
+    bundle, engines = compiled(small_bundle(), layout)
+    (variant,) = bundle.manifest.variants
+    needed = budget(bundle, variant, layout)
+    for free in (needed.total - 1, 0):
+        gpu = SimulatedGpu(bundle.graphs_folder, free=free)
+        with pytest.raises(BackendError, match=r"engines need .* are free: end other programs"):
+            EngineBackend(bundle, variant, engines, gpu)
+        assert not gpu.allocated
+    # The scratch is known only once engines are loaded, and counts as well.
+    gpu = SimulatedGpu(bundle.graphs_folder, free=needed.total + 10_000, scratch=20_000)
+    if layout == "external":
+        with pytest.raises(BackendError, match="scratch"):
+            EngineBackend(bundle, variant, engines, gpu)
+        assert not gpu.allocated
+
+
+def test_a_plan_of_another_graph_is_refused_before_it_is_run() -> None:
+    bundle, engines = compiled(small_bundle())
+    (variant,) = bundle.manifest.variants
+
+    class Swapped(EngineSet):
+        def plan_bytes(self, stage: str) -> bytes:
+            return super().plan_bytes("scale_01" if stage == "scale_02" else stage)
+
+    gpu = SimulatedGpu(bundle.graphs_folder)
+    swapped = Swapped(engines.path, engines.manifest, engines.digest)
+    with pytest.raises(
+        BundleError, match=r"engine for scale_02 whose bits, .* are not its graph's"
+    ):
+        EngineBackend(bundle, variant, swapped, gpu)
+    assert not gpu.allocated
+
+
+def test_closing_frees_the_gpu() -> None:
+    bundle, engines = compiled(small_bundle())
+    gpu = SimulatedGpu(bundle.graphs_folder)
+    with editor_on(gpu, bundle, engines):
+        assert not gpu.closed
+    assert gpu.closed
+
+
+def test_engines_are_found_for_their_gpu_and_tools() -> None:
+    bundle, engines = compiled(small_bundle())
+    compiled(small_bundle(), "baked")
+    (variant,) = bundle.manifest.variants
+    sets = EngineSets(bundle)
+    found = sets.find(variant.name, "tensorrt-rtx", {"tensorrt-rtx": "1.7"}, GPU)
+    assert found.path == engines.path  # the one with the smallest plans
+    for tools, gpu, said in (
+        ({"tensorrt-rtx": "1.8"}, GPU, "of tensorrt-rtx 1.7, and 1.8 is installed"),
+        ({"tensorrt-rtx": "1.7"}, "sm89", "for sm90, and this machine has sm89"),
+    ):
+        with pytest.raises(BundleError, match=said) as caught:
+            sets.find(variant.name, "tensorrt-rtx", tools, gpu)
+        assert f"--backend tensorrt-rtx --architecture {gpu}" in str(caught.value)
+    with pytest.raises(BundleError, match="there are none; run `varedit-export engines"):
+        sets.find(variant.name, "tensorrt", {"tensorrt": "11.0"}, GPU)
+
+
+def test_an_arena_holds_its_parts_side_by_side() -> None:
+    arena = lay_out({"a": 1, "b": 256, "c": 257, "d": 0, "e": 5})
+    assert dict(arena.offsets) == {"a": 0, "b": 256, "c": 512, "d": 1024, "e": 1024}
+    assert arena.size == 1280
