@@ -8,11 +8,12 @@ import importlib
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, get_args
 
+from varedit_engines.timing_cache import kept_timings, timings_file
 from varedit_runtime.errors import BackendError, ConfigError, needs_extra
 
 Backend = Literal["tensorrt", "tensorrt-rtx"]
@@ -87,7 +88,7 @@ class Compiler:
         config = self._config(builder)
         for shapes in profiles:
             config.add_optimization_profile(_fixed_profile(builder, shapes))
-        with _monitored(trt, config, name, progress) as stopped:
+        with self._timings(config), _monitored(trt, config, name, progress) as stopped:
             plan = builder.build_serialized_network(network, config)
         if stopped.is_set():
             raise KeyboardInterrupt
@@ -96,6 +97,11 @@ class Compiler:
                 f"{self.backend} cannot compile graph {name}: {messages.worst or 'no reason given'}"
             )
         return bytes(plan)
+
+    def _timings(self, config: Any) -> AbstractContextManager[None]:
+        if self.backend == RTX:  # has none to keep
+            return nullcontext()
+        return kept_timings(config, timings_file(str(self._trt.__version__), self.gpu))
 
     def _config(self, builder: Any) -> Any:
         trt = self._trt
