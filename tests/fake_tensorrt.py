@@ -52,6 +52,9 @@ class BuilderConfig:
     def clear_flag(self, flag: Any) -> None:
         self.flags &= ~(1 << int(flag))
 
+    def get_flag(self, flag: Any) -> bool:
+        return bool(self.flags & 1 << int(flag))
+
     def set_compute_capability(self, compute_capability: Any, index: int) -> None:
         assert index < self.num_compute_capabilities
 

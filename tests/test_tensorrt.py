@@ -7,12 +7,19 @@ from typing import Any, NoReturn
 
 import fake_tensorrt
 import pytest
+from click.testing import CliRunner
+from fake_bundles import publish
 from fake_tensorrt import RTX, BuilderConfig, TimingCache
 
+from varedit_engines import compile as compile_module
 from varedit_engines import compiler as compiler_module
 from varedit_engines import timing_cache
-from varedit_engines.compiler import Compiler
+from varedit_engines.compile import Job
+from varedit_engines.compiler import HARDWARE, Compiler, Flags
 from varedit_engines.timing_cache import kept_timings, timings_file
+from varedit_export.cli import main
+from varedit_runtime.bundle import Bundle
+from varedit_runtime.errors import BackendError, ConfigError
 
 
 @pytest.fixture(autouse=True)
@@ -25,8 +32,8 @@ def trt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return module
 
 
-def compile_graph(kernel: str) -> bytes:
-    compiler = Compiler("tensorrt")
+def compile_graph(kernel: str, *flags: Flags) -> bytes:
+    compiler = Compiler("tensorrt", (), *flags)
     return compiler.compile("graph", kernel.encode(), Path(), [], lambda *progress: None)
 
 
@@ -37,6 +44,90 @@ def compile_graph(kernel: str) -> bytes:
 def test_the_fake_has_no_name_that_the_real_one_lacks(fake: Any, real: Any) -> None:
     names = {name for name in dir(fake) if name[0] != "_"}
     assert names - {"gpu", "timings"} <= set(dir(real))
+
+
+# Flags
+
+
+LEVELS = RTX.HardwareCompatibilityLevel
+TF32, VERSION_COMPATIBLE = RTX.BuilderFlag.TF32, RTX.BuilderFlag.VERSION_COMPATIBLE
+
+
+@pytest.mark.parametrize(
+    ("flags", "tf32", "version", "hardware"),
+    [
+        (Flags(), False, False, LEVELS.NONE),
+        (Flags(tf32=True), True, False, LEVELS.NONE),
+        (Flags(version_compatible=True), False, True, LEVELS.NONE),
+        (Flags(hardware_compatible="ampere-plus"), False, False, LEVELS.AMPERE_PLUS),
+        (
+            Flags(hardware_compatible="same-compute-capability"),
+            False,
+            False,
+            LEVELS.SAME_COMPUTE_CAPABILITY,
+        ),
+    ],
+)
+def test_engines_are_compiled_with_the_flags_asked_for(
+    trt: Any, flags: Flags, tf32: bool, version: bool, hardware: Any
+) -> None:
+    compile_graph("a", flags)
+    (config,) = trt.Builder.configs
+    assert (config.get_flag(TF32), config.get_flag(VERSION_COMPATIBLE)) == (tf32, version)
+    assert config.hardware_compatibility_level == hardware
+
+
+def test_engines_with_other_flags_are_other_engines(tmp_path: Path) -> None:
+    asked = [
+        *(Flags(), Flags(tf32=True), Flags(version_compatible=True), Flags(optimisation=3)),
+        *(Flags(hardware_compatible=level) for level in HARDWARE),
+    ]
+    bundle = Bundle.open(publish(tmp_path / "bundle"))
+    keys = {Job(bundle, "external", Compiler("tensorrt", (), flags)).recipe.key for flags in asked}
+    assert len(keys) == len(asked)
+
+
+@pytest.mark.parametrize(
+    "flags", [Flags(version_compatible=True), Flags(hardware_compatible="ampere-plus")]
+)
+def test_rtx_has_architectures_in_place_of_compatibility(flags: Flags) -> None:
+    with pytest.raises(ConfigError, match="--architecture"):
+        Compiler("tensorrt-rtx", ["sm89"], flags)
+
+
+def test_an_unknown_compatibility_is_refused() -> None:
+    with pytest.raises(ConfigError, match="there are ampere-plus, same-compute-capability"):
+        Flags(hardware_compatible="turing-plus")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "flags"),
+    [
+        ((), {"tf32": "False", "version_compatible": "False", "hardware_compatible": "None"}),
+        (("--tf32", "--version-compatible"), {"tf32": "True", "version_compatible": "True"}),
+        (("--hardware-compatible", "ampere-plus"), {"hardware_compatible": "ampere-plus"}),
+        (("--workspace", "2", "--optimisation", "1"), {"workspace": "2000000"}),
+    ],
+)
+def test_the_command_records_the_flags(
+    options: tuple[str, ...], flags: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs: list[Job] = []
+
+    def stop(job: Job, *rest: Any) -> NoReturn:
+        jobs.append(job)
+        raise BackendError("not compiled")
+
+    monkeypatch.setattr(compile_module, "compile_engines", stop)
+    CliRunner().invoke(main, ["engines", str(publish(tmp_path / "bundle")), *options])
+    (job,) = jobs
+    assert flags.items() <= job.recipe.flags.items()
+
+
+def test_the_command_refuses_compatibility_with_rtx() -> None:
+    arguments = ["engines", "bundle", "--backend", "tensorrt-rtx", "--architecture", "sm89"]
+    result = CliRunner().invoke(main, [*arguments, "--version-compatible"])
+    assert result.exit_code == 1 and "no version- or hardware-compatible engines" in result.stderr
 
 
 # Timings
