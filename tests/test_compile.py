@@ -6,7 +6,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -69,8 +69,10 @@ def quiet(graph: str, done: int, steps: int) -> None:
     """Progress that is not shown."""
 
 
-def compile_small(bundle: Bundle, layout: Layout = "external", **options: Any) -> EngineSet:
-    compiler = Compiler("tensorrt-rtx", options.pop("architectures", ADA), **options)
+def compile_small(
+    bundle: Bundle, layout: Layout = "external", architectures: Sequence[str] = ADA
+) -> EngineSet:
+    compiler = Compiler("tensorrt-rtx", architectures)
     return compile_engines(Job(bundle, layout, compiler), quiet)
 
 

@@ -202,8 +202,25 @@ def _compiler(
 @click.option(
     "--optimisation", type=click.IntRange(0, 5), help="0 compiles fast, 5 gives fast engines."
 )
+@click.option("--tf32", is_flag=True, help="Let factors in fp32 be rounded to TF32, for speed.")
+@click.option(
+    "--version-compatible",
+    is_flag=True,
+    help="Engines for later versions of TensorRT too. Not with tensorrt-rtx.",
+)
+@click.option(
+    "--hardware-compatible",
+    type=click.Choice(["ampere-plus", "same-compute-capability"]),
+    help="Engines for other GPUs too. Not with tensorrt-rtx: name architectures.",
+)
 def engines(
-    bundle: Path, layout: Any, variant: str | None, workspace: int | None, **options: Any
+    bundle: Path,
+    backend: Any,
+    layout: Any,
+    architectures: tuple[str, ...],
+    variant: str | None,
+    workspace: int | None,
+    **flags: Any,
 ) -> None:
     """Compile a bundle's graphs to TensorRT engines, kept with the bundle or in your cache.
 
@@ -213,11 +230,12 @@ def engines(
     \b
     varedit-export engines bundles/2b-512
     varedit-export engines bundles/2b-512 --backend tensorrt-rtx --architecture sm89
+    varedit-export engines bundles/2b-512 --hardware-compatible ampere-plus
     """
-    from varedit_engines.compiler import Compiler
+    from varedit_engines.compiler import Compiler, Flags
 
     bytes_ = None if workspace is None else workspace * 10**6
-    compiler = Compiler(workspace=bytes_, **options)
+    compiler = Compiler(backend, architectures, Flags(workspace=bytes_, **flags))
     click.echo(_compile(Bundle.open(bundle), layout, compiler, variant))
 
 

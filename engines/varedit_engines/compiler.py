@@ -8,50 +8,84 @@ import importlib
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, get_args
 
+from varedit_engines.timing_cache import kept_timings, timings_file
 from varedit_runtime.errors import BackendError, ConfigError, needs_extra
 
 Backend = Literal["tensorrt", "tensorrt-rtx"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 MODULES: dict[Backend, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 RTX: Backend = "tensorrt-rtx"
+Hardware = Literal["ampere-plus", "same-compute-capability"]
+HARDWARE: tuple[Hardware, ...] = get_args(Hardware)
 
 # (graph, steps done, steps in all) of the builder's outermost phase
 Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What is asked of engines; what is None is left to the library.
+
+    workspace: bytes of GPU memory that a layer may use for itself; optimisation: 0, fast to
+    compile, to 5, fast to run; tf32: whether factors of fp32 may be rounded to it.
+
+    Without RTX engines are for the version of TensorRT that compiled them, unless they are
+    version_compatible: for later ones too; and for one model of GPU, unless they are
+    hardware_compatible: for all since Ampere, or all of its compute capability. Either may make
+    them slower. Raises ConfigError on another compatibility.
+    """
+
+    workspace: int | None = None
+    optimisation: int | None = None
+    tf32: bool = False
+    version_compatible: bool = False
+    hardware_compatible: Hardware | None = None
+
+    def __post_init__(self) -> None:
+        if self.hardware_compatible not in (None, *HARDWARE):
+            raise ConfigError(
+                f"engines cannot be compatible with {self.hardware_compatible!r}; there are "
+                f"{', '.join(HARDWARE)}"
+            )
 
 
 class Compiler:
     """A backend and how it compiles.
 
     architectures: of the GPUs to compile for, as in "sm89" (RTX only); none: this machine's GPU.
-    workspace: bytes of GPU memory that a layer may use for itself; optimisation: 0, fast to
-    compile, to 5, fast to run; None leaves either to the library.
 
     Raises MissingExtraError when the backend is not installed, ConfigError on a backend or an
-    architecture that does not exist, BackendError where there is no GPU and none was named.
+    architecture that does not exist or flags that the backend does not have, BackendError where
+    there is no GPU and none was named.
     """
 
     def __init__(
         self,
         backend: Backend,
         architectures: Sequence[str] = (),
-        workspace: int | None = None,
-        optimisation: int | None = None,
+        flags: Flags = Flags(),
     ) -> None:
         if backend not in BACKENDS:
             raise ConfigError(f"there is no backend {backend!r}; there are {', '.join(BACKENDS)}")
         if architectures and backend != RTX:
             raise ConfigError(f"only {RTX} compiles for named architectures; {backend} for its GPU")
+        if backend == RTX and (flags.version_compatible or flags.hardware_compatible):
+            raise ConfigError(
+                f"{RTX} has no version- or hardware-compatible engines: leave that out, and name "
+                "all architectures that they are for (--architecture sm86 --architecture sm89)"
+            )
         with needs_extra(backend):
             self._trt = importlib.import_module(MODULES[backend])
         self.backend: Backend = backend
         self._architectures = [_architecture(self._trt, name) for name in architectures]
         self.gpu = "+".join(architectures) or this_gpu()
-        self._workspace, self._optimisation = workspace, optimisation
+        self._flags = flags
 
     @property
     def tools(self) -> dict[str, str]:
@@ -59,7 +93,8 @@ class Compiler:
 
     @property
     def flags(self) -> dict[str, str]:
-        return {"workspace": str(self._workspace), "optimisation": str(self._optimisation)}
+        """As a recipe has them."""
+        return {name: str(value) for name, value in asdict(self._flags).items()}
 
     def compile(
         self,
@@ -87,7 +122,7 @@ class Compiler:
         config = self._config(builder)
         for shapes in profiles:
             config.add_optimization_profile(_fixed_profile(builder, shapes))
-        with _monitored(trt, config, name, progress) as stopped:
+        with self._timings(config), _monitored(trt, config, name, progress) as stopped:
             plan = builder.build_serialized_network(network, config)
         if stopped.is_set():
             raise KeyboardInterrupt
@@ -97,14 +132,26 @@ class Compiler:
             )
         return bytes(plan)
 
+    def _timings(self, config: Any) -> AbstractContextManager[None]:
+        if self.backend == RTX:  # has none to keep
+            return nullcontext()
+        return kept_timings(config, timings_file(str(self._trt.__version__), self.gpu))
+
     def _config(self, builder: Any) -> Any:
-        trt = self._trt
+        trt, flags = self._trt, self._flags
         config = builder.create_builder_config()
-        config.clear_flag(trt.BuilderFlag.TF32)
-        if self._workspace is not None:
-            config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, self._workspace)
-        if self._optimisation is not None:
-            config.builder_optimization_level = self._optimisation
+        if not flags.tf32:  # which TensorRT allows by default
+            config.clear_flag(trt.BuilderFlag.TF32)
+        if flags.version_compatible:
+            config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+        if flags.hardware_compatible is not None:
+            level = flags.hardware_compatible.replace("-", "_").upper()
+            levels = trt.HardwareCompatibilityLevel.__members__
+            config.hardware_compatibility_level = levels[level]
+        if flags.workspace is not None:
+            config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, flags.workspace)
+        if flags.optimisation is not None:
+            config.builder_optimization_level = flags.optimisation
         if self._architectures:
             config.num_compute_capabilities = len(self._architectures)
             for i, architecture in enumerate(self._architectures):

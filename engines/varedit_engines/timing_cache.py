@@ -1,0 +1,52 @@
+"""What TensorRT measured while it chose kernels, kept in the user's cache for the next compilation.
+
+Of TensorRT for RTX nothing is kept: it measures nothing when it compiles, and the calls below,
+which it has deprecated, would only make it ask for a GPU that it otherwise does without.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from varedit_runtime.locate import cache_folder
+
+
+def timings_file(version: str, gpu: str) -> Path:
+    """Where the timings of a version of TensorRT on an architecture of GPU are kept."""
+    return cache_folder() / "timings" / f"tensorrt-{version}-{gpu}"
+
+
+@contextmanager
+def kept_timings(config: Any, path: Path) -> Iterator[None]:
+    """Around a build with this builder config: it starts from a file's timings and adds its own.
+
+    A file that is damaged, of another GPU or that cannot be read counts for none; where it cannot
+    be written, nothing is kept. Of two builds at once both add to it; only where they end at the
+    same moment, one's timings are lost.
+    """
+    timings = config.create_timing_cache(_read(path))
+    if timings is None or not config.set_timing_cache(timings, ignore_mismatch=False):
+        timings = config.create_timing_cache(b"")
+        config.set_timing_cache(timings, ignore_mismatch=False)
+    yield
+    others = config.create_timing_cache(_read(path))  # what another build has added since
+    if others is not None:
+        timings.combine(others, ignore_mismatch=False)
+    _write(path, bytes(timings.serialize()))
+
+
+def _read(path: Path) -> bytes:
+    with suppress(OSError):
+        return path.read_bytes()
+    return b""
+
+
+def _write(path: Path, data: bytes) -> None:
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=path.parent) as folder:
+            whole = Path(folder, path.name)
+            whole.write_bytes(data)
+            whole.replace(path)

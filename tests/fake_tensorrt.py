@@ -1,0 +1,123 @@
+"""A `tensorrt` that compiles nothing: the real one is not to be had everywhere, and needs a GPU.
+
+Its names are tensorrt_rtx's, which has the same API: what has no effect of its own is taken from
+there, and for the rest `test_tensorrt.py` compares them.
+"""
+
+import json
+from types import ModuleType
+from typing import Any
+
+import tensorrt_rtx
+
+RTX: Any = tensorrt_rtx
+VERSION = "11.0"
+REAL = (
+    *("BuilderFlag", "ComputeCapability", "HardwareCompatibilityLevel", "ILogger"),
+    *("IProgressMonitor", "MemoryPoolType", "NetworkDefinitionCreationFlag"),
+)
+
+
+class TimingCache:
+    """Timings of kernels by name, on one GPU."""
+
+    def __init__(self, gpu: str, timings: dict[str, int]) -> None:
+        self.gpu, self.timings = gpu, timings
+
+    def combine(self, input_cache: "TimingCache", ignore_mismatch: bool) -> bool:
+        fits = ignore_mismatch or input_cache.gpu == self.gpu
+        if fits:
+            self.timings = input_cache.timings | self.timings
+        return fits
+
+    def serialize(self) -> bytes:
+        return json.dumps([self.gpu, self.timings]).encode()
+
+
+class BuilderConfig:
+    """gpu: what this machine has."""
+
+    gpu = "H100"
+
+    def __init__(self) -> None:
+        self.flags = 1 << int(RTX.BuilderFlag.TF32)
+        self.hardware_compatibility_level = RTX.HardwareCompatibilityLevel.NONE
+        self.num_compute_capabilities = 0
+        self.progress_monitor: Any = None
+        self._timings: TimingCache | None = None
+
+    def set_flag(self, flag: Any) -> None:
+        self.flags |= 1 << int(flag)
+
+    def clear_flag(self, flag: Any) -> None:
+        self.flags &= ~(1 << int(flag))
+
+    def get_flag(self, flag: Any) -> bool:
+        return bool(self.flags & 1 << int(flag))
+
+    def set_compute_capability(self, compute_capability: Any, index: int) -> None:
+        assert index < self.num_compute_capabilities
+
+    def create_timing_cache(self, serialized_timing_cache: bytes) -> TimingCache | None:
+        if not serialized_timing_cache:
+            return TimingCache(self.gpu, {})
+        try:
+            return TimingCache(*json.loads(serialized_timing_cache))
+        except ValueError:
+            return None
+
+    def set_timing_cache(self, cache: TimingCache, ignore_mismatch: bool) -> bool:
+        fits = ignore_mismatch or cache.gpu == self.gpu
+        if fits:
+            self._timings = cache
+        return fits
+
+    def get_timing_cache(self) -> TimingCache | None:
+        return self._timings
+
+
+class Builder:
+    """configs: all that were built with; measured: every kernel that had to be, one per graph."""
+
+    configs: list[BuilderConfig]
+    measured: list[str]
+
+    def __init__(self, logger: Any) -> None:
+        self.network: list[str] = []
+
+    def create_network(self, flags: int) -> list[str]:
+        return self.network
+
+    def create_builder_config(self) -> BuilderConfig:
+        return BuilderConfig()
+
+    def build_serialized_network(self, network: list[str], config: BuilderConfig) -> bytes:
+        self.configs.append(config)
+        (kernel,) = network
+        timings = config.get_timing_cache()
+        if timings is None or kernel not in timings.timings:
+            self.measured.append(kernel)
+        if timings is not None:
+            timings.timings[kernel] = 1
+        return f"plan of {kernel}".encode()
+
+
+class OnnxParser:
+    """Takes a graph for the name of the one kernel it needs."""
+
+    def __init__(self, network: list[str], logger: Any) -> None:
+        self._network = network
+
+    def parse(self, model: bytes, path: str) -> bool:
+        self._network.append(model.decode())
+        return True
+
+
+def fake_tensorrt() -> Any:
+    """The module, with a builder of its own."""
+    module = ModuleType("tensorrt")
+    for name in REAL:
+        setattr(module, name, getattr(RTX, name))
+    own = type("Builder", (Builder,), {"configs": [], "measured": []})
+    vars(module).update(__version__=VERSION, Builder=own, OnnxParser=OnnxParser)
+    return module

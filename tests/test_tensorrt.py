@@ -1,0 +1,218 @@
+"""What only plain TensorRT does, with a fake of it."""
+
+import errno
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import fake_tensorrt
+import pytest
+from click.testing import CliRunner
+from fake_bundles import publish
+from fake_tensorrt import RTX, BuilderConfig, TimingCache
+
+from varedit_engines import compile as compile_module
+from varedit_engines import compiler as compiler_module
+from varedit_engines import timing_cache
+from varedit_engines.compile import Job
+from varedit_engines.compiler import HARDWARE, Compiler, Flags
+from varedit_engines.timing_cache import kept_timings, timings_file
+from varedit_export.cli import main
+from varedit_runtime.bundle import Bundle
+from varedit_runtime.errors import BackendError, ConfigError
+
+
+@pytest.fixture(autouse=True)
+def trt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The fake in the place of TensorRT, on a machine with a GPU."""
+    module = fake_tensorrt.fake_tensorrt()
+    monkeypatch.setitem(sys.modules, "tensorrt", module)
+    monkeypatch.setattr(compiler_module, "this_gpu", lambda: "sm90")
+    monkeypatch.setattr(timing_cache, "cache_folder", lambda: tmp_path / "cache")
+    return module
+
+
+def compile_graph(kernel: str, *flags: Flags) -> bytes:
+    compiler = Compiler("tensorrt", (), *flags)
+    return compiler.compile("graph", kernel.encode(), Path(), [], lambda *progress: None)
+
+
+@pytest.mark.parametrize(
+    ("fake", "real"),
+    [(BuilderConfig(), RTX.IBuilderConfig), (TimingCache("", {}), RTX.ITimingCache)],
+)
+def test_the_fake_has_no_name_that_the_real_one_lacks(fake: Any, real: Any) -> None:
+    names = {name for name in dir(fake) if name[0] != "_"}
+    assert names - {"gpu", "timings"} <= set(dir(real))
+
+
+# Flags
+
+
+LEVELS = RTX.HardwareCompatibilityLevel
+TF32, VERSION_COMPATIBLE = RTX.BuilderFlag.TF32, RTX.BuilderFlag.VERSION_COMPATIBLE
+
+
+@pytest.mark.parametrize(
+    ("flags", "tf32", "version", "hardware"),
+    [
+        (Flags(), False, False, LEVELS.NONE),
+        (Flags(tf32=True), True, False, LEVELS.NONE),
+        (Flags(version_compatible=True), False, True, LEVELS.NONE),
+        (Flags(hardware_compatible="ampere-plus"), False, False, LEVELS.AMPERE_PLUS),
+        (
+            Flags(hardware_compatible="same-compute-capability"),
+            False,
+            False,
+            LEVELS.SAME_COMPUTE_CAPABILITY,
+        ),
+    ],
+)
+def test_engines_are_compiled_with_the_flags_asked_for(
+    trt: Any, flags: Flags, tf32: bool, version: bool, hardware: Any
+) -> None:
+    compile_graph("a", flags)
+    (config,) = trt.Builder.configs
+    assert (config.get_flag(TF32), config.get_flag(VERSION_COMPATIBLE)) == (tf32, version)
+    assert config.hardware_compatibility_level == hardware
+
+
+def test_engines_with_other_flags_are_other_engines(tmp_path: Path) -> None:
+    asked = [
+        *(Flags(), Flags(tf32=True), Flags(version_compatible=True), Flags(optimisation=3)),
+        *(Flags(hardware_compatible=level) for level in HARDWARE),
+    ]
+    bundle = Bundle.open(publish(tmp_path / "bundle"))
+    keys = {Job(bundle, "external", Compiler("tensorrt", (), flags)).recipe.key for flags in asked}
+    assert len(keys) == len(asked)
+
+
+@pytest.mark.parametrize(
+    "flags", [Flags(version_compatible=True), Flags(hardware_compatible="ampere-plus")]
+)
+def test_rtx_has_architectures_in_place_of_compatibility(flags: Flags) -> None:
+    with pytest.raises(ConfigError, match="--architecture"):
+        Compiler("tensorrt-rtx", ["sm89"], flags)
+
+
+def test_an_unknown_compatibility_is_refused() -> None:
+    with pytest.raises(ConfigError, match="there are ampere-plus, same-compute-capability"):
+        Flags(hardware_compatible="turing-plus")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "flags"),
+    [
+        ((), {"tf32": "False", "version_compatible": "False", "hardware_compatible": "None"}),
+        (("--tf32", "--version-compatible"), {"tf32": "True", "version_compatible": "True"}),
+        (("--hardware-compatible", "ampere-plus"), {"hardware_compatible": "ampere-plus"}),
+        (("--workspace", "2", "--optimisation", "1"), {"workspace": "2000000"}),
+    ],
+)
+def test_the_command_records_the_flags(
+    options: tuple[str, ...], flags: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs: list[Job] = []
+
+    def stop(job: Job, *rest: Any) -> NoReturn:
+        jobs.append(job)
+        raise BackendError("not compiled")
+
+    monkeypatch.setattr(compile_module, "compile_engines", stop)
+    CliRunner().invoke(main, ["engines", str(publish(tmp_path / "bundle")), *options])
+    (job,) = jobs
+    assert flags.items() <= job.recipe.flags.items()
+
+
+def test_the_command_refuses_compatibility_with_rtx() -> None:
+    arguments = ["engines", "bundle", "--backend", "tensorrt-rtx", "--architecture", "sm89"]
+    result = CliRunner().invoke(main, [*arguments, "--version-compatible"])
+    assert result.exit_code == 1 and "no version- or hardware-compatible engines" in result.stderr
+
+
+# Timings
+
+
+def kept() -> dict[str, int]:
+    config = BuilderConfig()
+    timings = config.create_timing_cache(timings_file("11.0", "sm90").read_bytes())
+    assert timings
+    return timings.timings
+
+
+def test_what_was_measured_is_not_measured_again(trt: Any, tmp_path: Path) -> None:
+    plans = [compile_graph(kernel) for kernel in ("a", "b", "a")]
+    assert plans == [b"plan of a", b"plan of b", b"plan of a"]
+    assert trt.Builder.measured == ["a", "b"] and kept().keys() == {"a", "b"}
+    (file,) = (path for path in tmp_path.rglob("*") if path.is_file())
+    assert file == tmp_path / "cache" / "timings" / "tensorrt-11.0-sm90"
+
+
+def test_other_versions_and_architectures_have_timings_of_their_own(
+    trt: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_graph("a")
+    monkeypatch.setattr(trt, "__version__", "11.1")
+    compile_graph("a")
+    monkeypatch.setattr(compiler_module, "this_gpu", lambda: "sm89")
+    compile_graph("a")
+    assert trt.Builder.measured == ["a"] * 3
+
+
+@pytest.mark.parametrize("content", [b"", b"torn", TimingCache("A100", {"a": 1}).serialize()])
+def test_timings_that_are_damaged_or_of_another_gpu_are_begun_afresh(
+    trt: Any, content: bytes
+) -> None:
+    path = timings_file("11.0", "sm90")
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    assert compile_graph("a") and compile_graph("a")
+    assert trt.Builder.measured == ["a"] and kept() == {"a": 1}
+
+
+def test_two_builds_at_once_keep_what_both_measured() -> None:
+    path, one, two = timings_file("11.0", "sm90"), BuilderConfig(), BuilderConfig()
+    with kept_timings(one, path):
+        with kept_timings(two, path):
+            measure(two, "b")
+        assert kept() == {"b": 1}
+        measure(one, "a")
+    assert kept() == {"a": 1, "b": 1}
+
+
+def measure(config: BuilderConfig, kernel: str) -> None:
+    timings = config.get_timing_cache()
+    assert timings
+    timings.timings[kernel] = 1
+
+
+def test_without_a_place_for_timings_graphs_compile(trt: Any, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_bytes(b"no folder")
+    assert compile_graph("a") == compile_graph("a") == b"plan of a"
+    assert trt.Builder.measured == ["a", "a"]
+
+
+def test_timings_that_cannot_be_written_whole_leave_the_earlier_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(path: Path, data: bytes) -> NoReturn:
+        original(path, data[:3])
+        raise OSError(errno.ENOSPC, "no space")
+
+    compile_graph("a")
+    original = Path.write_bytes
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert compile_graph("b") == b"plan of b"
+    assert kept() == {"a": 1}
+    path = timings_file("11.0", "sm90")
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_tensorrt_for_rtx_is_asked_for_no_timings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would need a GPU for them, and warns."""
+    module = fake_tensorrt.fake_tensorrt()
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", module)
+    compiler = Compiler("tensorrt-rtx", ["sm89"])
+    compiler.compile("graph", b"a", Path(), [], lambda *progress: None)
+    (config,) = module.Builder.configs
+    assert config.get_timing_cache() is None
