@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from editing import pair_bundle, picture, plain_bundle, small_bundle
@@ -18,10 +19,11 @@ from varedit_runtime.backend import Sampling, ScaleOutput
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.editor import Editor, Progress, _read_instructions
 from varedit_runtime.engine_backend import EngineBackend
-from varedit_runtime.engine_set import LAYOUTS, EngineSet, EngineSets, Layout
+from varedit_runtime.engine_set import LAYOUTS, EngineSet, EngineSets, Layout, mismatch
 from varedit_runtime.errors import BackendError, BundleError
 from varedit_runtime.gpu_memory import budget, lay_out
 from varedit_runtime.locate import embedded
+from varedit_runtime.wiring import sized
 
 GPU = "sm90"
 
@@ -132,9 +134,9 @@ def forced(editor: Editor) -> list[ScaleOutput]:
     random = np.random.default_rng(0)
     graphs.condition(
         {
-            spec.name: np.ones(spec.shape, np.bool_)
+            spec.name: np.ones(sized(spec, {}), np.bool_)
             if spec.dtype == "bool"
-            else random.normal(size=spec.shape).astype(np.float32)
+            else random.normal(size=sized(spec, {})).astype(np.float32)
             for spec in variant.graphs["condition"].inputs
         }
     )
@@ -236,6 +238,29 @@ def test_engines_are_found_for_their_gpu_and_tools() -> None:
         assert f"--backend tensorrt-rtx --architecture {gpu}" in str(caught.value)
     with pytest.raises(BundleError, match="there are none; run `varedit-export engines"):
         sets.find(variant.name, "tensorrt", {"tensorrt": "11.0"}, GPU)
+
+
+@pytest.mark.parametrize(
+    ("flags", "tools", "gpu", "serves"),
+    [
+        ({}, "11.1", "sm90", True),
+        ({}, "11.2", "sm90", False),
+        ({}, "11.1", "sm89", False),
+        ({"version_compatible": "True"}, "11.2", "sm90", True),
+        ({"version_compatible": "True"}, "11.0", "sm90", False),
+        ({"version_compatible": "True"}, "12.0", "sm90", False),
+        ({"hardware_compatible": "ampere-plus"}, "11.1", "sm120", True),
+        ({"hardware_compatible": "ampere-plus"}, "11.1", "sm75", False),
+        ({"hardware_compatible": "same-compute-capability"}, "11.1", "sm89", False),
+    ],
+)
+def test_compatible_engines_serve_others(
+    flags: dict[str, str], tools: str, gpu: str, serves: bool
+) -> None:
+    bundle = Bundle.open(small_bundle())
+    job = Job(bundle, "external", Uncompiled())  # type: ignore[arg-type]
+    recipe = msgspec.structs.replace(job.recipe, tools={"tensorrt": "11.1"}, flags=flags)
+    assert (mismatch(recipe, {"tensorrt": tools}, [gpu]) is None) == serves
 
 
 def test_an_arena_holds_its_parts_side_by_side() -> None:

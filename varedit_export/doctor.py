@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from varedit_engines.compiler import MODULES, RTX, Backend
 from varedit_export.machine import EXPORT, BundleFacts, Engines, Gpu, Machine
 from varedit_runtime.engine_set import mismatch
+from varedit_runtime.tensorrt_module import MODULES, RTX, EngineKind
 
 PEAK = 1.3  # of the weights: they, packed copies, caches and activations
 
@@ -103,7 +103,7 @@ def _rtx(machine: Machine) -> Verdict:
 
 
 def _compiles(
-    machine: Machine, backend: Backend, gpu: str, architectures: tuple[str, ...]
+    machine: Machine, backend: EngineKind, gpu: str, architectures: tuple[str, ...]
 ) -> Verdict:
     what = f"for this {gpu} (nothing here runs engines yet)"
     return Verdict(
@@ -111,7 +111,7 @@ def _compiles(
     )
 
 
-def _cannot_compile(machine: Machine, backend: Backend) -> Verdict | None:
+def _cannot_compile(machine: Machine, backend: EngineKind) -> Verdict | None:
     if why := machine.unusable.get(MODULES[backend]):
         return Verdict(backend, "cannot", why, (f"pip install --force-reinstall {backend}",))
     if backend not in machine.packages:

@@ -15,12 +15,15 @@ from types import ModuleType
 from typing import Any, Literal, get_args
 
 from varedit_engines.timing_cache import kept_timings, timings_file
-from varedit_runtime.errors import BackendError, ConfigError, needs_extra
+from varedit_runtime.errors import BackendError, ConfigError
+from varedit_runtime.tensorrt_module import (
+    ENGINE_KINDS,
+    RTX,
+    EngineKind,
+    import_tensorrt,
+    quiet_logger,
+)
 
-Backend = Literal["tensorrt", "tensorrt-rtx"]
-BACKENDS: tuple[Backend, ...] = get_args(Backend)
-MODULES: dict[Backend, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-RTX: Backend = "tensorrt-rtx"
 Hardware = Literal["ampere-plus", "same-compute-capability"]
 HARDWARE: tuple[Hardware, ...] = get_args(Hardware)
 
@@ -67,12 +70,14 @@ class Compiler:
 
     def __init__(
         self,
-        backend: Backend,
+        backend: EngineKind,
         architectures: Sequence[str] = (),
         flags: Flags = Flags(),
     ) -> None:
-        if backend not in BACKENDS:
-            raise ConfigError(f"there is no backend {backend!r}; there are {', '.join(BACKENDS)}")
+        if backend not in ENGINE_KINDS:
+            raise ConfigError(
+                f"there is no backend {backend!r}; there are {', '.join(ENGINE_KINDS)}"
+            )
         if architectures and backend != RTX:
             raise ConfigError(f"only {RTX} compiles for named architectures; {backend} for its GPU")
         if backend == RTX and (flags.version_compatible or flags.hardware_compatible):
@@ -80,9 +85,8 @@ class Compiler:
                 f"{RTX} has no version- or hardware-compatible engines: leave that out, and name "
                 "all architectures that they are for (--architecture sm86 --architecture sm89)"
             )
-        with needs_extra(backend):
-            self._trt = importlib.import_module(MODULES[backend])
-        self.backend: Backend = backend
+        self._trt = import_tensorrt(backend)
+        self.backend: EngineKind = backend
         self._architectures = [_architecture(self._trt, name) for name in architectures]
         self.gpu = "+".join(architectures) or this_gpu()
         self._flags = flags
@@ -110,7 +114,7 @@ class Compiler:
         static. Ctrl-C stops it. Raises BackendError when the graph cannot be parsed or compiled.
         """
         trt = self._trt
-        messages = _logger(trt)
+        messages = quiet_logger(trt)
         builder = trt.Builder(messages)
         flag = trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED
         network = builder.create_network(1 << int(flag))
@@ -186,21 +190,6 @@ def _fixed_profile(builder: Any, shapes: Mapping[str, tuple[int, ...]]) -> Any:
     for name, shape in shapes.items():
         profile.set_shape(name, shape, shape, shape)
     return profile
-
-
-def _logger(trt: ModuleType) -> Any:
-    """Keeps the last error instead of printing anything."""
-
-    class Messages(trt.ILogger):
-        def __init__(self) -> None:
-            super().__init__()
-            self.worst = ""
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-                self.worst = " ".join(message.split())
-
-    return Messages()
 
 
 @contextmanager

@@ -5,11 +5,11 @@ which it has deprecated, would only make it ask for a GPU that it otherwise does
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
+from varedit_runtime.kept_file import keep, read_kept
 from varedit_runtime.locate import cache_folder
 
 
@@ -26,27 +26,12 @@ def kept_timings(config: Any, path: Path) -> Iterator[None]:
     be written, nothing is kept. Of two builds at once both add to it; only where they end at the
     same moment, one's timings are lost.
     """
-    timings = config.create_timing_cache(_read(path))
+    timings = config.create_timing_cache(read_kept(path))
     if timings is None or not config.set_timing_cache(timings, ignore_mismatch=False):
         timings = config.create_timing_cache(b"")
         config.set_timing_cache(timings, ignore_mismatch=False)
     yield
-    others = config.create_timing_cache(_read(path))  # what another build has added since
+    others = config.create_timing_cache(read_kept(path))  # what another build has added since
     if others is not None:
         timings.combine(others, ignore_mismatch=False)
-    _write(path, bytes(timings.serialize()))
-
-
-def _read(path: Path) -> bytes:
-    with suppress(OSError):
-        return path.read_bytes()
-    return b""
-
-
-def _write(path: Path, data: bytes) -> None:
-    with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=path.parent) as folder:
-            whole = Path(folder, path.name)
-            whole.write_bytes(data)
-            whole.replace(path)
+    keep(path, bytes(timings.serialize()))

@@ -2,15 +2,15 @@
 
 import ctypes
 import importlib
-import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
 from varedit_runtime.device import Launch
 from varedit_runtime.errors import BackendError, needs_extra
+from varedit_runtime.kept_file import keep, read_kept
 from varedit_runtime.locate import cache_folder
 from varedit_runtime.tensorrt_module import EngineKind, import_tensorrt, quiet_logger
 
@@ -44,6 +44,8 @@ class CudaDevice:
         self.architecture = f"sm{major}{minor}"
         self._logger = quiet_logger(self._trt)
         self._runtime = self._trt.Runtime(self._logger)
+        # Version-compatible plans bring a library; plans are native code that was vouched for.
+        self._runtime.engine_host_code_allowed = True
         self._blocks: list[Any] = []
         self._graphs: list[Any] = []
         version = f"{backend}-{self._trt.__version__}"
@@ -206,17 +208,13 @@ class _KernelCache:
             return
         if self._cache is None:
             self._cache = config.create_runtime_cache()
-            if self._file.is_file():  # one of another machine or version is not taken
-                self._cache.deserialize(self._file.read_bytes())
+            if kept := read_kept(self._file):  # one of another machine or version is not taken
+                self._cache.deserialize(kept)
         config.set_runtime_cache(self._cache)
 
     def keep(self) -> None:
         if self._cache is not None:
-            partial = self._file.with_name(f"{self._file.name}.{os.getpid()}")
-            with suppress(OSError):  # it is compiled again by the next process
-                self._file.parent.mkdir(parents=True, exist_ok=True)
-                partial.write_bytes(bytes(self._cache.serialize()))
-                partial.replace(self._file)
+            keep(self._file, bytes(self._cache.serialize()))
 
 
 def _plain(name: str) -> str:

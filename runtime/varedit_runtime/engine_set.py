@@ -6,6 +6,7 @@ are loaded unasked.
 """
 
 import hashlib
+import re
 import shlex
 import zlib
 from collections.abc import Collection, Mapping, Sequence
@@ -33,6 +34,9 @@ from varedit_runtime.manifest import (
 
 Layout = Literal["external", "profiles", "baked"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+
+
+AMPERE = 80  # the compute capability that ampere-plus starts from
 
 
 class Recipe(Struct, frozen=True, forbid_unknown_fields=True):
@@ -321,11 +325,26 @@ class EngineSets:
 def mismatch(recipe: Recipe, tools: Mapping[str, str], gpus: Collection[str]) -> str | None:
     """Why engines cannot run with these tools, by name, on these GPUs; None where they can."""
     for tool, needed in recipe.tools.items():
-        if (found := tools.get(tool)) != needed:
+        found = tools.get(tool)
+        if found is None or not _version_serves(recipe, needed, found):
             return f"of {tool} {needed}, and {f'{found} is' if found else 'none is'} installed"
-    if set(gpus).isdisjoint(recipe.gpu.split("+")):
+    if not any(_gpu_serves(recipe, gpu) for gpu in gpus):
         return f"for {recipe.gpu}, and this machine has {', '.join(sorted(gpus)) or 'no GPU'}"
     return None
+
+
+def _version_serves(recipe: Recipe, needed: str, found: str) -> bool:
+    """Compatible engines run with later versions up to the next major one."""
+    if recipe.flags.get("version_compatible") != str(True):
+        return found == needed
+    own, other = ([int(part) for part in re.findall(r"\d+", text)] for text in (needed, found))
+    return own[0] == other[0] and own <= other
+
+
+def _gpu_serves(recipe: Recipe, gpu: str) -> bool:
+    if recipe.flags.get("hardware_compatible") == "ampere-plus":
+        return int(gpu.removeprefix("sm")) >= AMPERE
+    return gpu in recipe.gpu.split("+")
 
 
 def built_here(digest: str) -> Path:

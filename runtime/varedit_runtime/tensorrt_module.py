@@ -8,6 +8,7 @@ from varedit_runtime.errors import needs_extra
 
 EngineKind = Literal["tensorrt", "tensorrt-rtx"]
 ENGINE_KINDS: tuple[EngineKind, ...] = get_args(EngineKind)
+RTX: EngineKind = "tensorrt-rtx"
 MODULES: dict[EngineKind, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 
 

@@ -1,0 +1,23 @@
+"""Files that only save time: what cannot be read counts for none, and what cannot be written is
+not kept."""
+
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+
+def read_kept(path: Path) -> bytes:
+    """Empty when there is nothing."""
+    with suppress(OSError):
+        return path.read_bytes()
+    return b""
+
+
+def keep(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all."""
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=path.parent) as folder:
+            whole = Path(folder, path.name)
+            whole.write_bytes(data)
+            whole.replace(path)
