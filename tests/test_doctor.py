@@ -22,6 +22,7 @@ from varedit_export.doctor import can_edit, report, verdicts
 from varedit_export.machine import (
     EXPORT,
     BundleFacts,
+    Engines,
     Gpu,
     Machine,
     Nvidia,
@@ -31,7 +32,9 @@ from varedit_export.machine import (
 )
 from varedit_runtime import engine_set, onnx_backend
 from varedit_runtime.bundle import Bundle
+from varedit_runtime.engine_set import Recipe
 from varedit_runtime.errors import BackendError, BundleError
+from varedit_runtime.gpu_memory import Budget
 
 ADA = Gpu("NVIDIA RTX 4090", "sm89", 24 * 10**9, 20 * 10**9)
 HOPPER = Gpu("NVIDIA H200", "sm90", None, None)
@@ -52,7 +55,7 @@ SERVER = replace(
     LAPTOP,
     nvidia=Nvidia("570.1", (ADA,)),
     packages={"onnxruntime-gpu": "1.21", "tensorrt": "11.0", "tensorrt-rtx": "1.7", **EXTRA}
-    | {"cuda-core": "0.5"},
+    | {"cuda-core": "1.0", "cuda-bindings": "13.0"},
     providers=(CUDA, CPU),
     rtx_architectures=("sm75", "sm89"),
 )
@@ -70,6 +73,14 @@ def having(machine: Machine, *packages: str) -> Machine:
 
 def with_bundle(machine: Machine, **changed: Any) -> Machine:
     return replace(machine, bundle=replace(BUNDLE, **changed))
+
+
+def with_engines(backend: str, gpu: str = "sm89", needing: int = 5) -> Machine:
+    """needing: GB of GPU memory."""
+    tools = {backend: SERVER.packages[backend]}
+    recipe = Recipe(backend, "512-b1", {}, {}, tools, gpu, "external", "fp16", {})
+    engines = Engines(Path(f"{backend}-0"), recipe, gpu_memory=needing * 10**9)
+    return with_bundle(SERVER, engines=(engines,))
 
 
 SWAP = "`pip uninstall onnxruntime` and `pip install --force-reinstall onnxruntime-gpu`"
@@ -157,9 +168,15 @@ SWAP_BACK = "`pip uninstall onnxruntime-gpu` and `pip install --force-reinstall 
             with_bundle(SERVER),
             "tensorrt",
             "can compile",
-            "this sm89 (nothing here runs engines yet); run `varedit-export engines bundles/2b "
-            "--backend tensorrt`",
+            "this bundle's engines for sm89; run `varedit-export engines bundles/2b --backend "
+            "tensorrt`",
         ),
+        (SERVER, "tensorrt", "can run", "bundles with engines for this sm89"),
+        (with_engines("tensorrt"), "tensorrt", "can run", "this bundle"),
+        (with_engines("tensorrt"), "tensorrt-rtx", "can compile", "engines for sm89; run"),
+        (with_engines("tensorrt-rtx"), "tensorrt-rtx", "can run", "this bundle"),
+        (with_engines("tensorrt", gpu="sm90"), "tensorrt", "can compile", "for sm89; run"),
+        (with_engines("tensorrt", needing=21), "tensorrt", "cannot", "about 21.0 GB of GPU memory"),
         (LAPTOP, "tensorrt-rtx", "cannot", '"varedit-export[tensorrt-rtx]"'),
         (
             replace(SERVER, nvidia=LAPTOP.nvidia),
@@ -174,10 +191,10 @@ SWAP_BACK = "`pip uninstall onnxruntime-gpu` and `pip install --force-reinstall 
             "sm75, sm89, not sm90: name one",
         ),
         (
-            SERVER,
+            with_bundle(SERVER),
             "tensorrt-rtx",
             "can compile",
-            "BUNDLE --backend tensorrt-rtx --architecture sm89",
+            "bundles/2b --backend tensorrt-rtx --architecture sm89",
         ),
     ],
 )
@@ -199,7 +216,7 @@ def test_every_backend_has_one_verdict_and_every_line_a_name(machine: Machine) -
 
 
 def test_nothing_edits_where_compiling_is_all_that_works() -> None:
-    assert not can_edit(replace(SERVER, providers=()))
+    assert not can_edit(replace(SERVER, providers=(), nvidia=LAPTOP.nvidia))
 
 
 def test_two_packages_over_each_other_are_told_even_where_one_works() -> None:
@@ -227,6 +244,8 @@ def test_the_extra_is_what_the_project_says() -> None:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EngineCache:
     monkeypatch.setattr(engine_set, "data_folder", lambda: tmp_path / "data")
     monkeypatch.setattr(engine_set, "cache_folder", lambda: tmp_path / "cache")
+    # The graphs of this bundle are none.
+    monkeypatch.setattr(machine_module, "budget", lambda *_: Budget(10**9, 0, 0))
     return EngineCache(Bundle.open(publish(tmp_path / "bundle")))
 
 
@@ -255,7 +274,7 @@ def engines_line(cache: EngineCache, machine: Machine = SERVER) -> str:
         (
             {"backend": "tensorrt-rtx", "tools": {"tensorrt-rtx": "1.6"}},
             SERVER,
-            "--backend tensorrt-rtx --architecture sm89 --layout static --variant 64`",
+            "--backend tensorrt-rtx --architecture sm89 --layout external --variant 64`",
         ),
     ],
 )

@@ -296,6 +296,8 @@ def inspect(bundle: Path) -> None:
     \b
     varedit-export inspect bundles/2b-512
     """
+    from varedit_runtime.gpu_memory import budget
+
     opened = Bundle.open(bundle)
     manifest, model = opened.manifest, opened.manifest.model
     click.echo(f"{manifest.name}  {opened.digest}")
@@ -314,6 +316,7 @@ def inspect(bundle: Path) -> None:
             f"{len(variant.grids)} scales, batch {variant.batch}, rows {variant.rows}, "
             f"{variant.text_tokens} text tokens"
         )
+        click.echo(f"             on a GPU: {budget(opened, variant, 'external')}")
     for name, entry in sorted(manifest.files.items()):
         click.echo(f"  {name:<52} {entry.size / 1e6:10.2f} MB")
     click.echo(f"  built with {', '.join(f'{k} {v}' for k, v in manifest.tools.items())}")

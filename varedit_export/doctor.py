@@ -86,29 +86,42 @@ def _tensorrt(machine: Machine) -> Verdict:
     if not gpus:
         why = f"it compiles for the GPU it runs on, and there is none ({machine.nvidia.problem})"
         return Verdict(TENSORRT, "cannot", why)
-    if "cuda-core" not in machine.packages:
-        why = "cuda-core, which tells the GPU's architecture, is not installed"
-        return Verdict(TENSORRT, "cannot", why, ("pip install cuda-core",))
-    return _compiles(machine, TENSORRT, gpus[0].architecture, ())
+    return _runs(machine, TENSORRT, gpus[0].architecture, ())
 
 
 def _rtx(machine: Machine) -> Verdict:
     if missing := _cannot_compile(machine, RTX):
         return missing
     if own := _rtx_architecture(machine):
-        return _compiles(machine, RTX, own, (own,))
+        return _runs(machine, RTX, own, (own,))
     here = "".join(f", not {gpu.architecture}" for gpu in machine.nvidia.gpus)
     known = f"{', '.join(machine.rtx_architectures)}{here}: name one with --architecture"
-    return Verdict(RTX, "can compile", f"{known} (nothing here runs engines yet)")
+    return Verdict(RTX, "can compile", known)
 
 
-def _compiles(
+def _runs(
     machine: Machine, backend: EngineKind, gpu: str, architectures: tuple[str, ...]
 ) -> Verdict:
-    what = f"for this {gpu} (nothing here runs engines yet)"
-    return Verdict(
-        backend, "can compile", what, (_engines_command(machine, backend, architectures),)
-    )
+    """On a GPU that it compiles for."""
+    for name in ("cuda-core", "cuda-bindings"):
+        if name not in machine.packages:
+            why = f"{name}, which reaches the GPU, is not installed"
+            return Verdict(backend, "cannot", why, (f"pip install {name}",))
+    if machine.bundle is None:
+        return Verdict(backend, "can run", f"bundles with engines for this {gpu}")
+    compiling = (_engines_command(machine, backend, architectures),)
+    own = [engines for engines in machine.bundle.engines if _is_of(engines, backend)]
+    fitting = [engines for engines in own if _mismatch(machine, engines) is None]
+    if not fitting:
+        return Verdict(backend, "can compile", f"this bundle's engines for {gpu}", compiling)
+    needed = min(engines.gpu_memory for engines in fitting)
+    if why := _too_little(_most_free(machine.nvidia.gpus), needed, "GPU memory"):
+        return Verdict(backend, "cannot", why)
+    return Verdict(backend, "can run", "this bundle")
+
+
+def _is_of(engines: Engines, backend: EngineKind) -> bool:
+    return engines.recipe is not None and engines.recipe.backend == backend
 
 
 def _cannot_compile(machine: Machine, backend: EngineKind) -> Verdict | None:

@@ -17,6 +17,7 @@ from types import ModuleType
 from varedit_runtime.bundle import Bundle, weights_file
 from varedit_runtime.engine_set import EngineSet, EngineSets, Recipe
 from varedit_runtime.errors import BundleError, VareditError
+from varedit_runtime.gpu_memory import budget
 from varedit_runtime.locate import default_root, embedded
 from varedit_runtime.manifest import Precision
 from varedit_runtime.tensorrt_module import MODULES
@@ -24,7 +25,7 @@ from varedit_runtime.tensorrt_module import MODULES
 EXPORT = ("torch", "transformers", "safetensors", "onnx", "onnxscript", "tqdm")
 PACKAGES = (
     *("varedit-export", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx"),
-    *("cuda-core", *EXPORT),
+    *("cuda-core", "cuda-bindings", *EXPORT),
 )
 SMI_SECONDS = 10  # a driver that hangs must not hang this program
 SMI_FIELDS = "driver_version,name,compute_cap,memory.total,memory.free"
@@ -51,11 +52,15 @@ class Nvidia:
 
 @dataclass(frozen=True)
 class Engines:
-    """A set of engines. problem: why it cannot be used on any machine; else it has a recipe."""
+    """A set of engines. problem: why it cannot be used on any machine; else it has a recipe.
+
+    gpu_memory: bytes that they take but for their scratch.
+    """
 
     path: Path
     recipe: Recipe | None
     problem: str = ""
+    gpu_memory: int = 0
 
 
 @dataclass(frozen=True)
@@ -227,9 +232,10 @@ def _engines(bundle: Bundle, path: Path) -> Engines:
         if not cache.of_this_bundle(recipe):
             return Engines(path, None, "they are of other graphs or weights than the bundle's")
         cache.open(recipe)  # says whether they were built here
+        needed = budget(bundle, bundle.manifest.variant(recipe.variant), recipe.layout)
     except BundleError as error:
         return Engines(path, None, _one_line(str(error)))
-    return Engines(path, recipe)
+    return Engines(path, recipe, gpu_memory=needed.total)
 
 
 def _standing(path: Path) -> Path:

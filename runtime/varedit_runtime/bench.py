@@ -1,7 +1,7 @@
 """How fast a bundle is here: every stage and scale, start-up, memory, and what could be reached.
 
-The yardstick is one large fp32 matrix product on the same provider and threads, measured in the
-same run: a stage that spends its time on products as well as that has a share of 1.
+The yardstick is one large fp32 matrix product on the same provider and threads of ONNX Runtime,
+measured in the same run: a stage that spends its time on products as well as that has a share of 1.
 """
 
 import ctypes
@@ -22,7 +22,7 @@ import onnxruntime as ort
 from PIL import Image
 
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.editor import Editor
+from varedit_runtime.editor import WHOLE, Editor
 from varedit_runtime.errors import ConfigError
 from varedit_runtime.manifest import DIGEST, MANIFEST, Model, Variant
 from varedit_runtime.onnx_backend import Buffer, Session
@@ -102,26 +102,26 @@ class Report:
     first_edit_seconds: float
     edit_seconds: Spread
     stages: tuple[Stage, ...]
-    product_rate: float
+    product_rate: float | None
     memory: Memory
 
 
 def measure(
     bundle: str | os.PathLike[str],
     repeat: int,
-    provider: str = "cpu",
     threads: int | None = None,
-    variant: str | None = None,
+    **chosen: Any,
 ) -> Report:
     """Open a bundle and edit a synthetic picture: once to warm up, then `repeat` times.
 
-    Raises what `Editor.open` does, and ConfigError unless repeat is at least 1.
+    chosen: other arguments of `Editor.open`. Where an edit is one launch, it is edited as often by
+    stages as well. Raises what `Editor.open` does, and ConfigError unless repeat is at least 1.
     """
     if repeat < 1:
         raise ConfigError(f"repeat is {repeat}; it must be at least 1")
     before = memory_in_use()
     start = perf_counter()
-    with Editor.open(bundle, provider=provider, threads=threads, variant=variant) as editor:
+    with Editor.open(bundle, threads=threads, **chosen) as editor:
         opened_seconds, opened = perf_counter() - start, memory_in_use()
         pictures = [synthetic_picture(editor.variant)] * editor.variant.batch
         start = perf_counter()
@@ -131,8 +131,16 @@ def measure(
         _return_freed_memory()
         after = memory_in_use()
         runs = [editor.edit(pictures, INSTRUCTION, seed=0)[0].timings for _ in range(repeat)]
+        edits, stages = [sum(timings.values()) for timings in runs], runs
+        if WHOLE in runs[0]:
+            by_stages = [
+                editor.edit(pictures, INSTRUCTION, seed=0, on_scale=lambda progress: None)
+                for _ in range(repeat)
+            ]
+            stages = [results[0].timings for results in by_stages]
         buffers = editor.graphs.buffer_bytes
-    rate = product_rate(provider, threads)
+    provider = editor.provider
+    rate = product_rate(provider, threads) if provider in PRODUCT_SIZES else None
     manifest, measured = editor.bundle.manifest, editor.variant
     return Report(
         bundle=str(editor.bundle.path),
@@ -147,10 +155,10 @@ def measure(
         repeat=repeat,
         open_seconds=opened_seconds,
         first_edit_seconds=first_seconds,
-        edit_seconds=Spread.of([sum(timings.values()) for timings in runs]),
+        edit_seconds=Spread.of(edits),
         stages=tuple(
-            _stage(name, [timings[name] for timings in runs], manifest.model, measured, rate)
-            for name in runs[0]
+            _stage(name, [timings[name] for timings in stages], manifest.model, measured, rate)
+            for name in stages[0]
         ),
         product_rate=rate,
         memory=_memory(editor.bundle, before, opened, samples, after, buffers),
@@ -174,10 +182,15 @@ def table(report: Report) -> str:
         "",
         f"start-up         {report.open_seconds:.2f} s, the first edit "
         f"{report.first_edit_seconds:.2f} s",
-        f"matrix product   {report.product_rate / 1e9:.1f} GFLOP/s in fp32",
+        *_yardstick(report.product_rate),
         *memory_lines(report.memory),
     ]
     return "\n".join(lines)
+
+
+def _yardstick(rate: float | None) -> Iterator[str]:
+    if rate is not None:
+        yield f"matrix product   {rate / 1e9:.1f} GFLOP/s in fp32"
 
 
 def memory_lines(memory: Memory) -> list[str]:
@@ -288,10 +301,11 @@ def product_flops(stage: str, model: Model, variant: Variant) -> int | None:
 
 
 def _stage(
-    name: str, seconds: Sequence[float], model: Model, variant: Variant, rate: float
+    name: str, seconds: Sequence[float], model: Model, variant: Variant, rate: float | None
 ) -> Stage:
     spread, flops = Spread.of(seconds), product_flops(name, model, variant)
-    return Stage(name, spread, flops, None if flops is None else flops / spread.median / rate)
+    share = None if flops is None or rate is None else flops / spread.median / rate
+    return Stage(name, spread, flops, share)
 
 
 def synthetic_picture(variant: Variant) -> Image.Image:

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,12 +19,14 @@ from varedit_runtime.grids import (
     picture_size,
     scale_grids,
 )
+from varedit_runtime.tensorrt_module import ENGINE_KINDS, ONNXRUNTIME
 
 if TYPE_CHECKING:
     from varedit_runtime.editor import Editor, OnScale, Progress
 
 _PATH = click.Path(path_type=Path)
 _EDIT = "edit"
+_OPENING = ("variant", "backend", "provider", "threads", "engines_digest", "trust_engines")
 
 
 class EditGroup(CommandGroup):
@@ -85,6 +87,26 @@ def main() -> None:
     """
 
 
+def _backend_options(command: Callable[..., None]) -> Callable[..., None]:
+    """What `Editor.open` takes besides the bundle and its variant."""
+    options = [
+        click.option(
+            "--backend",
+            type=click.Choice([ONNXRUNTIME, *ENGINE_KINDS]),
+            default=ONNXRUNTIME,
+            show_default=True,
+            help="What runs the graphs; engines must have been compiled.",
+        ),
+        click.option("--provider", help="Of onnxruntime: cpu or cuda; by default cpu."),
+        click.option("--threads", type=int, help="Of the cpu; by default one per core."),
+        click.option("--engines-digest", metavar="SHA256", help="Of engines compiled elsewhere."),
+        click.option("--trust-engines", is_flag=True, help="Run such engines: native code."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 @main.command(_EDIT, hidden=True)
 @click.argument("image", type=_PATH)
 @click.argument("instruction")
@@ -99,8 +121,7 @@ def main() -> None:
 @click.option("--negative-prompt", metavar="TEXT", help="What the picture should not be like.")
 @click.option("--compare", type=_PATH, help="Write source and result side by side here.")
 @click.option("--previews", type=_PATH, help="A folder for the picture after every scale.")
-@click.option("--provider", default="cpu", show_default=True, help="cpu or cuda.")
-@click.option("--threads", type=int, help="Threads of the cpu; by default one per core.")
+@_backend_options
 @click.option("--json", "as_json", is_flag=True, help="Tell what was done as JSON.")
 @debug_option
 def edit(image: Path, instruction: str, output: Path | None, **options: Any) -> None:
@@ -123,7 +144,7 @@ def edit(image: Path, instruction: str, output: Path | None, **options: Any) -> 
     bundle, why = _find_bundle(options["bundle"])
     if options["previews"] is not None:
         _make_folder(options["previews"])
-    chosen = {name: options[name] for name in ("provider", "threads", "variant")}
+    chosen = {name: options[name] for name in _OPENING}
     with (
         Editor.open(bundle, **chosen) as editor,
         _watching(editor, options["previews"]) as on_scale,
@@ -166,8 +187,7 @@ def edit(image: Path, instruction: str, output: Path | None, **options: Any) -> 
 @click.argument("bundle", type=_PATH)
 @click.option("--variant", metavar="NAME", help="Of a bundle's several; by default the first.")
 @click.option("--repeat", default=5, show_default=True, help="How often to edit.")
-@click.option("--provider", default="cpu", show_default=True, help="cpu or cuda.")
-@click.option("--threads", type=int, help="Threads of the cpu; by default one per core.")
+@_backend_options
 @click.option("--json", "json_file", type=_PATH, help="Write all numbers here.")
 @debug_option
 def bench(bundle: Path, repeat: int, json_file: Path | None, **options: Any) -> None:
@@ -282,8 +302,11 @@ def _numbers(name: str, text: str | None) -> float | Sequence[float] | None:
 
 
 @contextmanager
-def _watching(editor: "Editor", previews: Path | None) -> Iterator["OnScale"]:
-    """Previews into a folder and, on a terminal, a bar over the scales, by their tokens."""
+def _watching(editor: "Editor", previews: Path | None) -> Iterator["OnScale | None"]:
+    """Previews into a folder and, on a terminal, a bar over the scales, by their tokens.
+
+    None where nobody watches: an edit may then be run in one piece.
+    """
     from varedit_runtime.pictures import save_picture
 
     tokens = [height * width for height, width in editor.variant.grids]
@@ -300,4 +323,4 @@ def _watching(editor: "Editor", previews: Path | None) -> Iterator["OnScale"]:
             if bar is not None:
                 bar.update(tokens[progress.scale])
 
-        yield on_scale
+        yield None if previews is None and bar is None else on_scale

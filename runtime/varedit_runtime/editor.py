@@ -39,7 +39,7 @@ from varedit_runtime.noise import uniform_noise
 from varedit_runtime.onnx_backend import OnnxBackend, check_provider
 from varedit_runtime.pictures import Source, from_decoder, restore, to_square
 from varedit_runtime.settings import PerScale
-from varedit_runtime.tensorrt_module import ENGINE_KINDS, EngineKind
+from varedit_runtime.tensorrt_module import ENGINE_KINDS, ONNXRUNTIME, EngineKind
 from varedit_runtime.text import Instructions, read_tokenizer
 
 
@@ -81,7 +81,7 @@ class Progress:
         self._cancelled.set()
 
 
-ONNXRUNTIME = "onnxruntime"
+WHOLE = "edit"  # the one timing of an edit that is not run by stages
 
 OnScale = Callable[[Progress], None]
 
@@ -318,7 +318,7 @@ class Editor:
         whole = self.graphs.edit(batch.prompts, batch.pictures, batch.samplings)
         if whole is None:
             return None
-        batch.timings.seconds["edit"] = perf_counter() - start
+        batch.timings.seconds[WHOLE] = perf_counter() - start
         for scale, logits in enumerate(whole.logits):
             _finite(f"scale_{scale:02}", logits)
         return whole.pictures
