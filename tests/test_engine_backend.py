@@ -14,6 +14,9 @@ from simulated_gpu import SimulatedGpu
 
 from varedit_engines import engine_cache
 from varedit_engines.compile import Job, compile_engines
+from varedit_export.teacher_forcing import ParityError
+from varedit_export.verify import gate
+from varedit_export.verify_engines import compare_backend
 from varedit_runtime import engine_set
 from varedit_runtime.backend import Sampling, ScaleOutput
 from varedit_runtime.bundle import Bundle
@@ -267,3 +270,28 @@ def test_an_arena_holds_its_parts_side_by_side() -> None:
     arena = lay_out({"a": 1, "b": 256, "c": 257, "d": 0, "e": 5})
     assert dict(arena.offsets) == {"a": 0, "b": 256, "c": 512, "d": 1024, "e": 1024}
     assert arena.size == 1280
+
+
+def test_engines_are_verified(small: tuple[Editor, SimulatedGpu]) -> None:
+    editor, _ = small
+    lines = list(compare_backend(editor.bundle, editor.variant, editor.graphs))
+    assert gate(iter(lines)) == lines
+    stages = {line.stage for line in lines}
+    assert stages == {"text_encoder", "image_encoder", "image_decoder"} | {
+        f"scale_{k:02}" for k in range(len(editor.variant.grids))
+    }
+    for other in ("ONNX Runtime", "the reference"):
+        assert sum(f"logits against {other}" in line.measure for line in lines) == len(
+            editor.variant.grids
+        )
+
+
+@pytest.mark.parametrize("factor", [1.5, float("nan")])
+def test_engines_that_compute_otherwise_fail(factor: float) -> None:
+    bundle, engines = compiled(small_bundle())
+    gpu = SimulatedGpu(bundle.graphs_folder)
+    editor = editor_on(gpu, bundle, engines)
+    weights = gpu.allocated[-1].view(np.float32)
+    weights[len(weights) // 2 :] *= factor
+    with pytest.raises(ParityError):
+        gate(compare_backend(bundle, editor.variant, editor.graphs))

@@ -262,14 +262,32 @@ def _compile(bundle: Bundle, layout: Any, compiler: "Compiler", variant: str | N
 @click.argument("bundle", type=_PATH)
 @click.option("--golden", type=_PATH, help="A recording, of which the bundle was built.")
 @click.option("--report", type=_PATH, help="Write all measures here, as JSON.")
-def verify(bundle: Path, golden: Path | None, report: Path | None) -> None:
+@click.option(
+    "--backend",
+    type=click.Choice(["onnxruntime", *_ENGINES]),
+    default="onnxruntime",
+    show_default=True,
+    help="For the others, engines are compared as well, on this machine's GPU.",
+)
+@click.option("--engines-digest", metavar="SHA256", help="Of engines compiled elsewhere.")
+@click.option("--trust-engines", is_flag=True, help="Run such engines: native code.")
+def verify(
+    bundle: Path,
+    golden: Path | None,
+    report: Path | None,
+    backend: Any,
+    engines_digest: str | None,
+    trust_engines: bool,
+) -> None:
     """Compare every graph with the reference, teacher-forced; exit 1 on a failed measure.
 
     The reference takes the bundle's own weights. With a recording of the released implementation,
-    of which the bundle was built, its numbers are compared as well.
+    of which the bundle was built, its numbers are compared as well. Engines are compared with
+    ONNX Runtime and, where the model can be held whole, with the reference.
 
     \b
     varedit-export verify bundles/2b-512 --report parity.json
+    varedit-export verify bundles/2b-512 --backend tensorrt
     """
     with needs_extra("export"):
         from varedit_export.verify import compare_bundle, compare_recording, gate
@@ -280,6 +298,10 @@ def verify(bundle: Path, golden: Path | None, report: Path | None) -> None:
     lines = list(compare_bundle(opened))
     if golden is not None:
         lines += compare_recording(opened, open_recording(golden))
+    if backend in _ENGINES:
+        from varedit_export.verify_engines import compare_engines
+
+        lines += compare_engines(opened, backend, engines_digest, trust_engines)
     for line in lines:
         click.echo(_parity_row(line))
     if report is not None:

@@ -176,6 +176,16 @@ def picture_lines(picture: np.ndarray, expected: np.ndarray) -> Iterator[ParityL
     yield ParityLine("image_decoder", "picture, share of values differing", share, 0.01)
 
 
+def check_output(stage: str, name: str, array: np.ndarray) -> None:
+    """Raises ParityError on numbers that are not finite, or all the same."""
+    if array.dtype == np.bool_ or name == "text_bias":  # which is infinite where it masks
+        return
+    if not np.isfinite(array).all():
+        raise ParityError(f"{stage}: {name} is not finite")
+    if array.size > 1 and not array.std():
+        raise ParityError(f"{stage}: {name} is constant")
+
+
 def line(
     stage: str, measure: str, actual: np.ndarray, expected: np.ndarray, tolerance: float = LOGITS
 ) -> ParityLine:
