@@ -237,13 +237,14 @@ class EngineSets:
     ) -> EngineSet:
         """The engines of a variant for a GPU and these tools, of several the smallest layout.
 
-        digest, trust: as for `open`. Raises BundleError when there are none, saying what there is
-        instead; and as `open` does.
+        digest: of that set and no other; trust: as for `open`. Raises BundleError when there are
+        none, saying what there is instead; and as `open` does.
         """
         recipes: list[Recipe] = []
         for folder in self.folders:
             with suppress(BundleError):  # damaged ones are said when nothing else serves
-                recipe = EngineSet.open(folder).manifest.recipe
+                engines = EngineSet.open(folder, digest)
+                recipe = engines.manifest.recipe
                 if (recipe.backend, recipe.variant) == (backend, variant):
                     recipes.append(recipe)
         reasons = [(recipe, self._unfit(recipe, tools, gpu)) for recipe in recipes]
