@@ -532,6 +532,8 @@ def test_a_provider_is_taken_or_refused_and_told(shared: Editor) -> None:
     assert shared.provider == shared.graphs.provider == "cpu"
     with pytest.raises(BackendError, match="there are cpu, cuda"):
         Editor.open(small_bundle(), provider="CPU")
+    with pytest.raises(ConfigError, match="no backend is called 'cuda'; there are onnxruntime, t"):
+        Editor.open(small_bundle(), backend="cuda")
 
 
 def test_a_bundle_is_pinned_by_its_digest() -> None:

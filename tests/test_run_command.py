@@ -203,6 +203,11 @@ REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "seed": (("--seed", "-1"), "the seed is -1"),
     "provider": (("--provider", "tpu"), "there are cpu, cuda"),
     "threads": (("--threads", "0"), "threads is 0"),
+    "a provider of engines": (
+        ("--backend", "tensorrt", "--provider", "cuda"),
+        "provider and threads are onnxruntime's: leave them out",
+    ),
+    "trust without engines": (("--trust-engines",), "onnxruntime has no engines to be trusted"),
     "bundle": (("--bundle", "missing"), "no bundle at .*missing: build one with `varedit-export"),
     "no bundle": (("--bundle", "."), "is not a bundle"),
     "long negative": (("--negative-prompt", "x" * 99), "100 tokens.*24"),
@@ -218,6 +223,21 @@ def test_what_cannot_be_done_is_one_line_and_leaves_no_file(
     fails(edit(Path("photo.png"), *options), message)
     assert [path.name for path in photo.parent.iterdir()] == ["photo.png"]
     assert photo.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("backend", "absent", "said"),
+    [
+        ("tensorrt", "tensorrt", r"tensorrt is not installed; run: pip install .*\[tensorrt\]"),
+        ("tensorrt-rtx", "tensorrt_rtx", r"tensorrt_rtx is not .*export\[tensorrt-rtx\]"),
+        ("tensorrt-rtx", "cuda.core", r"cuda.core is not .*export\[tensorrt-rtx\]"),
+    ],
+)
+def test_what_engines_need_is_named(
+    photo: Path, monkeypatch: pytest.MonkeyPatch, backend: str, absent: str, said: str
+) -> None:
+    monkeypatch.setitem(sys.modules, absent, None)
+    fails(run(photo, "add a hat", "--bundle", small_bundle(), "--backend", backend), said)
 
 
 def test_a_link_to_the_source_is_the_source(photo: Path) -> None:
