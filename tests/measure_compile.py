@@ -11,7 +11,6 @@ import argparse
 import json
 import multiprocessing
 import resource
-import zlib
 from pathlib import Path
 from time import perf_counter
 
@@ -38,6 +37,7 @@ def compile_one(bundle: Path, stage: str, architecture: str) -> dict[str, float]
     from varedit_engines.compiler import Compiler
     from varedit_engines.network import external_inputs
     from varedit_runtime.bundle import Bundle
+    from varedit_runtime.packing import pack
 
     compiler = Compiler("tensorrt-rtx", architectures=[architecture])
     job = Job(Bundle.open(bundle), "external", compiler)
@@ -48,7 +48,7 @@ def compile_one(bundle: Path, stage: str, architecture: str) -> dict[str, float]
         "seconds": round(perf_counter() - start, 1),
         "peak GB": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
         "plan MB": round(len(plan) / 1e6, 1),
-        "file MB": round(len(zlib.compress(plan)) / 1e6, 1),
+        "file MB": round(len(pack(plan)) / 1e6, 1),
     }
 
 

@@ -36,7 +36,7 @@ from varedit_runtime.manifest import DIGEST, MANIFEST, ParityLine, Precision, ca
 from varedit_runtime.wiring import scale_profiles
 
 ADA = ("sm89",)
-EXTERNAL_BYTES = 8 * 10**6
+EXTERNAL_BYTES, PROFILE_BYTES = 8 * 10**6, 3 * 10**6
 
 
 @pytest.fixture(autouse=True)
@@ -93,6 +93,8 @@ def test_every_graph_compiles(
         assert all(stored[stage].size < size / 2 for stage, size in sizes.items())
     if layout == "profiles":
         assert sizes["scale"] > weights["transformer"]
+        profiles = len(variant.grids) + 1
+        assert stored["scale"].size < weights["transformer"] + profiles * PROFILE_BYTES
         assert {"prefill", "scale_00"}.isdisjoint(sizes)
     if layout == "baked":
         assert min(sizes["scale_00"], sizes["scale_02"]) > weights["transformer"] / 2

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from fake_bundles import content, publish, rewrite_manifest
 
@@ -24,6 +25,7 @@ from varedit_runtime.bundle import Bundle, work_folder
 from varedit_runtime.engine_set import EngineSet, EngineSetManifest, Plan, Recipe
 from varedit_runtime.errors import BundleError
 from varedit_runtime.manifest import DIGEST, MANIFEST
+from varedit_runtime.packing import PIECE, pack, unpacked_size
 
 STAGES: tuple[str, ...] = ("condition", "scale_00", "scale_01")
 OF_A_MACHINE = {
@@ -64,10 +66,12 @@ def compile_into(
     compiled = []
     for stage, file in files.items():
         if not staging.kept(file, recipe.key):
-            staging.file(file).write_bytes(contents[stage] if contents else plan(stage))
+            whole = contents[stage] if contents else plan(stage)
+            staging.file(file).write_bytes(pack(whole))
             staging.record(file, recipe.key)
             compiled.append(stage)
-    plans = {s: Plan(file, staging.files[file].size, packed=False) for s, file in files.items()}
+    sizes = {s: unpacked_size(staging.file(file).read_bytes()) for s, file in files.items()}
+    plans = {stage: Plan(file, sizes[stage]) for stage, file in files.items()}
     staging.publish(EngineSetManifest(files=staging.files, recipe=recipe, plans=plans))
     return compiled
 
@@ -113,7 +117,7 @@ def test_the_bundle_stays_what_it_was(cache: EngineCache):
 def test_an_interrupted_compilation_resumes_at_its_graph(cache: EngineCache):
     recipe = recipe_of(cache)
     with pytest.raises(KeyboardInterrupt), cache.create(recipe) as staging:
-        staging.file("condition.plan").write_bytes(plan("condition"))
+        staging.file("condition.plan").write_bytes(pack(plan("condition")))
         staging.record("condition.plan", recipe.key)
         staging.file("scale_00.plan").write_bytes(plan("scale_00")[:10])
         raise KeyboardInterrupt
@@ -224,7 +228,7 @@ def test_a_set_made_like_ours_by_another_is_not_ours(cache: EngineCache):
     with Staging(folder, check=lambda path: None) as staging:
         staging.file("evil.plan").write_bytes(b"native code")
         staging.record("evil.plan")
-        plans = dict.fromkeys(STAGES, Plan("evil.plan", 11, packed=False))
+        plans = dict.fromkeys(STAGES, Plan("evil.plan", 11))
         staging.publish(EngineSetManifest(files=staging.files, recipe=recipe, plans=plans))
     assert "built elsewhere" in refusal(lambda: cache.open(recipe))
 
@@ -303,7 +307,7 @@ def test_a_thousand_damaged_plans_are_never_handed_on(cache: EngineCache):
     numbers = random.Random(0)
     for _ in range(1000):
         stage = numbers.choice(STAGES)
-        path, whole = folder / f"{stage}.plan", plan(stage)
+        path, whole = folder / f"{stage}.plan", pack(plan(stage))
         path.write_bytes(numbers.choice([flipped, cut_short, grown])(whole, numbers))
         assert "damaged" in refusal(lambda stage=stage: opened.plan_bytes(stage))
         assert "damaged" in refusal(lambda stage=stage: read_plan(cache, recipe, stage))
@@ -341,7 +345,7 @@ def test_the_bytes_handed_on_are_those_that_were_hashed(
     original = hashlib.sha256
 
     def exchanging(data: bytes) -> Any:
-        if data == plan("condition"):
+        if data == pack(plan("condition")):
             (folder / "condition.plan").write_bytes(b"native code")
         return original(data)
 
@@ -359,8 +363,9 @@ def test_swapped_plans_are_refused(cache: EngineCache):
     with cache.create(recipe) as staging:
         compile_into(staging, recipe, contents)
     first, second = (staging.target / f"{stage}.plan" for stage in STAGES[:2])
-    first.write_bytes(contents[STAGES[1]])
-    second.write_bytes(contents[STAGES[0]])
+    first.write_bytes(pack(contents[STAGES[1]]))
+    second.write_bytes(pack(contents[STAGES[0]]))
+    assert first.stat().st_size == second.stat().st_size
     for stage in STAGES[:2]:
         assert "damaged" in refusal(lambda stage=stage: read_plan(cache, recipe, stage))
     assert read_plan(cache, recipe, STAGES[2]) == contents[STAGES[2]]
@@ -406,7 +411,7 @@ def plan_left_out(manifest: dict[str, Any]) -> None:
     [
         (swap_plans, "built elsewhere", None),
         (swap_digests, "built elsewhere", "damaged"),
-        (wrong_size, "condition's plan of", "condition's plan of"),
+        (wrong_size, "built elsewhere", "does not unpack to"),
         (no_size, ">= 0", ">= 0"),
         (foreign_tool, "other graphs or tools", "other graphs or tools"),
         (file_unlisted, "not in files", "not in files"),
@@ -514,16 +519,15 @@ def test_a_damaged_set_can_be_made_again(cache: EngineCache):
     assert cache.open(recipe)
 
 
-X = Plan("condition.plan", 1, packed=False)
+X = Plan("condition.plan", 1)
 
 
 @pytest.mark.parametrize(
     ("plans", "said"),
     [
         ({"condition": X}, "were expected"),
-        (dict.fromkeys(STAGES, Plan("../x", 1, packed=False)), "not in files"),
+        (dict.fromkeys(STAGES, Plan("../x", 1)), "not in files"),
         (dict.fromkeys((*STAGES, "prefill"), X), "were expected"),
-        (dict.fromkeys(STAGES, Plan("condition.plan", 2, packed=False)), "is a file of 1"),
     ],
 )
 def test_plans_match_the_recipe_and_the_files(
@@ -541,38 +545,50 @@ def test_plans_match_the_recipe_and_the_files(
 
 
 def publish_packed(cache: EngineCache, data: bytes, size: int) -> EngineSet:
-    """A set with one file for all plans, which is said to be packed."""
+    """A set with one file for all plans."""
     recipe = recipe_of(cache)
     with cache.create(recipe) as staging:
         staging.file("one.plan.z").write_bytes(data)
         staging.record("one.plan.z")
-        plans = dict.fromkeys(STAGES, Plan("one.plan.z", size, packed=True))
+        plans = dict.fromkeys(STAGES, Plan("one.plan.z", size))
         staging.publish(EngineSetManifest(files=staging.files, recipe=recipe, plans=plans))
     engines = cache.open(recipe)
     assert engines
     return engines
 
 
-def test_a_packed_plan_is_handed_on_unpacked(cache: EngineCache):
-    whole = plan("condition") * 1000
-    engines = publish_packed(cache, zlib.compress(whole), len(whole))
+SOURCES = b"__global__ void kernel() {}\n" * 10**5
+NUMBERS = np.random.default_rng(0).bytes(3 * PIECE + 17)
+
+
+@pytest.mark.parametrize("whole", [b"", b"x", SOURCES, NUMBERS, NUMBERS + SOURCES + NUMBERS])
+def test_a_plan_is_handed_on_as_it_was_packed(cache: EngineCache, whole: bytes):
+    engines = publish_packed(cache, pack(whole), len(whole))
     assert engines.plan_bytes("condition") == whole
-    assert engines.manifest.files["one.plan.z"].size < len(whole) / 10
+    assert unpacked_size(pack(whole)) == len(whole)
 
 
-PACKED = zlib.compress(b"native code")
+def test_sources_pack_and_weights_cost_nothing():
+    assert len(pack(SOURCES)) < len(SOURCES) / 10
+    assert len(pack(NUMBERS)) < 1.001 * len(NUMBERS)
+    assert len(pack(NUMBERS + SOURCES)) < len(NUMBERS) + 2 * PIECE
+
+
+PACKED = pack(b"native code")
 
 
 @pytest.mark.parametrize(
     ("data", "size", "said"),
     [
-        (PACKED, 10, "of 10 bytes that was expected"),
-        (PACKED, 12, "of 12 bytes that was expected"),
-        (PACKED, 0, "of 0 bytes that was expected"),
-        (PACKED[:-1], 11, "of 11 bytes that was expected"),
-        (PACKED + b"x", 11, "of 11 bytes that was expected"),
-        (b"", 11, "of 11 bytes that was expected"),
-        (b"native code", 11, "is no packed plan"),
+        (PACKED, 10, "does not unpack to 10 bytes"),
+        (PACKED, 12, "does not unpack to 12 bytes"),
+        (PACKED, 0, "does not unpack to 0 bytes"),
+        (b"", 11, "does not unpack to 11 bytes"),
+        (PACKED + PACKED, 11, "does not unpack to 11 bytes"),
+        (PACKED[:-1], 11, "is cut short"),
+        (PACKED + b"x", 11, "is cut short"),
+        (zlib.compress(bytes(PIECE + 2)), PIECE + 2, "of longer pieces"),
+        (b"native code", 11, "is not packed"),
     ],
 )
 def test_what_does_not_unpack_to_its_size_is_refused(
@@ -583,12 +599,13 @@ def test_what_does_not_unpack_to_its_size_is_refused(
 
 
 def test_a_plan_is_unpacked_no_further_than_its_size(cache: EngineCache):
-    engines = publish_packed(cache, zlib.compress(bytes(10**8)), 1000)
-    tracemalloc.start()
-    refusal(lambda: engines.plan_bytes("condition"))
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak < 10**6
+    for bomb in (zlib.compress(bytes(10**8)), pack(bytes(10**8))):
+        engines = publish_packed(cache, bomb, 1000)
+        tracemalloc.start()
+        refusal(lambda engines=engines: engines.plan_bytes("condition"))
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 10 * PIECE
 
 
 def test_a_bundle_is_no_engine_set(cache: EngineCache):

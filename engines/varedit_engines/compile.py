@@ -3,16 +3,13 @@
 Where the weights of the graphs go is the layout:
 
     external   inputs of the engines, filled from the bundle's own files: small plans, one copy of
-               the weights whatever the number of scales, and other weights need no compilation.
-               Plans are packed: most of one is the same kernels' sources again and again.
+               the weights whatever the number of scales, and other weights need no compilation
     profiles   inside; one engine, with a profile each, for the prefill and all scales
     baked      inside; one engine per scale
 """
 
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from varedit_engines.compiler import Compiler, Progress
 from varedit_engines.engine_cache import EngineCache
@@ -30,6 +27,7 @@ from varedit_runtime.engine_set import (
 from varedit_runtime.errors import BundleError, ConfigError
 from varedit_runtime.gpu_memory import transformers, weights_on_gpu
 from varedit_runtime.manifest import Variant
+from varedit_runtime.packing import pack, unpacked_size
 from varedit_runtime.wiring import scale_profiles, sized
 
 TWIN = ("scale", "references")  # with symbolic lengths, for prefill and all scales
@@ -120,27 +118,22 @@ def _whole(cache: EngineCache, recipe: Recipe, notice: Callable[[str], None]) ->
 
 
 def _compile_all(job: Job, recipe: Recipe, staging: Staging, progress: Progress) -> None:
-    external = job.layout == "external"
     plans, weights = {}, {}
     for stage in recipe.graphs:
-        file = f"{stage}.plan.z" if external else f"{stage}.plan"
+        file = f"{stage}.plan.z"
         graph = job.bundle.graph_bytes(job.variant.name, stage)
-        if external:
+        if job.layout == "external":
             graph, weights[stage] = external_inputs(graph)
         if not staging.kept(file, recipe.key):
             shapes = _profiles(job, stage)
             folder = job.bundle.graphs_folder
             plan = job.compiler.compile(stage, graph, folder, shapes, progress)
-            staging.file(file).write_bytes(zlib.compress(plan) if external else plan)
+            staging.file(file).write_bytes(pack(plan))
             staging.record(file, recipe.key)
-        plans[stage] = Plan(file, _plan_size(staging.file(file), external), packed=external)
+        plans[stage] = Plan(file, unpacked_size(staging.file(file).read_bytes()))
     staging.publish(
         EngineSetManifest(files=staging.files, recipe=recipe, plans=plans, weights=weights)
     )
-
-
-def _plan_size(path: Path, packed: bool) -> int:
-    return len(zlib.decompress(path.read_bytes())) if packed else path.stat().st_size
 
 
 def _profiles(job: Job, stage: str) -> list[Mapping[str, tuple[int, ...]]]:

@@ -8,7 +8,6 @@ are loaded unasked.
 import hashlib
 import re
 import shlex
-import zlib
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from varedit_runtime.manifest import (
     Text,
     canonical_json,
 )
+from varedit_runtime.packing import unpack
 
 Layout = Literal["external", "profiles", "baked"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
@@ -72,11 +72,10 @@ class EngineWeight(Struct, frozen=True, forbid_unknown_fields=True, array_like=T
 
 
 class Plan(Struct, frozen=True, forbid_unknown_fields=True):
-    """A compiled engine. file: in the set; size: in bytes, unpacked; packed: the file is zlib's."""
+    """A compiled engine. file: in the set, packed; size: in bytes, unpacked."""
 
     file: str
     size: Bytes
-    packed: bool
 
 
 class EngineSetManifest(FolderManifest, frozen=True):
@@ -98,9 +97,6 @@ class EngineSetManifest(FolderManifest, frozen=True):
         for stage, plan in self.plans.items():
             if plan.file not in self.files:
                 raise ValueError(f"{stage}'s {plan.file!r} is not in files")
-            stored = self.files[plan.file].size
-            if not plan.packed and plan.size != stored:
-                raise ValueError(f"{stage}'s plan of {plan.size} bytes is a file of {stored}")
         if unknown := self.weights.keys() - self.plans.keys():
             raise ValueError(f"weights of {sorted(unknown)}, which have no plan")
 
@@ -139,22 +135,12 @@ class EngineSet:
             known = ", ".join(self.manifest.plans)
             raise BundleError(f"{self.path} has no engine for {stage!r}; it has {known}")
         plan = self.manifest.plans[stage]
-        data = self._folder.read(plan.file)
-        return _unpacked(data, plan.size, self.path / plan.file) if plan.packed else data
-
-
-def _unpacked(data: bytes, size: int, path: Path) -> bytes:
-    """zlib's data, unpacked no further than the size that it must have."""
-    unpacker = zlib.decompressobj()
-    try:
-        plan = unpacker.decompress(data, size + 1)
-    except zlib.error as error:
-        raise BundleError(f"{path} is no packed plan ({error}); compile it again") from error
-    if len(plan) != size or not unpacker.eof or unpacker.unused_data:
-        raise BundleError(
-            f"{path} is not the packed plan of {size} bytes that was expected; compile it again"
-        )
-    return plan
+        try:
+            return unpack(self._folder.read(plan.file), plan.size)
+        except ValueError as error:
+            raise BundleError(
+                f"{self.path / plan.file} is no plan: {error}; compile it again"
+            ) from error
 
 
 class EngineSets:
