@@ -72,12 +72,20 @@ class SimulatedGpu:
         return SimulatedEngine(self, name, ort.InferenceSession(plan, settings))
 
     def capture(self, record: Launch) -> Launch:
-        assert self.recording is None, "one capture at a time"
-        self.recording = work = []
+        self.begin()
         try:
             record()
         finally:
-            self.recording = None
+            launch = self.end()
+        return launch
+
+    def begin(self) -> None:
+        assert self.recording is None, "one capture at a time"
+        self.recording = []
+
+    def end(self) -> Launch:
+        assert self.recording is not None
+        work, self.recording = self.recording, None
 
         def launch() -> None:
             assert not self.closed
@@ -96,6 +104,15 @@ class SimulatedGpu:
 
     def close(self) -> None:
         self.closed = True
+
+    def release(self, address: int) -> None:
+        """Free one allocation."""
+        for blocks in (self.allocated, self.host):
+            for i, block in enumerate(blocks):
+                if address_of(block) == address:
+                    del blocks[i]
+                    return
+        raise AssertionError(f"{address} was never allocated")
 
     def memory(self, address: int, size: int) -> np.ndarray:
         """Bytes of one of the allocations."""

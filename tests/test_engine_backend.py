@@ -1,7 +1,6 @@
 """The engines' runtime on a simulated GPU: the same edits as ONNX Runtime's, from the same bits."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,12 @@ import pytest
 from editing import pair_bundle, picture, plain_bundle, small_bundle
 from PIL import Image
 from simulated_gpu import SimulatedGpu
+from uncompiled import GPU, Uncompiled, compiled, keep_engines_in, near
 
-from varedit_engines import engine_cache
-from varedit_engines.compile import Job, compile_engines
+from varedit_engines.compile import Job
 from varedit_export.teacher_forcing import ParityError
 from varedit_export.verify import gate
 from varedit_export.verify_engines import compare_backend
-from varedit_runtime import engine_set
 from varedit_runtime.backend import Sampling, ScaleOutput
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.editor import Editor, Progress, _read_instructions
@@ -28,41 +26,10 @@ from varedit_runtime.gpu_memory import budget, lay_out
 from varedit_runtime.locate import embedded
 from varedit_runtime.wiring import sized
 
-GPU = "sm90"
-
-
-@dataclass
-class Uncompiled:
-    """A compiler whose plans are the graphs themselves."""
-
-    backend: str = "tensorrt-rtx"
-    gpu: str = GPU
-
-    @property
-    def tools(self) -> dict[str, str]:
-        return {self.backend: "1.7"}
-
-    @property
-    def flags(self) -> dict[str, str]:
-        return {}
-
-    def compile(self, name: str, graph: bytes, *rest: Any) -> bytes:
-        return graph
-
 
 @pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in ("data_folder", "cache_folder"):
-        monkeypatch.setattr(engine_set, name, lambda name=name: tmp_path / name)
-    # The bundles are shared by all tests: engines go to the user's cache.
-    monkeypatch.setattr(engine_cache.os, "access", lambda *_: False)
-    return tmp_path
-
-
-def compiled(path: Path, layout: Layout = "external") -> tuple[Bundle, EngineSet]:
-    bundle = Bundle.open(path)
-    job = Job(bundle, layout, Uncompiled())  # type: ignore[arg-type]
-    return bundle, compile_engines(job, lambda *_: None)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keep_engines_in(tmp_path, monkeypatch)
 
 
 def editor_on(gpu: SimulatedGpu, bundle: Bundle, engines: EngineSet) -> Editor:
@@ -84,12 +51,9 @@ def pixels(editor: Editor, image: Image.Image, prompt: str, **options: Any) -> n
 
 def test_an_edit_is_the_same_as_onnxruntimes(small: tuple[Editor, SimulatedGpu]) -> None:
     editor, gpu = small
+    asked: list[dict[str, Any]] = [{}, {"negative_prompt": "rain"}, {"guidance_scale": 4}]
     with Editor.open(small_bundle(), threads=1) as other:
-        for seed, options in (
-            (1, {}),
-            (2, {"negative_prompt": "rain"}),
-            (3, {"guidance_scale": 4}),
-        ):
+        for seed, options in enumerate(asked):
             ours, theirs = (
                 pixels(one, picture(40, 30), "add a hat", seed=seed, **options)
                 for one in (editor, other)
@@ -161,12 +125,6 @@ def test_batches_and_other_conditionings(path: Callable[[], Path]) -> None:
     with Editor.open(path(), threads=1) as other:
         ours, theirs = (one.edit(pictures, prompts, seed=5) for one in (editor, other))
     assert all(near(a.image, b.image) for a, b in zip(ours, theirs, strict=True))
-
-
-def near(a: Image.Image | np.ndarray, b: Image.Image | np.ndarray) -> bool:
-    """Equal, but for single values that the decoders round differently."""
-    different = np.abs(np.asarray(a, np.int16) - np.asarray(b, np.int16))
-    return bool(different.max() <= 1 and different.mean() < 1e-3)
 
 
 def test_memory_is_as_the_budget_says(small: tuple[Editor, SimulatedGpu]) -> None:

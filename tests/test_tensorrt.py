@@ -20,6 +20,7 @@ from varedit_engines.timing_cache import kept_timings, timings_file
 from varedit_export.cli import main
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import BackendError, ConfigError
+from varedit_runtime.tensorrt_module import EngineKind
 
 
 @pytest.fixture(autouse=True)
@@ -216,3 +217,14 @@ def test_tensorrt_for_rtx_is_asked_for_no_timings(monkeypatch: pytest.MonkeyPatc
     compiler.compile("graph", b"a", Path(), [], lambda *progress: None)
     (config,) = module.Builder.configs
     assert config.get_timing_cache() is None
+
+
+@pytest.mark.parametrize(("kind", "required"), [("tensorrt-rtx", True), ("tensorrt", False)])
+def test_engines_of_rtx_can_be_captured(
+    trt: Any, kind: EngineKind, required: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which it promises of those alone that take no memory themselves."""
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", trt)
+    Compiler(kind).compile("graph", b"a", Path(), [], lambda *progress: None)
+    (config,) = trt.Builder.configs
+    assert config.get_flag(RTX.BuilderFlag.REQUIRE_USER_ALLOCATION) == required

@@ -146,6 +146,8 @@ class Compiler:
         config = builder.create_builder_config()
         if not flags.tf32:  # which TensorRT allows by default
             config.clear_flag(trt.BuilderFlag.TF32)
+        if self.backend == RTX:  # memory taken as they run could not be captured with their work
+            config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
         if flags.version_compatible:
             config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
         if flags.hardware_compatible is not None:

@@ -58,8 +58,9 @@ class EngineBackend(Backend):
         return sum(view.size for view in self._values.values())
 
     def close(self) -> None:
+        self._device.close()  # which waits: then nothing runs on what goes next
         self._whole, self._graphs, self._bound, self._engines = {}, {}, {}, {}
-        self._device.close()
+        self._host = {}
 
     def edit(
         self, prompts: Prompts, pictures: np.ndarray, samplings: Sequence[Sampling]

@@ -1,0 +1,359 @@
+"""cuda.core, cuda.bindings.driver and TensorRT for RTX on a simulated GPU.
+
+What needs no GPU is the real ones' own; `test_cuda_device.py` compares the rest with them by names
+and parameters. Unlike the real ones they notice calls from a thread that no GPU is current in.
+"""
+
+import hashlib
+import json
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial, wraps
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from weakref import WeakSet
+
+import cuda.bindings.driver
+import tensorrt_rtx
+from simulated_gpu import SimulatedEngine, SimulatedGpu
+from uncompiled import VERSION
+
+from varedit_runtime.device import Launch, address_of
+from varedit_runtime.tensorrt_module import MODULES, EngineKind
+
+RTX: Any = tensorrt_rtx
+driver: Any = cuda.bindings.driver
+DTYPES = {"float32": "FLOAT", "float16": "HALF", "int64": "INT64", "bool": "BOOL"}
+STREAM = 7
+
+
+@dataclass
+class Machine:
+    """failing: the calls that fail, by name; graphs: those captured and not closed; loaded: engines
+    and contexts; compiled: what TensorRT for RTX had to compile; threads: those in which a GPU is
+    current."""
+
+    gpu: SimulatedGpu
+    kind: EngineKind = "tensorrt-rtx"
+    failing: set[str] = field(default_factory=set)
+    graphs: list["Graph"] = field(default_factory=list)
+    compiled: list[str] = field(default_factory=list)
+    threads: set[int] = field(default_factory=set)
+    loaded: WeakSet[Any] = field(default_factory=WeakSet)
+    capture_mode: str = ""
+    spoilt: bool = False
+
+    @property
+    def modules(self) -> dict[str, Any]:
+        """By name."""
+        names = ["ILogger", "ExecutionContextAllocationStrategy"]
+        if self.kind == "tensorrt-rtx":
+            names.append("DynamicShapesKernelSpecializationStrategy")
+        own = {name: getattr(RTX, name) for name in names}
+        return {
+            "cuda.core": SimpleNamespace(Device=partial(Device, self)),
+            "cuda.bindings.driver": Driver(self),
+            MODULES[self.kind]: SimpleNamespace(
+                __version__=VERSION, Runtime=partial(Runtime, self), **own
+            ),
+        }
+
+    def check(self, call: str) -> None:
+        assert threading.get_ident() in self.threads, f"{call}: no GPU is current"
+        if call in self.failing:
+            raise RuntimeError(f"CUDA_ERROR_UNKNOWN: {call}\n  has failed")
+
+
+def called(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Of cuda.core and TensorRT: fails by raising."""
+
+    @wraps(method)
+    def checked(self: Any, *arguments: Any, **named: Any) -> Any:
+        self.machine.check(method.__name__)
+        return method(self, *arguments, **named)
+
+    return checked
+
+
+def answered(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Of the driver: fails by what it returns."""
+
+    @wraps(method)
+    def checked(self: Any, *arguments: Any) -> tuple[Any, ...]:
+        try:
+            self.machine.check(method.__name__)
+        except RuntimeError:
+            return driver.CUresult.CUDA_ERROR_UNKNOWN, None
+        return driver.CUresult.CUDA_SUCCESS, *(method(self, *arguments) or ())
+
+    return checked
+
+
+class Of:
+    def __init__(self, machine: Machine) -> None:
+        self.machine, self.gpu = machine, machine.gpu
+
+
+class Driver(Of):
+    CUresult = driver.CUresult
+
+    @answered
+    def cuMemGetInfo(self) -> tuple[int, int]:
+        return self.gpu.free_memory(), 10**10
+
+    @answered
+    def cuMemAlloc(self, bytesize: int) -> tuple[Any]:
+        return (driver.CUdeviceptr(self.gpu.allocate(bytesize)),)
+
+    @answered
+    def cuMemFree(self, dptr: Any) -> None:
+        self._free(int(dptr))
+
+    @answered
+    def cuMemAllocHost(self, bytesize: int) -> tuple[int]:
+        return (address_of(self.gpu.allocate_host(bytesize)),)
+
+    @answered
+    def cuMemFreeHost(self, p: int) -> None:
+        self._free(p)
+
+    @answered
+    def cuMemcpyAsync(self, dst: Any, src: Any, ByteCount: int, hStream: Any) -> None:
+        assert int(hStream) == STREAM
+        # Which take what the real function takes.
+        self.gpu.copy(int(driver.CUdeviceptr(dst)), int(driver.CUdeviceptr(src)), ByteCount)
+
+    @answered
+    def cuMemsetD8Async(self, dstDevice: Any, uc: int, N: int, hStream: Any) -> None:
+        assert int(hStream) == STREAM and uc == 0
+        self.gpu.clear(int(driver.CUdeviceptr(dstDevice)), N)
+
+    def _free(self, address: int) -> None:
+        assert not self.gpu.queue, "memory is freed before the work on it is done"
+        if self.gpu.recording is not None and self.machine.capture_mode != "relaxed":
+            self.machine.spoilt = True
+        self.gpu.release(address)
+
+
+class ComputeCapability(NamedTuple):
+    major: int
+    minor: int
+
+
+class Device(Of):
+    name = "Simulated GPU"
+    compute_capability = ComputeCapability(9, 0)
+
+    def set_current(self, ctx: Any = None) -> None:
+        self.machine.threads.add(threading.get_ident())
+        self.machine.check("set_current")
+
+    @called
+    def create_stream(self, obj: Any = None, options: Any = None) -> "Stream":
+        return Stream(self.machine)
+
+
+class Stream(Of):
+    handle = driver.CUstream(STREAM)
+
+    @called
+    def sync(self) -> None:
+        assert self.gpu.recording is None, "a stream that is captured cannot be waited for"
+        self.gpu.wait()
+
+    @called
+    def create_graph_builder(self) -> "GraphBuilder":
+        return GraphBuilder(self.machine)
+
+
+class GraphBuilder(Of):
+    @called
+    def begin_building(self, mode: str = "relaxed") -> None:
+        self.machine.capture_mode, self.machine.spoilt = mode, False
+        self.gpu.begin()
+
+    @called
+    def end_building(self) -> "GraphBuilder":
+        if self.machine.spoilt:
+            raise RuntimeError("the capture has been invalidated")
+        self._launch = self.gpu.end()
+        return self
+
+    @called
+    def complete(self, options: Any = None) -> "Graph":
+        return Graph(self.machine, self._launch)
+
+    def close(self) -> None:
+        if self.gpu.recording is not None:
+            self.gpu.end()
+        self.machine.check("close")
+
+
+class Graph(Of):
+    def __init__(self, machine: Machine, run: Launch) -> None:
+        super().__init__(machine)
+        self._run = run
+        machine.graphs.append(self)
+
+    @called
+    def upload(self, stream: Stream) -> None:
+        pass
+
+    @called
+    def launch(self, stream: Stream) -> None:
+        assert self in self.machine.graphs
+        self._run()
+
+    def close(self) -> None:
+        self.machine.graphs.remove(self)
+
+
+class Runtime(Of):
+    engine_host_code_allowed = False
+
+    def __init__(self, machine: Machine, logger: Any) -> None:
+        super().__init__(machine)
+        machine.check("Runtime")
+        self._logger = logger
+
+    @called
+    def deserialize_cuda_engine(self, serialized_engine: bytes) -> "Engine | None":
+        try:
+            simulated = self.gpu.load("engine", serialized_engine)
+        except Exception as error:
+            self._logger.log(RTX.ILogger.Severity.ERROR, str(error))
+            return None
+        kernels = hashlib.sha256(serialized_engine).hexdigest()
+        return Engine(self.machine, simulated, kernels)
+
+
+class Engine(Of):
+    """kernels: the name of those that it needs."""
+
+    def __init__(self, machine: Machine, simulated: SimulatedEngine, kernels: str) -> None:
+        super().__init__(machine)
+        machine.loaded.add(self)
+        self.simulated, self.kernels = simulated, kernels
+
+    @property
+    def num_io_tensors(self) -> int:
+        return len(self.simulated.tensors)
+
+    def get_tensor_name(self, index: int) -> str:
+        return list(self.simulated.tensors)[index]
+
+    def get_tensor_dtype(self, name: str) -> Any:
+        dtype, _ = self.simulated.tensors[name]
+        return RTX.DataType.__members__[DTYPES[dtype]]
+
+    def get_tensor_shape(self, name: str) -> Any:
+        _, shape = self.simulated.tensors[name]
+        return RTX.Dims(shape)
+
+    def get_device_memory_size_for_profile_v2(self, profile_index: int) -> int:
+        return self.simulated.scratch(profile_index)
+
+    @called
+    def create_runtime_config(self) -> "RuntimeConfig":
+        return RtxConfig() if self.machine.kind == "tensorrt-rtx" else RuntimeConfig()
+
+    @called
+    def create_execution_context(self, runtime_config: "RuntimeConfig") -> "Context | None":
+        if "context" in self.machine.failing:
+            return None
+        return Context(self, runtime_config)
+
+
+class RuntimeConfig:
+    """TensorRT's."""
+
+    allocation: Any = None
+
+    def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
+        self.allocation = strategy
+
+
+class RuntimeCache:
+    """What kernels are compiled, by the names of engines'."""
+
+    def __init__(self) -> None:
+        self.kernels: list[str] = []
+
+    def serialize(self) -> bytearray:
+        return bytearray(json.dumps(self.kernels).encode())
+
+    def deserialize(self, blob: bytes) -> bool:
+        try:
+            self.kernels = json.loads(blob)
+        except ValueError:
+            return False
+        return True
+
+
+class RtxConfig(RuntimeConfig):
+    """TensorRT for RTX's."""
+
+    cache: RuntimeCache
+
+    def __init__(self) -> None:
+        strategies = RTX.DynamicShapesKernelSpecializationStrategy
+        self.dynamic_shapes_kernel_specialization_strategy = strategies.LAZY
+
+    def create_runtime_cache(self) -> RuntimeCache:
+        return RuntimeCache()
+
+    def set_runtime_cache(self, cache: RuntimeCache) -> bool:
+        self.cache = cache
+        return True
+
+
+class Context(Of):
+    """An IExecutionContext: as the real one it forgets shapes with every new profile."""
+
+    def __init__(self, engine: Engine, config: RuntimeConfig) -> None:
+        super().__init__(engine.machine)
+        self.machine.loaded.add(self)
+        self._engine, self._config = engine, config
+        self._profile, self._scratch = 0, (0, 0)
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._addresses: dict[str, int] = {}
+
+    @called
+    def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
+        assert stream_handle == STREAM
+        self._profile = profile_index
+        self._shapes.clear()
+        return True
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        _, expected = self._engine.simulated.tensors[name]
+        self._shapes[name] = shape
+        return all(b in (a, -1) for a, b in zip(shape, expected, strict=True))
+
+    def set_tensor_address(self, name: str, memory: int) -> bool:
+        self._addresses[name] = memory
+        return name in self._engine.simulated.tensors
+
+    def set_device_memory(self, memory: int, size: int) -> None:
+        strategies = RTX.ExecutionContextAllocationStrategy
+        assert self._config.allocation == strategies.USER_MANAGED
+        self._scratch = memory, size
+
+    @called
+    def execute_async_v3(self, stream_handle: int) -> bool:
+        assert stream_handle == STREAM
+        if "execute" in self.machine.failing:
+            return False
+        if isinstance(self._config, RtxConfig):
+            self._compile(self._config)
+        simulated = self._engine.simulated
+        simulated.bind(self._profile, self._shapes, self._addresses, self._scratch)()
+        return True
+
+    def _compile(self, config: RtxConfig) -> None:
+        strategies = RTX.DynamicShapesKernelSpecializationStrategy
+        assert config.dynamic_shapes_kernel_specialization_strategy == strategies.EAGER
+        if self._engine.kernels not in config.cache.kernels:
+            config.cache.kernels.append(self._engine.kernels)
+            self.machine.compiled.append(self._engine.kernels)

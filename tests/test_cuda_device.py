@@ -1,0 +1,404 @@
+"""The real device on fakes of CUDA and TensorRT, whose memory is this machine's."""
+
+import inspect
+import re
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cuda.core
+import fake_cuda
+import numpy as np
+import pytest
+from editing import picture, small_bundle
+from fake_cuda import RTX, Machine
+from onnx import TensorProto
+from onnx.helper import (
+    make_graph,
+    make_model,
+    make_node,
+    make_opsetid,
+    make_tensor_value_info,
+)
+from simulated_gpu import SimulatedGpu
+from uncompiled import compiled, keep_engines_in, near
+
+from varedit_runtime import cuda_device
+from varedit_runtime.bundle import Bundle
+from varedit_runtime.cuda_device import CudaDevice
+from varedit_runtime.device import Launch, address_of
+from varedit_runtime.editor import Editor
+from varedit_runtime.engine_set import LAYOUTS, Layout
+from varedit_runtime.errors import BackendError
+from varedit_runtime.tensorrt_module import ENGINE_KINDS, EngineKind
+
+CORE: Any = cuda.core
+SIZE = 512
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """One for the small bundle, in the place of this machine's CUDA and TensorRT for RTX."""
+    keep_engines_in(tmp_path, monkeypatch)
+    monkeypatch.setattr(cuda_device, "cache_folder", lambda: tmp_path / "cache")
+    machine = Machine(SimulatedGpu(Bundle.open(small_bundle()).graphs_folder))
+    install(machine, monkeypatch)
+    return machine
+
+
+def install(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, module in machine.modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+def opened(layout: Layout = "external", kind: EngineKind = "tensorrt-rtx") -> Editor:
+    """An editor of the small bundle on engines that were just compiled."""
+    compiled(small_bundle(), layout, kind)
+    return Editor.open(small_bundle(), backend=kind)
+
+
+def edited(editor: Editor, seed: int = 1) -> np.ndarray:
+    return np.asarray(editor.edit(picture(40, 30), "add a hat", seed=seed).image)
+
+
+# The fakes
+
+
+@pytest.mark.parametrize(
+    ("fake", "real"),
+    [
+        (fake_cuda.Driver, fake_cuda.driver),
+        (fake_cuda.Device, CORE.Device),
+        (fake_cuda.Stream, CORE.Stream),
+        (fake_cuda.GraphBuilder, CORE.graph.GraphBuilder),
+        (fake_cuda.Graph, CORE.graph.Graph),
+    ],
+)
+def test_what_is_called_of_cuda_exists_with_these_parameters(fake: Any, real: Any) -> None:
+    for name in public(fake):
+        member = getattr(real, name)
+        if inspect.isfunction(getattr(fake, name)):
+            theirs = [p for p in inspect.signature(member).parameters if p != "self"]
+            assert parameters(fake, name) == theirs
+
+
+@pytest.mark.parametrize(
+    ("fake", "real"),
+    [
+        (fake_cuda.Runtime, RTX.Runtime),
+        (fake_cuda.Engine, RTX.ICudaEngine),
+        (fake_cuda.Context, RTX.IExecutionContext),
+        (fake_cuda.RtxConfig, RTX.IRuntimeConfig),
+        (fake_cuda.RuntimeCache, RTX.IRuntimeCache),
+    ],
+)
+def test_what_is_called_of_tensorrt_exists_with_these_parameters(fake: Any, real: Any) -> None:
+    for name in public(fake):
+        member = getattr(real, name)
+        if inspect.isfunction(getattr(fake, name)):
+            overloads = re.findall(rf"{name}\(self: .*", member.__doc__)
+            theirs = [re.findall(r"(?:\(|, )(\w+): ", text)[1:] for text in overloads]
+            assert parameters(fake, name) in theirs
+
+
+def public(fake: Any) -> list[str]:
+    """Its names that are to be of the real one."""
+    names = [name for name in vars(fake) if name[0] != "_"]
+    assert names
+    return names
+
+
+def parameters(fake: Any, name: str) -> list[str]:
+    return list(inspect.signature(getattr(fake, name)).parameters)[1:]
+
+
+# Edits
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", ENGINE_KINDS)
+def test_an_edit_is_the_same_as_onnxruntimes(
+    machine: Machine, kind: EngineKind, layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine.kind = kind
+    install(machine, monkeypatch)
+    with opened(layout, kind) as editor, Editor.open(small_bundle(), threads=1) as other:
+        for seed, negative in ((1, None), (2, "rain")):
+            ours, theirs = (
+                one.edit(picture(40, 30), "add a hat", seed=seed, negative_prompt=negative)
+                for one in (editor, other)
+            )
+            assert near(ours.image, theirs.image)
+
+
+def test_by_stages_and_as_a_whole_are_the_same_edit(machine: Machine) -> None:
+    with opened() as editor:
+        whole = edited(editor)
+        staged = editor.edit(picture(40, 30), "add a hat", seed=1, on_scale=lambda progress: None)
+    assert np.array_equal(whole, np.asarray(staged.image))
+
+
+def test_another_thread_can_edit(machine: Machine) -> None:
+    """Each has a current GPU of its own, at first none."""
+    images: list[np.ndarray] = []
+    with opened() as editor:
+        thread = threading.Thread(target=lambda: images.append(edited(editor)))
+        thread.start()
+        thread.join()
+        assert np.array_equal(images[0], edited(editor))
+    assert len(machine.threads) == 2
+
+
+def test_another_thread_can_close(machine: Machine) -> None:
+    editor = opened()
+    thread = threading.Thread(target=editor.close)
+    thread.start()
+    thread.join()
+    assert not held(machine)
+
+
+# Capture
+
+
+@pytest.fixture
+def device(machine: Machine) -> CudaDevice:
+    return CudaDevice("tensorrt-rtx")
+
+
+def zeros_and_fives(device: CudaDevice) -> tuple[np.ndarray, int]:
+    """Memory of the host, which is fives, and of the GPU, which is zeros."""
+    host, block = device.allocate_host(SIZE), device.allocate(SIZE)
+    host[:] = 5
+    device.clear(block, SIZE)
+    return host, block
+
+
+def read(device: CudaDevice, block: int) -> np.ndarray:
+    host = device.allocate_host(SIZE)
+    device.copy(address_of(host), block, SIZE)
+    device.wait()
+    return host
+
+
+def test_captured_work_is_done_whenever_it_is_launched(device: CudaDevice) -> None:
+    host, block = zeros_and_fives(device)
+    launch = device.capture(lambda: device.copy(block, address_of(host), SIZE))
+    assert not read(device, block).any()
+    launch()
+    assert (read(device, block) == 5).all()
+    host[:] = 6
+    launch()
+    assert (read(device, block) == 6).all()
+
+
+def test_a_capture_that_fails_leaves_nothing_behind(device: CudaDevice, machine: Machine) -> None:
+    host, block = zeros_and_fives(device)
+
+    def record() -> None:
+        device.copy(block, address_of(host), SIZE)
+        raise KeyboardInterrupt
+
+    machine.failing = {"close"}  # as a capture does that has been spoilt
+    with pytest.raises(KeyboardInterrupt):
+        device.capture(record)
+    assert not read(device, block).any() and not machine.graphs
+
+
+def test_what_is_freed_during_a_capture_does_not_spoil_it(
+    device: CudaDevice, machine: Machine
+) -> None:
+    spare = device.allocate(SIZE)
+    host, block = zeros_and_fives(device)
+    device.wait()
+
+    def record() -> None:
+        device.copy(block, address_of(host), SIZE)
+        fake_cuda.Driver(machine).cuMemFree(spare)
+
+    device.capture(record)()
+    assert (read(device, block) == 5).all()
+
+
+# Errors
+
+
+def doubling() -> bytes:
+    """A graph of x [n, 4] -> y, twice that."""
+    x, y = (make_tensor_value_info(name, TensorProto.FLOAT, ["n", 4]) for name in "xy")
+    graph = make_graph([make_node("Add", ["x", "x"], ["y"])], "doubling", [x], [y])
+    model = make_model(graph, opset_imports=[make_opsetid("", 20)], ir_version=9)
+    return model.SerializeToString()
+
+
+def bound(device: CudaDevice, shape: tuple[int, ...] = (2, 4)) -> Launch:
+    engine = device.load("doubling", doubling())
+    size = engine.scratch(0)
+    addresses = {name: device.allocate(SIZE) for name in engine.tensors}
+    return engine.bind(0, {"x": shape}, addresses, (device.allocate(size), size))
+
+
+def captured(device: CudaDevice) -> Launch:
+    return device.capture(lambda: None)
+
+
+OPERATIONS: list[tuple[str, Callable[[CudaDevice], object]]] = [
+    ("set_current", CudaDevice.wait),
+    ("cuMemGetInfo", CudaDevice.free_memory),
+    ("cuMemAlloc", lambda device: device.allocate(SIZE)),
+    ("cuMemAllocHost", lambda device: device.allocate_host(SIZE)),
+    ("cuMemcpyAsync", lambda device: device.copy(0, 0, SIZE)),
+    ("cuMemcpyAsync", lambda device: device.capture(lambda: device.copy(0, 0, SIZE))),
+    ("cuMemsetD8Async", lambda device: device.clear(0, SIZE)),
+    ("sync", CudaDevice.wait),
+    ("create_graph_builder", captured),
+    ("begin_building", captured),
+    ("end_building", captured),
+    ("complete", captured),
+    ("upload", captured),
+    ("launch", lambda device: captured(device)()),
+    ("deserialize_cuda_engine", bound),
+    ("create_runtime_config", bound),
+    ("create_execution_context", bound),
+    ("set_optimization_profile_async", bound),
+    ("execute_async_v3", lambda device: bound(device)()),
+]
+
+
+@pytest.mark.parametrize(("call", "operation"), OPERATIONS)
+def test_a_call_that_fails_is_an_error_of_one_line(
+    device: CudaDevice, machine: Machine, call: str, operation: Callable[[CudaDevice], object]
+) -> None:
+    machine.failing = {call}
+    with pytest.raises(BackendError) as caught:
+        operation(device)
+    message = str(caught.value)
+    assert message.startswith("the GPU cannot ") and message.splitlines() == [message]
+    assert "CUDA_ERROR_UNKNOWN" in message and message.count("varedit-export doctor") == 1
+    machine.failing = set()
+    _, block = zeros_and_fives(device)
+    assert not read(device, block).any()
+
+
+@pytest.mark.parametrize("call", ["set_current", "create_stream", "Runtime"])
+def test_a_gpu_that_cannot_be_used_is_an_error(machine: Machine, call: str) -> None:
+    machine.failing = {call}
+    with pytest.raises(BackendError, match=r"the GPU cannot be used .*: run `varedit-export doc"):
+        CudaDevice("tensorrt-rtx")
+
+
+@pytest.mark.parametrize("refused", ["context", "execute"])
+def test_what_tensorrt_refuses_without_a_word_is_an_error(
+    device: CudaDevice, machine: Machine, refused: str
+) -> None:
+    machine.failing = {refused}
+    with pytest.raises(BackendError, match=r"the engine doubling \(no reason given\)"):
+        bound(device)()
+
+
+def test_a_plan_that_is_none_is_an_error(device: CudaDevice) -> None:
+    with pytest.raises(BackendError, match=r"decoder cannot be loaded .*: compile") as e:
+        device.load("decoder", b"no plan")
+    assert "no reason given" not in str(e.value)
+
+
+def test_shapes_that_an_engine_does_not_take_are_an_error(device: CudaDevice) -> None:
+    with pytest.raises(BackendError, match="the engine doubling does not take its tensors"):
+        bound(device, (2, 5))
+
+
+# Kernels
+
+
+def kernels(folder: Path) -> list[Path]:
+    return list((folder / "cache").rglob("*.bin"))
+
+
+def test_what_rtx_compiled_is_kept(machine: Machine, tmp_path: Path) -> None:
+    with opened() as editor:
+        first = edited(editor)
+    once = list(machine.compiled)
+    assert once and len(set(once)) == len(once)
+    (file,) = kernels(tmp_path)
+    assert file.name == "tensorrt-rtx-1.7-Simulated_GPU.bin"
+    with opened() as editor:
+        assert np.array_equal(edited(editor), first)
+    assert machine.compiled == once
+
+
+def test_kernels_that_are_damaged_are_compiled_afresh(machine: Machine, tmp_path: Path) -> None:
+    opened().close()
+    once = list(machine.compiled)
+    (file,) = kernels(tmp_path)
+    whole = file.read_bytes()
+    file.write_bytes(b"torn")
+    opened().close()
+    assert machine.compiled == once * 2 and file.read_bytes() == whole
+
+
+def test_kernels_that_cannot_be_written_are_no_error(machine: Machine, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_bytes(b"no folder")
+    with opened() as editor:
+        assert edited(editor).any()
+
+
+def test_tensorrt_keeps_no_kernels(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine.kind = "tensorrt"
+    install(machine, monkeypatch)
+    opened(kind="tensorrt").close()
+    assert not kernels(tmp_path)
+
+
+# Closing
+
+
+def held(machine: Machine) -> list[Any]:
+    return [*machine.gpu.allocated, *machine.gpu.host, *machine.graphs]
+
+
+def test_closing_frees_everything(machine: Machine) -> None:
+    editor = opened()
+    backend = editor.graphs
+    edited(editor)
+    assert held(machine) and machine.loaded
+    backend.close()
+    assert not held(machine) and not machine.loaded
+    backend.close()
+
+
+def test_closing_waits_for_what_is_under_way(device: CudaDevice, machine: Machine) -> None:
+    host, block = zeros_and_fives(device)
+    device.copy(block, address_of(host), SIZE)
+    device.close()
+    assert not held(machine) and not machine.gpu.queue
+
+
+@pytest.mark.parametrize("call", ["begin_building", "execute_async_v3", "cuMemAllocHost"])
+def test_what_cannot_be_opened_whole_is_freed(machine: Machine, call: str) -> None:
+    machine.failing = {call}
+    with pytest.raises(BackendError, match=call):
+        opened()
+    assert not held(machine)
+
+
+def test_a_gpu_that_failed_can_be_closed(machine: Machine) -> None:
+    """And the error that is told is the first."""
+    machine.failing = {"begin_building", "cuMemFree", "cuMemFreeHost"}
+    with pytest.raises(BackendError, match="begin_building"):
+        opened()
+
+
+def test_an_edit_that_failed_is_what_is_told(machine: Machine) -> None:
+    with pytest.raises(BackendError, match="launch a graph"), opened() as editor:
+        machine.failing = {"launch", "sync", "cuMemFree"}
+        edited(editor)
+
+
+def test_too_little_memory_is_an_error_that_takes_none(machine: Machine) -> None:
+    machine.gpu.free = 1000
+    with pytest.raises(BackendError, match="the engines need"):
+        opened()
+    assert not held(machine)

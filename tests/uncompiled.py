@@ -1,0 +1,58 @@
+"""Engines that are the graphs themselves, for GPUs that are this machine's memory."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from varedit_engines import engine_cache
+from varedit_engines.compile import Job, compile_engines
+from varedit_runtime import engine_set
+from varedit_runtime.bundle import Bundle
+from varedit_runtime.engine_set import EngineSet, Layout
+
+GPU = "sm90"
+VERSION = "1.7"
+
+
+@dataclass
+class Uncompiled:
+    """A compiler whose plans are the graphs."""
+
+    backend: str = "tensorrt-rtx"
+    gpu: str = GPU
+
+    @property
+    def tools(self) -> dict[str, str]:
+        return {self.backend: VERSION}
+
+    @property
+    def flags(self) -> dict[str, str]:
+        return {}
+
+    def compile(self, name: str, graph: bytes, *rest: Any) -> bytes:
+        return graph
+
+
+def keep_engines_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bundles are shared by all tests: engines go to a cache of the test's own."""
+    for name in ("data_folder", "cache_folder"):
+        monkeypatch.setattr(engine_set, name, lambda name=name: folder / name)
+    monkeypatch.setattr(engine_cache.os, "access", lambda *_: False)
+
+
+def compiled(
+    path: Path, layout: Layout = "external", backend: str = "tensorrt-rtx"
+) -> tuple[Bundle, EngineSet]:
+    bundle = Bundle.open(path)
+    job = Job(bundle, layout, Uncompiled(backend))  # type: ignore[arg-type]
+    return bundle, compile_engines(job, lambda *_: None)
+
+
+def near(a: Image.Image | np.ndarray, b: Image.Image | np.ndarray) -> bool:
+    """Equal, but for single values that the decoders round differently."""
+    different = np.abs(np.asarray(a, np.int16) - np.asarray(b, np.int16))
+    return bool(different.max() <= 1 and different.mean() < 1e-3)
