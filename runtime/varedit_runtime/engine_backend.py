@@ -46,7 +46,6 @@ class EngineBackend(Backend):
         self._values = values_of(list(self.steps.values()))
         self._allocate()
         self._weights.fill(bundle, device)
-        self._host = self._allocate_host()
         if symbolic:
             self._set(constants(variant, self.model))
         self._bound = {step.name: self._bind(step) for step in self.steps.values()}
@@ -60,7 +59,7 @@ class EngineBackend(Backend):
     def close(self) -> None:
         self._device.close()  # which waits: then nothing runs on what goes next
         self._whole, self._graphs, self._bound, self._engines = {}, {}, {}, {}
-        self._host = {}
+        self._host, self._mirror = {}, np.empty(0, np.uint8)
 
     def edit(
         self, prompts: Prompts, pictures: np.ndarray, samplings: Sequence[Sampling]
@@ -109,32 +108,38 @@ class EngineBackend(Backend):
         return loaded
 
     def _allocate(self) -> None:
-        """The engines' scratch, and all values, in one arena."""
-        scratch = max(self._engines[s.stage].scratch(s.profile) for s in self.steps.values())
-        landing = max(sum(aligned(v.size) for v in _unaligned(s)) for s in self.steps.values())
-        sizes = {name: view.size for name, view in self._values.items()}
-        self._arena = lay_out({SCRATCH: scratch, LANDING: landing, **sizes})
+        """All values and the engines' scratch in one arena, whose beginning the host mirrors.
+
+        First comes what only the host writes, so that it is copied as one.
+        """
+        steps = self.steps.values()
+        written = {view.value for step in steps for view in step.outputs.values()}
+        host = dict.fromkeys(name for step in steps for name in (*step.fed, *step.read))
+        given = [name for name in host if name not in written]
+        taken = [name for name in host if name in written]
+        rest = [name for name in self._values if name not in host]
+        sizes = {name: self._values[name].size for name in (*given, *taken, *rest)}
+        scratch = max(self._engines[step.stage].scratch(step.profile) for step in steps)
+        landing = max(sum(aligned(view.size) for view in _unaligned(step)) for step in steps)
+        self._arena = lay_out({**sizes, LANDING: landing, SCRATCH: scratch})
         self.budget = replace(self.budget, scratch=scratch)
         left = replace(self.budget, weights=self._weights.size)  # what is baked in is loaded
         left.check(self._device.free_memory())
         self._start = self._device.allocate(self._arena.size)
         self._device.clear(self._start, self._arena.size)
         self._scratch = self._start + self._arena.offsets[SCRATCH], scratch
+        self._given = lay_out({name: sizes[name] for name in given}).size
+        mirrored = lay_out({name: sizes[name] for name in (*given, *taken)})
+        self._mirror = self._device.allocate_host(mirrored.size)
+        self._host = {
+            name: self._mirror[start : start + sizes[name]]
+            .view(self._values[name].dtype)
+            .reshape(self._values[name].shape)
+            for name, start in mirrored.offsets.items()
+        }
 
     def _address(self, view: View) -> int:
         return self._start + self._arena.offsets[view.value] + view.offset
-
-    def _allocate_host(self) -> dict[str, np.ndarray]:
-        """What is copied from and to the GPU, in one piece of memory."""
-        names = {name for step in self.steps.values() for name in (*step.fed, *step.read)}
-        places = lay_out({name: self._values[name].size for name in sorted(names)})
-        memory = self._device.allocate_host(places.size)
-        return {
-            name: memory[start : start + self._values[name].size]
-            .view(self._values[name].dtype)
-            .reshape(self._values[name].shape)
-            for name, start in places.offsets.items()
-        }
 
     def _set(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Values that no step writes."""
@@ -191,10 +196,8 @@ class EngineBackend(Backend):
         return self._whole[negatives]
 
     def _record_whole(self, steps: Sequence[Step]) -> None:
-        """All that the host gives, once; all steps; of what it takes, logits and pictures."""
-        written = {view.value for step in self.steps.values() for view in step.outputs.values()}
-        fed = dict.fromkeys(name for step in steps for name in step.fed)
-        self._copy_in(name for name in fed if name not in written)
+        """All that the host gives, as one; all steps; of what it takes, logits and pictures."""
+        self._device.copy(self._start, address_of(self._mirror), self._given)
         for step in steps:
             self._bound[step.name]()
         self._copy_out(n for step in steps for n in step.read if n.startswith("logits."))
