@@ -1,6 +1,7 @@
 """The real device on fakes of CUDA and TensorRT, whose memory is this machine's."""
 
 import inspect
+import json
 import re
 import sys
 import threading
@@ -8,10 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import cuda.core
 import fake_cuda
 import numpy as np
 import pytest
+from click.testing import CliRunner, Result
 from editing import picture, small_bundle
 from fake_cuda import RTX, Machine
 from onnx import TensorProto
@@ -22,16 +25,19 @@ from onnx.helper import (
     make_opsetid,
     make_tensor_value_info,
 )
+from PIL import Image
 from simulated_gpu import SimulatedGpu
 from uncompiled import compiled, keep_engines_in, near
 
-from varedit_runtime import cuda_device
+from varedit_export.cli import main as varedit_export
+from varedit_runtime import cuda_device, engine_set
 from varedit_runtime.bundle import Bundle
+from varedit_runtime.cli import main as varedit_run
 from varedit_runtime.cuda_device import CudaDevice
 from varedit_runtime.device import Launch, address_of
 from varedit_runtime.editor import Editor
-from varedit_runtime.engine_set import LAYOUTS, Layout
-from varedit_runtime.errors import BackendError
+from varedit_runtime.engine_set import LAYOUTS, EngineSet, EngineSets, Layout
+from varedit_runtime.errors import BackendError, BundleError
 from varedit_runtime.tensorrt_module import ENGINE_KINDS, EngineKind
 
 CORE: Any = cuda.core
@@ -402,3 +408,65 @@ def test_too_little_memory_is_an_error_that_takes_none(machine: Machine) -> None
     with pytest.raises(BackendError, match="the engines need"):
         opened()
     assert not held(machine)
+
+
+# The commands
+
+
+def run(command: click.Command, *arguments: object) -> Result:
+    return CliRunner().invoke(command, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def engines(machine: Machine) -> tuple[object, ...]:
+    """What makes a command use the small bundle's engines."""
+    compiled(small_bundle())
+    return "--backend", "tensorrt-rtx"
+
+
+def test_varedit_run_edits_with_engines(engines: tuple[object, ...], tmp_path: Path) -> None:
+    photo, out = tmp_path / "photo.png", tmp_path / "out.png"
+    picture(40, 30).save(photo)
+    options = ["--bundle", small_bundle(), "--seed", 1, "-o", out, "--json", *engines]
+    done = run(varedit_run, photo, "add a hat", *options)
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)
+    assert (told["provider"], list(told["timings"])) == ("tensorrt-rtx", ["edit"])
+    with Editor.open(small_bundle(), threads=1) as other, Image.open(out) as ours:
+        assert near(ours, other.edit(picture(40, 30), "add a hat", seed=1).image)
+
+
+def test_bench_times_whole_edits_and_their_stages(
+    engines: tuple[object, ...], tmp_path: Path
+) -> None:
+    file = tmp_path / "bench.json"
+    done = run(varedit_run, "bench", small_bundle(), "--repeat", 2, "--json", file, *engines)
+    assert done.exit_code == 0, done.output
+    report = json.loads(file.read_text())
+    assert report["product_rate"] is None and "matrix product" not in done.stdout
+    stages = [stage["name"] for stage in report["stages"]]
+    assert stages[0] == "text_encoder" and stages[-1] == "image_decoder" and "edit" not in stages
+    assert report["edit_seconds"]["median"] > 0
+
+
+def test_verify_compares_engines(engines: tuple[object, ...], tmp_path: Path) -> None:
+    file = tmp_path / "parity.json"
+    done = run(varedit_export, "verify", small_bundle(), "--report", file, *engines)
+    assert done.exit_code == 0, done.output
+    measures = [line["measure"] for line in json.loads(file.read_text())]
+    assert any("against ONNX Runtime" in measure for measure in measures)
+    assert any("against the reference" in measure for measure in measures)
+
+
+def test_engines_of_another_user_need_their_digest_or_trust(
+    engines: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder,) = EngineSets(Bundle.open(small_bundle())).folders
+    digest = EngineSet.open(folder).digest
+    monkeypatch.setattr(engine_set, "data_folder", lambda: tmp_path / "another user's")
+    with pytest.raises(BundleError, match="built elsewhere, and they are native code"):
+        Editor.open(small_bundle(), backend="tensorrt-rtx")
+    with pytest.raises(BundleError, match="no tensorrt-rtx engines"):
+        Editor.open(small_bundle(), backend="tensorrt-rtx", engines_digest="0" * 64)
+    Editor.open(small_bundle(), backend="tensorrt-rtx", engines_digest=digest).close()
+    Editor.open(small_bundle(), backend="tensorrt-rtx", trust_engines=True).close()

@@ -38,18 +38,20 @@ class Uncompiled:
 
 
 def keep_engines_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bundles are shared by all tests: engines go to a cache of the test's own."""
+    """A user's folders, for one test."""
     for name in ("data_folder", "cache_folder"):
         monkeypatch.setattr(engine_set, name, lambda name=name: folder / name)
-    monkeypatch.setattr(engine_cache.os, "access", lambda *_: False)
 
 
 def compiled(
     path: Path, layout: Layout = "external", backend: str = "tensorrt-rtx"
 ) -> tuple[Bundle, EngineSet]:
+    """The bundles are shared by all tests: engines go to the user's cache."""
     bundle = Bundle.open(path)
     job = Job(bundle, layout, Uncompiled(backend))  # type: ignore[arg-type]
-    return bundle, compile_engines(job, lambda *_: None)
+    with pytest.MonkeyPatch.context() as read_only:
+        read_only.setattr(engine_cache.os, "access", lambda *_: False)
+        return bundle, compile_engines(job, lambda *_: None)
 
 
 def near(a: Image.Image | np.ndarray, b: Image.Image | np.ndarray) -> bool:
