@@ -33,21 +33,28 @@ class EditBatch:
 class PictureBatches(Dataset[Tensor]):
     """Step -> pictures uint8 [B, H, W, 3]."""
 
-    def __init__(self, batch: int, size: int) -> None:
-        self.batch, self.size = batch, size
+    def __init__(self, batch: int, size: int, first_seed: int = FIRST_TRAINING_SEED) -> None:
+        self.batch, self.size, self.first_seed = batch, size, first_seed
 
     def __getitem__(self, index: int) -> Tensor:
-        return _stack([draw_picture(seed, self.size) for seed in step_seeds(index, self.batch)])
+        return _stack(
+            [
+                draw_picture(seed, self.size)
+                for seed in step_seeds(index, self.batch, self.first_seed)
+            ]
+        )
 
 
 class EditBatches(Dataset[EditBatch]):
     """Step -> edits."""
 
-    def __init__(self, batch: int, size: int) -> None:
-        self.batch, self.size = batch, size
+    def __init__(self, batch: int, size: int, first_seed: int = FIRST_TRAINING_SEED) -> None:
+        self.batch, self.size, self.first_seed = batch, size, first_seed
 
     def __getitem__(self, index: int) -> EditBatch:
-        edits = [draw_edit(seed, self.size) for seed in step_seeds(index, self.batch)]
+        edits = [
+            draw_edit(seed, self.size) for seed in step_seeds(index, self.batch, self.first_seed)
+        ]
         return EditBatch(
             _stack([edit.source for edit in edits]),
             _stack([edit.target for edit in edits]),
@@ -55,9 +62,9 @@ class EditBatches(Dataset[EditBatch]):
         )
 
 
-def step_seeds(step: int, batch: int) -> range:
+def step_seeds(step: int, batch: int, first_seed: int = FIRST_TRAINING_SEED) -> range:
     """The training seeds of a step, different from every other step's."""
-    start = FIRST_TRAINING_SEED + step * batch
+    start = first_seed + step * batch
     return range(start, start + batch)
 
 

@@ -84,7 +84,7 @@ class TokenizerTask:
 
     @property
     def dataset(self) -> PictureBatches:
-        return PictureBatches(self.recipe.batch, self.size)
+        return PictureBatches(self.recipe.batch, self.size, self.recipe.first_seed)
 
     def losses(self, batch: Tensor, step: int, fast: bool) -> dict[str, Tensor]:
         weights = self.weights

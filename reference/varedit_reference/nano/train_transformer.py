@@ -92,7 +92,7 @@ class TransformerTask:
 
     @property
     def dataset(self) -> EditBatches:
-        return EditBatches(self.recipe.batch, self.config.picture_size[0])
+        return EditBatches(self.recipe.batch, self.config.picture_size[0], self.recipe.first_seed)
 
     def losses(self, batch: EditBatch, step: int, fast: bool) -> dict[str, Tensor]:
         bf16 = fast and self.machine.precision == "bf16"

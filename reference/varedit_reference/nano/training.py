@@ -15,20 +15,21 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from varedit_reference.nano.checkpointing import RunFolder, TrainingState
-from varedit_reference.nano.data import batches
+from varedit_reference.nano.data import FIRST_TRAINING_SEED, batches
 from varedit_reference.nano.optimisers import Optimisers, optimisers
 from varedit_runtime.errors import ConfigError
 
 Batch = TypeVar("Batch")
 Precision = Literal["fp32", "bf16"]
 
+SEEDS_OF_A_RUN = 10**7
 SMALLEST_COSINE = 0.98
 LARGEST_NORM_ERROR = 0.1
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model learns: the same on every machine."""
+    """How a model learns: the same on every machine. first_seed: of what it learns from."""
 
     steps: int
     batch: int
@@ -39,6 +40,7 @@ class Recipe:
     clip: float = 1.0
     ema_decay: float = 0.999
     seed: int = 0
+    first_seed: int = FIRST_TRAINING_SEED
 
 
 @dataclass(frozen=True)
@@ -252,17 +254,26 @@ def run_training(
     machine, options = split_options(options)
     chosen = {name: options[name] for name in ("steps", "batch", "learning_rate")}
     recipe = replace(recipe, **chosen)
+    start_from = options["start_from"]
+    if start_from is not None:
+        digest = _digest(start_from)
+        recipe = replace(recipe, first_seed=_seed_after(digest))
+        learns = {**learns, "start_from": digest}
     task = build(recipe, machine)
     if options["check_gradients"]:
         cosine, ratio = check_gradients(task)
         click.echo(f"cosine to eager fp32 {cosine:.6f}, norm {ratio:.4f} times")
         return
     folder = RunFolder(options["run"])
-    if options["start_from"] is not None:
-        task.restore(options["start_from"])
-        learns = {**learns, "start_from": _digest(options["start_from"])}
+    if start_from is not None:
+        task.restore(start_from)
     folder.keep_options({**asdict(recipe), **learns})
     train(task, recipe, machine, folder)
+
+
+def _seed_after(digest: str) -> int:
+    """Weights that have learned go on with other pictures than those that they learned from."""
+    return FIRST_TRAINING_SEED + int(digest[:8], 16) * SEEDS_OF_A_RUN
 
 
 def _digest(folder: Path) -> str:
