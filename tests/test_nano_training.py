@@ -181,6 +181,7 @@ def test_a_run_starts_from_the_averaged_weights_of_another(tmp_path: Path) -> No
         return folder
 
     seen: list[Tensor] = []
+    pictures: list[Tensor] = []
 
     def quiet_task(recipe: Recipe, machine: Machine) -> TokenizerTask:
         task = tokenizer_task(recipe, machine)
@@ -190,6 +191,7 @@ def test_a_run_starts_from_the_averaged_weights_of_another(tmp_path: Path) -> No
         def first_seen(batch: Tensor, step: int, fast: bool) -> dict[str, Tensor]:
             if step == 0:
                 seen.append(next(task.model.parameters()).detach().clone())
+                pictures.append(batch)
             return losses(batch, step, fast)
 
         task.losses = first_seen  # type: ignore[method-assign]
@@ -200,6 +202,7 @@ def test_a_run_starts_from_the_averaged_weights_of_another(tmp_path: Path) -> No
     averaged = torch.load(one.checkpoint, weights_only=True)["ema"]
     assert torch.equal(seen[1], next(iter(averaged.values())))
     assert not torch.equal(seen[0], seen[1])
+    assert not torch.equal(pictures[0], pictures[1])
     with pytest.raises(ConfigError, match="start_from"):
         run("two", None)
     with pytest.raises(CheckpointError, match="missing"):
