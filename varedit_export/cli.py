@@ -289,6 +289,8 @@ def verify(
     varedit-export verify bundles/2b-512 --report parity.json
     varedit-export verify bundles/2b-512 --backend tensorrt
     """
+    if backend not in _ENGINES and (engines_digest or trust_engines):
+        raise ConfigError(f"{backend} has no engines to be trusted: name their backend")
     with needs_extra("export"):
         from varedit_export.verify import compare_bundle, compare_recording, gate
         from varedit_reference.golden import open_recording

@@ -7,7 +7,10 @@
     result.image.save("edited.png")
 
 - `editor.py`: edits, as a library; `cli.py`, `command.py`: the `varedit-run` command.
-- `onnx_backend.py`: the graphs on ONNX Runtime; `bench.py`: how fast they are.
+- `backend.py`, `wiring.py`: the stages that every backend runs, and which memory each tensor is.
+- `onnx_backend.py`: the graphs on ONNX Runtime; `bench.py`: how fast a backend is.
+- `engine_backend.py`: compiled engines on a GPU; `gpu_memory.py`, `gpu_weights.py`: where all of it
+  lies; `device.py`, `cuda_device.py`: the GPU; `engine_set.py`, `packing.py`: engines on disk.
 - `bundle.py`, `manifest.py`, `locate.py`: bundles, what they say of themselves, where they are.
 - `pictures.py`: pictures in and out, exactly as the released models see them.
 - `text.py`, `noise.py`, `settings.py`, `grids.py`, `resizing.py`: what the reference and the graphs

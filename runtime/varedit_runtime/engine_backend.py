@@ -7,6 +7,7 @@ launch when nobody listens between scales.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from math import prod
 
 import numpy as np
 
@@ -20,7 +21,16 @@ from varedit_runtime.gpu_memory import aligned, budget, lay_out
 from varedit_runtime.gpu_weights import Weights
 from varedit_runtime.manifest import Variant
 from varedit_runtime.tensorrt_module import EngineKind
-from varedit_runtime.wiring import DECODER, NEGATIVE, TEXT, Step, View, constants, values_of
+from varedit_runtime.wiring import (
+    DECODER,
+    NEGATIVE,
+    TEXT,
+    Step,
+    View,
+    constants,
+    item_size,
+    values_of,
+)
 
 SCRATCH, LANDING = "scratch", "landing"
 
@@ -97,10 +107,9 @@ class EngineBackend(Backend):
         stages = dict.fromkeys(step.stage for step in self.steps.values())
         loaded = {stage: self._device.load(stage, engines.plan_bytes(stage)) for stage in stages}
         for step in self.steps.values():
-            weights = self._weights.names(step.stage)
-            tensors = loaded[step.stage].tensors
-            given = {name: tensors[name] for name in tensors if name not in weights}
-            if different := _different({**step.inputs, **step.outputs}, given):
+            views = {**step.inputs, **step.outputs}
+            weights = self._weights.lengths(step.stage)
+            if different := _different(views, weights, loaded[step.stage].tensors):
                 raise BundleError(
                     f"{engines.path} has an engine for {step.stage} whose {', '.join(different)} "
                     "are not its graph's: delete the folder and compile it again"
@@ -113,11 +122,8 @@ class EngineBackend(Backend):
         First comes what only the host writes, so that it is copied as one.
         """
         steps = self.steps.values()
-        written = {view.value for step in steps for view in step.outputs.values()}
-        host = dict.fromkeys(name for step in steps for name in (*step.fed, *step.read))
-        given = [name for name in host if name not in written]
-        taken = [name for name in host if name in written]
-        rest = [name for name in self._values if name not in host]
+        given, taken = _on_the_host(steps)
+        rest = [name for name in self._values if name not in (*given, *taken)]
         sizes = {name: self._values[name].size for name in (*given, *taken, *rest)}
         scratch = max(self._engines[step.stage].scratch(step.profile) for step in steps)
         landing = max(sum(aligned(view.size) for view in _unaligned(step)) for step in steps)
@@ -129,13 +135,17 @@ class EngineBackend(Backend):
         self._device.clear(self._start, self._arena.size)
         self._scratch = self._start + self._arena.offsets[SCRATCH], scratch
         self._given = lay_out({name: sizes[name] for name in given}).size
-        mirrored = lay_out({name: sizes[name] for name in (*given, *taken)})
-        self._mirror = self._device.allocate_host(mirrored.size)
+        self._mirror_on_host((*given, *taken))
+
+    def _mirror_on_host(self, names: Iterable[str]) -> None:
+        values = {name: self._values[name] for name in names}
+        places = lay_out({name: view.size for name, view in values.items()})
+        self._mirror = self._device.allocate_host(places.size)
         self._host = {
-            name: self._mirror[start : start + sizes[name]]
-            .view(self._values[name].dtype)
-            .reshape(self._values[name].shape)
-            for name, start in mirrored.offsets.items()
+            name: self._mirror[places.offsets[name] :][: view.size]
+            .view(view.dtype)
+            .reshape(view.shape)
+            for name, view in values.items()
         }
 
     def _address(self, view: View) -> int:
@@ -232,19 +242,35 @@ def open_engines(
         raise
 
 
-def _different(
-    views: Mapping[str, View], tensors: Mapping[str, tuple[str, tuple[int, ...]]]
-) -> list[str]:
-    """The tensors that an engine has otherwise than its graph, or one of them alone."""
+def _on_the_host(steps: Iterable[Step]) -> tuple[list[str], list[str]]:
+    """The values that the host gives, and no step writes; and those that it takes."""
+    written = {view.value for step in steps for view in step.outputs.values()}
+    host = dict.fromkeys(name for step in steps for name in (*step.fed, *step.read))
+    return [n for n in host if n not in written], [n for n in host if n in written]
 
-    def same(view: View, dtype: str, shape: tuple[int, ...]) -> bool:
+
+def _different(
+    views: Mapping[str, View],
+    weights: Mapping[str, int],
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+) -> list[str]:
+    """The tensors that an engine has otherwise than its graph, or one of them alone.
+
+    weights: bytes of its inputs that are weights.
+    """
+
+    def same(name: str) -> bool:
+        dtype, shape = tensors[name]
+        if name in weights:
+            return weights[name] == prod(shape) * item_size(dtype)
+        view = views[name]
         if (view.dtype, len(view.shape)) != (dtype, len(shape)):
             return False
         return all(b in (a, -1) for a, b in zip(view.shape, shape, strict=True))
 
-    alone = views.keys() ^ tensors.keys()
-    both = views.keys() & tensors.keys()
-    return sorted(alone | {name for name in both if not same(views[name], *tensors[name])})
+    both = {*views, *weights} & tensors.keys()
+    alone = {*views, *weights} ^ tensors.keys()
+    return sorted(alone | {name for name in both if not same(name)})
 
 
 def _unaligned(step: Step) -> list[View]:

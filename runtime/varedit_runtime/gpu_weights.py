@@ -31,9 +31,9 @@ class Weights:
         """Bytes on the GPU."""
         return self._arena.size
 
-    def names(self, stage: str) -> set[str]:
-        """The inputs of an engine that are weights."""
-        return {weight.name for weight in self._by_stage.get(stage, ())}
+    def lengths(self, stage: str) -> dict[str, int]:
+        """Bytes of the inputs of an engine that are weights."""
+        return {weight.name: weight.length for weight in self._by_stage.get(stage, ())}
 
     def addresses(self, stage: str) -> dict[str, int]:
         """Of the inputs of an engine that are weights, once they are filled."""
