@@ -75,8 +75,9 @@ def with_bundle(machine: Machine, **changed: Any) -> Machine:
     return replace(machine, bundle=replace(BUNDLE, **changed))
 
 
-def with_engines(backend: str, gpu: str = "sm89", needing: int = 5) -> Machine:
-    """needing: GB of GPU memory."""
+def with_engines(backend: str, gpu: str = "", needing: int = 5) -> Machine:
+    """gpu: by default the server's; needing: GB of its memory."""
+    gpu = gpu or ("sm89" if backend == "tensorrt-rtx" else f"sm89 {ADA.name}")
     tools = {backend: SERVER.packages[backend]}
     recipe = Recipe(backend, "512-b1", {}, {}, tools, gpu, "external", "fp16", {})
     engines = Engines(Path(f"{backend}-0"), recipe, gpu_memory=needing * 10**9)
@@ -157,7 +158,7 @@ SWAP_BACK = "`pip uninstall onnxruntime-gpu` and `pip install --force-reinstall 
         (LAPTOP, "tensorrt", "cannot", 'run `pip install "varedit-export[tensorrt]"`'),
         (replace(SERVER, nvidia=LAPTOP.nvidia), "tensorrt", "cannot", "there is none"),
         (without(SERVER, "cuda-core"), "tensorrt", "cannot", "run `pip install cuda-core`"),
-        (without(SERVER, "onnx"), "tensorrt", "cannot", '"varedit-export[export]"'),
+        (without(with_bundle(SERVER), "onnx"), "tensorrt", "cannot", '"varedit-export[export]"'),
         (
             replace(SERVER, unusable={"tensorrt": "no libnvinfer"}),
             "tensorrt",
@@ -175,7 +176,13 @@ SWAP_BACK = "`pip uninstall onnxruntime-gpu` and `pip install --force-reinstall 
         (with_engines("tensorrt"), "tensorrt", "can run", "this bundle"),
         (with_engines("tensorrt"), "tensorrt-rtx", "can compile", "engines for sm89; run"),
         (with_engines("tensorrt-rtx"), "tensorrt-rtx", "can run", "this bundle"),
-        (with_engines("tensorrt", gpu="sm90"), "tensorrt", "can compile", "for sm89; run"),
+        (with_engines("tensorrt", gpu="sm89 another"), "tensorrt", "can compile", "sm89; run"),
+        (
+            without(with_engines("tensorrt"), "onnx"),
+            "tensorrt",
+            "can run",
+            "this bundle",
+        ),
         (with_engines("tensorrt", needing=21), "tensorrt", "cannot", "about 21.0 GB of GPU memory"),
         (LAPTOP, "tensorrt-rtx", "cannot", '"varedit-export[tensorrt-rtx]"'),
         (
@@ -264,7 +271,7 @@ def engines_line(cache: EngineCache, machine: Machine = SERVER) -> str:
         ({"gpu": "sm75+sm89"}, SERVER, ": for this machine"),
         ({"tools": {"tensorrt": "10.9"}}, SERVER, "of tensorrt 10.9, and 11.0 is installed; run"),
         ({}, without(SERVER, "tensorrt"), "of tensorrt 11.0, and none is installed"),
-        ({"gpu": "sm75"}, SERVER, "for sm75, and this machine has sm89; run `varedit-export"),
+        ({"gpu": "sm75"}, SERVER, "for sm75, and this machine has sm89 NVIDIA RTX 4090; run `"),
         ({}, replace(SERVER, nvidia=LAPTOP.nvidia), "for sm89, and this machine has no GPU"),
         (
             {"gpu": "sm75", "layout": "baked"},

@@ -8,11 +8,12 @@ import msgspec
 import numpy as np
 import pytest
 from editing import pair_bundle, picture, plain_bundle, small_bundle
+from fake_bundles import rewrite_manifest
 from PIL import Image
 from simulated_gpu import SimulatedGpu
-from uncompiled import GPU, Uncompiled, compiled, keep_engines_in, near
+from uncompiled import Uncompiled, compiled, keep_engines_in, near
 
-from varedit_engines.compile import Job
+from varedit_engines.compile import Job, compile_engines
 from varedit_export.teacher_forcing import ParityError
 from varedit_export.verify import gate
 from varedit_export.verify_engines import compare_backend
@@ -24,12 +25,16 @@ from varedit_runtime.engine_set import LAYOUTS, EngineSet, EngineSets, Layout, m
 from varedit_runtime.errors import BackendError, BundleError
 from varedit_runtime.gpu_memory import budget, lay_out
 from varedit_runtime.locate import embedded
+from varedit_runtime.manifest import MANIFEST
 from varedit_runtime.wiring import sized
 
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     keep_engines_in(tmp_path, monkeypatch)
+
+
+HERE = "sm90 NVIDIA H200"
 
 
 def editor_on(gpu: SimulatedGpu, bundle: Bundle, engines: EngineSet) -> Editor:
@@ -117,8 +122,9 @@ def forced(editor: Editor) -> list[ScaleOutput]:
 
 
 @pytest.mark.parametrize("path", [pair_bundle, plain_bundle, embedded])
-def test_batches_and_other_conditionings(path: Callable[[], Path]) -> None:
-    bundle, engines = compiled(path())
+@pytest.mark.parametrize("layout", ["external", "profiles"])
+def test_batches_and_other_conditionings(path: Callable[[], Path], layout: Layout) -> None:
+    bundle, engines = compiled(path(), layout)
     editor = editor_on(SimulatedGpu(bundle.graphs_folder), bundle, engines)
     pictures = [picture(40, 30), picture(20, 60, blue=200), picture(30, 30)]
     prompts = ["add a hat", "make it night", "remove it"]
@@ -188,38 +194,92 @@ def test_engines_are_found_for_their_gpu_and_tools() -> None:
     compiled(small_bundle(), "baked")
     (variant,) = bundle.manifest.variants
     sets = EngineSets(bundle)
-    found = sets.find(variant.name, "tensorrt-rtx", {"tensorrt-rtx": "1.7"}, GPU)
+    found = sets.find(variant.name, "tensorrt-rtx", {"tensorrt-rtx": "1.7"}, HERE)
     assert found.path == engines.path  # the one with the smallest plans
     for tools, gpu, said in (
-        ({"tensorrt-rtx": "1.8"}, GPU, "of tensorrt-rtx 1.7, and 1.8 is installed"),
-        ({"tensorrt-rtx": "1.7"}, "sm89", "for sm90, and this machine has sm89"),
+        ({"tensorrt-rtx": "1.8"}, HERE, "of tensorrt-rtx 1.7, and 1.8 is installed"),
+        ({"tensorrt-rtx": "1.7"}, "sm89 X", "for sm90, and this machine has sm89 X"),
     ):
         with pytest.raises(BundleError, match=said) as caught:
             sets.find(variant.name, "tensorrt-rtx", tools, gpu)
-        assert f"--backend tensorrt-rtx --architecture {gpu}" in str(caught.value)
-    with pytest.raises(BundleError, match="there are none; run `varedit-export engines"):
-        sets.find(variant.name, "tensorrt", {"tensorrt": "11.0"}, GPU)
+        assert f"--backend tensorrt-rtx --architecture {gpu.split()[0]} " in str(caught.value)
+    with pytest.raises(BundleError, match=r"\(there are none\): run `varedit-export engines"):
+        sets.find(variant.name, "tensorrt", {"tensorrt": "11.0"}, HERE)
+
+
+def spoilt(path: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Make a set useless. -> what is said of it"""
+    manifest = msgspec.json.decode((path / MANIFEST).read_bytes())
+    if how == "truncated":
+        plan = path / manifest["plans"]["scale_00"]["file"]
+        plan.write_bytes(plan.read_bytes()[:-1])
+        return "is damaged"
+    if how == "foreign":
+        manifest["tools"] = {}
+    recipe = manifest["recipe"]
+    if how == "no version":
+        recipe["tools"], recipe["flags"] = {"tensorrt-rtx": "x"}, {"version_compatible": "True"}
+    if how == "unknown stage":
+        recipe["graphs"]["foo"] = recipe["graphs"]["prefill"]
+        manifest["plans"]["foo"] = manifest["plans"]["prefill"]
+    if how == "not ours":
+        recipe["flags"] = {"x": "None"}
+    rewrite_manifest(path, msgspec.json.encode(manifest))
+    said = {
+        "foreign": "unknown field",
+        "no version": "of tensorrt-rtx x, and 1.7",
+        "unknown stage": "no graph 'foo'",
+        "not ours": "built elsewhere",
+    }
+    return said[how]
+
+
+@pytest.mark.parametrize("how", ["truncated", "foreign", "no version", "unknown stage", "not ours"])
+def test_a_useless_set_hides_no_other_and_is_told(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, useless = compiled(small_bundle())
+    (variant,) = bundle.manifest.variants
+    said = spoilt(useless.path, how, monkeypatch)
+    asked = variant.name, "tensorrt-rtx", {"tensorrt-rtx": "1.7"}, HERE
+    with pytest.raises(BundleError, match=said):
+        EngineSets(bundle).find(*asked)
+    _, other = compiled(small_bundle(), "baked")
+    assert EngineSets(bundle).find(*asked).path == other.path
+
+
+def test_engines_with_fewer_settings_are_preferred() -> None:
+    bundle, plain = compiled(small_bundle())
+    (variant,) = bundle.manifest.variants
+    for name in ("tf32", "version_compatible", "workspace"):
+        job = Job(bundle, "external", Uncompiled(settings={name: "True", "other": "None"}))  # type: ignore[arg-type]
+        compile_engines(job, lambda *_: None)
+    found = EngineSets(bundle).find(variant.name, "tensorrt-rtx", {"tensorrt-rtx": "1.7"}, HERE)
+    assert found.path == plain.path
 
 
 @pytest.mark.parametrize(
     ("flags", "tools", "gpu", "serves"),
     [
-        ({}, "11.1", "sm90", True),
-        ({}, "11.2", "sm90", False),
-        ({}, "11.1", "sm89", False),
-        ({"version_compatible": "True"}, "11.2", "sm90", True),
-        ({"version_compatible": "True"}, "11.0", "sm90", False),
-        ({"version_compatible": "True"}, "12.0", "sm90", False),
-        ({"hardware_compatible": "ampere-plus"}, "11.1", "sm120", True),
-        ({"hardware_compatible": "ampere-plus"}, "11.1", "sm75", False),
-        ({"hardware_compatible": "same-compute-capability"}, "11.1", "sm89", False),
+        ({}, "11.1", "sm90 NVIDIA H100", True),
+        ({}, "11.1", "sm90 NVIDIA H200", False),
+        ({}, "11.2", "sm90 NVIDIA H100", False),
+        ({}, "11.1", "sm89 NVIDIA L4", False),
+        ({"version_compatible": "True"}, "11.2", "sm90 NVIDIA H100", True),
+        ({"version_compatible": "True"}, "11.0", "sm90 NVIDIA H100", False),
+        ({"version_compatible": "True"}, "12.0", "sm90 NVIDIA H100", False),
+        ({"version_compatible": "True"}, "", "sm90 NVIDIA H100", False),
+        ({"hardware_compatible": "ampere-plus"}, "11.1", "sm120 NVIDIA RTX 5090", True),
+        ({"hardware_compatible": "ampere-plus"}, "11.1", "sm75 NVIDIA T4", False),
+        ({"hardware_compatible": "same-compute-capability"}, "11.1", "sm90 NVIDIA H200", True),
+        ({"hardware_compatible": "same-compute-capability"}, "11.1", "sm89 NVIDIA L4", False),
     ],
 )
 def test_compatible_engines_serve_others(
     flags: dict[str, str], tools: str, gpu: str, serves: bool
 ) -> None:
     bundle = Bundle.open(small_bundle())
-    job = Job(bundle, "external", Uncompiled())  # type: ignore[arg-type]
+    job = Job(bundle, "external", Uncompiled("tensorrt", "sm90 NVIDIA H100"))  # type: ignore[arg-type]
     recipe = msgspec.structs.replace(job.recipe, tools={"tensorrt": "11.1"}, flags=flags)
     assert (mismatch(recipe, {"tensorrt": tools}, [gpu]) is None) == serves
 

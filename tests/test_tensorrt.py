@@ -28,7 +28,7 @@ def trt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The fake in the place of TensorRT, on a machine with a GPU."""
     module = fake_tensorrt.fake_tensorrt()
     monkeypatch.setitem(sys.modules, "tensorrt", module)
-    monkeypatch.setattr(compiler_module, "this_gpu", lambda: "sm90")
+    monkeypatch.setattr(compiler_module, "this_gpu", lambda backend: "sm90 NVIDIA H100")
     monkeypatch.setattr(timing_cache, "cache_folder", lambda: tmp_path / "cache")
     return module
 
@@ -136,7 +136,7 @@ def test_the_command_refuses_compatibility_with_rtx() -> None:
 
 def kept() -> dict[str, int]:
     config = BuilderConfig()
-    timings = config.create_timing_cache(timings_file("11.0", "sm90").read_bytes())
+    timings = config.create_timing_cache(timings_file("11.0", "sm90 NVIDIA H100").read_bytes())
     assert timings
     return timings.timings
 
@@ -146,7 +146,7 @@ def test_what_was_measured_is_not_measured_again(trt: Any, tmp_path: Path) -> No
     assert plans == [b"plan of a", b"plan of b", b"plan of a"]
     assert trt.Builder.measured == ["a", "b"] and kept().keys() == {"a", "b"}
     (file,) = (path for path in tmp_path.rglob("*") if path.is_file())
-    assert file == tmp_path / "cache" / "timings" / "tensorrt-11.0-sm90"
+    assert file == tmp_path / "cache" / "timings" / "tensorrt-11.0-sm90_NVIDIA_H100"
 
 
 def test_other_versions_and_architectures_have_timings_of_their_own(
@@ -155,7 +155,7 @@ def test_other_versions_and_architectures_have_timings_of_their_own(
     compile_graph("a")
     monkeypatch.setattr(trt, "__version__", "11.1")
     compile_graph("a")
-    monkeypatch.setattr(compiler_module, "this_gpu", lambda: "sm89")
+    monkeypatch.setattr(compiler_module, "this_gpu", lambda backend: "sm89 NVIDIA L4")
     compile_graph("a")
     assert trt.Builder.measured == ["a"] * 3
 
@@ -164,7 +164,7 @@ def test_other_versions_and_architectures_have_timings_of_their_own(
 def test_timings_that_are_damaged_or_of_another_gpu_are_begun_afresh(
     trt: Any, content: bytes
 ) -> None:
-    path = timings_file("11.0", "sm90")
+    path = timings_file("11.0", "sm90 NVIDIA H100")
     path.parent.mkdir(parents=True)
     path.write_bytes(content)
     assert compile_graph("a") and compile_graph("a")
@@ -172,7 +172,7 @@ def test_timings_that_are_damaged_or_of_another_gpu_are_begun_afresh(
 
 
 def test_two_builds_at_once_keep_what_both_measured() -> None:
-    path, one, two = timings_file("11.0", "sm90"), BuilderConfig(), BuilderConfig()
+    path, one, two = timings_file("11.0", "sm90 NVIDIA H100"), BuilderConfig(), BuilderConfig()
     with kept_timings(one, path):
         with kept_timings(two, path):
             measure(two, "b")
@@ -205,7 +205,7 @@ def test_timings_that_cannot_be_written_whole_leave_the_earlier_ones(
     monkeypatch.setattr(Path, "write_bytes", full)
     assert compile_graph("b") == b"plan of b"
     assert kept() == {"a": 1}
-    path = timings_file("11.0", "sm90")
+    path = timings_file("11.0", "sm90 NVIDIA H100")
     assert list(path.parent.iterdir()) == [path]
 
 

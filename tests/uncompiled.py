@@ -1,6 +1,6 @@
 """Engines that are the graphs themselves, for GPUs that are this machine's memory."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ class Uncompiled:
 
     backend: str = "tensorrt-rtx"
     gpu: str = GPU
+    settings: dict[str, str] = field(default_factory=dict)
 
     @property
     def tools(self) -> dict[str, str]:
@@ -31,7 +32,7 @@ class Uncompiled:
 
     @property
     def flags(self) -> dict[str, str]:
-        return {}
+        return self.settings
 
     def compile(self, name: str, graph: bytes, *rest: Any) -> bytes:
         return graph

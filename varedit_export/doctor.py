@@ -80,27 +80,27 @@ def _cuda(machine: Machine) -> Verdict:
 
 
 def _tensorrt(machine: Machine) -> Verdict:
-    if missing := _cannot_compile(machine, "tensorrt"):
-        return missing
+    if absent := _not_installed(machine, "tensorrt"):
+        return absent
     gpus = machine.nvidia.gpus
     if not gpus:
         why = f"it compiles for the GPU it runs on, and there is none ({machine.nvidia.problem})"
         return Verdict(TENSORRT, "cannot", why)
-    return _runs(machine, TENSORRT, gpus[0].architecture, ())
+    return _runs(machine, TENSORRT, gpus[0], ())
 
 
 def _rtx(machine: Machine) -> Verdict:
-    if missing := _cannot_compile(machine, RTX):
-        return missing
-    if own := _rtx_architecture(machine):
-        return _runs(machine, RTX, own, (own,))
+    if absent := _not_installed(machine, RTX):
+        return absent
+    if gpu := _rtx_gpu(machine):
+        return _runs(machine, RTX, gpu, (gpu.architecture,))
     here = "".join(f", not {gpu.architecture}" for gpu in machine.nvidia.gpus)
     known = f"{', '.join(machine.rtx_architectures)}{here}: name one with --architecture"
-    return Verdict(RTX, "can compile", known)
+    return _no_onnx(machine, RTX) or Verdict(RTX, "can compile", known)
 
 
 def _runs(
-    machine: Machine, backend: EngineKind, gpu: str, architectures: tuple[str, ...]
+    machine: Machine, backend: EngineKind, gpu: Gpu, architectures: tuple[str, ...]
 ) -> Verdict:
     """On a GPU that it compiles for."""
     for name in ("cuda-core", "cuda-bindings"):
@@ -108,14 +108,15 @@ def _runs(
             why = f"{name}, which reaches the GPU, is not installed"
             return Verdict(backend, "cannot", why, (f"pip install {name}",))
     if machine.bundle is None:
-        return Verdict(backend, "can run", f"bundles with engines for this {gpu}")
-    compiling = (_engines_command(machine, backend, architectures),)
+        return Verdict(backend, "can run", f"bundles with engines for this {gpu.architecture}")
     own = [engines for engines in machine.bundle.engines if _is_of(engines, backend)]
     fitting = [engines for engines in own if _mismatch(machine, engines) is None]
     if not fitting:
-        return Verdict(backend, "can compile", f"this bundle's engines for {gpu}", compiling)
+        compiling = (_engines_command(machine, backend, architectures),)
+        what = f"this bundle's engines for {gpu.architecture}"
+        return _no_onnx(machine, backend) or Verdict(backend, "can compile", what, compiling)
     needed = min(engines.gpu_memory for engines in fitting)
-    if why := _too_little(_most_free(machine.nvidia.gpus), needed, "GPU memory"):
+    if why := _too_little(gpu.free, needed, "GPU memory"):
         return Verdict(backend, "cannot", why)
     return Verdict(backend, "can run", "this bundle")
 
@@ -124,14 +125,19 @@ def _is_of(engines: Engines, backend: EngineKind) -> bool:
     return engines.recipe is not None and engines.recipe.backend == backend
 
 
-def _cannot_compile(machine: Machine, backend: EngineKind) -> Verdict | None:
+def _not_installed(machine: Machine, backend: EngineKind) -> Verdict | None:
     if why := machine.unusable.get(MODULES[backend]):
         return Verdict(backend, "cannot", why, (f"pip install --force-reinstall {backend}",))
     if backend not in machine.packages:
         return Verdict(backend, "cannot", "it is not installed", (_extra(backend),))
-    if "onnx" not in machine.packages:
-        return Verdict(backend, "cannot", "onnx is not installed", (_extra("export"),))
     return None
+
+
+def _no_onnx(machine: Machine, backend: EngineKind) -> Verdict | None:
+    """Which compiling takes, and running does not."""
+    if "onnx" in machine.packages:
+        return None
+    return Verdict(backend, "cannot", "onnx is not installed", (_extra("export"),))
 
 
 def _no_onnxruntime(machine: Machine) -> str | None:
@@ -159,10 +165,10 @@ def _most_free(gpus: tuple[Gpu, ...]) -> int | None:
     return max((gpu.free for gpu in gpus if gpu.free is not None), default=None)
 
 
-def _rtx_architecture(machine: Machine) -> str | None:
-    """Of a GPU here that TensorRT for RTX compiles for."""
-    here = (gpu.architecture for gpu in machine.nvidia.gpus)
-    return next((name for name in here if name in machine.rtx_architectures), None)
+def _rtx_gpu(machine: Machine) -> Gpu | None:
+    """The GPU that is used, if TensorRT for RTX compiles for it."""
+    first = machine.nvidia.gpus[:1]
+    return next((gpu for gpu in first if gpu.architecture in machine.rtx_architectures), None)
 
 
 # What is there, in lines
@@ -207,7 +213,8 @@ def _mismatch(machine: Machine, engines: Engines) -> str | None:
     recipe = engines.recipe
     if recipe is None:
         return engines.problem
-    return mismatch(recipe, machine.packages, [gpu.architecture for gpu in machine.nvidia.gpus])
+    gpus = [f"{gpu.architecture} {gpu.name}" for gpu in machine.nvidia.gpus[:1]]  # which is used
+    return mismatch(recipe, machine.packages, gpus)
 
 
 def _replace(machine: Machine, engines: Engines) -> tuple[str, ...]:
@@ -215,9 +222,9 @@ def _replace(machine: Machine, engines: Engines) -> tuple[str, ...]:
     backend, recipe = engines.path.name.rsplit("-", 1)[0], engines.recipe
     removal = () if recipe else (f"rm -r {shlex.quote(str(engines.path))}",)
     chosen = f" --layout {recipe.layout} --variant {recipe.variant}" if recipe else ""
-    own = _rtx_architecture(machine)
-    if backend == RTX and own:
-        return *removal, _engines_command(machine, RTX, (own,)) + chosen
+    gpu = _rtx_gpu(machine)
+    if backend == RTX and gpu:
+        return *removal, _engines_command(machine, RTX, (gpu.architecture,)) + chosen
     if backend == TENSORRT and machine.nvidia.gpus:
         return *removal, _engines_command(machine, TENSORRT, ()) + chosen
     return removal

@@ -88,7 +88,7 @@ class Compiler:
         self._trt = import_tensorrt(backend)
         self.backend: EngineKind = backend
         self._architectures = [_architecture(self._trt, name) for name in architectures]
-        self.gpu = "+".join(architectures) or this_gpu()
+        self.gpu = "+".join(architectures) or this_gpu(backend)
         self._flags = flags
 
     @property
@@ -165,17 +165,21 @@ class Compiler:
         return config
 
 
-def this_gpu() -> str:
-    """The architecture of the GPU in use, as in "sm90". Raises BackendError where there is none."""
+def this_gpu(backend: EngineKind) -> str:
+    """What the GPU in use is to a backend: to RTX "sm90", to TensorRT "sm90 NVIDIA H200".
+
+    Raises BackendError where there is none.
+    """
     try:
-        core = importlib.import_module("cuda.core")
-        major, minor = core.Device().compute_capability
+        gpu = importlib.import_module("cuda.core").Device()
+        major, minor = gpu.compute_capability
+        model = "" if backend == RTX else f" {gpu.name}"
     except Exception as error:  # the driver's errors have no common base, and may lack a module
         raise BackendError(
             "no NVIDIA GPU can be used here: compile for a named architecture with tensorrt-rtx "
             "(--architecture sm89), or on a machine with one"
         ) from error
-    return f"sm{major}{minor}"
+    return f"sm{major}{minor}{model}"
 
 
 def _architecture(trt: ModuleType, name: str) -> Any:

@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from varedit_runtime.kept_file import keep, read_kept
+from varedit_runtime.kept_file import keep, plain_name, read_kept
 from varedit_runtime.locate import cache_folder
 
 
 def timings_file(version: str, gpu: str) -> Path:
-    """Where the timings of a version of TensorRT on an architecture of GPU are kept."""
-    return cache_folder() / "timings" / f"tensorrt-{version}-{gpu}"
+    """Where the timings of a version of TensorRT on a model of GPU are kept."""
+    return cache_folder() / "timings" / plain_name(f"tensorrt-{version}-{gpu}")
 
 
 @contextmanager

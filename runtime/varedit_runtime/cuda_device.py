@@ -10,7 +10,7 @@ import numpy as np
 
 from varedit_runtime.device import Launch
 from varedit_runtime.errors import BackendError, needs_extra
-from varedit_runtime.kept_file import keep, read_kept
+from varedit_runtime.kept_file import keep, plain_name, read_kept
 from varedit_runtime.locate import cache_folder
 from varedit_runtime.tensorrt_module import EngineKind, import_tensorrt, quiet_logger
 
@@ -40,7 +40,7 @@ class CudaDevice:
             self._runtime.engine_host_code_allowed = True
             version = f"{backend}-{self._trt.__version__}"
             self._kernels = _Kernels(self._trt, f"{version}-{self._gpu.name}")
-        self.architecture = f"sm{major}{minor}"
+        self.gpu = f"sm{major}{minor} {self._gpu.name}"
 
     def free_memory(self) -> int:
         with self.current("tell its free memory"):
@@ -198,7 +198,7 @@ class _Kernels:
     """What TensorRT for RTX compiles when an engine first runs, kept for the next process."""
 
     def __init__(self, trt: Any, name: str) -> None:
-        self._file = cache_folder() / "kernels" / f"{_plain(name)}.bin"
+        self._file = cache_folder() / "kernels" / f"{plain_name(name)}.bin"
         self._strategies = getattr(trt, "DynamicShapesKernelSpecializationStrategy", None)
         self._cache: Any = None
 
@@ -221,10 +221,6 @@ class _Kernels:
 def _type(dtype: Any) -> str:
     name: str = dtype.name
     return TYPES.get(name, name.lower())
-
-
-def _plain(name: str) -> str:
-    return "".join(c if c.isalnum() or c in ".-" else "_" for c in name)
 
 
 @contextmanager

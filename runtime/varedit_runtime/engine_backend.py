@@ -32,8 +32,6 @@ from varedit_runtime.wiring import (
     values_of,
 )
 
-SCRATCH, LANDING = "scratch", "landing"
-
 
 class EngineBackend(Backend):
     """All engines of a variant on one GPU. One edit at a time."""
@@ -127,13 +125,15 @@ class EngineBackend(Backend):
         sizes = {name: self._values[name].size for name in (*given, *taken, *rest)}
         scratch = max(self._engines[step.stage].scratch(step.profile) for step in steps)
         landing = max(sum(aligned(view.size) for view in _unaligned(step)) for step in steps)
-        self._arena = lay_out({**sizes, LANDING: landing, SCRATCH: scratch})
+        self._arena = lay_out(sizes)
+        whole = lay_out({"values": self._arena.size, "landing": landing, "scratch": scratch})
         self.budget = replace(self.budget, scratch=scratch)
-        left = replace(self.budget, weights=self._weights.size)  # what is baked in is loaded
-        left.check(self._device.free_memory())
-        self._start = self._device.allocate(self._arena.size)
-        self._device.clear(self._start, self._arena.size)
-        self._scratch = self._start + self._arena.offsets[SCRATCH], scratch
+        # What is baked into engines is loaded by now.
+        self.budget.check_rest(whole.size + self._weights.size, self._device.free_memory())
+        self._start = self._device.allocate(whole.size)
+        self._device.clear(self._start, whole.size)
+        self._landing = self._start + whole.offsets["landing"]
+        self._scratch = self._start + whole.offsets["scratch"], scratch
         self._given = lay_out({name: sizes[name] for name in given}).size
         self._mirror_on_host((*given, *taken))
 
@@ -152,19 +152,19 @@ class EngineBackend(Backend):
         return self._start + self._arena.offsets[view.value] + view.offset
 
     def _set(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Values that no step writes."""
+        """Values that no step writes, by way of what is mirrored for others."""
+        staged = self._mirror
         for name, array in arrays.items():
-            staged = self._device.allocate_host(array.nbytes)
-            staged[:] = array.reshape(-1).view(np.uint8)
+            staged[: array.nbytes] = array.reshape(-1).view(np.uint8)
             self._device.copy(self._address(self._values[name]), address_of(staged), array.nbytes)
-        self._device.wait()
+            self._device.wait()  # before the next takes its place
 
     def _bind(self, step: Step) -> Launch:
         """What runs a step: outputs whose place is not aligned land elsewhere and are copied."""
         tensors = {**step.inputs, **step.outputs}
         addresses = {name: self._address(view) for name, view in tensors.items()}
         addresses |= self._weights.addresses(step.stage)
-        landing = self._start + self._arena.offsets[LANDING]
+        landing = self._landing
         copies: list[tuple[int, int, int]] = []
         for name, view in step.outputs.items():
             if view in _unaligned(step):
@@ -235,7 +235,7 @@ def open_engines(
     device = CudaDevice(kind)
     try:
         sets = EngineSets(bundle)
-        engines = sets.find(variant.name, kind, device.tools, device.architecture, digest, trust)
+        engines = sets.find(variant.name, kind, device.tools, device.gpu, digest, trust)
         return EngineBackend(bundle, variant, engines, device)
     except BaseException:
         device.close()

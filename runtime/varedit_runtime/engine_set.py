@@ -9,7 +9,6 @@ import hashlib
 import re
 import shlex
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -43,7 +42,8 @@ class Recipe(Struct, frozen=True, forbid_unknown_fields=True):
     """All that a set of engines depends on; `EngineSets.recipe` makes one.
 
     graphs: the digest of every stage's ONNX file; weights: of every component that is baked into
-    the engines, none where weights are inputs; tools: their versions; gpu: its architecture.
+    the engines, none where weights are inputs; tools: their versions; gpu: its architecture and, of
+    TensorRT, whose engines are for one model of GPU, the model.
     """
 
     backend: Name
@@ -221,35 +221,42 @@ class EngineSets:
         digest: str | None = None,
         trust: bool = False,
     ) -> EngineSet:
-        """The engines of a variant for a GPU and these tools, of several the smallest layout.
+        """The engines of a variant for a GPU and these tools.
 
-        digest: of that set and no other; trust: as for `open`. Raises BundleError when there are
-        none, saying what there is instead; and as `open` does.
+        Of several, those of the layout with the smallest plans, and compiled with the fewest
+        settings. gpu: architecture and model, as in "sm90 NVIDIA H200". digest: of that set and no
+        other; trust: as for `open`. Raises BundleError when there are none, saying what is there
+        instead, and why it is not used.
         """
-        recipes: list[Recipe] = []
+        found: list[EngineSet] = []
+        refused: list[str] = []
         for folder in self.folders:
-            with suppress(BundleError):  # damaged ones are said when nothing else serves
+            try:
                 engines = EngineSet.open(folder, digest)
                 recipe = engines.manifest.recipe
                 if (recipe.backend, recipe.variant) == (backend, variant):
-                    recipes.append(recipe)
-        reasons = [(recipe, self._unfit(recipe, tools, gpu)) for recipe in recipes]
-        fitting = [recipe for recipe, reason in reasons if reason is None]
-        for recipe in sorted(fitting, key=lambda recipe: LAYOUTS.index(recipe.layout)):
-            if engines := self.open(recipe, digest, trust):
-                return engines
-        there = "; ".join(f"there are some {reason}" for _, reason in reasons) or "there are none"
-        rtx = f" --architecture {gpu}" if backend == "tensorrt-rtx" else ""
+                    self._check_fits(engines, tools, gpu)
+                    self._check_trusted(engines, digest, trust)
+                    found.append(engines)
+            except BundleError as error:
+                if folder.name.rpartition("-")[0] == backend:
+                    refused.append(f"{folder.name}: {error}")
+        if found:
+            return min(found, key=_preference)
+        rtx = f" --architecture {gpu.split()[0]}" if backend == "tensorrt-rtx" else ""
         raise BundleError(
-            f"{self.bundle.path} has no {backend} engines of variant {variant} for this {gpu}: "
-            f"{there}; run `varedit-export engines {shlex.quote(str(self.bundle.path))} "
-            f"--backend {backend}{rtx} --variant {variant}`"
+            f"{self.bundle.path} has no {backend} engines of variant {variant} for this {gpu} "
+            f"({'; '.join(refused) or 'there are none'}): run `varedit-export engines "
+            f"{shlex.quote(str(self.bundle.path))} --backend {backend}{rtx} --variant {variant}`"
         )
 
-    def _unfit(self, recipe: Recipe, tools: Mapping[str, str], gpu: str) -> str | None:
-        if not self.of_this_bundle(recipe):
-            return "of other graphs or weights than the bundle's"
-        return mismatch(recipe, tools, [gpu])
+    def _check_fits(self, engines: EngineSet, tools: Mapping[str, str], gpu: str) -> None:
+        """Refuse engines of other graphs, weights, tools or GPUs."""
+        if not self.of_this_bundle(engines.manifest.recipe):
+            raise BundleError("they are of other graphs or weights than the bundle's")
+        if reason := mismatch(engines.manifest.recipe, tools, [gpu]):
+            raise BundleError(f"they are {reason}")
+        self._check_weights(engines)
 
     def of_this_bundle(self, recipe: Recipe) -> bool:
         """Whether it is of the bundle as it is. Raises BundleError if the bundle lacks parts."""
@@ -272,12 +279,16 @@ class EngineSets:
         if engines.manifest.recipe != recipe:
             raise BundleError(f"{folder} has engines of other graphs or tools; delete the folder")
         self._check_weights(engines)
+        self._check_trusted(engines, digest, trust)
+        return engines
+
+    def _check_trusted(self, engines: EngineSet, digest: str | None, trust: bool) -> None:
         if not (trust or digest or built_here(engines.digest).exists()):
             raise BundleError(
-                f"{folder} has engines that were built elsewhere, and they are native code: give "
-                "the digest they were published with, trust them explicitly, or delete the folder"
+                f"{engines.path} has engines that were built elsewhere, and they are native code: "
+                "give the digest they were published with, trust them explicitly, or delete the "
+                "folder"
             )
-        return engines
 
     def _check_weights(self, engines: EngineSet) -> None:
         """Refuse weights that lie elsewhere than in the bundle's weights."""
@@ -309,8 +320,17 @@ class EngineSets:
         return inside / name, cached / name
 
 
+def _preference(engines: EngineSet) -> tuple[int, int, str]:
+    recipe = engines.manifest.recipe
+    settings = sum(value not in (str(None), str(False)) for value in recipe.flags.values())
+    return LAYOUTS.index(recipe.layout), settings, engines.path.name
+
+
 def mismatch(recipe: Recipe, tools: Mapping[str, str], gpus: Collection[str]) -> str | None:
-    """Why engines cannot run with these tools, by name, on these GPUs; None where they can."""
+    """Why engines cannot run with these tools, by name, on these GPUs; None where they can.
+
+    gpus: architecture and model of each, as in "sm90 NVIDIA H200".
+    """
     for tool, needed in recipe.tools.items():
         found = tools.get(tool)
         if found is None or not _version_serves(recipe, needed, found):
@@ -325,13 +345,18 @@ def _version_serves(recipe: Recipe, needed: str, found: str) -> bool:
     if recipe.flags.get("version_compatible") != str(True):
         return found == needed
     own, other = ([int(part) for part in re.findall(r"\d+", text)] for text in (needed, found))
-    return own[0] == other[0] and own <= other
+    return own[:1] == other[:1] and own <= other
 
 
 def _gpu_serves(recipe: Recipe, gpu: str) -> bool:
-    if recipe.flags.get("hardware_compatible") == "ampere-plus":
-        return int(gpu.removeprefix("sm")) >= AMPERE
-    return gpu in recipe.gpu.split("+")
+    """TensorRT's engines are for a model unless they are compatible, RTX's for architectures."""
+    architecture = gpu.split()[0]
+    compatible = recipe.flags.get("hardware_compatible")
+    if compatible == "ampere-plus":
+        return int(architecture.removeprefix("sm")) >= AMPERE
+    if compatible == "same-compute-capability":
+        return architecture == recipe.gpu.split()[0]
+    return gpu == recipe.gpu or architecture in recipe.gpu.split("+")
 
 
 def built_here(digest: str) -> Path:

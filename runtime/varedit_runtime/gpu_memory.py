@@ -65,10 +65,15 @@ class Budget:
 
     def check(self, free: int) -> None:
         """Raises BackendError when it is more than is free."""
-        if self.total > free:
+        self.check_rest(self.total, free)
+
+    def check_rest(self, rest: int, free: int) -> None:
+        """The same for the bytes of it that are yet to be taken."""
+        if rest > free:
             raise BackendError(
-                f"the engines need {self}, and {_gb(free)} are free: end other programs on this "
-                "GPU, or use a bundle of a smaller --res or --batch"
+                f"the engines need {self}; {_gb(rest)} of it are yet to be taken and {_gb(free)} "
+                "are free: end other programs on this GPU, or use a bundle of a smaller --res or "
+                "--batch"
             )
 
 

@@ -6,6 +6,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 
+def plain_name(text: str) -> str:
+    """A text as part of a file's name."""
+    return "".join(c if c.isalnum() or c in ".-" else "_" for c in text)
+
+
 def read_kept(path: Path) -> bytes:
     """Empty when there is nothing."""
     with suppress(OSError):

@@ -2,7 +2,7 @@
 
 An edit is a list of steps, each a run of one graph. Steps share values: what one writes, another
 reads. The keys and values of a block are one value, its cache: a step appends to it by writing
-behind what earlier steps wrote, and nothing is ever copied.
+behind what earlier steps wrote.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -167,6 +167,7 @@ class _Wiring:
     def __init__(self, variant: Variant, model: Model) -> None:
         self.variant, self.model = variant, model
         self.sar = model.conditioning == "sar"
+        self.guided = variant.rows > variant.batch
         self.areas = [rows * columns for rows, columns in variant.grids]
         self.scales = range(len(variant.grids))
 
@@ -174,7 +175,7 @@ class _Wiring:
         steps: list[Step] = []
         if TEXT in self.variant.graphs:
             steps.append(self._coder(TEXT, TEXT))
-            if self.variant.rows > self.variant.batch:
+            if self.guided:
                 steps.append(self._coder(NEGATIVE, TEXT, _NEGATIVE))
         steps.append(self._coder(ENCODER, ENCODER))
         condition = self._coder(CONDITION, CONDITION)
@@ -188,7 +189,9 @@ class _Wiring:
     def constants(self) -> dict[str, np.ndarray]:
         grids, source = self.variant.grids, self.areas[-1]
         one = np.ones(1, np.float32)
-        found = {f"{name}.{PREFILL}": one for name in ("guidance_scale", "temperature")}
+        found = {f"temperature.{PREFILL}": one}
+        if self.guided:
+            found[f"guidance_scale.{PREFILL}"] = one
         found |= self._place(PREFILL, len(grids) - 1, 0, grids[-1], (1, 1))
         for k, following in zip(self.scales, (*grids[1:], (1, 1)), strict=True):
             found |= self._place(str(k), k, source + sum(self.areas[:k]), grids[k], following)
