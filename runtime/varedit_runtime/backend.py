@@ -1,7 +1,7 @@
 """What runs the graphs of a variant: what every backend offers, stage by stage."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,6 +73,9 @@ class WholeEdit:
     pictures: np.ndarray
 
 
+EditWhole = Callable[[Prompts, np.ndarray, Sequence[Sampling]], WholeEdit]
+
+
 class Backend(ABC):
     """All graphs of a variant, loaded. One edit at a time, its stages in this order.
 
@@ -126,9 +129,8 @@ class Backend(ABC):
         """A sum of codes [B, d, H, W] -> pictures float32 [B, 3, H, W], not yet clamped."""
         return self._code(DECODER, {f"sum.{len(self.variant.grids)}": running_sum})
 
-    def edit(
-        self, prompts: Prompts, pictures: np.ndarray, samplings: Sequence[Sampling]
-    ) -> WholeEdit | None:
+    @property
+    def whole(self) -> EditWhole | None:
         """All stages without the host in between; None where it can only be by stages."""
         return None
 

@@ -299,60 +299,59 @@ class Editor:
         wanted = call.wanted[first : first + self.variant.batch]
         # The graphs were built for a batch of this size: a smaller one repeats its last picture.
         rows = [wanted[min(i, len(wanted) - 1)] for i in range(self.variant.batch)]
-        batch = _Batch(
-            wanted,
-            range(first, first + len(wanted)),
-            self._prompts(rows),
-            np.stack([to_square(row.picture, self.variant.picture) for row in rows]),
-            self._samplings(rows, call.sampling),
-        )
-        decoded = self._edit_whole(batch) if call.on_scale is None else None
-        if decoded is None:
-            decoded = self._edit_by_stages(batch, call)
-        for one, image in zip(wanted, self._restored(decoded, wanted), strict=True):
+        batch = _Batch(call, wanted, rows, range(first, first + len(wanted)))
+        images = self._edit_whole(batch) if call.on_scale is None else None
+        if images is None:
+            images = self._edit_by_stages(batch)
+        for one, image in zip(wanted, images, strict=True):
             yield EditResult(image, one.seed, batch.timings.seconds)
 
-    def _edit_whole(self, batch: "_Batch") -> np.ndarray | None:
-        """The pictures, decoded, of an edit in one piece; None where it takes one by stages."""
-        start = perf_counter()
-        whole = self.graphs.edit(batch.prompts, batch.pictures, batch.samplings)
-        if whole is None:
+    def _edit_whole(self, batch: "_Batch") -> list[Image.Image] | None:
+        """None where the backend edits by stages."""
+        edit = self.graphs.whole
+        if edit is None:
             return None
-        batch.timings.seconds[WHOLE] = perf_counter() - start
-        for scale, logits in enumerate(whole.logits):
-            _finite(f"scale_{scale:02}", logits)
-        return whole.pictures
+        with batch.timings.of(WHOLE):
+            samplings = [self._sampling(batch, scale) for scale in range(len(self.variant.grids))]
+            edited = edit(self._prompts(batch.rows), self._squares(batch.rows), samplings)
+            for scale, logits in enumerate(edited.logits):
+                _finite(f"scale_{scale:02}", logits)
+            return self._restored(edited.pictures, batch.wanted)
 
-    def _edit_by_stages(self, batch: "_Batch", call: _Call) -> np.ndarray:
-        """The pictures, decoded."""
-        graphs, timings, total = self.graphs, batch.timings, np.empty(0)
+    def _edit_by_stages(self, batch: "_Batch") -> list[Image.Image]:
+        graphs, timings, call, total = self.graphs, batch.timings, batch.call, np.empty(0)
         with timings.of("text_encoder"):
-            text = self._encode_text(batch.prompts)
+            text = self._encode_text(self._prompts(batch.rows))
         with timings.of("image_encoder"):
-            source = _finite("image_encoder", graphs.encode_pictures(batch.pictures))
+            squares = self._squares(batch.rows)
+            source = _finite("image_encoder", graphs.encode_pictures(squares))
         with timings.of("condition"):
             graphs.condition(text)
         with timings.of("prefill"):
             graphs.prefill(source)
-        for scale, sampling in enumerate(batch.samplings):
+        for scale in range(len(self.variant.grids)):
             _raise_if(call.cancelled)
             with timings.of(f"scale_{scale:02}"):
-                output = graphs.predict(scale, sampling)
+                output = graphs.predict(scale, self._sampling(batch, scale))
                 _finite(f"scale_{scale:02}", output.logits)
             total = output.running_sum
             if call.on_scale is not None:
-                call.on_scale(self._progress(batch, call, scale, total))
+                call.on_scale(self._progress(batch, scale, total))
         _raise_if(call.cancelled)
         with timings.of("image_decoder"):
-            return graphs.decode(total)
+            return self._restored(graphs.decode(total), batch.wanted)
 
-    def _prompts(self, batch: Sequence[Wanted]) -> Prompts:
-        ids, mask = self._padded([one.prompt for one in batch])
+    def _squares(self, rows: Sequence[Wanted]) -> np.ndarray:
+        """[B, 3, H, W], as the image encoder sees them."""
+        return np.stack([to_square(row.picture, self.variant.picture) for row in rows])
+
+    def _prompts(self, rows: Sequence[Wanted]) -> Prompts:
+        ids, mask = self._padded([one.prompt for one in rows])
         if not self.guided:
             return Prompts(ids, mask)
         # Rows without a negative prompt take the model's own, whatever is given here.
-        negative_ids, negative_mask = self._padded([one.negative or one.prompt for one in batch])
-        present = np.array([bool(one.negative) for one in batch])
+        negative_ids, negative_mask = self._padded([one.negative or one.prompt for one in rows])
+        present = np.array([bool(one.negative) for one in rows])
         return Prompts(ids, mask, Negatives(negative_ids, negative_mask, present))
 
     def _padded(self, prompts: Sequence[list[int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -364,20 +363,17 @@ class Editor:
             mask[row, : len(prompt)] = True
         return ids, mask
 
-    def _samplings(self, batch: Sequence[Wanted], settings: ScaleSettings) -> list[Sampling]:
-        """How each scale's bits are chosen: by noise from each picture's own seed."""
+    def _sampling(self, batch: "_Batch", scale: int) -> Sampling:
+        """How a scale's bits are chosen: by noise from each picture's own seed."""
+        rows, columns = self.variant.grids[scale]
         channels = self.bundle.manifest.model.token_channels
-        samplings: list[Sampling] = []
-        for scale, (rows, columns) in enumerate(self.variant.grids):
-            noise = [uniform_noise(one.seed, scale, rows * columns, channels) for one in batch]
-            samplings.append(
-                Sampling(
-                    np.stack(noise).reshape(len(batch), rows, columns, channels),
-                    settings.guidance_scale[scale],
-                    settings.temperature[scale],
-                )
-            )
-        return samplings
+        noise = [uniform_noise(one.seed, scale, rows * columns, channels) for one in batch.rows]
+        settings = batch.call.sampling
+        return Sampling(
+            np.stack(noise).reshape(len(noise), rows, columns, channels),
+            settings.guidance_scale[scale],
+            settings.temperature[scale],
+        )
 
     def _encode_text(self, prompts: Prompts) -> dict[str, np.ndarray]:
         """The inputs of the condition graph."""
@@ -401,7 +397,7 @@ class Editor:
             for pixels, one in zip(decoded, wanted, strict=False)
         ]
 
-    def _progress(self, batch: "_Batch", call: _Call, scale: int, total: np.ndarray) -> Progress:
+    def _progress(self, batch: "_Batch", scale: int, total: np.ndarray) -> Progress:
         def draw() -> list[Image.Image]:
             with self._turn:  # another thread that asks waits for the edit to end
                 return self._restored(self.graphs.decode(total), batch.wanted)
@@ -412,7 +408,7 @@ class Editor:
             seconds=batch.timings.last,
             pictures=batch.places,
             _draw=draw,
-            _cancelled=call.cancelled,
+            _cancelled=batch.call.cancelled,
         )
 
 
@@ -432,13 +428,12 @@ class _Timings:
 
 @dataclass(frozen=True)
 class _Batch:
-    """What is edited at once. places: of its pictures in the call's results."""
+    """What is edited at once. rows: the graphs' rows; places: of the pictures in the results."""
 
+    call: _Call
     wanted: Sequence[Wanted]
+    rows: Sequence[Wanted]
     places: range
-    prompts: Prompts
-    pictures: np.ndarray
-    samplings: Sequence[Sampling]
     timings: _Timings = field(default_factory=_Timings)
 
 

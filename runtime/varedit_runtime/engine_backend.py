@@ -11,7 +11,7 @@ from math import prod
 
 import numpy as np
 
-from varedit_runtime.backend import Backend, Prompts, Sampling, WholeEdit
+from varedit_runtime.backend import Backend, EditWhole, Prompts, Sampling, WholeEdit
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.cuda_device import CudaDevice
 from varedit_runtime.device import ALIGNMENT, Device, Engine, Launch, address_of
@@ -69,11 +69,13 @@ class EngineBackend(Backend):
         self._whole, self._graphs, self._bound, self._engines = {}, {}, {}, {}
         self._host, self._mirror = {}, np.empty(0, np.uint8)
 
-    def edit(
+    @property
+    def whole(self) -> EditWhole | None:
+        return self._edit if TEXT in self.steps else None
+
+    def _edit(
         self, prompts: Prompts, pictures: np.ndarray, samplings: Sequence[Sampling]
-    ) -> WholeEdit | None:
-        if TEXT not in self.steps:
-            return None
+    ) -> WholeEdit:
         given = {"token_ids": prompts.ids, "text_mask": prompts.mask, "pictures": pictures}
         negatives = prompts.negatives
         if negatives is not None:
