@@ -23,10 +23,14 @@ from typing import Any
 
 import click
 
+from varedit_export.machine import nvidia
+
 MODELS = {
-    "nano": ("--size", "nano"),
-    "2b-512": ("--size", "2b", "--res", "512", "--random-weights", "0"),
+    "nano": ("--size", "nano", "--precision", "fp16"),
+    "nano-bf16": ("--size", "nano", "--precision", "bf16"),
+    "2b-512": ("--size", "2b", "--res", "512", "--random-weights", "0", "--precision", "fp16"),
 }
+SECONDS = 1800  # after which a way is given up
 LAYOUTS = ("external", "profiles", "baked")
 REASON = 300  # characters of what a failure said
 
@@ -35,8 +39,9 @@ REASON = 300  # characters of what a failure said
 class Way:
     """A way to run a model, and what was found.
 
-    compiling, opening, eager, edit, by_steps: seconds, of edits the medians; ratio: eager's to the
-    edit's. plans: bytes. verified: whether every measure of parity was within its tolerance;
+    compiling, opening, opening_again (with what the first kept), eager, edit, by_steps: seconds, of
+    edits the medians; ratio: eager's to the edit's. plans: bytes; gpu_memory: that all of the
+    device's memory lost while it was open. verified: whether every measure of parity was within its tolerance;
     worst: of them. steps: seconds of an edit's steps, run one by one. failed: why not.
     """
 
@@ -48,6 +53,8 @@ class Way:
     verified: bool | None = None
     worst: str = ""
     opening: float | None = None
+    opening_again: float | None = None
+    gpu_memory: int | None = None
     eager: float | None = None
     edit: float | None = None
     by_steps: float | None = None
@@ -76,11 +83,12 @@ def main(context: click.Context, output: Path, models: tuple[str, ...], repeat: 
 def _ways(model: str, output: Path, repeat: int) -> Iterator[Way]:
     bundle = output / model
     if not bundle.exists():
-        build = ("build", *MODELS[model], "--precision", "fp16", "-o", str(bundle))
+        build = ("build", *MODELS[model], "-o", str(bundle))
         if failed := _said(_export(*build)):
             yield Way(model, "build", failed=failed)
             return
-    for provider in ("cuda", "cpu") if model == "nano" else ("cuda",):
+    providers = {"nano": ("cuda", "cpu"), "nano-bf16": ()}
+    for provider in providers.get(model, ("cuda",)):  # which computes no bf16
         yield _tried(Way(model, f"onnxruntime {provider}"), bundle, repeat)
     for backend in ("tensorrt", "tensorrt-rtx"):
         for layout in LAYOUTS:
@@ -127,7 +135,7 @@ def one(
     from varedit_runtime.engine_set import EngineSet
 
     found: dict[str, Any] = {}
-    digest = None
+    digest, free = None, _free_gpu_memory()
     if engines is not None:
         own = EngineSet.open(engines)
         digest = own.digest
@@ -135,6 +143,7 @@ def one(
     start = perf_counter()
     with Editor.open(bundle, backend=backend, provider=provider, engines_digest=digest) as editor:
         found["opening"] = perf_counter() - start
+        found["gpu_memory"] = None if free is None else free - (_free_gpu_memory() or 0)
         found["memory"] = str(getattr(editor.graphs, "budget", ""))
         lines = list(compare_backend(editor.bundle, editor.variant, editor.graphs))
         failed = [line for line in lines if not line.value <= line.tolerance]  # NaN does
@@ -154,7 +163,16 @@ def one(
         found["eager"], found["edit"], found["by_steps"] = times
         found["ratio"] = times[0] / times[1]
         found["steps"] = dict(by_steps().timings)
+    start = perf_counter()
+    with Editor.open(bundle, backend=backend, provider=provider, engines_digest=digest):
+        found["opening_again"] = perf_counter() - start
     click.echo(json.dumps(found))
+
+
+def _free_gpu_memory() -> int | None:
+    """Bytes, of the first GPU; None without one."""
+    gpus = nvidia().gpus
+    return gpus[0].free if gpus else None
 
 
 def _eager(editor: Any) -> Callable[[], Any]:
@@ -196,7 +214,10 @@ def _export(*arguments: str) -> "subprocess.CompletedProcess[str]":
 
 
 def _run(command: Sequence[str]) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(command, capture_output=True, text=True)
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(command, 1, "", f"given up after {SECONDS} s")
 
 
 def _said(done: "subprocess.CompletedProcess[str]") -> str:
@@ -237,16 +258,17 @@ def _markdown(report: dict[str, Any], ways: Sequence[Way]) -> Iterator[str]:
         times = " | ".join(f"{1e3 * (t or 0):.1f}" for t in (way.edit, way.by_steps, way.eager))
         parity = "holds" if way.verified else "**fails**"
         yield f"| {way.model} | {way.name} | {parity} | {times} | {way.ratio:.2f}x |"
-    yield "\n| model | run by | compiled s | largest plan MB | opened s | memory | worst measure |"
+    yield "\n| model | run by | compiled s | largest plan MB | opened s | GPU MB | worst measure |"
     yield "|---|---|---|---|---|---|---|"
     for way in ways:
         if not way.failed:
             largest = f"{max(way.plans.values()) / 1e6:.1f}" if way.plans else ""
             compiling = "" if way.compiling is None else f"{way.compiling:.0f}"
-            opened = f"{way.opening:.1f}"
+            opened = f"{way.opening:.1f}, again {way.opening_again:.1f}"
+            taken = "" if way.gpu_memory is None else f"{way.gpu_memory / 1e6:.0f}"
             yield (
-                f"| {way.model} | {way.name} | {compiling} | {largest} | {opened} | {way.memory} "
-                f"| {way.worst} |"
+                f"| {way.model} | {way.name} | {compiling} | {largest} | {opened} | {taken}"
+                f"{f' ({way.memory})' if way.memory else ''} | {way.worst} |"
             )
 
 

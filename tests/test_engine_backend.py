@@ -1,6 +1,6 @@
 """The engines' runtime on a simulated GPU: the same edits as ONNX Runtime's, from the same bits."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from varedit_engines.compile import Job, compile_engines
 from varedit_export.teacher_forcing import ParityError
 from varedit_export.verify import gate
 from varedit_export.verify_engines import compare_backend
-from varedit_runtime.backend import Sampling, ScaleOutput
+from varedit_runtime.backend import Prompts, Sampling, ScaleOutput, WholeEdit
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.editor import Editor, Progress, _read_instructions
 from varedit_runtime.engine_backend import EngineBackend
@@ -295,13 +295,31 @@ def test_engines_are_verified(small: tuple[Editor, SimulatedGpu]) -> None:
     lines = list(compare_backend(editor.bundle, editor.variant, editor.graphs))
     assert gate(iter(lines)) == lines
     stages = {line.stage for line in lines}
-    assert stages == {"text_encoder", "image_encoder", "image_decoder"} | {
+    assert stages == {"text_encoder", "image_encoder", "image_decoder", "edit"} | {
         f"scale_{k:02}" for k in range(len(editor.variant.grids))
     }
     for other in ("ONNX Runtime", "the reference"):
         assert sum(f"logits against {other}" in line.measure for line in lines) == len(
             editor.variant.grids
         )
+
+
+def test_an_edit_in_one_piece_that_is_another_fails(
+    small: tuple[Editor, SimulatedGpu], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    editor, _ = small
+    whole = editor.graphs.whole
+    assert whole
+
+    def other(prompts: Prompts, pictures: np.ndarray, samplings: Sequence[Sampling]) -> WholeEdit:
+        edited = whole(prompts, pictures, samplings)
+        return WholeEdit(edited.logits, edited.pictures + np.float32(1e-6))
+
+    monkeypatch.setattr(EngineBackend, "whole", property(lambda backend: other))
+    lines = list(compare_backend(editor.bundle, editor.variant, editor.graphs))
+    assert [line.value for line in lines if line.stage == "edit"] == [1.0]
+    with pytest.raises(ParityError, match="in one piece"):
+        gate(iter(lines))
 
 
 @pytest.mark.parametrize("factor", [1.5, float("nan")])

@@ -269,6 +269,7 @@ def _compile(bundle: Bundle, layout: Any, compiler: "Compiler", variant: str | N
     show_default=True,
     help="For the others, engines are compared as well, on this machine's GPU.",
 )
+@click.option("--variant", metavar="NAME", help="Whose engines; by default the first's.")
 @click.option("--engines-digest", metavar="SHA256", help="Of engines compiled elsewhere.")
 @click.option("--trust-engines", is_flag=True, help="Run such engines: native code.")
 def verify(
@@ -276,6 +277,7 @@ def verify(
     golden: Path | None,
     report: Path | None,
     backend: Any,
+    variant: str | None,
     engines_digest: str | None,
     trust_engines: bool,
 ) -> None:
@@ -289,21 +291,22 @@ def verify(
     varedit-export verify bundles/2b-512 --report parity.json
     varedit-export verify bundles/2b-512 --backend tensorrt
     """
-    if backend not in _ENGINES and (engines_digest or trust_engines):
-        raise ConfigError(f"{backend} has no engines to be trusted: name their backend")
+    if backend not in _ENGINES and (variant or engines_digest or trust_engines):
+        raise ConfigError(f"{backend} has no engines to be chosen or trusted: name their backend")
     with needs_extra("export"):
         from varedit_export.verify import compare_bundle, compare_recording, gate
         from varedit_reference.golden import open_recording
 
-    opened = Bundle.open(bundle)
+    opened, engines = Bundle.open(bundle), ()
+    if backend in _ENGINES:  # what they miss is said before all is compared
+        from varedit_export.verify_engines import compare_engines
+
+        engines = compare_engines(opened, backend, variant, engines_digest, trust_engines)
     opened.verify_weights()
     lines = list(compare_bundle(opened))
     if golden is not None:
         lines += compare_recording(opened, open_recording(golden))
-    if backend in _ENGINES:
-        from varedit_export.verify_engines import compare_engines
-
-        lines += compare_engines(opened, backend, engines_digest, trust_engines)
+    lines += engines
     for line in lines:
         click.echo(_parity_row(line))
     if report is not None:

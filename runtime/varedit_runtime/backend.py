@@ -96,6 +96,11 @@ class Backend(ABC):
     def buffer_bytes(self) -> int:
         """Memory of the caches and of what passes between graphs, allocated once."""
 
+    @property
+    def gpu_memory(self) -> int | None:
+        """Bytes of a GPU's memory that are taken; None where this is not known."""
+        return None
+
     @abstractmethod
     def close(self) -> None:
         """Free what is held outside of Python. Nothing may be run afterwards."""

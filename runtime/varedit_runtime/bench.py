@@ -86,7 +86,10 @@ class Memory:
 
 @dataclass(frozen=True)
 class Report:
-    """What `measure` found; seconds, bytes, and floating-point operations a second."""
+    """What `measure` found; seconds, bytes, and floating-point operations a second.
+
+    gpu_memory: bytes, of engines; memory is that of the process on the host.
+    """
 
     bundle: str
     digest: str
@@ -104,6 +107,7 @@ class Report:
     stages: tuple[Stage, ...]
     product_rate: float | None
     memory: Memory
+    gpu_memory: int | None
 
 
 def measure(
@@ -138,7 +142,7 @@ def measure(
                 for _ in range(repeat)
             ]
             stages = [results[0].timings for results in by_stages]
-        buffers = editor.graphs.buffer_bytes
+        gpu, buffers = editor.graphs.gpu_memory, editor.graphs.buffer_bytes
     provider = editor.provider
     rate = product_rate(provider, threads) if provider in PRODUCT_SIZES else None
     manifest, measured = editor.bundle.manifest, editor.variant
@@ -161,7 +165,8 @@ def measure(
             for name in stages[0]
         ),
         product_rate=rate,
-        memory=_memory(editor.bundle, before, opened, samples, after, buffers),
+        memory=_memory(editor.bundle, before, opened, samples, after, 0 if gpu else buffers),
+        gpu_memory=gpu,
     )
 
 
@@ -184,6 +189,7 @@ def table(report: Report) -> str:
         f"{report.first_edit_seconds:.2f} s",
         *_yardstick(report.product_rate),
         *memory_lines(report.memory),
+        *_gpu_memory(report.gpu_memory),
     ]
     return "\n".join(lines)
 
@@ -191,6 +197,11 @@ def table(report: Report) -> str:
 def _yardstick(rate: float | None) -> Iterator[str]:
     if rate is not None:
         yield f"matrix product   {rate / 1e9:.1f} GFLOP/s in fp32"
+
+
+def _gpu_memory(size: int | None) -> Iterator[str]:
+    if size is not None:
+        yield f"GPU memory       {_megabytes(size)}, and what the driver takes"
 
 
 def memory_lines(memory: Memory) -> list[str]:

@@ -64,6 +64,10 @@ class EngineBackend(Backend):
     def buffer_bytes(self) -> int:
         return sum(view.size for view in self._values.values())
 
+    @property
+    def gpu_memory(self) -> int:
+        return self.budget.total
+
     def close(self) -> None:
         self._device.close()  # which waits: then nothing runs on what goes next
         self._whole, self._graphs, self._bound, self._engines = {}, {}, {}, {}
