@@ -40,9 +40,9 @@ class Way:
     """A way to run a model, and what was found.
 
     compiling, opening, opening_again (with what the first kept), eager, edit, by_steps: seconds, of
-    edits the medians; ratio: eager's to the edit's. plans: bytes; gpu_memory: that all of the
-    device's memory lost while it was open. verified: whether every measure of parity was within its tolerance;
-    worst: of them. steps: seconds of an edit's steps, run one by one. failed: why not.
+    edits the medians; ratio: eager's to the edit's. plans: bytes; gpu_memory: bytes that the device
+    had less free once it was open. verified: whether every measure of parity was within its
+    tolerance; worst: of them. steps: seconds of an edit's steps, run one by one. failed: why not.
     """
 
     model: str

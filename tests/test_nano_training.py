@@ -435,3 +435,25 @@ def test_nano_ships_small_and_loads_as_it_was(tmp_path: Path) -> None:
         model.text_encoder.encode(["add a hat"])[0], expected, atol=0.05, rtol=0
     )
     assert json.loads((tmp_path / "nano/text_encoder/config.json").read_text())["d_model"] == 128
+
+
+def test_muon_trains_the_matrices_between_hidden_states() -> None:
+    recipe = replace(TRANSFORMER_RECIPE, steps=1, batch=1)
+    task = transformer_task(recipe, Machine())
+    names = {id(p): name for name, p in task.model.named_parameters()}
+    hidden = [names[id(parameter)] for parameter in task.hidden]
+    assert len(set(hidden)) == len(hidden) and all(p.ndim == 2 for p in task.hidden)
+    for name in (
+        "transformer.blocks.0.self_attention.qkv.weight",
+        "transformer.blocks.1.mlp.2.weight",
+        "transformer.text_memory.0.weight",
+        "text_encoder.block.0.layer.1.DenseReluDense.wo.weight",
+    ):
+        assert name in hidden
+    for part in ("embed", "head", "modulation", "query", "relative_attention_bias", "norm"):
+        assert not any(part in name for name in hidden), part
+    model, options = task.model, (1e-3, 0.01, (0.9, 0.99))
+    adamw, muon = optimisers(model, *options, task.hidden).parts
+    trained = [[id(p) for g in part.param_groups for p in g["params"]] for part in (adamw, muon)]
+    assert sorted(trained[0] + trained[1]) == sorted(names)
+    assert trained[1] == [id(parameter) for parameter in task.hidden]

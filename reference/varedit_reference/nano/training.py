@@ -22,7 +22,7 @@ from varedit_runtime.errors import ConfigError
 Batch = TypeVar("Batch")
 Precision = Literal["fp32", "bf16"]
 
-SEEDS_OF_A_RUN = 10**7
+SEEDS_OF_A_RUN = 10**7  # so that no two runs see the same pictures
 SMALLEST_COSINE = 0.98
 LARGEST_NORM_ERROR = 0.1
 
@@ -221,7 +221,7 @@ def training_options(recipe: Recipe, run: Path) -> Callable[..., Any]:
         click.option(
             "--start-from",
             type=path,
-            help="Weights to start with: a run's ema, or nano's own.",
+            help="Weights to go on from, with other pictures: a run's ema, or nano's own.",
         ),
         click.option("--check-gradients", is_flag=True, help="Check the fast path and stop."),
         click.option("--device", default="cpu", show_default=True, help="cpu or cuda."),
@@ -254,6 +254,10 @@ def run_training(
     machine, options = split_options(options)
     chosen = {name: options[name] for name in ("steps", "batch", "learning_rate")}
     recipe = replace(recipe, **chosen)
+    if recipe.steps * recipe.batch > SEEDS_OF_A_RUN:
+        raise ConfigError(
+            f"{recipe.steps} steps of {recipe.batch}: at most {SEEDS_OF_A_RUN} in all"
+        )
     start_from = options["start_from"]
     if start_from is not None:
         digest = _digest(start_from)
