@@ -450,7 +450,14 @@ def test_muon_trains_the_matrices_between_hidden_states() -> None:
         "text_encoder.block.0.layer.1.DenseReluDense.wo.weight",
     ):
         assert name in hidden
-    for part in ("embed", "head", "modulation", "query", "relative_attention_bias", "norm"):
+    for part in (
+        "embed",
+        "head",
+        "modulation",
+        "text_pool.query",
+        "relative_attention_bias",
+        "norm",
+    ):
         assert not any(part in name for name in hidden), part
     model, options = task.model, (1e-3, 0.01, (0.9, 0.99))
     adamw, muon = optimisers(model, *options, task.hidden).parts
