@@ -10,6 +10,7 @@ import threading
 import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ import msgspec
 import numpy as np
 import pytest
 from fake_bundles import content, publish, rewrite_manifest
+from killing import FORKS, killed_at
 
+from varedit_engines import engine_cache
 from varedit_engines.engine_cache import EngineCache
 from varedit_engines.publish import Staging
 from varedit_runtime import engine_set
-from varedit_runtime.bundle import Bundle, work_folder
+from varedit_runtime.bundle import Bundle, set_aside, work_folder
 from varedit_runtime.engine_set import EngineSet, EngineSetManifest, Plan, Recipe
 from varedit_runtime.errors import BundleError
 from varedit_runtime.manifest import DIGEST, MANIFEST
@@ -616,6 +619,107 @@ def test_a_bundle_is_no_engine_set(cache: EngineCache):
     assert "unknown field" in refusal(lambda: cache.open(recipe, trust=True))
 
 
+# Bundles in the place of others
+
+SCALE = "graphs/64.scale_00.onnx"
+
+
+def test_engines_that_fit_the_newer_bundle_are_kept(cache: EngineCache):
+    """All others go with the earlier one."""
+    external, baked = recipe_of(cache), recipe_of(cache, baked=["transformer"])
+    other = cache.recipe("64", STAGES[2:], **OF_A_MACHINE)
+    kept = contents(compile_set(cache, external))
+    for recipe in (baked, other):
+        compile_set(cache, recipe)
+    damaged = compile_set(cache, recipe_of(cache, gpu="sm_80"))
+    (damaged / MANIFEST).write_bytes(b"")
+    newer = EngineCache(Bundle.open(publish(cache.bundle.path, 1, [WEIGHTS])))
+    assert newer.folders == sorted(newer.places_of(recipe)[0] for recipe in (external, other))
+    assert newer.open(external) and contents(newer.places_of(external)[0]) == kept
+    newest = EngineCache(Bundle.open(publish(cache.bundle.path, 1, [WEIGHTS, SCALE])))
+    assert newest.folders == [newest.places_of(other)[0]]
+    publish(cache.bundle.path, 2)
+    assert not (cache.bundle.path / "engines").exists()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_engines_that_the_newer_bundle_has_already_are_not_replaced(cache: EngineCache):
+    """As after an interruption: some were moved, and one of the others was compiled again."""
+    recipe = recipe_of(cache)
+    folder = compile_set(cache, recipe)
+    aside = shutil.copytree(cache.bundle.path, set_aside(cache.bundle.path))
+    (aside / "engines" / folder.name / "condition.plan").write_bytes(b"")
+    with Staging(cache.bundle.path):
+        assert not aside.exists()
+    assert read_plan(cache, recipe, "condition") == plan("condition")
+
+
+@pytest.mark.usefixtures("no_flushing")
+@FORKS
+def test_replacing_a_bundle_killed_anywhere_loses_no_bundle_and_harms_no_engines(
+    cache: EngineCache,
+):
+    """Every attempt finds what the one before it left."""
+    path, recipes = cache.bundle.path, [recipe_of(cache), recipe_of(cache, gpu="sm_80")]
+    for recipe in recipes:
+        compile_set(cache, recipe)
+    left, step, killed = set(), 60, True
+    while killed:
+        killed = killed_at(step, partial(publish, path, step, [WEIGHTS]))
+        Bundle.open(path).verify_weights()
+        left.add(sum(is_set_aside(path, recipe) for recipe in recipes))
+        step += 1
+    assert left == {0, 1, 2}
+    cache = EngineCache(Bundle.open(path))
+    assert all(cache.open(recipe, verify=True) for recipe in recipes)
+
+
+def is_set_aside(bundle: Path, recipe: Recipe) -> bool:
+    """Whether a set, which is whole, is in the earlier bundle yet."""
+    name = f"engines/{recipe.backend}-{recipe.key[:16]}"
+    (place,) = (place for place in (bundle, set_aside(bundle)) if (place / name).exists())
+    EngineSet.open(place / name).verify()
+    return place != bundle
+
+
+# Sets in the user's cache
+
+
+@pytest.fixture
+def cached(cache: EngineCache, monkeypatch: pytest.MonkeyPatch) -> EngineCache:
+    """Of a bundle that cannot be written."""
+    monkeypatch.setattr(engine_cache.os, "access", lambda *_: False)
+    return cache
+
+
+def test_a_set_in_the_users_cache_serves_every_bundle_that_it_fits(cached: EngineCache):
+    recipe, baked = recipe_of(cached), recipe_of(cached, baked=["transformer"])
+    folders = sorted(compile_set(cached, recipe) for recipe in (recipe, baked))
+    assert cached.folders == folders
+    other = publish(cached.bundle.path.parent / "other", 1, [WEIGHTS])
+    sets = EngineCache(Bundle.open(other))
+    found = sets.open(recipe)
+    assert found and sets.folders == [found.path] and found.path in folders
+    assert sets.find("64", "tensorrt", OF_A_MACHINE["tools"], "sm_90") == found
+    publish(other, 1, [SCALE])
+    assert EngineCache(Bundle.open(other)).folders == []
+
+
+def test_what_is_damaged_in_the_users_cache_is_told_of_the_bundle_that_it_is_of(
+    cached: EngineCache,
+):
+    cut, unknown = (compile_set(cached, recipe_of(cached, gpu=gpu)) for gpu in ("sm_80", "sm_90"))
+    (cut / "condition.plan").write_bytes(b"")
+    (unknown / MANIFEST).write_bytes(b"")
+    assert cached.folders == [cut]
+    inside = cached.bundle.path / "engines" / unknown.name
+    shutil.copytree(unknown, inside)
+    assert set(cached.folders) == {cut, inside}
+
+
 # Bundles that cannot be written
 
 
@@ -643,7 +747,7 @@ def test_the_engines_of_a_read_only_bundle_are_kept_in_the_users_cache(
     cache = EngineCache(bundle)
     recipe = recipe_of(cache)
     folder = compile_set(cache, recipe)
-    assert folder.parent == without_privileges / "cache" / "engines" / bundle.digest
+    assert folder.parent == without_privileges / "cache" / "engines"
     engines = cache.open(recipe)
     assert engines and engines.path == folder
     assert not (bundle.path / "engines").exists()

@@ -3,7 +3,8 @@
 Where the weights of the graphs go is the layout:
 
     external   inputs of the engines, filled from the bundle's own files: small plans, one copy of
-               the weights whatever the number of scales, and other weights need no compilation
+               the weights whatever the number of scales, and other weights need no compilation: a
+               bundle that is built anew, with the same graphs, keeps its engines
     profiles   inside; one engine, with a profile each, for the prefill and all scales
     baked      inside; one engine per scale
 """
