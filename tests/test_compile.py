@@ -58,7 +58,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     original = Compiler.compile
 
-    def recorded(compiler: Compiler, name: str, *rest: Any) -> bytes:
+    def recorded(compiler: Compiler, name: str, *rest: Any) -> memoryview:
         plan = original(compiler, name, *rest)
         names.append(name)
         return plan

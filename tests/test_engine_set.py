@@ -24,11 +24,11 @@ from varedit_engines import engine_cache
 from varedit_engines.engine_cache import EngineCache
 from varedit_engines.publish import Staging
 from varedit_runtime import engine_set
-from varedit_runtime.bundle import Bundle, set_aside, work_folder
+from varedit_runtime.bundle import Bundle, Folder, set_aside, work_folder
 from varedit_runtime.engine_set import EngineSet, EngineSetManifest, Plan, Recipe
 from varedit_runtime.errors import BundleError
 from varedit_runtime.manifest import DIGEST, MANIFEST
-from varedit_runtime.packing import PIECE, pack, unpacked_size
+from varedit_runtime.packing import PIECE, pack_into, unpack, unpacked_size
 
 STAGES: tuple[str, ...] = ("condition", "scale_00", "scale_01")
 OF_A_MACHINE = {
@@ -61,6 +61,13 @@ def plan(stage: str) -> bytes:
     return content(f"plan of {stage}")
 
 
+def pack(plan: bytes) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "plan.z")
+        pack_into(path, plan)
+        return path.read_bytes()
+
+
 def compile_into(
     staging: Staging, recipe: Recipe, contents: Mapping[str, bytes] | None = None
 ) -> list[str]:
@@ -73,7 +80,7 @@ def compile_into(
             staging.file(file).write_bytes(pack(whole))
             staging.record(file, recipe.key)
             compiled.append(stage)
-    sizes = {s: unpacked_size(staging.file(file).read_bytes()) for s, file in files.items()}
+    sizes = {s: unpacked_size([staging.file(file).read_bytes()]) for s, file in files.items()}
     plans = {stage: Plan(file, sizes[stage]) for stage, file in files.items()}
     staging.publish(EngineSetManifest(files=staging.files, recipe=recipe, plans=plans))
     return compiled
@@ -332,7 +339,7 @@ def grown(whole: bytes, numbers: random.Random) -> bytes:
     return whole + numbers.randbytes(numbers.randrange(1, 9))
 
 
-def read_plan(cache: EngineCache, recipe: Recipe, stage: str, **vouched: Any) -> bytes:
+def read_plan(cache: EngineCache, recipe: Recipe, stage: str, **vouched: Any) -> bytearray:
     """As a runtime would, just before it deserialises it."""
     engines = cache.open(recipe, **vouched)
     assert engines
@@ -345,16 +352,15 @@ def test_the_bytes_handed_on_are_those_that_were_hashed(
     """One reading serves both: a file exchanged after it was hashed is not read again."""
     recipe = recipe_of(cache)
     folder = compile_set(cache, recipe)
-    original = hashlib.sha256
+    chunks = Folder.chunks
 
-    def exchanging(data: bytes) -> Any:
-        if data == pack(plan("condition")):
-            (folder / "condition.plan").write_bytes(b"native code")
-        return original(data)
+    def exchanging(files: Folder, name: str) -> Iterator[bytes]:
+        yield from chunks(files, name)
+        (folder / "condition.plan").write_bytes(b"native code")
 
     engines = cache.open(recipe)
     assert engines
-    monkeypatch.setattr(hashlib, "sha256", exchanging)
+    monkeypatch.setattr(Folder, "chunks", exchanging)
     assert engines.plan_bytes("condition") == plan("condition")
     assert (folder / "condition.plan").read_bytes() == b"native code"
 
@@ -566,9 +572,12 @@ NUMBERS = np.random.default_rng(0).bytes(3 * PIECE + 17)
 
 @pytest.mark.parametrize("whole", [b"", b"x", SOURCES, NUMBERS, NUMBERS + SOURCES + NUMBERS])
 def test_a_plan_is_handed_on_as_it_was_packed(cache: EngineCache, whole: bytes):
-    engines = publish_packed(cache, pack(whole), len(whole))
+    packed = pack(whole)
+    engines = publish_packed(cache, packed, len(whole))
     assert engines.plan_bytes("condition") == whole
-    assert unpacked_size(pack(whole)) == len(whole)
+    chunks = [packed[start : start + 1000] for start in range(0, len(packed), 1000)]
+    assert unpack(chunks, len(packed), len(whole)) == whole
+    assert unpacked_size(chunks) == len(whole)
 
 
 def test_sources_pack_and_weights_cost_nothing():
@@ -590,7 +599,8 @@ PACKED = pack(b"native code")
         (PACKED + PACKED, 11, "does not unpack to 11 bytes"),
         (PACKED[:-1], 11, "is cut short"),
         (PACKED + b"x", 11, "is cut short"),
-        (zlib.compress(bytes(PIECE + 2)), PIECE + 2, "of longer pieces"),
+        (PACKED, 2**59, f"does not unpack to {2**59} bytes"),
+        (b"", 2**59, f"does not unpack to {2**59} bytes"),
         (b"native code", 11, "is not packed"),
     ],
 )
@@ -609,6 +619,22 @@ def test_a_plan_is_unpacked_no_further_than_its_size(cache: EngineCache):
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert peak < 10 * PIECE
+
+
+def test_beside_a_plan_only_pieces_of_it_are_held(cache: EngineCache, tmp_path: Path):
+    numbers = np.random.default_rng(1).bytes(30 * PIECE)
+    tracemalloc.start()
+    pack_into(tmp_path / "plan.z", numbers)
+    _, packing = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    engines = publish_packed(cache, (tmp_path / "plan.z").read_bytes(), len(numbers))
+    tracemalloc.start()
+    plan = engines.plan_bytes("condition")
+    _, unpacking = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    same = plan == numbers
+    assert same  # of which pytest would print 30 MB
+    assert packing < 3 * PIECE and unpacking - len(plan) < 3 * PIECE
 
 
 def test_a_bundle_is_no_engine_set(cache: EngineCache):

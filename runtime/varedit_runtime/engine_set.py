@@ -8,6 +8,7 @@ those that this user built on this machine are loaded unasked.
 import hashlib
 import re
 import shlex
+from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -126,7 +127,7 @@ class EngineSet:
         for file in self.manifest.files:
             self._folder.verify(file, lambda count: None)
 
-    def plan_bytes(self, stage: str) -> bytes:
+    def plan_bytes(self, stage: str) -> bytearray:
         """A stage's compiled engine: of exactly the bytes that were hashed and found right.
 
         Raises BundleError when there is none, or it is damaged or not as large as is said.
@@ -135,9 +136,11 @@ class EngineSet:
             known = ", ".join(self.manifest.plans)
             raise BundleError(f"{self.path} has no engine for {stage!r}; it has {known}")
         plan = self.manifest.plans[stage]
+        chunks = self._folder.chunks(plan.file)
         try:
-            return unpack(self._folder.read(plan.file), plan.size)
+            return unpack(chunks, self.manifest.files[plan.file].size, plan.size)
         except ValueError as error:
+            deque(chunks, maxlen=0)  # to its end, where it says whether it is damaged
             raise BundleError(
                 f"{self.path / plan.file} is no plan: {error}; compile it again"
             ) from error
