@@ -1,5 +1,6 @@
 """Small models and edits that several tests share."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,3 +47,9 @@ def no_gradients() -> Iterator[None]:
 @pytest.fixture(params=sorted(p.name for p in RECORDINGS.iterdir()))
 def recording_folder(request: pytest.FixtureRequest) -> Path:
     return RECORDINGS / request.param
+
+
+@pytest.fixture
+def no_flushing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Faster, and the same for a process that is killed: what it wrote outlives it."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)

@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -74,15 +75,16 @@ def manifest(files: dict[str, FileEntry], seed: int = 0) -> Manifest:
     )
 
 
-def write_files(staging: Staging, seed: int = 0) -> None:
+def write_files(staging: Staging, seed: int = 0, changed: Sequence[str] = FILES) -> None:
+    """changed: the files that are the seed's own; the others are as with none."""
     for name in FILES:
-        staging.file(name).write_bytes(content(name, seed))
+        staging.file(name).write_bytes(content(name, seed if name in changed else 0))
         staging.record(name)
 
 
-def publish(target: Path, seed: int = 0) -> Path:
+def publish(target: Path, seed: int = 0, changed: Sequence[str] = FILES) -> Path:
     with Staging(target) as staging:
-        write_files(staging, seed)
+        write_files(staging, seed, changed)
         staging.publish(manifest(staging.files, seed))
     return target
 

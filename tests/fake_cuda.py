@@ -218,7 +218,7 @@ class Runtime(Of):
         self._logger = logger
 
     @called
-    def deserialize_cuda_engine(self, serialized_engine: bytes) -> "Engine | None":
+    def deserialize_cuda_engine(self, serialized_engine: bytes | bytearray) -> "Engine | None":
         try:
             simulated = self.gpu.load("engine", serialized_engine)
         except Exception as error:

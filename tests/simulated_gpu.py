@@ -63,13 +63,13 @@ class SimulatedGpu:
         memory = self.memory(address, size)
         self._do(lambda: memory.fill(0))
 
-    def load(self, name: str, plan: bytes) -> "SimulatedEngine":
+    def load(self, name: str, plan: bytes | bytearray) -> "SimulatedEngine":
         settings = ort.SessionOptions()
         settings.log_severity_level = 3
         settings.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(self.folder)
         )
-        return SimulatedEngine(self, name, ort.InferenceSession(plan, settings))
+        return SimulatedEngine(self, name, ort.InferenceSession(bytes(plan), settings))
 
     def capture(self, record: Launch) -> Launch:
         self.begin()

@@ -21,15 +21,17 @@ from click.testing import CliRunner
 from fake_bundles import rewrite_manifest
 
 from varedit_engines import compile as compile_module
+from varedit_engines import engine_cache
 from varedit_engines.compile import Job, compile_engines, stages_of
 from varedit_engines.compiler import Compiler
 from varedit_engines.engine_cache import EngineCache
 from varedit_engines.network import external_inputs
+from varedit_engines.publish import Staging
 from varedit_export import build as build_module
 from varedit_export.cli import main
 from varedit_export.trace import StoredWeight, Tracer
 from varedit_runtime import engine_set
-from varedit_runtime.bundle import Bundle
+from varedit_runtime.bundle import Bundle, weights_file
 from varedit_runtime.engine_set import LAYOUTS, EngineSet, Layout
 from varedit_runtime.errors import BackendError, BundleError, ConfigError, MissingExtraError
 from varedit_runtime.manifest import DIGEST, MANIFEST, ParityLine, Precision, canonical_json
@@ -56,7 +58,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     original = Compiler.compile
 
-    def recorded(compiler: Compiler, name: str, *rest: Any) -> bytes:
+    def recorded(compiler: Compiler, name: str, *rest: Any) -> memoryview:
         plan = original(compiler, name, *rest)
         names.append(name)
         return plan
@@ -204,9 +206,6 @@ def test_an_interrupted_compilation_goes_on_where_it_was(
     assert all(engines.plan_bytes(stage) for stage in first)
 
 
-# Damaged engines
-
-
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The graphs that would have been compiled. Their plans are their names: no time passes."""
@@ -215,6 +214,72 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         Compiler, "compile", lambda compiler, name, *rest: names.append(name) or name.encode()
     )
     return names
+
+
+# Bundles that change
+
+
+@pytest.fixture(params=["writable", "read-only"])
+def keeping(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines with the bundle or, if that cannot be written, in the user's cache."""
+    if request.param == "read-only":
+        monkeypatch.setattr(engine_cache.os, "access", lambda *_: False)
+
+
+def rebuilt(bundle: Bundle, file: str, change: Callable[[bytes], bytes]) -> Bundle:
+    """A bundle with other bytes in one file, in the place of the earlier one."""
+    with Staging(bundle.path) as staging:
+        for name in bundle.manifest.files:
+            data = (bundle.path / name).read_bytes()
+            staging.file(name).write_bytes(change(data) if name == file else data)
+            staging.record(name)
+        staging.publish(msgspec.structs.replace(bundle.manifest, files=staging.files))
+    return Bundle.open(bundle.path)
+
+
+def other_weights(data: bytes) -> bytes:
+    return data[:-1] + bytes([data[-1] ^ 1])
+
+
+def other_graph(data: bytes) -> bytes:
+    model = onnx.load_model_from_string(data)
+    model.doc_string = "another"
+    return model.SerializeToString()
+
+
+@pytest.mark.usefixtures("keeping")
+def test_other_weights_compile_nothing_where_they_are_inputs(
+    bundle: Bundle, pretended: list[str]
+) -> None:
+    engines = compile_small(bundle)
+    baked = compile_small(bundle, "baked")
+    pretended.clear()
+    newer = rebuilt(bundle, weights_file("transformer"), other_weights)
+    assert newer.digest != bundle.digest
+    assert compile_small(newer) == engines and pretended == []
+    assert compile_small(newer, "baked") != baked and pretended
+
+
+@pytest.mark.usefixtures("keeping")
+def test_another_graph_compiles_the_engines_of_its_variant_and_no_others(
+    pretended: list[str], tmp_path: Path
+) -> None:
+    bundle = Bundle.open(two_variants(tmp_path / "bundle"))
+    jobs = [job_of(bundle, variant.name) for variant in bundle.manifest.variants]
+    first, other = (compile_engines(job, quiet) for job in jobs)
+    pretended.clear()
+    newer = rebuilt(bundle, "graphs/other.prefill.onnx", other_graph)
+    jobs = [job_of(newer, variant.name) for variant in newer.manifest.variants]
+    assert compile_engines(jobs[0], quiet) == first and pretended == []
+    assert compile_engines(jobs[1], quiet).path != other.path
+    assert sorted(pretended) == sorted(jobs[1].recipe.graphs)
+
+
+def job_of(bundle: Bundle, variant: str) -> Job:
+    return Job(bundle, "external", Compiler("tensorrt-rtx", ADA), variant)
+
+
+# Damaged engines
 
 
 def cut_a_plan(folder: Path) -> None:
@@ -426,12 +491,18 @@ def builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 def two_variants(folder: Path) -> Path:
-    """A small bundle whose variant is there under two names."""
-    shutil.copytree(small_bundle(), folder)
-    manifest = Bundle.open(folder).manifest
+    """A small bundle whose variant is there under two names, with a file each for the prefill."""
+    replace, own = msgspec.structs.replace, "graphs/other.prefill.onnx"
+    manifest = Bundle.open(shutil.copytree(small_bundle(), folder)).manifest
     (variant,) = manifest.variants
-    variants = (variant, msgspec.structs.replace(variant, name="other"))
-    rewrite_manifest(folder, canonical_json(msgspec.structs.replace(manifest, variants=variants)))
+    prefill = variant.graphs["prefill"]
+    shutil.copy(folder / prefill.file, folder / own)
+    files = {**manifest.files, own: manifest.files[prefill.file]}
+    other = replace(
+        variant, name="other", graphs={**variant.graphs, "prefill": replace(prefill, file=own)}
+    )
+    manifest = replace(manifest, variants=(variant, other), files=files)
+    rewrite_manifest(folder, canonical_json(manifest))
     return folder
 
 

@@ -169,7 +169,7 @@ def test_a_plan_of_another_graph_is_refused_before_it_is_run() -> None:
     (variant,) = bundle.manifest.variants
 
     class Swapped(EngineSet):
-        def plan_bytes(self, stage: str) -> bytes:
+        def plan_bytes(self, stage: str) -> bytearray:
             return super().plan_bytes("scale_01" if stage == "scale_02" else stage)
 
     gpu = SimulatedGpu(bundle.graphs_folder)

@@ -10,6 +10,7 @@ import threading
 import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,17 @@ import msgspec
 import numpy as np
 import pytest
 from fake_bundles import content, publish, rewrite_manifest
+from killing import FORKS, killed_at
 
+from varedit_engines import engine_cache
 from varedit_engines.engine_cache import EngineCache
 from varedit_engines.publish import Staging
 from varedit_runtime import engine_set
-from varedit_runtime.bundle import Bundle, work_folder
+from varedit_runtime.bundle import Bundle, Folder, set_aside, work_folder
 from varedit_runtime.engine_set import EngineSet, EngineSetManifest, Plan, Recipe
 from varedit_runtime.errors import BundleError
 from varedit_runtime.manifest import DIGEST, MANIFEST
-from varedit_runtime.packing import PIECE, pack, unpacked_size
+from varedit_runtime.packing import PIECE, pack_into, unpack, unpacked_size
 
 STAGES: tuple[str, ...] = ("condition", "scale_00", "scale_01")
 OF_A_MACHINE = {
@@ -58,6 +61,13 @@ def plan(stage: str) -> bytes:
     return content(f"plan of {stage}")
 
 
+def pack(plan: bytes) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "plan.z")
+        pack_into(path, plan)
+        return path.read_bytes()
+
+
 def compile_into(
     staging: Staging, recipe: Recipe, contents: Mapping[str, bytes] | None = None
 ) -> list[str]:
@@ -70,7 +80,7 @@ def compile_into(
             staging.file(file).write_bytes(pack(whole))
             staging.record(file, recipe.key)
             compiled.append(stage)
-    sizes = {s: unpacked_size(staging.file(file).read_bytes()) for s, file in files.items()}
+    sizes = {s: unpacked_size([staging.file(file).read_bytes()]) for s, file in files.items()}
     plans = {stage: Plan(file, sizes[stage]) for stage, file in files.items()}
     staging.publish(EngineSetManifest(files=staging.files, recipe=recipe, plans=plans))
     return compiled
@@ -329,7 +339,7 @@ def grown(whole: bytes, numbers: random.Random) -> bytes:
     return whole + numbers.randbytes(numbers.randrange(1, 9))
 
 
-def read_plan(cache: EngineCache, recipe: Recipe, stage: str, **vouched: Any) -> bytes:
+def read_plan(cache: EngineCache, recipe: Recipe, stage: str, **vouched: Any) -> bytearray:
     """As a runtime would, just before it deserialises it."""
     engines = cache.open(recipe, **vouched)
     assert engines
@@ -342,16 +352,15 @@ def test_the_bytes_handed_on_are_those_that_were_hashed(
     """One reading serves both: a file exchanged after it was hashed is not read again."""
     recipe = recipe_of(cache)
     folder = compile_set(cache, recipe)
-    original = hashlib.sha256
+    chunks = Folder.chunks
 
-    def exchanging(data: bytes) -> Any:
-        if data == pack(plan("condition")):
-            (folder / "condition.plan").write_bytes(b"native code")
-        return original(data)
+    def exchanging(files: Folder, name: str) -> Iterator[bytes]:
+        yield from chunks(files, name)
+        (folder / "condition.plan").write_bytes(b"native code")
 
     engines = cache.open(recipe)
     assert engines
-    monkeypatch.setattr(hashlib, "sha256", exchanging)
+    monkeypatch.setattr(Folder, "chunks", exchanging)
     assert engines.plan_bytes("condition") == plan("condition")
     assert (folder / "condition.plan").read_bytes() == b"native code"
 
@@ -563,9 +572,12 @@ NUMBERS = np.random.default_rng(0).bytes(3 * PIECE + 17)
 
 @pytest.mark.parametrize("whole", [b"", b"x", SOURCES, NUMBERS, NUMBERS + SOURCES + NUMBERS])
 def test_a_plan_is_handed_on_as_it_was_packed(cache: EngineCache, whole: bytes):
-    engines = publish_packed(cache, pack(whole), len(whole))
+    packed = pack(whole)
+    engines = publish_packed(cache, packed, len(whole))
     assert engines.plan_bytes("condition") == whole
-    assert unpacked_size(pack(whole)) == len(whole)
+    chunks = [packed[start : start + 1000] for start in range(0, len(packed), 1000)]
+    assert unpack(chunks, len(packed), len(whole)) == whole
+    assert unpacked_size(chunks) == len(whole)
 
 
 def test_sources_pack_and_weights_cost_nothing():
@@ -587,7 +599,8 @@ PACKED = pack(b"native code")
         (PACKED + PACKED, 11, "does not unpack to 11 bytes"),
         (PACKED[:-1], 11, "is cut short"),
         (PACKED + b"x", 11, "is cut short"),
-        (zlib.compress(bytes(PIECE + 2)), PIECE + 2, "of longer pieces"),
+        (PACKED, 2**59, f"does not unpack to {2**59} bytes"),
+        (b"", 2**59, f"does not unpack to {2**59} bytes"),
         (b"native code", 11, "is not packed"),
     ],
 )
@@ -608,12 +621,129 @@ def test_a_plan_is_unpacked_no_further_than_its_size(cache: EngineCache):
         assert peak < 10 * PIECE
 
 
+def test_beside_a_plan_only_pieces_of_it_are_held(cache: EngineCache, tmp_path: Path):
+    numbers = np.random.default_rng(1).bytes(30 * PIECE)
+    tracemalloc.start()
+    pack_into(tmp_path / "plan.z", numbers)
+    _, packing = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    engines = publish_packed(cache, (tmp_path / "plan.z").read_bytes(), len(numbers))
+    tracemalloc.start()
+    plan = engines.plan_bytes("condition")
+    _, unpacking = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    same = plan == numbers
+    assert same  # of which pytest would print 30 MB
+    assert packing < 3 * PIECE and unpacking - len(plan) < 3 * PIECE
+
+
 def test_a_bundle_is_no_engine_set(cache: EngineCache):
     recipe = recipe_of(cache)
     folder = compile_set(cache, recipe)
     for name in (MANIFEST, DIGEST):
         shutil.copy(cache.bundle.path / name, folder / name)
     assert "unknown field" in refusal(lambda: cache.open(recipe, trust=True))
+
+
+# Bundles in the place of others
+
+SCALE = "graphs/64.scale_00.onnx"
+
+
+def test_engines_that_fit_the_newer_bundle_are_kept(cache: EngineCache):
+    """All others go with the earlier one."""
+    external, baked = recipe_of(cache), recipe_of(cache, baked=["transformer"])
+    other = cache.recipe("64", STAGES[2:], **OF_A_MACHINE)
+    kept = contents(compile_set(cache, external))
+    for recipe in (baked, other):
+        compile_set(cache, recipe)
+    damaged = compile_set(cache, recipe_of(cache, gpu="sm_80"))
+    (damaged / MANIFEST).write_bytes(b"")
+    newer = EngineCache(Bundle.open(publish(cache.bundle.path, 1, [WEIGHTS])))
+    assert newer.folders == sorted(newer.places_of(recipe)[0] for recipe in (external, other))
+    assert newer.open(external) and contents(newer.places_of(external)[0]) == kept
+    newest = EngineCache(Bundle.open(publish(cache.bundle.path, 1, [WEIGHTS, SCALE])))
+    assert newest.folders == [newest.places_of(other)[0]]
+    publish(cache.bundle.path, 2)
+    assert not (cache.bundle.path / "engines").exists()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_engines_that_the_newer_bundle_has_already_are_not_replaced(cache: EngineCache):
+    """As after an interruption: some were moved, and one of the others was compiled again."""
+    recipe = recipe_of(cache)
+    folder = compile_set(cache, recipe)
+    aside = shutil.copytree(cache.bundle.path, set_aside(cache.bundle.path))
+    (aside / "engines" / folder.name / "condition.plan").write_bytes(b"")
+    with Staging(cache.bundle.path):
+        assert not aside.exists()
+    assert read_plan(cache, recipe, "condition") == plan("condition")
+
+
+@pytest.mark.usefixtures("no_flushing")
+@FORKS
+def test_replacing_a_bundle_killed_anywhere_loses_no_bundle_and_harms_no_engines(
+    cache: EngineCache,
+):
+    """Every attempt finds what the one before it left."""
+    path, recipes = cache.bundle.path, [recipe_of(cache), recipe_of(cache, gpu="sm_80")]
+    for recipe in recipes:
+        compile_set(cache, recipe)
+    left, step, killed = set(), 60, True
+    while killed:
+        killed = killed_at(step, partial(publish, path, step, [WEIGHTS]))
+        Bundle.open(path).verify_weights()
+        left.add(sum(is_set_aside(path, recipe) for recipe in recipes))
+        step += 1
+    assert left == {0, 1, 2}
+    cache = EngineCache(Bundle.open(path))
+    assert all(cache.open(recipe, verify=True) for recipe in recipes)
+
+
+def is_set_aside(bundle: Path, recipe: Recipe) -> bool:
+    """Whether a set, which is whole, is in the earlier bundle yet."""
+    name = f"engines/{recipe.backend}-{recipe.key[:16]}"
+    (place,) = (place for place in (bundle, set_aside(bundle)) if (place / name).exists())
+    EngineSet.open(place / name).verify()
+    return place != bundle
+
+
+# Sets in the user's cache
+
+
+@pytest.fixture
+def cached(cache: EngineCache, monkeypatch: pytest.MonkeyPatch) -> EngineCache:
+    """Of a bundle that cannot be written."""
+    monkeypatch.setattr(engine_cache.os, "access", lambda *_: False)
+    return cache
+
+
+def test_a_set_in_the_users_cache_serves_every_bundle_that_it_fits(cached: EngineCache):
+    recipe, baked = recipe_of(cached), recipe_of(cached, baked=["transformer"])
+    folders = sorted(compile_set(cached, recipe) for recipe in (recipe, baked))
+    assert cached.folders == folders
+    other = publish(cached.bundle.path.parent / "other", 1, [WEIGHTS])
+    sets = EngineCache(Bundle.open(other))
+    found = sets.open(recipe)
+    assert found and sets.folders == [found.path] and found.path in folders
+    assert sets.find("64", "tensorrt", OF_A_MACHINE["tools"], "sm_90") == found
+    publish(other, 1, [SCALE])
+    assert EngineCache(Bundle.open(other)).folders == []
+
+
+def test_what_is_damaged_in_the_users_cache_is_told_of_the_bundle_that_it_is_of(
+    cached: EngineCache,
+):
+    cut, unknown = (compile_set(cached, recipe_of(cached, gpu=gpu)) for gpu in ("sm_80", "sm_90"))
+    (cut / "condition.plan").write_bytes(b"")
+    (unknown / MANIFEST).write_bytes(b"")
+    assert cached.folders == [cut]
+    inside = cached.bundle.path / "engines" / unknown.name
+    shutil.copytree(unknown, inside)
+    assert set(cached.folders) == {cut, inside}
 
 
 # Bundles that cannot be written
@@ -643,7 +773,7 @@ def test_the_engines_of_a_read_only_bundle_are_kept_in_the_users_cache(
     cache = EngineCache(bundle)
     recipe = recipe_of(cache)
     folder = compile_set(cache, recipe)
-    assert folder.parent == without_privileges / "cache" / "engines" / bundle.digest
+    assert folder.parent == without_privileges / "cache" / "engines"
     engines = cache.open(recipe)
     assert engines and engines.path == folder
     assert not (bundle.path / "engines").exists()

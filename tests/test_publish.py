@@ -5,17 +5,17 @@ import os
 import random
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import pytest
 from fake_bundles import FILES, content, manifest, publish, write_files
+from killing import FORKS, killed_at
 
 from varedit_engines.publish import Staging
 from varedit_runtime.bundle import Bundle, work_folder
@@ -336,43 +336,6 @@ def test_an_earlier_bundle_that_was_being_deleted_is_not_put_back(
 
 
 # Killed
-
-
-def killed_at(step: int, action: Callable[[], object]) -> bool:
-    """Run in a process of its own, killed at its step-th use of the file system.
-
-    Returns whether it was; False when it ended before that.
-    """
-    child = os.fork()
-    if child == 0:
-        left = step
-
-        def count(event: str, _: object) -> None:
-            nonlocal left
-            if event == "open" or event.startswith(("os.", "shutil.", "fcntl.")):
-                left -= 1
-                if left == -1:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        try:
-            sys.addaudithook(count)
-            action()
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert status in (0, -signal.SIGKILL)
-    return status != 0
-
-
-@pytest.fixture
-def no_flushing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Faster, and the same for a process that is killed: what it wrote outlives it."""
-    monkeypatch.setattr(os, "fsync", lambda _: None)
-
-
-# Python 3.12 warns of other threads that a library started; the child uses none of theirs.
-FORKS = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 
 @pytest.mark.usefixtures("no_flushing")

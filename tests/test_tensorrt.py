@@ -33,7 +33,7 @@ def trt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return module
 
 
-def compile_graph(kernel: str, *flags: Flags) -> bytes:
+def compile_graph(kernel: str, *flags: Flags) -> memoryview:
     compiler = Compiler("tensorrt", (), *flags)
     return compiler.compile("graph", kernel.encode(), Path(), [], lambda *progress: None)
 

@@ -3,19 +3,21 @@
 Where the weights of the graphs go is the layout:
 
     external   inputs of the engines, filled from the bundle's own files: small plans, one copy of
-               the weights whatever the number of scales, and other weights need no compilation
+               the weights whatever the number of scales, and other weights need no compilation: a
+               bundle that is built anew, with the same graphs, keeps its engines
     profiles   inside; one engine, with a profile each, for the prefill and all scales
     baked      inside; one engine per scale
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from varedit_engines.compiler import Compiler, Progress
 from varedit_engines.engine_cache import EngineCache
 from varedit_engines.network import external_inputs
 from varedit_engines.publish import Staging
-from varedit_runtime.bundle import Bundle
+from varedit_runtime.bundle import Bundle, Folder
 from varedit_runtime.engine_set import (
     LAYOUTS,
     EngineSet,
@@ -27,7 +29,7 @@ from varedit_runtime.engine_set import (
 from varedit_runtime.errors import BundleError, ConfigError
 from varedit_runtime.gpu_memory import transformers, weights_on_gpu
 from varedit_runtime.manifest import Variant
-from varedit_runtime.packing import pack, unpacked_size
+from varedit_runtime.packing import pack_into, unpacked_size
 from varedit_runtime.wiring import scale_profiles, sized
 
 TWIN = ("scale", "references")  # with symbolic lengths, for prefill and all scales
@@ -124,16 +126,23 @@ def _compile_all(job: Job, recipe: Recipe, staging: Staging, progress: Progress)
         graph = job.bundle.graph_bytes(job.variant.name, stage)
         if job.layout == "external":
             graph, weights[stage] = external_inputs(graph)
-        if not staging.kept(file, recipe.key):
-            shapes = _profiles(job, stage)
-            folder = job.bundle.graphs_folder
-            plan = job.compiler.compile(stage, graph, folder, shapes, progress)
-            staging.file(file).write_bytes(pack(plan))
+        if staging.kept(file, recipe.key):
+            size = unpacked_size(Folder(staging.path, staging.files).chunks(file))
+        else:
+            size = _compile(job, stage, graph, staging.file(file), progress)
             staging.record(file, recipe.key)
-        plans[stage] = Plan(file, unpacked_size(staging.file(file).read_bytes()))
+        plans[stage] = Plan(file, size)
     staging.publish(
         EngineSetManifest(files=staging.files, recipe=recipe, plans=plans, weights=weights)
     )
+
+
+def _compile(job: Job, stage: str, graph: bytes, path: Path, progress: Progress) -> int:
+    """A graph, as a plan in a file. -> the plan's size"""
+    folder, shapes = job.bundle.graphs_folder, _profiles(job, stage)
+    plan = job.compiler.compile(stage, graph, folder, shapes, progress)
+    pack_into(path, plan)
+    return len(plan)
 
 
 def _profiles(job: Job, stage: str) -> list[Mapping[str, tuple[int, ...]]]:

@@ -107,7 +107,7 @@ class Compiler:
         folder: Path,
         profiles: Sequence[Mapping[str, tuple[int, ...]]],
         progress: Progress,
-    ) -> bytes:
+    ) -> memoryview:
         """An ONNX graph, whose weights lie in the folder, as a plan.
 
         profiles: the shapes of all inputs, one mapping for each fixed profile, none where they are
@@ -134,7 +134,7 @@ class Compiler:
             raise BackendError(
                 f"{self.backend} cannot compile graph {name}: {messages.worst or 'no reason given'}"
             )
-        return bytes(plan)
+        return memoryview(plan).cast("B")  # as TensorRT's own memory says that its bytes are floats
 
     def _timings(self, config: Any) -> AbstractContextManager[None]:
         if self.backend == RTX:  # has none to keep

@@ -21,9 +21,11 @@ import msgspec
 from filelock import FileLock, Timeout
 
 from varedit_runtime.bundle import Bundle, digest_line, file_digest, set_aside, work_folder
+from varedit_runtime.engine_set import EngineSets, sets_in
 from varedit_runtime.errors import BundleError
 from varedit_runtime.manifest import (
     DIGEST,
+    ENGINES,
     MANIFEST,
     FileEntry,
     FolderManifest,
@@ -55,7 +57,8 @@ class Staging:
 
     Raises BundleError when another process builds the same target, when target is something else
     than a bundle, and, also for what is written by others inside the context, when the disk is
-    full. An earlier bundle stays as it is until the new one takes its place.
+    full. An earlier bundle stays as it is until the new one takes its place, and takes over those
+    of its engine sets that fit.
     """
 
     def __init__(
@@ -157,11 +160,17 @@ class Staging:
         self._journal = self._read_journal()
 
     def _recover(self) -> None:
-        """Put the earlier bundle back where it was, or delete it when the newer is in its place."""
+        """Put the earlier bundle back where it was or, when the newer is in its place, delete it.
+
+        Its engine sets that fit the newer bundle are kept: they move there.
+        """
         previous = set_aside(self.target)
-        if (previous / MANIFEST).exists() and not self.target.exists():
+        whole = (previous / MANIFEST).exists()
+        if whole and not self.target.exists():
             previous.rename(self.target)
         elif previous.exists():
+            if whole:  # and so what engine sets are left in it
+                _move_engines(previous, self.target)
             # First what makes it a bundle: it must not be put back with half of its files.
             (previous / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(previous, ignore_errors=True)
@@ -235,6 +244,17 @@ class Staging:
         partial.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(msgspec.json.encode(self._journal))
         partial.replace(self._journal_path)
+
+
+def _move_engines(previous: Path, target: Path) -> None:
+    """The sets that fit the newer bundle and that it has not got. One that cannot move is lost."""
+    with suppress(BundleError, OSError):
+        folders = sets_in(previous / ENGINES)
+        fitting = list(filter(EngineSets(Bundle.open(target)).fits, folders)) if folders else []
+        for folder in fitting:
+            (target / ENGINES).mkdir(exist_ok=True)
+            with suppress(OSError):  # it has that one
+                folder.rename(target / ENGINES / folder.name)
 
 
 def _flush(path: Path) -> None:

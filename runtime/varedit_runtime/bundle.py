@@ -29,7 +29,7 @@ from varedit_runtime.manifest import (
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
-CHUNK = 2**20
+CHUNK = 2**18
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,23 @@ class Folder:
         self._compare(path, name, hashlib.sha256(data).hexdigest())
         return data
 
+    def chunks(self, name: str) -> Iterator[bytes]:
+        """A file's content, read once. Raises BundleError behind the last of it if it is damaged.
+
+        So what is made of it is to be handed on at the end only.
+        """
+        path, left, digest = self.locate(name), self.files[name].size, hashlib.sha256()
+        with readable(path), path.open("rb") as file:
+            while chunk := file.read(min(CHUNK, left + 1)):  # one more: it must not have grown
+                left -= len(chunk)
+                digest.update(chunk)
+                yield chunk
+        self._compare(path, name, digest.hexdigest())
+
     def verify(self, name: str, advance: Callable[[int], None]) -> None:
         """Hash a file in pieces. advance is called with the number of bytes in each."""
-        path = self.locate(name)
-        self._compare(path, name, file_digest(path, advance))
+        for chunk in self.chunks(name):
+            advance(len(chunk))
 
     def _compare(self, path: Path, name: str, digest: str) -> None:
         if digest != self.files[name].sha256:
@@ -242,13 +255,12 @@ def read_at_most(path: Path, size: int) -> bytes:
     return data
 
 
-def file_digest(path: Path, advance: Callable[[int], None] = lambda count: None) -> str:
-    """sha256 of a file, read in pieces. advance is called with the number of bytes in each."""
+def file_digest(path: Path) -> str:
+    """sha256 of a file, read in pieces."""
     digest = hashlib.sha256()
     with readable(path), path.open("rb") as file:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
-            advance(len(chunk))
     return digest.hexdigest()
 
 

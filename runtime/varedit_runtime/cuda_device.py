@@ -69,7 +69,7 @@ class CudaDevice:
         with self.current("clear memory"):
             self._ask("cuMemsetD8Async", address, 0, size, self._stream.handle)
 
-    def load(self, name: str, plan: bytes) -> "CudaEngine":
+    def load(self, name: str, plan: bytes | bytearray) -> "CudaEngine":
         with self.current(f"load the engine {name}"):
             engine = self._runtime.deserialize_cuda_engine(plan)
             if engine is None:

@@ -1,13 +1,14 @@
 """Sets of compiled engines: keyed by all that they depend on, published and checked like bundles.
 
-A set lies in `engines/BACKEND-KEY` of its bundle or, where the bundle cannot be written, in the
-user's cache. Compiled engines are native code: only those that this user built on this machine
-are loaded unasked.
+A set lies in `engines/BACKEND-KEY` of its bundle or, where the bundle cannot be written, of the
+user's cache, where it serves every bundle that it fits. Compiled engines are native code: only
+those that this user built on this machine are loaded unasked.
 """
 
 import hashlib
 import re
 import shlex
+from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,7 +127,7 @@ class EngineSet:
         for file in self.manifest.files:
             self._folder.verify(file, lambda count: None)
 
-    def plan_bytes(self, stage: str) -> bytes:
+    def plan_bytes(self, stage: str) -> bytearray:
         """A stage's compiled engine: of exactly the bytes that were hashed and found right.
 
         Raises BundleError when there is none, or it is damaged or not as large as is said.
@@ -135,9 +136,11 @@ class EngineSet:
             known = ", ".join(self.manifest.plans)
             raise BundleError(f"{self.path} has no engine for {stage!r}; it has {known}")
         plan = self.manifest.plans[stage]
+        chunks = self._folder.chunks(plan.file)
         try:
-            return unpack(self._folder.read(plan.file), plan.size)
+            return unpack(chunks, self.manifest.files[plan.file].size, plan.size)
         except ValueError as error:
+            deque(chunks, maxlen=0)  # to its end, where it says whether it is damaged
             raise BundleError(
                 f"{self.path / plan.file} is no plan: {error}; compile it again"
             ) from error
@@ -306,17 +309,28 @@ class EngineSets:
 
     @property
     def folders(self) -> list[Path]:
-        """Of all sets that there are, whole or damaged, whatever they were made from."""
-        found = [path for place in self._places if place.is_dir() for path in place.iterdir()]
-        return sorted(path for path in found if path.is_dir() and path.name[0] != ".")
+        """Of the sets that there are: all in the bundle, whole or damaged, and the cached that fit.
+
+        What is damaged in the cache so that its recipe cannot be read may be any bundle's.
+        """
+        inside, cached = self._places
+        return sorted([*sets_in(inside), *filter(self.fits, sets_in(cached))])
+
+    def fits(self, folder: Path) -> bool:
+        """Whether a set's manifest says that it is of this bundle. Its files are not looked at."""
+        with suppress(BundleError):
+            manifest, _ = open_manifest(folder, EngineSetManifest)
+            return self.of_this_bundle(manifest.recipe)
+        return False
 
     @property
     def _places(self) -> tuple[Path, Path]:
-        return self.bundle.path / ENGINES, cache_folder() / ENGINES / self.bundle.digest
+        return self.bundle.path / ENGINES, cache_folder() / ENGINES
 
     def places_of(self, recipe: Recipe) -> tuple[Path, Path]:
-        inside, cached = self._places
+        """Where a set may be: in the bundle, and in the user's cache, whatever the bundle."""
         name = f"{recipe.backend}-{recipe.key[:16]}"
+        inside, cached = self._places
         return inside / name, cached / name
 
 
@@ -324,6 +338,13 @@ def _preference(engines: EngineSet) -> tuple[int, int, str]:
     recipe = engines.manifest.recipe
     settings = sum(value not in (str(None), str(False)) for value in recipe.flags.values())
     return LAYOUTS.index(recipe.layout), settings, engines.path.name
+
+
+def sets_in(place: Path) -> list[Path]:
+    """The folders of all engine sets in a folder, whole or damaged."""
+    if not place.is_dir():
+        return []
+    return [path for path in place.iterdir() if path.is_dir() and path.name[0] != "."]
 
 
 def mismatch(recipe: Recipe, tools: Mapping[str, str], gpus: Collection[str]) -> str | None:
