@@ -223,7 +223,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def keeping(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Engines with the bundle or, if that cannot be written, in the user's cache."""
     if request.param == "read-only":
-        monkeypatch.setattr(engine_cache.os, "access", lambda *_: False)
+        monkeypatch.setattr(engine_cache, "_writable", lambda folder: False)
 
 
 def rebuilt(bundle: Bundle, file: str, change: Callable[[bytes], bytes]) -> Bundle:
@@ -363,8 +363,11 @@ def test_engines_built_elsewhere_are_refused_and_left(
     before = contents(folder)
     monkeypatch.setattr(engine_set, "data_folder", lambda: tmp_path / "other")
     pretended.clear()
-    with pytest.raises(BundleError, match=said):
-        compile_small(bundle)
+    for again in (False, True):
+        with pytest.raises(BundleError, match=said):
+            compile_engines(
+                Job(bundle, "external", Compiler("tensorrt-rtx", ADA)), quiet, again=again
+            )
     assert pretended == [] and contents(folder) == before
 
 
@@ -382,6 +385,34 @@ def test_damaged_engines_are_not_replaced_while_foreign_ones_are_in_the_cache(
     with pytest.raises(BundleError, match="damaged"):
         compile_engines(job, quiet)
     assert contents(cached) == before
+
+
+@pytest.mark.usefixtures("keeping")
+def test_whole_engines_are_compiled_again_when_asked(bundle: Bundle, pretended: list[str]) -> None:
+    engines = compile_small(bundle)
+    arguments = ["engines", str(bundle.path), "--backend", "tensorrt-rtx", "--architecture", "sm89"]
+    for options, times in (([], 1), (["--again"], 2), ([], 2)):
+        result = CliRunner().invoke(main, [*arguments, *options])
+        assert result.exit_code == 0 and result.stdout == f"{engines.path}\n"
+        assert sorted(pretended) == sorted([*engines.manifest.plans] * times)
+
+
+def test_whole_engines_are_not_compiled_again_where_others_or_none_would_be_replaced(
+    bundle: Bundle, pretended: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Job(bundle, "external", Compiler("tensorrt-rtx", ADA))
+    inside, cached = EngineCache(bundle).places_of(job.recipe)
+    compile_engines(job, quiet)
+    shutil.copytree(inside, cached)
+    rewrite_manifest(cached, (cached / MANIFEST).read_bytes() + b" ")
+    pretended.clear()
+    with pytest.raises(BundleError, match=f"{cached} has engines that were built elsewhere"):
+        compile_engines(job, quiet, again=True)
+    shutil.rmtree(cached)
+    monkeypatch.setattr(engine_cache, "_writable", lambda folder: False)
+    with pytest.raises(BundleError, match=f"{inside} cannot be replaced"):
+        compile_engines(job, quiet, again=True)
+    assert pretended == []
 
 
 def test_the_command_says_that_engines_are_compiled_again(

@@ -717,7 +717,7 @@ def is_set_aside(bundle: Path, recipe: Recipe) -> bool:
 @pytest.fixture
 def cached(cache: EngineCache, monkeypatch: pytest.MonkeyPatch) -> EngineCache:
     """Of a bundle that cannot be written."""
-    monkeypatch.setattr(engine_cache.os, "access", lambda *_: False)
+    monkeypatch.setattr(engine_cache, "_writable", lambda folder: False)
     return cache
 
 

@@ -51,7 +51,7 @@ def compiled(
     bundle = Bundle.open(path)
     job = Job(bundle, layout, Uncompiled(backend))  # type: ignore[arg-type]
     with pytest.MonkeyPatch.context() as read_only:
-        read_only.setattr(engine_cache.os, "access", lambda *_: False)
+        read_only.setattr(engine_cache, "_writable", lambda folder: False)
         return bundle, compile_engines(job, lambda *_: None)
 
 

@@ -213,6 +213,7 @@ def _compiler(
     type=click.Choice(["ampere-plus", "same-compute-capability"]),
     help="Engines for other GPUs too. Not with tensorrt-rtx: name architectures.",
 )
+@click.option("--again", is_flag=True, help="Compile also what is there, if it was built here.")
 def engines(
     bundle: Path,
     backend: Any,
@@ -220,12 +221,14 @@ def engines(
     architectures: tuple[str, ...],
     variant: str | None,
     workspace: int | None,
+    again: bool,
     **flags: Any,
 ) -> None:
     """Compile a bundle's graphs to TensorRT engines, kept with the bundle or in your cache.
 
     Engines that were compiled before, from the same graphs in the same way, are found again.
-    Damaged ones are compiled again, unless they were built elsewhere.
+    Damaged ones are compiled again, unless they were built elsewhere; with --again, whole
+    ones too.
 
     \b
     varedit-export engines bundles/2b-512
@@ -236,10 +239,16 @@ def engines(
 
     bytes_ = None if workspace is None else workspace * 10**6
     compiler = Compiler(backend, architectures, Flags(workspace=bytes_, **flags))
-    click.echo(_compile(Bundle.open(bundle), layout, compiler, variant))
+    click.echo(_compile(Bundle.open(bundle), layout, compiler, variant, again))
 
 
-def _compile(bundle: Bundle, layout: Any, compiler: "Compiler", variant: str | None) -> Path:
+def _compile(
+    bundle: Bundle,
+    layout: Any,
+    compiler: "Compiler",
+    variant: str | None,
+    again: bool = False,
+) -> Path:
     """Compile a variant's engines, saying what is done. -> where they are"""
     with needs_extra("export"):
         from tqdm import tqdm
@@ -252,7 +261,7 @@ def _compile(bundle: Bundle, layout: Any, compiler: "Compiler", variant: str | N
     job = Job(bundle, layout, compiler, variant)
     click.echo(str(job), err=True)
     with _progress() as progress:
-        found = compile_engines(job, progress, above_the_bar)
+        found = compile_engines(job, progress, above_the_bar, again)
     for file, entry in found.manifest.files.items():
         click.echo(f"  {file:<24} {entry.size / 1e6:8.1f} MB", err=True)
     return found.path

@@ -83,25 +83,32 @@ class Job:
 
 
 def compile_engines(
-    job: Job, progress: Progress, notice: Callable[[str], None] = lambda line: None
+    job: Job,
+    progress: Progress,
+    notice: Callable[[str], None] = lambda line: None,
+    again: bool = False,
 ) -> EngineSet:
     """The engines of a bundle: compiled or, where they were before, opened.
 
     A compilation that was interrupted goes on at the graph it had reached. Engines that this user
-    built here and that are damaged are compiled again; notice is told why, in one line.
+    built here and that are damaged, or with `again` any, are compiled again; notice is told why,
+    in one line.
 
     Raises BackendError when a graph does not compile, BundleError when the bundle is damaged, the
-    disk full, or when engines are there that were built elsewhere, which are left as they are.
+    disk full, or when engines are there that were built elsewhere or cannot be replaced, which
+    are left as they are.
     """
     cache, recipe = EngineCache(job.bundle), job.recipe
     found = _whole(cache, recipe, notice)
     if found is not None:
-        return found
+        if not again:
+            return found
+        cache.check_replaceable(found)
     if job.layout != "external":
         job.bundle.verify_weights()
     with cache.create(recipe) as staging:
         # Unless another process compiled them while this one waited.
-        if _whole(cache, recipe, lambda line: None) is None:
+        if again or _whole(cache, recipe, lambda line: None) is None:
             _compile_all(job, recipe, staging, progress)
     engines = cache.open(recipe, verify=True)
     assert engines is not None

@@ -22,12 +22,28 @@ class EngineCache(EngineSets):
                 engines = cache.open(recipe)  # the other's
                 ...  # else compile, record and publish
 
-    Creating a set replaces the one that is there: a damaged one that `made_here` says to be ours.
+    Creating a set replaces the one that is there: a damaged one that `made_here` says to be ours,
+    or a whole one that `check_replaceable` lets pass.
     """
 
     def made_here(self, recipe: Recipe) -> bool:
         """Whether this user built here what is in the places of this set, whole or damaged."""
-        return all(_made_here(folder) for folder in self.places_of(recipe) if folder.exists())
+        return not self._foreign(recipe)
+
+    def check_replaceable(self, engines: EngineSet) -> None:
+        """Raises BundleError when a new set would replace another's, or would not be found."""
+        inside, _ = self.places_of(engines.manifest.recipe)
+        for folder in self._foreign(engines.manifest.recipe):
+            raise BundleError(
+                f"{folder} has engines that were built elsewhere, and they are not replaced: "
+                "delete the folder"
+            )
+        if engines.path == inside and not _writable(inside.parent):
+            raise BundleError(f"{inside} cannot be replaced: the bundle cannot be written")
+
+    def _foreign(self, recipe: Recipe) -> list[Path]:
+        places = self.places_of(recipe)
+        return [folder for folder in places if folder.exists() and not _made_here(folder)]
 
     def create(self, recipe: Recipe) -> Staging:
         """Where to write a set: in the bundle or, if that is read-only, in the user's cache.
@@ -37,7 +53,7 @@ class EngineCache(EngineSets):
         inside, cached = self.places_of(recipe)
         with suppress(OSError):
             inside.parent.mkdir(exist_ok=True)
-        folder = inside if os.access(inside.parent, os.W_OK) else cached
+        folder = inside if _writable(inside.parent) else cached
         # Not beside the engines: it vouches for what an interrupted compilation left there.
         journal = records() / f"{hashlib.sha256(os.fsencode(folder)).hexdigest()}.journal"
         return Staging(folder, wait=True, check=_vouch_for, journal=journal)
@@ -54,6 +70,10 @@ def _made_here(folder: Path) -> bool:
         return False
     told = {digest_line(hashlib.sha256(manifest).hexdigest()), beside}
     return any(digest_line(record.name) in told for record in records().glob("*"))
+
+
+def _writable(folder: Path) -> bool:
+    return os.access(folder, os.W_OK)
 
 
 def _vouch_for(folder: Path) -> None:

@@ -75,7 +75,7 @@ class CudaDevice:
             if engine is None:
                 raise BackendError(
                     f"the engine {name} cannot be loaded ({self.reason}): compile it again with "
-                    "`varedit-export engines`"
+                    "`varedit-export engines --again`"
                 )
             return CudaEngine(self, name, engine, self._config(engine))
 
@@ -183,7 +183,7 @@ class CudaEngine:
             if not all(taken):
                 raise BackendError(
                     f"the engine {self._name} does not take its tensors ({device.reason}): "
-                    "compile it again with `varedit-export engines`"
+                    "compile it again with `varedit-export engines --again`"
                 )
 
         def run() -> None:

@@ -116,7 +116,7 @@ class EngineBackend(Backend):
             if different := _different(views, weights, loaded[step.stage].tensors):
                 raise BundleError(
                     f"{engines.path} has an engine for {step.stage} whose {', '.join(different)} "
-                    "are not its graph's: delete the folder and compile it again"
+                    "are not its graph's: compile it again with `varedit-export engines --again`"
                 )
         return loaded
 

@@ -143,7 +143,8 @@ class EngineSet:
         except ValueError as error:
             deque(chunks, maxlen=0)  # to its end, where it says whether it is damaged
             raise BundleError(
-                f"{self.path / plan.file} is no plan: {error}; compile it again"
+                f"{self.path / plan.file} is no plan: {error}; compile it again with "
+                "`varedit-export engines --again`"
             ) from error
 
 
