@@ -10,8 +10,11 @@ Where the weights of the graphs go is the layout:
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import structs
 
 from varedit_engines.compiler import Compiler, Progress
 from varedit_engines.engine_cache import EngineCache
@@ -25,12 +28,16 @@ from varedit_runtime.engine_set import (
     Layout,
     Plan,
     Recipe,
+    built_here,
 )
 from varedit_runtime.errors import BundleError, ConfigError
 from varedit_runtime.gpu_memory import transformers, weights_on_gpu
 from varedit_runtime.manifest import Variant
 from varedit_runtime.packing import pack_into, unpacked_size
 from varedit_runtime.wiring import scale_profiles, sized
+
+# A whole set, and the stage in it.
+EarlierPlan = tuple[EngineSet, str]
 
 TWIN = ("scale", "references")  # with symbolic lengths, for prefill and all scales
 
@@ -109,7 +116,8 @@ def compile_engines(
     with cache.create(recipe) as staging:
         # Unless another process compiled them while this one waited.
         if again or _whole(cache, recipe, lambda line: None) is None:
-            _compile_all(job, recipe, staging, progress)
+            earlier = {} if again else _earlier_plans(cache, recipe)
+            _compile_all(job, recipe, staging, earlier, progress)
     engines = cache.open(recipe, verify=True)
     assert engines is not None
     return engines
@@ -126,9 +134,28 @@ def _whole(cache: EngineCache, recipe: Recipe, notice: Callable[[str], None]) ->
         return None
 
 
-def _compile_all(job: Job, recipe: Recipe, staging: Staging, progress: Progress) -> None:
+def _earlier_plans(cache: EngineCache, recipe: Recipe) -> dict[str, EarlierPlan]:
+    """By the digest of their graph: of sets that were made here alike, but of other graphs."""
+    found: dict[str, EarlierPlan] = {}
+    for folder in cache.folders:
+        with suppress(BundleError):
+            engines = EngineSet.open(folder)
+            other = engines.manifest.recipe
+            alike = structs.replace(other, graphs=recipe.graphs, variant=recipe.variant) == recipe
+            if alike and built_here(engines.digest).exists():
+                found |= {digest: (engines, stage) for stage, digest in other.graphs.items()}
+    return found
+
+
+def _compile_all(
+    job: Job,
+    recipe: Recipe,
+    staging: Staging,
+    earlier: Mapping[str, EarlierPlan],
+    progress: Progress,
+) -> None:
     plans, weights = {}, {}
-    for stage in recipe.graphs:
+    for stage, digest in recipe.graphs.items():
         file = f"{stage}.plan.z"
         graph = job.bundle.graph_bytes(job.variant.name, stage)
         if job.layout == "external":
@@ -136,12 +163,27 @@ def _compile_all(job: Job, recipe: Recipe, staging: Staging, progress: Progress)
         if staging.kept(file, recipe.key):
             size = unpacked_size(Folder(staging.path, staging.files).chunks(file))
         else:
-            size = _compile(job, stage, graph, staging.file(file), progress)
+            size = _copied(earlier.get(digest), staging.file(file))
+            if size is None:
+                size = _compile(job, stage, graph, staging.file(file), progress)
             staging.record(file, recipe.key)
         plans[stage] = Plan(file, size)
     staging.publish(
         EngineSetManifest(files=staging.files, recipe=recipe, plans=plans, weights=weights)
     )
+
+
+def _copied(earlier: EarlierPlan | None, path: Path) -> int | None:
+    """Copy an earlier plan to a file. -> the plan's size; None when there is none, or damaged"""
+    if earlier is None:
+        return None
+    engines, stage = earlier
+    try:
+        with path.open("wb") as file:
+            file.writelines(engines.packed_plan(stage))
+    except BundleError:
+        return None
+    return engines.manifest.plans[stage].size
 
 
 def _compile(job: Job, stage: str, graph: bytes, path: Path, progress: Progress) -> int:

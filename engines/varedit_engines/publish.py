@@ -58,7 +58,7 @@ class Staging:
     Raises BundleError when another process builds the same target, when target is something else
     than a bundle, and, also for what is written by others inside the context, when the disk is
     full. An earlier bundle stays as it is until the new one takes its place, and takes over those
-    of its engine sets that fit.
+    of its engine sets that share a graph with it.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class Staging:
     def _recover(self) -> None:
         """Put the earlier bundle back where it was or, when the newer is in its place, delete it.
 
-        Its engine sets that fit the newer bundle are kept: they move there.
+        Its engine sets that share a graph with the newer bundle are kept: they move there.
         """
         previous = set_aside(self.target)
         whole = (previous / MANIFEST).exists()
@@ -247,11 +247,11 @@ class Staging:
 
 
 def _move_engines(previous: Path, target: Path) -> None:
-    """The sets that fit the newer bundle and that it has not got. One that cannot move is lost."""
+    """The sets that share a graph with the newer bundle. One that cannot move is lost."""
     with suppress(BundleError, OSError):
         folders = sets_in(previous / ENGINES)
-        fitting = list(filter(EngineSets(Bundle.open(target)).fits, folders)) if folders else []
-        for folder in fitting:
+        kept = list(filter(EngineSets(Bundle.open(target)).shares, folders)) if folders else []
+        for folder in kept:
             (target / ENGINES).mkdir(exist_ok=True)
             with suppress(OSError):  # it has that one
                 folder.rename(target / ENGINES / folder.name)

@@ -9,7 +9,7 @@ import hashlib
 import re
 import shlex
 from collections import deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,6 +128,10 @@ class EngineSet:
         for file in self.manifest.files:
             self._folder.verify(file, lambda count: None)
 
+    def packed_plan(self, stage: str) -> Iterator[bytes]:
+        """The file of a stage's plan in pieces. Raises BundleError at its end if it is damaged."""
+        return self._folder.chunks(self.manifest.plans[stage].file)
+
     def plan_bytes(self, stage: str) -> bytearray:
         """A stage's compiled engine: of exactly the bytes that were hashed and found right.
 
@@ -137,7 +141,7 @@ class EngineSet:
             known = ", ".join(self.manifest.plans)
             raise BundleError(f"{self.path} has no engine for {stage!r}; it has {known}")
         plan = self.manifest.plans[stage]
-        chunks = self._folder.chunks(plan.file)
+        chunks = self.packed_plan(stage)
         try:
             return unpack(chunks, self.manifest.files[plan.file].size, plan.size)
         except ValueError as error:
@@ -311,18 +315,24 @@ class EngineSets:
 
     @property
     def folders(self) -> list[Path]:
-        """Of the sets that there are: all in the bundle, whole or damaged, and the cached that fit.
+        """Of the sets that there are: all in the bundle, and the cached that share a graph with it.
 
         What is damaged in the cache so that its recipe cannot be read may be any bundle's.
         """
         inside, cached = self._places
-        return sorted([*sets_in(inside), *filter(self.fits, sets_in(cached))])
+        return sorted([*sets_in(inside), *filter(self.shares, sets_in(cached))])
 
-    def fits(self, folder: Path) -> bool:
-        """Whether a set's manifest says that it is of this bundle. Its files are not looked at."""
+    def shares(self, folder: Path) -> bool:
+        """Whether a set's manifest says that it has a graph of this bundle, whose plan can serve.
+
+        Its files are not looked at.
+        """
+        files = self.bundle.manifest.files
+        variants = self.bundle.manifest.variants
+        own = {files[graph.file].sha256 for v in variants for graph in v.graphs.values()}
         with suppress(BundleError):
             manifest, _ = open_manifest(folder, EngineSetManifest)
-            return self.of_this_bundle(manifest.recipe)
+            return not own.isdisjoint(manifest.recipe.graphs.values())
         return False
 
     @property
