@@ -182,9 +182,11 @@ def test_a_run_starts_from_the_averaged_weights_of_another(tmp_path: Path) -> No
 
     seen: list[Tensor] = []
     pictures: list[Tensor] = []
+    tasks: list[TokenizerTask] = []
 
     def quiet_task(recipe: Recipe, machine: Machine) -> TokenizerTask:
         task = tokenizer_task(recipe, machine)
+        tasks.append(task)
         losses = task.losses
         task.report = lambda model: ({}, Image.new("RGB", (1, 1)))  # type: ignore[method-assign]
 
@@ -199,6 +201,7 @@ def test_a_run_starts_from_the_averaged_weights_of_another(tmp_path: Path) -> No
 
     one = run("one", None)
     run("two", "one")
+    assert [task.quantised_share(0) for task in tasks] == [0, 1]
     averaged = torch.load(one.checkpoint, weights_only=True)["ema"]
     assert torch.equal(seen[1], next(iter(averaged.values())))
     assert not torch.equal(seen[0], seen[1])

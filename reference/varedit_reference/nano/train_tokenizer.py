@@ -1,6 +1,6 @@
 """Trains the tokenizer: `python -m varedit_reference.nano.train_tokenizer --run FOLDER`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -146,6 +146,8 @@ class TokenizerTask:
     def restore(self, folder: Path) -> None:
         tokenizer = load_tokenizer(folder / TOKENIZER_FILE, self.model.config)
         self.model.load_state_dict(tokenizer.state_dict())
+        # Trained weights decode quantised features, and would unlearn it.
+        self.weights = replace(self.weights, mixed_from=-1.0, quantised_from=0.0)
 
 
 def quantised_features(features: Tensor, grids: tuple[Grid, ...]) -> tuple[Tensor, Tensor]:
