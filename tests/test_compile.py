@@ -558,9 +558,11 @@ def test_a_build_for_a_backend_compiles_as_the_command_for_engines_does(
     )
     assert result.exit_code == 0, result.output
     assert result.stdout == f"{target}\n" and builds == [target]
-    variants = Bundle.open(target).manifest.variants
-    stages = [stage for variant in variants for stage in stages_of(variant, "profiles")]
-    assert sorted(compiled) == sorted(stages)
+    manifest = Bundle.open(target).manifest
+    variants = manifest.variants
+    graphs = [v.graphs[stage] for v in variants for stage in stages_of(v, "profiles")]
+    different = {manifest.files[graph.file].sha256 for graph in graphs}
+    assert len(compiled) == len(different) < len(graphs)  # what variants share is compiled once
     compiled.clear()
     for variant in variants:
         arguments = ["engines", str(target), *options, "--layout", "profiles"]

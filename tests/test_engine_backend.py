@@ -13,7 +13,7 @@ from PIL import Image
 from simulated_gpu import SimulatedGpu
 from uncompiled import Uncompiled, compiled, keep_engines_in, near
 
-from varedit_engines.compile import Job, compile_engines
+from varedit_engines.compile import Job
 from varedit_export.teacher_forcing import ParityError
 from varedit_export.verify import gate
 from varedit_export.verify_engines import compare_backend
@@ -247,8 +247,7 @@ def test_engines_with_fewer_settings_are_preferred() -> None:
     bundle, plain = compiled(small_bundle())
     (variant,) = bundle.manifest.variants
     for name in ("tf32", "version_compatible", "workspace"):
-        job = Job(bundle, "external", Uncompiled(settings={name: "True", "other": "None"}))  # type: ignore[arg-type]
-        compile_engines(job, lambda *_: None)
+        compiled(small_bundle(), settings={name: "True", "other": "None"})
     found = EngineSets(bundle).find(variant.name, "tensorrt-rtx", {"tensorrt-rtx": "1.7"}, HERE)
     assert found.path == plain.path
 

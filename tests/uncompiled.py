@@ -45,11 +45,14 @@ def keep_engines_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def compiled(
-    path: Path, layout: Layout = "external", backend: str = "tensorrt-rtx"
+    path: Path,
+    layout: Layout = "external",
+    backend: str = "tensorrt-rtx",
+    settings: dict[str, str] | None = None,
 ) -> tuple[Bundle, EngineSet]:
     """The bundles are shared by all tests: engines go to the user's cache."""
     bundle = Bundle.open(path)
-    job = Job(bundle, layout, Uncompiled(backend))  # type: ignore[arg-type]
+    job = Job(bundle, layout, Uncompiled(backend, settings=settings or {}))  # type: ignore[arg-type]
     with pytest.MonkeyPatch.context() as read_only:
         read_only.setattr(engine_cache, "_writable", lambda folder: False)
         return bundle, compile_engines(job, lambda *_: None)
