@@ -53,6 +53,7 @@ from varedit_runtime.grids import scale_grids
 from varedit_runtime.manifest import Manifest, ParityLine, Variant
 from varedit_runtime.onnx_backend import OnnxBackend
 from varedit_runtime.pictures import from_decoder
+from varedit_runtime.wiring import KINDS, scale_name
 
 if TYPE_CHECKING:
     from transformers.models.t5.modeling_t5 import T5Stack
@@ -159,7 +160,7 @@ def compare_recording(bundle: Bundle, recording: Recording) -> Iterator[ParityLi
     )
     for k, logits, total in _run_symbolic(bundle, variant, edit, recording.forced_bits):
         expected = recording[f"out.guided_logits.{k}"].numpy().reshape(logits.shape)
-        yield line(f"scale_{k:02}", "recorded guided logits, largest error", logits, expected)
+        yield line(scale_name(k), "recorded guided logits, largest error", logits, expected)
         if k == count - 1:
             picture = from_decoder(_session(bundle, variant, "image_decoder")(running_sum=total)[0])
             yield from picture_lines(picture, recording["out.image_rgb_u8"].numpy())
@@ -303,7 +304,7 @@ def _compare_rounding(
         noise = noise_of(edit, step)
         differs = (noise < step.probability) != (noise < other.probability)
         measure = f"share of bits that differ, reference with products rounded to {precision}"
-        yield share_line(f"scale_{step.scale:02}", measure, differs)
+        yield share_line(scale_name(step.scale), measure, differs)
 
 
 def _compare_static(
@@ -316,7 +317,7 @@ def _compare_static(
     cache = _run_stage(bundle, variant, "prefill", text | source)
     past = {name.replace("source", "past"): x for name, x in cache.items() if "source" in name}
     for step in steps:
-        stage, noise = f"scale_{step.scale:02}", noise_of(edit, step)
+        stage, noise = scale_name(step.scale), noise_of(edit, step)
         references = {f"reference_{kind}": f"reference_{kind}.{step.scale}" for kind in KINDS}
         given = {
             **text,
@@ -368,9 +369,6 @@ def _run_symbolic(
         )
         output = backend.predict(k, sampling)
         yield k, output.logits[:1], output.running_sum
-
-
-KINDS = ("key", "value")
 
 
 class _session:

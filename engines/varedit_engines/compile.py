@@ -34,7 +34,7 @@ from varedit_runtime.errors import BundleError, ConfigError
 from varedit_runtime.gpu_memory import transformers, weights_on_gpu
 from varedit_runtime.manifest import Variant
 from varedit_runtime.packing import pack_into, unpacked_size
-from varedit_runtime.wiring import scale_profiles, sized
+from varedit_runtime.wiring import PREFILL, scale_name, scale_profiles, sized
 
 # A whole set, and the stage in it.
 EarlierPlan = tuple[EngineSet, str]
@@ -49,7 +49,7 @@ def stages_of(variant: Variant, layout: Layout) -> list[str]:
     static = [stage for stage in variant.graphs if stage not in TWIN]
     if layout != "profiles":
         return static
-    scales = {"prefill", *(f"scale_{k:02}" for k in range(len(variant.grids)))}
+    scales = {PREFILL, *map(scale_name, range(len(variant.grids)))}
     return [stage for stage in variant.graphs if stage not in scales]
 
 

@@ -41,6 +41,7 @@ from varedit_runtime.pictures import Source, from_decoder, restore, to_square
 from varedit_runtime.settings import PerScale
 from varedit_runtime.tensorrt_module import ENGINE_KINDS, ONNXRUNTIME, EngineKind
 from varedit_runtime.text import Instructions, read_tokenizer
+from varedit_runtime.wiring import scale_name
 
 
 @dataclass(frozen=True)
@@ -315,7 +316,7 @@ class Editor:
             samplings = [self._sampling(batch, scale) for scale in range(len(self.variant.grids))]
             edited = edit(self._prompts(batch.rows), self._squares(batch.rows), samplings)
             for scale, logits in enumerate(edited.logits):
-                _finite(f"scale_{scale:02}", logits)
+                _finite(scale_name(scale), logits)
             return self._restored(edited.pictures, batch.wanted)
 
     def _edit_by_stages(self, batch: "_Batch") -> list[Image.Image]:
@@ -331,9 +332,9 @@ class Editor:
             graphs.prefill(source)
         for scale in range(len(self.variant.grids)):
             _raise_if(call.cancelled)
-            with timings.of(f"scale_{scale:02}"):
+            with timings.of(scale_name(scale)):
                 output = graphs.predict(scale, self._sampling(batch, scale))
-                _finite(f"scale_{scale:02}", output.logits)
+                _finite(scale_name(scale), output.logits)
             total = output.running_sum
             if call.on_scale is not None:
                 call.on_scale(self._progress(batch, scale, total))
