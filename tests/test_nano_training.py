@@ -15,19 +15,23 @@ from torch import Tensor, nn
 
 from varedit_reference.config import ModelConfig, TokenizerConfig, TransformerConfig
 from varedit_reference.initialise import initialise
+from varedit_reference.nano.attention import eager_attention
 from varedit_reference.nano.checkpointing import RunFolder, TrainingState, write_weights
 from varedit_reference.nano.data import (
     EVALUATION_SEEDS,
+    TRAINING_SHARES,
     VALIDATION_SEEDS,
     EditBatch,
     EditBatches,
     PictureBatches,
     batches,
     step_seeds,
+    training_kind,
 )
 from varedit_reference.nano.export_weights import LARGEST_BYTES, export_weights
 from varedit_reference.nano.model import NANO, TOKENIZER_FILE, load_nano
 from varedit_reference.nano.optimisers import optimisers
+from varedit_reference.nano.scenes import KINDS
 from varedit_reference.nano.teacher import bit_losses, flip, lesson, scale_weights
 from varedit_reference.nano.text import build_vocabulary, new_text_encoder
 from varedit_reference.nano.train_tokenizer import RECIPE as TOKENIZER_RECIPE
@@ -46,6 +50,7 @@ from varedit_reference.nano.training import (
 from varedit_reference.quantisation import quantise, to_tokens
 from varedit_reference.text_encoder import TextEncoder
 from varedit_reference.tokenizer import Tokenizer
+from varedit_reference.transformer import fused_attention
 from varedit_runtime.errors import CheckpointError, ConfigError
 
 GRIDS = ((1, 1), (2, 2))
@@ -265,6 +270,19 @@ def test_the_transformer_computes_in_bf16_with_nearly_the_same_gradients() -> No
     assert {p.dtype for p in task.model.parameters()} == {torch.float32}
 
 
+def test_eager_attention_is_fused_attention(generator: torch.Generator) -> None:
+    def drawn(length: int) -> torch.Tensor:
+        q = 1 + 4 * torch.randn(2, 3, length, 8, generator=generator, dtype=torch.float64)
+        return q.requires_grad_()
+
+    q, k, v, given = drawn(5), drawn(7), drawn(7), drawn(5).detach()
+    results = [attend(q, k, v) for attend in (eager_attention, fused_attention)]
+    torch.testing.assert_close(*results, rtol=0, atol=1e-12)
+    gradients = [torch.autograd.grad(result, (q, k, v), given) for result in results]
+    for eager, fused in zip(*gradients, strict=True):
+        torch.testing.assert_close(eager, fused, rtol=0, atol=1e-12 * float(fused.abs().max()))
+
+
 def test_batches_depend_on_the_step_alone() -> None:
     dataset = PictureBatches(batch=2, size=16)
     drawn = list(batches(dataset, range(3, 6), workers=2))
@@ -273,6 +291,14 @@ def test_batches_depend_on_the_step_alone() -> None:
     edits = EditBatches(batch=2, size=16)[7]
     assert edits.source.shape == edits.target.shape == (2, 16, 16, 3)
     assert len(edits.instructions) == 2
+
+
+def test_training_draws_every_kind_in_its_share() -> None:
+    assert set(TRAINING_SHARES) == set(KINDS)
+    assert sum(TRAINING_SHARES.values()) == pytest.approx(1)
+    kinds = [training_kind(seed) for seed in range(2000)]
+    for kind, share in TRAINING_SHARES.items():
+        assert kinds.count(kind) / len(kinds) == pytest.approx(share, abs=0.03)
 
 
 def test_training_seeds_are_no_others() -> None:

@@ -8,7 +8,7 @@ from small import SmallEdits, noise_of, random_edits, random_var, small_config
 from torch import nn
 
 from varedit_reference.config import Conditioning, RotaryLayout
-from varedit_reference.kv_cache import KVCache, sar_mask, source_length
+from varedit_reference.kv_cache import KVCache, source_length, teacher_forced_context
 from varedit_reference.sampling import guide
 from varedit_reference.sar import scale_aligned_references
 from varedit_reference.scale_loop import forced, predict_scales, seeded
@@ -89,22 +89,30 @@ def test_sar_changes_block_0_only() -> None:
     for scale, (rows, columns) in enumerate(config.grids):
         new = kv[: rows * columns]
         before = sum(r * c for r, c in config.grids[:scale])
-        seen = [len(cache.add_scale(block, new, new)[0]) for block in (0, 1)]
+        seen = [len(cache.add_scale(block, new, new)[0].keys) for block in (0, 1)]
         assert seen == [2 * len(new) + before, len(kv) + before + len(new)]
         cache.scales_seen += 1
 
 
-def test_sar_mask_counts() -> None:
+def test_teacher_forcing_shows_every_scale_what_the_cache_shows() -> None:
     config = small_config().transformer
-    mask = sar_mask(config, torch.device("cpu"))
     areas = [rows * columns for rows, columns in config.grids]
-    seen = mask.sum(1)
     n = source_length(config)
-    assert (seen[:n] == n).all()
-    start = n
-    for k, area in enumerate(areas):
-        assert (seen[start : start + area] == area + sum(areas[: k + 1])).all()
-        start += area
+    kv = torch.arange(float(n + sum(areas)))[:, None, None, None]
+    cache = KVCache(config)
+    context = teacher_forced_context(config)
+    at_once = [context(block, kv, kv) for block in (0, 1)]
+    for block in (0, 1):
+        assert torch.equal(at_once[block][0].keys, kv[:n])
+        cache.add_source(block, kv[:n], kv[:n])
+    for k, new in enumerate(kv[n:].split(areas)):
+        for block in (0, 1):
+            (alone,) = cache.add_scale(block, new, new)
+            together = at_once[block][k + 1]
+            assert together.queries == alone.queries == len(new)
+            assert torch.equal(together.keys, alone.keys)
+            assert torch.equal(together.values, alone.values)
+        cache.scales_seen += 1
 
 
 def test_guidance_of_one_needs_no_unconditional_rows() -> None:

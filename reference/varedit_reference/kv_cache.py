@@ -5,8 +5,8 @@ source comes first, then the target's scales. Under SAR, block 0 keeps the sourc
 reference per scale.
 """
 
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,10 +14,20 @@ from torch import Tensor
 from varedit_reference.config import TransformerConfig
 from varedit_reference.sar import scale_aligned_references
 
-# (new keys, new values) of a block -> all keys, all values, which may be seen ([L, S]; None: all)
-BlockContext = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]]
+
+@dataclass(frozen=True)
+class Sight:
+    """The keys and values [S, R, H, D] that each of some successive queries sees, all of them."""
+
+    queries: int
+    keys: Tensor
+    values: Tensor
+
+
+# (new keys, new values) of a block -> what its queries see
+BlockContext = Callable[[Tensor, Tensor], list[Sight]]
 # The same, with the block's index first.
-Context = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]]
+Context = Callable[[int, Tensor, Tensor], list[Sight]]
 
 
 class KVCache:
@@ -31,7 +41,7 @@ class KVCache:
         self._lengths: list[int] = []
         self._references: list[tuple[Tensor, Tensor]] = []
 
-    def add_source(self, block: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, None]:
+    def add_source(self, block: int, keys: Tensor, values: Tensor) -> list[Sight]:
         """The prefill's context: the source sees itself."""
         room = target_length(self.config)
         if uses_references(self.config, block):
@@ -48,9 +58,9 @@ class KVCache:
         self._keys.append(_with_room(kept_keys, room))
         self._values.append(_with_room(kept_values, room))
         self._lengths.append(len(kept_keys))
-        return keys, values, None
+        return [Sight(len(keys), keys, values)]
 
-    def add_scale(self, block: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, None]:
+    def add_scale(self, block: int, keys: Tensor, values: Tensor) -> list[Sight]:
         """The context of the next scale's tokens: the source, the scales before, and itself."""
         start = self._lengths[block]
         end = start + len(keys)
@@ -62,17 +72,16 @@ class KVCache:
             reference_keys, reference_values = self._references[self.scales_seen]
             seen_keys = torch.cat((reference_keys, seen_keys))
             seen_values = torch.cat((reference_values, seen_values))
-        return seen_keys, seen_values, None
+        return [Sight(len(keys), seen_keys, seen_values)]
 
 
-def teacher_forced_context(config: TransformerConfig, device: torch.device) -> Context:
-    """The context of all tokens [source | scale 1 .. scale K] at once: a mask in place of time."""
+def teacher_forced_context(config: TransformerConfig) -> Context:
+    """The context of [source | scale 1 .. scale K] at once: each sees what the cache shows it."""
+    lengths = [source_length(config), *config.lengths]
 
-    def context(block: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if not uses_references(config, block):
-            return keys, values, causal_mask(config, device)
-        keys, values = (_with_references(config, x) for x in (keys, values))
-        return keys, values, sar_mask(config, device)
+    def context(block: int, keys: Tensor, values: Tensor) -> list[Sight]:
+        seen = (_seen_by_parts(config, block, x.split(lengths)) for x in (keys, values))
+        return list(map(Sight, lengths, *seen))
 
     return context
 
@@ -90,43 +99,17 @@ def target_length(config: TransformerConfig) -> int:
     return sum(config.lengths)
 
 
-@lru_cache(maxsize=8)
-@torch.inference_mode(False)  # a cached inference tensor could not take part in training
-def causal_mask(config: TransformerConfig, device: torch.device) -> Tensor:
-    """[S, S], S = source and all scales: block-causal over scales, the source seeing itself."""
-    order = _order(config)
-    return (order[:, None] >= order).to(device)
-
-
-@lru_cache(maxsize=8)
-@torch.inference_mode(False)  # a cached inference tensor could not take part in training
-def sar_mask(config: TransformerConfig, device: torch.device) -> Tensor:
-    """[S, S_0] for block 0, whose keys are [source | references of scales 1 .. K-1 | targets].
-
-    A scale sees its own reference, the last scale's being the source itself, and the targets up
-    to its own. The source sees the source.
-    """
-    order = _order(config)
-    is_target = order > 0
-    own_reference = order.where(order > 0, len(config.grids))
-    reference_of = torch.cat(
-        [torch.full((source_length(config),), len(config.grids))]
-        + [torch.full((length,), k) for k, length in enumerate(config.lengths[:-1], start=1)]
-    )
-    sees_target = (order[:, None] >= order[is_target]) & is_target[:, None]
-    sees_reference = own_reference[:, None] == reference_of
-    return torch.cat((sees_reference, sees_target), dim=1).to(device)
-
-
-def _order(config: TransformerConfig) -> Tensor:
-    """0 for the source's tokens, k for those of target scale k = 1 .. K, [S]."""
-    return torch.repeat_interleave(torch.tensor((source_length(config), *config.lengths)))
-
-
-def _with_references(config: TransformerConfig, x_SRHD: Tensor) -> Tensor:
-    source, targets = x_SRHD.tensor_split([source_length(config)])
-    references = scale_aligned_references(source, config.grids)[:-1]
-    return torch.cat([source, *references, targets])
+def _seen_by_parts(
+    config: TransformerConfig, block: int, parts_SRHD: Sequence[Tensor]
+) -> list[Tensor]:
+    """Of all keys (or values), those that the source sees and those that every scale sees."""
+    source, *scales = parts_SRHD
+    if uses_references(config, block):
+        references = scale_aligned_references(source, config.grids)
+    else:
+        references = [source] * len(scales)
+    seen = [torch.cat((own, *scales[: k + 1])) for k, own in enumerate(references)]
+    return [source, *seen]
 
 
 def _with_room(x_SRHD: Tensor, room: int) -> Tensor:

@@ -26,6 +26,8 @@ MAX_LOG_SCALE = log(100)
 
 # (channels in, channels out, bias) -> a Linear in the model's types
 Product = Callable[..., "Linear"]
+# queries [R, H, L, D], keys and values [R, H, S, D] -> softmax(q·kᵀ)·v [R, H, L, D]
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -139,8 +141,7 @@ class VAR(nn.Module):
             dim=1,
         )
         rotate = full_rotation(self.config, x_RSC.device)
-        context = teacher_forced_context(self.config, x_RSC.device)
-        x_RSC = self._run(x_RSC, text, rotate, context)
+        x_RSC = self._run(x_RSC, text, rotate, teacher_forced_context(self.config))
         lengths = self.config.lengths
         scales = x_RSC[:, -sum(lengths) :].split(lengths, dim=1)
         return [self._logits(x_RLC, text) for x_RLC in scales]
@@ -219,6 +220,7 @@ class SelfAttention(nn.Module):
         self.value_bias = nn.Parameter(torch.empty(config.width))
         self.log_scale = nn.Parameter(torch.empty(config.heads))
         self.projection = product(config.width, config.width)
+        self.attend: Attention = fused_attention
 
     def forward(self, x_RLC: Tensor, rotate: Rotation, context: BlockContext) -> Tensor:
         key_bias = torch.zeros_like(self.value_bias)
@@ -227,11 +229,13 @@ class SelfAttention(nn.Module):
         scale = self.log_scale.clamp(max=MAX_LOG_SCALE).exp()[:, None, None]
         q_RHLD = rotate(F.normalize(q.float(), dim=-1, eps=1e-12) * scale).to(v.dtype)
         k_RHLD = rotate(F.normalize(k.float(), dim=-1, eps=1e-12)).to(v.dtype)
-        keys, values, mask = context(_sequence_first(k_RHLD), _sequence_first(v))
-        attended = F.scaled_dot_product_attention(
-            q_RHLD, _heads_first(keys), _heads_first(values), attn_mask=mask, scale=1.0
-        )
-        return self.projection(_merge_heads(attended))
+        sights = context(_sequence_first(k_RHLD), _sequence_first(v))
+        queries = q_RHLD.split([sight.queries for sight in sights], dim=2)
+        attended = [
+            self.attend(q_RHLD, _heads_first(sight.keys), _heads_first(sight.values))
+            for q_RHLD, sight in zip(queries, sights, strict=True)
+        ]
+        return self.projection(_merge_heads(torch.cat(attended, dim=2)))
 
 
 class CrossAttention(nn.Module):
@@ -295,6 +299,11 @@ class Linear(nn.Linear):
         return F.linear(
             input.to(dtype), self.weight.to(dtype), None if bias is None else bias.to(dtype)
         )
+
+
+def fused_attention(q_RHLD: Tensor, k_RHSD: Tensor, v_RHSD: Tensor) -> Tensor:
+    """softmax(q·kᵀ)·v; the queries bring their scale along."""
+    return F.scaled_dot_product_attention(q_RHLD, k_RHSD, v_RHSD, scale=1.0)
 
 
 def _project_kv(

@@ -18,6 +18,19 @@ EVALUATION_SEEDS = range(0, 1_000_000)
 VALIDATION_SEEDS = range(1_000_000, 2_000_000)
 FIRST_TRAINING_SEED = 2_000_000
 
+TRAINING_SHARES = {
+    "add": 0.22,
+    "remove": 0.08,
+    "replace": 0.20,
+    "recolour": 0.13,
+    "resize": 0.15,
+    "move": 0.06,
+    "background": 0.03,
+    "style": 0.04,
+    "compound": 0.09,
+}
+"""How often training draws each kind of edit: oftener what is harder to learn."""
+
 Batch = TypeVar("Batch")
 
 
@@ -53,13 +66,20 @@ class EditBatches(Dataset[EditBatch]):
 
     def __getitem__(self, index: int) -> EditBatch:
         edits = [
-            draw_edit(seed, self.size) for seed in step_seeds(index, self.batch, self.first_seed)
+            draw_edit(seed, self.size, training_kind(seed))
+            for seed in step_seeds(index, self.batch, self.first_seed)
         ]
         return EditBatch(
             _stack([edit.source for edit in edits]),
             _stack([edit.target for edit in edits]),
             [edit.instruction for edit in edits],
         )
+
+
+def training_kind(seed: int) -> str:
+    """The kind of edit that training draws from a seed."""
+    rng = np.random.default_rng([seed, 3])
+    return str(rng.choice(list(TRAINING_SHARES), p=list(TRAINING_SHARES.values())))
 
 
 def step_seeds(step: int, batch: int, first_seed: int = FIRST_TRAINING_SEED) -> range:

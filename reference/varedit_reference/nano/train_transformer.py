@@ -16,6 +16,7 @@ from transformers.models.t5.modeling_t5 import T5Stack
 from varedit_reference.checkpoint import load_tokenizer, load_transformer
 from varedit_reference.config import Conditioning, ModelConfig
 from varedit_reference.initialise import initialise
+from varedit_reference.nano.attention import eager_attention
 from varedit_reference.nano.checkpointing import write_weights
 from varedit_reference.nano.data import VALIDATION_SEEDS, EditBatch, EditBatches, to_model
 from varedit_reference.nano.evaluate import psnr
@@ -34,7 +35,7 @@ from varedit_reference.pipeline import VAREdit
 from varedit_reference.quantisation import source_tokens
 from varedit_reference.text_encoder import TextEncoder
 from varedit_reference.tokenizer import Tokenizer
-from varedit_reference.transformer import VAR, Linear
+from varedit_reference.transformer import VAR, Attention, Linear, SelfAttention, fused_attention
 from varedit_runtime.errors import ConfigError
 
 DEFAULT_RUN = Path.home() / ".cache" / "varedit-nano" / "transformer"
@@ -97,6 +98,8 @@ class TransformerTask:
     def losses(self, batch: EditBatch, step: int, fast: bool) -> dict[str, Tensor]:
         bf16 = fast and self.machine.precision == "bf16"
         set_compute_dtype(self.model.transformer, torch.bfloat16 if bf16 else torch.float32)
+        eager = bf16 and self.machine.device == "cpu"
+        set_attention(self.model.transformer, eager_attention if eager else fused_attention)
         generator = torch.Generator(self.machine.device).manual_seed(step)
         config, patch = self.config.transformer, self.config.tokenizer.patch
         source, target = self._encode(batch)
@@ -190,6 +193,13 @@ def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
     for module in model.modules():
         if isinstance(module, Linear):
             module.compute_dtype = dtype
+
+
+def set_attention(model: nn.Module, attend: Attention) -> None:
+    """How all self-attention is computed."""
+    for module in model.modules():
+        if isinstance(module, SelfAttention):
+            module.attend = attend
 
 
 def build(
