@@ -39,7 +39,7 @@ from varedit_runtime.bench import (
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.editor import Editor
 from varedit_runtime.errors import BackendError, BundleError, ConfigError
-from varedit_runtime.manifest import Variant
+from varedit_runtime.manifest import Variant, scale_name
 from varedit_runtime.text import read_tokenizer
 
 RUNTIME = "from varedit_runtime.cli import main; main()"
@@ -212,7 +212,7 @@ def edit_timed(
     )
     total = torch.empty(0)
     for scale in range(len(model.config.transformer.grids)):
-        with _timed(seconds, f"scale_{scale:02}"):
+        with _timed(seconds, scale_name(scale)):
             total = next(scales).sum
     with _timed(seconds, "image_decoder"):
         drawn = model.draw(total, [picture.size for picture in pictures])

@@ -28,6 +28,7 @@ from varedit_reference.kv_cache import source_length, target_length
 from varedit_reference.quantisation import positions
 from varedit_reference.sampling import NUCLEUS
 from varedit_reference.tokenizer import Tokenizer
+from varedit_runtime.manifest import scale_name
 from varedit_runtime.resizing import bilinear_matrix
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -371,7 +372,7 @@ def scale(shapes: Shapes, index: int) -> Scale:
     rows = sizes["past"] * row, transformer.lengths[index] * row
     level = transformer.width * torch.float32.itemsize
     return Scale(
-        f"scale_{index:02}",
+        scale_name(index),
         "first" if index == 0 else "last" if index == last else "middle",
         sizes,
         {} if index == last else scale_matrices(shapes, index),

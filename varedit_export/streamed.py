@@ -54,14 +54,14 @@ from varedit_export.teacher_forcing import (
     tokenizer_of,
 )
 from varedit_reference.config import ModelConfig
-from varedit_reference.kv_cache import KVCache
+from varedit_reference.kv_cache import KVCache, Sight
 from varedit_reference.quantisation import to_tokens
 from varedit_reference.rotary import Rotation, full_rotation, scale_rotation, source_rotation
 from varedit_reference.sampling import bit_probability, guide, nucleus
 from varedit_reference.sar import scale_aligned_references
 from varedit_reference.transformer import VAR, Block, Linear, TextCondition
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.manifest import ParityLine, Variant
+from varedit_runtime.manifest import ParityLine, Variant, scale_name, scale_of
 from varedit_runtime.pictures import from_decoder
 
 if TYPE_CHECKING:
@@ -201,7 +201,7 @@ def _places(bundle: Bundle, variant: Variant, files: WeightFiles) -> Iterator[Pa
     for stage in variant.graphs:
         wrong = 0
         for name, place in _cut(bundle, variant, stage).places.items():
-            if not (stage.startswith("scale_") and name in PARTS):
+            if scale_of(stage) is None or name not in PARTS:
                 wrong += files.layout(place.location).get(name) != place
         yield ParityLine(stage, "weights not where their file has them", float(wrong), 0.0)
 
@@ -264,7 +264,7 @@ class Comparison:
         levels = self._stored["level_embedding.weight"]
         for stage in self._variant.graphs:
             graph, error = _cut(self._bundle, self._variant, stage), 0.0
-            scale = int(stage[6:]) if stage.startswith("scale_") else None
+            scale = scale_of(stage)
             if not {"cos", "sin"} & graph.places.keys():
                 continue
             rotation = full_rotation(config, CPU)
@@ -321,7 +321,7 @@ class Comparison:
 
     def _scales(self) -> Iterator[ParityLine]:
         for k in range(len(self._variant.grids)):
-            graph = _cut(self._bundle, self._variant, f"scale_{k:02}")
+            graph = _cut(self._bundle, self._variant, scale_name(k))
             yield from self._without_blocks(graph, graph.name, k, {}, k == self._thorough)
 
     def _twin(self) -> Iterator[ParityLine]:
@@ -569,7 +569,7 @@ class _Seen:
         self._past, self._new, self._chosen = past, new, chosen
         self.own: dict[str, Tensor] = {}
 
-    def __call__(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, None]:
+    def __call__(self, keys: Tensor, values: Tensor) -> list[Sight]:
         self.own = {"key": keys, "value": values}
         seen = {}
         for kind, own in self.own.items():
@@ -577,7 +577,7 @@ class _Seen:
                 self._new[kind][self._chosen] = own
                 own = self._new[kind]
             seen[kind] = torch.cat((self._past[kind], own)) if kind in self._past else own
-        return seen["key"], seen["value"], None
+        return [Sight(len(keys), seen["key"], seen["value"])]
 
 
 class Coders:

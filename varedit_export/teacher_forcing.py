@@ -17,6 +17,7 @@ from varedit_reference.config import ModelConfig
 from varedit_reference.scale_loop import PredictedScale, forced, predict_scales, seeded
 from varedit_reference.tokenizer import Tokenizer
 from varedit_reference.transformer import VAR
+from varedit_runtime.backend import Backend, Sampling
 from varedit_runtime.errors import VareditError
 from varedit_runtime.grids import scale_grids
 from varedit_runtime.manifest import ParityLine, Variant
@@ -145,6 +146,26 @@ def scale_arrays(
 def source_array(variant: Variant, edit: Edit) -> np.ndarray:
     source = edit.source.numpy().reshape(1, *variant.grids[-1], -1)
     return np.repeat(source, variant.batch, 0)
+
+
+def begin(backend: Backend, variant: Variant, edit: Edit) -> None:
+    """An edit up to its first scale."""
+    backend.condition(text_arrays(variant, edit))
+    backend.prefill(source_array(variant, edit))
+
+
+def sampling(variant: Variant, edit: Edit, scale: int, forced: Tensor | None = None) -> Sampling:
+    """How a backend draws a scale's bits; forced: those [.., c] that it takes instead."""
+    rows, columns = variant.grids[scale]
+    channels = edit.source.shape[-1]
+    noise = uniform_noise(edit.seed, scale, rows * columns, channels)
+    shape = (variant.batch, rows, columns, channels)
+    noise = np.broadcast_to(noise.reshape(shape[1:]), shape)
+    guidance, temperature = edit.guidance[scale], edit.temperature[scale]
+    if forced is None:
+        return Sampling(noise, guidance, temperature)
+    bits = np.broadcast_to(forced.numpy().reshape(shape[1:]), shape)
+    return Sampling(noise, guidance, temperature, bits, np.ones(shape, np.bool_))
 
 
 def noise_of(edit: Edit, step: PredictedScale) -> Tensor:

@@ -26,6 +26,7 @@ from varedit_export.teacher_forcing import (
     SUMS,
     Edit,
     ParityError,
+    begin,
     bits_line,
     check_output,
     config_of,
@@ -34,6 +35,7 @@ from varedit_export.teacher_forcing import (
     picture_lines,
     random_edit,
     run_reference,
+    sampling,
     scale_arrays,
     share_line,
     source_array,
@@ -47,13 +49,12 @@ from varedit_reference.scale_loop import PredictedScale
 from varedit_reference.tokenizer import Tokenizer
 from varedit_reference.transformer import VAR
 from varedit_reference.weights_file import open_weights
-from varedit_runtime.backend import Sampling
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.grids import scale_grids
-from varedit_runtime.manifest import Manifest, ParityLine, Variant
+from varedit_runtime.manifest import Manifest, ParityLine, Variant, scale_name
 from varedit_runtime.onnx_backend import OnnxBackend
 from varedit_runtime.pictures import from_decoder
-from varedit_runtime.wiring import KINDS, scale_name
+from varedit_runtime.wiring import KINDS
 
 if TYPE_CHECKING:
     from transformers.models.t5.modeling_t5 import T5Stack
@@ -355,19 +356,9 @@ def _run_symbolic(
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """(scale, guided logits, running sum) of an edit with all bits forced."""
     backend = OnnxBackend(bundle, variant, "cpu", threads=torch.get_num_threads())
-    backend.condition(text_arrays(variant, edit))
-    backend.prefill(source_array(variant, edit))
+    begin(backend, variant, edit)
     for k, chosen in enumerate(bits):
-        array = chosen.numpy().reshape(1, *variant.grids[k], -1)
-        array = np.repeat(array, variant.batch, 0)
-        sampling = Sampling(
-            np.zeros(array.shape, np.float32),
-            edit.guidance[k],
-            edit.temperature[k],
-            array,
-            np.ones(array.shape, np.bool_),
-        )
-        output = backend.predict(k, sampling)
+        output = backend.predict(k, sampling(variant, edit, k, chosen))
         yield k, output.logits[:1], output.running_sum
 
 

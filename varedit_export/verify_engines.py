@@ -14,6 +14,7 @@ from varedit_export.teacher_forcing import (
     SUMS,
     Edit,
     ParityError,
+    begin,
     bits_line,
     check_output,
     config_of,
@@ -22,8 +23,7 @@ from varedit_export.teacher_forcing import (
     picture_lines,
     random_edit,
     run_reference,
-    source_array,
-    text_arrays,
+    sampling,
 )
 from varedit_export.verify import Reference, is_large, parameters, sources_of, t5_encoder
 from varedit_reference.quantisation import to_tokens
@@ -31,12 +31,11 @@ from varedit_reference.scale_loop import PredictedScale
 from varedit_runtime.backend import Backend, EditWhole, Negatives, Prompts, Sampling, ScaleOutput
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.engine_backend import open_engines
-from varedit_runtime.manifest import ParityLine, Variant
-from varedit_runtime.noise import uniform_noise
+from varedit_runtime.manifest import ParityLine, Variant, scale_name
 from varedit_runtime.onnx_backend import OnnxBackend
 from varedit_runtime.pictures import from_decoder
 from varedit_runtime.tensorrt_module import EngineKind
-from varedit_runtime.wiring import DECODER, ENCODER, TEXT, scale_name, sized
+from varedit_runtime.wiring import DECODER, ENCODER, TEXT, sized
 
 ROUNDED_FEATURES = 0.1  # of 16-bit coders, as where their graphs are compared
 # Of the largest logit: rounding flips few bits; what errs by more is another computation.
@@ -195,8 +194,8 @@ def _by_stages(
     backend.condition(inputs)
     backend.prefill(source)
     total = np.empty(0)
-    for scale, sampling in enumerate(samplings):
-        output = backend.predict(scale, sampling)
+    for scale, drawn in enumerate(samplings):
+        output = backend.predict(scale, drawn)
         total = output.running_sum
         yield output.logits
     yield backend.decode(total)
@@ -211,10 +210,10 @@ def _compare_scales(
     exact: bool,
 ) -> Iterator[ParityLine]:
     """steps: what another makes of the edit; its bits are forced after every scale."""
-    _begin(backend, variant, edit)
+    begin(backend, variant, edit)
     for step in steps:
         stage = scale_name(step.scale)
-        output = backend.predict(step.scale, _sampling(variant, edit, step.scale))
+        output = backend.predict(step.scale, sampling(variant, edit, step.scale))
         check_output(stage, "logits", output.logits)
         logits = output.logits[:1].reshape(step.logits.shape)
         measure = f"logits against {other}, largest error"
@@ -223,16 +222,16 @@ def _compare_scales(
         bits = output.bits[:1].reshape(step.bits.shape)
         found = bits_line(stage, bits, step, noise_of(edit, step), exact)
         yield ParityLine(stage, f"{found.measure}, against {other}", found.value, found.tolerance)
-        forced = backend.predict(step.scale, _sampling(variant, edit, step.scale, step.bits))
+        forced = backend.predict(step.scale, sampling(variant, edit, step.scale, step.bits))
         measure = f"sum against {other}, largest error"
         yield line(stage, measure, forced.running_sum[:1], step.sum.numpy(), SUMS)
 
 
 def _predicted(backend: Backend, variant: Variant, edit: Edit) -> list[PredictedScale]:
     """A backend's own edit, as the reference tells its."""
-    _begin(backend, variant, edit)
+    begin(backend, variant, edit)
     scales = range(len(variant.grids))
-    outputs = [backend.predict(k, _sampling(variant, edit, k)) for k in scales]
+    outputs = [backend.predict(k, sampling(variant, edit, k)) for k in scales]
     return [_as_reference(k, output) for k, output in enumerate(outputs)]
 
 
@@ -241,23 +240,3 @@ def _as_reference(scale: int, output: ScaleOutput) -> PredictedScale:
     bits = torch.from_numpy(output.bits[:1]).flatten(1, 2)
     sums = torch.from_numpy(output.running_sum[:1])
     return PredictedScale(scale, None, logits, torch.empty(0), bits, sums)
-
-
-def _begin(backend: Backend, variant: Variant, edit: Edit) -> None:
-    backend.condition(text_arrays(variant, edit))
-    backend.prefill(source_array(variant, edit))
-
-
-def _sampling(
-    variant: Variant, edit: Edit, scale: int, forced: torch.Tensor | None = None
-) -> Sampling:
-    rows, columns = variant.grids[scale]
-    channels = edit.source.shape[-1]
-    noise = uniform_noise(edit.seed, scale, rows * columns, channels)
-    shape = (variant.batch, rows, columns, channels)
-    noise = np.broadcast_to(noise.reshape(shape[1:]), shape)
-    guidance, temperature = edit.guidance[scale], edit.temperature[scale]
-    if forced is None:
-        return Sampling(noise, guidance, temperature)
-    bits = np.broadcast_to(forced.numpy().reshape(1, *shape[1:]), shape)
-    return Sampling(noise, guidance, temperature, bits, np.ones(shape, np.bool_))

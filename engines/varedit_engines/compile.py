@@ -32,9 +32,9 @@ from varedit_runtime.engine_set import (
 )
 from varedit_runtime.errors import BundleError, ConfigError
 from varedit_runtime.gpu_memory import transformers, weights_on_gpu
-from varedit_runtime.manifest import Variant
+from varedit_runtime.manifest import Variant, scale_name
 from varedit_runtime.packing import pack_into, unpacked_size
-from varedit_runtime.wiring import PREFILL, scale_name, scale_profiles, sized
+from varedit_runtime.wiring import PREFILL, scale_profiles, sized
 
 # A whole set, and the stage in it.
 EarlierPlan = tuple[EngineSet, str]

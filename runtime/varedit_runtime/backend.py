@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from varedit_runtime.manifest import Model, Variant
+from varedit_runtime.manifest import Model, Variant, scale_name
 from varedit_runtime.wiring import (
     CONDITION,
     DECODER,
@@ -15,7 +15,6 @@ from varedit_runtime.wiring import (
     REFERENCES,
     TEXT,
     Step,
-    scale_name,
     wire,
 )
 

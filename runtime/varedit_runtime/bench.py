@@ -24,7 +24,7 @@ from PIL import Image
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.editor import WHOLE, Editor
 from varedit_runtime.errors import ConfigError
-from varedit_runtime.manifest import DIGEST, MANIFEST, Model, Variant
+from varedit_runtime.manifest import DIGEST, MANIFEST, Model, Variant, scale_of
 from varedit_runtime.onnx_backend import Buffer, Session
 
 INSTRUCTION = "add a hat"
@@ -297,8 +297,7 @@ def product_flops(stage: str, model: Model, variant: Variant) -> int | None:
     source, width = areas[-1], model.width
     if stage == "prefill":
         tokens, seen = source, [source] * model.depth
-    elif stage.startswith("scale_"):
-        scale = int(stage.removeprefix("scale_"))
+    elif (scale := scale_of(stage)) is not None:
         tokens, targets = areas[scale], sum(areas[: scale + 1])
         seen = [source + targets] * model.depth
         if model.conditioning == "sar":

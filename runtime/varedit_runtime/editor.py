@@ -34,14 +34,13 @@ from varedit_runtime.errors import (
     EditCancelled,
     EditorError,
 )
-from varedit_runtime.manifest import TOKENIZER, Variant
+from varedit_runtime.manifest import TOKENIZER, Variant, scale_name
 from varedit_runtime.noise import uniform_noise
 from varedit_runtime.onnx_backend import OnnxBackend, check_provider
 from varedit_runtime.pictures import Source, from_decoder, restore, to_square
 from varedit_runtime.settings import PerScale
 from varedit_runtime.tensorrt_module import ENGINE_KINDS, ONNXRUNTIME, EngineKind
 from varedit_runtime.text import Instructions, read_tokenizer
-from varedit_runtime.wiring import scale_name
 
 
 @dataclass(frozen=True)

@@ -35,9 +35,21 @@ Bytes = Annotated[int, Meta(ge=0, lt=2**60)]
 Precision = Literal["fp32", "fp16", "bf16"]
 Grid = tuple[Count, Count]
 
+_SCALE = re.compile(r"scale_(\d{2,})")
 _INSIDE = re.compile(rf"{_PLAIN}(?:/{_PLAIN})*")
 _STAGES = {"image_encoder", "condition", "prefill", "scale", "image_decoder"}
 _OPTIONAL_STAGES = {"text_encoder", "references"}
+
+
+def scale_name(scale: int) -> str:
+    """The stage that predicts a scale, counted from 0."""
+    return f"scale_{scale:02}"
+
+
+def scale_of(stage: str) -> int | None:
+    """The scale that a stage predicts; None for all other stages."""
+    found = _SCALE.fullmatch(stage)
+    return int(found[1]) if found else None
 
 
 class TensorSpec(Struct, frozen=True, forbid_unknown_fields=True):
@@ -84,7 +96,7 @@ class Variant(Struct, frozen=True, forbid_unknown_fields=True):
                 f"{self.rows} rows for a batch of {self.batch}, where {self.batch} or, "
                 f"with guidance, {2 * self.batch} were expected"
             )
-        expected = _STAGES | {f"scale_{i:02}" for i in range(len(self.grids))}
+        expected = _STAGES | set(map(scale_name, range(len(self.grids))))
         missing = expected - self.graphs.keys()
         unknown = self.graphs.keys() - expected - _OPTIONAL_STAGES
         if missing or unknown:

@@ -12,7 +12,7 @@ from math import prod
 import numpy as np
 
 from varedit_runtime.errors import BundleError
-from varedit_runtime.manifest import Model, TensorSpec, Variant
+from varedit_runtime.manifest import Model, TensorSpec, Variant, scale_name
 from varedit_runtime.resizing import bilinear_matrix
 
 Sizes = dict[str, int]
@@ -75,10 +75,6 @@ class Step:
     def views(self) -> Iterator[View]:
         yield from self.inputs.values()
         yield from self.outputs.values()
-
-
-def scale_name(scale: int) -> str:
-    return f"scale_{scale:02}"
 
 
 def values_of(steps: Sequence[Step]) -> dict[str, View]:
