@@ -129,6 +129,7 @@ SWAP_BACK = "`pip uninstall onnxruntime-gpu` and `pip install --force-reinstall 
         ),
         (LAPTOP, "onnxruntime cuda", "cannot", "no NVIDIA GPU was found (nvidia-smi cannot"),
         (SERVER, "onnxruntime cuda", "can run", "GPU's memory"),
+        (with_bundle(SERVER, precision="bf16"), "onnxruntime cuda", "cannot", "--precision fp16"),
         (
             replace(LAPTOP, nvidia=SERVER.nvidia),
             "onnxruntime cuda",

@@ -18,7 +18,8 @@ from varedit_export.build import Plan, build
 from varedit_export.sources import RandomTextEncoder, Sources, random_sources
 from varedit_export.verify import ParityError, compare, gate, reference_of
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.errors import ConfigError
+from varedit_runtime.editor import Editor
+from varedit_runtime.errors import BackendError, ConfigError
 from varedit_runtime.manifest import FileEntry, Precision
 
 SCALES = len(bundle_config().transformer.grids)
@@ -207,6 +208,11 @@ def test_half_precision_is_written_into_the_graphs(precision: Precision, kind: s
     assert bundle.manifest.fp32_exceptions
     for spec in variant.graphs.values():
         onnx.checker.check_model(target / spec.file, full_check=True)
+
+
+def test_a_bf16_bundle_is_not_opened_with_onnxruntime() -> None:
+    with pytest.raises(BackendError, match="--precision fp32"):
+        Editor.open(half_bundle("bf16"))
 
 
 def test_nothing_of_a_failed_build_is_published(

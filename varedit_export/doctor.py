@@ -74,6 +74,8 @@ def _cuda(machine: Machine) -> Verdict:
         return Verdict(CUDA, "cannot", why, TO_GPU if _both(machine) else ())
     if machine.bundle is None:
         return Verdict(CUDA, "can run", "bundles that fit in the GPU's memory")
+    if machine.bundle.precision == "bf16":
+        return Verdict(CUDA, "cannot", "it runs no bf16: build with --precision fp16, or engines")
     if why := _too_little(_most_free(gpus), int(PEAK * machine.bundle.weights), "GPU memory"):
         return Verdict(CUDA, "cannot", why)
     return Verdict(CUDA, "can run", "this bundle")

@@ -6,7 +6,7 @@ Where to look:
 - `pipeline.py`: one edit from pictures and instructions to pictures.
 - `scale_loop.py`: the autoregressive loop over scales; `sampling.py`: from logits to bits.
 - `transformer.py`: the transformer, read top to bottom; `rotary.py`: its positions.
-- `kv_cache.py`: the explicit KV cache, and the masks that teacher forcing has in its place.
+- `kv_cache.py`: the explicit KV cache, and what teacher forcing sees in its place.
 - `sar.py`: the scale-aligned reference (SAR) of block 0.
 - `tokenizer.py`, `quantisation.py`: pictures to bits and back.
 - `text_encoder.py`: instructions to features.

@@ -120,10 +120,15 @@ class OnnxBackend(Backend):
     def __init__(self, bundle: Bundle, variant: Variant, provider: str, threads: int) -> None:
         """provider: "cpu" or "cuda"; threads: 0 for one per core.
 
-        Raises BackendError when the provider is unknown or not in the installed onnxruntime, or
-        when a graph cannot be loaded, BundleError when one is missing or damaged.
+        Raises BackendError when the provider is unknown or not in the installed onnxruntime, the
+        bundle is bf16, or a graph cannot be loaded, BundleError when one is missing or damaged.
         """
         check_provider(provider)
+        if bundle.manifest.precision == "bf16":
+            raise BackendError(
+                "the bundle is bf16, in which ONNX Runtime does not run it: build with --precision "
+                "fp32 for a CPU or fp16 for a GPU, or run engines"
+            )
         super().__init__(variant, bundle.manifest.model, provider, symbolic=True)
         stages = dict.fromkeys(step.stage for step in self.steps.values())
         self._sessions = {

@@ -18,7 +18,13 @@ from varedit_reference.config import Conditioning, ModelConfig
 from varedit_reference.initialise import initialise
 from varedit_reference.nano.attention import eager_attention
 from varedit_reference.nano.checkpointing import write_weights
-from varedit_reference.nano.data import VALIDATION_SEEDS, EditBatch, EditBatches, to_model
+from varedit_reference.nano.data import (
+    TRAINING_SHARES,
+    VALIDATION_SEEDS,
+    EditBatch,
+    EditBatches,
+    to_model,
+)
 from varedit_reference.nano.evaluate import psnr
 from varedit_reference.nano.model import TEXT_FOLDER, TRANSFORMER_FILE, nano
 from varedit_reference.nano.scenes import EditSample, draw_edit, vocabulary_text
@@ -223,7 +229,7 @@ def main(tokenizer: Path, conditioning: Conditioning, **options: Any) -> None:
     config = nano(conditioning)
     coder = load_tokenizer(tokenizer, config.tokenizer)
     digest = sha256(tokenizer.read_bytes()).hexdigest()
-    learns = {"conditioning": conditioning, "tokenizer": digest}
+    learns = {"conditioning": conditioning, "tokenizer": digest, "shares": TRAINING_SHARES}
     run_training(partial(build, config, coder), RECIPE, learns, **options)
 
 
