@@ -1,5 +1,6 @@
 """The library: whole edits against the reference, and everything a caller may do wrong."""
 
+import os
 import re
 import shutil
 import sys
@@ -542,6 +543,18 @@ def test_a_bundle_is_pinned_by_its_digest() -> None:
         assert editor.bundle.digest == digest
     with pytest.raises(BundleError, match="not the one asked for"):
         Editor.open(small_bundle(), digest="0" * 64)
+
+
+def test_the_weights_of_a_pinned_bundle_are_hashed(tmp_path: Path) -> None:
+    changed = tmp_path / "bundle"
+    shutil.copytree(small_bundle(), changed)
+    weights = Bundle.open(changed).weights_path("transformer")
+    with weights.open("r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        file.write(b"\1\2\3\4")
+    Editor.open(changed, threads=1).close()
+    with pytest.raises(BundleError, match=r"transformer\.safetensors is damaged"):
+        Editor.open(changed, digest=Bundle.open(changed).digest, threads=1)
 
 
 def test_a_variant_is_chosen_by_name(tmp_path: Path) -> None:

@@ -67,6 +67,30 @@ def test_a_program_that_watches_its_signals_keeps_them() -> None:
             signal.set_wakeup_fd(-1)
 
 
+def test_a_program_that_handles_interrupts_itself_is_not_stopped() -> None:
+    handled: list[int] = []
+    stopped: list[bool] = []
+    previous = signal.signal(signal.SIGINT, lambda number, frame: handled.append(number))
+    try:
+        with stopped_by_interrupt(lambda: stopped.append(True)):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    assert handled == [signal.SIGINT] and not stopped
+
+
+def test_an_interrupt_while_the_watcher_starts_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(thread: threading.Thread) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt), stopped_by_interrupt(lambda: None):
+        pytest.fail("the block ran")
+    assert signal.set_wakeup_fd(-1) == -1
+
+
 def test_other_threads_just_run() -> None:
     done: list[bool] = []
 

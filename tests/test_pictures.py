@@ -183,6 +183,27 @@ def test_samples_without_a_stated_white_are_stretched(samples: np.ndarray):
     assert pixels(Image.fromarray(samples[:, :1])) == grey(0)
 
 
+def test_many_float_samples_are_scaled_alike():
+    samples = np.arange(1500 * 1000, dtype=np.float32).reshape(1500, 1000)
+    grey = np.asarray(open_picture(Image.fromarray(samples)))[..., 0]
+    assert np.array_equal(grey, (samples.astype(np.float64) / samples.max() * 255).round())
+
+
+def tiled_tiff(side: int) -> bytes:
+    """16 x 16 px of grey, in one tile of that side, of which no more is there than the picture."""
+    pixels = bytes(range(256))
+    entries = {256: 16, 257: 16, 258: 8, 259: 1, 262: 1, 322: side, 323: side, 324: 8, 325: 256}
+    tags = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries.items())
+    ifd = struct.pack("<H", len(entries)) + tags + bytes(4)
+    return b"II*\0" + struct.pack("<I", 8 + len(pixels)) + pixels + ifd
+
+
+def test_tiles_larger_than_allowed_are_not_decoded():
+    assert np.asarray(open_picture(tiled_tiff(16)))[15, 15, 0] == 255
+    with pytest.raises(PictureError, match="its tiles are 12000 x 12000"):
+        open_picture(tiled_tiff(12000), max_pixels=10**6)
+
+
 def test_float_samples_must_be_finite():
     with pytest.raises(PictureError, match="not finite"):
         open_picture(Image.fromarray(np.array([[0, np.nan]], np.float32)))

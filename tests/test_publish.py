@@ -81,6 +81,21 @@ def test_a_target_behind_a_link_is_replaced_where_it_is(target: Path, tmp_path: 
     assert (tmp_path / "link").is_symlink() and seed_of(target) == 1
 
 
+@pytest.mark.parametrize("planted", ["", "folder", "previous", "folder/graphs"])
+def test_nothing_is_written_or_deleted_through_a_planted_link(
+    target: Path, tmp_path: Path, planted: str
+):
+    mine = tmp_path / "mine"
+    (mine / "graphs").mkdir(parents=True)
+    (mine / "graphs" / "kept.txt").write_text("mine")
+    link = work_folder(target) / planted
+    link.parent.mkdir(parents=True)
+    link.symlink_to(mine)
+    with pytest.raises(BundleError, match="is a link"):
+        publish(target)
+    assert [path.name for path in mine.rglob("*")] == ["graphs", "kept.txt"]
+
+
 def test_everything_is_on_the_disk_before_it_is_renamed(
     target: Path, monkeypatch: pytest.MonkeyPatch
 ):

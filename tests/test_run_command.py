@@ -120,6 +120,20 @@ def test_source_and_result_side_by_side(photo: Path) -> None:
         assert image.crop((90, 0, 180, 60)).tobytes() == edited.tobytes()
 
 
+@pytest.mark.parametrize("image", [".", "/", ""])
+def test_a_picture_needs_a_name(image: str) -> None:
+    fails(run(image, "add a hat"), "is no picture: name a file")
+
+
+def test_previews_do_not_take_the_place_of_the_source(photo: Path) -> None:
+    source = photo.with_name("scale-03.png")
+    photo.rename(source)
+    before = source.read_bytes()
+    message = "scale-03.png could be overwritten by a preview"
+    fails(edit(source, "--previews", photo.parent), message)
+    assert source.read_bytes() == before
+
+
 def test_previews_of_every_scale(photo: Path) -> None:
     folder = photo.with_name("previews")
     assert edit(photo, "--previews", folder).exit_code == 0
@@ -195,6 +209,10 @@ REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "format": (("-o", "out.gif"), r"out.gif: pictures are written as .png, .jpg.*not '.gif'"),
     "no format": (("--compare", "out"), "out: pictures are written as"),
     "folder": (("-o", "missing/out.png"), "there is no folder missing"),
+    "the result among previews": (
+        ("-o", "scale-01.png", "--previews", "."),
+        "scale-01.png could be overwritten by a preview",
+    ),
     "a file for previews": (("--previews", "photo.png"), "photo.png cannot be made a folder"),
     "number": (("--temperature", "1,warm"), "--temperature is '1,warm'; give a number, or one per"),
     "no number": (("--guidance-scale", ""), "--guidance-scale is ''"),
@@ -462,6 +480,5 @@ def test_what_cannot_be_measured_is_one_line(tmp_path: Path) -> None:
     fails(run("bench", tmp_path / "missing"), "there is no bundle at .*missing")
     fails(run("bench", small_bundle(), "--json", tmp_path / "no" / "b.json"), "there is no folder")
     with pytest.raises(ConfigError, match="cannot be written"):
-        report = bench.measure(small_bundle(), 1, threads=1)
-        bench.write_report(report, tmp_path)
+        bench.write_report({}, tmp_path)
     assert list(tmp_path.iterdir()) == []

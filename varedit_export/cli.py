@@ -4,10 +4,12 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import msgspec
 from click.core import ParameterSource
 
 from varedit_runtime.bundle import Bundle
@@ -306,6 +308,10 @@ def verify(
         from varedit_export.verify import compare_bundle, compare_recording, gate
         from varedit_reference.golden import open_recording
 
+    from varedit_runtime.bench import check_report, write_report
+
+    if report is not None:
+        check_report(report)
     opened, engines = Bundle.open(bundle), ()
     if backend in _ENGINES:  # what they miss is said before all is compared
         from varedit_export.verify_engines import compare_engines
@@ -319,8 +325,7 @@ def verify(
     for line in lines:
         click.echo(_parity_row(line))
     if report is not None:
-        rows = [{n: getattr(line, n) for n in ParityLine.__struct_fields__} for line in lines]
-        report.write_text(json.dumps(rows, indent=1) + "\n")
+        write_report(msgspec.to_builtins(lines), report)
     gate(iter(lines))
 
 
@@ -404,7 +409,7 @@ def bench(bundle: Path, repeat: int, json_file: Path | None, **options: Any) -> 
     report = measure(bundle, repeat, **options)
     click.echo(table(report))
     if json_file is not None:
-        write_report(report, json_file)
+        write_report(asdict(report), json_file)
 
 
 @main.command()

@@ -155,6 +155,7 @@ class Staging:
 
     def _prepare(self) -> None:
         self._refuse_other_folders()
+        self._refuse_links()
         self._recover()
         self.path.mkdir(parents=True, exist_ok=True)
         self._journal = self._read_journal()
@@ -185,6 +186,16 @@ class Staging:
                 f"{self.target} exists and is not a bundle, so it is not replaced; "
                 "choose another folder"
             )
+
+    def _refuse_links(self) -> None:
+        """Which whoever made a folder elsewhere may have put there, to be written through."""
+        work, links = work_folder(self.target), []
+        if work.is_symlink():
+            links.append(work)
+        for folder, folders, files in os.walk(work):
+            links += filter(os.path.islink, (Path(folder, name) for name in (*folders, *files)))
+        if links:
+            raise BundleError(f"{links[0]} is a link, and a build makes none: delete it")
 
     def _compare_files(self, listed: Mapping[str, FileEntry]) -> None:
         different = {name for name, _ in listed.items() ^ self.files.items()}

@@ -92,19 +92,20 @@ def _open_pickled(path: Path) -> dict[str, Tensor]:
     try:
         with zipfile.ZipFile(path) as archive:
             compressed = any(r.compress_type != zipfile.ZIP_STORED for r in archive.infolist())
-        unsafe = get_unsafe_globals_in_checkpoint(path)
+        # What is compressed may unpack to far more than the file.
+        unsafe = [] if compressed else get_unsafe_globals_in_checkpoint(path)
     except Exception as error:  # a damaged archive can fail in any way
         raise CheckpointError(
             f"{path} is cut short or damaged ({_one_line(error)}): fetch or copy it again"
         ) from error
+    if compressed:
+        raise CheckpointError(
+            f"{path} is compressed and cannot be memory-mapped: save it again with torch.save"
+        )
     if unsafe:
         raise CheckpointError(
             f"{path} holds more than tensors ({', '.join(sorted(unsafe)[:3])}): refused, nothing "
             "in it was run; use a file of tensors alone, such as safetensors"
-        )
-    if compressed:
-        raise CheckpointError(
-            f"{path} is compressed and cannot be memory-mapped: save it again with torch.save"
         )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

@@ -11,7 +11,7 @@ import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread
 from time import perf_counter
@@ -220,14 +220,14 @@ def check_report(path: Path) -> None:
 
 
 def write_report(report: Any, path: Path) -> None:
-    """Write a report, a dataclass, as JSON, whole or not at all.
+    """Write a report, of what JSON holds, whole or not at all.
 
     Raises ConfigError when that fails.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         try:
-            partial.write_text(json.dumps(asdict(report), indent=1) + "\n")
+            partial.write_text(json.dumps(report, indent=1) + "\n")
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)

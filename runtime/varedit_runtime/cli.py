@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from varedit_runtime.command import CommandGroup, debug_option
-from varedit_runtime.errors import ConfigError
+from varedit_runtime.errors import ConfigError, PictureError
 from varedit_runtime.grids import (
     ASPECT_RATIOS,
     RESOLUTIONS,
@@ -136,8 +137,10 @@ def edit(image: Path, instruction: str, output: Path | None, **options: Any) -> 
     from varedit_runtime.editor import Editor
     from varedit_runtime.pictures import open_picture, save_picture, side_by_side
 
+    if not image.name:
+        raise PictureError(f"{image} is no picture: name a file")
     output = output or image.with_name(f"{image.stem}-edited.png")
-    _check_targets(image, output, options["compare"])
+    _check_targets(image, output, options["compare"], options["previews"])
     guidance_scale = _numbers("guidance-scale", options["guidance_scale"])
     temperature = _numbers("temperature", options["temperature"])
     source = open_picture(image)
@@ -203,7 +206,7 @@ def bench(bundle: Path, repeat: int, json_file: Path | None, **options: Any) -> 
     report = measure(bundle, repeat, **options)
     click.echo(table(report))
     if json_file is not None:
-        write_report(report, json_file)
+        write_report(asdict(report), json_file)
 
 
 @main.command()
@@ -260,7 +263,7 @@ def _find_bundle(named: Path | None) -> tuple[Path, str]:
     return found.path, found.why
 
 
-def _check_targets(image: Path, output: Path, compare: Path | None) -> None:
+def _check_targets(image: Path, output: Path, compare: Path | None, previews: Path | None) -> None:
     """Refuse what could not be written, or would overwrite the source, before work is spent."""
     from varedit_runtime.pictures import check_target
 
@@ -271,6 +274,13 @@ def _check_targets(image: Path, output: Path, compare: Path | None) -> None:
             raise ConfigError(f"{target} is the picture to edit: choose another file to write")
     if compare is not None and _same_file(compare, output):
         raise ConfigError(f"{compare} is where the result goes: choose another file for --compare")
+    for path in (image, *targets):
+        if previews and _same_file(path.parent, previews) and path.match(_preview("*")):
+            raise ConfigError(f"{path} could be overwritten by a preview: choose another folder")
+
+
+def _preview(scale: str) -> str:
+    return f"scale-{scale}.png"
 
 
 def _same_file(one: Path, other: Path) -> bool:
@@ -319,7 +329,7 @@ def _watching(editor: "Editor", previews: Path | None) -> Iterator["OnScale | No
         def on_scale(progress: "Progress") -> None:
             if previews is not None:
                 (preview,) = progress.preview()
-                save_picture(preview, previews / f"scale-{progress.scale:02}.png")
+                save_picture(preview, previews / _preview(f"{progress.scale:02}"))
             if bar is not None:
                 bar.update(tokens[progress.scale])
 

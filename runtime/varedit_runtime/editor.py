@@ -133,8 +133,8 @@ class Editor:
         """Load a bundle.
 
         backend: "onnxruntime", or "tensorrt" or "tensorrt-rtx" for engines that were compiled.
-        digest: the bundle's own, where it must be that bundle and no other. variant: by name; by
-        default the bundle's first.
+        digest: the bundle's own, where it must be that bundle and no other; its weights are then
+        read and hashed as well. variant: by name; by default the bundle's first.
 
         Of onnxruntime alone: provider, "cpu" or "cuda" and no other than that, by default the cpu;
         threads, at least 1, by default one per core. Of engines alone: engines_digest, of their
@@ -148,6 +148,8 @@ class Editor:
         engines = engines_digest is not None or trust_engines
         _check_backend(backend, provider, threads, engines)
         opened = Bundle.open(bundle, digest)
+        if digest is not None:
+            opened.verify_weights()
         chosen = opened.manifest.variant(variant)
         instructions = None
         if "text_encoder" in chosen.graphs:

@@ -12,8 +12,8 @@ def stopped_by_interrupt(stop: Callable[[], None]) -> Iterator[None]:
     """Call `stop`, on a thread of its own, as soon as Ctrl-C is pressed while the block runs.
 
     Python itself raises KeyboardInterrupt only once native code returns, which for a graph may
-    take minutes. Signals reach the main thread alone: on others, and where the program already
-    watches its signals (asyncio does), the block just runs.
+    take minutes. Signals reach the main thread alone: on others, and where the program handles or
+    watches its signals itself (asyncio does), the block just runs.
     """
     told, telling = socket.socketpair()
     with told, telling:
@@ -22,18 +22,21 @@ def stopped_by_interrupt(stop: Callable[[], None]) -> Iterator[None]:
             yield
             return
         watcher = threading.Thread(target=_watch, args=(told, stop), daemon=True)
-        watcher.start()
         try:
+            watcher.start()
             yield
         finally:
             signal.set_wakeup_fd(-1)
             telling.shutdown(socket.SHUT_WR)
-            watcher.join()
+            if watcher.ident is not None:  # else Ctrl-C came before it was started
+                watcher.join()
 
 
 def _take_wakeup(telling: socket.socket) -> bool:
-    """Have signals written to the socket, if nobody else has."""
+    """Have signals written to the socket, unless the program looks after its own."""
     if threading.current_thread() is not threading.main_thread():
+        return False
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         return False
     previous = signal.set_wakeup_fd(telling.fileno(), warn_on_full_buffer=False)
     if previous == -1:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from varedit_runtime.errors import PictureError
 
@@ -38,6 +38,7 @@ MAX_PIXELS = 89_478_485  # where Pillow warns of a decompression bomb; at twice 
 MAX_CANVAS_PIXELS = 2**28  # 1 GiB in Pillow's memory; a square of 16384 px
 
 _WHITE = (255, 255, 255)
+_PIECE = 2**20  # samples
 
 
 def open_picture(source: Source, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -185,12 +186,21 @@ def _plain_rgb(image: Image.Image, max_pixels: int) -> Image.Image:
         raise PictureError(
             f"it is {width} x {height}, and a picture must have from 1 to {max_pixels} pixels"
         )
+    _check_tiles(image, max_pixels)
     image.load()  # decodes; from here on size, mode and info can be trusted
     colours, alpha = _split_alpha(_eight_bit(image))
     rgb = Image.new("RGB", image.size, _WHITE)
     rgb.paste(_to_srgb(colours, image.info.get("icc_profile")), mask=alpha)
     rgb.getexif()[ExifTags.Base.Orientation] = _orientation(image)
     return ImageOps.exif_transpose(rgb)
+
+
+def _check_tiles(image: Image.Image, max_pixels: int) -> None:
+    """Of a TIFF, whose tiles may be larger than its picture, and are decoded whole."""
+    tags = getattr(image, "tag_v2", {})
+    sides = (tags.get(TiffImagePlugin.TILEWIDTH, 1), tags.get(TiffImagePlugin.TILELENGTH, 1))
+    if sides[0] * sides[1] > max_pixels:
+        raise PictureError(f"its tiles are {sides[0]} x {sides[1]}, of at most {max_pixels} pixels")
 
 
 def _orientation(image: Image.Image) -> int:
@@ -210,12 +220,17 @@ def _eight_bit(image: Image.Image) -> Image.Image:
         opaque = Image.fromarray(samples != image.info["transparency"])
         return Image.merge("LA", (grey, opaque.convert("L")))
     if image.mode in ("I", "F"):
-        samples = np.asarray(image, dtype=np.float64)
-        if not np.isfinite(samples).all():
+        samples = np.asarray(image)
+        darkest, brightest = float(samples.min()), float(samples.max())
+        if not (math.isfinite(darkest) and math.isfinite(brightest)):
             raise PictureError("it has samples that are not finite")
-        darkest, brightest = samples.min(), samples.max()
-        scaled = (samples - darkest) / ((brightest - darkest) or 1) * 255
-        return Image.fromarray(scaled.round().astype(np.uint8))
+        levels = np.empty(samples.shape, np.uint8)
+        # In pieces, for all at once would take 20 bytes a pixel.
+        for first in range(0, samples.size, _PIECE):
+            piece = samples.reshape(-1)[first : first + _PIECE].astype(np.float64)
+            scaled = (piece - darkest) / ((brightest - darkest) or 1) * 255
+            levels.reshape(-1)[first : first + _PIECE] = scaled.round()
+        return Image.fromarray(levels)
     return image
 
 
