@@ -6,7 +6,8 @@
 A bundle that an earlier call left there is used again.
 
 Every way to run a model is tried in a process of its own, beside eager PyTorch in the same run.
-What fails is a line of the report, with its reason, and keeps nothing else from being tried.
+What fails is a line of the report, with its reason and what was found before, and keeps nothing
+else from being tried.
 """
 
 import json
@@ -33,6 +34,10 @@ MODELS = {
 SECONDS = 1800  # after which a way is given up
 LAYOUTS = ("external", "profiles", "baked")
 REASON = 300  # characters of what a failure said
+EAGER = """\
+Eager is PyTorch on the GPU; where it has no CUDA, it is not timed. The transformer's attention and
+matrix products are in fp16; in fp32 are its residual stream, norms, AdaLN and head, the text
+encoder and the picture tokenizer, whose convolutions cuDNN may round to TF32."""
 
 
 @dataclass
@@ -40,9 +45,10 @@ class Way:
     """A way to run a model, and what was found.
 
     compiling, opening, opening_again (with what the first kept), eager, edit, by_steps: seconds, of
-    edits the medians; ratio: eager's to the edit's. plans: bytes; gpu_memory: bytes that the device
-    had less free once it was open. verified: whether every measure of parity was within its
-    tolerance; worst: of them. steps: seconds of an edit's steps, run one by one. failed: why not.
+    edits the medians; ratio: eager's to the edit's. Of eager there is nothing where PyTorch has no
+    CUDA. plans: bytes; gpu_memory: bytes that the device had less free once it was open. verified:
+    whether every measure of parity was within its tolerance; worst: of them. steps: seconds of an
+    edit's steps, run one by one. failed: why not, though what was found before is there.
     """
 
     model: str
@@ -113,10 +119,9 @@ def _tried(way: Way, bundle: Path, repeat: int, engines: Path | None = None) -> 
     provider = ["--provider", way.name.split()[1]] if engines is None else []
     command = [sys.executable, __file__, "one", str(bundle), "--backend", backend]
     done = _run([*command, *provider, *own, "--repeat", str(repeat)])
-    if failed := _said(done):
-        way.failed = failed
-        return way
-    return Way(**{**asdict(way), **json.loads(done.stdout.splitlines()[-1])})
+    lines = done.stdout.rpartition("\n")[0].splitlines()
+    found = [json.loads(line) for line in lines if line.startswith("{")]
+    return Way(**{**asdict(way), **(found or [{}])[-1], "failed": _said(done)})
 
 
 @main.command()
@@ -128,13 +133,18 @@ def _tried(way: Way, bundle: Path, repeat: int, engines: Path | None = None) -> 
 def one(
     bundle: Path, backend: str, provider: str | None, engines: Path | None, repeat: int
 ) -> None:
-    """Verify and time one way to run a bundle; a line of JSON."""
+    """Verify and time one way to run a bundle; lines of JSON, each with all found by then."""
     from varedit_export.verify_engines import compare_backend
     from varedit_runtime.bench import INSTRUCTION, synthetic_picture
     from varedit_runtime.editor import Editor
     from varedit_runtime.engine_set import EngineSet
 
     found: dict[str, Any] = {}
+
+    def tell(**more: Any) -> None:
+        found.update(more)
+        click.echo(json.dumps(found))
+
     digest, free = None, _free_gpu_memory()
     if engines is not None:
         own = EngineSet.open(engines)
@@ -148,8 +158,8 @@ def one(
         lines = list(compare_backend(editor.bundle, editor.variant, editor.graphs))
         failed = [line for line in lines if not line.value <= line.tolerance]  # NaN does
         worst = max(failed or lines, key=lambda line: line.value / (line.tolerance or 1))
-        found["verified"] = not failed
-        found["worst"] = f"{worst.stage}: {worst.measure}, {worst.value:.3g} ({worst.tolerance:g})"
+        told = f"{worst.stage}: {worst.measure}, {worst.value:.3g} ({worst.tolerance:g})"
+        tell(verified=not failed, worst=told)
         picture = synthetic_picture(editor.variant)
 
         def edit() -> Any:
@@ -158,15 +168,18 @@ def one(
         def by_steps() -> Any:
             return editor.edit(picture, INSTRUCTION, seed=0, on_scale=lambda progress: None)
 
+        for whole, stepped in _in_turns((edit, by_steps), 1):  # whatever becomes of eager
+            tell(edit=whole, by_steps=stepped, steps=dict(by_steps().timings))
         eager = _eager(editor)
-        times = _in_turns((eager, edit, by_steps), repeat)
-        found["eager"], found["edit"], found["by_steps"] = times
-        found["ratio"] = times[0] / times[1]
+        edits = (edit, by_steps) if eager is None else (edit, by_steps, eager)
+        for whole, stepped, *theirs in _in_turns(edits, repeat):
+            tell(edit=whole, by_steps=stepped)
+            for seconds in theirs:
+                tell(eager=seconds, ratio=seconds / whole)
         found["steps"] = dict(by_steps().timings)
     start = perf_counter()
     with Editor.open(bundle, backend=backend, provider=provider, engines_digest=digest):
-        found["opening_again"] = perf_counter() - start
-    click.echo(json.dumps(found))
+        tell(opening_again=perf_counter() - start)
 
 
 def _free_gpu_memory() -> int | None:
@@ -175,20 +188,20 @@ def _free_gpu_memory() -> int | None:
     return gpus[0].free if gpus else None
 
 
-def _eager(editor: Any) -> Callable[[], Any]:
-    """An edit with the reference, eager, products in fp16: on the GPU where there is one."""
+def _eager(editor: Any) -> Callable[[], Any] | None:
+    """An edit with the reference, eager, as `EAGER` says; None where PyTorch has no CUDA."""
     import torch
     from torch import nn
 
     from varedit_export.bench import pipeline_of
-    from varedit_reference.nano.train_transformer import set_compute_dtype
     from varedit_runtime.bench import INSTRUCTION, synthetic_picture
 
+    if not torch.cuda.is_available():
+        return None
     model = pipeline_of(editor.bundle, editor.variant)
-    if torch.cuda.is_available():
-        set_compute_dtype(model.transformer, torch.float16)
-        for module in (model.transformer, model.tokenizer, model.text_encoder.model):
-            nn.Module.to(module, "cuda")
+    compute_in_fp16(model.transformer)
+    for module in (model.transformer, model.tokenizer, model.text_encoder.model):
+        nn.Module.to(module, "cuda")
     pictures = [synthetic_picture(editor.variant)] * editor.variant.batch
 
     @torch.inference_mode()
@@ -198,15 +211,29 @@ def _eager(editor: Any) -> Callable[[], Any]:
     return edit
 
 
-def _in_turns(edits: Sequence[Callable[[], Any]], repeat: int) -> list[float]:
-    """The median seconds of each, once all are warm."""
+def compute_in_fp16(transformer: Any) -> None:
+    """The products; with weights cast once, which the reference does at every product."""
+    import torch
+
+    from varedit_reference.nano.train_transformer import set_compute_dtype
+    from varedit_reference.transformer import Linear
+
+    set_compute_dtype(transformer, torch.float16)
+    for module in transformer.modules():
+        if isinstance(module, Linear):
+            module.to(torch.float16)
+
+
+def _in_turns(edits: Sequence[Callable[[], Any]], repeat: int) -> Iterator[list[float]]:
+    """The median seconds of each so far, after every round but the first, in which all warm up."""
     seconds: list[list[float]] = [[] for _ in edits]
-    for _ in range(repeat + 1):
+    for turn in range(repeat + 1):
         for edit, own in zip(edits, seconds, strict=True):
             start = perf_counter()
             edit()
             own.append(perf_counter() - start)
-    return [statistics.median(own[1:]) for own in seconds]
+        if turn > 0:
+            yield [statistics.median(own[1:]) for own in seconds]
 
 
 def _export(*arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -216,8 +243,10 @@ def _export(*arguments: str) -> "subprocess.CompletedProcess[str]":
 def _run(command: Sequence[str]) -> "subprocess.CompletedProcess[str]":
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
-    except subprocess.TimeoutExpired:
-        return subprocess.CompletedProcess(command, 1, "", f"given up after {SECONDS} s")
+    except subprocess.TimeoutExpired as late:
+        said = late.stdout or b""  # bytes, though text was asked for
+        said = said if isinstance(said, str) else said.decode(errors="replace")
+        return subprocess.CompletedProcess(command, 1, said, f"given up after {SECONDS} s")
 
 
 def _said(done: "subprocess.CompletedProcess[str]") -> str:
@@ -252,24 +281,28 @@ def _markdown(report: dict[str, Any], ways: Sequence[Way]) -> Iterator[str]:
     yield "\n| model | run by | parity | edit ms | by steps ms | eager ms | ratio |"
     yield "|---|---|---|---|---|---|---|"
     for way in ways:
-        if way.failed:
-            yield f"| {way.model} | {way.name} | {way.failed} | | | | |"
-            continue
-        times = " | ".join(f"{1e3 * (t or 0):.1f}" for t in (way.edit, way.by_steps, way.eager))
-        parity = "holds" if way.verified else "**fails**"
-        yield f"| {way.model} | {way.name} | {parity} | {times} | {way.ratio:.2f}x |"
+        parity = {None: "", True: "holds", False: "**fails**"}[way.verified]
+        said = "; ".join(filter(None, (parity, way.failed)))
+        times = " | ".join(_ms(seconds) for seconds in (way.edit, way.by_steps, way.eager))
+        ratio = "" if way.ratio is None else f"{way.ratio:.2f}x"
+        yield f"| {way.model} | {way.name} | {said} | {times} | {ratio} |"
+    yield f"\n{EAGER}"
     yield "\n| model | run by | compiled s | largest plan MB | opened s | GPU MB | worst measure |"
     yield "|---|---|---|---|---|---|---|"
     for way in ways:
-        if not way.failed:
+        if way.opening is not None:
             largest = f"{max(way.plans.values()) / 1e6:.1f}" if way.plans else ""
             compiling = "" if way.compiling is None else f"{way.compiling:.0f}"
-            opened = f"{way.opening:.1f}, again {way.opening_again:.1f}"
+            again = "" if way.opening_again is None else f", again {way.opening_again:.1f}"
             taken = "" if way.gpu_memory is None else f"{way.gpu_memory / 1e6:.0f}"
             yield (
-                f"| {way.model} | {way.name} | {compiling} | {largest} | {opened} | {taken}"
-                f"{f' ({way.memory})' if way.memory else ''} | {way.worst} |"
+                f"| {way.model} | {way.name} | {compiling} | {largest} | {way.opening:.1f}{again} "
+                f"| {taken}{f' ({way.memory})' if way.memory else ''} | {way.worst} |"
             )
+
+
+def _ms(seconds: float | None) -> str:
+    return "" if seconds is None else f"{1e3 * seconds:.1f}"
 
 
 if __name__ == "__main__":

@@ -7,12 +7,13 @@ and parameters. Unlike the real ones they notice calls from a thread that no GPU
 import hashlib
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial, wraps
+from itertools import count
 from types import SimpleNamespace
 from typing import Any, NamedTuple
-from weakref import WeakSet
+from weakref import ReferenceType, WeakSet, ref
 
 import cuda.bindings.driver
 import tensorrt_rtx
@@ -30,18 +31,23 @@ STREAM = 7
 
 @dataclass
 class Machine:
-    """failing: the calls that fail, by name; graphs: those captured and not closed; loaded: engines
-    and contexts; compiled: what TensorRT for RTX had to compile; threads: those in which a GPU is
-    current."""
+    """failing: the calls that fail, by name; messages: what TensorRT says as calls are made, by
+    name; graphs: those captured and not destroyed, by handle; loaded: engines and contexts;
+    orphans: contexts freed after what they run on; compiled: what TensorRT for RTX had to compile;
+    threads: those in which a GPU is current."""
 
     gpu: SimulatedGpu
     kind: EngineKind = "tensorrt-rtx"
     failing: set[str] = field(default_factory=set)
-    graphs: list["Graph"] = field(default_factory=list)
+    messages: dict[str, str] = field(default_factory=dict)
+    graphs: dict[int, Launch] = field(default_factory=dict)
+    handles: Iterator[int] = field(default_factory=partial(count, 1))
     compiled: list[str] = field(default_factory=list)
     threads: set[int] = field(default_factory=set)
     loaded: WeakSet[Any] = field(default_factory=WeakSet)
-    capture_mode: str = ""
+    orphans: list["Context"] = field(default_factory=list)
+    logger: Any = None
+    capture_mode: Any = None
     spoilt: bool = False
 
     @property
@@ -61,6 +67,8 @@ class Machine:
 
     def check(self, call: str) -> None:
         assert threading.get_ident() in self.threads, f"{call}: no GPU is current"
+        if call in self.messages:
+            self.logger.log(RTX.ILogger.Severity.ERROR, self.messages[call])
         if call in self.failing:
             raise RuntimeError(f"CUDA_ERROR_UNKNOWN: {call}\n  has failed")
 
@@ -84,6 +92,8 @@ def answered(method: Callable[..., Any]) -> Callable[..., Any]:
         try:
             self.machine.check(method.__name__)
         except RuntimeError:
+            if method.__name__ == "cuStreamEndCapture":  # a capture ends whatever comes of it
+                self.gpu.end()
             return driver.CUresult.CUDA_ERROR_UNKNOWN, None
         return driver.CUresult.CUDA_SUCCESS, *(method(self, *arguments) or ())
 
@@ -96,7 +106,7 @@ class Of:
 
 
 class Driver(Of):
-    CUresult = driver.CUresult
+    CUresult, CUstreamCaptureMode = driver.CUresult, driver.CUstreamCaptureMode
 
     @answered
     def cuMemGetInfo(self) -> tuple[int, int]:
@@ -129,9 +139,54 @@ class Driver(Of):
         assert int(hStream) == STREAM and uc == 0
         self.gpu.clear(int(driver.CUdeviceptr(dstDevice)), N)
 
+    @answered
+    def cuStreamBeginCapture(self, hStream: Any, mode: Any) -> None:
+        assert int(hStream) == STREAM
+        self.machine.capture_mode, self.machine.spoilt = mode, False
+        self.gpu.begin()
+
+    @answered
+    def cuStreamEndCapture(self, hStream: Any) -> tuple[Any]:
+        assert int(hStream) == STREAM and not self.machine.spoilt
+        return (driver.CUgraph(self._keep(self.gpu.end())),)
+
+    @answered
+    def cuGraphInstantiate(self, hGraph: Any, flags: int) -> tuple[Any]:
+        assert flags == 0
+        return (driver.CUgraphExec(self._keep(self._graph(hGraph, driver.CUgraph))),)
+
+    @answered
+    def cuGraphDestroy(self, hGraph: Any) -> None:
+        self._graph(hGraph, driver.CUgraph)
+        del self.machine.graphs[int(hGraph)]
+
+    @answered
+    def cuGraphUpload(self, hGraphExec: Any, hStream: Any) -> None:
+        assert int(hStream) == STREAM and self._graph(hGraphExec, driver.CUgraphExec)
+
+    @answered
+    def cuGraphLaunch(self, hGraphExec: Any, hStream: Any) -> None:
+        assert int(hStream) == STREAM
+        self._graph(hGraphExec, driver.CUgraphExec)()
+
+    @answered
+    def cuGraphExecDestroy(self, hGraphExec: Any) -> None:
+        self._graph(hGraphExec, driver.CUgraphExec)
+        del self.machine.graphs[int(hGraphExec)]
+
+    def _keep(self, run: Launch) -> int:
+        handle = next(self.machine.handles)
+        self.machine.graphs[handle] = run
+        return handle
+
+    def _graph(self, handle: Any, kind: type) -> Launch:
+        assert isinstance(handle, kind) and int(handle) in self.machine.graphs, "there is none"
+        return self.machine.graphs[int(handle)]
+
     def _free(self, address: int) -> None:
         assert not self.gpu.queue, "memory is freed before the work on it is done"
-        if self.gpu.recording is not None and self.machine.capture_mode != "relaxed":
+        relaxed = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+        if self.gpu.recording is not None and self.machine.capture_mode != relaxed:
             self.machine.spoilt = True
         self.gpu.release(address)
 
@@ -162,52 +217,6 @@ class Stream(Of):
         assert self.gpu.recording is None, "a stream that is captured cannot be waited for"
         self.gpu.wait()
 
-    @called
-    def create_graph_builder(self) -> "GraphBuilder":
-        return GraphBuilder(self.machine)
-
-
-class GraphBuilder(Of):
-    @called
-    def begin_building(self, mode: str = "relaxed") -> None:
-        self.machine.capture_mode, self.machine.spoilt = mode, False
-        self.gpu.begin()
-
-    @called
-    def end_building(self) -> "GraphBuilder":
-        if self.machine.spoilt:
-            raise RuntimeError("the capture has been invalidated")
-        self._launch = self.gpu.end()
-        return self
-
-    @called
-    def complete(self, options: Any = None) -> "Graph":
-        return Graph(self.machine, self._launch)
-
-    def close(self) -> None:
-        if self.gpu.recording is not None:
-            self.gpu.end()
-        self.machine.check("close")
-
-
-class Graph(Of):
-    def __init__(self, machine: Machine, run: Launch) -> None:
-        super().__init__(machine)
-        self._run = run
-        machine.graphs.append(self)
-
-    @called
-    def upload(self, stream: Stream) -> None:
-        pass
-
-    @called
-    def launch(self, stream: Stream) -> None:
-        assert self in self.machine.graphs
-        self._run()
-
-    def close(self) -> None:
-        self.machine.graphs.remove(self)
-
 
 class Runtime(Of):
     engine_host_code_allowed = False
@@ -215,7 +224,7 @@ class Runtime(Of):
     def __init__(self, machine: Machine, logger: Any) -> None:
         super().__init__(machine)
         machine.check("Runtime")
-        self._logger = logger
+        machine.logger = self._logger = logger
 
     @called
     def deserialize_cuda_engine(self, serialized_engine: bytes | bytearray) -> "Engine | None":
@@ -294,7 +303,7 @@ class RuntimeCache:
 class RtxConfig(RuntimeConfig):
     """TensorRT for RTX's."""
 
-    cache: RuntimeCache
+    cache: ReferenceType[RuntimeCache]  # as the real one has a pointer
 
     def __init__(self) -> None:
         strategies = RTX.DynamicShapesKernelSpecializationStrategy
@@ -304,12 +313,15 @@ class RtxConfig(RuntimeConfig):
         return RuntimeCache()
 
     def set_runtime_cache(self, cache: RuntimeCache) -> bool:
-        self.cache = cache
+        self.cache = ref(cache)
         return True
 
 
 class Context(Of):
-    """An IExecutionContext: as the real one it forgets shapes with every new profile."""
+    """An IExecutionContext: as the real one it forgets shapes with every new profile.
+
+    Unlike the real one it can be freed whenever that may be, and is then an orphan.
+    """
 
     def __init__(self, engine: Engine, config: RuntimeConfig) -> None:
         super().__init__(engine.machine)
@@ -318,6 +330,15 @@ class Context(Of):
         self._profile, self._scratch = 0, (0, 0)
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
+
+    def __del__(self) -> None:
+        addresses = [*self._addresses.values(), *self._scratch[:1]]
+        config = self._config
+        whole = threading.get_ident() in self.machine.threads
+        whole &= all(self.gpu.on_gpu(address) for address in addresses if address)
+        whole &= not isinstance(config, RtxConfig) or config.cache() is not None
+        if not whole:
+            self.machine.orphans.append(self)
 
     @called
     def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
@@ -354,6 +375,8 @@ class Context(Of):
     def _compile(self, config: RtxConfig) -> None:
         strategies = RTX.DynamicShapesKernelSpecializationStrategy
         assert config.dynamic_shapes_kernel_specialization_strategy == strategies.EAGER
-        if self._engine.kernels not in config.cache.kernels:
-            config.cache.kernels.append(self._engine.kernels)
+        cache = config.cache()
+        assert cache is not None
+        if self._engine.kernels not in cache.kernels:
+            cache.kernels.append(self._engine.kernels)
             self.machine.compiled.append(self._engine.kernels)

@@ -45,6 +45,7 @@ class BuilderConfig:
         self.num_compute_capabilities = 0
         self.progress_monitor: Any = None
         self._timings: TimingCache | None = None
+        self._capabilities: dict[int, Any] = {}
 
     def set_flag(self, flag: Any) -> None:
         self.flags |= 1 << int(flag)
@@ -57,6 +58,10 @@ class BuilderConfig:
 
     def set_compute_capability(self, compute_capability: Any, index: int) -> None:
         assert index < self.num_compute_capabilities
+        self._capabilities[index] = compute_capability
+
+    def get_compute_capability(self, index: int) -> Any:
+        return self._capabilities[index]
 
     def create_timing_cache(self, serialized_timing_cache: bytes) -> TimingCache | None:
         if not serialized_timing_cache:

@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import fake_tensorrt
 import msgspec
 import onnx
 import onnx_ir as ir
@@ -32,7 +34,7 @@ from varedit_export.cli import main
 from varedit_export.trace import StoredWeight, Tracer
 from varedit_runtime import engine_set
 from varedit_runtime.bundle import Bundle, weights_file
-from varedit_runtime.engine_set import LAYOUTS, EngineSet, Layout
+from varedit_runtime.engine_set import LAYOUTS, EngineSet, Layout, mismatch
 from varedit_runtime.errors import BackendError, BundleError, ConfigError, MissingExtraError
 from varedit_runtime.manifest import DIGEST, MANIFEST, ParityLine, Precision, canonical_json
 from varedit_runtime.wiring import scale_profiles
@@ -153,6 +155,25 @@ def test_external_weights_are_inputs_that_lie_in_the_bundle(bundle: Bundle) -> N
                 assert weight.offset + weight.length <= offset + length
             else:
                 assert (weight.offset, weight.length) == (offset, length)
+
+
+def test_what_is_no_graph_is_a_typed_error() -> None:
+    for content in (b"\xff\xff garbage", b"no graph"):
+        with pytest.raises(BundleError, match="a graph is not ONNX: build the bundle again"):
+            external_inputs(content)
+
+
+@pytest.mark.parametrize("place", [{}, {"location": "x", "offset": "0"}, {"location": "x"}])
+@pytest.mark.parametrize("length", [None, "many"])
+def test_a_weight_that_lies_nowhere_is_a_typed_error(
+    place: dict[str, str], length: str | None
+) -> None:
+    weight = onnx.TensorProto(name="qkv", data_location=onnx.TensorProto.EXTERNAL, data_type=1)
+    for key, value in {**place, **({"length": length} if length else {})}.items():
+        weight.external_data.add(key=key, value=value)
+    model = onnx.ModelProto(graph=onnx.GraphProto(initializer=[weight]))
+    with pytest.raises(BundleError, match="does not say where its weight 'qkv' lies"):
+        external_inputs(model.SerializeToString())
 
 
 def _stored(path: Path) -> dict[str, tuple[int, int]]:
@@ -466,6 +487,46 @@ def test_a_graph_that_cannot_be_compiled_says_which() -> None:
     compiler = Compiler("tensorrt-rtx", ADA)
     with pytest.raises(BackendError, match="cannot read graph broken"):
         compiler.compile("broken", b"no graph", Path("."), [], quiet)
+
+
+@pytest.fixture
+def machine_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+    """Makes this machine's GPU one of a compute capability, for what asks after it."""
+
+    def become(major: int, minor: int) -> None:
+        gpu = SimpleNamespace(compute_capability=(major, minor), name="NVIDIA GPU")
+        monkeypatch.setitem(sys.modules, "cuda.core", SimpleNamespace(Device=lambda: gpu))
+
+    return become
+
+
+@pytest.mark.parametrize("named", [(), ("sm89",), ("SM89",)])
+def test_rtx_compiles_for_what_its_recipe_says(
+    bundle: Bundle,
+    named: Sequence[str],
+    machine_of: Callable[[int, int], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By itself it would compile for some architectures, which ours need not be among."""
+    machine_of(8, 9)
+    trt = fake_tensorrt.fake_tensorrt()
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", trt)
+    job = Job(bundle, "external", Compiler("tensorrt-rtx", named))
+    assert job.recipe.gpu == "sm89" and job.recipe == job_of(bundle, job.variant.name).recipe
+    assert mismatch(job.recipe, job.recipe.tools, ["sm89 NVIDIA L4"]) is None
+    job.compiler.compile("graph", b"a", Path(), [], quiet)
+    (config,) = trt.Builder.configs
+    assert config.num_compute_capabilities == 1
+    assert config.get_compute_capability(0) == trt.ComputeCapability.SM89
+
+
+def test_rtx_refuses_to_compile_for_a_gpu_that_it_cannot_compile_for(
+    machine_of: Callable[[int, int], None],
+) -> None:
+    machine_of(9, 0)
+    with pytest.raises(ConfigError, match=r"this machine's GPU, sm90; it does for sm75, .*sm121"):
+        Compiler("tensorrt-rtx")
+    assert Compiler("tensorrt-rtx", ADA).gpu == "sm89"
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """The real device on fakes of CUDA and TensorRT, whose memory is this machine's."""
 
+import gc
 import inspect
 import json
 import re
@@ -78,8 +79,6 @@ def edited(editor: Editor, seed: int = 1) -> np.ndarray:
         (fake_cuda.Driver, fake_cuda.driver),
         (fake_cuda.Device, CORE.Device),
         (fake_cuda.Stream, CORE.Stream),
-        (fake_cuda.GraphBuilder, CORE.graph.GraphBuilder),
-        (fake_cuda.Graph, CORE.graph.Graph),
     ],
 )
 def test_what_is_called_of_cuda_exists_with_these_parameters(fake: Any, real: Any) -> None:
@@ -199,17 +198,32 @@ def test_captured_work_is_done_whenever_it_is_launched(device: CudaDevice) -> No
     assert (read(device, block) == 6).all()
 
 
-def test_a_capture_that_fails_leaves_nothing_behind(device: CudaDevice, machine: Machine) -> None:
+@pytest.mark.parametrize("failing", [set(), {"cuStreamEndCapture"}])  # as one that is spoilt does
+def test_a_capture_that_fails_leaves_nothing_behind(
+    device: CudaDevice, machine: Machine, failing: set[str]
+) -> None:
     host, block = zeros_and_fives(device)
 
     def record() -> None:
         device.copy(block, address_of(host), SIZE)
         raise KeyboardInterrupt
 
-    machine.failing = {"close"}  # as a capture does that has been spoilt
+    machine.failing = failing
     with pytest.raises(KeyboardInterrupt):
         device.capture(record)
     assert not read(device, block).any() and not machine.graphs
+
+
+def test_graphs_are_destroyed_once_and_not_launched_after_that(
+    device: CudaDevice, machine: Machine
+) -> None:
+    launch = captured(device)
+    assert len(machine.graphs) == 1
+    device.close()
+    assert not machine.graphs
+    device.close()
+    with pytest.raises(BackendError, match=r"cannot launch a graph \(it has been closed"):
+        launch()
 
 
 def test_what_is_freed_during_a_capture_does_not_spoil_it(
@@ -258,16 +272,15 @@ OPERATIONS: list[tuple[str, Callable[[CudaDevice], object]]] = [
     ("cuMemcpyAsync", lambda device: device.capture(lambda: device.copy(0, 0, SIZE))),
     ("cuMemsetD8Async", lambda device: device.clear(0, SIZE)),
     ("sync", CudaDevice.wait),
-    ("create_graph_builder", captured),
-    ("begin_building", captured),
-    ("end_building", captured),
-    ("complete", captured),
-    ("upload", captured),
-    ("launch", lambda device: captured(device)()),
+    ("cuStreamBeginCapture", captured),
+    ("cuStreamEndCapture", captured),
+    ("cuGraphInstantiate", captured),
+    ("cuGraphDestroy", captured),
+    ("cuGraphUpload", captured),
+    ("cuGraphLaunch", lambda device: captured(device)()),
     ("deserialize_cuda_engine", bound),
     ("create_runtime_config", bound),
     ("create_execution_context", bound),
-    ("set_optimization_profile_async", bound),
     ("execute_async_v3", lambda device: bound(device)()),
 ]
 
@@ -312,6 +325,42 @@ def test_a_plan_that_is_none_is_an_error(device: CudaDevice) -> None:
 def test_shapes_that_an_engine_does_not_take_are_an_error(device: CudaDevice) -> None:
     with pytest.raises(BackendError, match="the engine doubling does not take its tensors"):
         bound(device, (2, 5))
+
+
+def test_a_profile_that_an_engine_does_not_take_is_an_error(
+    device: CudaDevice, machine: Machine
+) -> None:
+    """For which TensorRT raises, and says why to its logger, or does not."""
+    machine.failing = {"set_optimization_profile_async"}
+    refused = "the engine doubling does not take its tensors"
+    with pytest.raises(BackendError, match=rf"^{refused} \(CUDA_ERROR_UNKNOWN: .*\): compile it"):
+        bound(device)
+    machine.messages = {"set_optimization_profile_async": "no such\nprofile"}
+    with pytest.raises(BackendError, match=rf"^{refused} \(no such profile\): compile it"):
+        bound(device)
+
+
+@pytest.mark.parametrize(
+    ("earlier", "refused"),
+    [
+        ("deserialize_cuda_engine", "context"),
+        ("create_runtime_config", "context"),
+        ("create_execution_context", "execute"),
+    ],
+)
+def test_what_tensorrt_said_before_is_not_the_reason(
+    device: CudaDevice, machine: Machine, earlier: str, refused: str
+) -> None:
+    machine.messages, machine.failing = {earlier: "a harmless error"}, {refused}
+    with pytest.raises(BackendError, match="no reason given"):
+        bound(device)()
+
+
+def test_an_engine_that_is_closed_does_not_run(device: CudaDevice, machine: Machine) -> None:
+    run = bound(device)
+    device.close()
+    with pytest.raises(BackendError, match=r"cannot run the engine doubling \(it has been closed"):
+        run()
 
 
 # Kernels
@@ -371,7 +420,7 @@ def test_closing_frees_everything(machine: Machine) -> None:
     edited(editor)
     assert held(machine) and machine.loaded
     backend.close()
-    assert not held(machine) and not machine.loaded
+    assert not held(machine) and not machine.loaded and not machine.orphans
     backend.close()
 
 
@@ -382,7 +431,7 @@ def test_closing_waits_for_what_is_under_way(device: CudaDevice, machine: Machin
     assert not held(machine) and not machine.gpu.queue
 
 
-@pytest.mark.parametrize("call", ["begin_building", "execute_async_v3", "cuMemAllocHost"])
+@pytest.mark.parametrize("call", ["cuStreamBeginCapture", "execute_async_v3", "cuMemAllocHost"])
 def test_what_cannot_be_opened_whole_is_freed(machine: Machine, call: str) -> None:
     machine.failing = {call}
     with pytest.raises(BackendError, match=call):
@@ -390,16 +439,34 @@ def test_what_cannot_be_opened_whole_is_freed(machine: Machine, call: str) -> No
     assert not held(machine)
 
 
+@pytest.mark.parametrize("call", ["cuStreamBeginCapture", "cuGraphUpload", "execute", "context"])
+def test_engines_that_cannot_be_opened_are_freed_before_what_they_run_on(
+    machine: Machine, call: str
+) -> None:
+    """Though the error's traceback still knows of them."""
+    machine.failing = {call}
+    with pytest.raises(BackendError) as caught:
+        opened()
+    assert not held(machine) and not contexts(machine)
+    del caught
+    gc.collect()
+    assert not machine.loaded and not machine.orphans
+
+
+def contexts(machine: Machine) -> list[fake_cuda.Context]:
+    return [loaded for loaded in machine.loaded if isinstance(loaded, fake_cuda.Context)]
+
+
 def test_a_gpu_that_failed_can_be_closed(machine: Machine) -> None:
     """And the error that is told is the first."""
-    machine.failing = {"begin_building", "cuMemFree", "cuMemFreeHost"}
-    with pytest.raises(BackendError, match="begin_building"):
+    machine.failing = {"cuStreamBeginCapture", "cuMemFree", "cuMemFreeHost"}
+    with pytest.raises(BackendError, match="cuStreamBeginCapture"):
         opened()
 
 
 def test_an_edit_that_failed_is_what_is_told(machine: Machine) -> None:
     with pytest.raises(BackendError, match="launch a graph"), opened() as editor:
-        machine.failing = {"launch", "sync", "cuMemFree"}
+        machine.failing = {"cuGraphLaunch", "sync", "cuMemFree"}
         edited(editor)
 
 

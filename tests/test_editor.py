@@ -462,6 +462,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[VareditError], str]] = {
     "seed type": ({"seed": "7"}, ConfigError, "seed is '7'; give an integer"),
     "seed float": ({"seed": [1.0]}, ConfigError, "give an integer"),
     "seed": ({"seed": -1}, ConfigError, "at least 0 and less than 2\\^64"),
+    "endless seed": ({"seed": 10**5000}, ConfigError, "the seed is far off; it must be at least 0"),
     "last seed": (
         {"seed": 2**64 - 1, "num_images_per_prompt": 2},
         ConfigError,

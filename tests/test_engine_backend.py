@@ -217,6 +217,8 @@ def spoilt(path: Path, how: str) -> str:
     recipe = manifest["recipe"]
     if how == "no version":
         recipe["tools"], recipe["flags"] = {"tensorrt-rtx": "x"}, {"version_compatible": "True"}
+    if how == "no GPU":
+        recipe["gpu"], recipe["flags"] = " ", {"hardware_compatible": "same-compute-capability"}
     if how == "unknown stage":
         recipe["graphs"]["foo"] = recipe["graphs"]["prefill"]
         manifest["plans"]["foo"] = manifest["plans"]["prefill"]
@@ -225,13 +227,14 @@ def spoilt(path: Path, how: str) -> str:
     rewrite_manifest(path, msgspec.json.encode(manifest))
     said = {
         "no version": "of tensorrt-rtx x, and 1.7",
+        "no GPU": r"\(there are none\)",  # for whose it is cannot be read
         "unknown stage": "no graph 'foo'",
         "not ours": "built elsewhere",
     }
     return said[how]
 
 
-@pytest.mark.parametrize("how", ["truncated", "no version", "unknown stage", "not ours"])
+@pytest.mark.parametrize("how", ["truncated", "no version", "no GPU", "unknown stage", "not ours"])
 def test_a_useless_set_hides_no_other_and_is_told(how: str) -> None:
     bundle, useless = compiled(small_bundle())
     (variant,) = bundle.manifest.variants

@@ -10,9 +10,10 @@ from typing import Any
 
 import msgspec
 import pytest
-from fake_bundles import COMPONENTS, FILES, STAGES, valid_manifest
+from fake_bundles import FILES, STAGES, valid_manifest
 
 from varedit_runtime.errors import BundleError
+from varedit_runtime.grids import ASPECT_RATIOS
 from varedit_runtime.manifest import (
     SCHEMA_VERSION,
     Manifest,
@@ -106,7 +107,6 @@ def test_a_value_of_another_type_is_refused_wherever_it_is():
 def test_a_missing_field_is_refused_wherever_it_is():
     optional = {("tools", "onnx"), ("variants", 0, "graphs", "text_encoder")}
     optional |= {("variants", 0, "graphs", "references")}
-    optional |= {("files", f"graphs/weights/{name}.safetensors") for name in COMPONENTS}
     for path in every_place(valid_manifest()):
         if path and isinstance(path[-1], str) and path not in optional:
             value = valid_manifest()
@@ -287,6 +287,10 @@ def variant(value: dict[str, Any]) -> dict[str, Any]:
         (lambda m: variant(m)["graphs"].update(x=variant(m)["graphs"]["scale"]), "not known ['x']"),
         (lambda m: m["files"].pop("graphs/64.scale.onnx"), "is not in files"),
         (lambda m: m["files"].pop("tokenizer.json"), "tokenizer.json is not in files"),
+        (
+            lambda m: m["files"].pop("graphs/weights/transformer.safetensors"),
+            "the transformer's weights, graphs/weights/transformer.safetensors, are not in files",
+        ),
         (lambda m: m["model"].update(conditioning="finest"), "only sar uses"),
         (lambda m: m["model"].update(token_channels=17), "make 16"),
         (lambda m: m.update(temperature=0), "> 0"),
@@ -301,6 +305,48 @@ def variant(value: dict[str, Any]) -> dict[str, Any]:
 )
 def test_contradictions_are_refused(spoil: Spoil, said: str):
     assert said in refusal_of(spoil)
+
+
+def tensor(value: dict[str, Any]) -> dict[str, Any]:
+    return variant(value)["graphs"]["condition"]["inputs"][0]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda m: tensor(m).update(shape=[]), "length"),
+        (lambda m: tensor(m).update(shape=[1] * 9), "length"),
+        (lambda m: variant(m).update(batch=1025, rows=1025), "<= 1024"),
+        (lambda m: variant(m).update(batch=1024, rows=2049), "<= 2048"),
+        (lambda m: variant(m).update(text_tokens=4097), "<= 4096"),
+        (lambda m: variant(m).update(grids=[[1, 1], [2, 2], [4, 513]]), "<= 512"),
+        (lambda m: variant(m).update(picture=[64, 8193]), "<= 8192"),
+        (lambda m: m["model"].update(patch=5), "<= 4"),
+        (lambda m: m["model"].update(downsampling=65), "<= 64"),
+        (lambda m: m["model"].update(bits=257), "<= 256"),
+        (lambda m: m["model"].update(token_channels=257), "<= 256"),
+    ],
+)
+def test_what_would_make_lists_and_arrays_of_any_size_is_refused(spoil: Spoil, said: str):
+    assert said in refusal_of(spoil)
+
+
+@pytest.mark.parametrize("text", ["\x1b[2J", "a\nb", "\x9b1m", "\0", "a\x7f"], ids=repr)
+def test_texts_hold_nothing_that_a_terminal_obeys(text: str):
+    assert "valid manifest" in refusal_of(lambda m: m.update(name=text))
+    assert "valid manifest" in refusal_of(lambda m: m.update(tools={text: "1"}))
+
+
+def test_the_largest_of_the_family_are_far_within_the_bounds():
+    value = valid_manifest()
+    tensor(value).update(shape=[1] * 8)
+    variant(value).update(batch=1024, rows=2048, text_tokens=4096)
+    value["model"].update(downsampling=16, patch=1, bits=32, token_channels=32)
+    for grids in ASPECT_RATIOS.values():
+        finest = [4 * side for side in grids[-1]]
+        picture = [16 * side for side in finest]
+        variant(value).update(grids=[[1, 1], [2, 2], finest], picture=picture)
+        assert decode(value).variants[0].picture == tuple(picture)
 
 
 def test_a_bundle_may_start_at_text_features():

@@ -1,15 +1,19 @@
 """The graphs as the runtime drives them, stage by stage, against the reference."""
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
 from bundles import small_bundle
 from editing import as_reference, bundle_config, pair_bundle, plain_bundle, plain_config, reference
+from fake_bundles import rewrite_manifest
 from torch import Tensor
 
 from varedit_reference.agreement import compare_scale
@@ -19,9 +23,19 @@ from varedit_reference.scale_loop import PredictedScale, forced, predict_scales,
 from varedit_runtime import onnx_backend
 from varedit_runtime.backend import Sampling
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.errors import BackendError
+from varedit_runtime.editor import Editor
+from varedit_runtime.errors import BackendError, BundleError
+from varedit_runtime.locate import embedded
+from varedit_runtime.manifest import (
+    MANIFEST,
+    GraphSpec,
+    Manifest,
+    TensorSpec,
+    canonical_json,
+    decode_manifest,
+)
 from varedit_runtime.noise import uniform_noise
-from varedit_runtime.onnx_backend import OnnxBackend
+from varedit_runtime.onnx_backend import Buffer, OnnxBackend
 
 GUIDANCE, TEMPERATURE = 3.0, 0.7
 LENGTHS = (9, 4)
@@ -218,3 +232,74 @@ def test_a_graph_that_fails_is_a_typed_error() -> None:
         backend.encode_pictures(np.zeros((1, 3, 8, 8), np.float32))
     assert "\n" not in str(caught.value)
     assert np.isfinite(logits_of(backend, Given(bundle_config(), 1, True))[-1]).all()
+
+
+def test_a_node_that_fails_is_told_once(capfd: pytest.CaptureFixture[str]) -> None:
+    """By the error alone: ONNX Runtime prints nothing, in colours, of its own."""
+    backend = backend_of(embedded())
+    shape = (1, backend.variant.text_tokens)
+    with pytest.raises(BackendError, match=r"cannot run graph text_encoder.*out of"):
+        backend.encode_text(np.full(shape, 10**6, np.int64), np.ones(shape, np.bool_))
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("shape", [(2**20, 2**30), (2**31 - 1,) * 8, (2**62, 2**20)])
+def test_a_buffer_that_is_too_large_is_a_typed_error(shape: tuple[int, ...]) -> None:
+    said = f"no memory on the cpu for the {prod(shape) * 4 / 1e9:.2f} GB of a buffer .*--batch"
+    with pytest.raises(BackendError, match=said) as caught:
+        Buffer(shape, "float32", "cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_too_little_memory_to_fill_a_buffer_is_a_typed_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*_: object) -> None:
+        raise MemoryError("Unable to allocate")
+
+    buffer = Buffer((2, 3), "float32", "cpu")
+    monkeypatch.setattr(np, "full", full)
+    with pytest.raises(BackendError, match=r"0\.00 GB of a buffer \(Unable to allocate\)"):
+        buffer.fill(0)
+
+
+def changed_nano(folder: Path, change: Callable[[str, GraphSpec], GraphSpec]) -> Path:
+    """A copy of nano's bundle whose manifest says something else of its graphs."""
+    bundle = Path(shutil.copytree(embedded(), folder / "bundle"))
+    manifest = decode_manifest((bundle / MANIFEST).read_bytes(), Manifest)
+    (variant,) = manifest.variants
+    graphs = {stage: change(stage, graph) for stage, graph in variant.graphs.items()}
+    variants = (msgspec.structs.replace(variant, graphs=graphs),)
+    rewrite_manifest(bundle, canonical_json(msgspec.structs.replace(manifest, variants=variants)))
+    return bundle
+
+
+def start(**other: Any) -> Callable[[str, GraphSpec], GraphSpec]:
+    """The tensor called start as another, in all graphs that have it."""
+
+    def changed(specs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+        return tuple(
+            msgspec.structs.replace(spec, **other) if spec.name == "start" else spec
+            for spec in specs
+        )
+
+    return lambda _, graph: GraphSpec(graph.file, changed(graph.inputs), changed(graph.outputs))
+
+
+def test_an_input_that_nothing_gives_is_found_on_opening(tmp_path: Path) -> None:
+    def with_style(stage: str, graph: GraphSpec) -> GraphSpec:
+        more = (TensorSpec("style", "float32", (1, 2)),) if stage == "text_encoder" else ()
+        return msgspec.structs.replace(graph, inputs=(*graph.inputs, *more))
+
+    with pytest.raises(BundleError, match="text_encoder has an input that nothing gives 'style'"):
+        Editor.open(changed_nano(tmp_path, with_style))
+
+
+def test_a_tensor_that_no_memory_holds_is_found_on_opening(tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match=r"no memory on the cpu for the \d+\.\d\d GB"):
+        Editor.open(changed_nano(tmp_path, start(shape=(2**31 - 1,) * 6)))
+
+
+def test_bf16_is_found_whatever_the_bundle_says_it_is(tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match="the bundle is bf16"):
+        Editor.open(changed_nano(tmp_path, start(dtype="bfloat16")))

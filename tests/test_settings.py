@@ -29,10 +29,18 @@ def test_arrays_are_numbers_too() -> None:
     assert per_scale(both, 2, "temperature") == (1.0, 2.0)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("value", ["3", None, ["3", 4], 1j])
+@pytest.mark.parametrize("value", ["3", None, ["3", 4], [10**5000, "3"], 1j])
 def test_what_is_no_number_is_refused(value: object) -> None:
     with pytest.raises(ConfigError, match=r"guidance_scale is .*; give a number, or one for each"):
         per_scale(value, 2, "guidance_scale")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400), [1, 10**5000]])
+def test_what_is_too_large_for_a_float_is_not_finite(value: int | list[int]) -> None:
+    with pytest.raises(ConfigError, match="guidance_scale is inf; it must be finite"):
+        per_scale(value, 2, "guidance_scale")
+    with pytest.raises(ConfigError, match="temperature is inf; it must be finite"):
+        temperature_per_scale(value, 2)
 
 
 def test_what_single_precision_cannot_hold_is_refused() -> None:

@@ -225,6 +225,7 @@ def test_engines_of_rtx_can_be_captured(
 ) -> None:
     """Which it promises of those alone that take no memory themselves."""
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", trt)
-    Compiler(kind).compile("graph", b"a", Path(), [], lambda *progress: None)
+    named = ["sm89"] if kind == "tensorrt-rtx" else []
+    Compiler(kind, named).compile("graph", b"a", Path(), [], lambda *progress: None)
     (config,) = trt.Builder.configs
     assert config.get_flag(RTX.BuilderFlag.REQUIRE_USER_ALLOCATION) == required

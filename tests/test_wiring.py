@@ -1,5 +1,8 @@
 """Which memory the tensors of an edit are: nothing is read unwritten, or written over."""
 
+from collections.abc import Callable
+
+import msgspec
 import pytest
 from editing import small_bundle
 
@@ -93,6 +96,92 @@ def test_graphs_that_do_not_fit_together_are_refused():
     other = Variant(**{**_fields(variant), "graphs": graphs})
     with pytest.raises(BundleError, match=r"scale_01 has cache_key\.1 as float16"):
         values_of(wire(other, model, symbolic=False))
+
+
+Change = Callable[[GraphSpec], GraphSpec]
+
+
+def changed(stage: str, change: Change) -> tuple[Variant, Model]:
+    """nano with another graph for a stage."""
+    variant, model = described(Bundle.open(embedded()))
+    graphs = variant.graphs | {stage: change(variant.graphs[stage])}
+    return Variant(**{**_fields(variant), "graphs": graphs}), model
+
+
+def with_input(name: str, shape: tuple[int, ...] = (1, 2)) -> Change:
+    more = TensorSpec(name, "float32", shape)
+    return lambda graph: msgspec.structs.replace(graph, inputs=(*graph.inputs, more))
+
+
+def without(name: str) -> Change:
+    def change(graph: GraphSpec) -> GraphSpec:
+        inputs, outputs = (
+            tuple(spec for spec in specs if spec.name != name)
+            for specs in (graph.inputs, graph.outputs)
+        )
+        return GraphSpec(graph.file, inputs, outputs)
+
+    return change
+
+
+def in_bf16(name: str) -> Change:
+    def change(graph: GraphSpec) -> GraphSpec:
+        inputs, outputs = (
+            tuple(
+                msgspec.structs.replace(spec, dtype="bfloat16") if spec.name == name else spec
+                for spec in specs
+            )
+            for specs in (graph.inputs, graph.outputs)
+        )
+        return GraphSpec(graph.file, inputs, outputs)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("stage", "change", "said"),
+    [
+        ("scale", with_input("past_key.x"), r"input that nothing gives 'past_key\.x'"),
+        ("scale", with_input("past_key." + "1" * 5000), r"that nothing gives 'past_key\.111"),
+        ("scale", with_input("past_key.\u0663"), r"input that nothing gives 'past_key\."),
+        ("scale", with_input("past_key.9"), r"input that nothing gives 'cache_key\.9'"),
+        ("scale", with_input("level_of"), "input that nothing gives 'level_of'"),
+        ("scale", without("tokens"), r"lacks its input 'source_tokens' \(for step prefill\)"),
+        ("scale", without("logits"), r"lacks its output 'logits\.0' \(for step scale_00\)"),
+        ("scale", without("running_sum_out"), r"lacks its output 'sum\.1'"),
+        ("text_encoder", with_input("style"), "text_encoder has an input that nothing .* 'style'"),
+        ("text_encoder", without("text_mask"), "lacks its input 'text_mask'"),
+        ("text_encoder", without("text_features"), "lacks its output 'text_features'"),
+        ("image_encoder", with_input("hat"), "input that nothing gives 'hat'"),
+        ("image_encoder", without("source_tokens"), "lacks its output 'source_tokens'"),
+        ("condition", without("has_negative"), "lacks its input 'has_negative'"),
+        ("condition", with_input("level"), "input that nothing gives 'level'"),
+        ("condition", with_input("token_ids", (0, 48)), "nothing gives 'token_ids'"),
+        ("references", with_input("seed"), "input that nothing gives 'seed'"),
+        ("image_decoder", with_input("tokens"), "input that nothing gives 'tokens'"),
+        ("image_decoder", without("pictures"), "lacks its output 'decoded'"),
+        ("image_decoder", in_bf16("pictures"), "has in bf16, which the host has not, 'decoded'"),
+    ],
+)
+def test_graphs_that_are_not_an_edits_are_refused(stage: str, change: Change, said: str):
+    with pytest.raises(BundleError, match=said) as caught:
+        wire(*changed(stage, change), symbolic=True)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("stage", "change", "said"),
+    [
+        ("scale_00", with_input("past_value.x"), r"nothing gives 'past_value\.x'"),
+        ("scale_02", with_input("level"), r"nothing gives 'level\.2'"),
+        ("scale_02", without("bits"), r"lacks its output 'bits\.2'"),
+        ("prefill", without("source_tokens"), "lacks its input 'source_tokens'"),
+        ("prefill", with_input("noise"), r"nothing gives 'noise\.prefill'"),
+    ],
+)
+def test_static_graphs_that_are_not_an_edits_are_refused(stage: str, change: Change, said: str):
+    with pytest.raises(BundleError, match=said):
+        wire(*changed(stage, change), symbolic=False)
 
 
 def _fields(variant: Variant) -> dict[str, object]:

@@ -48,6 +48,7 @@ from varedit_runtime.bundle import work_folder
 from varedit_runtime.errors import ConfigError
 from varedit_runtime.manifest import (
     GRAPHS,
+    LARGEST_BATCH,
     TOKENIZER,
     FileEntry,
     GraphSpec,
@@ -96,10 +97,10 @@ class Request:
     def __post_init__(self) -> None:
         if self.config.transformer.conditioning == "full":
             raise ConfigError("models with full conditioning are not exported: use sar or finest")
-        if self.batch < 1 or not 1 < self.text_tokens <= 512:
+        if not (1 <= self.batch <= LARGEST_BATCH and 1 < self.text_tokens <= 512):
             raise ConfigError(
-                f"a bundle takes a batch of at least 1 and 2 to 512 text tokens, not {self.batch} "
-                f"and {self.text_tokens}"
+                f"a bundle takes a batch of 1 to {LARGEST_BATCH} and 2 to 512 text tokens, not "
+                f"{self.batch} and {self.text_tokens}"
             )
 
     @property

@@ -63,9 +63,9 @@ class Compiler:
 
     architectures: of the GPUs to compile for, as in "sm89" (RTX only); none: this machine's GPU.
 
-    Raises MissingExtraError when the backend is not installed, ConfigError on a backend or an
-    architecture that does not exist or flags that the backend does not have, BackendError where
-    there is no GPU and none was named.
+    Raises MissingExtraError when the backend is not installed, ConfigError on a backend that does
+    not exist, an architecture, this machine's too, that RTX does not compile for, or flags that the
+    backend does not have, BackendError where there is no GPU and none was named.
     """
 
     def __init__(
@@ -87,8 +87,10 @@ class Compiler:
             )
         self._trt = import_tensorrt(backend)
         self.backend: EngineKind = backend
-        self._architectures = [_architecture(self._trt, name) for name in architectures]
-        self.gpu = "+".join(architectures) or this_gpu(backend)
+        named = [name.lower() for name in architectures]
+        self.gpu = "+".join(named) or this_gpu(backend)
+        # By itself RTX compiles for some architectures, which this GPU's need not be among.
+        self._architectures = _architectures(self._trt, named, self.gpu) if backend == RTX else []
         self._flags = flags
 
     @property
@@ -182,13 +184,19 @@ def this_gpu(backend: EngineKind) -> str:
     return f"sm{major}{minor}{model}"
 
 
-def _architecture(trt: ModuleType, name: str) -> Any:
-    known = {str(member): member for member in trt.ComputeCapability.__members__}
-    known = {member for member in known if member.startswith("SM")}
-    if name.upper() not in known:
-        names = ", ".join(sorted(member.lower() for member in known))
-        raise ConfigError(f"no architecture is called {name!r}; there are {names}")
-    return trt.ComputeCapability.__members__[name.upper()]
+def _architectures(trt: ModuleType, named: Sequence[str], here: str) -> list[Any]:
+    """RTX's own names of the architectures named, or of this machine's where none is."""
+    members = trt.ComputeCapability.__members__.items()
+    known = {name.lower(): member for name, member in members if name.startswith("SM")}
+    names = ", ".join(known)
+    if unknown := [name for name in named if name not in known]:
+        raise ConfigError(f"no architecture is called {unknown[0]!r}; there are {names}")
+    if not named and here not in known:
+        raise ConfigError(
+            f"{RTX} does not compile for this machine's GPU, {here}; it does for {names}: name one "
+            "of these for another machine (--architecture), or use tensorrt here"
+        )
+    return [known[name] for name in named or [here]]
 
 
 def _fixed_profile(builder: Any, shapes: Mapping[str, tuple[int, ...]]) -> Any:

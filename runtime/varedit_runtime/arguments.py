@@ -131,5 +131,6 @@ def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
         raise ConfigError(f"there are {len(seeds)} seeds for {count} results; give one for each")
     for value in seeds:
         if not 0 <= value < SEEDS:
-            raise ConfigError(f"the seed is {value}; it must be at least 0 and less than 2^64")
+            told = value if abs(value) < SEEDS**2 else "far off"
+            raise ConfigError(f"the seed is {told}; it must be at least 0 and less than 2^64")
     return seeds

@@ -82,7 +82,10 @@ class Backend(ABC):
     """
 
     def __init__(self, variant: Variant, model: Model, provider: str, symbolic: bool) -> None:
-        """symbolic: whether scales run on the one graph of symbolic lengths."""
+        """symbolic: whether scales run on the one graph of symbolic lengths.
+
+        Raises BundleError when the graphs are not those of an edit.
+        """
         self.variant, self.model, self.provider = variant, model, provider
         self.steps: dict[str, Step] = {step.name: step for step in wire(variant, model, symbolic)}
 

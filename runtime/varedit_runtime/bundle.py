@@ -192,10 +192,14 @@ def standing(path: Path) -> Path:
     return aside if not os.path.exists(path) and os.path.exists(aside / MANIFEST) else path
 
 
-def _identity(path: Path) -> tuple[Path, int] | None:
-    """Of what is at a path now: another folder, or the same one elsewhere, is not the same."""
+def _identity(path: Path) -> tuple[Path, int, int] | None:
+    """Of what is at a path now: another folder, or the same one elsewhere, is not the same.
+
+    A folder's number alone is not enough: a deleted one's is soon given to another.
+    """
     with suppress(OSError):
-        return path, path.stat().st_ino
+        found = path.stat()
+        return path, found.st_ino, found.st_ctime_ns
 
 
 def open_manifest(

@@ -70,11 +70,11 @@ class CudaDevice:
             self._ask("cuMemsetD8Async", address, 0, size, self._stream.handle)
 
     def load(self, name: str, plan: bytes | bytearray) -> "CudaEngine":
-        with self.current(f"load the engine {name}"):
+        with self.asking(f"load the engine {name}"):
             engine = self._runtime.deserialize_cuda_engine(plan)
             if engine is None:
                 raise BackendError(
-                    f"the engine {name} cannot be loaded ({self.reason}): compile it again with "
+                    f"the engine {name} cannot be loaded ({self.reason()}): compile it again with "
                     "`varedit-export engines --again`"
                 )
             return CudaEngine(self, name, engine, self._config(engine))
@@ -87,26 +87,50 @@ class CudaDevice:
         self._kernels.serve(config)
         return config
 
+    # By the driver: cuda.core's GraphBuilder crashes the process when a capture has been spoilt
+    # (NVIDIA/cuda-python #2834, up to 1.2).
+
     def capture(self, record: Launch) -> Launch:
+        stream = self._stream.handle
         with self.current("capture a graph"):
-            builder = self._stream.create_graph_builder()
-            # Relaxed: what Python frees meanwhile, of another editor, would spoil it otherwise.
-            builder.begin_building("relaxed")
+            graph = self._recorded(record)
             try:
-                record()
-                graph = builder.end_building().complete()
-            except BaseException:
-                with suppress(Exception):  # which only says again that it is spoilt
-                    builder.close()
-                raise
-            self._held.callback(graph.close)
-            graph.upload(self._stream)
+                held = self._ask("cuGraphInstantiate", graph, 0)
+                self._held.callback(lambda: self._ask("cuGraphExecDestroy", held.pop()))
+            finally:
+                self._ask("cuGraphDestroy", graph)
+            self._ask("cuGraphUpload", held[0], stream)
 
         def launch() -> None:
             with self.current("launch a graph"):
-                graph.launch(self._stream)
+                self._ask("cuGraphLaunch", _still(held), stream)
 
         return launch
+
+    def _recorded(self, record: Launch) -> Any:
+        """A graph of the work that is asked for meanwhile."""
+        stream = self._stream.handle
+        # Relaxed: what Python frees meanwhile, of another editor, would spoil it otherwise.
+        mode = self._driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+        self._ask("cuStreamBeginCapture", stream, mode)
+        try:
+            record()
+        except BaseException:
+            with suppress(RuntimeError):  # which only says again that it is spoilt
+                self._ask("cuGraphDestroy", *self._ask("cuStreamEndCapture", stream))
+            raise
+        (graph,) = self._ask("cuStreamEndCapture", stream)
+        return graph
+
+    def hold(self, context: Any) -> list[Any]:
+        """An engine's context alone in a list, which is emptied before what it runs on is freed.
+
+        Nothing else may keep it, as a failure's traceback would: without a current GPU, or without
+        its memory and the kernels' cache, it cannot be freed.
+        """
+        held = [context]
+        self._held.callback(held.clear)
+        return held
 
     def settle(self) -> None:
         with self.current("tell its kernels"):
@@ -125,16 +149,22 @@ class CudaDevice:
     def stream(self) -> int:
         return int(self._stream.handle)
 
-    @property
-    def reason(self) -> str:
-        """Of the last thing that TensorRT refused."""
-        return self._logger.worst or "no reason given"
+    def reason(self, otherwise: object = "no reason given") -> str:
+        """Of what TensorRT refused since it was last asked something."""
+        return self._logger.worst or " ".join(str(otherwise).split())
 
     @contextmanager
     def current(self, what: str) -> Iterator[None]:
         """Whichever thread asks, and whatever the driver raises."""
         with _explained(what):
             self._gpu.set_current()
+            yield
+
+    @contextmanager
+    def asking(self, what: str) -> Iterator[None]:
+        """As `current`, of TensorRT, whose earlier errors are not the reason of what follows."""
+        with self.current(what):
+            self._logger.worst = ""
             yield
 
     def _ask(self, function: str, *arguments: Any) -> list[Any]:
@@ -171,27 +201,33 @@ class CudaEngine:
         scratch: tuple[int, int],
     ) -> Launch:
         device, stream = self._device, self._device.stream
-        with device.current(f"prepare the engine {self._name}"):
-            context = self._engine.create_execution_context(self._config)
-            if context is None:
-                raise RuntimeError(device.reason)
+        with device.asking(f"prepare the engine {self._name}"):
+            held = device.hold(self._engine.create_execution_context(self._config))
+            if held[0] is None:
+                raise RuntimeError(device.reason())
             # In this order: a profile forgets the shapes. What it copies runs before the engine.
-            taken = [context.set_optimization_profile_async(profile, stream)]
-            taken += [context.set_input_shape(name, shape) for name, shape in shapes.items()]
-            taken += [context.set_tensor_address(name, at) for name, at in addresses.items()]
-            context.set_device_memory(*scratch)
+            try:
+                taken = [held[0].set_optimization_profile_async(profile, stream)]
+            except RuntimeError as error:  # for which it returns nothing
+                raise self._refused(device.reason(error)) from error
+            taken += [held[0].set_input_shape(name, shape) for name, shape in shapes.items()]
+            taken += [held[0].set_tensor_address(name, at) for name, at in addresses.items()]
+            held[0].set_device_memory(*scratch)
             if not all(taken):
-                raise BackendError(
-                    f"the engine {self._name} does not take its tensors ({device.reason}): "
-                    "compile it again with `varedit-export engines --again`"
-                )
+                raise self._refused(device.reason())
 
         def run() -> None:
-            with device.current(f"run the engine {self._name}"):
-                if not context.execute_async_v3(stream):
-                    raise RuntimeError(device.reason)
+            with device.asking(f"run the engine {self._name}"):
+                if not _still(held).execute_async_v3(stream):
+                    raise RuntimeError(device.reason())
 
         return run
+
+    def _refused(self, reason: str) -> BackendError:
+        return BackendError(
+            f"the engine {self._name} does not take its tensors ({reason}): compile it again with "
+            "`varedit-export engines --again`"
+        )
 
 
 class _Kernels:
@@ -216,6 +252,13 @@ class _Kernels:
     def keep(self) -> None:
         if self._cache is not None:
             keep(self._file, bytes(self._cache.serialize()))
+
+
+def _still(held: list[Any]) -> Any:
+    """What is held, unless it was freed."""
+    if not held:
+        raise RuntimeError("it has been closed")
+    return held[0]
 
 
 def _type(dtype: Any) -> str:

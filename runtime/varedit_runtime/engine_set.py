@@ -13,10 +13,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from varedit_runtime.bundle import Bundle, Folder, open_manifest, weights_file
 from varedit_runtime.errors import BundleError
@@ -39,6 +39,9 @@ LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
 AMPERE = 80  # the compute capability that ampere-plus starts from
 
+# An architecture, and behind a space what else there is to say.
+Gpu = Annotated[str, Meta(pattern=r"\A\S", max_length=1000)]
+
 
 class Recipe(Struct, frozen=True, forbid_unknown_fields=True):
     """All that a set of engines depends on; `EngineSets.recipe` makes one.
@@ -53,7 +56,7 @@ class Recipe(Struct, frozen=True, forbid_unknown_fields=True):
     graphs: dict[Name, Digest]
     weights: dict[Name, Digest]
     tools: dict[Text, Text]
-    gpu: Text
+    gpu: Gpu
     layout: Layout
     precision: Precision
     flags: dict[Text, Text]

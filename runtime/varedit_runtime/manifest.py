@@ -23,20 +23,33 @@ GRAPHS = "graphs"
 WEIGHTS = f"{GRAPHS}/weights"
 
 MAX_MANIFEST_BYTES = 8 * 2**20
+LARGEST_BATCH = 1024
 
 # What names a file on every system: no separator, drive, space, `.` or `..`, nothing hidden.
 _PLAIN = r"[A-Za-z0-9_][A-Za-z0-9_+-]*(?:\.[A-Za-z0-9_+-]+)*"
 
 Count = Annotated[int, Meta(ge=1, lt=2**31)]
+# What lists and arrays are made as large as before a graph runs is bounded, at some four times what
+# is of use or more: the longest grid that the models know has 111 tokens, of 16 px.
+Side = Annotated[int, Meta(ge=1, le=512)]  # of a grid, in tokens
+Pixels = Annotated[int, Meta(ge=1, le=8192)]  # a side's
+Downsampling = Annotated[int, Meta(ge=1, le=64)]  # the models have 8 and 16
+Patch = Annotated[int, Meta(ge=1, le=4)]  # the models have 1 and 2
+Channels = Annotated[int, Meta(ge=1, le=256)]  # of a token: the models have up to 56
+Batch = Annotated[int, Meta(ge=1, le=LARGEST_BATCH)]
+Rows = Annotated[int, Meta(ge=1, le=2 * LARGEST_BATCH)]  # of a batch, twice with guidance
+Tokens = Annotated[int, Meta(ge=1, le=4096)]  # of a text: the released models take 512
 Name = Annotated[str, Meta(pattern=rf"\A{_PLAIN}\Z", max_length=100)]
 Digest = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
-Text = Annotated[str, Meta(min_length=1, max_length=1000)]
+# Nothing that a terminal would obey.
+Text = Annotated[str, Meta(pattern=r"\A[^\x00-\x1f\x7f-\x9f]*\Z", min_length=1, max_length=1000)]
 Bytes = Annotated[int, Meta(ge=0, lt=2**60)]
 Precision = Literal["fp32", "fp16", "bf16"]
-Grid = tuple[Count, Count]
+Grid = tuple[Side, Side]
 
 _SCALE = re.compile(r"scale_(\d{2,})")
 _INSIDE = re.compile(rf"{_PLAIN}(?:/{_PLAIN})*")
+_COMPONENTS = ("tokenizer", "transformer")  # whose weights all bundles have
 _STAGES = {"image_encoder", "condition", "prefill", "scale", "image_decoder"}
 _OPTIONAL_STAGES = {"text_encoder", "references"}
 
@@ -53,11 +66,16 @@ def scale_of(stage: str) -> int | None:
 
 
 class TensorSpec(Struct, frozen=True, forbid_unknown_fields=True):
-    """A graph's input or output. A dimension that is a string is symbolic."""
+    """A graph's input or output. A dimension that is a string is symbolic.
+
+    There is at least one, which rows are counted along, and no more than TensorRT takes.
+    """
 
     name: Text
     dtype: Literal["float32", "float16", "bfloat16", "int64", "int32", "uint8", "bool"]
-    shape: tuple[Annotated[int, Meta(ge=0, lt=2**31)] | Text, ...]
+    shape: Annotated[
+        tuple[Annotated[int, Meta(ge=0, lt=2**31)] | Text, ...], Meta(min_length=1, max_length=8)
+    ]
 
 
 class GraphSpec(Struct, frozen=True, forbid_unknown_fields=True):
@@ -84,10 +102,10 @@ class Variant(Struct, frozen=True, forbid_unknown_fields=True):
     resolution: Count
     aspect: Text
     grids: Annotated[tuple[Grid, ...], Meta(min_length=1, max_length=99)]
-    picture: tuple[Count, Count]
-    batch: Count
-    rows: Count
-    text_tokens: Count
+    picture: tuple[Pixels, Pixels]
+    batch: Batch
+    rows: Rows
+    text_tokens: Tokens
     graphs: dict[Name, GraphSpec]
 
     def __post_init__(self) -> None:
@@ -123,10 +141,10 @@ class Model(Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     size: Name
-    bits: Count
-    downsampling: Count
-    patch: Count
-    token_channels: Count
+    bits: Channels
+    downsampling: Downsampling
+    patch: Patch
+    token_channels: Channels
     depth: Count
     width: Count
     heads: Count
@@ -200,6 +218,9 @@ class Manifest(FolderManifest, frozen=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for component in _COMPONENTS:
+            if (file := f"{WEIGHTS}/{component}.safetensors") not in self.files:
+                raise ValueError(f"the {component}'s weights, {file}, are not in files")
         _refuse_repeated("variants", (variant.name for variant in self.variants))
         for variant in self.variants:
             self._check_variant(variant)

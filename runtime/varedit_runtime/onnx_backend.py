@@ -28,10 +28,12 @@ class Buffer:
     """Memory on the provider's device, allocated once; parts of it are bound to graphs."""
 
     def __init__(self, shape: Sequence[int], dtype: str, device: str) -> None:
+        """Raises BackendError when there is not so much memory."""
         self.shape, self.dtype, self.device = tuple(shape), np.dtype(dtype), device
         # ONNX Runtime makes no buffer without elements.
         held = self.shape if prod(self.shape) else (1,)
-        self._value = ort.OrtValue.ortvalue_from_shape_and_type(held, self.dtype, device)
+        with self._fitting():
+            self._value = ort.OrtValue.ortvalue_from_shape_and_type(held, self.dtype, device)
 
     @property
     def size(self) -> int:
@@ -49,7 +51,20 @@ class Buffer:
         return self._value.numpy().reshape(-1)[: prod(self.shape)].reshape(self.shape).copy()
 
     def fill(self, value: float) -> None:
-        self._value.update_inplace(np.full(self.shape, value, self.dtype))
+        """Raises BackendError when there is not so much memory again."""
+        with self._fitting():
+            self._value.update_inplace(np.full(self.shape, value, self.dtype))
+
+    @contextmanager
+    def _fitting(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of NumPy, ONNX Runtime and CUDA, each by its own kind
+            raise BackendError(
+                f"no memory on the {self.device} for the {self.size / 1e9:.2f} GB of a buffer "
+                f"({_one_line(error)}): end other programs, or use a bundle of a smaller --res or "
+                "--batch"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -73,7 +88,8 @@ class Session:
         settings = ort.SessionOptions()
         settings.intra_op_num_threads = threads
         settings.enable_mem_pattern = False  # it keeps memory for every length ever seen
-        settings.log_severity_level = 3
+        # Errors are raised, and are the caller's to show: ONNX Runtime would print them as well.
+        settings.log_severity_level = 4
         for key, value in {
             # The graph comes as the bytes that were checked, not as a file.
             "session.model_external_initializers_file_folder_path": str(folder),
@@ -121,15 +137,17 @@ class OnnxBackend(Backend):
         """provider: "cpu" or "cuda"; threads: 0 for one per core.
 
         Raises BackendError when the provider is unknown or not in the installed onnxruntime, the
-        bundle is bf16, or a graph cannot be loaded, BundleError when one is missing or damaged.
+        bundle is bf16, a graph cannot be loaded or there is too little memory, BundleError when a
+        graph is missing or damaged, or does not fit the others.
         """
         check_provider(provider)
-        if bundle.manifest.precision == "bf16":
+        super().__init__(variant, bundle.manifest.model, provider, symbolic=True)
+        views = (view for step in self.steps.values() for view in step.views)
+        if bundle.manifest.precision == "bf16" or any(view.dtype == "bfloat16" for view in views):
             raise BackendError(
                 "the bundle is bf16, in which ONNX Runtime does not run it: build with --precision "
                 "fp32 for a CPU or fp16 for a GPU, or run engines"
             )
-        super().__init__(variant, bundle.manifest.model, provider, symbolic=True)
         stages = dict.fromkeys(step.stage for step in self.steps.values())
         self._sessions = {
             stage: Session(
@@ -197,6 +215,10 @@ def _explained(what: str) -> Iterator[None]:
         yield
     except Exception as error:  # onnxruntime's errors have no other common base
         raise BackendError(
-            f"ONNX Runtime cannot {what} ({' '.join(str(error).split())}): run `varedit-export "
-            "verify` on the bundle, or build it again"
+            f"ONNX Runtime cannot {what} ({_one_line(error)}): run `varedit-export verify` on the "
+            "bundle, or build it again"
         ) from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,7 +1,7 @@
 """An edit's numbers per scale, as the reference and the runtime both read them."""
 
 from collections.abc import Iterable, Sequence
-from math import isfinite
+from math import inf, isfinite
 from numbers import Real
 
 from varedit_runtime.errors import ConfigError
@@ -18,13 +18,17 @@ def per_scale(value: PerScale, scales: int, name: str) -> tuple[float, ...]:
     Raises ConfigError on another count, and on what is not a finite number.
     """
     given = tuple(value) if isinstance(value, Iterable) else (value,) * scales
-    values = tuple(float(v) for v in given if isinstance(v, Real))
-    if len(values) != len(given):
-        raise ConfigError(f"{name} is {value!r}; give a number, or one for each of {scales} scales")
+    for entry in given:
+        if not isinstance(entry, Real):
+            raise ConfigError(
+                f"{name} is {entry!r}; give a number, or one for each of {scales} scales"
+            )
+    values = tuple(map(_float, given))
     if len(values) != scales:
         raise ConfigError(f"{name} has {len(values)} values; give one, or one for each of {scales}")
-    if not all(isfinite(v) and abs(v) <= LARGEST for v in values):
-        raise ConfigError(f"{name} is {value}; it must be finite")
+    for number in values:
+        if not isfinite(number) or abs(number) > LARGEST:
+            raise ConfigError(f"{name} is {number}; it must be finite")
     return values
 
 
@@ -34,3 +38,11 @@ def temperature_per_scale(value: PerScale, scales: int) -> tuple[float, ...]:
     if min(values) < SMALLEST:
         raise ConfigError(f"temperature is {value}; it must be over 0")
     return values
+
+
+def _float(number: float) -> float:
+    """What is too large for one as infinity, whatever its sign."""
+    try:
+        return float(number)
+    except OverflowError:
+        return inf

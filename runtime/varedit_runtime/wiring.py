@@ -5,7 +5,8 @@ reads. The keys and values of a block are one value, its cache: a step appends t
 behind what earlier steps wrote.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -101,8 +102,39 @@ def wire(variant: Variant, model: Model, symbolic: bool) -> list[Step]:
     """The steps of an edit in order.
 
     symbolic: prefill and scales run on the one graph of symbolic lengths, with a profile each.
+    Raises BundleError when a graph lacks what the host gives or takes, or has an input that nobody
+    gives.
     """
-    return _Wiring(variant, model).steps(symbolic)
+    wiring = _Wiring(variant, model)
+    steps = wiring.steps(symbolic)
+    known = wiring.standing() if symbolic else set()
+    ever = {view.value for step in steps for view in step.outputs.values()}
+    for step in steps:
+        _check_step(step, known, ever)
+        known |= {view.value for view in step.outputs.values()}
+    return steps
+
+
+def _check_step(step: Step, known: set[str], ever: set[str]) -> None:
+    """known: the values that stand, or that an earlier step wrote; ever: that any step writes."""
+    read = {view.value: view for view in step.inputs.values()}
+    written = {view.value: view for view in step.outputs.values()}
+    # At first the caches are empty, and read before they are written.
+    wanted = {name for name, view in read.items() if view.size or name not in ever}
+    _refuse(step, "lacks its input", set(step.fed) - read.keys())
+    _refuse(step, "lacks its output", set(step.read) - written.keys())
+    _refuse(step, "has an input that nothing gives", wanted - known - set(step.fed))
+    host = {**{n: read[n] for n in step.fed}, **{n: written[n] for n in step.read}}
+    half = {name for name, view in host.items() if view.dtype == "bfloat16"}
+    _refuse(step, "has in bf16, which the host has not,", half)
+
+
+def _refuse(step: Step, what: str, names: Iterable[str]) -> None:
+    if names := sorted(names):
+        raise BundleError(
+            f"the bundle's graph {step.stage} {what} {names[0][:80]!r} (for step {step.name}): "
+            "build the bundle again"
+        )
 
 
 def constants(variant: Variant, model: Model) -> dict[str, np.ndarray]:
@@ -169,18 +201,27 @@ class _Wiring:
 
     def steps(self, symbolic: bool) -> list[Step]:
         steps: list[Step] = []
+        ids, features = ("token_ids", "text_mask"), ("text_features", "text_mask")
         if TEXT in self.variant.graphs:
-            steps.append(self._coder(TEXT, TEXT))
+            steps.append(self._coder(TEXT, TEXT, ids, ("text_features",)))
             if self.guided:
-                steps.append(self._coder(NEGATIVE, TEXT, _NEGATIVE))
-        steps.append(self._coder(ENCODER, ENCODER))
-        condition = self._coder(CONDITION, CONDITION)
-        steps.append(condition)
+                steps.append(self._coder(NEGATIVE, TEXT, ids, ("text_features",), _NEGATIVE))
+        steps.append(self._coder(ENCODER, ENCODER, ("pictures",), ("source_tokens",)))
+        if self.guided:
+            features += ("negative_features", "negative_mask", "has_negative")
+        steps.append(self._coder(CONDITION, CONDITION, features, ()))
         steps += self._symbolic_scales() if symbolic else self._static_scales()
         last = len(self.scales)
         decoded = {"running_sum": f"sum.{last}", "pictures": "decoded"}
-        steps.append(self._coder(DECODER, DECODER, decoded))
+        steps.append(self._coder(DECODER, DECODER, ("running_sum",), ("pictures",), decoded))
         return steps
+
+    def standing(self) -> set[str]:
+        """What a symbolic wiring reads that no step writes: constants, and zeros."""
+        suffixes = (PREFILL, *self.scales)
+        placed = {f"{name}.{suffix}" for name in _PLACED for suffix in suffixes}
+        zeros = {"tokens.0", "sum.0", f"sum.{PREFILL}"}
+        return placed | zeros | {f"{name}.{PREFILL}" for name in CHOSEN}
 
     def constants(self) -> dict[str, np.ndarray]:
         grids, source = self.variant.grids, self.areas[-1]
@@ -209,10 +250,17 @@ class _Wiring:
         }
         return {f"{name}.{suffix}": array for name, array in arrays.items()}
 
-    def _coder(self, name: str, stage: str, renamed: Mapping[str, str] | None = None) -> Step:
-        """A step whose inputs the host gives and, but for the condition's, whose outputs it takes.
+    def _coder(
+        self,
+        name: str,
+        stage: str,
+        fed: Sequence[str],
+        read: Sequence[str],
+        renamed: Mapping[str, str] | None = None,
+    ) -> Step:
+        """A step whose tensors are values of their own names, if they are not renamed.
 
-        The tensors are values of their own names, if they are not renamed.
+        fed, read: the tensors that the host gives and takes.
         """
         called = renamed or {}
         graph = self.variant.graph(stage)
@@ -223,9 +271,8 @@ class _Wiring:
             }
             for specs in (graph.inputs, graph.outputs)
         )
-        read = () if stage == CONDITION else tuple(view.value for view in outputs.values())
-        fed = tuple(view.value for view in inputs.values())
-        return Step(name, stage, inputs, outputs, fed, read)
+        given, taken = (tuple(called.get(n, n) for n in names) for names in (fed, read))
+        return Step(name, stage, inputs, outputs, given, taken)
 
     def _static_scales(self) -> Iterator[Step]:
         yield self._scale(PREFILL, PREFILL, None, {}, 0)
@@ -236,8 +283,7 @@ class _Wiring:
         prefill, *profiles = scale_profiles(self.variant, self.model)
         yield self._scale(PREFILL, SYMBOLIC, None, prefill, 0)
         if self.sar:
-            references = self._coder(REFERENCES, REFERENCES)
-            yield Step(REFERENCES, REFERENCES, references.inputs, references.outputs, (), ())
+            yield self._coder(REFERENCES, REFERENCES, (), ())
         for k, sizes in enumerate(profiles):
             yield self._scale(scale_name(k), SYMBOLIC, k, sizes, k + 1)
 
@@ -265,7 +311,7 @@ class _Wiring:
         """What a tensor of a scale, or of the prefill, is part of, and its first entry there."""
         kind, _, block = name.partition(".")
         what, _, which = kind.partition("_")
-        if which in KINDS and what in ("past", "new", "source") and block:
+        if which in KINDS and what in ("past", "new", "source") and _BLOCK.fullmatch(block):
             return self._cached(what, which, int(block), scale)
         if kind in ("reference_key", "reference_value"):
             return (name if block else f"{kind}.{scale or 0}"), 0
@@ -296,9 +342,9 @@ _NEGATIVE = {
     "text_mask": "negative_mask",
     "text_features": "negative_features",
 }
-_OF_A_SCALE = {
-    *CHOSEN,
-    *PREDICTED,
+_BLOCK = re.compile(r"[0-9]{1,4}")
+_PLACED = (
     *("level", "first_position", "is_first"),
     *("up_rows", "up_columns", "down_rows", "down_columns"),
-}
+)
+_OF_A_SCALE = {*CHOSEN, *PREDICTED, *_PLACED}

@@ -1,0 +1,160 @@
+"""Instructions and tokenizers of strangers: whatever they hold, a typed error and no worse."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from varedit_runtime.errors import TextError
+from varedit_runtime.locate import embedded
+from varedit_runtime.text import CHARACTERS_PER_TOKEN, Instructions, read_tokenizer
+
+UNIGRAM = {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0], ["</s>", 0.0], ["a", -1.0]]}
+BPE = {"type": "BPE", "vocab": {"</s>": 0, "a": 1, "é": 2, "aé": 3}, "merges": []}
+# The prefix is cut off in the middle of a character, and what panics then panics again.
+ABORTS = BPE | {"continuing_subword_prefix": "b", "merges": [["a", "é"]]}
+# Panics when it is read, and when it is used.
+BAD_MAP, BAD_WHEN_USED = "AAAA", "BAAAAP////8="
+
+
+def tokenizer_json(model: object, **parts: Any) -> bytes:
+    file = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": []}
+    nothing = dict.fromkeys(("normalizer", "pre_tokenizer", "post_processor", "decoder"))
+    return json.dumps({**file, **nothing, **parts, "model": model}).encode()
+
+
+def precompiled(charsmap: str) -> dict[str, str]:
+    return {"type": "Precompiled", "precompiled_charsmap": charsmap}
+
+
+def instructions(tokenizer: bytes, limit: int = 48) -> Instructions:
+    return Instructions(read_tokenizer(tokenizer), limit)
+
+
+def nano() -> bytes:
+    return (Path(embedded()) / "tokenizer.json").read_bytes()
+
+
+def test_the_models_of_t5_and_nano_are_read() -> None:
+    assert instructions(tokenizer_json(UNIGRAM)).tokenise("aa") == [2, 2, 1]
+    both = {"continuing_subword_prefix": "", "end_of_word_suffix": None}
+    assert instructions(tokenizer_json(BPE | both)).tokenise("aé") == [1, 2, 0]
+    assert len(instructions(nano()).tokenise("add a hat")) == 4
+
+
+def test_a_tokenizer_that_would_abort_the_process_is_refused(tmp_path: Path) -> None:
+    """In a process of its own, which would not be here to tell."""
+    (tmp_path / "tokenizer.json").write_bytes(tokenizer_json(ABORTS))
+    code = (
+        "from pathlib import Path; from varedit_runtime.text import read_tokenizer\n"
+        "try: read_tokenizer(Path('tokenizer.json').read_bytes())\n"
+        "except ValueError as error: print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "is not a tokenizer\n", "")
+
+
+def twice(model: object) -> bytes:
+    """A model behind which there is a harmless one; tokenizers takes either of the two."""
+    both = tokenizer_json(UNIGRAM).decode()
+    return f'{{"model": {json.dumps(model)}, {both[1:]}'.encode()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        tokenizer_json(BPE | {"continuing_subword_prefix": "long" * 100, "merges": [["a", "é"]]}),
+        tokenizer_json(BPE | {"end_of_word_suffix": "</w>"}),
+        tokenizer_json({"type": "WordLevel", "vocab": {"</s>": 0}, "unk_token": "<unk>"}),
+        tokenizer_json({"type": "WordPiece", "vocab": {"</s>": 0}, "unk_token": "<unk>"}),
+        tokenizer_json(dict(list(BPE.items())[1:])),
+        tokenizer_json(UNIGRAM | {"unk_id": 99}),
+        tokenizer_json(UNIGRAM, normalizer=precompiled(BAD_MAP)),
+        tokenizer_json([]),
+        tokenizer_json(None),
+        b"[]",
+        b"3",
+        b"\xff",
+        b"[" * 10**6,
+        b'{"model": {"type": ["BPE"]}}',
+    ],
+    ids=lambda content: str(content[-40:]),
+)
+def test_what_is_no_t5_tokenizer_is_a_typed_error(content: bytes) -> None:
+    with pytest.raises(ValueError, match=r"^is not a tokenizer$"):
+        read_tokenizer(content)
+
+
+def test_of_a_key_given_twice_what_was_checked_is_read() -> None:
+    assert instructions(twice(ABORTS)).tokenise("aa") == [2, 2, 1]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        tokenizer_json(UNIGRAM | {"unk_id": None}),
+        tokenizer_json(BPE | {"unk_token": "<unk>"}),
+        tokenizer_json(UNIGRAM, normalizer=precompiled(BAD_WHEN_USED)),
+        tokenizer_json(UNIGRAM, pre_tokenizer={"type": "FixedLength", "length": 0}),
+    ],
+    ids=["no unknown", "missing unknown", "panic", "other panic"],
+)
+def test_a_tokenizer_that_fails_on_an_instruction_is_a_typed_error(content: bytes) -> None:
+    with pytest.raises(TextError, match="tokenizer fails on the instruction"):
+        instructions(content).tokenise("a z é")
+
+
+class Stub:
+    """In a tokenizer's place."""
+
+    def __init__(self, raised: BaseException | None = None) -> None:
+        self.raised, self.seen = raised, ""
+        self.ids = [7] * 1000
+
+    def token_to_id(self, token: str) -> int:
+        return 1
+
+    def encode(self, text: str, add_special_tokens: bool) -> "Stub":
+        self.seen = text
+        if self.raised:
+            raise self.raised
+        return self
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt(), SystemExit()])
+def test_who_wants_to_end_the_program_can(raised: BaseException) -> None:
+    with pytest.raises(type(raised)):
+        Instructions(Stub(raised), 48).tokenise("red")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("prompt", ["\ud800", "add \udfff a hat"])
+@pytest.mark.parametrize("truncate", [False, True])
+def test_half_a_surrogate_pair_is_no_text(prompt: str, truncate: bool) -> None:
+    with pytest.raises(TextError, match="characters that are no text") as caught:
+        instructions(nano()).tokenise(prompt, truncate=truncate)
+    str(caught.value).encode()
+
+
+def test_what_is_far_too_long_is_not_tokenised() -> None:
+    stub, most = Stub(), 48 * CHARACTERS_PER_TOKEN
+    tokenise = Instructions(stub, 48).tokenise  # type: ignore[arg-type]
+    for prompt in ("a" * (most + 1), " " * 10**6):
+        with pytest.raises(TextError, match=rf"has {len(prompt)} characters, of at most {most} "):
+            tokenise(prompt)
+    assert stub.seen == ""
+    assert tokenise("b" * 10**6, truncate=True) == [7] * 47 + [1]
+    assert stub.seen == "b" * most
+    with pytest.raises(TextError, match="1001 tokens, end token included, of at most 48"):
+        tokenise("c" * most)
+
+
+def test_an_instruction_of_the_longest_words_is_not_too_long() -> None:
+    """In nano's tokenizer the longest piece is a word and the space before it."""
+    tokeniser = read_tokenizer(nano())
+    assert max(map(len, tokeniser.get_vocab())) < CHARACTERS_PER_TOKEN // 2
+    assert len(Instructions(tokeniser, 48).tokenise(" ".join(["background"] * 47))) == 48
