@@ -95,7 +95,7 @@ def test_without_weights_the_error_names_the_files() -> None:
         ),
         (
             ("build", "--size", "tiny-2b", "--res", "256", "--random-weights", "0", "--batch", "0"),
-            "batch of at least 1",
+            "batch of 1 to 1024",
         ),
         (("verify", "nowhere"), "nowhere"),
         (("inspect", "."), "not a bundle"),
