@@ -33,10 +33,17 @@ from varedit_export import build as build_module
 from varedit_export.cli import main
 from varedit_export.trace import StoredWeight, Tracer
 from varedit_runtime import engine_set
-from varedit_runtime.bundle import Bundle, weights_file
+from varedit_runtime.bundle import Bundle
 from varedit_runtime.engine_set import LAYOUTS, EngineSet, Layout, mismatch
 from varedit_runtime.errors import BackendError, BundleError, ConfigError, MissingExtraError
-from varedit_runtime.manifest import DIGEST, MANIFEST, ParityLine, Precision, canonical_json
+from varedit_runtime.manifest import (
+    DIGEST,
+    MANIFEST,
+    ParityLine,
+    Precision,
+    canonical_json,
+    weights_file,
+)
 from varedit_runtime.wiring import scale_profiles
 
 ADA = ("sm89",)

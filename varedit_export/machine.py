@@ -14,12 +14,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
 
-from varedit_runtime.bundle import Bundle, weights_file
+from varedit_runtime.bundle import Bundle
 from varedit_runtime.engine_set import EngineSet, EngineSets, Recipe
 from varedit_runtime.errors import BundleError, VareditError
 from varedit_runtime.gpu_memory import budget
 from varedit_runtime.locate import default_root, embedded
-from varedit_runtime.manifest import Precision
+from varedit_runtime.manifest import Precision, weights_file
 from varedit_runtime.tensorrt_module import MODULES
 
 EXPORT = ("torch", "transformers", "safetensors", "onnx", "onnxscript", "tqdm")

@@ -232,8 +232,8 @@ class SelfAttention(nn.Module):
         sights = context(_sequence_first(k_RHLD), _sequence_first(v))
         queries = q_RHLD.split([sight.queries for sight in sights], dim=2)
         attended = [
-            self.attend(q_RHLD, _heads_first(sight.keys), _heads_first(sight.values))
-            for q_RHLD, sight in zip(queries, sights, strict=True)
+            self.attend(own_RHLD, _heads_first(sight.keys), _heads_first(sight.values))
+            for own_RHLD, sight in zip(queries, sights, strict=True)
         ]
         return self.projection(_merge_heads(torch.cat(attended, dim=2)))
 

@@ -25,6 +25,7 @@ from varedit_runtime.manifest import (
     FileEntry,
     Manifest,
     decode_manifest,
+    weights_file,
 )
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
@@ -170,10 +171,6 @@ class Bundle:
 
         for name in names:
             self._folder.verify(name, advance)
-
-
-def weights_file(component: str) -> str:
-    return f"{WEIGHTS}/{component}.safetensors"
 
 
 def work_folder(target: Path) -> Path:

@@ -18,11 +18,12 @@ from typing import Annotated, Literal, get_args
 import msgspec
 from msgspec import Meta, Struct
 
-from varedit_runtime.bundle import Bundle, Folder, open_manifest, weights_file
+from varedit_runtime.bundle import Bundle, Folder, open_manifest
 from varedit_runtime.errors import BundleError
 from varedit_runtime.locate import cache_folder, data_folder
 from varedit_runtime.manifest import (
     ENGINES,
+    PRINTABLE,
     Bytes,
     Digest,
     FolderManifest,
@@ -30,6 +31,7 @@ from varedit_runtime.manifest import (
     Precision,
     Text,
     canonical_json,
+    weights_file,
 )
 from varedit_runtime.packing import unpack
 
@@ -40,7 +42,7 @@ LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 AMPERE = 80  # the compute capability that ampere-plus starts from
 
 # An architecture, and behind a space what else there is to say.
-Gpu = Annotated[str, Meta(pattern=r"\A\S", max_length=1000)]
+Gpu = Annotated[str, Meta(pattern=rf"\A(?=\S){PRINTABLE}\Z", max_length=1000)]
 
 
 class Recipe(Struct, frozen=True, forbid_unknown_fields=True):

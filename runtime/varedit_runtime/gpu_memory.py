@@ -9,11 +9,11 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from varedit_runtime.bundle import Bundle, weights_file
+from varedit_runtime.bundle import Bundle
 from varedit_runtime.device import ALIGNMENT
 from varedit_runtime.engine_set import Layout
 from varedit_runtime.errors import BackendError
-from varedit_runtime.manifest import Variant
+from varedit_runtime.manifest import Variant, weights_file
 from varedit_runtime.wiring import values_of, wire
 
 Key = TypeVar("Key", bound=Hashable)

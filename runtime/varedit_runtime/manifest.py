@@ -42,7 +42,8 @@ Tokens = Annotated[int, Meta(ge=1, le=4096)]  # of a text: the released models t
 Name = Annotated[str, Meta(pattern=rf"\A{_PLAIN}\Z", max_length=100)]
 Digest = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 # Nothing that a terminal would obey.
-Text = Annotated[str, Meta(pattern=r"\A[^\x00-\x1f\x7f-\x9f]*\Z", min_length=1, max_length=1000)]
+PRINTABLE = r"[^\x00-\x1f\x7f-\x9f]*"
+Text = Annotated[str, Meta(pattern=rf"\A{PRINTABLE}\Z", min_length=1, max_length=1000)]
 Bytes = Annotated[int, Meta(ge=0, lt=2**60)]
 Precision = Literal["fp32", "fp16", "bf16"]
 Grid = tuple[Side, Side]
@@ -52,6 +53,10 @@ _INSIDE = re.compile(rf"{_PLAIN}(?:/{_PLAIN})*")
 _COMPONENTS = ("tokenizer", "transformer")  # whose weights all bundles have
 _STAGES = {"image_encoder", "condition", "prefill", "scale", "image_decoder"}
 _OPTIONAL_STAGES = {"text_encoder", "references"}
+
+
+def weights_file(component: str) -> str:
+    return f"{WEIGHTS}/{component}.safetensors"
 
 
 def scale_name(scale: int) -> str:
@@ -219,7 +224,7 @@ class Manifest(FolderManifest, frozen=True):
     def __post_init__(self) -> None:
         super().__post_init__()
         for component in _COMPONENTS:
-            if (file := f"{WEIGHTS}/{component}.safetensors") not in self.files:
+            if (file := weights_file(component)) not in self.files:
                 raise ValueError(f"the {component}'s weights, {file}, are not in files")
         _refuse_repeated("variants", (variant.name for variant in self.variants))
         for variant in self.variants:

@@ -220,17 +220,17 @@ def _eight_bit(image: Image.Image) -> Image.Image:
         opaque = Image.fromarray(samples != image.info["transparency"])
         return Image.merge("LA", (grey, opaque.convert("L")))
     if image.mode in ("I", "F"):
-        samples = np.asarray(image)
+        samples = np.asarray(image).reshape(-1)
         darkest, brightest = float(samples.min()), float(samples.max())
         if not (math.isfinite(darkest) and math.isfinite(brightest)):
             raise PictureError("it has samples that are not finite")
         levels = np.empty(samples.shape, np.uint8)
         # In pieces, for all at once would take 20 bytes a pixel.
         for first in range(0, samples.size, _PIECE):
-            piece = samples.reshape(-1)[first : first + _PIECE].astype(np.float64)
+            piece = samples[first : first + _PIECE].astype(np.float64)
             scaled = (piece - darkest) / ((brightest - darkest) or 1) * 255
-            levels.reshape(-1)[first : first + _PIECE] = scaled.round()
-        return Image.fromarray(levels)
+            levels[first : first + _PIECE] = scaled.round()
+        return Image.fromarray(levels.reshape(image.height, image.width))
     return image
 
 

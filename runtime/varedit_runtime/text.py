@@ -1,5 +1,8 @@
 """Instructions to token ids, with a model's own tokenizer.json."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import msgspec
 from tokenizers import Tokenizer
 
@@ -60,15 +63,12 @@ class Instructions:
                 "the instruction holds characters that are no text, such as half of a surrogate "
                 "pair: give it as valid Unicode"
             ) from error
-        try:
+        failed = TextError(
+            "the model's tokenizer fails on the instruction: word it otherwise, or build the "
+            "bundle again"
+        )
+        with _any_failure_as(failed):
             return self._tokenizer.encode(prompt, add_special_tokens=False).ids
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # bare Exceptions, and panics, which are not even those
-            raise TextError(
-                "the model's tokenizer fails on the instruction: word it otherwise, or build the "
-                "bundle again"
-            ) from error
 
 
 def read_tokenizer(tokenizer_json: bytes) -> Tokenizer:
@@ -76,16 +76,23 @@ def read_tokenizer(tokenizer_json: bytes) -> Tokenizer:
 
     Raises ValueError, whose text says what the file is or lacks, unless it is a T5 tokenizer.
     """
-    try:
+    with _any_failure_as(ValueError("is not a tokenizer")):
         tokenizer = Tokenizer.from_str(_checked(tokenizer_json))
         tokenizer.no_truncation()
         tokenizer.no_padding()
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # bare Exceptions, and panics, which are not even those
-        raise ValueError("is not a tokenizer") from error
     _end_token(tokenizer)
     return tokenizer
+
+
+@contextmanager
+def _any_failure_as(failed: Exception) -> Iterator[None]:
+    """Tokenizers raises bare Exceptions, and panics, which are not even those."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise failed from error
 
 
 def _checked(tokenizer_json: bytes) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from varedit_reference.nano.scenes import draw_edit, draw_picture
+from varedit_reference.nano.scenes import draw_edit, draw_kind, draw_picture
 
 EVALUATION_SEEDS = range(0, 1_000_000)
 VALIDATION_SEEDS = range(1_000_000, 2_000_000)
@@ -78,8 +78,7 @@ class EditBatches(Dataset[EditBatch]):
 
 def training_kind(seed: int) -> str:
     """The kind of edit that training draws from a seed."""
-    rng = np.random.default_rng([seed, 3])
-    return str(rng.choice(list(TRAINING_SHARES), p=list(TRAINING_SHARES.values())))
+    return draw_kind(np.random.default_rng([seed, 3]), TRAINING_SHARES)
 
 
 def step_seeds(step: int, batch: int, first_seed: int = FIRST_TRAINING_SEED) -> range:

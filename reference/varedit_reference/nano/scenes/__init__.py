@@ -9,6 +9,7 @@ from varedit_reference.nano.scenes.samples import (
     EditSample,
     draw_alternatives,
     draw_edit,
+    draw_kind,
     draw_picture,
     vocabulary_text,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "EditSample",
     "draw_alternatives",
     "draw_edit",
+    "draw_kind",
     "draw_picture",
     "vocabulary_text",
 ]

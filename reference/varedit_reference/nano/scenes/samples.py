@@ -1,6 +1,6 @@
 """Edits as pictures: what training and evaluation draw."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
@@ -94,9 +94,14 @@ def vocabulary_text(count: int = 20000) -> Iterator[str]:
         yield sentence(rng, pick(rng, edit.clauses))
 
 
+def draw_kind(rng: Rng, shares: Mapping[str, float]) -> str:
+    """A kind of edit; shares: how often each is drawn, all together 1."""
+    return str(rng.choice(list(shares), p=list(shares.values())))
+
+
 def plan_edit(rng: Rng, kind: str | None = None) -> tuple[Scene, Edit]:
     """A random scene and an edit of it, of one kind or of any."""
-    kind = kind or KINDS[int(rng.choice(len(KINDS), p=list(SHARES.values())))]
+    kind = kind or draw_kind(rng, SHARES)
     while True:
         scene = random_scene(rng)
         for _ in range(4):
