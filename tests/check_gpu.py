@@ -134,10 +134,10 @@ def one(
     bundle: Path, backend: str, provider: str | None, engines: Path | None, repeat: int
 ) -> None:
     """Verify and time one way to run a bundle; lines of JSON, each with all found by then."""
-    from varedit_export.verify_engines import compare_backend
+    from varedit_export.parity.verify_engines import compare_backend
+    from varedit_runtime.backends.engines.engine_set import EngineSet
     from varedit_runtime.bench import INSTRUCTION, synthetic_picture
     from varedit_runtime.editor import Editor
-    from varedit_runtime.engine_set import EngineSet
 
     found: dict[str, Any] = {}
 
@@ -215,7 +215,7 @@ def compute_in_fp16(transformer: Any) -> None:
     """The products; with weights cast once, which the reference does at every product."""
     import torch
 
-    from varedit_reference.nano.train_transformer import set_compute_dtype
+    from varedit_nano.train_transformer import set_compute_dtype
     from varedit_reference.transformer import Linear
 
     set_compute_dtype(transformer, torch.float16)

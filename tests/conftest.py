@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from varedit_export import trace
-from varedit_export.stages import Stage
+from varedit_export.graphs import trace
+from varedit_export.graphs.stages import Stage
 
 RECORDINGS = Path(__file__).parent / "golden"
 

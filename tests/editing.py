@@ -15,14 +15,14 @@ from torch import Tensor
 from transformers import T5Config, T5EncoderModel
 
 from varedit_export.build import Plan
+from varedit_export.parity.verify import Reference
 from varedit_export.sources import random_sources
-from varedit_export.verify import Reference
 from varedit_reference.agreement import compare_until_tie
 from varedit_reference.config import ModelConfig
 from varedit_reference.pipeline import VAREdit
 from varedit_reference.scale_loop import PredictedScale
 from varedit_reference.text_encoder import TextEncoder
-from varedit_runtime.backend import Sampling, ScaleOutput
+from varedit_runtime.backends.base import Sampling, ScaleOutput
 from varedit_runtime.bundle import digest_line
 from varedit_runtime.editor import Editor
 from varedit_runtime.manifest import DIGEST, MANIFEST, Manifest, canonical_json, decode_manifest

@@ -20,8 +20,8 @@ import tensorrt_rtx
 from simulated_gpu import SimulatedEngine, SimulatedGpu
 from uncompiled import VERSION
 
-from varedit_runtime.device import Launch, address_of
-from varedit_runtime.tensorrt_module import MODULES, EngineKind
+from varedit_runtime.backends.engines.device import Launch, address_of
+from varedit_runtime.backends.engines.tensorrt_module import MODULES, EngineKind
 
 RTX: Any = tensorrt_rtx
 driver: Any = cuda.bindings.driver

@@ -34,11 +34,11 @@ def main() -> None:
 
 
 def compile_one(bundle: Path, stage: str, architecture: str) -> dict[str, float]:
+    from varedit_engines.builder import Compiler
     from varedit_engines.compile import Job
-    from varedit_engines.compiler import Compiler
     from varedit_engines.network import external_inputs
+    from varedit_runtime.backends.engines.packing import pack_into
     from varedit_runtime.bundle import Bundle
-    from varedit_runtime.packing import pack_into
 
     compiler = Compiler("tensorrt-rtx", architectures=[architecture])
     job = Job(Bundle.open(bundle), "external", compiler)

@@ -71,7 +71,7 @@ def compare(path: Path, calls: dict[str, list[Any]], count: int) -> list[dict[st
     """The reference's first scales, teacher-forced, against the runtime's."""
     import torch
 
-    from varedit_export.verify import reference_of
+    from varedit_export.parity.verify import reference_of
     from varedit_reference.agreement import TIE, tie_margin
     from varedit_reference.scale_loop import forced, predict_scales
     from varedit_runtime.bundle import Bundle

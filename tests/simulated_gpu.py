@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from varedit_runtime.device import ALIGNMENT, Launch, address_of
+from varedit_runtime.backends.engines.device import ALIGNMENT, Launch, address_of
 from varedit_runtime.errors import BackendError
 
 GARBAGE = 0xFF  # NaN in every floating-point type

@@ -10,16 +10,16 @@ from bundles import bundle_config, random_weights, request
 from varedit_export.build import Graph, Plan
 from varedit_export.components import Component
 from varedit_export.errors import ExportError
-from varedit_export.graph_model import GraphTransformer
-from varedit_export.graph_text import GraphTextEncoder
-from varedit_export.stages import (
+from varedit_export.graphs.model import GraphTransformer
+from varedit_export.graphs.stages import (
     ConditionStage,
     ScaleStage,
     Stage,
     SymbolicScaleStage,
     TextEncoderStage,
 )
-from varedit_export.trace import StoredWeight, Tracer
+from varedit_export.graphs.text import GraphTextEncoder
+from varedit_export.graphs.trace import StoredWeight, Tracer
 
 DEPTH = 6
 

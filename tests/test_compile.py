@@ -24,17 +24,18 @@ from fake_bundles import rewrite_manifest
 
 from varedit_engines import compile as compile_module
 from varedit_engines import engine_cache
+from varedit_engines.builder import Compiler
 from varedit_engines.compile import Job, compile_engines, stages_of
-from varedit_engines.compiler import Compiler
 from varedit_engines.engine_cache import EngineCache
 from varedit_engines.network import external_inputs
 from varedit_engines.publish import Staging
 from varedit_export import build as build_module
 from varedit_export.cli import main
-from varedit_export.trace import StoredWeight, Tracer
-from varedit_runtime import engine_set
+from varedit_export.graphs.trace import StoredWeight, Tracer
+from varedit_runtime.backends.engines import engine_set
+from varedit_runtime.backends.engines.engine_set import LAYOUTS, EngineSet, Layout, mismatch
+from varedit_runtime.backends.wiring import scale_profiles
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.engine_set import LAYOUTS, EngineSet, Layout, mismatch
 from varedit_runtime.errors import BackendError, BundleError, ConfigError, MissingExtraError
 from varedit_runtime.manifest import (
     DIGEST,
@@ -44,7 +45,6 @@ from varedit_runtime.manifest import (
     canonical_json,
     weights_file,
 )
-from varedit_runtime.wiring import scale_profiles
 
 ADA = ("sm89",)
 EXTERNAL_BYTES, PROFILE_BYTES = 8 * 10**6, 3 * 10**6

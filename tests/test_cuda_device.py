@@ -31,15 +31,16 @@ from simulated_gpu import SimulatedGpu
 from uncompiled import compiled, keep_engines_in, near
 
 from varedit_export.cli import main as varedit_export
-from varedit_runtime import cuda_device, engine_set
+from varedit_runtime.backends.engines import cuda as cuda_device
+from varedit_runtime.backends.engines import engine_set
+from varedit_runtime.backends.engines.cuda import CudaDevice
+from varedit_runtime.backends.engines.device import Launch, address_of
+from varedit_runtime.backends.engines.engine_set import LAYOUTS, EngineSet, EngineSets, Layout
+from varedit_runtime.backends.engines.tensorrt_module import ENGINE_KINDS, EngineKind
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.cli import main as varedit_run
-from varedit_runtime.cuda_device import CudaDevice
-from varedit_runtime.device import Launch, address_of
 from varedit_runtime.editor import Editor
-from varedit_runtime.engine_set import LAYOUTS, EngineSet, EngineSets, Layout
 from varedit_runtime.errors import BackendError, BundleError
-from varedit_runtime.tensorrt_module import ENGINE_KINDS, EngineKind
 
 CORE: Any = cuda.core
 SIZE = 512

@@ -8,7 +8,7 @@ import pytest
 from bundles import small_bundle
 from commands_page import COMMANDS, PAGE, helps, refreshed
 
-from varedit_export import teacher_forcing
+from varedit_export.parity import teacher_forcing
 from varedit_reference import golden
 from varedit_runtime.bundle import Bundle
 

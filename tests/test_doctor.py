@@ -30,11 +30,12 @@ from varedit_export.machine import (
     nvidia,
     survey,
 )
-from varedit_runtime import engine_set, onnx_backend
+from varedit_runtime.backends import onnxruntime as onnx_backend
+from varedit_runtime.backends.engines import engine_set
+from varedit_runtime.backends.engines.engine_set import Recipe
+from varedit_runtime.backends.engines.memory import Budget
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.engine_set import Recipe
 from varedit_runtime.errors import BackendError, BundleError
-from varedit_runtime.gpu_memory import Budget
 
 ADA = Gpu("NVIDIA RTX 4090", "sm89", 24 * 10**9, 20 * 10**9)
 HOPPER = Gpu("NVIDIA H200", "sm90", None, None)

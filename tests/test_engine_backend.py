@@ -14,19 +14,25 @@ from simulated_gpu import SimulatedGpu
 from uncompiled import Uncompiled, compiled, keep_engines_in, near
 
 from varedit_engines.compile import Job
-from varedit_export.teacher_forcing import ParityError
-from varedit_export.verify import gate
-from varedit_export.verify_engines import compare_backend
-from varedit_runtime.backend import Prompts, Sampling, ScaleOutput, WholeEdit
+from varedit_export.parity.teacher_forcing import ParityError
+from varedit_export.parity.verify import gate
+from varedit_export.parity.verify_engines import compare_backend
+from varedit_runtime.backends.base import Prompts, Sampling, ScaleOutput, WholeEdit
+from varedit_runtime.backends.engines.backend import EngineBackend
+from varedit_runtime.backends.engines.engine_set import (
+    LAYOUTS,
+    EngineSet,
+    EngineSets,
+    Layout,
+    mismatch,
+)
+from varedit_runtime.backends.engines.memory import budget, lay_out
+from varedit_runtime.backends.wiring import sized
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.editor import Editor, Progress, _read_instructions
-from varedit_runtime.engine_backend import EngineBackend
-from varedit_runtime.engine_set import LAYOUTS, EngineSet, EngineSets, Layout, mismatch
 from varedit_runtime.errors import BackendError, BundleError
-from varedit_runtime.gpu_memory import budget, lay_out
 from varedit_runtime.locate import embedded
 from varedit_runtime.manifest import MANIFEST
-from varedit_runtime.wiring import sized
 
 
 @pytest.fixture(autouse=True)

@@ -23,12 +23,12 @@ from killing import FORKS, killed_at
 from varedit_engines import engine_cache
 from varedit_engines.engine_cache import EngineCache
 from varedit_engines.publish import Staging
-from varedit_runtime import engine_set
+from varedit_runtime.backends.engines import engine_set
+from varedit_runtime.backends.engines.engine_set import EngineSet, EngineSetManifest, Plan, Recipe
+from varedit_runtime.backends.engines.packing import PIECE, pack_into, unpack, unpacked_size
 from varedit_runtime.bundle import Bundle, Folder, set_aside, work_folder
-from varedit_runtime.engine_set import EngineSet, EngineSetManifest, Plan, Recipe
 from varedit_runtime.errors import BundleError
 from varedit_runtime.manifest import DIGEST, MANIFEST
-from varedit_runtime.packing import PIECE, pack_into, unpack, unpacked_size
 
 STAGES: tuple[str, ...] = ("condition", "scale_00", "scale_01")
 OF_A_MACHINE = {

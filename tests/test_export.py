@@ -15,8 +15,8 @@ from bundles import bundle_config, half_bundle, quiet, random_weights, request, 
 from varedit_engines.publish import Staging
 from varedit_export import build as build_module
 from varedit_export.build import Plan, build
+from varedit_export.parity.verify import ParityError, compare, gate, reference_of
 from varedit_export.sources import RandomTextEncoder, Sources, random_sources
-from varedit_export.verify import ParityError, compare, gate, reference_of
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.editor import Editor
 from varedit_runtime.errors import BackendError, ConfigError

@@ -19,11 +19,11 @@ from varedit_export.fp16_range import (
     measure_model,
     measure_text_encoder,
 )
-from varedit_export.graph_model import GraphTransformer
-from varedit_export.graph_text import GraphTextEncoder, TextEncoderConfig
-from varedit_reference.nano.data import EVALUATION_SEEDS
-from varedit_reference.nano.model import load_nano
-from varedit_reference.nano.scenes import draw_edit
+from varedit_export.graphs.model import GraphTransformer
+from varedit_export.graphs.text import GraphTextEncoder, TextEncoderConfig
+from varedit_nano.data import EVALUATION_SEEDS
+from varedit_nano.model import load_nano
+from varedit_nano.scenes import draw_edit
 from varedit_reference.text_encoder import TextEncoder
 
 INSTRUCTIONS = ["make the sky red", "add a hat", "remove the dog"]

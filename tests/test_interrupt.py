@@ -12,8 +12,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from varedit_runtime.interrupt import stopped_by_interrupt
-from varedit_runtime.onnx_backend import Buffer, Session
+from varedit_runtime.backends.interrupt import stopped_by_interrupt
+from varedit_runtime.backends.onnxruntime import Buffer, Session
 
 SIZE, NODES = 512, 20000  # a minute or more of matrix products
 

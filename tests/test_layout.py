@@ -5,10 +5,10 @@ import torch.nn.functional as F
 from small import random_var, small_config
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from varedit_export.graph_text import TextEncoderConfig, relative_buckets
-from varedit_export.layout import make_weight, restore_transformer, transformer_layout
-from varedit_export.stages import area_matrix
-from varedit_runtime.resizing import bilinear_matrix
+from varedit_export.graphs.layout import make_weight, restore_transformer, transformer_layout
+from varedit_export.graphs.stages import area_matrix
+from varedit_export.graphs.text import TextEncoderConfig, relative_buckets
+from varedit_runtime.geometry import bilinear_matrix
 
 
 def test_the_layout_uses_every_parameter_once_and_is_undone() -> None:

@@ -13,10 +13,10 @@ from PIL import Image
 from varedit_export import build as build_module
 from varedit_export import cli, sources
 from varedit_export.build import Plan
-from varedit_reference.nano.data import EVALUATION_SEEDS
-from varedit_reference.nano.model import NANO, WEIGHTS, load_nano
-from varedit_reference.nano.scenes import KINDS, draw_edit
-from varedit_reference.nano.scenes.samples import plan_edit
+from varedit_nano.data import EVALUATION_SEEDS
+from varedit_nano.model import NANO, WEIGHTS, load_nano
+from varedit_nano.scenes import KINDS, draw_edit
+from varedit_nano.scenes.samples import plan_edit
 from varedit_runtime import locate
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.cli import main as run_main

@@ -8,10 +8,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from varedit_reference.config import ModelConfig, TokenizerConfig, TransformerConfig
-from varedit_reference.initialise import initialise
-from varedit_reference.nano import evaluate
-from varedit_reference.nano.evaluate import (
+from varedit_nano import evaluate
+from varedit_nano.evaluate import (
     ALTERNATIVES,
     Question,
     Sampling,
@@ -24,10 +22,12 @@ from varedit_reference.nano.evaluate import (
     score,
     table,
 )
-from varedit_reference.nano.scenes import KINDS, EditSample
-from varedit_reference.nano.sheets import GAP
-from varedit_reference.nano.text import build_vocabulary, new_text_encoder
-from varedit_reference.nano.train_transformer import new_transformer
+from varedit_nano.scenes import KINDS, EditSample
+from varedit_nano.sheets import GAP
+from varedit_nano.text import build_vocabulary, new_text_encoder
+from varedit_nano.train_transformer import new_transformer
+from varedit_reference.config import ModelConfig, TokenizerConfig, TransformerConfig
+from varedit_reference.initialise import initialise
 from varedit_reference.pipeline import VAREdit
 from varedit_reference.text_encoder import TextEncoder
 from varedit_reference.tokenizer import Tokenizer

@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from varedit_reference.nano.data import EVALUATION_SEEDS
-from varedit_reference.nano.model import load_nano
-from varedit_reference.nano.scenes import draw_edit
+from varedit_nano.data import EVALUATION_SEEDS
+from varedit_nano.model import load_nano
+from varedit_nano.scenes import draw_edit
 from varedit_reference.pipeline import VAREdit
 from varedit_reference.scale_loop import PredictedScale, forced, predict_scales, seeded
 from varedit_reference.transformer import VAR

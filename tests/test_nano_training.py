@@ -13,11 +13,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from varedit_reference.config import ModelConfig, TokenizerConfig, TransformerConfig
-from varedit_reference.initialise import initialise
-from varedit_reference.nano.attention import eager_attention
-from varedit_reference.nano.checkpointing import RunFolder, TrainingState, write_weights
-from varedit_reference.nano.data import (
+from varedit_nano.attention import eager_attention
+from varedit_nano.checkpointing import RunFolder, TrainingState, write_weights
+from varedit_nano.data import (
     EVALUATION_SEEDS,
     TRAINING_SHARES,
     VALIDATION_SEEDS,
@@ -28,17 +26,17 @@ from varedit_reference.nano.data import (
     step_seeds,
     training_kind,
 )
-from varedit_reference.nano.export_weights import LARGEST_BYTES, export_weights
-from varedit_reference.nano.model import NANO, TOKENIZER_FILE, load_nano
-from varedit_reference.nano.optimisers import optimisers
-from varedit_reference.nano.scenes import KINDS
-from varedit_reference.nano.teacher import bit_losses, flip, lesson, scale_weights
-from varedit_reference.nano.text import build_vocabulary, new_text_encoder
-from varedit_reference.nano.train_tokenizer import RECIPE as TOKENIZER_RECIPE
-from varedit_reference.nano.train_tokenizer import TokenizerTask, new_tokenizer
-from varedit_reference.nano.train_transformer import RECIPE as TRANSFORMER_RECIPE
-from varedit_reference.nano.train_transformer import Editor, TransformerTask, new_transformer
-from varedit_reference.nano.training import (
+from varedit_nano.export_weights import LARGEST_BYTES, export_weights
+from varedit_nano.model import NANO, TOKENIZER_FILE, load_nano
+from varedit_nano.optimisers import optimisers
+from varedit_nano.scenes import KINDS
+from varedit_nano.teacher import bit_losses, flip, lesson, scale_weights
+from varedit_nano.text import build_vocabulary, new_text_encoder
+from varedit_nano.train_tokenizer import RECIPE as TOKENIZER_RECIPE
+from varedit_nano.train_tokenizer import TokenizerTask, new_tokenizer
+from varedit_nano.train_transformer import RECIPE as TRANSFORMER_RECIPE
+from varedit_nano.train_transformer import Editor, TransformerTask, new_transformer
+from varedit_nano.training import (
     Machine,
     Recipe,
     check_gradients,
@@ -47,6 +45,8 @@ from varedit_reference.nano.training import (
     run_training,
     train,
 )
+from varedit_reference.config import ModelConfig, TokenizerConfig, TransformerConfig
+from varedit_reference.initialise import initialise
 from varedit_reference.quantisation import quantise, to_tokens
 from varedit_reference.text_encoder import TextEncoder
 from varedit_reference.tokenizer import Tokenizer

@@ -20,8 +20,9 @@ from varedit_reference.agreement import compare_scale
 from varedit_reference.config import ModelConfig
 from varedit_reference.pipeline import VAREdit
 from varedit_reference.scale_loop import PredictedScale, forced, predict_scales, seeded
-from varedit_runtime import onnx_backend
-from varedit_runtime.backend import Sampling
+from varedit_runtime.backends import onnxruntime as onnx_backend
+from varedit_runtime.backends.base import Sampling
+from varedit_runtime.backends.onnxruntime import Buffer, OnnxBackend
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.editor import Editor
 from varedit_runtime.errors import BackendError, BundleError
@@ -35,7 +36,6 @@ from varedit_runtime.manifest import (
     decode_manifest,
 )
 from varedit_runtime.noise import uniform_noise
-from varedit_runtime.onnx_backend import Buffer, OnnxBackend
 
 GUIDANCE, TEMPERATURE = 3.0, 0.7
 LENGTHS = (9, 4)

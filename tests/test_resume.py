@@ -21,7 +21,7 @@ from pathlib import Path
 import bundles
 from varedit_export.build import Plan, build
 from varedit_export.sources import random_sources
-from varedit_export import verify
+from varedit_export.parity import verify
 import varedit_reference.weights_file as weights_file
 import onnx_ir, onnxscript, torch.onnx, torch.export
 from dataclasses import replace

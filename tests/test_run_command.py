@@ -24,11 +24,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from varedit_reference.scale_loop import predict_scales, seeded
 from varedit_runtime import bench
+from varedit_runtime.backends.onnxruntime import Buffer, Session
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.cli import main
 from varedit_runtime.editor import Editor
 from varedit_runtime.errors import ConfigError
-from varedit_runtime.onnx_backend import Buffer, Session
 
 COMMAND = Path(sys.executable).with_name("varedit-run")
 SCALES = len(bundle_config().transformer.grids)

@@ -8,31 +8,31 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from varedit_reference.nano.scenes import (
+from varedit_nano.scenes import (
     KINDS,
     draw_alternatives,
     draw_edit,
     draw_picture,
     vocabulary_text,
 )
-from varedit_reference.nano.scenes import wording as wordings
-from varedit_reference.nano.scenes.backgrounds import BACKGROUNDS
-from varedit_reference.nano.scenes.compose import (
+from varedit_nano.scenes import wording as wordings
+from varedit_nano.scenes.backgrounds import BACKGROUNDS
+from varedit_nano.scenes.compose import (
     plain_background,
     plain_figure,
     plain_item,
     plain_wearable,
     random_scene,
 )
-from varedit_reference.nano.scenes.edits import EDITORS
-from varedit_reference.nano.scenes.figures import FIGURES
-from varedit_reference.nano.scenes.objects import OBJECTS
-from varedit_reference.nano.scenes.palette import COLOURS
-from varedit_reference.nano.scenes.render import changed_bounds, draw_pair, draw_scene
-from varedit_reference.nano.scenes.samples import SMALLEST_CHANGE, plan_edit
-from varedit_reference.nano.scenes.scene import Look, Scene
-from varedit_reference.nano.scenes.styles import STYLES
-from varedit_reference.nano.scenes.wearables import WEARABLES
+from varedit_nano.scenes.edits import EDITORS
+from varedit_nano.scenes.figures import FIGURES
+from varedit_nano.scenes.objects import OBJECTS
+from varedit_nano.scenes.palette import COLOURS
+from varedit_nano.scenes.render import changed_bounds, draw_pair, draw_scene
+from varedit_nano.scenes.samples import SMALLEST_CHANGE, plan_edit
+from varedit_nano.scenes.scene import Look, Scene
+from varedit_nano.scenes.styles import STYLES
+from varedit_nano.scenes.wearables import WEARABLES
 from varedit_runtime.errors import ConfigError
 
 LOOK = Look(outline=0.014, light=0.5, shade=0.8)

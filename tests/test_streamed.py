@@ -11,13 +11,13 @@ import onnx
 import pytest
 from bundles import bundle_config, quiet, request
 
-from varedit_export import verify
 from varedit_export.build import Plan, build
-from varedit_export.cut import WeightFiles
+from varedit_export.parity import verify
+from varedit_export.parity.cut import WeightFiles
+from varedit_export.parity.streamed import compare_streamed
+from varedit_export.parity.teacher_forcing import ParityError
+from varedit_export.parity.verify import gate
 from varedit_export.sources import Sources, random_sources
-from varedit_export.streamed import compare_streamed
-from varedit_export.teacher_forcing import ParityError
-from varedit_export.verify import gate
 from varedit_reference.config import ModelConfig
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.manifest import FileEntry, ParityLine

@@ -11,16 +11,16 @@ from click.testing import CliRunner
 from fake_bundles import publish
 from fake_tensorrt import RTX, BuilderConfig, TimingCache
 
+from varedit_engines import builder as compiler_module
 from varedit_engines import compile as compile_module
-from varedit_engines import compiler as compiler_module
 from varedit_engines import timing_cache
+from varedit_engines.builder import HARDWARE, Compiler, Flags
 from varedit_engines.compile import Job
-from varedit_engines.compiler import HARDWARE, Compiler, Flags
 from varedit_engines.timing_cache import kept_timings, timings_file
 from varedit_export.cli import main
+from varedit_runtime.backends.engines.tensorrt_module import EngineKind
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import BackendError, ConfigError
-from varedit_runtime.tensorrt_module import EngineKind
 
 
 @pytest.fixture(autouse=True)

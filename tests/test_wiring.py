@@ -6,11 +6,11 @@ import msgspec
 import pytest
 from editing import small_bundle
 
+from varedit_runtime.backends.wiring import KINDS, View, constants, sized, values_of, wire
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import BundleError
 from varedit_runtime.locate import embedded
 from varedit_runtime.manifest import GraphSpec, Model, TensorSpec, Variant
-from varedit_runtime.wiring import KINDS, View, constants, sized, values_of, wire
 
 _CHOSEN = ("noise", "forced_bits", "forced_mask")
 

@@ -10,9 +10,9 @@ from PIL import Image
 
 from varedit_engines import engine_cache
 from varedit_engines.compile import Job, compile_engines
-from varedit_runtime import engine_set
+from varedit_runtime.backends.engines import engine_set
+from varedit_runtime.backends.engines.engine_set import EngineSet, Layout
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.engine_set import EngineSet, Layout
 
 GPU = "sm90"
 VERSION = "1.7"

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from varedit_export.verify import reference_of, t5_encoder
+from varedit_export.parity.verify import reference_of, t5_encoder
 from varedit_reference.kv_cache import KVCache
 from varedit_reference.pipeline import VAREdit
 from varedit_reference.scale_loop import predict_scales, seeded

@@ -10,7 +10,6 @@ import onnx_ir as ir
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from varedit_engines.publish import Staging
-from varedit_export.blocks import TRACED_BLOCKS
 from varedit_export.components import (
     Component,
     positions_component,
@@ -19,10 +18,9 @@ from varedit_export.components import (
     transformer_component,
 )
 from varedit_export.estimate import Needs, check_memory, needs, present
-from varedit_export.graph_model import GraphTransformer
-from varedit_export.graph_text import GraphTextEncoder, TextEncoderConfig
-from varedit_export.sources import Sources
-from varedit_export.stages import (
+from varedit_export.graphs.blocks import TRACED_BLOCKS
+from varedit_export.graphs.model import GraphTransformer
+from varedit_export.graphs.stages import (
     DTYPES,
     ConditionStage,
     ImageDecoderStage,
@@ -39,8 +37,10 @@ from varedit_export.stages import (
     TextEncoderStage,
     scale,
 )
-from varedit_export.trace import StoredWeight, Tracer, fake_tensors
-from varedit_export.verify import is_large, verify_folder
+from varedit_export.graphs.text import GraphTextEncoder, TextEncoderConfig
+from varedit_export.graphs.trace import StoredWeight, Tracer, fake_tensors
+from varedit_export.parity.verify import is_large, verify_folder
+from varedit_export.sources import Sources
 from varedit_reference.config import ModelConfig
 from varedit_reference.tokenizer import Tokenizer
 from varedit_reference.weights_file import check_room

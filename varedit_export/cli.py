@@ -19,7 +19,7 @@ from varedit_runtime.locate import default_root, remember
 from varedit_runtime.manifest import ParityLine
 
 if TYPE_CHECKING:
-    from varedit_engines.compiler import Compiler
+    from varedit_engines.builder import Compiler
     from varedit_export.build import Progress
     from varedit_export.sources import Sources
     from varedit_reference.config import ModelConfig
@@ -177,7 +177,7 @@ def _compiler(
 ) -> "Compiler | None":
     """What compiles for a backend; None for onnxruntime, which takes no options of engines."""
     if backend in _ENGINES:
-        from varedit_engines.compiler import Compiler
+        from varedit_engines.builder import Compiler
 
         return Compiler(backend, architectures)
     given = [
@@ -237,7 +237,7 @@ def engines(
     varedit-export engines bundles/2b-512 --backend tensorrt-rtx --architecture sm89
     varedit-export engines bundles/2b-512 --hardware-compatible ampere-plus
     """
-    from varedit_engines.compiler import Compiler, Flags
+    from varedit_engines.builder import Compiler, Flags
 
     bytes_ = None if workspace is None else workspace * 10**6
     compiler = Compiler(backend, architectures, Flags(workspace=bytes_, **flags))
@@ -305,7 +305,7 @@ def verify(
     if backend not in _ENGINES and (variant or engines_digest or trust_engines):
         raise ConfigError(f"{backend} has no engines to be chosen or trusted: name their backend")
     with needs_extra("export"):
-        from varedit_export.verify import compare_bundle, compare_recording, gate
+        from varedit_export.parity.verify import compare_bundle, compare_recording, gate
         from varedit_reference.golden import open_recording
 
     from varedit_runtime.bench import check_report, write_report
@@ -314,7 +314,7 @@ def verify(
         check_report(report)
     opened, engines = Bundle.open(bundle), ()
     if backend in _ENGINES:  # what they miss is said before all is compared
-        from varedit_export.verify_engines import compare_engines
+        from varedit_export.parity.verify_engines import compare_engines
 
         engines = compare_engines(opened, backend, variant, engines_digest, trust_engines)
     opened.verify_weights()
@@ -337,7 +337,7 @@ def inspect(bundle: Path) -> None:
     \b
     varedit-export inspect bundles/2b-512
     """
-    from varedit_runtime.gpu_memory import budget
+    from varedit_runtime.backends.engines.memory import budget
 
     opened = Bundle.open(bundle)
     manifest, model = opened.manifest, opened.manifest.model
@@ -443,9 +443,9 @@ def convert(
 
 def _configs(options: dict[str, Any]) -> list[tuple["ModelConfig", int]]:
     """The model at every resolution asked for, and which those are."""
+    from varedit_nano.model import NANO
     from varedit_reference.config import PRESETS, preset
     from varedit_reference.golden import RESOLUTIONS, model_config
-    from varedit_reference.nano.model import NANO
 
     size, resolutions, aspect = options["size"], options["resolutions"], options["aspect"]
     if options["config"] is not None:
@@ -478,7 +478,7 @@ def _nano_resolution(nano: "ModelConfig", resolutions: Sequence[int], aspect: st
 
 
 def _text_tokens(config: "ModelConfig", given: int | None) -> int:
-    from varedit_reference.nano.model import NANO
+    from varedit_nano.model import NANO
 
     default = NANO_TEXT_TOKENS if config == NANO else TEXT_TOKENS
     return default if given is None else given
@@ -491,7 +491,7 @@ def _sources(config: "ModelConfig", options: dict[str, Any]) -> "Sources":
         nano_sources,
         random_sources,
     )
-    from varedit_reference.nano.model import NANO
+    from varedit_nano.model import NANO
 
     checkpoint, tokenizer = options["checkpoint"], options["tokenizer"]
     text_encoder = options["text_encoder"]

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from varedit_export.graph_model import GraphTransformer
-from varedit_export.graph_text import GraphTextEncoder, TextEncoderConfig, text_encoder_layout
-from varedit_export.layout import Weight, make_weight, transformer_layout
-from varedit_export.stages import PositionTable
-from varedit_export.trace import StoredWeight
+from varedit_export.graphs.layout import Weight, make_weight, transformer_layout
+from varedit_export.graphs.model import GraphTransformer
+from varedit_export.graphs.stages import PositionTable
+from varedit_export.graphs.text import GraphTextEncoder, TextEncoderConfig, text_encoder_layout
+from varedit_export.graphs.trace import StoredWeight
 from varedit_reference.config import TransformerConfig
 from varedit_reference.rotary import full_rotation
 from varedit_reference.tokenizer import Tokenizer

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from varedit_export.machine import EXPORT, BundleFacts, Engines, Gpu, Machine
-from varedit_runtime.engine_set import mismatch
-from varedit_runtime.tensorrt_module import MODULES, RTX, EngineKind
+from varedit_runtime.backends.engines.engine_set import mismatch
+from varedit_runtime.backends.engines.tensorrt_module import MODULES, RTX, EngineKind
 
 PEAK = 1.3  # of the weights: they, packed copies, caches and activations
 

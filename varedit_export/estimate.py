@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from varedit_export.errors import ExportError
+from varedit_export.graphs.stages import Shapes
 from varedit_export.machine import available_memory
-from varedit_export.stages import Shapes
 
 if TYPE_CHECKING:
     from varedit_export.build import Plan

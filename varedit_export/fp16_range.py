@@ -25,13 +25,13 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from varedit_reference.nano.model import load_nano
+from varedit_nano.model import load_nano
 from varedit_reference.pipeline import VAREdit
 from varedit_reference.text_encoder import TextEncoder
 from varedit_runtime.errors import VareditError, needs_extra
 
 if TYPE_CHECKING:
-    from varedit_reference.nano.scenes import EditSample
+    from varedit_nano.scenes import EditSample
 
 LARGEST = 65504.0  # of fp16's numbers
 MARGIN = 4
@@ -176,8 +176,8 @@ def _text_encoder(folder: Path) -> list[Product]:
 def _edits(count: int, size: int) -> "list[EditSample]":
     """Edits of scenes that nano was not trained on."""
     with needs_extra("train"):
-        from varedit_reference.nano.data import EVALUATION_SEEDS
-        from varedit_reference.nano.scenes import draw_edit
+        from varedit_nano.data import EVALUATION_SEEDS
+        from varedit_nano.scenes import draw_edit
     return [draw_edit(seed, size) for seed in EVALUATION_SEEDS[:count]]
 
 

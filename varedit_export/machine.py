@@ -14,13 +14,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
 
+from varedit_runtime.backends.engines.engine_set import EngineSet, EngineSets, Recipe
+from varedit_runtime.backends.engines.memory import budget
+from varedit_runtime.backends.engines.tensorrt_module import MODULES
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.engine_set import EngineSet, EngineSets, Recipe
 from varedit_runtime.errors import BundleError, VareditError
-from varedit_runtime.gpu_memory import budget
 from varedit_runtime.locate import default_root, embedded
 from varedit_runtime.manifest import Precision, weights_file
-from varedit_runtime.tensorrt_module import MODULES
 
 EXPORT = ("torch", "transformers", "safetensors", "onnx", "onnxscript", "tqdm")
 PACKAGES = (
@@ -200,7 +200,7 @@ def _failed(available: tuple[str, ...]) -> dict[str, str]:
     failed: dict[str, str] = {}
     if not available:
         return failed
-    from varedit_runtime.onnx_backend import PROVIDERS, Session
+    from varedit_runtime.backends.onnxruntime import PROVIDERS, Session
 
     nano = Bundle.open(embedded())
     (variant,) = nano.manifest.variants

@@ -17,7 +17,14 @@ from tokenizers import Tokenizer as Vocabulary
 from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 
-from varedit_export.graph_text import TextEncoderConfig
+from varedit_export.graphs.text import TextEncoderConfig
+from varedit_nano.model import (
+    NANO,
+    TEXT_FOLDER,
+    TOKENIZER_FILE,
+    TRANSFORMER_FILE,
+    WEIGHTS,
+)
 from varedit_reference.checkpoint import (
     empty_tokenizer,
     empty_transformer,
@@ -27,13 +34,6 @@ from varedit_reference.checkpoint import (
 )
 from varedit_reference.config import ModelConfig
 from varedit_reference.initialise import RandomWeights
-from varedit_reference.nano.model import (
-    NANO,
-    TEXT_FOLDER,
-    TOKENIZER_FILE,
-    TRANSFORMER_FILE,
-    WEIGHTS,
-)
 from varedit_reference.text_encoder import empty_encoder, encoder_weights, t5_layout
 from varedit_reference.weights_file import open_weights
 from varedit_runtime.bundle import file_digest

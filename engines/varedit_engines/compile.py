@@ -16,12 +16,11 @@ from pathlib import Path
 
 from msgspec import structs
 
-from varedit_engines.compiler import Compiler, Progress
+from varedit_engines.builder import Compiler, Progress
 from varedit_engines.engine_cache import EngineCache
 from varedit_engines.network import external_inputs
 from varedit_engines.publish import Staging
-from varedit_runtime.bundle import Bundle, Folder
-from varedit_runtime.engine_set import (
+from varedit_runtime.backends.engines.engine_set import (
     LAYOUTS,
     EngineSet,
     EngineSetManifest,
@@ -30,11 +29,12 @@ from varedit_runtime.engine_set import (
     Recipe,
     built_here,
 )
+from varedit_runtime.backends.engines.memory import transformers, weights_on_gpu
+from varedit_runtime.backends.engines.packing import pack_into, unpacked_size
+from varedit_runtime.backends.wiring import PREFILL, scale_profiles, sized
+from varedit_runtime.bundle import Bundle, Folder
 from varedit_runtime.errors import BundleError, ConfigError
-from varedit_runtime.gpu_memory import transformers, weights_on_gpu
 from varedit_runtime.manifest import Variant, scale_name
-from varedit_runtime.packing import pack_into, unpacked_size
-from varedit_runtime.wiring import PREFILL, scale_profiles, sized
 
 # A whole set, and the stage in it.
 EarlierPlan = tuple[EngineSet, str]

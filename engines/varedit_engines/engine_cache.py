@@ -6,8 +6,14 @@ from contextlib import suppress
 from pathlib import Path
 
 from varedit_engines.publish import Staging
+from varedit_runtime.backends.engines.engine_set import (
+    EngineSet,
+    EngineSets,
+    Recipe,
+    built_here,
+    records,
+)
 from varedit_runtime.bundle import digest_line, read_at_most, regular_file
-from varedit_runtime.engine_set import EngineSet, EngineSets, Recipe, built_here, records
 from varedit_runtime.errors import BundleError
 from varedit_runtime.manifest import DIGEST, MANIFEST, MAX_MANIFEST_BYTES
 

@@ -4,7 +4,7 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import helper
 
-from varedit_runtime.engine_set import EngineWeight
+from varedit_runtime.backends.engines.engine_set import EngineWeight
 from varedit_runtime.errors import BundleError
 from varedit_runtime.manifest import GRAPHS
 

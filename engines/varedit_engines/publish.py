@@ -20,8 +20,8 @@ from types import TracebackType
 import msgspec
 from filelock import FileLock, Timeout
 
+from varedit_runtime.backends.engines.engine_set import EngineSets, sets_in
 from varedit_runtime.bundle import Bundle, digest_line, file_digest, set_aside, work_folder
-from varedit_runtime.engine_set import EngineSets, sets_in
 from varedit_runtime.errors import BundleError
 from varedit_runtime.manifest import (
     DIGEST,

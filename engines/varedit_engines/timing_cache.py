@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from varedit_runtime.kept_file import keep, plain_name, read_kept
+from varedit_runtime.files import keep, plain_name, read_kept
 from varedit_runtime.locate import cache_folder
 
 

@@ -21,11 +21,11 @@ import numpy as np
 import onnxruntime as ort
 from PIL import Image
 
+from varedit_runtime.backends.onnxruntime import Buffer, Session
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.editor import WHOLE, Editor
 from varedit_runtime.errors import ConfigError
 from varedit_runtime.manifest import DIGEST, MANIFEST, Model, Variant, scale_of
-from varedit_runtime.onnx_backend import Buffer, Session
 
 INSTRUCTION = "add a hat"
 PRODUCT_SIZES = {"cpu": 1024, "cuda": 8192}

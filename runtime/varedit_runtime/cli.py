@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.shell_completion import CompletionItem
 
+from varedit_runtime.backends.engines.tensorrt_module import ENGINE_KINDS, ONNXRUNTIME
 from varedit_runtime.command import CommandGroup, debug_option
 from varedit_runtime.errors import ConfigError, PictureError
 from varedit_runtime.grids import (
@@ -20,7 +21,6 @@ from varedit_runtime.grids import (
     picture_size,
     scale_grids,
 )
-from varedit_runtime.tensorrt_module import ENGINE_KINDS, ONNXRUNTIME
 
 if TYPE_CHECKING:
     from varedit_runtime.editor import Editor, OnScale, Progress

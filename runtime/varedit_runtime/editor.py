@@ -25,7 +25,9 @@ from varedit_runtime.arguments import (
     choose_sampling,
     is_list,
 )
-from varedit_runtime.backend import Backend, Negatives, Prompts, Sampling
+from varedit_runtime.backends.base import Backend, Negatives, Prompts, Sampling
+from varedit_runtime.backends.engines.tensorrt_module import ENGINE_KINDS, ONNXRUNTIME, EngineKind
+from varedit_runtime.backends.onnxruntime import OnnxBackend, check_provider
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import (
     BackendError,
@@ -36,10 +38,8 @@ from varedit_runtime.errors import (
 )
 from varedit_runtime.manifest import TOKENIZER, Variant, scale_name
 from varedit_runtime.noise import uniform_noise
-from varedit_runtime.onnx_backend import OnnxBackend, check_provider
 from varedit_runtime.pictures import Source, from_decoder, restore, to_square
 from varedit_runtime.settings import PerScale
-from varedit_runtime.tensorrt_module import ENGINE_KINDS, ONNXRUNTIME, EngineKind
 from varedit_runtime.text import Instructions, read_tokenizer
 
 
@@ -157,7 +157,7 @@ class Editor:
         if backend == ONNXRUNTIME:
             graphs: Backend = OnnxBackend(opened, chosen, provider or "cpu", threads or 0)
         else:
-            from varedit_runtime.engine_backend import open_engines
+            from varedit_runtime.backends.engines.backend import open_engines
 
             graphs = open_engines(
                 opened, chosen, _engine_kind(backend), engines_digest, trust_engines

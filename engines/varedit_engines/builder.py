@@ -1,0 +1,242 @@
+"""One graph -> one compiled engine, with TensorRT or TensorRT for RTX.
+
+TensorRT compiles for the GPU it runs on; TensorRT for RTX for named architectures too, ahead of
+time and without a GPU. Networks are strongly typed: precision is what the graph says.
+"""
+
+import importlib
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, get_args
+
+from varedit_engines.timing_cache import kept_timings, timings_file
+from varedit_runtime.backends.engines.tensorrt_module import (
+    ENGINE_KINDS,
+    RTX,
+    EngineKind,
+    import_tensorrt,
+    quiet_logger,
+)
+from varedit_runtime.errors import BackendError, ConfigError
+
+Hardware = Literal["ampere-plus", "same-compute-capability"]
+HARDWARE: tuple[Hardware, ...] = get_args(Hardware)
+
+# (graph, steps done, steps in all) of the builder's outermost phase
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What is asked of engines; what is None is left to the library.
+
+    workspace: bytes of GPU memory that a layer may use for itself; optimisation: 0, fast to
+    compile, to 5, fast to run; tf32: whether factors of fp32 may be rounded to it.
+
+    Without RTX engines are for the version of TensorRT that compiled them, unless they are
+    version_compatible: for later ones too; and for one model of GPU, unless they are
+    hardware_compatible: for all since Ampere, or all of its compute capability. Either may make
+    them slower. Raises ConfigError on another compatibility.
+    """
+
+    workspace: int | None = None
+    optimisation: int | None = None
+    tf32: bool = False
+    version_compatible: bool = False
+    hardware_compatible: Hardware | None = None
+
+    def __post_init__(self) -> None:
+        if self.hardware_compatible not in (None, *HARDWARE):
+            raise ConfigError(
+                f"engines cannot be compatible with {self.hardware_compatible!r}; there are "
+                f"{', '.join(HARDWARE)}"
+            )
+
+
+class Compiler:
+    """A backend and how it compiles.
+
+    architectures: of the GPUs to compile for, as in "sm89" (RTX only); none: this machine's GPU.
+
+    Raises MissingExtraError when the backend is not installed, ConfigError on a backend that does
+    not exist, an architecture, this machine's too, that RTX does not compile for, or flags that the
+    backend does not have, BackendError where there is no GPU and none was named.
+    """
+
+    def __init__(
+        self,
+        backend: EngineKind,
+        architectures: Sequence[str] = (),
+        flags: Flags = Flags(),
+    ) -> None:
+        if backend not in ENGINE_KINDS:
+            raise ConfigError(
+                f"there is no backend {backend!r}; there are {', '.join(ENGINE_KINDS)}"
+            )
+        if architectures and backend != RTX:
+            raise ConfigError(f"only {RTX} compiles for named architectures; {backend} for its GPU")
+        if backend == RTX and (flags.version_compatible or flags.hardware_compatible):
+            raise ConfigError(
+                f"{RTX} has no version- or hardware-compatible engines: leave that out, and name "
+                "all architectures that they are for (--architecture sm86 --architecture sm89)"
+            )
+        self._trt = import_tensorrt(backend)
+        self.backend: EngineKind = backend
+        named = [name.lower() for name in architectures]
+        self.gpu = "+".join(named) or this_gpu(backend)
+        # By itself RTX compiles for some architectures, which this GPU's need not be among.
+        self._architectures = _architectures(self._trt, named, self.gpu) if backend == RTX else []
+        self._flags = flags
+
+    @property
+    def tools(self) -> dict[str, str]:
+        return {self.backend: str(self._trt.__version__)}
+
+    @property
+    def flags(self) -> dict[str, str]:
+        """As a recipe has them."""
+        return {name: str(value) for name, value in asdict(self._flags).items()}
+
+    def compile(
+        self,
+        name: str,
+        graph: bytes,
+        folder: Path,
+        profiles: Sequence[Mapping[str, tuple[int, ...]]],
+        progress: Progress,
+    ) -> memoryview:
+        """An ONNX graph, whose weights lie in the folder, as a plan.
+
+        profiles: the shapes of all inputs, one mapping for each fixed profile, none where they are
+        static. Ctrl-C stops it. Raises BackendError when the graph cannot be parsed or compiled.
+        """
+        trt = self._trt
+        messages = quiet_logger(trt)
+        builder = trt.Builder(messages)
+        flag = trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED
+        network = builder.create_network(1 << int(flag))
+        parser = trt.OnnxParser(network, messages)
+        # The bytes that were checked; the path only says where weights lie.
+        if not parser.parse(graph, str(folder / f"{name}.onnx")):
+            errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
+            raise BackendError(f"{self.backend} cannot read graph {name}: {'; '.join(errors)}")
+        config = self._config(builder)
+        for shapes in profiles:
+            config.add_optimization_profile(_fixed_profile(builder, shapes))
+        with self._timings(config), _monitored(trt, config, name, progress) as stopped:
+            plan = builder.build_serialized_network(network, config)
+        if stopped.is_set():
+            raise KeyboardInterrupt
+        if plan is None:
+            raise BackendError(
+                f"{self.backend} cannot compile graph {name}: {messages.worst or 'no reason given'}"
+            )
+        return memoryview(plan).cast("B")  # as TensorRT's own memory says that its bytes are floats
+
+    def _timings(self, config: Any) -> AbstractContextManager[None]:
+        if self.backend == RTX:  # has none to keep
+            return nullcontext()
+        return kept_timings(config, timings_file(str(self._trt.__version__), self.gpu))
+
+    def _config(self, builder: Any) -> Any:
+        trt, flags = self._trt, self._flags
+        config = builder.create_builder_config()
+        if not flags.tf32:  # which TensorRT allows by default
+            config.clear_flag(trt.BuilderFlag.TF32)
+        if self.backend == RTX:  # memory taken as they run could not be captured with their work
+            config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+        if flags.version_compatible:
+            config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+        if flags.hardware_compatible is not None:
+            level = flags.hardware_compatible.replace("-", "_").upper()
+            levels = trt.HardwareCompatibilityLevel.__members__
+            config.hardware_compatibility_level = levels[level]
+        if flags.workspace is not None:
+            config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, flags.workspace)
+        if flags.optimisation is not None:
+            config.builder_optimization_level = flags.optimisation
+        if self._architectures:
+            config.num_compute_capabilities = len(self._architectures)
+            for i, architecture in enumerate(self._architectures):
+                config.set_compute_capability(architecture, i)
+        return config
+
+
+def this_gpu(backend: EngineKind) -> str:
+    """What the GPU in use is to a backend: to RTX "sm90", to TensorRT "sm90 NVIDIA H200".
+
+    Raises BackendError where there is none.
+    """
+    try:
+        gpu = importlib.import_module("cuda.core").Device()
+        major, minor = gpu.compute_capability
+        model = "" if backend == RTX else f" {gpu.name}"
+    except Exception as error:  # the driver's errors have no common base, and may lack a module
+        raise BackendError(
+            "no NVIDIA GPU can be used here: compile for a named architecture with tensorrt-rtx "
+            "(--architecture sm89), or on a machine with one"
+        ) from error
+    return f"sm{major}{minor}{model}"
+
+
+def _architectures(trt: ModuleType, named: Sequence[str], here: str) -> list[Any]:
+    """RTX's own names of the architectures named, or of this machine's where none is."""
+    members = trt.ComputeCapability.__members__.items()
+    known = {name.lower(): member for name, member in members if name.startswith("SM")}
+    names = ", ".join(known)
+    if unknown := [name for name in named if name not in known]:
+        raise ConfigError(f"no architecture is called {unknown[0]!r}; there are {names}")
+    if not named and here not in known:
+        raise ConfigError(
+            f"{RTX} does not compile for this machine's GPU, {here}; it does for {names}: name one "
+            "of these for another machine (--architecture), or use tensorrt here"
+        )
+    return [known[name] for name in named or [here]]
+
+
+def _fixed_profile(builder: Any, shapes: Mapping[str, tuple[int, ...]]) -> Any:
+    profile = builder.create_optimization_profile()
+    for name, shape in shapes.items():
+        profile.set_shape(name, shape, shape, shape)
+    return profile
+
+
+@contextmanager
+def _monitored(
+    trt: ModuleType, config: Any, name: str, progress: Progress
+) -> Iterator[threading.Event]:
+    """Report the builder's progress, and have Ctrl-C stop it: it then returns nothing."""
+    stopped = threading.Event()
+
+    class Monitor(trt.IProgressMonitor):
+        def __init__(self) -> None:
+            super().__init__()
+            self.steps: dict[str, int] = {}
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            if not parent:
+                self.steps[phase] = steps
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            if phase in self.steps:
+                progress(name, step + 1, self.steps[phase])
+            return not stopped.is_set()
+
+        def phase_finish(self, phase: str) -> None:
+            self.steps.pop(phase, None)
+
+    config.progress_monitor = monitor = Monitor()
+    main = threading.current_thread() is threading.main_thread()
+    # An exception must not pass through the builder's native frames.
+    previous = signal.signal(signal.SIGINT, lambda *_: stopped.set()) if main else None
+    try:
+        yield stopped
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, previous)
+        del monitor

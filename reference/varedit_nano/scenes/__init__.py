@@ -1,0 +1,25 @@
+"""Drawn scenes and their edits, made from a seed without limit.
+
+A scene is a frozen description (`scene`), an edit a pure function from scene to scene with its
+wordings (`edits`, `wording`), and a picture a pure function of a scene and a size (`render`).
+"""
+
+from varedit_nano.scenes.samples import (
+    KINDS,
+    EditSample,
+    draw_alternatives,
+    draw_edit,
+    draw_kind,
+    draw_picture,
+    vocabulary_text,
+)
+
+__all__ = [
+    "KINDS",
+    "EditSample",
+    "draw_alternatives",
+    "draw_edit",
+    "draw_kind",
+    "draw_picture",
+    "vocabulary_text",
+]

@@ -1,0 +1,195 @@
+"""Trains the tokenizer: `python -m varedit_nano.train_tokenizer --run FOLDER`."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from varedit_nano.checkpointing import write_weights
+from varedit_nano.data import (
+    VALIDATION_SEEDS,
+    PictureBatches,
+    to_model,
+    to_pixels,
+)
+from varedit_nano.evaluate import psnr
+from varedit_nano.model import NANO, TOKENIZER_FILE
+from varedit_nano.scenes import draw_picture
+from varedit_nano.sheets import contact_sheet
+from varedit_nano.training import Machine, Recipe, run_training, training_options
+from varedit_reference.checkpoint import load_tokenizer
+from varedit_reference.config import Grid, TokenizerConfig
+from varedit_reference.initialise import initialise
+from varedit_reference.quantisation import quantise
+from varedit_reference.tokenizer import ResidualBlock, Tokenizer
+
+DEFAULT_RUN = Path.home() / ".cache" / "varedit-nano" / "tokenizer"
+RECIPE = Recipe(
+    steps=6000,
+    batch=4,
+    learning_rate=1.5e-3,
+    weight_decay=1e-4,
+    betas=(0.9, 0.99),
+    warmup=100,
+    ema_decay=0.998,
+)
+FIRST_RESIDUAL = 0.3
+VALIDATION_PICTURES = 32
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The parts of the loss, and when quantisation sets in, in shares of all steps.
+
+    Quantised from the first step the features collapse. So pictures are unquantised until
+    `mixed_from`, and quantised all until the end from `quantised_from`; in between a growing
+    share of each batch is.
+    """
+
+    absolute: float = 1.0
+    squared: float = 5.0
+    edges: float = 0.5
+    commitment: float = 0.25
+    mixed_from: float = 0.05
+    quantised_from: float = 0.25
+
+
+class TokenizerTask:
+    """Learns to reconstruct drawn pictures through the multi-scale bits."""
+
+    def __init__(
+        self,
+        model: Tokenizer,
+        recipe: Recipe,
+        machine: Machine,
+        grids: tuple[Grid, ...] = NANO.transformer.grids,
+        weights: Weights | None = None,
+    ) -> None:
+        self.model, self.recipe, self.machine = model, recipe, machine
+        self.grids = grids
+        self.weights = weights or Weights()
+        self.size = grids[-1][0] * model.config.downsampling
+        self._encode, self._decode = model.encode, model.decode
+        if machine.compiled:
+            self._encode, self._decode = torch.compile(model.encode), torch.compile(model.decode)
+
+    @property
+    def hidden(self) -> tuple[nn.Parameter, ...]:
+        return ()
+
+    @property
+    def dataset(self) -> PictureBatches:
+        return PictureBatches(self.recipe.batch, self.size, self.recipe.first_seed)
+
+    def losses(self, batch: Tensor, step: int, fast: bool) -> dict[str, Tensor]:
+        weights = self.weights
+        pictures = to_model(batch.to(self.machine.device))
+        encode, decode = self.model.encode, self.model.decode
+        if fast:
+            encode, decode = self._encode, self._decode
+        bf16 = fast and self.machine.precision == "bf16"
+        with torch.autocast(self.machine.device, torch.bfloat16, enabled=bf16):
+            features = encode(pictures).float()
+        quantised, balance = quantised_features(features.detach(), self.grids)
+        inputs = features + self._where_quantised(features, step) * (quantised - features).detach()
+        with torch.autocast(self.machine.device, torch.bfloat16, enabled=bf16):
+            decoded = decode(inputs).float()
+        parts = {
+            "absolute": (decoded - pictures).abs().mean(),
+            "squared": (decoded - pictures).square().mean(),
+            "edges": edge_difference(decoded, pictures),
+            "commitment": (features - quantised).square().mean(),
+        }
+        loss = sum(getattr(weights, name) * part for name, part in parts.items())
+        return {"loss": torch.as_tensor(loss), **parts, "imbalance": balance}
+
+    def _where_quantised(self, features: Tensor, step: int) -> Tensor:
+        """1 for the pictures of the batch that are quantised, [B, 1, 1, 1]."""
+        generator = torch.Generator().manual_seed(step)
+        chosen = torch.rand(len(features), 1, 1, 1, generator=generator) < self.quantised_share(
+            step
+        )
+        return chosen.to(features.device, features.dtype)
+
+    def quantised_share(self, step: int) -> float:
+        start = self.weights.mixed_from * self.recipe.steps
+        end = self.weights.quantised_from * self.recipe.steps
+        return min(max((step - start) / max(end - start, 1), 0.0), 1.0)
+
+    @torch.no_grad()
+    def report(self, model: nn.Module) -> tuple[dict[str, float], Image.Image]:
+        assert isinstance(model, Tokenizer)
+        features = model.encode(to_model(self._validation.to(self.machine.device)))
+        quantised, _ = quantised_features(features, self.grids)
+        exact, decoded = to_pixels(model.decode(features)), to_pixels(model.decode(quantised))
+        pictures = self._validation.numpy()
+        scores = {
+            "psnr": _mean_psnr(pictures, decoded),
+            "psnr_unquantised": _mean_psnr(pictures, exact),
+        }
+        rows = list(zip(pictures[:24], decoded[:24], strict=True))
+        return scores, contact_sheet(rows, columns=4)
+
+    @cached_property
+    def _validation(self) -> Tensor:
+        seeds = VALIDATION_SEEDS[:VALIDATION_PICTURES]
+        return torch.stack([torch.from_numpy(draw_picture(seed, self.size)) for seed in seeds])
+
+    def export(self, model: nn.Module, folder: Path) -> None:
+        write_weights(folder / TOKENIZER_FILE, model.state_dict())
+
+    def restore(self, folder: Path) -> None:
+        tokenizer = load_tokenizer(folder / TOKENIZER_FILE, self.model.config)
+        self.model.load_state_dict(tokenizer.state_dict())
+        # Trained weights decode quantised features, and would unlearn it.
+        self.weights = replace(self.weights, mixed_from=-1.0, quantised_from=0.0)
+
+
+def quantised_features(features: Tensor, grids: tuple[Grid, ...]) -> tuple[Tensor, Tensor]:
+    """The sum of all scales' codes, and how unbalanced the finest bits are (0 even, 0.5 dead)."""
+    *_, last = quantise(features, grids)
+    return last.sum, (last.bits.float().mean((0, 2, 3)) - 0.5).abs().mean()
+
+
+def edge_difference(a: Tensor, b: Tensor) -> Tensor:
+    """Mean absolute difference between the finite differences of two pictures."""
+    difference = a - b
+    rows = (difference[:, :, 1:] - difference[:, :, :-1]).abs().mean()
+    columns = (difference[..., 1:] - difference[..., :-1]).abs().mean()
+    return rows + columns
+
+
+def _mean_psnr(pictures: Any, others: Any) -> float:
+    return float(sum(psnr(a, b) for a, b in zip(pictures, others, strict=True)) / len(pictures))
+
+
+def new_tokenizer(config: TokenizerConfig, seed: int) -> Tokenizer:
+    """A tokenizer whose residual blocks add little at first, from which it learns faster."""
+    model = initialise(Tokenizer(config), seed)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, ResidualBlock):
+                module.conv2.weight *= FIRST_RESIDUAL
+    return model
+
+
+def build(config: TokenizerConfig, recipe: Recipe, machine: Machine) -> TokenizerTask:
+    model = new_tokenizer(config, recipe.seed)
+    model.to(machine.device, memory_format=machine.memory_format)  # pyright: ignore[reportCallIssue]
+    return TokenizerTask(model, recipe, machine)
+
+
+@click.command()
+@training_options(RECIPE, DEFAULT_RUN)
+def main(**options: Any) -> None:
+    """Train nano's tokenizer, or go on with a run that was stopped."""
+    run_training(partial(build, NANO.tokenizer), RECIPE, {}, **options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+"""Trains transformer and text encoder: `python -m varedit_nano.train_transformer`."""
+
+from functools import cached_property, partial
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Tokenizer as Vocabulary
+from torch import Tensor, nn
+from transformers.models.t5.modeling_t5 import T5Stack
+
+from varedit_nano.attention import eager_attention
+from varedit_nano.checkpointing import write_weights
+from varedit_nano.data import (
+    TRAINING_SHARES,
+    VALIDATION_SEEDS,
+    EditBatch,
+    EditBatches,
+    to_model,
+)
+from varedit_nano.evaluate import psnr
+from varedit_nano.model import TEXT_FOLDER, TRANSFORMER_FILE, nano
+from varedit_nano.scenes import EditSample, draw_edit, vocabulary_text
+from varedit_nano.sheets import contact_sheet
+from varedit_nano.teacher import bit_losses, lesson, scale_weights
+from varedit_nano.text import (
+    build_vocabulary,
+    new_text_encoder,
+    text_features,
+    write_text_folder,
+)
+from varedit_nano.training import Machine, Recipe, run_training, training_options
+from varedit_reference.checkpoint import load_tokenizer, load_transformer
+from varedit_reference.config import Conditioning, ModelConfig
+from varedit_reference.initialise import initialise
+from varedit_reference.pipeline import VAREdit
+from varedit_reference.quantisation import source_tokens
+from varedit_reference.text_encoder import TextEncoder
+from varedit_reference.tokenizer import Tokenizer
+from varedit_reference.transformer import VAR, Attention, Linear, SelfAttention, fused_attention
+from varedit_runtime.errors import ConfigError
+
+DEFAULT_RUN = Path.home() / ".cache" / "varedit-nano" / "transformer"
+RECIPE = Recipe(
+    steps=20000,
+    batch=8,
+    learning_rate=1e-3,
+    weight_decay=0.02,
+    betas=(0.9, 0.97),
+    warmup=200,
+    ema_decay=0.999,
+)
+TEXT_DROPOUT = 0.1
+FIRST_GAMMA = 1e-3
+REPORTED_EDITS = 16
+
+
+class Editor(nn.Module):
+    """All that learns from edits."""
+
+    def __init__(self, transformer: VAR, text_encoder: T5Stack) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.text_encoder = text_encoder
+
+
+class TransformerTask:
+    """Learns to predict the target's bits from source and instruction."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        model: Editor,
+        tokenizer: Tokenizer,
+        vocabulary: Vocabulary,
+        recipe: Recipe,
+        machine: Machine,
+    ) -> None:
+        self.config, self.model, self.recipe, self.machine = config, model, recipe, machine
+        self.tokenizer = tokenizer.to(machine.device, memory_format=machine.memory_format)  # pyright: ignore[reportCallIssue]
+        self.text = TextEncoder(model.text_encoder, vocabulary)
+        self._forward = torch.compile(model.transformer) if machine.compiled else model.transformer
+
+    @property
+    def hidden(self) -> tuple[nn.Parameter, ...]:
+        transformer = self.model.transformer
+        inner = (*transformer.blocks, transformer.text_memory, transformer.text_pool)
+        products = (
+            module
+            for part in (*inner, self.model.text_encoder)
+            for module in part.modules()
+            if isinstance(module, nn.Linear | Linear)
+        )
+        return tuple(module.get_parameter("weight") for module in products)
+
+    @property
+    def dataset(self) -> EditBatches:
+        return EditBatches(self.recipe.batch, self.config.picture_size[0], self.recipe.first_seed)
+
+    def losses(self, batch: EditBatch, step: int, fast: bool) -> dict[str, Tensor]:
+        bf16 = fast and self.machine.precision == "bf16"
+        set_compute_dtype(self.model.transformer, torch.bfloat16 if bf16 else torch.float32)
+        eager = bf16 and self.machine.device == "cpu"
+        set_attention(self.model.transformer, eager_attention if eager else fused_attention)
+        generator = torch.Generator(self.machine.device).manual_seed(step)
+        config, patch = self.config.transformer, self.config.tokenizer.patch
+        source, target = self._encode(batch)
+        taught = lesson(target, config.grids, patch, generator)
+        text = self.model.transformer.condition(self._text_rows(batch.instructions, generator))
+        forward = self._forward if fast else self.model.transformer
+        tokens = source_tokens(source, config.grids, patch, config.conditioning)
+        by_scale = bit_losses(forward(tokens, taught.inputs, text), taught.bits)
+        weights = scale_weights(config.grids)
+        loss = sum(weight * part for weight, part in zip(weights, by_scale, strict=True))
+        parts = {f"scale{k + 1}": part for k, part in enumerate(by_scale)}
+        return {"loss": torch.as_tensor(loss), **parts}
+
+    @torch.no_grad()
+    def _encode(self, batch: EditBatch) -> tuple[Tensor, Tensor]:
+        pictures = torch.cat((batch.source, batch.target)).to(self.machine.device)
+        source, target = self.tokenizer.encode(to_model(pictures)).contiguous().chunk(2)
+        return source, target
+
+    def _text_rows(self, instructions: list[str], generator: torch.Generator) -> list[Tensor]:
+        """The features of each instruction, or now and then the unconditional rows instead."""
+        tokens = [self.text.tokenise(instruction) for instruction in instructions]
+        rows = text_features(self.model.text_encoder, tokens)
+        shape, device = (len(rows),), generator.device
+        dropped = torch.rand(shape, generator=generator, device=device) < TEXT_DROPOUT
+        unconditional = self.model.transformer.unconditional_text
+        return [
+            unconditional[: len(row)] if drop else row
+            for row, drop in zip(rows, dropped.tolist(), strict=True)
+        ]
+
+    def report(self, model: nn.Module) -> tuple[dict[str, float], Image.Image]:
+        """Edits of validation scenes: PSNR to the target where it differs, and to the rest."""
+        assert isinstance(model, Editor)
+        text = TextEncoder(model.text_encoder, self.text.vocabulary)
+        editor = VAREdit(self.config, self.tokenizer, model.transformer, text)
+        edits = self._validation
+        results = editor.edit(
+            [Image.fromarray(edit.source) for edit in edits],
+            [edit.instruction for edit in edits],
+            seed=range(len(edits)),
+        )
+        pairs = [(edit, np.asarray(picture)) for edit, picture in zip(edits, results, strict=True)]
+        inside = [psnr(edit.target, picture, edit.mask) for edit, picture in pairs]
+        local = [(edit, picture) for edit, picture in pairs if not edit.mask.all()]
+        outside = [psnr(edit.target, picture, ~edit.mask) for edit, picture in local]
+        rows = [(edit.source, picture, edit.target) for edit, picture in pairs]
+        scores = {
+            "psnr_inside": sum(inside) / len(inside),
+            "psnr_outside": sum(outside) / max(len(outside), 1),
+        }
+        return scores, contact_sheet(rows, [edit.instruction for edit in edits], columns=2)
+
+    @cached_property
+    def _validation(self) -> list[EditSample]:
+        size = self.config.picture_size[0]
+        return [draw_edit(seed, size) for seed in VALIDATION_SEEDS[:REPORTED_EDITS]]
+
+    def export(self, model: nn.Module, folder: Path) -> None:
+        assert isinstance(model, Editor)
+        write_weights(folder / TRANSFORMER_FILE, model.transformer.state_dict())
+        write_text_folder(folder / TEXT_FOLDER, model.text_encoder, self.text.vocabulary)
+
+    def restore(self, folder: Path) -> None:
+        transformer = load_transformer(folder / TRANSFORMER_FILE, self.config.transformer)
+        text = TextEncoder.load(folder / TEXT_FOLDER)
+        if text.vocabulary.to_str() != self.text.vocabulary.to_str():
+            raise ConfigError(f"{folder} has another vocabulary than the scenes' instructions now")
+        self.model.transformer.load_state_dict(transformer.state_dict())
+        self.model.text_encoder.load_state_dict(text.model.state_dict())
+
+
+def new_transformer(config: ModelConfig, seed: int) -> VAR:
+    """A transformer whose blocks add next to nothing at first, as training starts from.
+
+    The gammas of AdaLN lie near zero, and output projections are scaled by 1/sqrt(2·blocks).
+    """
+    model = initialise(VAR(config.transformer), seed)
+    width = config.transformer.width
+    with torch.no_grad():
+        model.shared_modulation.weight[: 2 * width] *= FIRST_GAMMA
+        model.shared_modulation.bias[: 2 * width] *= FIRST_GAMMA
+        for block in model.blocks:
+            block.get_parameter("modulation")[:2] *= FIRST_GAMMA
+        model.head.weight *= 0.1
+    return model
+
+
+def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
+    """The type of the matrix products; weights stay as they are."""
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.compute_dtype = dtype
+
+
+def set_attention(model: nn.Module, attend: Attention) -> None:
+    """How all self-attention is computed."""
+    for module in model.modules():
+        if isinstance(module, SelfAttention):
+            module.attend = attend
+
+
+def build(
+    config: ModelConfig, tokenizer: Tokenizer, recipe: Recipe, machine: Machine
+) -> TransformerTask:
+    torch.manual_seed(recipe.seed)
+    vocabulary = build_vocabulary(vocabulary_text())
+    text_encoder = new_text_encoder(vocabulary, config.transformer.text_channels)
+    model = Editor(new_transformer(config, recipe.seed), text_encoder).to(machine.device)
+    return TransformerTask(config, model, tokenizer, vocabulary, recipe, machine)
+
+
+@click.command()
+@click.option("--tokenizer", type=click.Path(exists=True, path_type=Path), required=True)
+@click.option(
+    "--conditioning", type=click.Choice(["sar", "finest", "full"]), default="sar", show_default=True
+)
+@training_options(RECIPE, DEFAULT_RUN)
+def main(tokenizer: Path, conditioning: Conditioning, **options: Any) -> None:
+    """Train nano's transformer on a trained tokenizer, or go on with a run that was stopped."""
+    config = nano(conditioning)
+    coder = load_tokenizer(tokenizer, config.tokenizer)
+    digest = sha256(tokenizer.read_bytes()).hexdigest()
+    learns = {"conditioning": conditioning, "tokenizer": digest, "shares": TRAINING_SHARES}
+    run_training(partial(build, config, coder), RECIPE, learns, **options)
+
+
+if __name__ == "__main__":
+    main()

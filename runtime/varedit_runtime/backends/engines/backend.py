@@ -1,0 +1,284 @@
+"""A variant's compiled engines on a GPU: memory allocated once, and every scale one graph of work.
+
+Nothing the scale loop needs comes from the host: noise and parameters are copied before the first
+scale, keys and values are written where the next scale reads them, and the whole edit is one
+launch when nobody listens between scales.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from math import prod
+
+import numpy as np
+
+from varedit_runtime.backends.base import Backend, EditWhole, Prompts, Sampling, WholeEdit
+from varedit_runtime.backends.engines.cuda import CudaDevice
+from varedit_runtime.backends.engines.device import ALIGNMENT, Device, Engine, Launch, address_of
+from varedit_runtime.backends.engines.engine_set import EngineSet, EngineSets
+from varedit_runtime.backends.engines.memory import aligned, budget, lay_out
+from varedit_runtime.backends.engines.tensorrt_module import EngineKind
+from varedit_runtime.backends.engines.weights import Weights
+from varedit_runtime.backends.wiring import (
+    DECODER,
+    NEGATIVE,
+    TEXT,
+    Step,
+    View,
+    constants,
+    item_size,
+    values_of,
+)
+from varedit_runtime.bundle import Bundle
+from varedit_runtime.errors import BackendError, BundleError
+from varedit_runtime.manifest import Variant
+
+
+class EngineBackend(Backend):
+    """All engines of a variant on one GPU. One edit at a time."""
+
+    def __init__(
+        self, bundle: Bundle, variant: Variant, engines: EngineSet, device: Device
+    ) -> None:
+        """Load engines, which must have been found to fit the bundle, and give them memory.
+
+        Raises BackendError when they do not fit into the GPU's memory, before any of it is
+        allocated, or when one cannot be loaded; BundleError when a file is damaged.
+        """
+        recipe = engines.manifest.recipe
+        symbolic = recipe.layout == "profiles"
+        super().__init__(variant, bundle.manifest.model, recipe.backend, symbolic)
+        self._device, self._weights = device, Weights(engines.manifest.weights)
+        self.budget = budget(bundle, variant, recipe.layout)
+        self.budget.check(device.free_memory())
+        self._engines = self._load(engines)
+        self._values = values_of(list(self.steps.values()))
+        self._allocate()
+        self._weights.fill(bundle, device)
+        if symbolic:
+            self._set(constants(variant, self.model))
+        self._bound = {step.name: self._bind(step) for step in self.steps.values()}
+        self._graphs = self._capture()
+        self._whole: dict[bool, Launch] = {}
+
+    @property
+    def buffer_bytes(self) -> int:
+        return sum(view.size for view in self._values.values())
+
+    @property
+    def gpu_memory(self) -> int:
+        return self.budget.total
+
+    def close(self) -> None:
+        self._device.close()  # which waits: then nothing runs on what goes next
+        self._whole, self._graphs, self._bound, self._engines = {}, {}, {}, {}
+        self._host, self._mirror = {}, np.empty(0, np.uint8)
+
+    @property
+    def whole(self) -> EditWhole | None:
+        return self._edit if TEXT in self.steps else None
+
+    def _edit(
+        self, prompts: Prompts, pictures: np.ndarray, samplings: Sequence[Sampling]
+    ) -> WholeEdit:
+        given = {"token_ids": prompts.ids, "text_mask": prompts.mask, "pictures": pictures}
+        negatives = prompts.negatives
+        if negatives is not None:
+            given["negative_ids"], given["negative_mask"] = negatives.ids, negatives.mask
+            given["has_negative"] = negatives.present
+        for scale, sampling in enumerate(samplings):
+            given |= self._chosen(scale, sampling)
+        self._give(given)
+        self._whole_edit(negatives is not None and bool(negatives.present.any()))()
+        self._device.wait()
+        logits = [self._host[f"logits.{scale}"].copy() for scale in range(len(samplings))]
+        return WholeEdit(logits, self._host["decoded"].copy())
+
+    def _run(self, step: Step, given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        self._give(given)
+        self._graphs[step.name]()
+        self._device.wait()
+        return {name: self._host[name].copy() for name in step.read}
+
+    def _give(self, given: Mapping[str, np.ndarray]) -> None:
+        for name, array in given.items():
+            target = self._host[name]
+            if array.shape != target.shape:
+                raise BackendError(f"{name} is {array.shape}, where {target.shape} was expected")
+            np.copyto(target, array)
+
+    def _load(self, engines: EngineSet) -> dict[str, Engine]:
+        """The engines by stage. Raises BundleError on one that is not of its graph."""
+        stages = dict.fromkeys(step.stage for step in self.steps.values())
+        loaded = {stage: self._device.load(stage, engines.plan_bytes(stage)) for stage in stages}
+        for step in self.steps.values():
+            views = {**step.inputs, **step.outputs}
+            weights = self._weights.lengths(step.stage)
+            if different := _different(views, weights, loaded[step.stage].tensors):
+                raise BundleError(
+                    f"{engines.path} has an engine for {step.stage} whose {', '.join(different)} "
+                    "are not its graph's: compile it again with `varedit-export engines --again`"
+                )
+        return loaded
+
+    def _allocate(self) -> None:
+        """All values and the engines' scratch in one arena, whose beginning the host mirrors.
+
+        First comes what only the host writes, so that it is copied as one.
+        """
+        steps = self.steps.values()
+        given, taken = _on_the_host(steps)
+        rest = [name for name in self._values if name not in (*given, *taken)]
+        sizes = {name: self._values[name].size for name in (*given, *taken, *rest)}
+        scratch = max(self._engines[step.stage].scratch(step.profile) for step in steps)
+        landing = max(sum(aligned(view.size) for view in _unaligned(step)) for step in steps)
+        self._arena = lay_out(sizes)
+        whole = lay_out({"values": self._arena.size, "landing": landing, "scratch": scratch})
+        self.budget = replace(self.budget, scratch=scratch)
+        # What is baked into engines is loaded by now.
+        self.budget.check_rest(whole.size + self._weights.size, self._device.free_memory())
+        self._start = self._device.allocate(whole.size)
+        self._device.clear(self._start, whole.size)
+        self._landing = self._start + whole.offsets["landing"]
+        self._scratch = self._start + whole.offsets["scratch"], scratch
+        self._given = lay_out({name: sizes[name] for name in given}).size
+        self._mirror_on_host((*given, *taken))
+
+    def _mirror_on_host(self, names: Iterable[str]) -> None:
+        values = {name: self._values[name] for name in names}
+        places = lay_out({name: view.size for name, view in values.items()})
+        self._mirror = self._device.allocate_host(places.size)
+        self._host = {
+            name: self._mirror[places.offsets[name] :][: view.size]
+            .view(view.dtype)
+            .reshape(view.shape)
+            for name, view in values.items()
+        }
+
+    def _address(self, view: View) -> int:
+        return self._start + self._arena.offsets[view.value] + view.offset
+
+    def _set(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Values that no step writes, by way of what is mirrored for others."""
+        staged = self._mirror
+        for name, array in arrays.items():
+            staged[: array.nbytes] = array.reshape(-1).view(np.uint8)
+            self._device.copy(self._address(self._values[name]), address_of(staged), array.nbytes)
+            self._device.wait()  # before the next takes its place
+
+    def _bind(self, step: Step) -> Launch:
+        """What runs a step: outputs whose place is not aligned land elsewhere and are copied."""
+        tensors = {**step.inputs, **step.outputs}
+        addresses = {name: self._address(view) for name, view in tensors.items()}
+        addresses |= self._weights.addresses(step.stage)
+        landing = self._landing
+        copies: list[tuple[int, int, int]] = []
+        for name, view in step.outputs.items():
+            if view in _unaligned(step):
+                copies.append((addresses[name], landing, view.size))
+                addresses[name] = landing
+                landing += aligned(view.size)
+        shapes = {name: view.shape for name, view in step.inputs.items()}
+        engine = self._engines[step.stage]
+        execute = engine.bind(step.profile, shapes, addresses, self._scratch)
+
+        def run() -> None:
+            execute()
+            for copy in copies:
+                self._device.copy(*copy)
+
+        return run
+
+    def _capture(self) -> dict[str, Launch]:
+        """Every step with what is copied before and after it, once each has run."""
+        for run in self._bound.values():
+            run()
+        self._device.wait()
+        self._device.settle()
+        return {
+            step.name: self._device.capture(lambda step=step: self._record(step))
+            for step in self.steps.values()
+        }
+
+    def _record(self, step: Step) -> None:
+        self._copy_in(step.fed)
+        self._bound[step.name]()
+        self._copy_out(step.read)
+
+    def _whole_edit(self, negatives: bool) -> Launch:
+        """negatives: whether there are negative prompts to encode."""
+        if negatives not in self._whole:
+            steps = [s for s in self.steps.values() if negatives or s.name != NEGATIVE]
+            self._whole[negatives] = self._device.capture(lambda: self._record_whole(steps))
+        return self._whole[negatives]
+
+    def _record_whole(self, steps: Sequence[Step]) -> None:
+        """All that the host gives, as one; all steps; of what it takes, logits and pictures."""
+        self._device.copy(self._start, address_of(self._mirror), self._given)
+        for step in steps:
+            self._bound[step.name]()
+        self._copy_out(n for step in steps for n in step.read if n.startswith("logits."))
+        self._copy_out(self.steps[DECODER].read)
+
+    def _copy_in(self, names: Iterable[str]) -> None:
+        for name in names:
+            host = self._host[name]
+            self._device.copy(self._address(self._values[name]), address_of(host), host.nbytes)
+
+    def _copy_out(self, names: Iterable[str]) -> None:
+        for name in names:
+            host = self._host[name]
+            self._device.copy(address_of(host), self._address(self._values[name]), host.nbytes)
+
+
+def open_engines(
+    bundle: Bundle, variant: Variant, kind: EngineKind, digest: str | None, trust: bool
+) -> EngineBackend:
+    """A variant's engines on this machine's GPU. digest, trust: see `EngineSets.find`.
+
+    Raises MissingExtraError when the backend is not installed, BackendError without a GPU or with
+    too little of its memory, BundleError when there are no engines for it, or none to be trusted.
+    """
+    device = CudaDevice(kind)
+    try:
+        sets = EngineSets(bundle)
+        engines = sets.find(variant.name, kind, device.tools, device.gpu, digest, trust)
+        return EngineBackend(bundle, variant, engines, device)
+    except BaseException:
+        device.close()
+        raise
+
+
+def _on_the_host(steps: Iterable[Step]) -> tuple[list[str], list[str]]:
+    """The values that the host gives, and no step writes; and those that it takes."""
+    written = {view.value for step in steps for view in step.outputs.values()}
+    host = dict.fromkeys(name for step in steps for name in (*step.fed, *step.read))
+    return [n for n in host if n not in written], [n for n in host if n in written]
+
+
+def _different(
+    views: Mapping[str, View],
+    weights: Mapping[str, int],
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+) -> list[str]:
+    """The tensors that an engine has otherwise than its graph, or one of them alone.
+
+    weights: bytes of its inputs that are weights.
+    """
+
+    def same(name: str) -> bool:
+        dtype, shape = tensors[name]
+        if name in weights:
+            return weights[name] == prod(shape) * item_size(dtype)
+        view = views[name]
+        if (view.dtype, len(view.shape)) != (dtype, len(shape)):
+            return False
+        return all(b in (a, -1) for a, b in zip(view.shape, shape, strict=True))
+
+    both = {*views, *weights} & tensors.keys()
+    alone = {*views, *weights} ^ tensors.keys()
+    return sorted(alone | {name for name in both if not same(name)})
+
+
+def _unaligned(step: Step) -> list[View]:
+    """Outputs whose place an engine would refuse: only where a token's keys are few bytes."""
+    return [view for view in step.outputs.values() if view.offset % ALIGNMENT]

@@ -1,0 +1,106 @@
+"""What a bundle's engines take of a GPU's memory, and where in it everything lies.
+
+Everything lives as long as the editor, but for the engines' scratch, which lives for one run and
+which all share. Sharing what passes between graphs by its lifetime as well would save a percent:
+the caches, which live through an edit, are nearly all of it.
+"""
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from varedit_runtime.backends.engines.device import ALIGNMENT
+from varedit_runtime.backends.engines.engine_set import Layout
+from varedit_runtime.backends.wiring import values_of, wire
+from varedit_runtime.bundle import Bundle
+from varedit_runtime.errors import BackendError
+from varedit_runtime.manifest import Variant, weights_file
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Arena(Generic[Key]):
+    """One allocation. offsets: where in it each part starts, aligned. size: bytes in all."""
+
+    size: int
+    offsets: Mapping[Key, int]
+
+
+def lay_out(sizes: Mapping[Key, int]) -> Arena[Key]:
+    """Parts of these sizes one behind the other."""
+    offsets: dict[Key, int] = {}
+    end = 0
+    for part, size in sizes.items():
+        offsets[part] = end
+        end += aligned(size)
+    return Arena(end, offsets)
+
+
+def aligned(size: int) -> int:
+    """Rounded up, so that what follows is aligned."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes of a GPU's memory. scratch: None before the engines, which tell it, are loaded."""
+
+    weights: int
+    caches: int
+    between: int
+    scratch: int | None = None
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.caches + self.between + (self.scratch or 0)
+
+    def __str__(self) -> str:
+        scratch = "the engines' scratch" if self.scratch is None else f"{_gb(self.scratch)} scratch"
+        return (
+            f"{_gb(self.total)} of GPU memory ({_gb(self.weights)} weights, {_gb(self.caches)} "
+            f"caches, {_gb(self.between)} between graphs{' and' if self.scratch is None else ','} "
+            f"{scratch}), and what the driver takes"
+        )
+
+    def check(self, free: int) -> None:
+        """Raises BackendError when it is more than is free."""
+        self.check_rest(self.total, free)
+
+    def check_rest(self, rest: int, free: int) -> None:
+        """The same for the bytes of it that are yet to be taken."""
+        if rest > free:
+            raise BackendError(
+                f"the engines need {self}; {_gb(rest)} of it are yet to be taken and {_gb(free)} "
+                "are free: end other programs on this GPU, or use a bundle of a smaller --res or "
+                "--batch"
+            )
+
+
+def budget(bundle: Bundle, variant: Variant, layout: Layout) -> Budget:
+    """What a variant's engines will take, by the manifest; a plan's code is not counted."""
+    symbolic = layout == "profiles"
+    values = values_of(wire(variant, bundle.manifest.model, symbolic))
+    sizes = {name: aligned(view.size) for name, view in values.items()}
+    caches = sum(size for name, size in sizes.items() if is_cache(name))
+    return Budget(weights_on_gpu(bundle, variant, layout), caches, sum(sizes.values()) - caches)
+
+
+def is_cache(value: str) -> bool:
+    return value.startswith("cache_")
+
+
+def weights_on_gpu(bundle: Bundle, variant: Variant, layout: Layout) -> int:
+    """Bytes: those of all files, the transformer's once for each engine that it is baked into."""
+    files = bundle.manifest.files
+    sizes = {name: files[weights_file(name)].size for name in bundle.components}
+    return sum(sizes.values()) + (transformers(variant, layout) - 1) * sizes["transformer"]
+
+
+def transformers(variant: Variant, layout: Layout) -> int:
+    """How many copies of the transformer's weights a layout has: prefill and scales, or one."""
+    return len(variant.grids) + 1 if layout == "baked" else 1
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"

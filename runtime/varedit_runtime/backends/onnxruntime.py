@@ -1,0 +1,224 @@
+"""A bundle's graphs on ONNX Runtime: memory allocated once, keys and values appended in place.
+
+All scales, and the prefill, run on the one symbolic-length graph: every further session would hold
+a packed copy of the weights of its own.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from varedit_runtime.backends.base import Backend
+from varedit_runtime.backends.interrupt import stopped_by_interrupt
+from varedit_runtime.backends.wiring import Step, View, constants, values_of
+from varedit_runtime.bundle import Bundle
+from varedit_runtime.errors import BackendError
+from varedit_runtime.manifest import Variant
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+class Buffer:
+    """Memory on the provider's device, allocated once; parts of it are bound to graphs."""
+
+    def __init__(self, shape: Sequence[int], dtype: str, device: str) -> None:
+        """Raises BackendError when there is not so much memory."""
+        self.shape, self.dtype, self.device = tuple(shape), np.dtype(dtype), device
+        # ONNX Runtime makes no buffer without elements.
+        held = self.shape if prod(self.shape) else (1,)
+        with self._fitting():
+            self._value = ort.OrtValue.ortvalue_from_shape_and_type(held, self.dtype, device)
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return prod(self.shape) * self.dtype.itemsize
+
+    def part(self, shape: Sequence[int] | None = None, first: int = 0) -> "Part":
+        """All of it, or the part of a shape from entry `first` of the first axis on."""
+        offset = first * prod(self.shape[1:]) * self.dtype.itemsize
+        shape = self.shape if shape is None else tuple(shape)
+        return Part(self, shape, self._value.data_ptr() + offset)
+
+    def read(self) -> np.ndarray:
+        """A copy."""
+        return self._value.numpy().reshape(-1)[: prod(self.shape)].reshape(self.shape).copy()
+
+    def fill(self, value: float) -> None:
+        """Raises BackendError when there is not so much memory again."""
+        with self._fitting():
+            self._value.update_inplace(np.full(self.shape, value, self.dtype))
+
+    @contextmanager
+    def _fitting(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of NumPy, ONNX Runtime and CUDA, each by its own kind
+            raise BackendError(
+                f"no memory on the {self.device} for the {self.size / 1e9:.2f} GB of a buffer "
+                f"({_one_line(error)}): end other programs, or use a bundle of a smaller --res or "
+                "--batch"
+            ) from error
+
+
+@dataclass(frozen=True)
+class Part:
+    """Part of a buffer, as a graph sees it; it keeps the buffer alive."""
+
+    buffer: Buffer
+    shape: tuple[int, ...]
+    pointer: int
+
+    def binding(self) -> tuple[Any, ...]:
+        return self.buffer.device, 0, self.buffer.dtype, self.shape, self.pointer
+
+
+class Session:
+    """One graph, loaded. Inputs are arrays or parts of buffers, outputs parts of buffers."""
+
+    def __init__(self, name: str, graph: bytes, folder: Path, provider: str, threads: int) -> None:
+        """graph: an ONNX file, whose weights lie in the folder. threads: 0 for one per core."""
+        self._name = name
+        settings = ort.SessionOptions()
+        settings.intra_op_num_threads = threads
+        settings.enable_mem_pattern = False  # it keeps memory for every length ever seen
+        # Errors are raised, and are the caller's to show: ONNX Runtime would print them as well.
+        settings.log_severity_level = 4
+        for key, value in {
+            # The graph comes as the bytes that were checked, not as a file.
+            "session.model_external_initializers_file_folder_path": str(folder),
+            # Sessions run in turn: the threads of one must not keep the next one's from the cores.
+            "session.force_spinning_stop": "1",
+            # Nor must idle ones keep other programs', or their own session's: where a core is
+            # shared, spinning for the default of some 20 ms costs a tenth of an edit.
+            "session.intra_op.spin_duration_us": "50",
+        }.items():
+            settings.add_session_config_entry(key, value)
+        self._options = ort.RunOptions()
+        # Activations are freed after a run: graphs run in turn, and the largest decides the peak.
+        self._options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        with _explained(f"load graph {name}"):
+            self._session = ort.InferenceSession(graph, settings, providers=[PROVIDERS[provider]])
+        if PROVIDERS[provider] not in self._session.get_providers():
+            raise BackendError(
+                f"ONNX Runtime could not start {PROVIDERS[provider]} and would have gone on with "
+                "the CPU: check the driver and the CUDA and cuDNN libraries, or use provider cpu"
+            )
+
+    def run(self, inputs: Mapping[str, np.ndarray | Part], outputs: Mapping[str, Part]) -> None:
+        """Write the outputs where they belong. Ctrl-C stops the graph at its next node."""
+        self._options.terminate = False
+        binding = self._session.io_binding()
+        with _explained(f"run graph {self._name}"):
+            for name, value in inputs.items():
+                if isinstance(value, Part):
+                    binding.bind_input(name, *value.binding())
+                else:
+                    binding.bind_cpu_input(name, np.ascontiguousarray(value))
+            for name, part in outputs.items():
+                binding.bind_output(name, *part.binding())
+            with stopped_by_interrupt(self._stop):
+                self._session.run_with_iobinding(binding, self._options)
+
+    def _stop(self) -> None:
+        self._options.terminate = True
+
+
+class OnnxBackend(Backend):
+    """All graphs of a variant, on one provider. One edit at a time."""
+
+    def __init__(self, bundle: Bundle, variant: Variant, provider: str, threads: int) -> None:
+        """provider: "cpu" or "cuda"; threads: 0 for one per core.
+
+        Raises BackendError when the provider is unknown or not in the installed onnxruntime, the
+        bundle is bf16, a graph cannot be loaded or there is too little memory, BundleError when a
+        graph is missing or damaged, or does not fit the others.
+        """
+        check_provider(provider)
+        super().__init__(variant, bundle.manifest.model, provider, symbolic=True)
+        views = (view for step in self.steps.values() for view in step.views)
+        if bundle.manifest.precision == "bf16" or any(view.dtype == "bfloat16" for view in views):
+            raise BackendError(
+                "the bundle is bf16, in which ONNX Runtime does not run it: build with --precision "
+                "fp32 for a CPU or fp16 for a GPU, or run engines"
+            )
+        stages = dict.fromkeys(step.stage for step in self.steps.values())
+        self._sessions = {
+            stage: Session(
+                stage,
+                bundle.graph_bytes(variant.name, stage),
+                bundle.graphs_folder,
+                provider,
+                threads,
+            )
+            for stage in stages
+        }
+        self._constants = constants(variant, self.model)
+        self._values = self._allocate(list(self.steps.values()))
+
+    @property
+    def buffer_bytes(self) -> int:
+        return sum(value.size for value in self._values.values())
+
+    def close(self) -> None:
+        self._sessions, self._values = {}, {}
+
+    def _run(self, step: Step, given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        arrays = {**self._constants, **given}
+        self._sessions[step.stage].run(
+            {
+                name: arrays[view.value] if view.value in arrays else self._part(view)
+                for name, view in step.inputs.items()
+            },
+            {name: self._part(view) for name, view in step.outputs.items()},
+        )
+        return {name: self._values[name].read() for name in step.read}
+
+    def _allocate(self, steps: Sequence[Step]) -> dict[str, Buffer]:
+        """Memory for what passes between graphs; what the host gives stays with the host."""
+        written = {view.value for step in steps for view in step.outputs.values()}
+        given = {name for step in steps for name in step.fed} | self._constants.keys()
+        values = {
+            name: Buffer(value.shape, value.dtype, self.provider)
+            for name, value in values_of(steps).items()
+            if name in written or name not in given
+        }
+        for name in values.keys() - written:
+            values[name].fill(0)
+        return values
+
+    def _part(self, view: View) -> Part:
+        return self._values[view.value].part(view.shape, view.first)
+
+
+def check_provider(provider: str) -> None:
+    """Raises BackendError unless the installed onnxruntime has the provider."""
+    if provider not in PROVIDERS:
+        raise BackendError(f"no provider is called {provider!r}; there are {', '.join(PROVIDERS)}")
+    available = ort.get_available_providers()
+    if PROVIDERS[provider] not in available:
+        raise BackendError(
+            f"the installed onnxruntime has no {PROVIDERS[provider]}, only {', '.join(available)}: "
+            "run `pip uninstall onnxruntime` and `pip install --force-reinstall onnxruntime-gpu`"
+        )
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # onnxruntime's errors have no other common base
+        raise BackendError(
+            f"ONNX Runtime cannot {what} ({_one_line(error)}): run `varedit-export verify` on the "
+            "bundle, or build it again"
+        ) from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,350 @@
+"""Which memory every tensor of an edit's graphs is.
+
+An edit is a list of steps, each a run of one graph. Steps share values: what one writes, another
+reads. The keys and values of a block are one value, its cache: a step appends to it by writing
+behind what earlier steps wrote.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+
+from varedit_runtime.errors import BundleError
+from varedit_runtime.geometry import bilinear_matrix
+from varedit_runtime.manifest import Model, TensorSpec, Variant, scale_name
+
+Sizes = dict[str, int]
+
+KINDS = ("key", "value")
+# Of a scale, what the host gives and what it takes.
+CHOSEN = ("guidance_scale", "temperature", "noise", "forced_bits", "forced_mask")
+PREDICTED = ("logits", "bits")
+TEXT, NEGATIVE, CONDITION, PREFILL = "text_encoder", "negative_encoder", "condition", "prefill"
+ENCODER, DECODER, REFERENCES, SYMBOLIC = "image_encoder", "image_decoder", "references", "scale"
+
+
+def item_size(dtype: str) -> int:
+    """Bytes of a number of a manifest's type, of which NumPy lacks one."""
+    return 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
+
+
+@dataclass(frozen=True)
+class View:
+    """A tensor: the entries of a value from `first` of its first axis on."""
+
+    value: str
+    shape: tuple[int, ...]
+    dtype: str
+    first: int = 0
+
+    @property
+    def row(self) -> int:
+        """Bytes of an entry of the first axis."""
+        return prod(self.shape[1:]) * item_size(self.dtype)
+
+    @property
+    def offset(self) -> int:
+        """Bytes from the value's start."""
+        return self.first * self.row
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return prod(self.shape) * item_size(self.dtype)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A run of the graph of a stage, at one of its profiles: inputs and outputs by their names.
+
+    fed, read: the values that the host gives before it, and takes after it, when steps are run one
+    by one.
+    """
+
+    name: str
+    stage: str
+    inputs: Mapping[str, View]
+    outputs: Mapping[str, View]
+    fed: tuple[str, ...]
+    read: tuple[str, ...]
+    profile: int = 0
+
+    @property
+    def views(self) -> Iterator[View]:
+        yield from self.inputs.values()
+        yield from self.outputs.values()
+
+
+def values_of(steps: Sequence[Step]) -> dict[str, View]:
+    """Every value, as the smallest view that holds all others of it.
+
+    Raises BundleError when graphs do not fit together.
+    """
+    values: dict[str, View] = {}
+    for step in steps:
+        for view in step.views:
+            known = values.setdefault(view.value, view)
+            if (known.shape[1:], known.dtype) != (view.shape[1:], view.dtype):
+                raise BundleError(
+                    f"the bundle's graphs do not fit together: {step.name} has {view.value} as "
+                    f"{view.dtype} {view.shape}, and another graph as {known.dtype} {known.shape}; "
+                    "build it again"
+                )
+            rows = max(known.first + known.shape[0], view.first + view.shape[0])
+            values[view.value] = View(view.value, (rows, *view.shape[1:]), view.dtype)
+    return values
+
+
+def wire(variant: Variant, model: Model, symbolic: bool) -> list[Step]:
+    """The steps of an edit in order.
+
+    symbolic: prefill and scales run on the one graph of symbolic lengths, with a profile each.
+    Raises BundleError when a graph lacks what the host gives or takes, or has an input that nobody
+    gives.
+    """
+    wiring = _Wiring(variant, model)
+    steps = wiring.steps(symbolic)
+    known = wiring.standing() if symbolic else set()
+    ever = {view.value for step in steps for view in step.outputs.values()}
+    for step in steps:
+        _check_step(step, known, ever)
+        known |= {view.value for view in step.outputs.values()}
+    return steps
+
+
+def _check_step(step: Step, known: set[str], ever: set[str]) -> None:
+    """known: the values that stand, or that an earlier step wrote; ever: that any step writes."""
+    read = {view.value: view for view in step.inputs.values()}
+    written = {view.value: view for view in step.outputs.values()}
+    # At first the caches are empty, and read before they are written.
+    wanted = {name for name, view in read.items() if view.size or name not in ever}
+    _refuse(step, "lacks its input", set(step.fed) - read.keys())
+    _refuse(step, "lacks its output", set(step.read) - written.keys())
+    _refuse(step, "has an input that nothing gives", wanted - known - set(step.fed))
+    host = {**{n: read[n] for n in step.fed}, **{n: written[n] for n in step.read}}
+    half = {name for name, view in host.items() if view.dtype == "bfloat16"}
+    _refuse(step, "has in bf16, which the host has not,", half)
+
+
+def _refuse(step: Step, what: str, names: Iterable[str]) -> None:
+    if names := sorted(names):
+        raise BundleError(
+            f"the bundle's graph {step.stage} {what} {names[0][:80]!r} (for step {step.name}): "
+            "build the bundle again"
+        )
+
+
+def constants(variant: Variant, model: Model) -> dict[str, np.ndarray]:
+    """What a symbolic wiring reads that is the same for every edit; all else starts as zeros."""
+    return _Wiring(variant, model).constants()
+
+
+def scale_profiles(variant: Variant, model: Model) -> list[Sizes]:
+    """The symbolic lengths of the scale graph: as the prefill, then at every scale."""
+    source = variant.grids[-1][0] * variant.grids[-1][1]
+    targets_only = model.conditioning == "sar"  # block 0 then has no source in its past
+    prefill = _grids(variant.grids[-1], (1, 1)) | {"reference": 0, "past_0": 0, "past": 0}
+    profiles, before = [prefill], 0
+    for grid, following in zip(variant.grids, (*variant.grids[1:], (1, 1)), strict=True):
+        lengths = {"reference": grid[0] * grid[1], "past": source + before}
+        lengths["past_0"] = before if targets_only else source + before
+        profiles.append(_grids(grid, following) | lengths)
+        before += grid[0] * grid[1]
+    return profiles
+
+
+def _grids(grid: tuple[int, int], following: tuple[int, int]) -> Sizes:
+    return dict(zip(("h", "w", "next_h", "next_w"), (*grid, *following), strict=True))
+
+
+def sized(spec: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """A tensor's shape; sizes: of its symbolic lengths, or products of them such as "h*w".
+
+    Raises BundleError when it has one that is not among them.
+    """
+    try:
+        return tuple(
+            size if isinstance(size, int) else prod(sizes[name] for name in size.split("*"))
+            for size in spec.shape
+        )
+    except KeyError as error:
+        raise BundleError(
+            f"the bundle's {spec.name} has no static shape: build the bundle again"
+        ) from error
+
+
+def resizing_matrices(
+    variant: Variant, patch: int, grid: tuple[int, int], following: tuple[int, int]
+) -> dict[str, np.ndarray]:
+    """The matrices from a grid to the finest and from there to the following one."""
+    matrices: dict[str, np.ndarray] = {}
+    for axis, name in enumerate(("rows", "columns")):
+        own, finest, after = (
+            side * patch for side in (grid[axis], variant.grids[-1][axis], following[axis])
+        )
+        up, down = bilinear_matrix(finest, own), bilinear_matrix(after, finest)
+        matrices[f"up_{name}"] = up.reshape(finest, grid[axis], patch)
+        matrices[f"down_{name}"] = down.reshape(following[axis], patch, finest)
+    return matrices
+
+
+class _Wiring:
+    def __init__(self, variant: Variant, model: Model) -> None:
+        self.variant, self.model = variant, model
+        self.sar = model.conditioning == "sar"
+        self.guided = variant.rows > variant.batch
+        self.areas = [rows * columns for rows, columns in variant.grids]
+        self.scales = range(len(variant.grids))
+
+    def steps(self, symbolic: bool) -> list[Step]:
+        steps: list[Step] = []
+        ids, features = ("token_ids", "text_mask"), ("text_features", "text_mask")
+        if TEXT in self.variant.graphs:
+            steps.append(self._coder(TEXT, TEXT, ids, ("text_features",)))
+            if self.guided:
+                steps.append(self._coder(NEGATIVE, TEXT, ids, ("text_features",), _NEGATIVE))
+        steps.append(self._coder(ENCODER, ENCODER, ("pictures",), ("source_tokens",)))
+        if self.guided:
+            features += ("negative_features", "negative_mask", "has_negative")
+        steps.append(self._coder(CONDITION, CONDITION, features, ()))
+        steps += self._symbolic_scales() if symbolic else self._static_scales()
+        last = len(self.scales)
+        decoded = {"running_sum": f"sum.{last}", "pictures": "decoded"}
+        steps.append(self._coder(DECODER, DECODER, ("running_sum",), ("pictures",), decoded))
+        return steps
+
+    def standing(self) -> set[str]:
+        """What a symbolic wiring reads that no step writes: constants, and zeros."""
+        suffixes = (PREFILL, *self.scales)
+        placed = {f"{name}.{suffix}" for name in _PLACED for suffix in suffixes}
+        zeros = {"tokens.0", "sum.0", f"sum.{PREFILL}"}
+        return placed | zeros | {f"{name}.{PREFILL}" for name in CHOSEN}
+
+    def constants(self) -> dict[str, np.ndarray]:
+        grids, source = self.variant.grids, self.areas[-1]
+        one = np.ones(1, np.float32)
+        found = {f"temperature.{PREFILL}": one}
+        if self.guided:
+            found[f"guidance_scale.{PREFILL}"] = one
+        found |= self._place(PREFILL, len(grids) - 1, 0, grids[-1], (1, 1))
+        for k, following in zip(self.scales, (*grids[1:], (1, 1)), strict=True):
+            found |= self._place(str(k), k, source + sum(self.areas[:k]), grids[k], following)
+        return found
+
+    def _place(
+        self,
+        suffix: str,
+        level: int,
+        first_position: int,
+        grid: tuple[int, int],
+        following: tuple[int, int],
+    ) -> dict[str, np.ndarray]:
+        arrays = {
+            "level": np.array([level], np.int64),
+            "first_position": np.array([first_position], np.int64),
+            "is_first": np.array([suffix == "0"]),
+            **resizing_matrices(self.variant, self.model.patch, grid, following),
+        }
+        return {f"{name}.{suffix}": array for name, array in arrays.items()}
+
+    def _coder(
+        self,
+        name: str,
+        stage: str,
+        fed: Sequence[str],
+        read: Sequence[str],
+        renamed: Mapping[str, str] | None = None,
+    ) -> Step:
+        """A step whose tensors are values of their own names, if they are not renamed.
+
+        fed, read: the tensors that the host gives and takes.
+        """
+        called = renamed or {}
+        graph = self.variant.graph(stage)
+        inputs, outputs = (
+            {
+                spec.name: View(called.get(spec.name, spec.name), sized(spec, {}), spec.dtype)
+                for spec in specs
+            }
+            for specs in (graph.inputs, graph.outputs)
+        )
+        given, taken = (tuple(called.get(n, n) for n in names) for names in (fed, read))
+        return Step(name, stage, inputs, outputs, given, taken)
+
+    def _static_scales(self) -> Iterator[Step]:
+        yield self._scale(PREFILL, PREFILL, None, {}, 0)
+        for k in self.scales:
+            yield self._scale(scale_name(k), scale_name(k), k, {}, 0)
+
+    def _symbolic_scales(self) -> Iterator[Step]:
+        prefill, *profiles = scale_profiles(self.variant, self.model)
+        yield self._scale(PREFILL, SYMBOLIC, None, prefill, 0)
+        if self.sar:
+            yield self._coder(REFERENCES, REFERENCES, (), ())
+        for k, sizes in enumerate(profiles):
+            yield self._scale(scale_name(k), SYMBOLIC, k, sizes, k + 1)
+
+    def _scale(
+        self, name: str, stage: str, scale: int | None, sizes: Mapping[str, int], profile: int
+    ) -> Step:
+        """scale: None for the prefill."""
+        graph = self.variant.graph(stage)
+        inputs, outputs = (
+            {spec.name: self._view(spec, scale, sizes) for spec in specs}
+            for specs in (graph.inputs, graph.outputs)
+        )
+        if scale is None:
+            return Step(name, stage, inputs, outputs, ("source_tokens",), (), profile)
+        fed = tuple(f"{given}.{scale}" for given in CHOSEN if given in inputs)
+        read = (*(f"{taken}.{scale}" for taken in PREDICTED), f"sum.{scale + 1}")
+        return Step(name, stage, inputs, outputs, fed, read, profile)
+
+    def _view(self, spec: TensorSpec, scale: int | None, sizes: Mapping[str, int]) -> View:
+        shape = sized(spec, sizes)
+        value, first = self._value(spec.name, scale)
+        return View(value, shape, spec.dtype, first)
+
+    def _value(self, name: str, scale: int | None) -> tuple[str, int]:
+        """What a tensor of a scale, or of the prefill, is part of, and its first entry there."""
+        kind, _, block = name.partition(".")
+        what, _, which = kind.partition("_")
+        if which in KINDS and what in ("past", "new", "source") and _BLOCK.fullmatch(block):
+            return self._cached(what, which, int(block), scale)
+        if kind in ("reference_key", "reference_value"):
+            return (name if block else f"{kind}.{scale or 0}"), 0
+        own = PREFILL if scale is None else str(scale)
+        following = "unused" if scale is None else str(scale + 1)
+        names = {
+            "tokens": "source_tokens" if scale is None else f"tokens.{own}",
+            "next_tokens": f"tokens.{following}",
+            "running_sum": f"sum.{own}",
+            "running_sum_out": f"sum.{following}",
+        }
+        if name in names:
+            return names[name], 0
+        return (f"{name}.{own}" if name in _OF_A_SCALE else name), 0
+
+    def _cached(self, what: str, kind: str, block: int, scale: int | None) -> tuple[str, int]:
+        if scale is None and what == "new" and block == 0 and self.sar:
+            return f"source_{kind}", 0  # of which the references are made
+        cache = f"cache_{kind}.{block}"
+        if what != "new" or scale is None:
+            return cache, 0
+        source = 0 if self.sar and block == 0 else self.areas[-1]
+        return cache, source + sum(self.areas[:scale])
+
+
+_NEGATIVE = {
+    "token_ids": "negative_ids",
+    "text_mask": "negative_mask",
+    "text_features": "negative_features",
+}
+_BLOCK = re.compile(r"[0-9]{1,4}")
+_PLACED = (
+    *("level", "first_position", "is_first"),
+    *("up_rows", "up_columns", "down_rows", "down_columns"),
+)
+_OF_A_SCALE = {*CHOSEN, *PREDICTED, *_PLACED}

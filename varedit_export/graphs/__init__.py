@@ -1,0 +1,1 @@
+"""Each stage of an edit as an ONNX graph."""

@@ -1,0 +1,179 @@
+"""The T5 encoder as its graph computes it.
+
+Relative positions are a table lookup with constant indices; norms, softmax and, in fp16, the
+MLP's output projection are fp32: T5-XL's values pass fp16's range there.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from varedit_export.graphs.layout import Restored, Weight, same, transposed
+from varedit_export.graphs.model import attention, parameter, split
+from varedit_runtime.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class TextEncoderConfig:
+    """The sizes of a T5 encoder with gated GELU (v1.1 and Flan)."""
+
+    vocabulary: int
+    width: int
+    head_width: int
+    heads: int
+    mlp_width: int
+    depth: int
+    buckets: int
+    max_distance: int
+    epsilon: float
+
+    @classmethod
+    def from_json(cls, config: Mapping[str, Any]) -> "TextEncoderConfig":
+        """The config.json of a T5 folder. Raises ConfigError on another kind of encoder."""
+        if config.get("feed_forward_proj") != "gated-gelu":
+            raise ConfigError(
+                f"the text encoder's MLP is {config.get('feed_forward_proj')!r}; only T5 encoders "
+                "with 'gated-gelu', such as Flan-T5, can be exported"
+            )
+        return cls(
+            vocabulary=config["vocab_size"],
+            width=config["d_model"],
+            head_width=config["d_kv"],
+            heads=config["num_heads"],
+            mlp_width=config["d_ff"],
+            depth=config["num_layers"],
+            buckets=config["relative_attention_num_buckets"],
+            max_distance=config.get("relative_attention_max_distance", 128),
+            epsilon=config["layer_norm_epsilon"],
+        )
+
+
+class GraphTextEncoder(nn.Module):
+    """Token ids and mask [B, T] -> features [B, T, width], fp32."""
+
+    def __init__(self, config: TextEncoderConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = parameter(config.vocabulary, config.width, dtype=dtype)
+        self.relative_attention_bias = parameter(config.buckets, config.heads)
+        self.blocks = nn.ModuleList(TextBlock(config, dtype) for _ in range(config.depth))
+        self.final_norm = parameter(config.width)
+
+    def forward(self, token_ids: Tensor, mask: Tensor) -> Tensor:
+        x_BTC = F.embedding(token_ids, self.embedding).float()
+        bias_BHTT = self._position_bias(token_ids.shape[1])[None]
+        bias_BHTT = bias_BHTT + torch.where(mask, 0.0, -torch.inf)[:, None, None]
+        for block in self.blocks:
+            x_BTC = block(x_BTC, bias_BHTT)
+        return _rms_norm(x_BTC, self.final_norm, self.config)
+
+    def _position_bias(self, tokens: int) -> Tensor:
+        """[H, T, T]."""
+        buckets = relative_buckets(tokens, self.config)
+        return F.embedding(buckets, self.relative_attention_bias).permute(2, 0, 1)
+
+
+class TextBlock(nn.Module):
+    def __init__(self, config: TextEncoderConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.config = config
+        inner = config.heads * config.head_width
+        wide = torch.float32 if dtype == torch.float16 else dtype
+        self.attention_norm = parameter(config.width)
+        self.qkv = parameter(config.width, 3 * inner, dtype=dtype)
+        self.projection = parameter(inner, config.width, dtype=dtype)
+        self.mlp_norm = parameter(config.width)
+        self.gate_up = parameter(config.width, 2 * config.mlp_width, dtype=dtype)
+        self.down = parameter(config.mlp_width, config.width, dtype=wide)
+
+    def forward(self, x_BTC: Tensor, bias_BHTT: Tensor) -> Tensor:
+        qkv = _product(_rms_norm(x_BTC, self.attention_norm, self.config), self.qkv)
+        q, k, v = (x.unflatten(-1, (self.config.heads, -1)) for x in split(qkv, 3))
+        attended = attention(q.transpose(1, 2), k.permute(0, 2, 3, 1), v.transpose(1, 2), bias_BHTT)
+        x_BTC = x_BTC + _product(attended, self.projection).float()
+        hidden = _product(_rms_norm(x_BTC, self.mlp_norm, self.config), self.gate_up)
+        gate, up = split(hidden.to(self.down.dtype), 2)
+        hidden = F.gelu(gate, approximate="tanh") * up
+        return x_BTC + _product(hidden, self.down).float()
+
+
+def text_encoder_layout(config: TextEncoderConfig) -> dict[str, Weight]:
+    """Every weight of the text encoder's graph, made from a T5 file's tensors."""
+    relative = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    weights = {
+        "embedding": same("shared.weight"),
+        "relative_attention_bias": same(relative),
+        "final_norm": same("encoder.final_layer_norm.weight"),
+    }
+    for i in range(config.depth):
+        attention_, mlp = f"encoder.block.{i}.layer.0", f"encoder.block.{i}.layer.1"
+        qkv = tuple(f"{attention_}.SelfAttention.{name}.weight" for name in "qkv")
+        gate_up = tuple(f"{mlp}.DenseReluDense.{name}.weight" for name in ("wi_0", "wi_1"))
+        weights |= {
+            f"blocks.{i}.attention_norm": same(f"{attention_}.layer_norm.weight"),
+            f"blocks.{i}.qkv": Weight(qkv, _fused),
+            f"blocks.{i}.projection": transposed(f"{attention_}.SelfAttention.o.weight"),
+            f"blocks.{i}.mlp_norm": same(f"{mlp}.layer_norm.weight"),
+            f"blocks.{i}.gate_up": Weight(gate_up, _fused),
+            f"blocks.{i}.down": transposed(f"{mlp}.DenseReluDense.wo.weight"),
+        }
+    return weights
+
+
+def restore_text_encoder(
+    weights: Mapping[str, Tensor], max_distance: int, epsilon: float
+) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
+    """T5's config.json and tensors from a bundle's weights: what the layout did, undone, fp32.
+
+    Each tensor is restored when asked for.
+    """
+    depth = sum(name.endswith(".attention_norm") for name in weights)
+    buckets, heads = weights["relative_attention_bias"].shape
+    settings = {
+        "feed_forward_proj": "gated-gelu",
+        "vocab_size": len(weights["embedding"]),
+        "d_model": len(weights["final_norm"]),
+        "d_kv": len(weights["blocks.0.projection"]) // heads,
+        "num_heads": heads,
+        "d_ff": len(weights["blocks.0.down"]),
+        "num_layers": depth,
+        "relative_attention_num_buckets": buckets,
+        "relative_attention_max_distance": max_distance,
+        "layer_norm_epsilon": epsilon,
+    }
+    layout = text_encoder_layout(TextEncoderConfig.from_json(settings))
+    return settings, Restored(layout, weights, _restore)
+
+
+def _restore(name: str, weight: Weight, made: Tensor) -> dict[str, Tensor]:
+    fused = weight.make is _fused
+    parts = made.T.chunk(len(weight.sources)) if fused else [weight.make(made)]
+    return dict(zip(weight.sources, parts, strict=True))
+
+
+def relative_buckets(tokens: int, config: TextEncoderConfig) -> Tensor:
+    """T5's bucket of every pair of positions, [query, key]: exact near by, logarithmic far off."""
+    half = config.buckets // 2
+    exact = half // 2
+    distance = torch.arange(tokens) - torch.arange(tokens)[:, None]
+    far = distance.abs().clamp(min=1).float() / exact
+    reach = torch.tensor(config.max_distance / exact)
+    logarithmic = exact + (far.log() / reach.log() * (half - exact)).long()
+    bucket = torch.where(distance.abs() < exact, distance.abs(), logarithmic.clamp(max=half - 1))
+    return bucket + half * (distance > 0)
+
+
+def _fused(*weights: Tensor) -> Tensor:
+    return torch.cat(weights).T
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    return x.to(weight.dtype) @ weight
+
+
+def _rms_norm(x: Tensor, weight: Tensor, config: TextEncoderConfig) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], weight, config.epsilon)

@@ -1,0 +1,265 @@
+"""Trace one stage into an ONNX graph whose weights lie in a file beside it.
+
+Tracing runs on fake tensors: it needs no weights and no memory for them. The graph then refers to
+the safetensors file by offset, and carries only small constants of its own.
+"""
+
+import logging
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import onnx_ir as ir
+import torch
+from onnxscript import optimizer
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.export import Dim
+
+from varedit_export.errors import ExportError
+from varedit_export.graphs.blocks import grow
+from varedit_export.graphs.stages import LENGTHS, Scale, Spec, Stage, WeightPart
+
+OPSET = 20
+LARGEST_CONSTANT = 2**20  # bytes of an input that is folded: resizing matrices, no weights
+# Sizes that stand for symbolic dimensions while tracing: no two alike, none 0 or 1.
+SAMPLE_SIZES: dict[str, int] = dict(zip(LENGTHS, (3, 5, 4, 6, 11, 13, 17), strict=True))
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """Where a weight lies: its name, its file relative to the graph, and its bytes there."""
+
+    name: str
+    location: str
+    offset: int
+    length: int
+
+    def part(self, name: str, offset: int, length: int) -> "StoredWeight":
+        """Some of its bytes, as a weight of their own."""
+        return StoredWeight(name, self.location, self.offset + offset, length)
+
+
+@dataclass(frozen=True)
+class Template:
+    """A traced stage: its weights are inputs still, and its lengths may be symbolic."""
+
+    model: ir.Model
+    weights: tuple[str, ...]
+
+
+def fake_tensors() -> FakeTensorMode:
+    """The mode in which models are built and traced without memory."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+class Tracer:
+    """Makes the graphs of a bundle. stored: where each weight lies, by parameter name."""
+
+    def __init__(self, fake: FakeTensorMode, stored: Mapping[str, StoredWeight]) -> None:
+        self._fake, self._stored = fake, stored
+        self._templates: dict[str, Template] = {}
+
+    def graph(self, stage: Stage, depth: int = 0, scale: Scale | None = None) -> ir.Model:
+        """One stage as an ONNX model.
+
+        depth: blocks of the whole model, where the stage is given with `TRACED_BLOCKS`. scale: the
+        one that a scale's template becomes. Raises ExportError if a value's shape is unknown, or,
+        but for the symbolic twin, not static.
+        """
+        if stage.name not in self._templates:
+            self._templates[stage.name] = trace(stage, self._fake)
+        template = self._templates[stage.name]
+        model = template.model.clone()
+        if scale is not None:
+            _bind(model, scale)
+        optimizer.optimize_ir(model, input_size_limit=LARGEST_CONSTANT)
+        _name_nodes(model)
+        grow(model.graph, depth)
+        _refer_to_weights(model, self._stored, {} if scale is None else scale.parts)
+        _strip(model, stage.name if scale is None else scale.name)
+        _check_shapes(model, static=scale is not None or not _is_symbolic(stage))
+        return model
+
+
+def trace(stage: Stage, fake: FakeTensorMode) -> Template:
+    """A stage as torch exports it."""
+    specs = stage.inputs()
+    with fake:
+        examples = tuple(_example(spec) for spec in specs.values())
+    dynamic = {"tensors": tuple(_dynamic(spec) for spec in specs.values())}
+    with _quiet(), fake:
+        program = torch.export.export(stage, examples, dynamic_shapes=dynamic)
+        exported = torch.onnx.export(
+            program,
+            (),
+            dynamo=True,
+            optimize=False,
+            verbose=False,
+            opset_version=OPSET,
+            input_names=list(specs),
+            output_names=list(stage.output_names),
+        )
+    assert exported is not None
+    model = exported.model
+    _name_dimensions(model, specs)
+    return Template(model, _take_weights(model))
+
+
+def _is_symbolic(stage: Stage) -> bool:
+    return any(isinstance(size, str) for spec in stage.inputs().values() for size in spec.shape)
+
+
+def _example(spec: Spec) -> Tensor:
+    sizes = [SAMPLE_SIZES[size] if isinstance(size, str) else size for size in spec.shape]
+    return torch.empty(sizes, dtype=spec.dtype)
+
+
+def _dynamic(spec: Spec) -> dict[int, Dim]:
+    return {i: Dim(size) for i, size in enumerate(spec.shape) if isinstance(size, str)}
+
+
+def _take_weights(model: ir.Model) -> tuple[str, ...]:
+    """Make inputs of the weights while the graph is worked on: nothing is to be folded in."""
+    weights = [
+        value
+        for value in model.graph.initializers.values()
+        if isinstance(getattr(value.const_value, "raw", None), FakeTensor)
+    ]
+    for value in weights:
+        del model.graph.initializers[str(value.name)]
+        value.const_value = None
+        model.graph.inputs.append(value)
+    return tuple(str(value.name) for value in weights)
+
+
+def _bind(model: ir.Model, scale: Scale) -> None:
+    """Fill a scale's own lengths and small constants into its template."""
+    for value in (*model.graph.inputs, *(v for node in model.graph for v in node.outputs)):
+        if value.shape is not None:
+            value.shape = value.shape.evaluate(scale.sizes)
+    for value in tuple(model.graph.inputs):
+        if value.name in scale.constants:
+            model.graph.inputs.remove(value)
+            value.const_value = ir.tensor(scale.constants[value.name].numpy(), name=value.name)
+            model.graph.register_initializer(value)
+
+
+def _refer_to_weights(
+    model: ir.Model, stored: Mapping[str, StoredWeight], parts: Mapping[str, WeightPart]
+) -> None:
+    """Point every weight into its file. Constants of the stage stay in the graph."""
+    places = dict(stored)
+    for name, part in parts.items():
+        places[name] = stored[part.weight].part(name, part.offset, part.length)
+    for value in tuple(model.graph.inputs):
+        place = places.get(str(value.name))
+        if place is None:
+            continue
+        model.graph.inputs.remove(value)
+        if not value.uses():
+            continue
+        assert value.dtype is not None and value.shape is not None
+        value.const_value = ir.ExternalTensor(
+            place.location,
+            place.offset,
+            place.length,
+            value.dtype,
+            shape=value.shape,
+            name=place.name,
+        )
+        value.name = place.name
+        model.graph.register_initializer(value)
+
+
+def _name_dimensions(model: ir.Model, specs: Mapping[str, Spec]) -> None:
+    """Call symbolic dimensions, and what is computed of them, by the names the stage gave them.
+
+    Simplified, since the order in which torch writes a sum changes from run to run.
+    """
+    names: dict[str, str] = {}
+    for value, spec in zip(model.graph.inputs, specs.values(), strict=True):
+        assert value.shape is not None
+        for traced, own in zip(value.shape, spec.shape, strict=True):
+            if isinstance(own, str):
+                names[str(traced)] = own
+    pattern = re.compile("|".join(rf"\b{re.escape(name)}\b" for name in names) or r"(?!)")
+    nodes = (value for node in model.graph for value in node.outputs)
+    for value in (*model.graph.inputs, *nodes):
+        if value.shape is not None:
+            value.shape = ir.Shape(
+                size
+                if isinstance(size, int)
+                else ir.SymbolicDim(
+                    pattern.sub(lambda match: names[match[0]], str(size))
+                ).simplify()
+                for size in value.shape
+            )
+
+
+def _name_nodes(model: ir.Model) -> None:
+    """Name nodes and values for the module that computes them, as in `blocks.0.mlp_up/MatMul`."""
+    seen: Counter[str] = Counter()
+    scopes: dict[ir.Node | None, str] = {}
+    kept = {value.name for value in (*model.graph.inputs, *model.graph.outputs)}
+    for node in model.graph:
+        scope = scopes[node] = _scope(node, scopes)
+        base = f"{scope}/{node.op_type}" if scope else node.op_type
+        seen[base] += 1
+        node.name = base if seen[base] == 1 else f"{base}_{seen[base]}"
+        for i, value in enumerate(node.outputs):
+            if value.name not in kept:
+                value.name = node.name if len(node.outputs) == 1 else f"{node.name}:{i}"
+
+
+def _scope(node: ir.Node, scopes: Mapping[ir.Node | None, str]) -> str:
+    """The module a node computes for; a node put in by the optimiser joins the one it reads."""
+    traced = node.metadata_props.get("pkg.torch.onnx.name_scopes")
+    if traced is None:
+        return next((scopes[v.producer()] for v in node.inputs if v and v.producer()), "")
+    scope = traced.rsplit("'", 4)[1] if traced.count("'") >= 4 else ""
+    return scope.removeprefix("model.").replace("model", "")
+
+
+def _strip(model: ir.Model, name: str) -> None:
+    """Remove all that tells of the machine and code a graph was traced on."""
+    model.graph.name = name
+    model.producer_name, model.producer_version = "varedit-export", None
+    model.doc_string = model.graph.doc_string = None
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    for node in model.graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+
+
+def _check_shapes(model: ir.Model, static: bool) -> None:
+    for node in model.graph:
+        for value in node.outputs:
+            shape = value.shape
+            if shape is None or (static and not shape.is_static()):
+                raise ExportError(
+                    f"graph {model.graph.name}: the shape of {value.name} is {shape}; every shape "
+                    "must be known"
+                )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch.onnx warns of optional packages and of its own deprecations."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

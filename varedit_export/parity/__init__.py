@@ -1,0 +1,1 @@
+"""Prove that graphs compute what the reference computes."""

@@ -1,0 +1,473 @@
+"""A graph taken apart into its blocks, each run by itself with its weights fed in.
+
+What ONNX Runtime computes on a CPU it computes in fp32, and bf16 it lacks: pieces are widened to
+fp32, weights keep the values they were rounded to. A session holds no weights, and pieces that are
+alike but for the block's number share one.
+"""
+
+import mmap
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+from onnx import NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+from torch import Tensor
+
+from varedit_export.errors import ExportError
+from varedit_export.graphs.blocks import NODE_NAME
+from varedit_reference.weights_file import read_layout
+
+Arrays = dict[str, np.ndarray]
+
+PAST = ("past_", "reference_")  # inputs: keys and values of what came before
+NARROW = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+TORCH_TYPES = {
+    TensorProto.FLOAT: torch.float32,
+    TensorProto.FLOAT16: torch.float16,
+    TensorProto.BFLOAT16: torch.bfloat16,
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a weight lies: in which file, from which byte on, as what."""
+
+    location: str
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+class WeightFiles:
+    """The files of weights below a folder of graphs, memory-mapped."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._maps: dict[str, mmap.mmap] = {}
+        self._layouts: dict[str, dict[str, Place]] = {}
+
+    def layout(self, location: str) -> Mapping[str, Place]:
+        """Where a file's own header says that its tensors are."""
+        if location not in self._layouts:
+            layout = read_layout(self._folder / location)
+            self._layouts[location] = {
+                name: Place(location, start, tensor.dtype, tuple(tensor.shape))
+                for name, (tensor, start) in layout.items()
+            }
+        return self._layouts[location]
+
+    def read(self, place: Place) -> Tensor:
+        """A view of the file in its own type."""
+        if place.location not in self._maps:
+            with (self._folder / place.location).open("rb") as file:
+                # Copied on writing, as torch takes no memory that cannot be written.
+                self._maps[place.location] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        file = self._maps[place.location]
+        if place.offset + place.length > len(file):
+            raise ExportError(f"a weight lies past the end of {place.location}")
+        return torch.frombuffer(
+            file, dtype=place.dtype, count=prod(place.shape), offset=place.offset
+        ).view(place.shape)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Nodes of a graph as a model of its own, named for their place in it.
+
+    model: equal for pieces that are alike but for the block's number; inputs, outputs: its names ->
+    the graph's.
+    """
+
+    model: bytes
+    inputs: Mapping[str, str]
+    outputs: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """A block's self-attention: from its queries times keys to its weights times values.
+
+    queries [R, H, L, D], keys [R, H, D, S], values [R, H, S, D] -> attended [R, H, L, D]. The piece
+    holds no shape, so that it can be run for some of the queries. joins: what puts new keys, and
+    new values, behind those that came before.
+    """
+
+    joins: Sequence[Piece]
+    piece: Piece
+    queries: str
+    keys: str
+    values: str
+    attended: str
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block: what comes before its self-attention, that, and the rest; without one, all."""
+
+    first: Piece
+    attention: Attention | None
+    rest: Piece | None
+
+    @property
+    def kind(self) -> tuple[bytes, ...]:
+        """Equal for blocks that are alike but for their number."""
+        attention = self.attention and (*self.attention.joins, self.attention.piece)
+        return tuple(piece.model for piece in (self.first, *(attention or ()), self.rest) if piece)
+
+
+class CutGraph:
+    """A graph: what is before its blocks, the blocks, what is after them.
+
+    places: its weights by name. shapes: of its values. carried: the value that each block hands to
+    the next, by block; the last one's, where it has one, goes to what is after.
+    """
+
+    def __init__(self, name: str, content: bytes) -> None:
+        graph = onnx.load_model_from_string(content).graph
+        self.name = name
+        self.places: dict[str, Place] = {}
+        self._constants: dict[str, TensorProto] = {}
+        for tensor in graph.initializer:
+            if tensor.data_location == TensorProto.EXTERNAL:
+                self.places[tensor.name] = _place(tensor)
+            else:
+                self._constants[tensor.name] = _widened(tensor)
+        infos = (*graph.input, *graph.output, *graph.value_info)
+        self._infos = {info.name: _widened_info(info) for info in infos}
+        self.shapes = {name: _shape(info) for name, info in self._infos.items()}
+        self.inputs = [info.name for info in graph.input]
+        self._outputs = {info.name for info in graph.output}
+        self._nodes = [_widened_node(node) for node in graph.node]
+        self._block_of = {v: _block(node) for node in self._nodes for v in node.output}
+        self._readers: dict[str, set[str]] = {name: set() for name in self._block_of}
+        for node in self._nodes:
+            for name in node.input:
+                if name in self._readers:
+                    self._readers[name].add(node.output[0])
+        self.blocks = sorted({b for b in self._block_of.values() if b is not None})
+        before, after = self._outer()
+        self.before, self.after = self._piece(before), self._piece(after)
+        carried = {block: self._carried(block) for block in self.blocks}
+        self.carried = {block: name for block, name in carried.items() if name}
+
+    def block(self, number: int) -> Block:
+        nodes = [node for node in self._nodes if _block(node) == number]
+        core = _attention_core(nodes)
+        if core is None:
+            return Block(self._piece(nodes, number), None, None)
+        (queries, keys), values = core[0].input, core[-1].input[1]
+        attended = core[-1].output[0]
+        past = {name for name in self.inputs if name.startswith(PAST)}
+        late = _descendants(nodes, past)
+        needed = [_ancestors(nodes, [name]) for name in (keys, values)]
+        joins = [[n for n in nodes if n.output[0] in found & late] for found in needed]
+        own = {name for node in core for name in node.output}
+        entering = {name for node in core for name in node.input} - own
+        before = _ancestors(nodes, entering) - late
+        taken = before.union(n.output[0] for part in (*joins, core) for n in part)
+        attention = Attention(
+            [self._piece(join, number) for join in joins if join],
+            self._piece(core, number, any_length={queries, attended}),
+            queries,
+            keys,
+            values,
+            attended,
+        )
+        first = [node for node in nodes if node.output[0] in before]
+        rest = [node for node in nodes if node.output[0] not in taken]
+        return Block(self._piece(first, number), attention, self._piece(rest, number))
+
+    def entering(self, number: int) -> str:
+        """The value that carries what goes through all blocks into one of them."""
+        if number != self.blocks[0]:
+            return self.carried[number - 1]
+        first = self.block(number)
+        left = self.carried.get(number)
+        alike = [
+            name
+            for piece in (first.first, first.rest)
+            if piece is not None
+            for name in piece.inputs.values()
+            if self._block_of.get(name, number) is None
+            and (left is None or self.shapes[name] == self.shapes[left])
+        ]
+        return alike[0]
+
+    def part(self, nodes: slice) -> Piece:
+        """Some of the nodes, in the graph's order."""
+        return self._piece(self._nodes[nodes])
+
+    def _outer(self) -> tuple[list[NodeProto], list[NodeProto]]:
+        """The nodes of no block: those that no block comes before, and the others."""
+        before, after, late = [], [], set[str]()
+        for node in self._nodes:
+            if _block(node) is not None or late.intersection(node.input):
+                late.update(node.output)
+                if _block(node) is None:
+                    after.append(node)
+            else:
+                before.append(node)
+        return before, after
+
+    def _carried(self, block: int) -> str:
+        """What the next block, or what is after the last, goes on with."""
+        following = [n for n in self._nodes if _block(n) == block + 1]
+        if not following:
+            following = [n for n in self._nodes if _block(n) is None]
+        reads = {name for node in following for name in node.input}
+        return next((v for v, b in self._block_of.items() if b == block and v in reads), "")
+
+    def _piece(
+        self,
+        nodes: Sequence[NodeProto],
+        block: int | None = None,
+        any_length: Collection[str] = (),
+    ) -> Piece:
+        """any_length: inputs and outputs [R, H, L, D] that may have another L."""
+        produced = {name for node in nodes for name in node.output}
+        names: dict[str, str] = {}  # the graph's -> the piece's
+        inputs, constants = [], []
+        for node in nodes:
+            for name in node.input:
+                if not name or name in names:
+                    continue
+                if name in self._constants:
+                    names[name] = f"constant{len(constants)}"
+                    constants.append(name)
+                elif name not in produced:
+                    names[name] = self._alias(name, block, len(names))
+                    inputs.append(name)
+            for name in node.output:
+                names[name] = f"value{len(names)}"
+        outputs = [
+            name
+            for node in nodes
+            for name in node.output
+            if name in self._outputs or not self._readers[name] <= produced
+        ]
+        if len({names[name] for name in inputs}) < len(inputs):
+            raise ExportError(f"graph {self.name}: two inputs of a block have one name")
+        model = helper.make_model(
+            helper.make_graph(
+                [_renamed_node(node, names) for node in nodes],
+                "piece",
+                [self._info(name, names[name], name in any_length) for name in inputs],
+                [self._info(name, names[name], name in any_length) for name in outputs],
+                [_renamed_tensor(self._constants[name], names[name]) for name in constants],
+            ),
+            opset_imports=[helper.make_opsetid("", 20)],
+            ir_version=10,
+        )
+        return Piece(
+            model.SerializeToString(deterministic=True),
+            {names[name]: name for name in inputs},
+            {names[name]: name for name in outputs},
+        )
+
+    def _alias(self, name: str, block: int | None, place: int) -> str:
+        """What a piece calls an input: the same in all blocks that are alike."""
+        if block is None:
+            return name
+        maker = self._block_of.get(name)
+        if maker in (block, block - 1):
+            return f"{'own' if maker == block else 'carried'}{place}"
+        if name in self.places:
+            own = f"blocks.{block}."
+            return "blocks." + name.removeprefix(own) if name.startswith(own) else name
+        return name.removesuffix(f".{block}") + ".#" if name.endswith(f".{block}") else name
+
+    def _info(self, name: str, alias: str, any_length: bool) -> ValueInfoProto:
+        if name in self.places:
+            shape = self.places[name].shape
+            return helper.make_tensor_value_info(alias, TensorProto.FLOAT, shape)
+        info = ValueInfoProto()
+        info.CopyFrom(self._infos[name])
+        info.name = alias
+        if any_length:
+            info.type.tensor_type.shape.dim[2].dim_param = "any"
+        return info
+
+
+class CutCoder:
+    """An image coder's graph for smaller pictures; what is behind its last convolution as it is.
+
+    Nothing in a coder depends on the picture's size but the shapes that the maps are given back
+    after a norm; those must be the shapes that they had. Raises ExportError where they are not.
+    """
+
+    def __init__(self, name: str, content: bytes, factor: int) -> None:
+        """factor: by how much the sides of pictures, and of all maps, are divided."""
+        self.whole = CutGraph(name, content)
+        model = onnx.load_model_from_string(content)
+        last = max(i for i, n in enumerate(model.graph.node) if n.op_type == "Conv")
+        _shrink(model.graph, last, factor)
+        self.small = CutGraph(name, model.SerializeToString())
+        self.small.before = self.small.part(slice(last + 1))
+        self.tail = self.whole.part(slice(last + 1, None))
+
+    @property
+    def maps(self) -> str:
+        """What the last convolution computes."""
+        return next(iter(self.small.before.outputs.values()))
+
+
+class Runner:
+    """Runs pieces. A session is kept for each that is unlike the others."""
+
+    def __init__(self, weights: WeightFiles, threads: int) -> None:
+        self._weights, self._threads = weights, threads
+        self._sessions: dict[bytes, ort.InferenceSession] = {}
+
+    def run(self, graph: CutGraph, piece: Piece, values: Mapping[str, np.ndarray]) -> Arrays:
+        """The piece's outputs by the graph's names, from its inputs and the weights it reads."""
+        if not piece.outputs:
+            return {}
+        session = self._session(piece)
+        feeds = {}
+        for alias, name in piece.inputs.items():
+            place = graph.places.get(name)
+            if place is None:
+                feeds[alias] = np.ascontiguousarray(values[name])
+            else:
+                feeds[alias] = self._weights.read(place).float().numpy()
+        results = session.run(list(piece.outputs), feeds)
+        return {
+            name: np.asarray(x) for name, x in zip(piece.outputs.values(), results, strict=True)
+        }
+
+    def _session(self, piece: Piece) -> ort.InferenceSession:
+        if piece.model not in self._sessions:
+            settings = ort.SessionOptions()
+            settings.intra_op_num_threads = self._threads
+            settings.enable_cpu_mem_arena = False  # memory is given back after each run
+            settings.enable_mem_pattern = False
+            settings.log_severity_level = 3
+            settings.add_session_config_entry("session.force_spinning_stop", "1")
+            self._sessions[piece.model] = ort.InferenceSession(
+                piece.model, settings, providers=["CPUExecutionProvider"]
+            )
+        return self._sessions[piece.model]
+
+
+def _place(tensor: TensorProto) -> Place:
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    place = Place(
+        entries["location"],
+        int(entries.get("offset", 0)),
+        TORCH_TYPES[tensor.data_type],  # type: ignore[index]
+        tuple(tensor.dims),
+    )
+    if int(entries.get("length", place.length)) != place.length:
+        raise ExportError(f"the weight {tensor.name} has another length than its shape and type")
+    return place
+
+
+def _block(node: NodeProto) -> int | None:
+    match = NODE_NAME.search(node.name)
+    return int(match[1]) if match else None
+
+
+def _attention_core(nodes: Sequence[NodeProto]) -> list[NodeProto] | None:
+    """From the product before the block's first softmax to the one behind it, in order."""
+    makers = {name: node for node in nodes for name in node.output}
+    softmax = next((node for node in nodes if node.op_type == "Softmax"), None)
+    if softmax is None:
+        return None
+    core = [softmax]
+    while core[0].op_type != "MatMul":
+        core.insert(0, makers[core[0].input[0]])
+    while core[-1].op_type != "MatMul":
+        (reader,) = [node for node in nodes if core[-1].output[0] in node.input]
+        core.append(reader)
+    return core
+
+
+def _ancestors(nodes: Sequence[NodeProto], names: Iterable[str]) -> set[str]:
+    """First outputs of those of the nodes that some values come from."""
+    found, queue = set[str](), set(names)
+    for node in reversed(nodes):
+        if queue.intersection(node.output):
+            found.add(node.output[0])
+            queue.update(node.input)
+    return found
+
+
+def _descendants(nodes: Sequence[NodeProto], names: Collection[str]) -> set[str]:
+    """First outputs of those of the nodes that come from some values."""
+    reached = set(names)
+    for node in nodes:
+        if reached.intersection(node.input):
+            reached.update(node.output)
+    return {node.output[0] for node in nodes if reached.intersection(node.output)}
+
+
+def _shrink(graph: onnx.GraphProto, last: int, factor: int) -> None:
+    """Divide the sides of all maps up to a node, the last convolution."""
+    makers = {name: node for node in graph.node for name in node.output}
+    infos = {info.name: info for info in (*graph.input, *graph.output, *graph.value_info)}
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    for node in list(graph.node)[: last + 1]:
+        normed = makers.get(node.input[0])
+        if normed is None or normed.op_type != "InstanceNormalization":
+            continue
+        grouped = makers[normed.input[0]]
+        shape = numpy_helper.to_array(constants[node.input[1]])
+        if tuple(shape) != _shape(infos[grouped.input[0]]):
+            raise ExportError(f"{node.name} makes another shape than was normalised")
+        small = np.array([*shape[:2], *(shape[2:] // factor)])
+        node.input[1] = f"{node.name}/shape"
+        graph.initializer.append(numpy_helper.from_array(small, node.input[1]))
+    for info in infos.values():
+        dims = info.type.tensor_type.shape.dim
+        for dim in list(dims)[2:] if len(dims) == 4 else ():
+            dim.dim_value //= factor
+
+
+def _widened(tensor: TensorProto) -> TensorProto:
+    if tensor.data_type not in NARROW:
+        return tensor
+    return numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name)
+
+
+def _widened_info(info: ValueInfoProto) -> ValueInfoProto:
+    if info.type.tensor_type.elem_type in NARROW:
+        info.type.tensor_type.elem_type = TensorProto.FLOAT
+    return info
+
+
+def _widened_node(node: NodeProto) -> NodeProto:
+    for attribute in node.attribute:
+        if attribute.name == "to" and attribute.i in NARROW:
+            attribute.i = TensorProto.FLOAT
+        if attribute.HasField("t"):
+            attribute.t.CopyFrom(_widened(attribute.t))
+    return node
+
+
+def _shape(info: ValueInfoProto) -> tuple[int | str, ...]:
+    return tuple(d.dim_param or d.dim_value for d in info.type.tensor_type.shape.dim)
+
+
+def _renamed_node(node: NodeProto, names: Mapping[str, str]) -> NodeProto:
+    renamed = NodeProto()
+    renamed.CopyFrom(node)
+    renamed.name = ""
+    renamed.input[:] = [names.get(name, name) for name in node.input]
+    renamed.output[:] = [names[name] for name in node.output]
+    return renamed
+
+
+def _renamed_tensor(tensor: TensorProto, name: str) -> TensorProto:
+    renamed = TensorProto()
+    renamed.CopyFrom(tensor)
+    renamed.name = name
+    return renamed
