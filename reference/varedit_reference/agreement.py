@@ -1,7 +1,8 @@
-"""Do two runs of the same edit agree? Bits must be equal but for ties.
+"""Compare two runs of the same edit: all bits must be equal, except at ties.
 
-A bit is drawn as u < p. Where u, or the nucleus's cut, lies within rounding of p, arithmetic in
-another order may draw the other bit, and a free-running edit then goes another way for good.
+A bit is drawn as u < p. Where u, or the nucleus's cut, lies within rounding error of p, the same
+arithmetic in another order may draw the other bit. Every later scale reads that bit, so two
+free-running edits are comparable only up to the first scale in which they differ.
 """
 
 from collections.abc import Iterable
@@ -14,15 +15,15 @@ from torch import Tensor
 from varedit_reference.sampling import bit_probability, distance_to_cut
 from varedit_reference.scale_loop import PredictedScale
 
-TIE = 1e-5
+TIE = 1e-5  # distance in probability up to which rounding explains a differing bit
 
 
 @dataclass(frozen=True)
 class BitAgreement:
-    """How two runs' bits of one scale agree.
+    """The agreement of two runs on one scale: how many bits there are and how many differ.
 
-    margin: the largest distance to a tie among the bits that differ, 0 if none does, infinite if
-    any logit is not finite.
+    margin: the largest distance to a tie (`tie_margin`) among the differing bits; 0 if none
+    differs, infinite if any logit is not finite.
     """
 
     scale: int
@@ -32,12 +33,12 @@ class BitAgreement:
 
     @property
     def explained(self) -> bool:
-        """Whether every difference is a tie."""
+        """True if every differing bit is a tie."""
         return self.margin <= TIE
 
 
 def compare_scale(one: PredictedScale, other: PredictedScale, noise: Tensor) -> BitAgreement:
-    """Compare a scale of two runs that had the same input and noise [B, L, c]."""
+    """Compare one scale of two runs that had the same input and the same noise [B, L, c]."""
     differs = one.bits != other.bits
     margins = torch.minimum(tie_margin(one.logits, noise), tie_margin(other.logits, noise))
     finite = bool(one.logits.isfinite().all() and other.logits.isfinite().all())
@@ -48,7 +49,7 @@ def compare_scale(one: PredictedScale, other: PredictedScale, noise: Tensor) -> 
 def compare_until_tie(
     one: Iterable[PredictedScale], other: Iterable[PredictedScale], noise: Iterable[Tensor]
 ) -> list[BitAgreement]:
-    """Compare two free-running edits scale by scale, up to the first scale that differs."""
+    """Compare two free-running edits scale by scale; stop after the first scale that differs."""
     compared = []
     for a, b, u in zip(one, other, noise, strict=True):
         compared.append(compare_scale(a, b, u))
@@ -58,9 +59,9 @@ def compare_until_tie(
 
 
 def tie_margin(logits: Tensor, noise: Tensor) -> Tensor:
-    """Guided logits [B, L, c, 2] -> how far each bit's draw is from going the other way.
+    """Return how far each bit is from being drawn otherwise, [B, L, c]; logits are [B, L, c, 2].
 
-    The distance of the chance of bit 1 to the noise or to the nucleus's cut, whichever is nearer.
+    This is the distance from P(bit = 1) to the noise or to the nucleus's cut, the nearer one.
     """
     probability = bit_probability(logits)
     return torch.minimum((noise - probability).abs(), distance_to_cut(probability))

@@ -1,8 +1,15 @@
 """The released checkpoints: their names and shapes, and loading them.
 
-The tables say how the released files name and shape each of this reference's parameters. They are
-used both ways: to load, and to write a state dict in the released layout. Files in this
-reference's own names, as `convert.py` writes them, load as well.
+The tables map each of this reference's parameters to its name and shape in a released file. A
+layout, built from them, is used in both directions: to load a file, and to write a state dict as
+the released code would. Files in this reference's own names (`convert.py`) load as well.
+
+    blocks.5.self_attention.log_scale [H]
+    block_chunks.1.module.1.sa.scale_mul_1H11 [1, H, 1, 1]    the same in a released 2b file
+
+Models are built on the meta device, without memory, and given the file's tensors: loading copies
+nothing that is stored in its final type. Names and shapes must match exactly, so that no weight
+silently stays uninitialised or unread.
 """
 
 import re
@@ -25,17 +32,17 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 class Stored(NamedTuple):
-    """A parameter's name and shape in some layout."""
+    """A parameter's name and shape, in a file or in this reference."""
 
     name: str
     shape: Shape
 
 
-# A layout: a parameter of this reference -> the same parameter as a file stores it.
+# A layout: from a parameter of this reference to the same parameter as a file stores it.
 Layout = Callable[[Stored], Stored]
 
 
-# How a released tensor's shape follows from this reference's; the elements keep their order.
+# A released tensor's shape, from this reference's. The elements' order is the same in both.
 def same_shape(shape: Shape) -> Shape:
     return shape
 
@@ -96,7 +103,7 @@ BLOCK_TABLE: dict[str, tuple[str, Callable[[Shape], Shape]]] = {
     "mlp.2.weight": ("ffn.fc2.weight", same_shape),
     "mlp.2.bias": ("ffn.fc2.bias", same_shape),
 }
-# Applied to a tokenizer name in this order.
+# Substitutions in a tokenizer parameter's name, applied in this order.
 TOKENIZER_TABLE = {
     r"^encoder\.levels": "encoder.down",
     r"^decoder\.levels": "decoder.up",
@@ -107,18 +114,22 @@ TOKENIZER_TABLE = {
     r"\.(down|up)sample\.": r".\1sample.conv.",
 }
 
-# Stored by the released code and not parameters: key biases that are zero, and buffers.
+# Tensors that the released code stores besides parameters: zero key biases, and buffers.
 ZERO_BIAS = ".zero_k_bias"
 TOKENIZER_BUFFERS = ("quantizer.", "quantize.")
 
 
 def own_layout(own: Stored) -> Stored:
-    """This reference's own names and shapes."""
+    """Keep this reference's own name and shape: the layout of converted files."""
     return own
 
 
 def released_transformer(depth: int, chunks: int | None = 8) -> Layout:
-    """The released transformer's layout, its blocks grouped in chunks, or in one list (None)."""
+    """Return the released transformer's layout, its blocks in this many chunks or one list (None).
+
+    The released code groups blocks into chunks: block i is module i % n of chunk i // n, where n is
+    depth // chunks.
+    """
 
     def layout(own: Stored) -> Stored:
         if own.name in TRANSFORMER_TABLE:
@@ -135,7 +146,7 @@ def released_transformer(depth: int, chunks: int | None = 8) -> Layout:
 
 
 def released_tokenizer(inner_names: bool = True) -> Layout:
-    """The released tokenizer's layout; its layers wrap an inner `.conv` or `.norm`, or do not."""
+    """Return the released tokenizer's layout, whose layers may wrap an inner `.conv` or `.norm`."""
 
     def layout(own: Stored) -> Stored:
         name = own.name
@@ -156,11 +167,11 @@ def load_transformer(
     compute_dtype: torch.dtype = torch.float32,
     weight_dtype: torch.dtype | None = None,
 ) -> VAR:
-    """The transformer in a checkpoint, for inference, on the CPU.
+    """Load a checkpoint's transformer for inference, on the CPU.
 
     Matrix products run in compute_dtype; their weights are kept in weight_dtype, by default the
     same. Weights that the file stores in their final type stay views of the file's memory map.
-    Raises CheckpointError on a file that cannot be read or is not this transformer.
+    Raises CheckpointError if the file cannot be read or does not hold this transformer.
     """
     weights = open_weights(path)
     model = empty_transformer(config, compute_dtype, weight_dtype)
@@ -168,9 +179,9 @@ def load_transformer(
 
 
 def load_tokenizer(path: str | Path, config: TokenizerConfig) -> Tokenizer:
-    """The fp32 tokenizer in a checkpoint, for inference, on the CPU.
+    """Load a checkpoint's tokenizer for inference, in fp32 on the CPU.
 
-    Raises CheckpointError on a file that cannot be read or is not this tokenizer.
+    Raises CheckpointError if the file cannot be read or does not hold this tokenizer.
     """
     weights = open_weights(path)
     return load(empty_tokenizer(config), weights, tokenizer_layout(weights), path)
@@ -181,19 +192,19 @@ def empty_transformer(
     compute_dtype: torch.dtype = torch.float32,
     weight_dtype: torch.dtype | None = None,
 ) -> VAR:
-    """A transformer on the meta device: names, shapes and types without memory."""
+    """Build a transformer on the meta device: names, shapes and types, without memory."""
     with torch.device("meta"):
         return VAR(config, compute_dtype, weight_dtype)
 
 
 def empty_tokenizer(config: TokenizerConfig) -> Tokenizer:
-    """A tokenizer on the meta device."""
+    """Build a tokenizer on the meta device: names and shapes, without memory."""
     with torch.device("meta"):
         return Tokenizer(config)
 
 
 def transformer_layout(names: Collection[str], config: TransformerConfig) -> Layout:
-    """The layout in which a file's names are."""
+    """Recognise a transformer file's layout by the names of its tensors."""
     if any(".self_attention." in name for name in names):
         return own_layout
     chunks = {int(i) for i in re.findall(r"^block_chunks\.(\d+)\.", "\n".join(names), re.M)}
@@ -201,16 +212,16 @@ def transformer_layout(names: Collection[str], config: TransformerConfig) -> Lay
 
 
 def tokenizer_layout(names: Collection[str]) -> Layout:
-    """The layout in which a file's names are."""
+    """Recognise a tokenizer file's layout by the names of its tensors."""
     if any(".levels." in name for name in names):
         return own_layout
     return released_tokenizer(inner_names="encoder.conv_in.conv.weight" in names)
 
 
 def load(model: Module, weights: Mapping[str, Tensor], layout: Layout, path: str | Path) -> Module:
-    """Give a model on the meta device its weights, each in its parameter's own type.
+    """Give a model on the meta device its weights, converted to its parameters' types.
 
-    Returns the model, in eval mode, without gradients. Raises CheckpointError, naming path,
+    Returns the model in eval mode, without gradients. Raises CheckpointError, naming path,
     unless names and shapes are exactly the model's.
     """
     stored = fit(model, weights, layout, path)
@@ -223,10 +234,11 @@ def load(model: Module, weights: Mapping[str, Tensor], layout: Layout, path: str
 def fit(
     model: nn.Module, weights: Mapping[str, Tensor], layout: Layout, path: str | Path
 ) -> dict[str, Tensor]:
-    """A file's weights under the model's own names and shapes, in the file's types.
+    """Return a file's weights under the model's own names and shapes, in the file's types.
 
     Raises CheckpointError, naming path, on missing, unexpected or misshapen tensors, on weights
-    that are not of a float type, and on key biases that are not zero.
+    that are not of a float type, and on key biases that are not zero: the model has none, and
+    ignoring a trained one would give wrong edits.
     """
     mismatch = Mismatch.between(model, weights, layout)
     if mismatch:
@@ -234,8 +246,8 @@ def fit(
     for name, tensor in weights.items():
         if name.endswith(ZERO_BIAS) and tensor.count_nonzero():
             raise CheckpointError(
-                f"{path} has a key bias ({name}) that is not zero, which no VAREdit model has: "
-                "expected zeros"
+                f"{path} has a key bias ({name}) that is not zero: expected zeros, as in every "
+                "VAREdit model; give another checkpoint"
             )
     return {
         own.name: check_float(place.name, weights[place.name]).reshape(own.shape)
@@ -244,7 +256,7 @@ def fit(
 
 
 def released_state(model: nn.Module, layout: Layout) -> dict[str, Tensor]:
-    """The model's weights as a released checkpoint names and shapes them."""
+    """Return the model's weights as a released checkpoint names and shapes them."""
     state = model.state_dict()
     return {
         place.name: state[own.name].reshape(place.shape) for own, place in _places(model, layout)
@@ -253,7 +265,7 @@ def released_state(model: nn.Module, layout: Layout) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Mismatch:
-    """How a file's tensors differ from a model's; false when they do not."""
+    """The differences between a file's tensors and a model's; false if there are none."""
 
     missing: list[str]
     unexpected: list[str]
@@ -298,7 +310,7 @@ def _ignored(name: str) -> bool:
 
 
 def _advice(weights: Mapping[str, Tensor]) -> str:
-    """What to do about weights that do not fit: use them for what they are."""
+    """Say what to do about weights that do not fit: which size and component they are, if any."""
     for name in PRESETS:
         config = preset(name)
         transformer = empty_transformer(config.transformer)

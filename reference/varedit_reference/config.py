@@ -1,4 +1,4 @@
-"""Model sizes as data: what a VAREdit model is made of, and the presets.
+"""Model sizes as data: the configuration of a VAREdit model's parts, and the presets.
 
 Letters used throughout the reference: B pictures, G rows per picture (2 with guidance, else 1),
 R = G·B rows (conditional rows of all pictures first), K scales, L tokens of a scale, S tokens of a
@@ -15,18 +15,19 @@ Conditioning = Literal["sar", "finest", "full"]
 RotaryLayout = Literal["released", "paper"]
 
 TEXT_HEAD_WIDTH = 128
-MAX_TEXT_TOKENS = 512
-MAX_LEVELS = 15
+MAX_TEXT_TOKENS = 512  # rows of the learned unconditional text
+MAX_LEVELS = 15  # rows of the level embedding; the released schedules use up to 13
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """The convolutional autoencoder with binary spherical quantisation.
+    """Sizes of the convolutional autoencoder with binary spherical quantisation.
 
-    bits: d, bits per position of its grid. downsampling: pixels per position. channels: of the
-    first convolution, and times the multiplier of every level, finest first. patchify: a token is
-    a 2x2 patch of positions. groups: of every GroupNorm; None: 32 where a level's channels divide
-    by 32, else 24. Raises ConfigError on sizes that cannot be built.
+    bits: d, bits per position of the feature grid. downsampling: side of a position in pixels.
+    channels: channels of the first convolution; a level has this times its multiplier, and
+    multipliers list the finest level first. patchify: make a token of 2x2 positions, not of one.
+    groups: groups of every GroupNorm; None means 32 where a level's channels divide by 32, else
+    24. Raises ConfigError on sizes that cannot be built.
     """
 
     bits: int
@@ -39,21 +40,22 @@ class TokenizerConfig:
     def __post_init__(self) -> None:
         if self.downsampling != 2 ** (len(self.multipliers) - 1):
             raise ConfigError(
-                f"a tokenizer with {len(self.multipliers)} levels downsamples by "
-                f"{2 ** (len(self.multipliers) - 1)}, not {self.downsampling}"
+                f"a tokenizer with {len(self.multipliers)} multipliers downsamples by "
+                f"{2 ** (len(self.multipliers) - 1)}, but downsampling is {self.downsampling}: "
+                "change one of them"
             )
         for channels in (self.channels, *self.level_channels):
             groups = self.group_count(channels)
             if channels < 1 or channels % groups:
                 raise ConfigError(
-                    f"a tokenizer level of {channels} channels cannot be normalised in {groups} "
-                    "groups of the same size"
+                    f"a tokenizer level has {channels} channels, which do not divide into {groups} "
+                    "groups for GroupNorm: change channels, multipliers or groups"
                 )
         if self.bits < 1:
-            raise ConfigError(f"a tokenizer needs at least one bit per position, not {self.bits}")
+            raise ConfigError(f"bits is {self.bits}; a tokenizer needs at least one bit a position")
 
     def group_count(self, channels: int) -> int:
-        """Groups of a GroupNorm over so many channels."""
+        """Return the number of groups of a GroupNorm over this many channels."""
         return self.groups or (32 if channels % 32 == 0 else 24)
 
     @property
@@ -67,7 +69,7 @@ class TokenizerConfig:
 
     @property
     def token_channels(self) -> int:
-        """c: channels, and bits, of one token."""
+        """c: the bits of one token, each of which is one input channel of the transformer."""
         return self.bits * self.patch**2
 
     @property
@@ -78,11 +80,15 @@ class TokenizerConfig:
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """The next-scale transformer.
+    """Sizes of the next-scale transformer.
 
+    depth: blocks. width: C. heads: H. token_channels: c. text_channels: width of the text encoder.
     grids: (height, width) of every scale in tokens, coarse to fine. table_grids: the schedule
-    whose positions the released rotary layout reads (the 1-megapixel schedule of the same aspect
-    ratio). Raises ConfigError on sizes that cannot be built.
+    whose positions the released rotary layout reads: the 1-megapixel one of the same aspect ratio.
+    conditioning: how blocks see the source: "sar" (block 0 sees it pooled to the predicted scale's
+    grid, all others at the finest), or one of the paper's ablations: "finest" (the finest grid in
+    every block) and "full" (all grids in every block). rotary: where positions come from, see
+    `rotary.py`. Raises ConfigError on sizes that cannot be built.
     """
 
     depth: int
@@ -98,28 +104,29 @@ class TransformerConfig:
     def __post_init__(self) -> None:
         if min(self.depth, self.width, self.heads, self.text_channels) < 1:
             raise ConfigError(
-                f"depth {self.depth}, width {self.width}, {self.heads} heads and "
-                f"{self.text_channels} text channels: a model needs at least one of each"
+                f"depth {self.depth}, width {self.width}, heads {self.heads} and text_channels "
+                f"{self.text_channels} must all be at least 1"
             )
         if self.width % self.heads or self.head_width % 4:
             raise ConfigError(
-                f"width {self.width} over {self.heads} heads gives no whole head width that "
-                "divides by 4, as rotating rows and columns needs"
+                f"width {self.width} over {self.heads} heads must give a whole head width that "
+                "divides by 4: rotary embedding rotates pairs, half by row and half by column"
             )
         if self.text_channels % TEXT_HEAD_WIDTH or self.width % self.text_heads:
             raise ConfigError(
-                f"the text pool needs text channels that divide by {TEXT_HEAD_WIDTH} and a width "
-                f"that divides by the quotient; got {self.text_channels} and {self.width}"
+                f"text_channels is {self.text_channels} and width {self.width}; the text pool "
+                f"needs text_channels that divide by {TEXT_HEAD_WIDTH} (the quotient is its number "
+                "of heads) and a width that divides by that number"
             )
         if not 1 <= len(self.grids) <= MAX_LEVELS:
-            raise ConfigError(f"a model has 1 to {MAX_LEVELS} scales, not {len(self.grids)}")
+            raise ConfigError(f"grids has {len(self.grids)} scales; give 1 to {MAX_LEVELS}")
         if self.rotary == "released" and _positions(self.table_grids) < _positions(self.grids):
             raise ConfigError(
-                f"the table of {_positions(self.table_grids)} positions is too short for the "
-                f"{_positions(self.grids)} of source and scales"
+                f"table_grids give {_positions(self.table_grids)} positions, too few for the "
+                f"{_positions(self.grids)} of source and scales: use a longer schedule"
             )
         if self.mlp_width == 0:
-            raise ConfigError(f"width {self.width} is too small: its MLP would have no channels")
+            raise ConfigError(f"width is {self.width}, too small for an MLP of 4·width channels")
 
     @property
     def head_width(self) -> int:
@@ -131,7 +138,7 @@ class TransformerConfig:
 
     @property
     def mlp_width(self) -> int:
-        """4·C to the nearest multiple of 256, halves to even."""
+        """Hidden channels of a block's MLP: 4·C, rounded to a multiple of 256 (halves to even)."""
         return round(4 * self.width / 256) * 256
 
     @property
@@ -140,18 +147,22 @@ class TransformerConfig:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """L, the tokens of every scale."""
+        """L of every scale: h_k·w_k tokens."""
         return tuple(rows * columns for rows, columns in self.grids)
 
 
 def _positions(grids: tuple[Grid, ...]) -> int:
-    """Tokens of the source, on the finest grid, and of all scales."""
+    """Count the tokens of the source, which lies on the finest grid, and of all scales."""
     return sum(rows * columns for rows, columns in (*grids, *grids[-1:]))
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A whole model: tokenizer, transformer, and the sampling it is published with."""
+    """A whole model: tokenizer, transformer, and the sampling settings it was published with.
+
+    guidance_scale: g of classifier-free guidance; 1 is none. temperature: > 0; higher is more
+    varied. Raises ConfigError if the transformer predicts other tokens than the tokenizer's.
+    """
 
     name: str
     tokenizer: TokenizerConfig
@@ -162,13 +173,13 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.transformer.token_channels != self.tokenizer.token_channels:
             raise ConfigError(
-                f"the transformer predicts {self.transformer.token_channels} bits a token, the "
-                f"tokenizer has {self.tokenizer.token_channels}"
+                f"the transformer predicts {self.transformer.token_channels} bits a token and the "
+                f"tokenizer has {self.tokenizer.token_channels}: token_channels must be equal"
             )
 
     @property
     def picture_size(self) -> tuple[int, int]:
-        """(height, width) in pixels of the pictures the model sees and draws."""
+        """(height, width) in pixels of the model's input and output pictures."""
         height, width = self.transformer.finest
         return height * self.tokenizer.token_pixels, width * self.tokenizer.token_pixels
 
@@ -196,13 +207,13 @@ PRESETS = tuple(_SIZES)
 
 
 def preset(name: str, resolution: int = 512, aspect: str = "1:1") -> ModelConfig:
-    """The named size at a resolution (256, 512 or 1024) and aspect ratio (height:width).
+    """Return the named size at a resolution (256, 512 or 1024 px) and aspect (height:width).
 
-    Only squares were trained; `varedit_runtime.grids` lists the others. Raises ConfigError naming
-    what exists.
+    Only squares were trained; `varedit_runtime.grids` lists the other aspect ratios. Raises
+    ConfigError on an unknown name, resolution or aspect; the message lists the known ones.
     """
     if name not in _SIZES:
-        raise ConfigError(f"no size is called {name!r}; there are {', '.join(PRESETS)}")
+        raise ConfigError(f"no size is called {name!r}; choose one of {', '.join(PRESETS)}")
     size = _SIZES[name]
     transformer = TransformerConfig(
         depth=size.depth,

@@ -4,7 +4,7 @@
     OUTPUT/tokenizer.safetensors
     OUTPUT/text_encoder/   model.safetensors (the encoder alone), config.json, tokenizer.json
 
-The weights keep the float type they were released in.
+The weights keep the float type of the released files.
 """
 
 import shutil
@@ -41,12 +41,11 @@ def convert(
     text_encoder: str | Path,
     output: str | Path,
 ) -> list[Path]:
-    """Convert a transformer, a tokenizer and a T5 folder into the folder output.
+    """Convert a transformer, a tokenizer and a T5 folder; return the files written to output.
 
-    size names the preset that the weights must fit. Every file appears whole or not at all, and
-    memory stays at about one tensor. Returns the files written. Raises ConfigError on an unknown
-    size, CheckpointError on weights that cannot be read or do not fit, or when the disk has no
-    room for all of them.
+    size: the preset that the weights must fit. Every file appears whole or not at all; memory holds
+    about one tensor at a time. Raises ConfigError on an unknown size, CheckpointError if weights
+    cannot be read or do not fit, or the disk has no room for all of them.
     """
     output, text_encoder = Path(output), Path(text_encoder)
     config = preset(size)

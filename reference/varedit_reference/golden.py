@@ -4,8 +4,8 @@
 
 A recording is a folder of `config.json`, `var.pth`, `vae.pth` and `golden.safetensors`: a small
 model in the released layout, an edit's inputs, and what the released code computed from them in
-fp32. Every stage runs on what this reference computed before it, but for the bits, which are the
-recording's own: a bit that flips on a tie would change all that follows.
+fp32. Every stage reads what this reference computed before it, except that bits are taken from the
+recording: one bit that flips at a tie would change everything after it.
 """
 
 import json
@@ -41,14 +41,14 @@ RESOLUTIONS = {"0.06M": 256, "0.25M": 512, "1M": 1024}
 # Largest absolute errors. The recordings are fp32 on a CPU; arithmetic in another order differs
 # by up to 9e-5 on guided logits, and float64 is as far from the recordings as float32 is.
 FEATURES, SUMS, CONDITION, LOGITS, PROBABILITY = 1e-4, 1e-4, 1e-5, 2e-4, 5e-5
-# A bit may differ where the residual is this near zero, a probability where it is this near the
-# nucleus's cut.
+# Ties: a bit may differ where the residual is this close to zero, a probability where it is this
+# close to the nucleus's cut.
 SIGN_MARGIN, CUT_MARGIN = 2e-5, 5e-5
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One line of the check: a stage (of a scale), its error and its tolerance."""
+    """One line of the check: a stage, its largest absolute error, and the tolerance of it."""
 
     stage: str
     error: float
@@ -61,7 +61,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Recording:
-    """A recording and the small model it was made with."""
+    """A recording, and the small model and settings it was made with."""
 
     folder: Path
     config: ModelConfig
@@ -80,7 +80,7 @@ class Recording:
 
     @property
     def forced_bits(self) -> list[Tensor]:
-        """Bits as tokens [1, L_k, c] per scale."""
+        """The recorded bits of every scale, as tokens [1, L_k, c]."""
         patch = self.config.tokenizer.patch
         maps = [
             self[f"in.forced_bits.{k}"].permute(2, 0, 1)[None].float()
@@ -90,7 +90,7 @@ class Recording:
 
 
 def open_recording(folder: Path) -> Recording:
-    """Load a recording. Raises CheckpointError on a folder that is not one."""
+    """Load a recording. Raises CheckpointError if the folder is not one."""
     try:
         settings = json.loads((folder / "config.json").read_text())
         tensors = load_file(folder / "golden.safetensors")
@@ -101,8 +101,8 @@ def open_recording(folder: Path) -> Recording:
         temperature = temperature_per_scale(settings["tau"], scales)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(
-            f"{folder} is not a recording ({type(error).__name__}: {error}); expected config.json, "
-            "var.pth, vae.pth and golden.safetensors"
+            f"{folder} is not a recording ({type(error).__name__}: {error}): give a folder with "
+            "config.json, var.pth, vae.pth and golden.safetensors"
         ) from error
     return Recording(
         folder,
@@ -116,7 +116,7 @@ def open_recording(folder: Path) -> Recording:
 
 
 def model_config(name: str, settings: dict[str, Any]) -> ModelConfig:
-    """A recording's `config.json` -> the model it describes."""
+    """Return the configuration of the model that a recording's `config.json` describes."""
     tokenizer = TokenizerConfig(
         bits=int(settings["codebook_dim"]),
         downsampling=int(settings["patch"]),
@@ -138,7 +138,7 @@ def model_config(name: str, settings: dict[str, Any]) -> ModelConfig:
 
 @torch.inference_mode()
 def check(recording: Recording) -> Iterator[Measurement]:
-    """Run every stage of the recorded edit; see the module's docstring for what feeds what."""
+    """Run every stage of the recorded edit and yield its errors; see the module's docstring."""
     square = to_square(_picture(recording["in.image_rgb_u8"]), recording.config.picture_size)
     picture = torch.from_numpy(square)
     yield _measure("preprocessed image", picture, recording["out.preprocessed_image"], 0)
@@ -209,7 +209,10 @@ def _check_transformer(recording: Recording, features: Tensor) -> Iterator[Measu
 def _check_blocks(
     recording: Recording, blocks: list[list[Tensor]], part: str, run: int
 ) -> Iterator[Measurement]:
-    """Every block's output of one run, where recorded, relative to its largest value if over 1."""
+    """Compare the blocks' outputs of one run, where recorded.
+
+    The tolerance grows with an output's largest value, if that is over 1.
+    """
     for i, outputs in enumerate(blocks):
         expected = recording.tensors.get(f"debug.block{i}.{part}")
         if expected is not None:
@@ -230,7 +233,7 @@ def _check_decoder(recording: Recording, total: Tensor) -> Iterator[Measurement]
 
 
 def _record_blocks(model: VAR) -> list[list[Tensor]]:
-    """Every block's outputs from now on, in order: the source's, then scale by scale."""
+    """Return lists that collect every block's outputs: of the prefill, then of each scale."""
     outputs: list[list[Tensor]] = [[] for _ in model.blocks]
 
     def recorder(kept: list[Tensor]) -> Callable[[nn.Module, Any, Tensor], None]:
@@ -242,7 +245,7 @@ def _record_blocks(model: VAR) -> list[list[Tensor]]:
 
 
 def _probability_error(logits: Tensor, expected: Tensor) -> Tensor:
-    """Errors of the chance of bit 1, without those that a tie at the nucleus's cut explains."""
+    """Return the errors of P(bit = 1), 0 where a tie at the nucleus's cut explains them."""
     before = bit_probability(logits)
     tied = distance_to_cut(before) <= CUT_MARGIN
     return (nucleus(before) - expected).masked_fill(tied, 0)
@@ -279,8 +282,7 @@ def _picture(rgb: Tensor) -> Image.Image:
 def main(folders: tuple[Path, ...]) -> None:
     """Check the reference against recordings.
 
-    Exits with 1 if a tolerance is exceeded or a recording cannot be checked; the others are still
-    checked.
+    Checks all of them. Exits with 1 if a tolerance is exceeded or a recording cannot be checked.
     """
     exceeded, unchecked = 0, 0
     for folder in folders:

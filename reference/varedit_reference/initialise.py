@@ -1,7 +1,7 @@
-"""Random weights by seed: for tests of structure, speed and size, and a start for training.
+"""Random weights by seed: for tests of structure, speed and size, and to start training from.
 
-Every parameter is drawn from a generator of its own, keyed by the seed and the parameter's name,
-so a model can be drawn whole or one tensor at a time, in any order and type, with one outcome.
+Every parameter has a generator of its own, seeded by the seed and the parameter's name. So a model
+can be drawn whole or tensor by tensor, in any order and type, always with the same values.
 """
 
 import re
@@ -32,12 +32,12 @@ from varedit_reference.weights_file import whole_file
 Module = TypeVar("Module", VAR, Tokenizer)
 
 SMALL = 0.02
-# rms of silu(x) of a normal x is 0.6: what a convolution after it restores.
+# silu(x) of a standard normal x has an rms of 0.6; the convolution after it restores 1.
 SILU_GAIN = 1 / 0.6
 
 
 def initialise(model: Module, seed: int) -> Module:
-    """Give a model, on the meta device or not, random weights in its parameters' own types."""
+    """Give a model random weights in its parameters' types; it may be on the meta device."""
     types = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     state = {name: tensor.to(types[name]) for name, tensor in random_state(model, seed)}
     model.load_state_dict(state, strict=True, assign=True)
@@ -45,13 +45,13 @@ def initialise(model: Module, seed: int) -> Module:
 
 
 def random_state(model: VAR | Tokenizer, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """The model's parameters, one fp32 tensor at a time; the model may be on the meta device."""
+    """Yield random fp32 parameters for a model, one at a time; it may be on the meta device."""
     weights = RandomWeights(model, seed)
     return ((name, weights[name]) for name in weights)
 
 
 class RandomWeights(Mapping[str, Tensor]):
-    """The model's parameters by name, fp32, each drawn when asked for."""
+    """A model's random parameters by name, in fp32; each is drawn when it is looked up."""
 
     def __init__(self, model: VAR | Tokenizer, seed: int) -> None:
         self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
@@ -74,11 +74,11 @@ class RandomWeights(Mapping[str, Tensor]):
 
 
 def _transformer_weight(name: str, normal: Tensor, depth: int) -> Tensor:
-    """Standard normals -> a parameter that keeps activations near rms 1 through depth blocks.
+    """Scale standard normals to a parameter that keeps activations near rms 1 through all blocks.
 
-    Products keep the variance of what they read (std 1/sqrt(channels in)). What a block adds to
-    the residual stream is scaled by 1/sqrt(2·depth), and its gammas lie around 1, so that every
-    block matters and all together add about as much as the stream began with.
+    Products keep the variance of their input (std 1/sqrt(channels in)). What a block adds to the
+    residual stream is scaled by 1/sqrt(2·depth), and gammas lie around 1 instead of near 0 as in
+    training: every block matters, and all together add about as much as the stream began with.
     """
     if name == "token_embedding.weight":
         return normal  # codes have norm 1
@@ -103,10 +103,9 @@ def _transformer_weight(name: str, normal: Tensor, depth: int) -> Tensor:
 
 
 def _tokenizer_weight(name: str, normal: Tensor) -> Tensor:
-    """Standard normals -> a parameter that keeps features and pictures in a usable range.
+    """Scale standard normals to a parameter that keeps features and pictures in a usable range.
 
-    Features come out with a norm of about 1, that of a code; pictures with an rms near 0.5, in
-    [-1, 1] for the most part.
+    Features get a norm of about 1, as codes have; pictures an rms near 0.5, mostly in [-1, 1].
     """
     if name.endswith("bias"):
         return SMALL * normal
@@ -128,9 +127,9 @@ def _fan_in(normal: Tensor) -> Tensor:
 def write_released_transformer(
     config: ModelConfig, seed: int, path: str | Path, dtype: torch.dtype, chunks: int = 8
 ) -> None:
-    """Write a random transformer as the released ones are: torch.save's format, names, shapes.
+    """Write a random transformer with the released format (torch.save), names and shapes.
 
-    Takes the memory of one tensor. Raises CheckpointError if the disk has no room.
+    Needs the memory of one tensor. Raises CheckpointError if the disk has no room.
     """
     model = empty_transformer(config.transformer)
     layout = released_transformer(config.transformer.depth, chunks)
@@ -140,7 +139,7 @@ def write_released_transformer(
 def write_released_tokenizer(
     config: ModelConfig, seed: int, path: str | Path, dtype: torch.dtype
 ) -> None:
-    """Write a random tokenizer as the released ones are: torch.save's format, names, nesting.
+    """Write a random tokenizer with the released format (torch.save), names and nesting.
 
     Raises CheckpointError if the disk has no room.
     """
@@ -163,7 +162,7 @@ def _write_released(
     unwritten = {place.name: torch.empty(place.shape, dtype=dtype) for place in stored.values()}
     size = sum(tensor.nbytes for tensor in unwritten.values())
     with whole_file(path, size) as partial:
-        with skip_data():
+        with skip_data():  # writes the file's structure; the weights follow through a memory map
             torch.save({key: unwritten} if key else unwritten, partial)
         del unwritten
         with set_default_mmap_options(MAP_SHARED):

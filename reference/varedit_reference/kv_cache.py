@@ -1,8 +1,19 @@
-"""What a token attends to: the explicit KV cache, and its teacher-forced equal.
+"""What each token attends to: the explicit KV cache, and its equal for teacher forcing.
 
-Keys and values are sequence-first, [S, R, H, D], so that what a scale adds is contiguous. The
-source comes first, then the target's scales. Under SAR, block 0 keeps the source apart, as one
-reference per scale.
+A token of scale k sees, in block i:
+
+    i = 0 under SAR:  [source pooled to the grid of scale k | scale 1 | .. | scale k]
+    otherwise:        [source on the finest grid            | scale 1 | .. | scale k]
+
+Scale k sees itself whole, and nothing later exists yet, so the loop needs no mask. The source sees
+itself alone: its keys and values are computed once (the prefill) and serve all scales.
+
+One block serves prefill, loop and teacher forcing. They differ only in the `context` it is given: a
+function from its new keys and values to what its queries see. Teacher forcing splits the queries
+into scales, each with a slice of the keys, instead of masking one S x S product: no work is spent
+on what is masked, and the fused kernels need no mask.
+
+Keys and values are sequence-first, [S, R, H, D]: what a scale appends is one contiguous write.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,21 +28,21 @@ from varedit_reference.sar import scale_aligned_references
 
 @dataclass(frozen=True)
 class Sight:
-    """The keys and values [S, R, H, D] that each of some successive queries sees, all of them."""
+    """A run of successive queries, each of which sees all of these keys and values [S, R, H, D]."""
 
     queries: int
     keys: Tensor
     values: Tensor
 
 
-# (new keys, new values) of a block -> what its queries see
+# (new keys, new values) of a block, [S, R, H, D] -> what its queries see
 BlockContext = Callable[[Tensor, Tensor], list[Sight]]
 # The same, with the block's index first.
 Context = Callable[[int, Tensor, Tensor], list[Sight]]
 
 
 class KVCache:
-    """Keys and values of the source and of the scales predicted so far, one pair per block."""
+    """The keys and values of the source and of the scales predicted so far, for every block."""
 
     def __init__(self, config: TransformerConfig) -> None:
         self.config = config
@@ -42,9 +53,13 @@ class KVCache:
         self._references: list[tuple[Tensor, Tensor]] = []
 
     def add_source(self, block: int, keys: Tensor, values: Tensor) -> list[Sight]:
-        """The prefill's context: the source sees itself."""
+        """Store a block's source keys and values; return the prefill's context: the source alone.
+
+        Blocks must be added in order.
+        """
         room = target_length(self.config)
         if uses_references(self.config, block):
+            # A reference differs from scale to scale, so it stays outside the growing buffer.
             self._references = list(
                 zip(
                     scale_aligned_references(keys, self.config.grids),
@@ -61,7 +76,7 @@ class KVCache:
         return [Sight(len(keys), keys, values)]
 
     def add_scale(self, block: int, keys: Tensor, values: Tensor) -> list[Sight]:
-        """The context of the next scale's tokens: the source, the scales before, and itself."""
+        """Append a scale to a block; return its context: source, scales before, and itself."""
         start = self._lengths[block]
         end = start + len(keys)
         self._keys[block][start:end] = keys
@@ -76,7 +91,10 @@ class KVCache:
 
 
 def teacher_forced_context(config: TransformerConfig) -> Context:
-    """The context of [source | scale 1 .. scale K] at once: each sees what the cache shows it."""
+    """Return the context of [source | scale 1 .. scale K]: each part sees what the loop shows it.
+
+    Tokens of scale 2 see the source (in block 0 of SAR its reference for scale 2), scales 1 and 2.
+    """
     lengths = [source_length(config), *config.lengths]
 
     def context(block: int, keys: Tensor, values: Tensor) -> list[Sight]:
@@ -87,22 +105,24 @@ def teacher_forced_context(config: TransformerConfig) -> Context:
 
 
 def uses_references(config: TransformerConfig, block: int) -> bool:
+    """Return whether this block sees the source as scale-aligned references."""
     return config.conditioning == "sar" and block == 0
 
 
 def source_length(config: TransformerConfig) -> int:
-    """Tokens of the source: the finest grid's, or under full conditioning every grid's."""
+    """Return S of the source: the finest grid's tokens; with full conditioning, all grids'."""
     return sum(config.lengths) if config.conditioning == "full" else config.lengths[-1]
 
 
 def target_length(config: TransformerConfig) -> int:
+    """Return the tokens of all target scales."""
     return sum(config.lengths)
 
 
 def _seen_by_parts(
     config: TransformerConfig, block: int, parts_SRHD: Sequence[Tensor]
 ) -> list[Tensor]:
-    """Of all keys (or values), those that the source sees and those that every scale sees."""
+    """Return the keys (or values) that the source sees, then those that each scale sees."""
     source, *scales = parts_SRHD
     if uses_references(config, block):
         references = scale_aligned_references(source, config.grids)
@@ -113,6 +133,7 @@ def _seen_by_parts(
 
 
 def _with_room(x_SRHD: Tensor, room: int) -> Tensor:
+    """Copy into a buffer with room to append: concatenating would copy the cache every scale."""
     buffer = x_SRHD.new_empty((len(x_SRHD) + room, *x_SRHD.shape[1:]))
     buffer[: len(x_SRHD)] = x_SRHD
     return buffer

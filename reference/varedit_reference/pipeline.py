@@ -1,4 +1,4 @@
-"""One edit, from pictures and instructions to pictures."""
+"""One edit, from source pictures and instructions to edited pictures."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from varedit_runtime.pictures import from_decoder, restore, to_square
 
 @dataclass
 class VAREdit:
-    """The whole model. Its parts live on one device."""
+    """A whole model, ready to edit. All its parts must be on one device."""
 
     config: ModelConfig
     tokenizer: Tokenizer
@@ -38,11 +38,12 @@ class VAREdit:
         temperature: float | Sequence[float] | None = None,
         on_scale: Callable[[PredictedScale], None] | None = None,
     ) -> list[Image.Image]:
-        """Edit RGB pictures (see `varedit_runtime.pictures`), one prompt and seed each.
+        """Edit RGB pictures (see `varedit_runtime.pictures`), with one prompt and seed each.
 
-        guidance_scale and temperature are numbers or one per scale, by default the model's own;
-        a guidance of 1 leaves out the unconditional rows. Raises ConfigError when the counts
-        differ or a number is out of range, TextError on an instruction that is empty or too long.
+        guidance_scale, temperature: one number or one per scale, by default the model's own; with
+        a guidance of 1 the unconditional rows are not computed. on_scale: called after every scale.
+        Returns pictures of the sources' sizes. Raises ConfigError when the counts differ or a
+        number is out of range, TextError on an instruction that is empty or too long.
         """
         negative_count = len(image) if negative_prompt is None else len(negative_prompt)
         if {len(prompt), len(seed), negative_count} != {len(image)}:
@@ -73,7 +74,7 @@ class VAREdit:
         return self.draw(total, [picture.size for picture in image])
 
     def read(self, image: Sequence[Image.Image]) -> Tensor:
-        """Pictures -> source tokens [B, S, c]."""
+        """Encode pictures to source tokens [B, S, c]."""
         squares = [torch.from_numpy(to_square(i, self.config.picture_size)) for i in image]
         features = self.tokenizer.encode(torch.stack(squares).to(self._device))
         transformer = self.config.transformer
@@ -82,7 +83,7 @@ class VAREdit:
         )
 
     def draw(self, total: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Image.Image]:
-        """A sum of codes [B, d, h_K, w_K] -> pictures of the given (width, height)."""
+        """Decode a sum of codes [B, d, h_K, w_K] to pictures of the given (width, height)."""
         decoded = self.tokenizer.decode(total).cpu().numpy()
         return [restore(from_decoder(d), s) for d, s in zip(decoded, sizes, strict=True)]
 

@@ -1,15 +1,18 @@
-"""From logits to bits: temperature, guidance, nucleus, and a draw from supplied noise."""
+"""From logits to bits: temperature, guidance, nucleus, and a draw from supplied noise.
+
+The noise is an argument rather than drawn inside, so that every backend draws the same bits.
+"""
 
 from torch import Tensor
 
-NUCLEUS = 0.97
+NUCLEUS = 0.97  # top-p, over the two values of a bit
 
 
 def guide(logits: Tensor, guidance_scale: float, temperature: float, guided: bool) -> Tensor:
-    """Logits [R, L, c, 2] -> [B, L, c, 2]: divided by the temperature, then guided.
+    """Divide logits [R, L, c, 2] by the temperature and guide them; return [B, L, c, 2].
 
-    With guidance the first half of the rows is conditional, the second unconditional, and the
-    result is g·conditional + (1-g)·unconditional.
+    Classifier-free guidance: the first half of the rows is conditional, the second unconditional,
+    and the result is g·conditional + (1-g)·unconditional.
     """
     logits = logits.float() / temperature
     if not guided:
@@ -19,22 +22,25 @@ def guide(logits: Tensor, guidance_scale: float, temperature: float, guided: boo
 
 
 def bit_probability(logits: Tensor) -> Tensor:
-    """Guided logits [B, L, c, 2] -> the chance of bit 1 before the nucleus, [B, L, c]."""
+    """Return P(bit = 1) before the nucleus, [B, L, c], for guided logits [B, L, c, 2]."""
     return logits.softmax(-1)[..., 1]
 
 
 def nucleus(probability: Tensor) -> Tensor:
-    """Make certain every bit whose less likely value has a chance of at most 0.03."""
+    """Round P(bit = 1) to 0 or 1 where the less likely value has a probability <= 0.03.
+
+    This is top-p sampling with two values: at p = 0.975 the likelier one alone reaches 0.97.
+    """
     less_likely = probability.minimum(1 - probability)
     return probability.where(less_likely > 1 - NUCLEUS, probability.round())
 
 
 def distance_to_cut(probability: Tensor) -> Tensor:
-    """How far the chance of bit 1, before the nucleus, is from where the nucleus decides."""
+    """Return the distance of P(bit = 1), before the nucleus, from where the nucleus rounds it."""
     less_likely = probability.minimum(1 - probability)
     return (less_likely - (1 - NUCLEUS)).abs()
 
 
 def draw(probability: Tensor, noise: Tensor) -> Tensor:
-    """Bits [B, L, c]: 1 where the uniform noise in [0, 1) lies under the chance of bit 1."""
+    """Draw bits [B, L, c]: true where the uniform noise in [0, 1) is less than P(bit = 1)."""
     return noise < probability

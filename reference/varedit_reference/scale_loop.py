@@ -1,4 +1,14 @@
-"""The autoregressive loop over scales: the heart of an edit."""
+"""The autoregressive loop over scales: the heart of an edit.
+
+For each scale k, coarse to fine, with the running sum of codes F_0 = 0:
+
+    logits = guide(transformer(tokens_k, source, text, scales before))  all h_k·w_k tokens at once
+    bits   = noise < nucleus(P(bit = 1))                                each bit independently
+    F_k    = F_(k-1) + up(code(bits)),   tokens_(k+1) = down(F_k)
+
+tokens_1 is absent: the first scale starts from the text. The next input is made from F, the whole
+picture so far, and not from the scale's bits alone; so a scale can repair what earlier ones drew.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +23,7 @@ from varedit_reference.transformer import VAR, TextCondition
 from varedit_runtime.noise import uniform_noise
 from varedit_runtime.settings import PerScale, per_scale, temperature_per_scale
 
-# (scale, chance of bit 1 [B, L, c]) -> bits [B, L, c]
+# (scale, P(bit = 1) [B, L, c]) -> bits [B, L, c]
 ChooseBits = Callable[[int, Tensor], Tensor]
 
 
@@ -21,9 +31,9 @@ ChooseBits = Callable[[int, Tensor], Tensor]
 class PredictedScale:
     """One turn of the loop.
 
-    tokens [B, L, c]: the input, None for the first scale. logits [B, L, c, 2]: guided.
-    probability, bits [B, L, c]: the chance of bit 1 after the nucleus, and what was chosen.
-    sum [B, d, h_K, w_K]: the running sum of codes, up to and with this scale.
+    scale: from 0, the coarsest. tokens [B, L, c]: the input, None for the first scale.
+    logits [B, L, c, 2]: after temperature and guidance. probability [B, L, c]: P(bit = 1) after
+    the nucleus. bits [B, L, c]: those chosen. sum [B, d, h_K, w_K]: F_k, which can be decoded.
     """
 
     scale: int
@@ -43,11 +53,10 @@ def predict_scales(
     guidance_scale: PerScale,
     temperature: PerScale,
 ) -> Iterator[PredictedScale]:
-    """Predict an edit coarse to fine; a caller may look at every scale, or stop.
+    """Predict an edit coarse to fine, yielding every scale: a caller may preview, or stop.
 
-    source_tokens [B, S, c]; text has B rows, or 2B with guidance; guidance_scale and temperature
-    are numbers or one per scale. Raises ConfigError on another count, and on a temperature that is
-    not over 0.
+    source_tokens: [B, S, c]. text: of B rows, or 2B with guidance. guidance_scale, temperature: one
+    number, or one per scale. Raises ConfigError on another count, or a temperature <= 0.
     """
     grids, patch = config.transformer.grids, config.tokenizer.patch
     guidance = per_scale(guidance_scale, len(grids), "guidance_scale")
@@ -68,7 +77,7 @@ def predict_scales(
 
 
 def seeded(seeds: Sequence[int]) -> ChooseBits:
-    """Draw every picture's bits from the noise of its own seed, whatever the batch."""
+    """Draw each picture's bits from its own seed, so that they do not depend on the batch."""
 
     def choose(scale: int, probability: Tensor) -> Tensor:
         _, tokens, channels = probability.shape
@@ -79,5 +88,5 @@ def seeded(seeds: Sequence[int]) -> ChooseBits:
 
 
 def forced(bits: Sequence[Tensor]) -> ChooseBits:
-    """Take given bits [B, L_k, c] in place of drawing: teacher forcing."""
+    """Take given bits [B, L_k, c] instead of drawing (teacher forcing)."""
     return lambda scale, probability: bits[scale].to(probability.device)

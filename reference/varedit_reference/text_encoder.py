@@ -1,6 +1,6 @@
-"""The text side: a T5 encoder (Flan-T5-XL in the released models) over instructions.
+"""The text encoder: T5 (arXiv 1910.10683; Flan-T5-XL in the released models) over instructions.
 
-The instruction is used as it is, without a template, with T5's end token behind it.
+An instruction is used as it is, without a template, followed by T5's end token.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ SHARED, EMBEDDING = "shared.weight", "encoder.embed_tokens.weight"
 
 
 class TextEncoder:
-    """Instructions -> the features of their tokens."""
+    """A T5 encoder and its tokenizer: from instructions to the features of their tokens."""
 
     def __init__(self, model: "T5Stack", vocabulary: Vocabulary) -> None:
         self.model = model
@@ -34,9 +34,9 @@ class TextEncoder:
 
     @classmethod
     def load(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> "TextEncoder":
-        """The encoder of a T5 folder (config.json, tokenizer.json, weights), on the CPU.
+        """Load the encoder of a T5 folder (config.json, tokenizer.json, weights) on the CPU.
 
-        Raises CheckpointError on a folder that is not one, MissingExtraError without transformers.
+        Raises CheckpointError if the folder is no T5 model, MissingExtraError without transformers.
         """
         vocabulary = read_vocabulary(folder)
         model = empty_encoder(folder, dtype)
@@ -44,7 +44,7 @@ class TextEncoder:
 
     @torch.inference_mode()
     def encode(self, prompts: Sequence[str], *, truncate: bool = False) -> list[Tensor]:
-        """Instructions -> features [T_i, text] of their tokens, end token included.
+        """Encode instructions: per instruction, features [T_i, text_channels], end token included.
 
         truncate: cut a long instruction at 512 tokens, as the released code does. Raises
         TextError on an empty instruction, and on a long one unless truncate.
@@ -58,20 +58,20 @@ class TextEncoder:
         return [row[: len(t)] for row, t in zip(features, tokens, strict=True)]
 
     def tokenise(self, prompt: str, *, truncate: bool = False) -> list[int]:
-        """The instruction's token ids, end token included. Raises as encode does."""
+        """Return an instruction's token ids, end token included. Raises TextError as `encode`."""
         return self._instructions.tokenise(prompt, truncate=truncate)
 
 
 def t5_layout(own: Stored) -> Stored:
-    """A parameter of the encoder -> its name in a T5 file."""
+    """Return a parameter of the encoder as a T5 file names it (a `checkpoint.Layout`)."""
     return Stored(SHARED if own.name == "embed_tokens.weight" else f"encoder.{own.name}", own.shape)
 
 
 def encoder_weights(folder: str | Path) -> dict[str, Tensor]:
-    """A T5 folder's encoder alone, by T5's names; the decoder and language head are left out.
+    """Return the weights of a T5 folder's encoder by T5's names, without decoder and language head.
 
-    The token embedding, which T5 stores once or twice, is `shared.weight`. Raises CheckpointError
-    on unreadable weights or a folder without a T5 encoder.
+    The token embedding, which T5 stores under one name or two, is returned as `shared.weight`.
+    Raises CheckpointError on unreadable weights or a folder without a T5 encoder.
     """
     weights = open_weights(folder)
     encoder = {name: t for name, t in weights.items() if name.startswith("encoder.")}
@@ -85,7 +85,7 @@ def encoder_weights(folder: str | Path) -> dict[str, Tensor]:
 
 
 def empty_encoder(folder: str | Path, dtype: torch.dtype = torch.float32) -> "T5Stack":
-    """The encoder that a T5 folder's config.json describes, on the meta device.
+    """Build the encoder that a T5 folder's config.json describes, on the meta device.
 
     Raises CheckpointError on a folder without a T5 configuration, MissingExtraError without
     transformers.
@@ -110,16 +110,16 @@ def empty_encoder(folder: str | Path, dtype: torch.dtype = torch.float32) -> "T5
 
 
 def read_vocabulary(folder: str | Path) -> Vocabulary:
-    """A T5 folder's tokenizer.json. Raises CheckpointError when it is absent or no T5's."""
+    """Read a T5 folder's tokenizer.json. Raises CheckpointError if it is absent or not T5's."""
     path = Path(folder) / "tokenizer.json"
     if not Path(folder).is_dir():
         raise CheckpointError(f"there is no folder {folder}: give a Flan-T5 folder")
     if not path.is_file():
         raise CheckpointError(
-            f"{folder} has no tokenizer.json: fetch it, or make it of spiece.model with "
+            f"{folder} has no tokenizer.json: download it, or make it from spiece.model with "
             "transformers.AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
         )
     try:
         return read_tokenizer(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} {error}: fetch or copy the one that came with T5") from error
+        raise CheckpointError(f"{path} {error}: copy the one that came with Flan-T5") from error

@@ -1,6 +1,6 @@
-"""The tokenizer: a convolutional autoencoder without attention.
+"""The picture tokenizer: a convolutional autoencoder without attention.
 
-Names: x_BCHW is a batch of feature maps. Quantisation of the features lives in `quantisation.py`.
+x_BCHW is a batch of feature maps. `quantisation.py` turns its features into bits and codes.
 """
 
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from varedit_reference.config import TokenizerConfig
 
 
 class Tokenizer(nn.Module):
-    """Pictures to continuous features and back."""
+    """Encoder and decoder: pictures to continuous features, and sums of codes to pictures."""
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
@@ -19,11 +19,11 @@ class Tokenizer(nn.Module):
         self.decoder = Decoder(config)
 
     def encode(self, pictures: Tensor) -> Tensor:
-        """[B, 3, H, W] in [-1, 1] -> features [B, d, H/downsampling, W/downsampling]."""
+        """Encode pictures [B, 3, H, W] in [-1, 1]; downsampling s gives [B, d, H/s, W/s]."""
         return self.encoder(pictures)
 
     def decode(self, features: Tensor) -> Tensor:
-        """Features (a sum of codes) [B, d, h, w] -> pictures [B, 3, H, W], not yet clamped."""
+        """Decode a sum of codes [B, d, h, w] to pictures [B, 3, H, W], not yet clamped."""
         return self.decoder(features)
 
 
@@ -48,7 +48,7 @@ class Encoder(nn.Module):
 
 
 class EncoderLevel(nn.Module):
-    """Two residual blocks, then, but on the coarsest level, a halving convolution."""
+    """Two residual blocks and, except on the coarsest level, a convolution of stride 2."""
 
     def __init__(
         self, config: TokenizerConfig, channels_in: int, channels: int, last: bool
@@ -63,7 +63,7 @@ class EncoderLevel(nn.Module):
         x_BCHW = self.blocks(x_BCHW)
         if self.downsample is None:
             return x_BCHW
-        return self.downsample(F.pad(x_BCHW, (0, 1, 0, 1)))
+        return self.downsample(F.pad(x_BCHW, (0, 1, 0, 1)))  # right and bottom alone, as released
 
 
 class Decoder(nn.Module):
@@ -89,7 +89,7 @@ class Decoder(nn.Module):
 
 
 class DecoderLevel(nn.Module):
-    """Three residual blocks, then, but on the finest level, nearest x2 and a convolution."""
+    """Three residual blocks and, except on the finest level, nearest x2 and a convolution."""
 
     def __init__(
         self, config: TokenizerConfig, channels_in: int, channels: int, finest: bool

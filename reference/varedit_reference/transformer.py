@@ -1,5 +1,11 @@
 """The next-scale transformer, top to bottom: VAR, then a block, then its parts.
 
+    x = x + gamma1 · SelfAttention(LN(x)·(1 + scale1) + shift1)
+    x = x + CrossAttention(LN(x), text)
+    x = x + gamma2 · MLP(LN(x)·(1 + scale2) + shift2)
+
+gamma, scale and shift (AdaLN) come from the pooled text plus a learned [6, C] per block.
+
 Shape suffixes: R rows (pictures x guidance, conditional rows first), L tokens in, S tokens seen,
 T text tokens, C width, H heads, D = C/H, c bits of a token. The cache is [S, R, H, D].
 
@@ -24,7 +30,7 @@ from varedit_reference.rotary import Rotation, full_rotation, scale_rotation, so
 
 MAX_LOG_SCALE = log(100)
 
-# (channels in, channels out, bias) -> a Linear in the model's types
+# (channels in, channels out, bias) -> a Linear with the model's compute and weight types
 Product = Callable[..., "Linear"]
 # queries [R, H, L, D], keys and values [R, H, S, D] -> softmax(q·kᵀ)·v [R, H, L, D]
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -32,10 +38,10 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class TextCondition:
-    """All that the text gives an edit, computed once.
+    """Everything the model takes from the text, computed once per edit.
 
-    pooled [R, C]; modulation [R, 6, C], the shared AdaLN signal; per block the cross-attention's
-    keys and values [R, H, T, D]; mask [R, 1, 1, T], true on real tokens.
+    pooled: [R, C]. modulation: the AdaLN signal that all blocks share, [R, 6, C]. keys, values: of
+    the cross-attention, one [R, H, T, D] per block. mask: [R, 1, 1, T], true on real tokens.
     """
 
     pooled: Tensor
@@ -46,7 +52,7 @@ class TextCondition:
 
 
 class VAR(nn.Module):
-    """Predicts the bits of one scale from the source, the text and the scales before."""
+    """The transformer: predicts a scale's bits from the source, the text and the scales before."""
 
     def __init__(
         self,
@@ -79,9 +85,10 @@ class VAR(nn.Module):
     def text_rows(
         self, prompts: Sequence[Tensor], guided: bool, negatives: Sequence[Tensor] | None = None
     ) -> list[Tensor]:
-        """Features [T_i, text] of each picture's text -> those of the R rows.
+        """Return the text features of all R rows, from each picture's [T_i, text_channels].
 
-        Without negative prompts the unconditional row is the first T_i learned ones.
+        With guidance the unconditional rows follow: those of the negative prompts or, without any,
+        the first T_i rows of a learned text.
         """
         if not guided:
             return list(prompts)
@@ -90,7 +97,7 @@ class VAR(nn.Module):
         return [*prompts, *negatives]
 
     def condition(self, rows: Sequence[Tensor]) -> TextCondition:
-        """Text features, one [T_r, text] per row -> what the blocks read of them."""
+        """Compute the text condition of R rows of features [T_r, text_channels]."""
         lengths = torch.tensor([len(row) for row in rows])
         mask = (torch.arange(int(lengths.max())) < lengths[:, None])[:, None, None, :]
         mask = mask.to(rows[0].device)
@@ -107,7 +114,10 @@ class VAR(nn.Module):
         )
 
     def prefill(self, source_tokens: Tensor, text: TextCondition) -> KVCache:
-        """Run the source [B, S, c] through all blocks once -> the cache the scales start from."""
+        """Run the source [B, S, c] through all blocks once; return the cache of its keys, values.
+
+        It depends on the text (AdaLN and cross-attention), so all R rows are run.
+        """
         cache = KVCache(self.config)
         x_RSC = self._embed_source(source_tokens, text)
         self._run(x_RSC, text, source_rotation(self.config, x_RSC.device), cache.add_source)
@@ -116,9 +126,9 @@ class VAR(nn.Module):
     def predict(
         self, scale: int, tokens: Tensor | None, text: TextCondition, cache: KVCache
     ) -> Tensor:
-        """Logits [R, L, c, 2] of the next scale, whose keys and values join the cache.
+        """Return the next scale's logits [R, L, c, 2]; append its keys and values to the cache.
 
-        tokens [B, L, c]: the scale's input; None for the first scale, which starts from the text.
+        tokens: the scale's input [B, L, c]; None for the first scale, which starts from the text.
         """
         assert scale == cache.scales_seen, "scales are predicted in order"
         x_RLC = self._embed_scale(scale, tokens, text)
@@ -130,9 +140,9 @@ class VAR(nn.Module):
     def forward(
         self, source_tokens: Tensor, scale_tokens: Sequence[Tensor], text: TextCondition
     ) -> list[Tensor]:
-        """Teacher forcing: the logits of all scales in one pass, equal to the cached loop's.
+        """Return the logits of all scales from one pass (teacher forcing), equal to the loop's.
 
-        scale_tokens: the inputs [B, L_k, c] of every scale but the first.
+        scale_tokens: the inputs [B, L_k, c] of all scales except the first.
         """
         inputs: list[Tensor | None] = [None, *scale_tokens]
         x_RSC = torch.cat(
@@ -154,7 +164,7 @@ class VAR(nn.Module):
         return x_RLC
 
     def _embed_source(self, source_tokens: Tensor, text: TextCondition) -> Tensor:
-        """Source tokens carry the last level's embedding, or under full conditioning their own."""
+        """Embed the source, adding the last level's embedding; with "full", each scale's own."""
         tokens_RLC = self.token_embedding(_repeat_rows(source_tokens, len(text.pooled))).float()
         levels = torch.arange(len(self.config.grids), device=tokens_RLC.device)
         if self.config.conditioning == "full":
@@ -210,7 +220,10 @@ class Block(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Cosine attention: unit queries and keys, a learned scale per head, rotary positions."""
+    """Cosine attention: unit queries and keys, a learned scale per head, rotary positions.
+
+    The scale, exp(min(log_scale, ln 100)), bounds the logits, so that they cannot overflow fp16.
+    """
 
     def __init__(self, config: TransformerConfig, product: Product) -> None:
         super().__init__()
@@ -239,7 +252,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention to the text's memory, whose keys and values are projected once per edit."""
+    """Attention to the text, whose keys and values are projected once per edit."""
 
     def __init__(self, config: TransformerConfig, product: Product) -> None:
         super().__init__()
@@ -250,7 +263,7 @@ class CrossAttention(nn.Module):
         self.projection = product(config.width, config.width)
 
     def project(self, memory_RTC: Tensor) -> tuple[Tensor, Tensor]:
-        """The memory [R, T, C] -> keys and values [R, H, T, D]."""
+        """Project the text memory [R, T, C] to keys and values [R, H, T, D]."""
         return _project_kv(self.kv, self.value_bias, memory_RTC, self.heads)
 
     def forward(self, x_RLC: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
@@ -260,7 +273,7 @@ class CrossAttention(nn.Module):
 
 
 class TextPool(nn.Module):
-    """Pools the text with one learned query per head."""
+    """Attention pooling of the text, with one learned query per head."""
 
     def __init__(self, config: TransformerConfig, product: Product) -> None:
         super().__init__()
@@ -271,7 +284,7 @@ class TextPool(nn.Module):
         self.projection = product(config.width, config.width)
 
     def forward(self, text_RTC: Tensor, mask: Tensor) -> Tensor:
-        """Normed text [R, T, text], mask [R, 1, 1, T] -> [R, C]."""
+        """Pool normalised text [R, T, text_channels] under a mask [R, 1, 1, T] to [R, C]."""
         keys, values = _project_kv(self.kv, self.value_bias, text_RTC, len(self.query))
         query_RHLD = self.query.to(keys.dtype)[None, :, None].expand(len(text_RTC), -1, -1, -1)
         pooled = F.scaled_dot_product_attention(query_RHLD, keys, values, attn_mask=mask)
@@ -279,7 +292,7 @@ class TextPool(nn.Module):
 
 
 class Linear(nn.Linear):
-    """A matrix product in its own type, whatever the types of its input and weights."""
+    """A linear layer that computes in compute_dtype, whatever its input's and weight's types."""
 
     def __init__(
         self,
@@ -302,7 +315,7 @@ class Linear(nn.Linear):
 
 
 def fused_attention(q_RHLD: Tensor, k_RHSD: Tensor, v_RHSD: Tensor) -> Tensor:
-    """softmax(q·kᵀ)·v; the queries bring their scale along."""
+    """Compute softmax(q·kᵀ)·v; the queries are already scaled."""
     return F.scaled_dot_product_attention(q_RHLD, k_RHSD, v_RHSD, scale=1.0)
 
 

@@ -1,8 +1,10 @@
 """Weight files as mappings from name to tensor: .pth, a folder of shards, safetensors.
 
-Whatever the file, its tensors are views of a memory map: opening one reads no weights, and what is
-read is page cache that the system may drop. Nothing but tensors is ever loaded: a pickle that
-names any other class is refused before anything in it runs.
+Tensors are views of a memory map, whatever the file: opening one reads no weights, and what is read
+is page cache that the system may drop. So a 34 GB checkpoint needs no 34 GB of memory.
+
+A .pth is a pickle, and unpickling runs code that the file names. Nothing but tensors is ever
+loaded: a pickle that names any other class is refused before anything in it runs.
 """
 
 import json
@@ -40,12 +42,12 @@ NOTED_EVERY = 2**28  # bytes that an interruption may cost
 
 
 def open_weights(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a weights file or folder by name, memory-mapped.
+    """Open a weights file or folder as tensors by name, memory-mapped.
 
     Reads .safetensors; .pth, .pt and .bin as torch.save writes them; and folders with one such
     file, or with shards and an index. The file must not change while its tensors are in use.
-    Raises CheckpointError when it is missing, cut short, not what its name says, or holds more
-    than tensors.
+    Raises CheckpointError if it is missing, cut short, not of the format that its name says, or
+    holds anything but tensors.
     """
     path = Path(path)
     try:
@@ -60,7 +62,7 @@ def _open_file(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise CheckpointError(f"there are no weights at {path}: give an existing file or folder")
     if path.stat().st_size == 0:
-        raise CheckpointError(f"{path} is empty: fetch or copy it again")
+        raise CheckpointError(f"{path} is empty: download or copy it again")
     if path.suffix == ".safetensors":
         return _open_safetensors(path)
     if path.suffix in PICKLED:
@@ -92,7 +94,7 @@ def _open_pickled(path: Path) -> dict[str, Tensor]:
     try:
         with zipfile.ZipFile(path) as archive:
             compressed = any(r.compress_type != zipfile.ZIP_STORED for r in archive.infolist())
-        # What is compressed may unpack to far more than the file.
+        # A compressed archive is not scanned: it may unpack to far more than the file's size.
         unsafe = [] if compressed else get_unsafe_globals_in_checkpoint(path)
     except Exception as error:  # a damaged archive can fail in any way
         raise CheckpointError(
@@ -118,7 +120,7 @@ def _open_pickled(path: Path) -> dict[str, Tensor]:
 
 
 def _tensors_only(path: Path, content: Any) -> dict[str, Tensor]:
-    """The state dict in an unpickled file: the file's content, or what it keeps under `vae`."""
+    """Return the state dict in an unpickled file: all of it, or what it keeps under `vae`."""
     if isinstance(content, Mapping) and isinstance(content.get("vae"), Mapping):
         content = content["vae"]
     if not isinstance(content, Mapping):
@@ -189,14 +191,17 @@ def _read_index(index: Path) -> dict[str, str]:
 
 
 def _check_shards(folder: Path, index: Path, shards: set[str]) -> None:
-    """Raises CheckpointError unless every shard is a file of the folder itself."""
+    """Raise CheckpointError unless every shard is a file of the folder itself.
+
+    An index from a stranger could otherwise name any file on this machine.
+    """
     missing = sorted(shards - {file.name for file in folder.iterdir()})
     if missing:
         raise CheckpointError(
             f"{folder} lacks {len(missing)} of the {len(shards)} shards that {index.name} names "
             f"({', '.join(missing[:3])}): fetch them as well"
         )
-    # The Hugging Face cache keeps a snapshot's files as links into the same repository's blobs.
+    # In the Hugging Face cache a snapshot's files are links into the same repository's blobs.
     root = folder.resolve()
     root = root.parents[1] if root.parent.name == "snapshots" else root
     for shard in sorted(shards):
@@ -207,7 +212,7 @@ def _check_shards(folder: Path, index: Path, shards: set[str]) -> None:
 
 
 def read_layout(path: str | Path) -> dict[str, tuple[Tensor, int]]:
-    """A safetensors file's tensors by name, on the meta device, and the byte each begins at.
+    """Read a safetensors file's tensors by name, on the meta device, and their first bytes.
 
     Raises CheckpointError when it is missing or not whole.
     """
@@ -258,7 +263,7 @@ def write_safetensors(
 
 
 def _ahead(make: Callable[[str], Tensor], names: Iterable[str]) -> Iterator[Tensor]:
-    """The tensors in order, the next two of which are made while one is used."""
+    """Yield the tensors in order; two more are made in threads while the caller writes one."""
     with ThreadPoolExecutor(2) as pool:
         pending = deque[Future[Tensor]]()
         for name in names:
@@ -285,7 +290,7 @@ def _safetensors_header(layout: Iterable[tuple[str, Tensor]], metadata: Mapping[
 
 
 def check_float(name: str, tensor: Tensor) -> Tensor:
-    """The tensor itself. Raises CheckpointError if weights of its type are not accepted."""
+    """Return the tensor. Raises CheckpointError if its type is no accepted float type."""
     if tensor.dtype not in SAFETENSORS_DTYPES:
         accepted = ", ".join(_dtype_name(dtype) for dtype in SAFETENSORS_DTYPES)
         raise CheckpointError(
@@ -297,9 +302,9 @@ def check_float(name: str, tensor: Tensor) -> Tensor:
 
 @contextmanager
 def whole_file(path: Path, size: int) -> Iterator[Path]:
-    """A temporary name beside path, renamed to it on success and removed on any failure.
+    """Give a temporary name to write to; rename it to path on success, remove it on failure.
 
-    size: bytes that will be written. Raises CheckpointError if the disk has no room for them or
+    size: bytes to be written. Raises CheckpointError if the disk has no room for them or
     the folder cannot be written.
     """
     try:
@@ -316,7 +321,7 @@ def whole_file(path: Path, size: int) -> Iterator[Path]:
 
 @contextmanager
 def _resumed_file(path: Path, size: int) -> Iterator[Path]:
-    """A hidden name beside path, renamed to it on success and kept on failure, to be gone on with.
+    """Give a hidden name to write to; rename it to path on success, keep it on failure to resume.
 
     Raises as `whole_file` does.
     """
@@ -410,7 +415,7 @@ class _TensorFile:
 
 
 def check_room(folder: Path, size: int) -> None:
-    """Make the folder; raises CheckpointError if that fails or it has no room for size bytes."""
+    """Make the folder. Raises CheckpointError if that fails or it has no room for size bytes."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
