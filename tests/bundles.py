@@ -9,7 +9,8 @@ from tempfile import gettempdir
 
 from filelock import FileLock
 
-from varedit_export.build import Plan, Request, build
+from varedit_export.assemble import assemble
+from varedit_export.plan import Plan, Request
 from varedit_export.sources import Sources, random_sources
 from varedit_reference.config import ModelConfig, preset
 from varedit_runtime.manifest import Precision
@@ -64,5 +65,5 @@ def built(name: str, plan: Callable[[Path], Plan]) -> Path:
     folder.mkdir(exist_ok=True)
     with FileLock(folder / f"{name}.test-lock"):
         if not (folder / name).exists():
-            build(plan(folder / name), quiet)
+            assemble(plan(folder / name), quiet)
     return folder / name

@@ -7,7 +7,6 @@ import pytest
 import torch
 from bundles import bundle_config, random_weights, request
 
-from varedit_export.build import Graph, Plan
 from varedit_export.components import Component
 from varedit_export.errors import ExportError
 from varedit_export.graphs.model import GraphTransformer
@@ -20,6 +19,7 @@ from varedit_export.graphs.stages import (
 )
 from varedit_export.graphs.text import GraphTextEncoder
 from varedit_export.graphs.trace import StoredWeight, Tracer
+from varedit_export.plan import Graph, Plan
 
 DEPTH = 6
 

@@ -29,9 +29,10 @@ from varedit_engines.compile import Job, compile_engines, stages_of
 from varedit_engines.engine_cache import EngineCache
 from varedit_engines.network import external_inputs
 from varedit_engines.publish import Staging
-from varedit_export import build as build_module
+from varedit_export import assemble
 from varedit_export.cli import main
 from varedit_export.graphs.trace import StoredWeight, Tracer
+from varedit_export.plan import Plan
 from varedit_runtime.backends.engines import engine_set
 from varedit_runtime.backends.engines.engine_set import LAYOUTS, EngineSet, Layout, mismatch
 from varedit_runtime.backends.wiring import scale_profiles
@@ -130,7 +131,7 @@ def deep_graph(stage: str, depth: int) -> bytes:
     config = bundle_config()
     config = replace(config, transformer=replace(config.transformer, depth=depth))
     wanted = replace(request(Path("deep"), "fp16"), config=config)
-    plan = build_module.Plan([wanted], random_weights())
+    plan = Plan([wanted], random_weights())
     stored = {
         f"{part.attribute}.{name}" if part.attribute else name: StoredWeight(
             name, part.location, 0, 0
@@ -591,12 +592,12 @@ def builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     targets: list[Path] = []
 
-    def copied(plan: build_module.Plan, progress: Any) -> list[ParityLine]:
+    def copied(plan: Plan, progress: Any) -> list[ParityLine]:
         targets.append(plan.request.target)
         shutil.copytree(two_variants(tmp_path / "built"), plan.request.target)
         return []
 
-    monkeypatch.setattr(build_module, "build", copied)
+    monkeypatch.setattr(assemble, "assemble", copied)
     return targets
 
 

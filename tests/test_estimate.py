@@ -8,8 +8,10 @@ import pytest
 from bundles import quiet, random_weights, request
 
 from varedit_export import estimate
-from varedit_export.build import Plan, Request, build
+from varedit_export.assemble import assemble
 from varedit_export.errors import ExportError
+from varedit_export.estimate import needs
+from varedit_export.plan import Plan, Request
 from varedit_export.sources import random_sources
 from varedit_reference import weights_file
 from varedit_reference.config import preset
@@ -30,7 +32,7 @@ def test_full_sizes_need_what_was_measured(
     tmp_path: Path, size: str, resolution: int, measured_memory: float, weights: float
 ) -> None:
     """Measured with measure_build.py: see docs/benchmarks.md. More is said than is needed."""
-    needed = full_size(size, resolution, tmp_path / "bundle").needs
+    needed = needs(full_size(size, resolution, tmp_path / "bundle"))
     assert weights <= needed.disk <= 1.05 * weights
     assert measured_memory <= needed.memory <= 1.5 * measured_memory
     assert f"{needed.disk / 1e9:.1f} GB of disk" in str(needed)
@@ -40,17 +42,17 @@ def test_more_variants_need_more_time_and_hardly_more_disk(tmp_path: Path) -> No
     one = full_size("2b", 512, tmp_path / "bundle")
     other = replace(one.request, config=preset("2b", 256), resolution=256)
     both = Plan([one.request, other], one.sources)
-    assert both.needs.seconds > 1.2 * one.needs.seconds
-    assert one.needs.disk < both.needs.disk < 1.01 * one.needs.disk
+    assert needs(both).seconds > 1.2 * needs(one).seconds
+    assert needs(one).disk < needs(both).disk < 1.01 * needs(one).disk
 
 
 def test_a_build_that_would_not_fit_in_memory_does_not_begin(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = Plan([request(tmp_path / "bundle")], random_weights())
-    monkeypatch.setattr(estimate, "available_memory", lambda: plan.needs.memory - 1)
+    monkeypatch.setattr(estimate, "available_memory", lambda: needs(plan).memory - 1)
     with pytest.raises(ExportError, match=r"GB of memory are available and the build needs"):
-        build(plan, quiet)
+        assemble(plan, quiet)
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(estimate, "available_memory", lambda: None)  # a system that does not say
     estimate.check_memory(2**60)
@@ -60,8 +62,8 @@ def test_a_build_that_would_not_fit_on_the_disk_does_not_begin(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = Plan([request(tmp_path / "bundle")], random_weights())
-    usage = SimpleNamespace(free=plan.needs.disk - 1)
+    usage = SimpleNamespace(free=needs(plan).disk - 1)
     monkeypatch.setattr(weights_file.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(CheckpointError, match="free"):
-        build(plan, quiet)
+        assemble(plan, quiet)
     assert not list(tmp_path.iterdir())

@@ -13,9 +13,10 @@ import torch
 from bundles import bundle_config, half_bundle, quiet, random_weights, request, small_bundle
 
 from varedit_engines.publish import Staging
-from varedit_export import build as build_module
-from varedit_export.build import Plan, build
+from varedit_export import assemble as assemble_module
+from varedit_export.assemble import assemble
 from varedit_export.parity.verify import ParityError, compare, gate, reference_of
+from varedit_export.plan import Plan
 from varedit_export.sources import RandomTextEncoder, Sources, random_sources
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.editor import Editor
@@ -144,15 +145,15 @@ def test_swapped_tensors_fail_the_gate(
     swapped = state | {component: {n: state[component][names.get(n, n)] for n in state[component]}}
     bad = Sources(swapped["transformer"], swapped["tokenizer"], None, "swapped", "swapped")
     plan = Plan([request(tmp_path / "bad")], bad)
-    verify = build_module.verify_folder
+    verify = assemble_module.verify_folder
     given = Sources(state["transformer"], state["tokenizer"], None, "", "")
     monkeypatch.setattr(
-        build_module,
+        assemble_module,
         "verify_folder",
         lambda folder, manifest, sources, config: verify(folder, manifest, given, config),
     )
     with pytest.raises(ParityError, match="measures failed"):
-        build(plan, quiet)
+        assemble(plan, quiet)
     assert not (tmp_path / "bad").exists()
 
 
@@ -161,7 +162,7 @@ def test_thirteen_scales_pass_the_gates(tmp_path: Path) -> None:
     grids = tuple((side, side) for side in range(1, 14))
     config = replace(config, transformer=replace(config.transformer, grids=grids))
     wanted = replace(request(tmp_path / "thirteen"), config=config)
-    build(Plan([wanted], random_sources(config, seed=0)), quiet)
+    assemble(Plan([wanted], random_sources(config, seed=0)), quiet)
     parity = Bundle.open(wanted.target).manifest.parity
     assert {f"scale_{k:02}" for k in range(13)} <= {line.stage for line in parity}
 
@@ -181,12 +182,12 @@ def test_an_interrupted_build_goes_on_where_it_was(
     monkeypatch.setattr(Staging, "record", counted)
     target = tmp_path / "small"
     with pytest.raises(KeyboardInterrupt):
-        build(Plan([request(target)], random_weights()), quiet)
+        assemble(Plan([request(target)], random_weights()), quiet)
     assert not target.exists()
     first = set(recorded)
     recorded.clear()
     stop_after.clear()
-    build(Plan([request(target)], random_weights()), quiet)
+    assemble(Plan([request(target)], random_weights()), quiet)
     assert len(first) == 9 and not first & set(recorded)
     reference = Bundle.open(small_bundle()).manifest
     assert Bundle.open(target).manifest.files == reference.files
@@ -221,9 +222,9 @@ def test_nothing_of_a_failed_build_is_published(
     def broken(*arguments: object) -> Iterator[object]:
         raise ParityError("no")
 
-    monkeypatch.setattr(build_module, "verify_folder", broken)
+    monkeypatch.setattr(assemble_module, "verify_folder", broken)
     with pytest.raises(ParityError):
-        build(Plan([request(tmp_path / "bundle")], random_weights()), quiet)
+        assemble(Plan([request(tmp_path / "bundle")], random_weights()), quiet)
     assert not (tmp_path / "bundle").exists()
 
 

@@ -10,9 +10,8 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from varedit_export import build as build_module
-from varedit_export import cli, sources
-from varedit_export.build import Plan
+from varedit_export import assemble, cli, sources
+from varedit_export.plan import Plan
 from varedit_nano.data import EVALUATION_SEEDS
 from varedit_nano.model import NANO, WEIGHTS, load_nano
 from varedit_nano.scenes import KINDS, draw_edit
@@ -57,7 +56,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> Planned:
         plans.append(plan)
         return []
 
-    monkeypatch.setattr(build_module, "build", keep)
+    monkeypatch.setattr(assemble, "assemble", keep)
     return Planned(plans)
 
 

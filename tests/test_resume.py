@@ -19,7 +19,8 @@ BUILDS = """
 import json, os, random, signal, sys
 from pathlib import Path
 import bundles
-from varedit_export.build import Plan, build
+from varedit_export.assemble import assemble
+from varedit_export.plan import Plan
 from varedit_export.sources import random_sources
 from varedit_export.parity import verify
 import varedit_reference.weights_file as weights_file
@@ -40,7 +41,7 @@ def run(target, kill_at):
             counted = count_of(target, kill_at)
             wanted = replace(bundles.request(target), config=config, resolution=64)
             sources = replace(random_sources(config, seed=0), text=None)
-            build(Plan([wanted], sources), bundles.quiet)
+            assemble(Plan([wanted], sources), bundles.quiet)
             target.with_suffix(".events").write_text(str(counted[0]))
             status = 0
         finally:

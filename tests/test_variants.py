@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from varedit_export import cli
-from varedit_export.build import Plan, Request
+from varedit_export.plan import Plan, Request
 from varedit_export.sources import Sources, random_sources
 from varedit_reference.config import ModelConfig
 from varedit_runtime.bundle import Bundle

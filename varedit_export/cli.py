@@ -20,7 +20,7 @@ from varedit_runtime.manifest import ParityLine
 
 if TYPE_CHECKING:
     from varedit_engines.builder import Compiler
-    from varedit_export.build import Progress
+    from varedit_export.assemble import Progress
     from varedit_export.sources import Sources
     from varedit_reference.config import ModelConfig
 
@@ -138,8 +138,9 @@ def build(
     """
     compiler = _compiler(context, backend, architectures)  # what it misses is said before the build
     with needs_extra("export"):
-        from varedit_export.build import Plan, Request
-        from varedit_export.build import build as build_bundle
+        from varedit_export.assemble import assemble
+        from varedit_export.estimate import needs
+        from varedit_export.plan import Plan, Request
 
     configs = _configs(options)
     (config, _), *_ = configs
@@ -160,9 +161,9 @@ def build(
         for config, resolution in configs
     ]
     plan = Plan(requests, sources)
-    click.echo(str(plan), err=True)
+    click.echo(f"{plan}\n  needs {needs(plan)}", err=True)
     with _progress() as progress:
-        parity = build_bundle(plan, progress)
+        parity = assemble(plan, progress)
     remember(plan.request.target)
     click.echo(_summary(parity), err=True)
     click.echo(plan.request.target)

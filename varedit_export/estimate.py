@@ -7,14 +7,12 @@ in fp16 with random weights, on two cores of an x86 server, PyTorch 2.13 and ONN
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from varedit_export.errors import ExportError
 from varedit_export.graphs.stages import Shapes
 from varedit_export.machine import available_memory
-
-if TYPE_CHECKING:
-    from varedit_export.build import Plan
+from varedit_export.parity.verify import is_large
+from varedit_export.plan import Plan
 
 GRAPH = 2 * 10**6  # bytes of the largest graph; most have less than one million
 # The program itself, with PyTorch, onnxscript and transformers, and what tracing leaves behind.
@@ -44,13 +42,13 @@ class Needs:
         )
 
 
-def needs(plan: "Plan", large: bool) -> Needs:
-    """What building a plan takes. large: whether parity is proven block by block."""
+def needs(plan: Plan) -> Needs:
+    """Return what building a plan takes."""
     variants = [variant.request.shapes for variant in plan.variants]
     sizes = [t.numel() for c in plan.components for t in c.module.state_dict().values()]
     parameters = sum(sizes)
     memory = PROGRAM + DRAWN * 4 * max(sizes)
-    if large:
+    if is_large(parameters):
         memory = max(memory, PROGRAM + max(map(_block_by_block, variants)))
     else:
         memory += WHOLE * 4 * parameters

@@ -6,7 +6,7 @@ bits. Bits are drawn from the same noise and must be equal, but for ties.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import log2, prod
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,9 +15,8 @@ import onnxruntime as ort
 import torch
 from torch import Tensor
 
-from varedit_export.graphs.layout import Restored, transformer_layout, transformer_restorer
+from varedit_export.bundle_model import sources_of
 from varedit_export.graphs.stages import DTYPES
-from varedit_export.graphs.text import TextEncoderConfig, restore_text_encoder
 from varedit_export.parity.cut import WeightFiles
 from varedit_export.parity.streamed import compare_streamed
 from varedit_export.parity.teacher_forcing import (
@@ -42,17 +41,15 @@ from varedit_export.parity.teacher_forcing import (
     tokenizer_of,
 )
 from varedit_export.sources import Sources, TextSource
-from varedit_reference.config import ModelConfig, TokenizerConfig, TransformerConfig
+from varedit_reference.config import ModelConfig
 from varedit_reference.golden import Recording
 from varedit_reference.quantisation import to_tokens
 from varedit_reference.scale_loop import PredictedScale
 from varedit_reference.tokenizer import Tokenizer
 from varedit_reference.transformer import VAR
-from varedit_reference.weights_file import open_weights
 from varedit_runtime.backends.onnxruntime import OnnxBackend
 from varedit_runtime.backends.wiring import KINDS
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.grids import scale_grids
 from varedit_runtime.manifest import Manifest, ParityLine, Variant, scale_name
 from varedit_runtime.pictures import from_decoder
 
@@ -177,64 +174,6 @@ def compare_bundle(bundle: Bundle) -> Iterator[ParityLine]:
 def reference_of(bundle: Bundle) -> Reference:
     """The reference made of a bundle's own weights."""
     return Reference.from_sources(*sources_of(bundle))
-
-
-def sources_of(bundle: Bundle) -> tuple[ModelConfig, Sources]:
-    """What a bundle was built from, restored from its own weights, each when asked for."""
-    files = {
-        name: open_weights(bundle.weights_path(name))
-        for name in ("transformer", "tokenizer", "text_encoder")
-        if name in bundle.components
-    }
-    config = _model_of(bundle, files["tokenizer"])
-    layout, restore = (
-        transformer_layout(config.transformer),
-        transformer_restorer(config.transformer),
-    )
-    text = None
-    if "text_encoder" in files:
-        model = bundle.manifest.model
-        assert model.text_distance and model.text_epsilon
-        settings, state = restore_text_encoder(
-            files["text_encoder"], model.text_distance, model.text_epsilon
-        )
-        encoder = TextEncoderConfig.from_json(settings)
-        text = TextSource(encoder, settings, state, bundle.tokenizer_json())
-    transformer = Restored(layout, files["transformer"], restore)
-    weights = bundle.manifest.model.weights
-    return config, Sources(transformer, files["tokenizer"], text, weights, bundle.digest)
-
-
-def _model_of(bundle: Bundle, tokenizer: Mapping[str, Tensor]) -> ModelConfig:
-    """The model that a bundle was built from; the tokenizer's widths are those of its weights."""
-    model, (variant, *_) = bundle.manifest.model, bundle.manifest.variants
-    levels = int(log2(model.downsampling)) + 1
-    widths = [len(tokenizer[f"encoder.levels.{i}.blocks.0.conv1.weight"]) for i in range(levels)]
-    channels = len(tokenizer["encoder.conv_in.weight"])
-    return ModelConfig(
-        model.size,
-        TokenizerConfig(
-            bits=model.bits,
-            downsampling=model.downsampling,
-            channels=channels,
-            multipliers=tuple(width // channels for width in widths),
-            patchify=model.patch == 2,
-            groups=model.norm_groups,
-        ),
-        TransformerConfig(
-            depth=model.depth,
-            width=model.width,
-            heads=model.heads,
-            token_channels=model.token_channels,
-            text_channels=model.text_channels,
-            grids=variant.grids,
-            table_grids=scale_grids(1024, variant.aspect),
-            conditioning=model.conditioning,
-            rotary=model.rotary,
-        ),
-        bundle.manifest.guidance_scale,
-        bundle.manifest.temperature,
-    )
 
 
 def _var(

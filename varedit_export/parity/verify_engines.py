@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from varedit_export.bundle_model import sources_of
 from varedit_export.parity.teacher_forcing import (
     FEATURES,
     LOGITS,
@@ -25,7 +26,7 @@ from varedit_export.parity.teacher_forcing import (
     run_reference,
     sampling,
 )
-from varedit_export.parity.verify import Reference, is_large, parameters, sources_of, t5_encoder
+from varedit_export.parity.verify import Reference, is_large, parameters, t5_encoder
 from varedit_reference.quantisation import to_tokens
 from varedit_reference.scale_loop import PredictedScale
 from varedit_runtime.backends.base import (

@@ -1,0 +1,144 @@
+"""Make a planned bundle: weights, graphs, parity, manifest, published whole or not at all."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+import onnx_ir as ir
+
+from varedit_engines.publish import Staging
+from varedit_export.bundle_model import manifest_of, tool_versions
+from varedit_export.components import Component
+from varedit_export.estimate import check_memory, needs, present
+from varedit_export.graphs.trace import StoredWeight, Tracer
+from varedit_export.parity.verify import verify_folder
+from varedit_export.plan import Graph, Plan, Request, VariantPlan
+from varedit_reference.weights_file import check_room
+from varedit_runtime.bundle import work_folder
+from varedit_runtime.manifest import GRAPHS, TOKENIZER, GraphSpec, ParityLine, TensorSpec, Variant
+
+TYPE_NAMES = {
+    ir.DataType.FLOAT: "float32",
+    ir.DataType.FLOAT16: "float16",
+    ir.DataType.BFLOAT16: "bfloat16",
+    ir.DataType.INT64: "int64",
+    ir.DataType.BOOL: "bool",
+}
+
+# (what is being done, steps done, steps in all)
+Progress = Callable[[str, int, int], None]
+
+
+def assemble(plan: Plan, progress: Progress) -> list[ParityLine]:
+    """Build and publish a bundle; return how far each graph is from the reference.
+
+    Raises CheckpointError when the disk has no room or the folder cannot be made, BundleError
+    when another process builds the same bundle, ExportError when there is too little memory, and,
+    as ParityError, when a graph does not come out as it must. What was finished before a failure or
+    an interrupt, weights tensor by tensor, is kept for the next attempt; an earlier bundle of the
+    same name stays until the new one is whole.
+    """
+    target, needed = plan.request.target, needs(plan)
+    check_room(target.parent, needed.disk - present(work_folder(target)))
+    check_memory(needed.memory)
+    steps = len(plan.components) + plan.graph_count + 2
+    with Staging(target) as staging:
+        work = _Work(plan, staging, progress, steps)
+        shared = _merged(work.weights(component, plan.request) for component in plan.shared)
+        variants = tuple(work.variant(variant, shared) for variant in plan.variants)
+        if plan.sources.text is not None:
+            staging.file(TOKENIZER).write_bytes(plan.sources.text.tokenizer_json)
+            staging.record(TOKENIZER)
+        progress("parity with the reference", steps - 2, steps)
+        manifest = manifest_of(plan, variants, staging.files, ())
+        parity = verify_folder(staging.path, manifest, plan.sources, plan.request.config)
+        progress("publishing", steps - 1, steps)
+        staging.publish(manifest_of(plan, variants, staging.files, tuple(parity)))
+        progress("done", steps, steps)
+    return parity
+
+
+@dataclass
+class _Work:
+    """A build under way: makes what an earlier attempt left undone."""
+
+    plan: Plan
+    staging: Staging
+    progress: Progress
+    steps: int
+    step: int = 0
+
+    def weights(self, component: Component, request: Request) -> dict[str, StoredWeight]:
+        """Write a component; where each of its weights lies."""
+        self._next(f"weights of {component.name}")
+        graphs, file = self.staging.path / GRAPHS, f"{GRAPHS}/{component.location}"
+        key = _key(self.plan, request, component.name)
+        if not self.staging.kept(file, key):
+            self.staging.file(file)
+            component.write(graphs, {"component": component.name}, key)
+            self.staging.record(file, key)
+        return component.stored(graphs)
+
+    def variant(self, variant: VariantPlan, shared: dict[str, StoredWeight]) -> Variant:
+        """Write a variant's table and graphs."""
+        request = variant.request
+        tracer = Tracer(self.plan.fake, shared | self.weights(variant.positions, request))
+        specs = {graph.name: self._graph(variant, graph, tracer) for graph in variant.graphs}
+        return Variant(
+            name=request.name,
+            resolution=request.resolution,
+            aspect=request.aspect,
+            grids=request.config.transformer.grids,
+            picture=request.config.picture_size,
+            batch=request.batch,
+            rows=request.shapes.rows,
+            text_tokens=request.text_tokens,
+            graphs=specs,
+        )
+
+    def _graph(self, variant: VariantPlan, graph: Graph, tracer: Tracer) -> GraphSpec:
+        several = f" of {variant.request.name}" if len(self.plan.variants) > 1 else ""
+        self._next(f"graph {graph.name}{several}")
+        file, key = variant.file(graph), _key(self.plan, variant.request, graph.name)
+        if not self.staging.kept(file, key):
+            model = tracer.graph(graph.stage, graph.depth, graph.scale)
+            ir.save(model, self.staging.file(file))
+            self.staging.record(file, key)
+        return graph_spec(self.staging.path, file)
+
+    def _next(self, what: str) -> None:
+        self.progress(what, self.step, self.steps)
+        self.step += 1
+
+
+def _merged(parts: Iterable[dict[str, StoredWeight]]) -> dict[str, StoredWeight]:
+    return {name: place for part in parts for name, place in part.items()}
+
+
+def graph_spec(folder: Path, file: str) -> GraphSpec:
+    """A written graph's inputs and outputs."""
+    graph = ir.load(folder / file).graph
+    inputs = tuple(_tensor_spec(value) for value in graph.inputs)
+    return GraphSpec(file, inputs, tuple(_tensor_spec(value) for value in graph.outputs))
+
+
+def _tensor_spec(value: ir.Value) -> TensorSpec:
+    assert value.name and value.dtype is not None and value.shape is not None
+    shape = tuple(s if isinstance(s, int) else str(s.value) for s in value.shape)
+    return TensorSpec(value.name, TYPE_NAMES[value.dtype], shape)  # type: ignore[arg-type]
+
+
+def _key(plan: Plan, request: Request, part: str) -> str:
+    """Stands for all that a file is made from: the model, the request, the weights, the tools."""
+    made_from = (
+        part,
+        request.config,
+        request.precision,
+        request.batch,
+        request.guided,
+        request.text_tokens,
+        plan.sources.identity,
+        list(tool_versions().values()),
+    )
+    return sha256(repr(made_from).encode()).hexdigest()

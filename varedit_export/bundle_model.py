@@ -1,0 +1,145 @@
+"""Write the model that a bundle is built from into its manifest, and read it back.
+
+Two directions of one mapping, side by side: `manifest_of` and its `_model_of` say in the manifest
+what was built; `sources_of` and its `_config_of` make of a bundle the model and the weights that
+it could be built from again, so that it is compared with a reference of its own weights.
+"""
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from math import log2
+
+from torch import Tensor
+
+from varedit_export.graphs.layout import Restored, transformer_layout, transformer_restorer
+from varedit_export.graphs.text import TextEncoderConfig, restore_text_encoder
+from varedit_export.plan import Plan
+from varedit_export.sources import Sources, TextSource
+from varedit_reference.config import ModelConfig, TokenizerConfig, TransformerConfig
+from varedit_reference.weights_file import open_weights
+from varedit_runtime.bundle import Bundle
+from varedit_runtime.grids import scale_grids
+from varedit_runtime.manifest import FileEntry, Manifest, Model, ParityLine, Variant
+
+# What stays in fp32 whatever the precision.
+STREAM_EXCEPTIONS = (
+    "transformer: residual stream, norms, softmax, AdaLN, head, sampling",
+    "text_encoder: residual stream, norms, softmax",
+    "image_encoder",
+    "image_decoder",
+)
+WIDE_MLP = "text_encoder: MLP output projections (past fp16's range in T5-XL)"
+TOOLS = ("varedit-export", "torch", "onnx-ir", "onnxscript", "onnxruntime")
+
+
+def tool_versions() -> dict[str, str]:
+    """Return the installed version of every tool that a bundle's files depend on."""
+    return {tool: version(tool) for tool in TOOLS}
+
+
+def manifest_of(
+    plan: Plan,
+    variants: tuple[Variant, ...],
+    files: Mapping[str, FileEntry],
+    parity: tuple[ParityLine, ...],
+) -> Manifest:
+    """Return the manifest of a bundle that was made as planned."""
+    request = plan.request
+    exceptions = {"fp32": (), "bf16": STREAM_EXCEPTIONS, "fp16": (*STREAM_EXCEPTIONS, WIDE_MLP)}
+    return Manifest(
+        schema_version=1,
+        name=request.target.name,
+        model=_model_of(request.config, plan.sources),
+        precision=request.precision,
+        fp32_exceptions=exceptions[request.precision],
+        guidance_scale=request.config.guidance_scale,
+        temperature=request.config.temperature,
+        variants=variants,
+        files=dict(files),
+        tools=tool_versions(),
+        parity=parity,
+    )
+
+
+def _model_of(whole: ModelConfig, sources: Sources) -> Model:
+    config, tokenizer = whole.transformer, whole.tokenizer
+    text = sources.text and sources.text.config
+    return Model(
+        size=whole.name,
+        bits=tokenizer.bits,
+        downsampling=tokenizer.downsampling,
+        patch=tokenizer.patch,
+        token_channels=tokenizer.token_channels,
+        depth=config.depth,
+        width=config.width,
+        heads=config.heads,
+        text_channels=config.text_channels,
+        conditioning=config.conditioning,
+        rotary=config.rotary,
+        weights=sources.description,
+        norm_groups=tokenizer.groups,
+        text_distance=text and text.max_distance,
+        text_epsilon=text and text.epsilon,
+    )
+
+
+def sources_of(bundle: Bundle) -> tuple[ModelConfig, Sources]:
+    """Return the model and the weights that a bundle was built from.
+
+    Every tensor is restored from the bundle's own files when it is asked for.
+    """
+    files = {
+        name: open_weights(bundle.weights_path(name))
+        for name in ("transformer", "tokenizer", "text_encoder")
+        if name in bundle.components
+    }
+    config = _config_of(bundle, files["tokenizer"])
+    layout = transformer_layout(config.transformer)
+    restore = transformer_restorer(config.transformer)
+    text = None
+    if "text_encoder" in files:
+        model = bundle.manifest.model
+        assert model.text_distance and model.text_epsilon
+        settings, state = restore_text_encoder(
+            files["text_encoder"], model.text_distance, model.text_epsilon
+        )
+        encoder = TextEncoderConfig.from_json(settings)
+        text = TextSource(encoder, settings, state, bundle.tokenizer_json())
+    transformer = Restored(layout, files["transformer"], restore)
+    weights = bundle.manifest.model.weights
+    return config, Sources(transformer, files["tokenizer"], text, weights, bundle.digest)
+
+
+def _config_of(bundle: Bundle, tokenizer: Mapping[str, Tensor]) -> ModelConfig:
+    """Return the model that `_model_of` wrote into the manifest.
+
+    The tokenizer's widths are not in the manifest: they are read off its weights.
+    """
+    model, (variant, *_) = bundle.manifest.model, bundle.manifest.variants
+    levels = int(log2(model.downsampling)) + 1
+    widths = [len(tokenizer[f"encoder.levels.{i}.blocks.0.conv1.weight"]) for i in range(levels)]
+    channels = len(tokenizer["encoder.conv_in.weight"])
+    return ModelConfig(
+        model.size,
+        TokenizerConfig(
+            bits=model.bits,
+            downsampling=model.downsampling,
+            channels=channels,
+            multipliers=tuple(width // channels for width in widths),
+            patchify=model.patch == 2,
+            groups=model.norm_groups,
+        ),
+        TransformerConfig(
+            depth=model.depth,
+            width=model.width,
+            heads=model.heads,
+            token_channels=model.token_channels,
+            text_channels=model.text_channels,
+            grids=variant.grids,
+            table_grids=scale_grids(1024, variant.aspect),
+            conditioning=model.conditioning,
+            rotary=model.rotary,
+        ),
+        bundle.manifest.guidance_scale,
+        bundle.manifest.temperature,
+    )

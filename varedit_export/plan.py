@@ -1,0 +1,208 @@
+"""Plan a bundle: its variants, its files of weights, its graphs, and what each is made from.
+
+Nothing is computed here. `assemble.py` makes the files, `estimate.py` says what that takes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from varedit_export.components import (
+    Component,
+    positions_component,
+    text_encoder_component,
+    tokenizer_component,
+    transformer_component,
+)
+from varedit_export.graphs.blocks import TRACED_BLOCKS
+from varedit_export.graphs.model import GraphTransformer
+from varedit_export.graphs.stages import (
+    DTYPES,
+    ConditionStage,
+    ImageDecoderStage,
+    ImageEncoderStage,
+    Kind,
+    PositionTable,
+    PrefillStage,
+    References,
+    Scale,
+    ScaleStage,
+    Shapes,
+    Stage,
+    SymbolicScaleStage,
+    TextEncoderStage,
+    scale,
+)
+from varedit_export.graphs.text import GraphTextEncoder, TextEncoderConfig
+from varedit_export.graphs.trace import fake_tensors
+from varedit_export.sources import Sources
+from varedit_reference.config import ModelConfig
+from varedit_reference.tokenizer import Tokenizer
+from varedit_runtime.errors import ConfigError
+from varedit_runtime.manifest import GRAPHS, LARGEST_BATCH, Precision
+
+
+@dataclass(frozen=True)
+class Request:
+    """A variant to build, and where. resolution and aspect name it; the config holds its grids."""
+
+    config: ModelConfig
+    resolution: int
+    aspect: str
+    precision: Precision
+    batch: int
+    guided: bool
+    text_tokens: int
+    target: Path
+
+    def __post_init__(self) -> None:
+        if self.config.transformer.conditioning == "full":
+            raise ConfigError("models with full conditioning are not exported: use sar or finest")
+        if not (1 <= self.batch <= LARGEST_BATCH and 1 < self.text_tokens <= 512):
+            raise ConfigError(
+                f"a bundle takes a batch of 1 to {LARGEST_BATCH} and 2 to 512 text tokens, not "
+                f"{self.batch} and {self.text_tokens}"
+            )
+
+    @property
+    def name(self) -> str:
+        height, width = self.config.picture_size
+        size = f"{height}" if height == width else f"{height}x{width}"
+        return f"{size}-b{self.batch}" + ("" if self.guided else "-unguided")
+
+    @property
+    def shapes(self) -> Shapes:
+        dtype = DTYPES[self.precision]
+        return Shapes(self.config, self.batch, self.guided, self.text_tokens, dtype)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A graph to make: a stage with few blocks, the whole model's depth, and which scale it is."""
+
+    stage: Stage
+    depth: int = 0
+    scale: Scale | None = None
+
+    @property
+    def name(self) -> str:
+        return self.stage.name if self.scale is None else self.scale.name
+
+
+@dataclass(frozen=True)
+class VariantPlan:
+    """A variant's own files: the table of its positions, and its graphs."""
+
+    request: Request
+    positions: Component
+    graphs: Sequence[Graph]
+
+    def file(self, graph: Graph) -> str:
+        return f"{GRAPHS}/{self.request.name}.{graph.name}.onnx"
+
+
+class Plan:
+    """All files of a bundle and what each is made from; nothing is computed until asked for."""
+
+    def __init__(self, requests: Sequence[Request], sources: Sources) -> None:
+        """requests: variants of one bundle. Raises ConfigError where they cannot share weights."""
+        self.request, *others = requests
+        _check_variants(requests)
+        self.sources, self.fake = sources, fake_tensors()
+        config, dtype = self.request.config, DTYPES[self.request.precision]
+        with self.fake:
+            tokenizer = Tokenizer(config.tokenizer)
+        self.shared = [
+            transformer_component(config.transformer, dtype, sources.transformer, self.fake),
+            tokenizer_component(tokenizer, sources.tokenizer),
+        ]
+        text = sources.text
+        if text is not None:
+            component = text_encoder_component(text.config, dtype, text.state, self.fake)
+            self.shared.append(component)
+        self.variants = [
+            VariantPlan(
+                request,
+                positions_component(request.name, request.config.transformer, self.fake),
+                _graphs(request, tokenizer, text and text.config, self.fake),
+            )
+            for request in (self.request, *others)
+        ]
+
+    @property
+    def components(self) -> list[Component]:
+        return [*self.shared, *(variant.positions for variant in self.variants)]
+
+    @property
+    def graph_count(self) -> int:
+        return sum(len(variant.graphs) for variant in self.variants)
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(component.size for component in self.components)
+
+    def __str__(self) -> str:
+        """Return the lines that a person reads before the build begins."""
+        variants = ", ".join(variant.request.name for variant in self.variants)
+        lines = [f"{self.request.target}: {variants}, {self.request.precision}"]
+        lines += [f"  {c.location:<44} {c.size / 1e6:10.1f} MB" for c in self.components]
+        lines += [f"  {self.graph_count} graphs", f"  weights: {self.sources.description}"]
+        return "\n".join(lines)
+
+
+def _check_variants(requests: Sequence[Request]) -> None:
+    """Refuse variants of the same name, or of which the weights would differ."""
+    names = [request.name for request in requests]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"variants of a bundle must differ, and these are {', '.join(names)}")
+    first = requests[0]
+    grids, table_grids = first.config.transformer.grids, first.config.transformer.table_grids
+    for request in requests:
+        transformer = replace(request.config.transformer, grids=grids, table_grids=table_grids)
+        config = replace(request.config, transformer=transformer)
+        shared = config, request.precision, request.target
+        if shared != (first.config, first.precision, first.target):
+            raise ConfigError("variants of a bundle must be of one model, precision and folder")
+
+
+def _text_graph(request: Request, config: TextEncoderConfig, fake: FakeTensorMode) -> Graph:
+    shallow_config = replace(config, depth=min(config.depth, TRACED_BLOCKS))
+    with fake:
+        model = GraphTextEncoder(shallow_config, request.shapes.dtype)
+    return Graph(TextEncoderStage(request.shapes, model), config.depth)
+
+
+def shallow(shapes: Shapes) -> Shapes:
+    """The same with no more blocks than are traced."""
+    transformer = shapes.config.transformer
+    transformer = replace(transformer, depth=min(transformer.depth, TRACED_BLOCKS))
+    return replace(shapes, config=replace(shapes.config, transformer=transformer))
+
+
+def _graphs(
+    request: Request,
+    tokenizer: Tokenizer,
+    text: TextEncoderConfig | None,
+    fake: FakeTensorMode,
+) -> list[Graph]:
+    """All graphs, to be traced with a few blocks of the transformer and the text encoder."""
+    full, shapes = request.shapes, shallow(request.shapes)
+    depth, grids = full.config.transformer.depth, full.config.transformer.grids
+    with fake:
+        model = GraphTransformer(shapes.config.transformer, shapes.dtype)
+        table = PositionTable(shapes.config.transformer)
+    scales = [scale(full, index) for index in range(len(grids))]
+    kinds: dict[Kind, ScaleStage] = {s.kind: ScaleStage(shapes, model, s.kind) for s in scales}
+    references = References(shapes)
+    return [
+        *([] if text is None else [_text_graph(request, text, fake)]),
+        Graph(ImageEncoderStage(shapes, tokenizer)),
+        Graph(ConditionStage(shapes, model), depth),
+        Graph(PrefillStage(shapes, model, table), depth),
+        Graph(SymbolicScaleStage(shapes, model, table), depth),
+        *([Graph(references)] if full.config.transformer.conditioning == "sar" else []),
+        *(Graph(kinds[s.kind], depth, s) for s in scales),
+        Graph(ImageDecoderStage(shapes, tokenizer)),
+    ]
