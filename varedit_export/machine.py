@@ -18,7 +18,7 @@ from varedit_runtime.backends.engines.engine_set import EngineSet, EngineSets, R
 from varedit_runtime.backends.engines.memory import budget
 from varedit_runtime.backends.engines.tensorrt_module import MODULES
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.errors import BundleError, VareditError
+from varedit_runtime.errors import BundleError, VareditError, one_line
 from varedit_runtime.locate import default_root, embedded
 from varedit_runtime.manifest import Precision, weights_file
 
@@ -165,7 +165,7 @@ def _from_program() -> Nvidia:
         for _, name, capability, total, free in (row for row in rows if len(row) == 5)
     )
     if done.returncode != 0 or not gpus:
-        return Nvidia(None, (), _one_line(done.stdout + done.stderr) or "nvidia-smi names none")
+        return Nvidia(None, (), one_line(done.stdout + done.stderr) or "nvidia-smi names none")
     return Nvidia(rows[0][0], gpus)
 
 
@@ -178,9 +178,9 @@ def _import(name: str) -> ModuleType | str:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        return "" if error.name == name else _one_line(str(error))
+        return "" if error.name == name else one_line(error)
     except Exception as error:  # libraries that are missing or of another version
-        return _one_line(str(error)) or type(error).__name__
+        return one_line(error) or type(error).__name__
 
 
 def _version(package: str) -> str | None:
@@ -210,7 +210,7 @@ def _failed(available: tuple[str, ...]) -> dict[str, str]:
             try:
                 Session("references", graph, nano.graphs_folder, provider, threads=1)
             except VareditError as error:
-                failed[provider] = _one_line(str(error))
+                failed[provider] = one_line(error)
     return failed
 
 
@@ -234,14 +234,10 @@ def _engines(bundle: Bundle, path: Path) -> Engines:
         cache.open(recipe)  # says whether they were built here
         needed = budget(bundle, bundle.manifest.variant(recipe.variant), recipe.layout)
     except BundleError as error:
-        return Engines(path, None, _one_line(str(error)))
+        return Engines(path, None, one_line(error))
     return Engines(path, recipe, gpu_memory=needed.total)
 
 
 def _standing(path: Path) -> Path:
     """The folder itself or, where it is yet to be made, the nearest one above it."""
     return next(place for place in (path, *path.parents) if place.exists())
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())

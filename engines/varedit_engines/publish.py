@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 from varedit_runtime.backends.engines.engine_set import EngineSets, sets_in
 from varedit_runtime.bundle import Bundle, digest_line, file_digest, set_aside, work_folder
 from varedit_runtime.errors import BundleError
+from varedit_runtime.files import atomic_file
 from varedit_runtime.manifest import (
     DIGEST,
     ENGINES,
@@ -251,10 +252,9 @@ class Staging:
             return {}
 
     def _write_journal(self) -> None:
-        partial = self._journal_path.with_suffix(".partial")
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(msgspec.json.encode(self._journal))
-        partial.replace(self._journal_path)
+        self._journal_path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(self._journal_path) as whole:
+            whole.write_bytes(msgspec.json.encode(self._journal))
 
 
 def _move_engines(previous: Path, target: Path) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from varedit_nano.optimisers import Optimisers
 from varedit_reference.weights_file import whole_file
-from varedit_runtime.errors import CheckpointError, ConfigError
+from varedit_runtime.errors import CheckpointError, ConfigError, one_line
 
 
 @dataclass
@@ -85,7 +85,7 @@ class RunFolder:
         try:
             yield
         except (OSError, RuntimeError, KeyError, ValueError, EOFError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)[:200]
             raise CheckpointError(
                 f"{self.checkpoint} does not fit this model ({reason}): use another run folder"
             ) from error

@@ -17,7 +17,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import torch
@@ -26,7 +25,8 @@ from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint
 from tqdm import tqdm
 
-from varedit_runtime.errors import CheckpointError
+from varedit_runtime.errors import CheckpointError, one_line
+from varedit_runtime.files import atomic_file
 
 PICKLED = (".pth", ".pt", ".bin")
 INDEXES = ("*.safetensors.index.json", "*.bin.index.json", "*.pth.index.json", "*.pt.index.json")
@@ -79,7 +79,7 @@ def _open_safetensors(path: Path) -> dict[str, Tensor]:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, ValueError) as error:
         raise CheckpointError(
-            f"{path} is not a whole safetensors file ({_one_line(error)}): fetch or copy it again"
+            f"{path} is not a whole safetensors file ({one_line(error)}): fetch or copy it again"
         ) from error
 
 
@@ -98,7 +98,7 @@ def _open_pickled(path: Path) -> dict[str, Tensor]:
         unsafe = [] if compressed else get_unsafe_globals_in_checkpoint(path)
     except Exception as error:  # a damaged archive can fail in any way
         raise CheckpointError(
-            f"{path} is cut short or damaged ({_one_line(error)}): fetch or copy it again"
+            f"{path} is cut short or damaged ({one_line(error)}): fetch or copy it again"
         ) from error
     if compressed:
         raise CheckpointError(
@@ -309,12 +309,8 @@ def whole_file(path: Path, size: int) -> Iterator[Path]:
     """
     try:
         check_room(path.parent, size)
-        scratch = Path(mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        try:
-            yield scratch / path.name
-            (scratch / path.name).replace(path)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+        with atomic_file(path) as whole:
+            yield whole
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
 
@@ -387,9 +383,8 @@ class _TensorFile:
             "size": self._size,
             "sha256": self._digest.hexdigest(),
         }
-        written = _journal(self._path).with_suffix(".new")
-        written.write_text(json.dumps(noted))
-        written.replace(_journal(self._path))
+        with atomic_file(_journal(self._path)) as whole:
+            whole.write_text(json.dumps(noted))
         self._noted = self._size
 
     def _finished(self) -> tuple[int, int]:
@@ -432,7 +427,3 @@ def check_room(folder: Path, size: int) -> None:
 
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

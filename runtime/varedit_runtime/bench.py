@@ -25,6 +25,7 @@ from varedit_runtime.backends.onnxruntime import Buffer, Session
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.editor import WHOLE, Editor
 from varedit_runtime.errors import ConfigError
+from varedit_runtime.files import atomic_file
 from varedit_runtime.manifest import DIGEST, MANIFEST, Model, Variant, scale_of
 
 INSTRUCTION = "add a hat"
@@ -224,13 +225,9 @@ def write_report(report: Any, path: Path) -> None:
 
     Raises ConfigError when that fails.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        try:
-            partial.write_text(json.dumps(report, indent=1) + "\n")
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with atomic_file(path) as whole:
+            whole.write_text(json.dumps(report, indent=1) + "\n")
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
 

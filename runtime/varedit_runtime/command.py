@@ -4,7 +4,7 @@ import warnings
 
 import click
 
-from varedit_runtime.errors import VareditError
+from varedit_runtime.errors import VareditError, one_line
 
 _DEBUG = "varedit.debug"
 
@@ -43,7 +43,7 @@ class CommandGroup(click.Group):
             except VareditError as error:
                 if _debugging(ctx):
                     raise
-                click.echo(f"Error: {' '.join(str(error).split())}", err=True)
+                click.echo(f"Error: {one_line(error)}", err=True)
                 ctx.exit(1)
             except KeyboardInterrupt:
                 if _debugging(ctx):

@@ -44,6 +44,11 @@ class MissingExtraError(VareditError):
     """An optional package is not installed; the message names the command that does it."""
 
 
+def one_line(error: object) -> str:
+    """Return an error's text, or another one, without line breaks and repeated spaces."""
+    return " ".join(str(error).split())
+
+
 @contextmanager
 def needs_extra(extra: str) -> Iterator[None]:
     """Around imports that an extra of the distribution provides, such as `export`.

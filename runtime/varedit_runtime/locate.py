@@ -8,6 +8,7 @@ from platformdirs import user_cache_path, user_data_path
 
 from varedit_runtime.bundle import standing
 from varedit_runtime.errors import BundleError
+from varedit_runtime.files import atomic_file
 
 VARIABLE = "VAREDIT_BUNDLE"
 
@@ -47,11 +48,10 @@ def embedded() -> Path:
 def remember(path: Path) -> None:
     """Make a bundle the last one built. Raises BundleError when that cannot be written down."""
     record = _last_built()
-    partial = record.with_name(f".{record.name}.{os.getpid()}")
     try:
         record.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(os.fsencode(os.path.abspath(path)))
-        partial.replace(record)
+        with atomic_file(record) as whole:
+            whole.write_bytes(os.fsencode(os.path.abspath(path)))
     except OSError as error:
         raise BundleError(
             f"{record} cannot be written ({error.strerror}), so that {path} is not the default: "

@@ -7,7 +7,6 @@ Sizes follow their library: Pillow's are (width, height), an array's are (height
 
 import math
 import os
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -17,7 +16,8 @@ from typing import BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
-from varedit_runtime.errors import PictureError
+from varedit_runtime.errors import PictureError, one_line
+from varedit_runtime.files import atomic_file
 
 Source = str | os.PathLike[str] | bytes | BinaryIO | Image.Image
 
@@ -146,19 +146,13 @@ def save_picture(image: Image.Image, path: str | os.PathLike[str]) -> None:
     """
     path = Path(path)
     written_as = check_target(path)
-    partial = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
     # Encoded in memory, for Pillow does not notice when a full disk takes only part of a write.
     encoded = BytesIO()
     try:
         # The quality of JPEG and WebP; the other formats lose nothing.
         _pixels_only(image).save(encoded, format=written_as, quality=95)
-        file = partial.open("xb")
-        try:
-            with file:
-                file.write(encoded.getbuffer())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with atomic_file(path) as whole:
+            whole.write_bytes(encoded.getbuffer())
     except (OSError, ValueError) as error:
         raise PictureError(f"{path} cannot be written: {_reason(error)}") from error
 
@@ -177,7 +171,7 @@ def _explained(name: str) -> Iterator[None]:
 
 def _reason(error: Exception) -> str:
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(text.split()) or type(error).__name__
+    return one_line(text) or type(error).__name__
 
 
 def _plain_rgb(image: Image.Image, max_pixels: int) -> Image.Image:

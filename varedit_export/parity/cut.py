@@ -21,6 +21,7 @@ from torch import Tensor
 from varedit_export.errors import ExportError
 from varedit_export.graphs.blocks import NODE_NAME
 from varedit_reference.weights_file import read_layout
+from varedit_runtime.backends.onnxruntime import load_graph
 
 Arrays = dict[str, np.ndarray]
 
@@ -132,7 +133,8 @@ class CutGraph:
     """
 
     def __init__(self, name: str, content: bytes) -> None:
-        graph = onnx.load_model_from_string(content).graph
+        model = onnx.load_model_from_string(content)
+        graph, self._versions = model.graph, (model.opset_import, model.ir_version)
         self.name = name
         self.places: dict[str, Place] = {}
         self._constants: dict[str, TensorProto] = {}
@@ -256,6 +258,7 @@ class CutGraph:
         ]
         if len({names[name] for name in inputs}) < len(inputs):
             raise ExportError(f"graph {self.name}: two inputs of a block have one name")
+        opset, ir_version = self._versions
         model = helper.make_model(
             helper.make_graph(
                 [_renamed_node(node, names) for node in nodes],
@@ -264,8 +267,8 @@ class CutGraph:
                 [self._info(name, names[name], name in any_length) for name in outputs],
                 [_renamed_tensor(self._constants[name], names[name]) for name in constants],
             ),
-            opset_imports=[helper.make_opsetid("", 20)],
-            ir_version=10,
+            opset_imports=opset,
+            ir_version=ir_version,
         )
         return Piece(
             model.SerializeToString(deterministic=True),
@@ -346,14 +349,9 @@ class Runner:
 
     def _session(self, piece: Piece) -> ort.InferenceSession:
         if piece.model not in self._sessions:
-            settings = ort.SessionOptions()
-            settings.intra_op_num_threads = self._threads
-            settings.enable_cpu_mem_arena = False  # memory is given back after each run
-            settings.enable_mem_pattern = False
-            settings.log_severity_level = 3
-            settings.add_session_config_entry("session.force_spinning_stop", "1")
-            self._sessions[piece.model] = ort.InferenceSession(
-                piece.model, settings, providers=["CPUExecutionProvider"]
+            # Pieces run in turn, each with weights fed in: memory is given back after each run.
+            self._sessions[piece.model] = load_graph(
+                piece.model, Path(), threads=self._threads, arena=False
             )
         return self._sessions[piece.model]
 

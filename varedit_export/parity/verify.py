@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import onnxruntime as ort
 import torch
 from torch import Tensor
 
@@ -47,7 +46,7 @@ from varedit_reference.quantisation import to_tokens
 from varedit_reference.scale_loop import PredictedScale
 from varedit_reference.tokenizer import Tokenizer
 from varedit_reference.transformer import VAR
-from varedit_runtime.backends.onnxruntime import OnnxBackend
+from varedit_runtime.backends.onnxruntime import OnnxBackend, load_graph
 from varedit_runtime.backends.wiring import KINDS
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.manifest import Manifest, ParityLine, Variant, scale_name
@@ -315,13 +314,7 @@ def _run_stage(
     bundle: Bundle, variant: Variant, stage: str, inputs: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
     """Load a graph, run it on those of the inputs it has, check its outputs, let it go."""
-    settings = ort.SessionOptions()
-    settings.log_severity_level = 2
-    folder = "session.model_external_initializers_file_folder_path"
-    settings.add_session_config_entry(folder, str(bundle.graphs_folder))
-    session = ort.InferenceSession(
-        bundle.graph_bytes(variant.name, stage), settings, providers=["CPUExecutionProvider"]
-    )
+    session = load_graph(bundle.graph_bytes(variant.name, stage), bundle.graphs_folder)
     names = [tensor.name for tensor in session.get_inputs()]
     outputs = session.run(None, {name: inputs[name] for name in names})
     named = {o.name: np.asarray(x) for o, x in zip(session.get_outputs(), outputs, strict=True)}

@@ -18,7 +18,7 @@ from varedit_runtime.backends.base import Backend
 from varedit_runtime.backends.interrupt import stopped_by_interrupt
 from varedit_runtime.backends.wiring import Step, View, constants, values_of
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.errors import BackendError
+from varedit_runtime.errors import BackendError, one_line
 from varedit_runtime.manifest import Variant
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -62,7 +62,7 @@ class Buffer:
         except Exception as error:  # of NumPy, ONNX Runtime and CUDA, each by its own kind
             raise BackendError(
                 f"no memory on the {self.device} for the {self.size / 1e9:.2f} GB of a buffer "
-                f"({_one_line(error)}): end other programs, or use a bundle of a smaller --res or "
+                f"({one_line(error)}): end other programs, or use a bundle of a smaller --res or "
                 "--batch"
             ) from error
 
@@ -79,32 +79,44 @@ class Part:
         return self.buffer.device, 0, self.buffer.dtype, self.shape, self.pointer
 
 
+def load_graph(
+    graph: bytes, folder: Path, provider: str = "cpu", threads: int = 0, arena: bool = True
+) -> ort.InferenceSession:
+    """Load the bytes of an ONNX file, whose weights lie in a folder, into ONNX Runtime.
+
+    threads: 0 for one per core. arena: keep freed memory for the next run. Raises ONNX Runtime's
+    own errors, which have no common base.
+    """
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads = threads
+    settings.enable_cpu_mem_arena = arena
+    settings.enable_mem_pattern = False  # it keeps memory for every length ever seen
+    # Errors are raised, and are the caller's to show: ONNX Runtime would print them as well.
+    settings.log_severity_level = 4
+    for key, value in {
+        # The graph comes as the bytes that were checked, not as a file.
+        "session.model_external_initializers_file_folder_path": str(folder),
+        # Sessions run in turn: the threads of one must not keep the next one's from the cores.
+        "session.force_spinning_stop": "1",
+        # Nor must idle ones keep other programs', or their own session's: where a core is
+        # shared, spinning for the default of some 20 ms costs a tenth of an edit.
+        "session.intra_op.spin_duration_us": "50",
+    }.items():
+        settings.add_session_config_entry(key, value)
+    return ort.InferenceSession(graph, settings, providers=[PROVIDERS[provider]])
+
+
 class Session:
     """One graph, loaded. Inputs are arrays or parts of buffers, outputs parts of buffers."""
 
     def __init__(self, name: str, graph: bytes, folder: Path, provider: str, threads: int) -> None:
-        """graph: an ONNX file, whose weights lie in the folder. threads: 0 for one per core."""
+        """Load a graph; see `load_graph`. Raises BackendError."""
         self._name = name
-        settings = ort.SessionOptions()
-        settings.intra_op_num_threads = threads
-        settings.enable_mem_pattern = False  # it keeps memory for every length ever seen
-        # Errors are raised, and are the caller's to show: ONNX Runtime would print them as well.
-        settings.log_severity_level = 4
-        for key, value in {
-            # The graph comes as the bytes that were checked, not as a file.
-            "session.model_external_initializers_file_folder_path": str(folder),
-            # Sessions run in turn: the threads of one must not keep the next one's from the cores.
-            "session.force_spinning_stop": "1",
-            # Nor must idle ones keep other programs', or their own session's: where a core is
-            # shared, spinning for the default of some 20 ms costs a tenth of an edit.
-            "session.intra_op.spin_duration_us": "50",
-        }.items():
-            settings.add_session_config_entry(key, value)
         self._options = ort.RunOptions()
         # Activations are freed after a run: graphs run in turn, and the largest decides the peak.
         self._options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         with _explained(f"load graph {name}"):
-            self._session = ort.InferenceSession(graph, settings, providers=[PROVIDERS[provider]])
+            self._session = load_graph(graph, folder, provider, threads)
         if PROVIDERS[provider] not in self._session.get_providers():
             raise BackendError(
                 f"ONNX Runtime could not start {PROVIDERS[provider]} and would have gone on with "
@@ -215,10 +227,6 @@ def _explained(what: str) -> Iterator[None]:
         yield
     except Exception as error:  # onnxruntime's errors have no other common base
         raise BackendError(
-            f"ONNX Runtime cannot {what} ({_one_line(error)}): run `varedit-export verify` on the "
+            f"ONNX Runtime cannot {what} ({one_line(error)}): run `varedit-export verify` on the "
             "bundle, or build it again"
         ) from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -14,7 +14,7 @@ from varedit_runtime.backends.engines.tensorrt_module import (
     import_tensorrt,
     quiet_logger,
 )
-from varedit_runtime.errors import BackendError, needs_extra
+from varedit_runtime.errors import BackendError, needs_extra, one_line
 from varedit_runtime.files import keep, plain_name, read_kept
 from varedit_runtime.locate import cache_folder
 
@@ -155,7 +155,7 @@ class CudaDevice:
 
     def reason(self, otherwise: object = "no reason given") -> str:
         """Of what TensorRT refused since it was last asked something."""
-        return self._logger.worst or " ".join(str(otherwise).split())
+        return self._logger.worst or one_line(otherwise)
 
     @contextmanager
     def current(self, what: str) -> Iterator[None]:

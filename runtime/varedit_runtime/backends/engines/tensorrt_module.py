@@ -4,7 +4,7 @@ import importlib
 from types import ModuleType
 from typing import Any, Literal, get_args
 
-from varedit_runtime.errors import needs_extra
+from varedit_runtime.errors import needs_extra, one_line
 
 ONNXRUNTIME = "onnxruntime"  # the backend that needs no engines
 EngineKind = Literal["tensorrt", "tensorrt-rtx"]
@@ -29,6 +29,6 @@ def quiet_logger(trt: ModuleType) -> Any:
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-                self.worst = " ".join(message.split())
+                self.worst = one_line(message)
 
     return Messages()
