@@ -154,8 +154,8 @@ def one(
     with Editor.open(bundle, backend=backend, provider=provider, engines_digest=digest) as editor:
         found["opening"] = perf_counter() - start
         found["gpu_memory"] = None if free is None else free - (_free_gpu_memory() or 0)
-        found["memory"] = str(getattr(editor.graphs, "budget", ""))
-        lines = list(compare_backend(editor.bundle, editor.variant, editor.graphs))
+        found["memory"] = str(getattr(editor.backend, "budget", ""))
+        lines = list(compare_backend(editor.bundle, editor.variant, editor.backend))
         failed = [line for line in lines if not line.value <= line.tolerance]  # NaN does
         worst = max(failed or lines, key=lambda line: line.value / (line.tolerance or 1))
         told = f"{worst.stage}: {worst.measure}, {worst.value:.3g} ({worst.tolerance:g})"

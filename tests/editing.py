@@ -100,8 +100,8 @@ class Recorder:
 
     @classmethod
     def of(cls, editor: Editor) -> "Recorder":
-        recorder, graphs = cls([], []), editor.graphs
-        predict = graphs.predict
+        recorder, backend = cls([], []), editor.backend
+        predict = backend.predict
 
         def recorded(scale: int, sampling: Sampling) -> ScaleOutput:
             output = predict(scale, sampling)
@@ -109,7 +109,7 @@ class Recorder:
             recorder.sampled.append(sampling)
             return output
 
-        graphs.predict = recorded  # type: ignore[method-assign]
+        backend.predict = recorded  # type: ignore[method-assign]
         return recorder
 
 

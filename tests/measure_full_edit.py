@@ -47,7 +47,7 @@ def edit(bundle: Path) -> tuple[dict[str, Any], dict[str, list[Any]]]:
         with Editor.open(bundle) as editor:
             opened = perf_counter()
             for name, kept in calls.items():
-                setattr(editor.graphs, name, _recorded(getattr(editor.graphs, name), kept))
+                setattr(editor.backend, name, _recorded(getattr(editor.backend, name), kept))
             editor.edit(synthetic_picture(editor.variant), INSTRUCTION, seed=SEED)
             edited = perf_counter()
     told = {

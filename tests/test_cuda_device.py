@@ -417,7 +417,7 @@ def held(machine: Machine) -> list[Any]:
 
 def test_closing_frees_everything(machine: Machine) -> None:
     editor = opened()
-    backend = editor.graphs
+    backend = editor.backend
     edited(editor)
     assert held(machine) and machine.loaded
     backend.close()

@@ -405,7 +405,7 @@ def test_a_closed_editor_says_so() -> None:
     editor.close()
     for use in (
         lambda: editor.edit(PHOTO, "red"),
-        lambda: editor.graphs,
+        lambda: editor.backend,
         told[0].preview,
     ):
         with pytest.raises(EditorError, match="the editor is closed: open another one"):
@@ -434,7 +434,7 @@ def test_an_edit_under_way_ends_before_the_editor_closes(editor: Editor) -> None
 def idle(shared: Editor, monkeypatch: pytest.MonkeyPatch) -> Editor:
     """An editor that fails when it computes."""
     for stage in ("encode_text", "encode_pictures", "condition", "prefill", "predict"):
-        monkeypatch.setattr(shared.graphs, stage, None)
+        monkeypatch.setattr(shared.backend, stage, None)
     return shared
 
 
@@ -502,21 +502,21 @@ def test_guidance_needs_a_bundle_with_it(change: dict[str, Any]) -> None:
 def test_numbers_that_are_not_finite_never_become_a_picture(
     editor: Editor, monkeypatch: pytest.MonkeyPatch, stage: str, value: float
 ) -> None:
-    compute = getattr(editor.graphs, stage)
+    compute = getattr(editor.backend, stage)
 
     def broken(*arguments: np.ndarray) -> np.ndarray:
         result = compute(*arguments)
         result.flat[-1] = value
         return result
 
-    monkeypatch.setattr(editor.graphs, stage, broken)
+    monkeypatch.setattr(editor.backend, stage, broken)
     with pytest.raises(BackendError, match=r"(text_en|image_en|image_de)coder .* not finite"):
         editor.edit(PHOTO, "red")
 
 
 def test_nor_do_logits_that_are_not_finite(editor: Editor, monkeypatch: pytest.MonkeyPatch) -> None:
-    prefill = editor.graphs.prefill
-    monkeypatch.setattr(editor.graphs, "prefill", lambda tokens: prefill(tokens * np.nan))
+    prefill = editor.backend.prefill
+    monkeypatch.setattr(editor.backend, "prefill", lambda tokens: prefill(tokens * np.nan))
     with pytest.raises(BackendError, match="scale_00 computed numbers that are not finite"):
         editor.edit(PHOTO, "red")
 
@@ -531,7 +531,7 @@ def test_threads_are_counted_from_one(threads: Any) -> None:
 
 
 def test_a_provider_is_taken_or_refused_and_told(shared: Editor) -> None:
-    assert shared.provider == shared.graphs.provider == "cpu"
+    assert shared.provider == shared.backend.provider == "cpu"
     with pytest.raises(BackendError, match="there are cpu, cuda"):
         Editor.open(small_bundle(), provider="CPU")
     with pytest.raises(ConfigError, match="no backend is called 'cuda'; there are onnxruntime, t"):
@@ -585,7 +585,7 @@ def test_a_bundle_that_starts_at_text_features_takes_no_instruction(tmp_path: Pa
     with Editor.open(bundle, threads=1) as editor:
         with pytest.raises(BundleError, match="without a text encoder"):
             editor.edit(PHOTO, "red")
-        assert editor.graphs.encode_pictures(np.zeros((1, 3, 96, 96), np.float32)).std() > 0
+        assert editor.backend.encode_pictures(np.zeros((1, 3, 96, 96), np.float32)).std() > 0
 
 
 @pytest.mark.parametrize("content", [b"{}", b"\xff"])

@@ -87,7 +87,9 @@ def test_by_stages_and_as_a_whole_are_the_same_edit(small: tuple[Editor, Simulat
     assert np.array_equal(np.asarray(whole.image), np.asarray(staged.image))
     assert np.array_equal(previews[-1], np.asarray(staged.image))
     assert not np.array_equal(previews[0], previews[-1])
-    assert gpu.launches - before == len(editor.graphs.steps) - 1 + len(previews)  # no negative
+    backend = editor.backend
+    assert isinstance(backend, EngineBackend)
+    assert gpu.launches - before == len(backend.steps) - 1 + len(previews)  # no negative
 
 
 def test_an_edit_leaves_nothing_for_the_next(small: tuple[Editor, SimulatedGpu]) -> None:
@@ -108,9 +110,10 @@ def test_bits_can_be_forced(small: tuple[Editor, SimulatedGpu]) -> None:
 
 
 def forced(editor: Editor) -> list[ScaleOutput]:
-    graphs, variant = editor.graphs, editor.variant
+    backend, variant = editor.backend, editor.variant
+    channels = editor.bundle.manifest.model.token_channels
     random = np.random.default_rng(0)
-    graphs.condition(
+    backend.condition(
         {
             spec.name: np.ones(sized(spec, {}), np.bool_)
             if spec.dtype == "bool"
@@ -118,11 +121,11 @@ def forced(editor: Editor) -> list[ScaleOutput]:
             for spec in variant.graphs["condition"].inputs
         }
     )
-    shapes = [(variant.batch, *grid, graphs.model.token_channels) for grid in variant.grids]
-    graphs.prefill(random.normal(size=shapes[-1]).astype(np.float32))
+    shapes = [(variant.batch, *grid, channels) for grid in variant.grids]
+    backend.prefill(random.normal(size=shapes[-1]).astype(np.float32))
     ones = [np.ones(shape, np.bool_) for shape in shapes]
     return [
-        graphs.predict(k, Sampling(np.full(one.shape, 0.5, np.float32), 2.0, 0.7, one, one))
+        backend.predict(k, Sampling(np.full(one.shape, 0.5, np.float32), 2.0, 0.7, one, one))
         for k, one in enumerate(ones)
     ]
 
@@ -141,7 +144,7 @@ def test_batches_and_other_conditionings(path: Callable[[], Path], layout: Layou
 
 def test_memory_is_as_the_budget_says(small: tuple[Editor, SimulatedGpu]) -> None:
     editor, gpu = small
-    backend = editor.graphs
+    backend = editor.backend
     assert isinstance(backend, EngineBackend)
     layout = "external" if len(gpu.allocated) == 2 else "baked"
     said = backend.budget
@@ -295,7 +298,7 @@ def test_an_arena_holds_its_parts_side_by_side() -> None:
 
 def test_engines_are_verified(small: tuple[Editor, SimulatedGpu]) -> None:
     editor, _ = small
-    lines = list(compare_backend(editor.bundle, editor.variant, editor.graphs))
+    lines = list(compare_backend(editor.bundle, editor.variant, editor.backend))
     assert gate(iter(lines)) == lines
     stages = {line.stage for line in lines}
     assert stages == {"text_encoder", "image_encoder", "image_decoder", "edit"} | {
@@ -311,7 +314,7 @@ def test_an_edit_in_one_piece_that_is_another_fails(
     small: tuple[Editor, SimulatedGpu], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     editor, _ = small
-    whole = editor.graphs.whole
+    whole = editor.backend.whole
     assert whole
 
     def other(prompts: Prompts, pictures: np.ndarray, samplings: Sequence[Sampling]) -> WholeEdit:
@@ -319,7 +322,7 @@ def test_an_edit_in_one_piece_that_is_another_fails(
         return WholeEdit(edited.logits, edited.pictures + np.float32(1e-6))
 
     monkeypatch.setattr(EngineBackend, "whole", property(lambda backend: other))
-    lines = list(compare_backend(editor.bundle, editor.variant, editor.graphs))
+    lines = list(compare_backend(editor.bundle, editor.variant, editor.backend))
     assert [line.value for line in lines if line.stage == "edit"] == [1.0]
     with pytest.raises(ParityError, match="in one piece"):
         gate(iter(lines))
@@ -333,4 +336,4 @@ def test_engines_that_compute_otherwise_fail(factor: float) -> None:
     weights = gpu.allocated[-1].view(np.float32)
     weights[len(weights) // 2 :] *= factor
     with pytest.raises(ParityError):
-        gate(compare_backend(bundle, editor.variant, editor.graphs))
+        gate(compare_backend(bundle, editor.variant, editor.backend))

@@ -396,7 +396,7 @@ def test_bench_tells_where_the_memory_is(measured: tuple[str, dict[str, Any]]) -
     stored = [bundle.weights_path(name).stat().st_size for name in bundle.components]
     assert memory["weights"] == sum(stored)
     with Editor.open(small_bundle(), threads=1) as editor:
-        assert memory["buffers"] == editor.graphs.buffer_bytes
+        assert memory["buffers"] == editor.backend.buffer_bytes
     assert "memory" in table
     files = [file for file in small_bundle().rglob("*") if file.is_file()]
     assert memory["disk"] == sum(file.stat().st_size for file in files)

@@ -143,7 +143,7 @@ def measure(
                 for _ in range(repeat)
             ]
             stages = [results[0].timings for results in by_stages]
-        gpu, buffers = editor.graphs.gpu_memory, editor.graphs.buffer_bytes
+        gpu, buffers = editor.backend.gpu_memory, editor.backend.buffer_bytes
     provider = editor.provider
     rate = product_rate(provider, threads) if provider in PRODUCT_SIZES else None
     manifest, measured = editor.bundle.manifest, editor.variant

@@ -25,9 +25,17 @@ from varedit_runtime.arguments import (
     choose_sampling,
     is_list,
 )
-from varedit_runtime.backends.base import Backend, Negatives, Prompts, Sampling
+from varedit_runtime.backends.base import (
+    Backend,
+    Negatives,
+    Prompts,
+    Sampling,
+    StageOutput,
+    edit_by_stages,
+)
 from varedit_runtime.backends.engines.tensorrt_module import ENGINE_KINDS, ONNXRUNTIME, EngineKind
 from varedit_runtime.backends.onnxruntime import OnnxBackend, check_provider
+from varedit_runtime.backends.wiring import DECODER, ENCODER, TEXT
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import (
     BackendError,
@@ -36,7 +44,7 @@ from varedit_runtime.errors import (
     EditCancelled,
     EditorError,
 )
-from varedit_runtime.manifest import TOKENIZER, Variant, scale_name
+from varedit_runtime.manifest import TOKENIZER, Variant, scale_name, scale_of
 from varedit_runtime.noise import uniform_noise
 from varedit_runtime.pictures import Source, from_decoder, restore, to_square
 from varedit_runtime.settings import PerScale
@@ -108,11 +116,11 @@ class Editor:
         self,
         bundle: Bundle,
         variant: Variant,
-        graphs: Backend,
+        backend: Backend,
         instructions: Instructions | None,
     ) -> None:
-        self.bundle, self.variant, self.provider = bundle, variant, graphs.provider
-        self._graphs: Backend | None = graphs
+        self.bundle, self.variant, self.provider = bundle, variant, backend.provider
+        self._backend: Backend | None = backend
         self._instructions = instructions
         self._turn = RLock()
         self._editing = False
@@ -155,14 +163,14 @@ class Editor:
         if "text_encoder" in chosen.graphs:
             instructions = _read_instructions(opened, chosen.text_tokens)
         if backend == ONNXRUNTIME:
-            graphs: Backend = OnnxBackend(opened, chosen, provider or "cpu", threads or 0)
+            runner: Backend = OnnxBackend(opened, chosen, provider or "cpu", threads or 0)
         else:
             from varedit_runtime.backends.engines.backend import open_engines
 
-            graphs = open_engines(
+            runner = open_engines(
                 opened, chosen, _engine_kind(backend), engines_digest, trust_engines
             )
-        return cls(opened, chosen, graphs, instructions)
+        return cls(opened, chosen, runner, instructions)
 
     def __enter__(self) -> "Editor":
         return self
@@ -183,19 +191,19 @@ class Editor:
         with self._turn:
             if self._editing:
                 raise EditorError("the editor cannot be closed inside on_scale: cancel() first")
-            if self._graphs is not None:
-                self._graphs.close()
-            self._graphs = None
+            if self._backend is not None:
+                self._backend.close()
+            self._backend = None
 
     @property
-    def graphs(self) -> Backend:
-        """The stages, to be run one by one. Nothing else may use the editor meanwhile.
+    def backend(self) -> Backend:
+        """What runs the stages, to run them one by one. Nothing else may use the editor meanwhile.
 
         Raises EditorError when the editor is closed.
         """
-        if self._graphs is None:
+        if self._backend is None:
             raise EditorError("the editor is closed: open another one")
-        return self._graphs
+        return self._backend
 
     @property
     def guided(self) -> bool:
@@ -287,7 +295,7 @@ class Editor:
     @contextmanager
     def _my_turn(self) -> Iterator[None]:
         with self._turn:
-            _ = self.graphs  # raises if closed
+            _ = self.backend  # raises if closed
             if self._editing:
                 raise EditorError("on_scale cannot use the editor that calls it: return first")
             self._editing = True
@@ -310,7 +318,7 @@ class Editor:
 
     def _edit_whole(self, batch: "_Batch") -> list[Image.Image] | None:
         """None where the backend edits by stages."""
-        edit = self.graphs.whole
+        edit = self.backend.whole
         if edit is None:
             return None
         with batch.timings.of(WHOLE):
@@ -318,30 +326,27 @@ class Editor:
             edited = edit(self._prompts(batch.rows), self._squares(batch.rows), samplings)
             for scale, logits in enumerate(edited.logits):
                 _finite(scale_name(scale), logits)
+            _finite(DECODER, edited.pictures)
             return self._restored(edited.pictures, batch.wanted)
 
     def _edit_by_stages(self, batch: "_Batch") -> list[Image.Image]:
-        graphs, timings, call, total = self.graphs, batch.timings, batch.call, np.empty(0)
-        with timings.of("text_encoder"):
-            text = self._encode_text(self._prompts(batch.rows))
-        with timings.of("image_encoder"):
+        timings, scales = batch.timings, range(len(self.variant.grids))
+        with timings.of(TEXT):
+            prompts = self._prompts(batch.rows)
+        with timings.of(ENCODER):
             squares = self._squares(batch.rows)
-            source = _finite("image_encoder", graphs.encode_pictures(squares))
-        with timings.of("condition"):
-            graphs.condition(text)
-        with timings.of("prefill"):
-            graphs.prefill(source)
-        for scale in range(len(self.variant.grids)):
-            _raise_if(call.cancelled)
-            with timings.of(scale_name(scale)):
-                output = graphs.predict(scale, self._sampling(batch, scale))
-                _finite(scale_name(scale), output.logits)
-            total = output.running_sum
-            if call.on_scale is not None:
-                call.on_scale(self._progress(batch, scale, total))
-        _raise_if(call.cancelled)
-        with timings.of("image_decoder"):
-            return self._restored(graphs.decode(total), batch.wanted)
+        samplings = (self._sampling(batch, scale) for scale in scales)
+        decoded = np.empty(0)
+        for output in timings.of_each(edit_by_stages(self.backend, prompts, squares, samplings)):
+            for array in output.arrays.values():
+                _finite(output.stage, array)
+            decoded = output.arrays.get("pictures", decoded)
+            if (scale := scale_of(output.stage)) is not None and batch.call.on_scale is not None:
+                batch.call.on_scale(self._progress(batch, scale, output.arrays["running_sum"]))
+            if output.stage != DECODER:
+                _raise_if(batch.call.cancelled)
+        with timings.of(DECODER):
+            return self._restored(decoded, batch.wanted)
 
     def _squares(self, rows: Sequence[Wanted]) -> np.ndarray:
         """[B, 3, H, W], as the image encoder sees them."""
@@ -377,23 +382,8 @@ class Editor:
             settings.temperature[scale],
         )
 
-    def _encode_text(self, prompts: Prompts) -> dict[str, np.ndarray]:
-        """The inputs of the condition graph."""
-        features = self._features(prompts.ids, prompts.mask)
-        inputs = {"text_features": features, "text_mask": prompts.mask}
-        if (negatives := prompts.negatives) is None:
-            return inputs
-        if negatives.present.any():
-            features = self._features(negatives.ids, negatives.mask)
-        inputs |= {"negative_features": features, "negative_mask": negatives.mask}
-        return inputs | {"has_negative": negatives.present}
-
-    def _features(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        return _finite("text_encoder", self.graphs.encode_text(ids, mask))
-
     def _restored(self, decoded: np.ndarray, wanted: Sequence[Wanted]) -> list[Image.Image]:
         """Decoded pictures [B, 3, H, W] as pictures of their sources' sizes."""
-        _finite("image_decoder", decoded)
         return [
             restore(from_decoder(pixels), one.picture.size)
             for pixels, one in zip(decoded, wanted, strict=False)
@@ -402,12 +392,13 @@ class Editor:
     def _progress(self, batch: "_Batch", scale: int, total: np.ndarray) -> Progress:
         def draw() -> list[Image.Image]:
             with self._turn:  # another thread that asks waits for the edit to end
-                return self._restored(self.graphs.decode(total), batch.wanted)
+                decoded = _finite(DECODER, self.backend.decode(total))
+                return self._restored(decoded, batch.wanted)
 
         return Progress(
             scale=scale,
             scales=len(self.variant.grids),
-            seconds=batch.timings.last,
+            seconds=batch.timings.seconds[scale_name(scale)],
             pictures=batch.places,
             _draw=draw,
             _cancelled=batch.call.cancelled,
@@ -415,17 +406,28 @@ class Editor:
 
 
 class _Timings:
-    """Seconds by stage."""
+    """Seconds by stage, in the order that stages began."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self.last = 0.0
 
     @contextmanager
     def of(self, stage: str) -> Iterator[None]:
+        """Count the time in the context for a stage, besides what it took before."""
         start = perf_counter()
         yield
-        self.last = self.seconds[stage] = perf_counter() - start
+        self._add(stage, perf_counter() - start)
+
+    def of_each(self, outputs: Iterator[StageOutput]) -> Iterator[StageOutput]:
+        """Hand outputs on, counting the time that each takes to come for its stage."""
+        start = perf_counter()
+        for output in outputs:
+            self._add(output.stage, perf_counter() - start)
+            yield output
+            start = perf_counter()
+
+    def _add(self, stage: str, seconds: float) -> None:
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
 
 
 @dataclass(frozen=True)

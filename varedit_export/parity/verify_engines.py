@@ -36,6 +36,7 @@ from varedit_runtime.backends.base import (
     Prompts,
     Sampling,
     ScaleOutput,
+    edit_by_stages,
 )
 from varedit_runtime.backends.engines.backend import open_engines
 from varedit_runtime.backends.engines.tensorrt_module import EngineKind
@@ -100,7 +101,7 @@ def compare_backend(bundle: Bundle, variant: Variant, backend: Backend) -> Itera
         steps = run_reference(reference.transformer, reference.config, edit)
         yield from _compare_scales(variant, backend, edit, steps, "the reference", exact)
     if (whole := backend.whole) is not None:
-        yield _compare_whole(variant, backend, whole)
+        yield _compare_whole(bundle, variant, backend, whole)
 
 
 class Coders(Protocol):
@@ -163,15 +164,19 @@ def _compare_coders(
         )
 
 
-def _compare_whole(variant: Variant, backend: Backend, whole: EditWhole) -> ParityLine:
+def _compare_whole(
+    bundle: Bundle, variant: Variant, backend: Backend, whole: EditWhole
+) -> ParityLine:
     """An edit in one piece against the same by stages: all must be equal."""
-    prompts, pictures, samplings = _random_edit(variant, backend.model.token_channels)
+    prompts, pictures, samplings = _random_edit(variant, bundle.manifest.model.token_channels)
     edited = whole(prompts, pictures, samplings)
-    pairs = zip(
-        (*edited.logits, edited.pictures),
-        _by_stages(backend, prompts, pictures, samplings),
-        strict=True,
-    )
+    staged = [
+        array
+        for output in edit_by_stages(backend, prompts, pictures, samplings)
+        for name, array in output.arrays.items()
+        if name in ("logits", "pictures")
+    ]
+    pairs = zip((*edited.logits, edited.pictures), staged, strict=True)
     different = sum(not np.array_equal(ours, theirs) for ours, theirs in pairs)
     measure = "an edit in one piece: scales and pictures that differ from those by stages"
     return ParityLine("edit", measure, float(different), 0.0)
@@ -187,26 +192,6 @@ def _random_edit(variant: Variant, channels: int) -> tuple[Prompts, np.ndarray, 
     pictures = random.uniform(-1, 1, (batch, 3, *variant.picture)).astype(np.float32)
     noise = [random.random((batch, *grid, channels)).astype(np.float32) for grid in variant.grids]
     return Prompts(ids, mask, negatives), pictures, [Sampling(one, 2.0, 1.0) for one in noise]
-
-
-def _by_stages(
-    backend: Backend, prompts: Prompts, pictures: np.ndarray, samplings: Sequence[Sampling]
-) -> Iterator[np.ndarray]:
-    """The logits of every scale, then the pictures."""
-    inputs = {"text_features": backend.encode_text(prompts.ids, prompts.mask)}
-    inputs["text_mask"] = prompts.mask
-    if (negatives := prompts.negatives) is not None:
-        inputs["negative_features"] = backend.encode_text(negatives.ids, negatives.mask)
-        inputs |= {"negative_mask": negatives.mask, "has_negative": negatives.present}
-    source = backend.encode_pictures(pictures)
-    backend.condition(inputs)
-    backend.prefill(source)
-    total = np.empty(0)
-    for scale, drawn in enumerate(samplings):
-        output = backend.predict(scale, drawn)
-        total = output.running_sum
-        yield output.logits
-    yield backend.decode(total)
 
 
 def _compare_scales(

@@ -1,30 +1,39 @@
-"""What runs the graphs of a variant: what every backend offers, stage by stage."""
+"""What every backend offers, stage by stage, and how an edit is driven through one.
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+A backend runs the stages of an edit: compiled engines, ONNX Runtime, or the PyTorch reference.
+Arrays go in and out, so all of them are driven by the same code and can be compared with each
+other. Between stages a backend keeps what the next ones read (the text's keys and values, those of
+the source and of earlier scales, the running sum), in memory of its own; the host gives and takes
+the rest:
+
+    encode_text      ids -> features                            once, and once for negative prompts
+    encode_pictures  pictures -> source tokens                  once
+    condition        features ->                                once
+    prefill          source tokens ->                           once
+    predict          noise, parameters, forced bits -> logits, bits, running sum     once per scale
+    decode           running sum -> pictures                    once
+
+A backend that runs a bundle's graphs extends `graphs.GraphBackend`, and gets all of these for one
+method that runs a graph. Any other implements `Backend`.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
-from varedit_runtime.backends.wiring import (
-    CONDITION,
-    DECODER,
-    ENCODER,
-    PREFILL,
-    REFERENCES,
-    TEXT,
-    Step,
-    wire,
-)
-from varedit_runtime.manifest import Model, Variant, scale_name
+from varedit_runtime.backends.wiring import CONDITION, DECODER, ENCODER, PREFILL, TEXT
+from varedit_runtime.manifest import Variant, scale_name
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How a scale's bits are chosen.
 
-    noise float32 [B, h, w, c] in [0, 1). forced_bits, forced_mask bool of the same shape: bits
-    that are taken as they are where the mask is set.
+    noise: float32 [B, h, w, c] in [0, 1). forced_bits, forced_mask: bool of the same shape; where
+    the mask is set, the forced bit is taken instead of a drawn one (teacher forcing).
     """
 
     noise: np.ndarray
@@ -36,7 +45,11 @@ class Sampling:
 
 @dataclass(frozen=True)
 class ScaleOutput:
-    """logits float32 [B, h, w, c, 2], guided; bits bool [B, h, w, c]; running_sum [B, d, H, W]."""
+    """What a backend predicts for one scale.
+
+    logits: guided, float32 [B, h, w, c, 2]. bits: bool [B, h, w, c]. running_sum: the sum of codes
+    up to and with this scale, float32 [B, d, H, W].
+    """
 
     logits: np.ndarray
     bits: np.ndarray
@@ -45,7 +58,11 @@ class ScaleOutput:
 
 @dataclass(frozen=True)
 class Negatives:
-    """Negative prompts: ids and mask as in Prompts; present bool [B]: which rows have one."""
+    """Negative prompts of a batch.
+
+    ids, mask: as in Prompts. present: bool [B], which rows have a negative prompt; the others take
+    the unconditional text that the model learned.
+    """
 
     ids: np.ndarray
     mask: np.ndarray
@@ -54,9 +71,9 @@ class Negatives:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Token ids int64 and mask bool [B, T] of a batch's instructions, padded.
+    """A batch's instructions: token ids int64 [B, T], padded, and mask bool [B, T] of real tokens.
 
-    negatives: None where the bundle has no guidance.
+    negatives: None where the variant has no unconditional rows, and so no guidance.
     """
 
     ids: np.ndarray
@@ -66,7 +83,7 @@ class Prompts:
 
 @dataclass(frozen=True)
 class WholeEdit:
-    """logits: of every scale; pictures float32 [B, 3, H, W], not yet clamped."""
+    """Logits of every scale, and pictures float32 [B, 3, H, W], not yet clamped."""
 
     logits: Sequence[np.ndarray]
     pictures: np.ndarray
@@ -75,89 +92,118 @@ class WholeEdit:
 EditWhole = Callable[[Prompts, np.ndarray, Sequence[Sampling]], WholeEdit]
 
 
-class Backend(ABC):
-    """All graphs of a variant, loaded. One edit at a time, its stages in this order.
+class Backend(Protocol):
+    """Runs the stages of one edit at a time, in the order of its methods.
 
-    provider: on what they run. Each stage raises BackendError when its graph cannot be run.
+    variant: the shapes that it was loaded for. provider: the device or library that computes.
+    Every stage raises BackendError when it cannot be run.
     """
 
-    def __init__(self, variant: Variant, model: Model, provider: str, symbolic: bool) -> None:
-        """symbolic: whether scales run on the one graph of symbolic lengths.
-
-        Raises BundleError when the graphs are not those of an edit.
-        """
-        self.variant, self.model, self.provider = variant, model, provider
-        self.steps: dict[str, Step] = {step.name: step for step in wire(variant, model, symbolic)}
+    variant: Variant
+    provider: str
 
     @abstractmethod
-    def _run(self, step: Step, given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Run a step on its values that are fed. -> copies of those that are read"""
+    def encode_text(self, token_ids: np.ndarray, text_mask: np.ndarray) -> np.ndarray:
+        """Encode token ids int64 and mask bool [B, T] as features float32 [B, T, text]."""
+
+    @abstractmethod
+    def encode_pictures(self, pictures: np.ndarray) -> np.ndarray:
+        """Encode pictures float32 [B, 3, H, W] in [-1, 1] as source tokens [B, h, w, c]."""
+
+    @abstractmethod
+    def condition(self, inputs: Mapping[str, np.ndarray]) -> None:
+        """Take the text of the edit to come: the inputs of the condition graph, by name."""
+
+    @abstractmethod
+    def prefill(self, source_tokens: np.ndarray) -> None:
+        """Take the source of the edit to come, tokens [B, h, w, c]; `condition` comes first."""
+
+    @abstractmethod
+    def predict(self, scale: int, sampling: Sampling) -> ScaleOutput:
+        """Predict a scale; the prefill and, in order, the scales before it must have run.
+
+        The scale predicted last may be predicted again, with other bits: the next one goes on from
+        the latest.
+        """
+
+    @abstractmethod
+    def decode(self, running_sum: np.ndarray) -> np.ndarray:
+        """Decode a sum of codes [B, d, H, W] to pictures float32 [B, 3, H, W], not yet clamped."""
 
     @property
-    @abstractmethod
+    def whole(self) -> EditWhole | None:
+        """Run all stages without the host in between; None where that is not possible."""
+        return None
+
+    @property
     def buffer_bytes(self) -> int:
-        """Memory of the caches and of what passes between graphs, allocated once."""
+        """Bytes of the caches and of what passes between stages, where allocated once."""
+        return 0
 
     @property
     def gpu_memory(self) -> int | None:
         """Bytes of a GPU's memory that are taken; None where this is not known."""
         return None
 
-    @abstractmethod
     def close(self) -> None:
         """Free what is held outside of Python. Nothing may be run afterwards."""
 
-    def encode_text(self, token_ids: np.ndarray, text_mask: np.ndarray) -> np.ndarray:
-        """Ids int64 and mask bool [B, T] -> features float32 [B, T, text]."""
-        return self._code(TEXT, {"token_ids": token_ids, "text_mask": text_mask})
 
-    def encode_pictures(self, pictures: np.ndarray) -> np.ndarray:
-        """Pictures float32 [B, 3, H, W] in [-1, 1] -> source tokens [B, h, w, c]."""
-        return self._code(ENCODER, {"pictures": pictures})
+@dataclass(frozen=True)
+class StageOutput:
+    """What the host takes from a stage: arrays by name, none from `condition` and `prefill`."""
 
-    def condition(self, inputs: Mapping[str, np.ndarray]) -> None:
-        """Take the text of the edit to come: the inputs of the condition graph, by name."""
-        self._run(self.steps[CONDITION], inputs)
+    stage: str
+    arrays: Mapping[str, np.ndarray]
 
-    def prefill(self, source_tokens: np.ndarray) -> None:
-        """Take the source of the edit to come, tokens [B, h, w, c]; `condition` comes first."""
-        self._run(self.steps[PREFILL], {"source_tokens": source_tokens})
-        if REFERENCES in self.steps:
-            self._run(self.steps[REFERENCES], {})
 
-    def predict(self, scale: int, sampling: Sampling) -> ScaleOutput:
-        """Predict a scale; the prefill and, in order, the scales before it must have run."""
-        taken = self._run(self.steps[scale_name(scale)], self._chosen(scale, sampling))
-        return ScaleOutput(
-            taken[f"logits.{scale}"], taken[f"bits.{scale}"], taken[f"sum.{scale + 1}"]
-        )
+def edit_by_stages(
+    backend: Backend, prompts: Prompts, pictures: np.ndarray, samplings: Iterable[Sampling]
+) -> Iterator[StageOutput]:
+    """Drive an edit through a backend; each stage runs when its output is asked for.
 
-    def decode(self, running_sum: np.ndarray) -> np.ndarray:
-        """A sum of codes [B, d, H, W] -> pictures float32 [B, 3, H, W], not yet clamped."""
-        return self._code(DECODER, {f"sum.{len(self.variant.grids)}": running_sum})
+    So a caller can time every stage, check its output, show the picture so far, or stop. pictures:
+    as `Backend.encode_pictures` takes them; samplings: one per scale, each asked for in its turn.
+    """
+    text = _encode_prompts(backend, prompts)
+    yield StageOutput(TEXT, {name: x for name, x in text.items() if "features" in name})
+    source = backend.encode_pictures(pictures)
+    yield StageOutput(ENCODER, {"source_tokens": source})
+    total = np.empty(0)
+    scales = ((scale, sampling) for scale, sampling in enumerate(samplings))
+    for output in transform_by_stages(backend, text, source, scales):
+        total = output.arrays.get("running_sum", total)
+        yield output
+    yield StageOutput(DECODER, {"pictures": backend.decode(total)})
 
-    @property
-    def whole(self) -> EditWhole | None:
-        """All stages without the host in between; None where it can only be by stages."""
-        return None
 
-    def _code(self, name: str, given: Mapping[str, np.ndarray]) -> np.ndarray:
-        """The one output of a coder."""
-        (taken,) = self._run(self.steps[name], given).values()
-        return taken
+def transform_by_stages(
+    backend: Backend,
+    text: Mapping[str, np.ndarray],
+    source_tokens: np.ndarray,
+    samplings: Iterable[tuple[int, Sampling]],
+) -> Iterator[StageOutput]:
+    """Drive the transformer's part of an edit, as `edit_by_stages` does.
 
-    def _chosen(self, scale: int, sampling: Sampling) -> dict[str, np.ndarray]:
-        """A sampling as the values of its scale."""
-        nothing = np.zeros(sampling.noise.shape, np.bool_)
-        bits, mask = sampling.forced_bits, sampling.forced_mask
-        given = {
-            "guidance_scale": np.array([sampling.guidance_scale], np.float32),
-            "temperature": np.array([sampling.temperature], np.float32),
-            "noise": sampling.noise.astype(np.float32, copy=False),
-            "forced_bits": nothing if bits is None else bits,
-            "forced_mask": nothing if mask is None else mask,
-        }
-        fed = self.steps[scale_name(scale)].fed
-        return {
-            value: array for name, array in given.items() if (value := f"{name}.{scale}") in fed
-        }
+    text: the inputs of `Backend.condition`. samplings: (scale, how its bits are chosen), in order;
+    a scale may come twice, first to see what it draws and then to force its bits.
+    """
+    backend.condition(text)
+    yield StageOutput(CONDITION, {})
+    backend.prefill(source_tokens)
+    yield StageOutput(PREFILL, {})
+    for scale, sampling in samplings:
+        output = backend.predict(scale, sampling)
+        yield StageOutput(scale_name(scale), vars(output))
+
+
+def _encode_prompts(backend: Backend, prompts: Prompts) -> dict[str, np.ndarray]:
+    """Encode a batch's texts as the inputs of `Backend.condition`."""
+    features = backend.encode_text(prompts.ids, prompts.mask)
+    inputs = {"text_features": features, "text_mask": prompts.mask}
+    if (negatives := prompts.negatives) is None:
+        return inputs
+    if negatives.present.any():  # else nothing reads them, and any features will do
+        features = backend.encode_text(negatives.ids, negatives.mask)
+    inputs |= {"negative_features": features, "negative_mask": negatives.mask}
+    return inputs | {"has_negative": negatives.present}

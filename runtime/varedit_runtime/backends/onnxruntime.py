@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from varedit_runtime.backends.base import Backend
+from varedit_runtime.backends.graphs import GraphBackend
 from varedit_runtime.backends.interrupt import stopped_by_interrupt
 from varedit_runtime.backends.wiring import Step, View, constants, values_of
 from varedit_runtime.bundle import Bundle
@@ -142,7 +142,7 @@ class Session:
         self._options.terminate = True
 
 
-class OnnxBackend(Backend):
+class OnnxBackend(GraphBackend):
     """All graphs of a variant, on one provider. One edit at a time."""
 
     def __init__(self, bundle: Bundle, variant: Variant, provider: str, threads: int) -> None:

@@ -11,13 +11,14 @@ from math import prod
 
 import numpy as np
 
-from varedit_runtime.backends.base import Backend, EditWhole, Prompts, Sampling, WholeEdit
+from varedit_runtime.backends.base import EditWhole, Prompts, Sampling, WholeEdit
 from varedit_runtime.backends.engines.cuda import CudaDevice
 from varedit_runtime.backends.engines.device import ALIGNMENT, Device, Engine, Launch, address_of
 from varedit_runtime.backends.engines.engine_set import EngineSet, EngineSets
 from varedit_runtime.backends.engines.memory import aligned, budget, lay_out
 from varedit_runtime.backends.engines.tensorrt_module import EngineKind
 from varedit_runtime.backends.engines.weights import Weights
+from varedit_runtime.backends.graphs import GraphBackend
 from varedit_runtime.backends.wiring import (
     DECODER,
     NEGATIVE,
@@ -33,7 +34,7 @@ from varedit_runtime.errors import BackendError, BundleError
 from varedit_runtime.manifest import Variant
 
 
-class EngineBackend(Backend):
+class EngineBackend(GraphBackend):
     """All engines of a variant on one GPU. One edit at a time."""
 
     def __init__(

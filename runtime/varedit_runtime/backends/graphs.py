@@ -1,0 +1,83 @@
+"""A backend that runs a bundle's graphs: each stage is one or more steps of the wiring."""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+
+import numpy as np
+
+from varedit_runtime.backends.base import Backend, Sampling, ScaleOutput
+from varedit_runtime.backends.wiring import (
+    CONDITION,
+    DECODER,
+    ENCODER,
+    PREFILL,
+    REFERENCES,
+    TEXT,
+    Step,
+    wire,
+)
+from varedit_runtime.manifest import Model, Variant, scale_name
+
+
+class GraphBackend(Backend):
+    """All graphs of a variant; an implementation runs one of them, on memory of its own.
+
+    `wiring` says which memory each tensor is: an implementation keeps a value for each name, and
+    `_run` reads and writes those that a step names.
+    """
+
+    def __init__(self, variant: Variant, model: Model, provider: str, symbolic: bool) -> None:
+        """symbolic: whether scales run on the one graph of symbolic lengths.
+
+        Raises BundleError when the graphs are not those of an edit.
+        """
+        self.variant, self.model, self.provider = variant, model, provider
+        self.steps: dict[str, Step] = {step.name: step for step in wire(variant, model, symbolic)}
+
+    @abstractmethod
+    def _run(self, step: Step, given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run a step on the values that it is fed; return copies of those that are read."""
+
+    def encode_text(self, token_ids: np.ndarray, text_mask: np.ndarray) -> np.ndarray:
+        return self._code(TEXT, {"token_ids": token_ids, "text_mask": text_mask})
+
+    def encode_pictures(self, pictures: np.ndarray) -> np.ndarray:
+        return self._code(ENCODER, {"pictures": pictures})
+
+    def condition(self, inputs: Mapping[str, np.ndarray]) -> None:
+        self._run(self.steps[CONDITION], inputs)
+
+    def prefill(self, source_tokens: np.ndarray) -> None:
+        self._run(self.steps[PREFILL], {"source_tokens": source_tokens})
+        if REFERENCES in self.steps:
+            self._run(self.steps[REFERENCES], {})
+
+    def predict(self, scale: int, sampling: Sampling) -> ScaleOutput:
+        taken = self._run(self.steps[scale_name(scale)], self._chosen(scale, sampling))
+        return ScaleOutput(
+            taken[f"logits.{scale}"], taken[f"bits.{scale}"], taken[f"sum.{scale + 1}"]
+        )
+
+    def decode(self, running_sum: np.ndarray) -> np.ndarray:
+        return self._code(DECODER, {f"sum.{len(self.variant.grids)}": running_sum})
+
+    def _code(self, name: str, given: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Run a coder, which has one output."""
+        (taken,) = self._run(self.steps[name], given).values()
+        return taken
+
+    def _chosen(self, scale: int, sampling: Sampling) -> dict[str, np.ndarray]:
+        """Turn a sampling into the values that its scale is fed."""
+        nothing = np.zeros(sampling.noise.shape, np.bool_)
+        bits, mask = sampling.forced_bits, sampling.forced_mask
+        given = {
+            "guidance_scale": np.array([sampling.guidance_scale], np.float32),
+            "temperature": np.array([sampling.temperature], np.float32),
+            "noise": sampling.noise.astype(np.float32, copy=False),
+            "forced_bits": nothing if bits is None else bits,
+            "forced_mask": nothing if mask is None else mask,
+        }
+        fed = self.steps[scale_name(scale)].fed
+        return {
+            value: array for name, array in given.items() if (value := f"{name}.{scale}") in fed
+        }
