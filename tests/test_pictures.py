@@ -457,7 +457,7 @@ def test_a_full_disk_leaves_the_older_file(tmp_path: Path):
 
 def test_an_interrupt_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def interrupted(self: Path, target: Path) -> None:
-        assert list(tmp_path.iterdir()) == [self]
+        assert list(tmp_path.iterdir()) == [self.parent]
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Path, "replace", interrupted)
