@@ -441,7 +441,7 @@ def idle(shared: Editor, monkeypatch: pytest.MonkeyPatch) -> Editor:
 REFUSED: dict[str, tuple[dict[str, Any], type[VareditError], str]] = {
     "prompts": ({"prompt": ["a", "b"], "image": [PHOTO] * 3}, ConfigError, "image has 3, prompt"),
     "negatives": ({"negative_prompt": ["a"], "prompt": ["a", "b"]}, ConfigError, "equally long"),
-    "no text": ({"prompt": 3}, ConfigError, "a prompt is 3; give a text"),
+    "no text": ({"prompt": 3}, ConfigError, "a prompt is 3; give a string"),
     "none": ({"prompt": None}, ConfigError, "a prompt is None"),
     "negative type": ({"negative_prompt": 3}, ConfigError, "a prompt is 3"),
     "empty": ({"prompt": " "}, TextError, "empty"),

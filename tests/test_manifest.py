@@ -275,7 +275,7 @@ def variant(value: dict[str, Any]) -> dict[str, Any]:
     ("spoil", "said"),
     [
         (lambda m: m.update(variants=[]), "length"),
-        (lambda m: m["variants"].append(variant(m)), "called the same: ['64']"),
+        (lambda m: m["variants"].append(variant(m)), "have the same name: ['64']"),
         (lambda m: variant(m).update(rows=3), "3 rows for a batch of 1"),
         (lambda m: variant(m).update(batch=0), ">= 1"),
         (lambda m: variant(m).update(picture=[64, 128]), "64 x 128 px"),
@@ -299,7 +299,7 @@ def variant(value: dict[str, Any]) -> dict[str, Any]:
             lambda m: variant(m)["graphs"]["scale"].update(
                 inputs=variant(m)["graphs"]["scale"]["inputs"] * 2
             ),
-            "inputs called the same: ['past_key.0']",
+            "several inputs have the same name: ['past_key.0']",
         ),
     ],
 )

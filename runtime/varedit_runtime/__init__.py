@@ -1,4 +1,4 @@
-"""What edits a picture, without PyTorch, and what every other part must agree with it on.
+"""The runtime: edits pictures with a bundle, without PyTorch.
 
     from varedit_runtime import Editor
 
@@ -6,16 +6,14 @@
         result = editor.edit("photo.png", "add a hat", seed=7)
     result.image.save("edited.png")
 
-- `editor.py`: edits, as a library; `cli.py`, `command.py`: the `varedit-run` command.
-- `backend.py`, `wiring.py`: the stages that every backend runs, and which memory each tensor is.
-- `onnx_backend.py`: the graphs on ONNX Runtime; `bench.py`: how fast a backend is.
-- `engine_backend.py`: compiled engines on a GPU; `gpu_memory.py`, `gpu_weights.py`: where all of it
-  lies; `device.py`, `cuda_device.py`: the GPU; `engine_set.py`, `packing.py`: engines on disk.
-- `bundle.py`, `manifest.py`, `locate.py`: bundles, what they say of themselves, where they are.
+- `editor.py`: edits, as a library; `arguments.py` checks their arguments.
+- `cli.py`, `command.py`: the `varedit-run` command; `bench.py`: how fast a backend is.
+- `backends/`: what runs the stages of an edit: ONNX Runtime, or compiled engines on a GPU.
+- `bundle.py`, `manifest.py`, `locate.py`: opening bundles, checking them, finding them.
 - `pictures.py`: pictures in and out, exactly as the released models see them.
-- `text.py`, `noise.py`, `settings.py`, `grids.py`, `resizing.py`: what the reference and the graphs
-  must read in the same way.
-- `errors.py`: every error a caller may want to catch.
+- `text.py`, `noise.py`, `settings.py`, `grids.py`, `geometry.py`: what the reference and the graphs
+  must compute in the same way.
+- `files.py`: reading files that may change or disappear; `errors.py`: the errors to catch.
 """
 
 from importlib import import_module
@@ -28,7 +26,7 @@ __all__ = ["EditResult", "Editor", "Progress"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import what edits, and with it numpy and ONNX Runtime, when it is first asked for."""
+    """Import the editor, and with it NumPy and ONNX Runtime, when it is first used."""
     if name in __all__:
         return getattr(import_module("varedit_runtime.editor"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

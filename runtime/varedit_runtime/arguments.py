@@ -1,4 +1,4 @@
-"""The arguments of `Editor.edit`, checked and spread over the pictures to make."""
+"""Check the arguments of `Editor.edit`, and spread them over the pictures to make."""
 
 import secrets
 from collections.abc import Callable, Sequence
@@ -14,12 +14,12 @@ from varedit_runtime.pictures import Source, open_picture
 from varedit_runtime.settings import PerScale, per_scale, temperature_per_scale
 
 SEEDS = 2**64
-DRAWN_SEEDS = 2**32  # short enough to be typed again
+DRAWN_SEEDS = 2**32  # drawn seeds are below this, short enough to be typed again
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """One picture to make. prompt and negative: token ids."""
+    """One picture to make. prompt, negative (the negative prompt): token ids."""
 
     picture: Image.Image
     prompt: list[int]
@@ -29,7 +29,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class ScaleSettings:
-    """One of each per scale."""
+    """Guidance scale and temperature of every scale, coarse to fine."""
 
     guidance_scale: tuple[float, ...]
     temperature: tuple[float, ...]
@@ -42,10 +42,10 @@ def choose_sampling(
     temperature: PerScale | None,
     negative_prompt: object,
 ) -> ScaleSettings:
-    """Guidance and temperature; None is the bundle's own.
+    """Return guidance and temperature per scale; None stands for the bundle's own.
 
-    Raises ConfigError on what are no numbers or too many, and on guidance or a negative prompt
-    where the bundle was built without guidance.
+    Raises ConfigError if they are not one number or one per scale, and on guidance or a negative
+    prompt if the bundle was built without guidance.
     """
     guided, scales = variant.rows > variant.batch, len(variant.grids)
     if guidance_scale is None:
@@ -69,9 +69,9 @@ def choose_pictures(
     seed: int | Sequence[int] | None,
     tokenise: Callable[[str], list[int]],
 ) -> list[Wanted]:
-    """All pictures to make, in order: for each picture and prompt its copies.
+    """Return all pictures to make, in order: the copies of the first picture and prompt come first.
 
-    Raises ConfigError on lists of unequal lengths and on what are no texts, counts or seeds,
+    Raises ConfigError on lists of unequal lengths and on values that are no text, count or seed,
     TextError and PictureError as `tokenise` and `open_picture` do.
     """
     if not isinstance(copies, int) or copies < 1:
@@ -89,7 +89,7 @@ def choose_pictures(
 
 
 def is_list(value: object) -> bool:
-    """Whether an argument has entries of its own, rather than serving all entries."""
+    """Return whether an argument has one value per entry, rather than one for all of them."""
     return isinstance(value, list | tuple)
 
 
@@ -98,27 +98,27 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _spread(values: list[Any], count: int) -> list[Any]:
-    """A single value serves all entries."""
+    """Repeat a single value for all entries."""
     return values * count if len(values) == 1 else values
 
 
 def _common_length(**arguments: object) -> int:
-    """How long the arguments that are lists are; 1 if none is."""
+    """Return the length of the arguments that are lists; 1 if none is."""
     lengths = {name: len(_listed(value)) for name, value in arguments.items() if is_list(value)}
     if len(set(lengths.values())) > 1:
         told = ", ".join(f"{name} has {length}" for name, length in lengths.items())
-        raise ConfigError(f"lists must be equally long: {told}")
+        raise ConfigError(f"{told} entries: lists must be equally long")
     return next(iter(lengths.values()), 1)
 
 
 def _text(value: object) -> str:
     if not isinstance(value, str):
-        raise ConfigError(f"a prompt is {value!r}; give a text")
+        raise ConfigError(f"a prompt is {value!r}; give a string")
     return value
 
 
 def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
-    """One for each picture to make."""
+    """Return a seed for each picture to make; without one, successive seeds from a random one."""
     first = secrets.randbelow(DRAWN_SEEDS) if seed is None else seed
     try:
         if is_list(first):

@@ -1,8 +1,8 @@
-"""Opening a bundle: a folder with a manifest, and the digests of all its files.
+"""Open a bundle: a folder with a manifest, which lists the digests of all its files.
 
-The manifest is checked when a bundle is opened, and so are the sizes of all files; graphs and the
-tokenizer are hashed when they are read, weights when they are asked to be. Digests find damage;
-against malice, pin the bundle's own digest, which vouches for everything else.
+Opening checks the manifest and the sizes of all files. Graphs and the tokenizer are hashed when
+they are read; weights, which take seconds per gigabyte, only on request. Digests find damage.
+Against tampering, give the bundle's own digest: it covers the manifest, and so all files.
 """
 
 import hashlib
@@ -35,17 +35,18 @@ CHUNK = 2**18
 
 @dataclass(frozen=True)
 class Folder:
-    """Files of known size and digest below a folder, reached through no links."""
+    """Files of known size and digest below a folder. Links are refused: they may lead anywhere."""
 
     path: Path
     files: Mapping[str, FileEntry]
 
     def check_sizes(self) -> None:
+        """Raise BundleError if a file is missing, is a link, or has another size."""
         for name in self.files:
             self.locate(name)
 
     def locate(self, name: str) -> Path:
-        """Where a listed file is; its size has been checked, its digest has not."""
+        """Return a listed file's path, after checking its size but not its digest."""
         if name not in self.files:
             raise BundleError(f"{self.path} has no {name}")
         path = regular_file(self.path, name)
@@ -60,16 +61,16 @@ class Folder:
         return path
 
     def read(self, name: str) -> bytes:
-        """A file's content: exactly the bytes that were hashed and found right."""
+        """Return a file's content: exactly the bytes whose digest was checked."""
         path = self.locate(name)
         data = read_at_most(path, self.files[name].size)
         self._compare(path, name, hashlib.sha256(data).hexdigest())
         return data
 
     def chunks(self, name: str) -> Iterator[bytes]:
-        """A file's content, read once. Raises BundleError behind the last of it if it is damaged.
+        """Yield a file's content, reading it once; raise BundleError at the end if it is damaged.
 
-        So what is made of it is to be handed on at the end only.
+        Do not use what is made from the chunks before that.
         """
         path, left, digest = self.locate(name), self.files[name].size, hashlib.sha256()
         with readable(path), path.open("rb") as file:
@@ -94,7 +95,7 @@ class Folder:
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle. digest: of its manifest, which has the digests of everything else."""
+    """An opened bundle. digest: sha256 of its manifest, which lists those of all other files."""
 
     path: Path
     manifest: Manifest
@@ -104,8 +105,8 @@ class Bundle:
     def open(cls, path: str | os.PathLike[str], digest: str | None = None) -> "Bundle":
         """Open a folder, checking the manifest and the sizes of all files.
 
-        digest: the bundle's own, from where it was published; then it can be no other bundle.
-        Raises BundleError when it is another, is damaged or incomplete, or is not a bundle.
+        digest: the bundle's digest as its publisher states it; no other bundle is then accepted.
+        Raises BundleError if it is another, is damaged or incomplete, or is not a bundle.
         """
         place = Path(os.path.realpath(path))
         while True:
@@ -135,30 +136,30 @@ class Bundle:
         return Folder(self.path, self.manifest.files)
 
     def graph_bytes(self, variant: str, stage: str) -> bytes:
-        """A graph's ONNX file, hashed in full. It names its weights relative to `graphs_folder`."""
+        """Return a graph's ONNX file, digest checked; it names weights from `graphs_folder`."""
         return self._folder.read(self.manifest.variant(variant).graph(stage).file)
 
     def tokenizer_json(self) -> bytes:
-        """The text tokenizer, hashed in full; a bundle that starts at text features has none."""
+        """Return the text tokenizer, digest checked; bundles without a text encoder have none."""
         return self._folder.read(TOKENIZER)
 
     @property
     def graphs_folder(self) -> Path:
-        """Where the graphs' names of weights files start."""
+        """The folder that the graphs' names of weights files are relative to."""
         return self.path / GRAPHS
 
     @property
     def components(self) -> tuple[str, ...]:
-        """The parts of the model that have a file of weights each."""
+        """The model's components; each has one weights file."""
         stems = [Path(name).stem for name in self.manifest.files if name.startswith(f"{WEIGHTS}/")]
         return tuple(stem for stem in stems if weights_file(stem) in self.manifest.files)
 
     def weights_path(self, component: str) -> Path:
-        """A component's safetensors file, of the right size; `verify_weights` hashes it."""
+        """Return the path of a component's safetensors file; `verify_weights` checks its digest."""
         return self._folder.locate(weights_file(component))
 
     def verify_weights(self, progress: Progress | None = None) -> None:
-        """Hash all weights. Raises BundleError on damage."""
+        """Hash all weights files. Raises BundleError if one is damaged."""
         names = [weights_file(component) for component in self.components]
         total = sum(self.manifest.files[name].size for name in names)
         done = 0
@@ -174,25 +175,25 @@ class Bundle:
 
 
 def work_folder(target: Path) -> Path:
-    """Where a bundle is built, beside its place, until it is whole."""
+    """Return the folder beside target where its new bundle is built until it is complete."""
     return target.parent / f".{target.name}.partial"
 
 
 def set_aside(target: Path) -> Path:
-    """Where the earlier bundle is from the moment it is replaced until it is deleted."""
+    """Return where the replaced bundle is kept until it is deleted."""
     return work_folder(target) / "previous"
 
 
 def standing(path: Path) -> Path:
-    """Where a bundle is: its folder or, when replacing it was cut short, where that left it."""
+    """Return a bundle's folder or, if replacing it was interrupted, where the old one is kept."""
     aside = set_aside(path)
     return aside if not os.path.exists(path) and os.path.exists(aside / MANIFEST) else path
 
 
 def _identity(path: Path) -> tuple[Path, int, int] | None:
-    """Of what is at a path now: another folder, or the same one elsewhere, is not the same.
+    """Return what changes when another folder takes this path: the path, inode and change time.
 
-    A folder's number alone is not enough: a deleted one's is soon given to another.
+    The inode alone is not enough: a deleted folder's number is soon reused.
     """
     with suppress(OSError):
         found = path.stat()
@@ -202,9 +203,10 @@ def _identity(path: Path) -> tuple[Path, int, int] | None:
 def open_manifest(
     path: Path, kind: type[AnyManifest], digest: str | None = None
 ) -> tuple[AnyManifest, str]:
-    """A folder's manifest and its digest, compared with the one kept beside it and the one given.
+    """Open a folder's manifest; return it with its digest.
 
-    Raises BundleError, naming the folder, when they differ or it is no such manifest.
+    The digest must equal the one in manifest.sha256 and the one given. Raises BundleError, naming
+    the folder, if they differ or it holds no manifest of this kind.
     """
     with readable(path):
         names = {entry.name for entry in path.iterdir()}
@@ -229,26 +231,26 @@ def open_manifest(
 
 
 def digest_line(digest: str) -> bytes:
-    """manifest.sha256, as `sha256sum --check` reads it."""
+    """Return the content of manifest.sha256, as `sha256sum --check` reads it."""
     return f"{digest}  {MANIFEST}\n".encode()
 
 
 def regular_file(folder: Path, name: str) -> Path:
-    """The file of this name. Raises BundleError when it, or a folder on the way, is a link."""
+    """Return a file's path. Raises BundleError if it, or a folder on the way, is a link."""
     path = folder / name
     with readable(path):
         for part in (path, *path.parents):
             if part == folder:
                 break
             if part.is_symlink():
-                raise BundleError(f"{part} is a link, and a bundle has none: copy what it links to")
+                raise BundleError(f"{part} is a link, which is refused: copy what it links to")
         if not stat.S_ISREG(path.lstat().st_mode):
             raise BundleError(f"{path} is not a file; copy or build the folder again")
     return path
 
 
 def read_at_most(path: Path, size: int) -> bytes:
-    """All of a file. Raises BundleError when it is larger, reading no more than that."""
+    """Read a whole file. Raises BundleError, without reading on, if it has more bytes than size."""
     with readable(path), path.open("rb") as file:
         data = file.read(size + 1)
     if len(data) > size:
@@ -257,7 +259,7 @@ def read_at_most(path: Path, size: int) -> bytes:
 
 
 def file_digest(path: Path) -> str:
-    """sha256 of a file, read in pieces."""
+    """Return a file's sha256, reading it in pieces."""
     digest = hashlib.sha256()
     with readable(path), path.open("rb") as file:
         while chunk := file.read(CHUNK):
@@ -267,6 +269,7 @@ def file_digest(path: Path) -> str:
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
+    """Turn an OSError into a BundleError that names the path."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What the commands have in common: errors in one line, `--debug`, exit codes."""
+"""The behaviour that all commands share: errors in one line, `--debug`, exit codes."""
 
 import warnings
 
@@ -29,9 +29,10 @@ debug_option = click.option(
 
 
 class CommandGroup(click.Group):
-    """Ends with exit code 1 and one line on a VareditError, and with 130 on an interrupt.
+    """A group of commands that exits with 1 and one line on a VareditError, 130 on an interrupt.
 
-    `--debug` goes before or after the name of a command that has the option too.
+    `--debug` shows tracebacks instead. It may stand before a command's name or, if the command has
+    the option too, after it.
     """
 
     def invoke(self, ctx: click.Context) -> object:

@@ -1,15 +1,15 @@
-"""The errors this project raises on purpose; `str(error)` is one line for a person."""
+"""The errors that this project raises on purpose; `str(error)` is one line for a person."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
 class VareditError(Exception):
-    """Base of all errors below."""
+    """Base class of all errors below."""
 
 
 class ConfigError(VareditError, ValueError):
-    """An impossible size, or an unknown name; the message says which exist."""
+    """An unusable argument, such as a wrong size or an unknown name (known ones are listed)."""
 
 
 class PictureError(VareditError):
@@ -29,19 +29,19 @@ class TextError(VareditError):
 
 
 class BackendError(VareditError):
-    """Graphs that cannot run as asked: an unknown or absent provider, a graph that won't load."""
+    """A backend that cannot run as asked: a provider is absent, a graph or engine cannot load."""
 
 
 class EditorError(VareditError):
-    """An editor used when it cannot be: after it was closed, or from inside its own `on_scale`."""
+    """An editor that cannot be used now: it was closed, or is called from its own `on_scale`."""
 
 
 class EditCancelled(VareditError):
-    """The caller cancelled an edit between two scales. The editor can be used again."""
+    """The caller cancelled an edit between two scales; the editor can be used again."""
 
 
 class MissingExtraError(VareditError):
-    """An optional package is not installed; the message names the command that does it."""
+    """An optional package is not installed; the message gives the command that installs it."""
 
 
 def one_line(error: object) -> str:
@@ -51,9 +51,9 @@ def one_line(error: object) -> str:
 
 @contextmanager
 def needs_extra(extra: str) -> Iterator[None]:
-    """Around imports that an extra of the distribution provides, such as `export`.
+    """Wrap imports of packages that an extra such as `export` installs.
 
-    Raises MissingExtraError when a package is absent.
+    Raises MissingExtraError, which names the extra, if a package is absent.
     """
     try:
         yield

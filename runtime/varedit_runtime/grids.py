@@ -1,7 +1,7 @@
-"""The token grids of every scale, coarse to fine, as the released family defines them.
+"""The token grids of every scale, coarse to fine, as the released models define them.
 
-Data rather than a rule, for the released grids follow none. Aspect ratios are height:width, so
-"3:2" is upright. The published models were trained on squares alone.
+They are a table because the released grids follow no rule. Aspect ratios are height:width, so
+"3:2" is upright. The published models were trained on squares only.
 """
 
 from varedit_runtime.errors import ConfigError
@@ -13,7 +13,7 @@ TOKEN_PIXELS = 16  # the side of the square of pixels that one token stands for
 # Side of the square in pixels -> number of scales.
 RESOLUTIONS = {256: 7, 512: 10, 1024: 13}
 
-# One line ends where a resolution does.
+# Lines break where a resolution's scales end.
 # fmt: off
 _UPRIGHT: dict[str, tuple[Grid, ...]] = {
     "1:1": (
@@ -71,27 +71,27 @@ ASPECT_RATIOS: dict[str, tuple[Grid, ...]] = _UPRIGHT | {
 
 
 def scale_grids(resolution: int, aspect: str = "1:1") -> tuple[Grid, ...]:
-    """The (height, width) in tokens of every scale, coarse to fine.
+    """Return (height, width) in tokens of every scale, coarse to fine.
 
     resolution: 256, 512 or 1024, the side of the square in pixels. Other aspect ratios have about
-    as many pixels as that square; at 256, up to a quarter more. Raises ConfigError naming what
-    exists.
+    as many pixels as that square; at 256, up to a quarter more. Raises ConfigError on an unknown
+    resolution or aspect ratio; the message lists the known ones.
     """
     if resolution not in RESOLUTIONS:
         known = ", ".join(map(str, RESOLUTIONS))
-        raise ConfigError(f"there is no resolution {resolution}; there are {known}")
+        raise ConfigError(f"there is no resolution {resolution}; choose one of {known}")
     _check_aspect(aspect)
     return ASPECT_RATIOS[aspect][: RESOLUTIONS[resolution]]
 
 
 def picture_size(resolution: int, aspect: str = "1:1") -> tuple[int, int]:
-    """The (height, width) in pixels of the pictures that a model sees and draws."""
+    """Return (height, width) in pixels of a model's input and output pictures."""
     height, width = scale_grids(resolution, aspect)[-1]
     return height * TOKEN_PIXELS, width * TOKEN_PIXELS
 
 
 def is_trained(aspect: str) -> bool:
-    """Whether the published models were trained on this aspect ratio: squares alone were."""
+    """Return whether the published models were trained on this aspect ratio (squares only)."""
     _check_aspect(aspect)
     return aspect == "1:1"
 
@@ -99,4 +99,4 @@ def is_trained(aspect: str) -> bool:
 def _check_aspect(aspect: str) -> None:
     if aspect not in ASPECT_RATIOS:
         known = ", ".join(ASPECT_RATIOS)
-        raise ConfigError(f"there is no aspect ratio {aspect} (height:width); there are {known}")
+        raise ConfigError(f"there is no aspect ratio {aspect} (height:width); choose from {known}")

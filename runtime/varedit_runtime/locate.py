@@ -1,4 +1,4 @@
-"""Where bundles are kept, and which one `varedit-run` uses."""
+"""Where bundles are kept, and which of them `varedit-run` uses."""
 
 import os
 from dataclasses import dataclass
@@ -19,34 +19,34 @@ _NANO_IS = "the embedded nano, a small demonstration model for drawn scenes"
 
 @dataclass(frozen=True)
 class Found:
-    """path: of a bundle's folder. why: a phrase that says how it was chosen."""
+    """The bundle to use. path: its folder. why: a phrase that says how it was chosen."""
 
     path: Path
     why: str
 
 
 def data_folder() -> Path:
-    """What this user keeps of this program: bundles, and records about them."""
+    """Return the folder of this user's bundles and of records about them."""
     return user_data_path(_APP)
 
 
 def cache_folder() -> Path:
-    """What can be made again."""
+    """Return the folder of files that can be made again, such as compiled engines."""
     return user_cache_path(_APP)
 
 
 def default_root() -> Path:
-    """The folder that bundles are built into when no other is named."""
+    """Return the folder that bundles are built into when no other is named."""
     return data_folder() / "bundles"
 
 
 def embedded() -> Path:
-    """nano's bundle, which is installed with this package."""
+    """Return the folder of nano's bundle, which is installed with this package."""
     return _NANO
 
 
 def remember(path: Path) -> None:
-    """Make a bundle the last one built. Raises BundleError when that cannot be written down."""
+    """Record a bundle as the last one built. Raises BundleError if the record cannot be written."""
     record = _last_built()
     try:
         record.parent.mkdir(parents=True, exist_ok=True)
@@ -54,15 +54,15 @@ def remember(path: Path) -> None:
             whole.write_bytes(os.fsencode(os.path.abspath(path)))
     except OSError as error:
         raise BundleError(
-            f"{record} cannot be written ({error.strerror}), so that {path} is not the default: "
-            f"name it with --bundle or {VARIABLE}"
+            f"{record} cannot be written ({error.strerror}), so {path} does not become the "
+            f"default: name it with --bundle or {VARIABLE}"
         ) from error
 
 
 def find(explicit: Path | None) -> Found:
-    """The bundle to use: the one named, the environment's, the last one built, the embedded nano.
+    """Return the bundle to use: that named, the environment's, the last one built, or nano's.
 
-    It need not exist: opening it says what is wrong.
+    The folder may not exist; opening it then says what is wrong.
     """
     if explicit is not None:
         return Found(explicit, "named by --bundle")

@@ -1,7 +1,7 @@
-"""What a bundle's manifest.json says, and everything that can be checked without its files.
+"""A bundle's manifest.json as structs, and every check of it that needs no other file.
 
-Types, ranges and unknown fields are checked as the file is decoded; what fields must say about
-each other, in each struct's `__post_init__`, which raises ValueError when one is constructed.
+Decoding checks types, ranges and unknown fields. Each struct's `__post_init__` checks how its
+fields agree; it raises ValueError, so that an invalid manifest can be neither read nor made.
 """
 
 import re
@@ -25,23 +25,23 @@ WEIGHTS = f"{GRAPHS}/weights"
 MAX_MANIFEST_BYTES = 8 * 2**20
 LARGEST_BATCH = 1024
 
-# What names a file on every system: no separator, drive, space, `.` or `..`, nothing hidden.
+# A file name that is valid on every system: no separator, drive, space, `.` or `..`, not hidden.
 _PLAIN = r"[A-Za-z0-9_][A-Za-z0-9_+-]*(?:\.[A-Za-z0-9_+-]+)*"
 
 Count = Annotated[int, Meta(ge=1, lt=2**31)]
-# What lists and arrays are made as large as before a graph runs is bounded, at some four times what
-# is of use or more: the longest grid that the models know has 111 tokens, of 16 px.
-Side = Annotated[int, Meta(ge=1, le=512)]  # of a grid, in tokens
-Pixels = Annotated[int, Meta(ge=1, le=8192)]  # a side's
+# Sizes that memory is allocated by before a graph runs are bounded, so that a stranger's manifest
+# cannot exhaust it, at four times what the models use or more (their longest grid has 111 tokens).
+Side = Annotated[int, Meta(ge=1, le=512)]  # side of a grid in tokens
+Pixels = Annotated[int, Meta(ge=1, le=8192)]  # side of a picture in pixels
 Downsampling = Annotated[int, Meta(ge=1, le=64)]  # the models have 8 and 16
 Patch = Annotated[int, Meta(ge=1, le=4)]  # the models have 1 and 2
-Channels = Annotated[int, Meta(ge=1, le=256)]  # of a token: the models have up to 56
+Channels = Annotated[int, Meta(ge=1, le=256)]  # of a token; the models have up to 56
 Batch = Annotated[int, Meta(ge=1, le=LARGEST_BATCH)]
-Rows = Annotated[int, Meta(ge=1, le=2 * LARGEST_BATCH)]  # of a batch, twice with guidance
-Tokens = Annotated[int, Meta(ge=1, le=4096)]  # of a text: the released models take 512
+Rows = Annotated[int, Meta(ge=1, le=2 * LARGEST_BATCH)]  # the batch, or with guidance twice that
+Tokens = Annotated[int, Meta(ge=1, le=4096)]  # of an instruction; the released models take 512
 Name = Annotated[str, Meta(pattern=rf"\A{_PLAIN}\Z", max_length=100)]
 Digest = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
-# Nothing that a terminal would obey.
+# No control characters: a terminal would obey them when the text is printed.
 PRINTABLE = r"[^\x00-\x1f\x7f-\x9f]*"
 Text = Annotated[str, Meta(pattern=rf"\A{PRINTABLE}\Z", min_length=1, max_length=1000)]
 Bytes = Annotated[int, Meta(ge=0, lt=2**60)]
@@ -50,7 +50,7 @@ Grid = tuple[Side, Side]
 
 _SCALE = re.compile(r"scale_(\d{2,})")
 _INSIDE = re.compile(rf"{_PLAIN}(?:/{_PLAIN})*")
-_COMPONENTS = ("tokenizer", "transformer")  # whose weights all bundles have
+_COMPONENTS = ("tokenizer", "transformer")  # every bundle has their weights
 _STAGES = {"image_encoder", "condition", "prefill", "scale", "image_decoder"}
 _OPTIONAL_STAGES = {"text_encoder", "references"}
 
@@ -60,12 +60,12 @@ def weights_file(component: str) -> str:
 
 
 def scale_name(scale: int) -> str:
-    """The stage that predicts a scale, counted from 0."""
+    """Return the stage that predicts a scale; scales count from 0."""
     return f"scale_{scale:02}"
 
 
 def scale_of(stage: str) -> int | None:
-    """The scale that a stage predicts; None for all other stages."""
+    """Return the scale that a stage predicts; None for all other stages."""
     found = _SCALE.fullmatch(stage)
     return int(found[1]) if found else None
 
@@ -73,7 +73,7 @@ def scale_of(stage: str) -> int | None:
 class TensorSpec(Struct, frozen=True, forbid_unknown_fields=True):
     """A graph's input or output. A dimension that is a string is symbolic.
 
-    There is at least one, which rows are counted along, and no more than TensorRT takes.
+    It has at least one dimension, along which rows are counted, and at most TensorRT's 8.
     """
 
     name: Text
@@ -96,11 +96,12 @@ class GraphSpec(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Variant(Struct, frozen=True, forbid_unknown_fields=True):
-    """One set of static shapes over the bundle's weights.
+    """The graphs for one set of static shapes; a bundle's variants share its weights.
 
-    resolution: side in pixels of the square that the aspect ratio (height:width) is derived from;
-    grids: (height, width) of every scale in tokens; picture: (height, width) in pixels;
-    rows: batch, or 2·batch with guidance; graphs: by stage.
+    resolution: side in pixels of the square that the grids are derived from. aspect: ratio
+    height:width. grids: (height, width) of every scale in tokens. picture: (height, width) in
+    pixels. batch: pictures per run. rows: batch, or 2·batch with guidance. text_tokens: length that
+    instructions are padded to. graphs: by stage.
     """
 
     name: Name
@@ -129,7 +130,7 @@ class Variant(Struct, frozen=True, forbid_unknown_fields=True):
             )
 
     def graph(self, stage: str) -> GraphSpec:
-        """Raises BundleError naming the stages that exist."""
+        """Return a stage's graph. Raises BundleError, listing the stages, if there is none."""
         if stage not in self.graphs:
             raise BundleError(
                 f"variant {self.name} has no graph {stage!r}; it has {', '.join(self.graphs)}"
@@ -138,11 +139,12 @@ class Variant(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Model(Struct, frozen=True, forbid_unknown_fields=True):
-    """What was exported. weights: where they came from, such as "random, seed 0".
+    """The exported model's sizes; see the reference's `config.py`.
 
-    norm_groups: of the image coders' norms; None: as many as the released ones have.
-    text_distance: of tokens, from which on the text encoder takes all for equally far, and
-    text_epsilon, that of its norms; None without a text encoder.
+    weights: where they came from, such as "random, seed 0". norm_groups: groups of the image
+    coders' GroupNorms; None for the released rule. text_distance: distance in tokens from which on
+    the text encoder treats all as equally far. text_epsilon: eps of its norms. Both are None
+    without a text encoder.
     """
 
     size: Name
@@ -170,16 +172,16 @@ class Model(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class FileEntry(Struct, frozen=True, forbid_unknown_fields=True):
-    """sha256 in lower-case hexadecimal; size in bytes."""
+    """A file's sha256, in lower-case hexadecimal, and its size in bytes."""
 
     sha256: Digest
     size: Bytes
 
 
 class FolderManifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What the manifests of bundles and of engine sets have in common.
+    """The fields that the manifests of bundles and of engine sets share.
 
-    files: all files of the folder but the manifest itself, by their path in it.
+    files: all files of the folder except the manifest itself, by their path in it.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -196,7 +198,7 @@ class FolderManifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 class ParityLine(Struct, frozen=True, forbid_unknown_fields=True):
-    """One measure of how far a stage was from the reference when the bundle was built."""
+    """One measured difference between a stage and the reference, from when the bundle was built."""
 
     stage: Name
     measure: Text
@@ -205,10 +207,10 @@ class ParityLine(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Manifest(FolderManifest, frozen=True):
-    """A bundle's manifest. Engine sets, which are added later, are not among its files.
+    """A bundle's manifest. Its files do not include engine sets, which are added later.
 
-    fp32_exceptions: what stays in fp32 whatever the precision; guidance_scale, temperature: the
-    model's defaults; tools: the versions of what built it.
+    fp32_exceptions: what stays in fp32 whatever the precision. guidance_scale, temperature: the
+    model's defaults. tools: versions of the programs that built it.
     """
 
     name: Text
@@ -248,7 +250,7 @@ class Manifest(FolderManifest, frozen=True):
                 raise ValueError(f"variant {variant.name}: {stage}'s {file} is not in files")
 
     def variant(self, name: str | None) -> Variant:
-        """By name; without one the first. Raises BundleError naming the variants that exist."""
+        """Return the named variant, or the first. Raises BundleError, listing them, if unknown."""
         for variant in self.variants:
             if name in (None, variant.name):
                 return variant
@@ -264,12 +266,12 @@ class _Versioned(Struct):
 
 
 def canonical_json(value: Struct) -> bytes:
-    """The same bytes for equal values, whatever order their mappings were filled in."""
+    """Encode a struct to JSON: equal structs give equal bytes, in whatever order they were made."""
     return msgspec.json.encode(value, order="deterministic")
 
 
 def decode_manifest(data: bytes, kind: type[AnyManifest]) -> AnyManifest:
-    """Raises BundleError on anything but a manifest of this kind and version; it names no file."""
+    """Decode a manifest of this kind. Raises BundleError, naming no file, if data is none."""
     try:
         found = msgspec.json.decode(data, type=_Versioned).schema_version
         if found != SCHEMA_VERSION:
@@ -290,9 +292,9 @@ def decode_manifest(data: bytes, kind: type[AnyManifest]) -> AnyManifest:
 def _refuse_repeated(what: str, names: Iterable[str]) -> None:
     repeated = [name for name, count in Counter(names).items() if count > 1]
     if repeated:
-        raise ValueError(f"{what} called the same: {repeated}")
+        raise ValueError(f"several {what} have the same name: {repeated}")
 
 
 def _printable(error: Exception) -> str:
-    """In one short line, for the message may quote the file."""
+    """Return the message in one short, printable line, as it may quote the file."""
     return "".join(c if c.isprintable() else "?" for c in str(error)[:300])

@@ -21,7 +21,7 @@ from varedit_runtime.files import atomic_file
 
 Source = str | os.PathLike[str] | bytes | BinaryIO | Image.Image
 
-# Untrusted files reach these decoders alone, never the rarer ones that Pillow also has.
+# Only these decoders see untrusted files; Pillow's rarer ones are less tested against attacks.
 READ_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 WRITE_FORMATS = {
@@ -34,29 +34,28 @@ WRITE_FORMATS = {
     ".tiff": "TIFF",
 }
 
-MAX_PIXELS = 89_478_485  # where Pillow warns of a decompression bomb; at twice that it refuses
+MAX_PIXELS = 89_478_485  # Pillow warns of a decompression bomb from here, and refuses twice this
 MAX_CANVAS_PIXELS = 2**28  # 1 GiB in Pillow's memory; a square of 16384 px
 
 _WHITE = (255, 255, 255)
-_PIECE = 2**20  # samples
+_PIECE = 2**20  # samples that are scaled to 8 bits at a time
 
 
 def open_picture(source: Source, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """A path, the bytes of a file, a binary file or a Pillow image as a plain RGB picture.
+    """Open a path, a file's bytes, a binary file or a Pillow image as a plain RGB picture.
 
     The size is checked against max_pixels before anything is decoded. Then:
 
     - the first frame of an animation or page of a document is taken (of a Pillow image the
       current one) and turned upright by its EXIF orientation;
     - 16-bit grey is scaled to 8 bits (in colour, Pillow keeps the high byte); 32-bit integers and
-      floats, which have no stated white, from their own darkest to their brightest sample;
-    - colours are converted to sRGB by the embedded ICC profile; one that is broken or of another
-      colour space is ignored, and without one grey, CMYK, YCbCr and the like are converted by
-      Pillow's formulas;
+      floats, whose white is not defined, are scaled from their darkest to their brightest sample;
+    - colours are converted to sRGB by the embedded ICC profile; a profile that is broken or of
+      another colour space is ignored, and without one Pillow's formulas convert grey, CMYK, YCbCr;
     - alpha, a transparent palette entry and a transparent colour are composited on white.
 
-    The result carries no EXIF, GPS, XMP, ICC profile or comment. Raises PictureError when the
-    source is no picture in one of READ_FORMATS, is damaged, or has no or too many pixels.
+    The result carries no EXIF, GPS, XMP, ICC profile or comment. Raises PictureError if the source
+    is no picture in one of READ_FORMATS, is damaged, or has no pixels or too many.
     """
     if isinstance(source, Image.Image):
         with _explained("the picture"):
@@ -69,11 +68,11 @@ def open_picture(source: Source, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def pad_and_resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """An RGB picture as a model sees it: on a white canvas, resized to (height, width).
+    """Put an RGB picture on a white canvas and resize it to (height, width), as a model sees it.
 
-    The picture lies top left on the smallest canvas of that aspect ratio which holds it: on
-    squares, one of the picture's longer side, as released. Raises PictureError when the picture is
-    so long and thin that its canvas would not fit in memory.
+    The picture lies top left on the smallest canvas of that aspect ratio that holds it; for a
+    square its side is the picture's longer one, as in the released code. Raises PictureError if
+    the picture is so long and thin that its canvas would not fit in memory.
     """
     height, width = size
     canvas = Image.new("RGB", _canvas_size(image.size, size), _WHITE)
@@ -82,10 +81,10 @@ def pad_and_resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def to_square(image: Image.Image, size: int | tuple[int, int]) -> np.ndarray:
-    """An RGB picture as the tokenizer's input: float32 [3, height, width] in [-1, 1].
+    """Turn an RGB picture into the tokenizer's input: float32 [3, height, width] in [-1, 1].
 
-    size: the side of a square, or (height, width) where the model is of another aspect ratio.
-    Padded and resized as in `pad_and_resize`, which says what it raises.
+    size: the side of a square in pixels, or (height, width) for models of other aspect ratios.
+    Pads and resizes as `pad_and_resize` does, and raises what it raises.
     """
     pixels = np.asarray(pad_and_resize(image, (size, size) if isinstance(size, int) else size))
     scaled = pixels.astype(np.float32) / np.float32(127.5) - np.float32(1)
@@ -93,22 +92,25 @@ def to_square(image: Image.Image, size: int | tuple[int, int]) -> np.ndarray:
 
 
 def from_decoder(decoded: np.ndarray) -> np.ndarray:
-    """The tokenizer's output [3, H, W] as 8-bit RGB [H, W, 3].
+    """Turn the tokenizer's output [3, H, W] into 8-bit RGB [H, W, 3].
 
-    Clamped to [-1, 1], (x + 1) / 2 · 255, truncated and not rounded. Raises PictureError on NaN or
-    infinity, which means that the model's arithmetic failed.
+    Values are clamped to [-1, 1] and mapped to (x + 1) / 2 · 255, truncated (not rounded) as in the
+    released code. Raises PictureError on NaN or infinity: the model's arithmetic failed.
     """
     if not np.isfinite(decoded).all():
-        raise PictureError("the decoded picture is not finite: the model's arithmetic overflowed")
+        raise PictureError(
+            "the decoded picture is not finite, the model's arithmetic overflowed: build the "
+            "bundle with another precision, such as fp32"
+        )
     clamped = decoded.astype(np.float32).clip(-1, 1)
     levels = (clamped + np.float32(1)) / np.float32(2) * np.float32(255)
     return np.ascontiguousarray(levels.astype(np.uint8).transpose(1, 2, 0))
 
 
 def restore(pixels: np.ndarray, original_size: tuple[int, int]) -> Image.Image:
-    """An edited picture, 8-bit RGB [H, W, 3], back at the (width, height) of its source.
+    """Bring an edited picture, 8-bit RGB [H, W, 3], back to its source's (width, height).
 
-    Undoes `pad_and_resize`: Lanczos to the canvas, then the padding is cropped off. Raises
+    Undoes `pad_and_resize`: resizes to the canvas (Lanczos), then crops the padding off. Raises
     PictureError as it does.
     """
     canvas_size = _canvas_size(original_size, pixels.shape[:2])
@@ -117,7 +119,7 @@ def restore(pixels: np.ndarray, original_size: tuple[int, int]) -> Image.Image:
 
 
 def side_by_side(left: Image.Image, right: Image.Image) -> Image.Image:
-    """Two RGB pictures beside each other, on white where one is lower."""
+    """Return two RGB pictures side by side, with white below the lower one."""
     size = left.width + right.width, max(left.height, right.height)
     both = Image.new("RGB", size, _WHITE)
     both.paste(left, (0, 0))
@@ -126,30 +128,30 @@ def side_by_side(left: Image.Image, right: Image.Image) -> Image.Image:
 
 
 def check_target(path: Path) -> str:
-    """The format in which a path's extension has a picture written; see `save_picture`.
+    """Return the format that `save_picture` writes for a path's extension.
 
-    Raises PictureError on an extension not in WRITE_FORMATS, or when the folder is not there.
+    Raises PictureError if the extension is not in WRITE_FORMATS, or the folder does not exist.
     """
     if path.suffix.lower() not in WRITE_FORMATS:
         known = ", ".join(WRITE_FORMATS)
         raise PictureError(f"{path}: pictures are written as {known}, not {path.suffix!r}")
     if not path.parent.is_dir():
-        raise PictureError(f"{path} cannot be written: there is no folder {path.parent}")
+        raise PictureError(f"{path} cannot be written: there is no folder {path.parent}; make it")
     return WRITE_FORMATS[path.suffix.lower()]
 
 
 def save_picture(image: Image.Image, path: str | os.PathLike[str]) -> None:
     """Write a picture, without any metadata, in the format of the path's extension.
 
-    The file appears whole or not at all, and replaces one that is there. Raises PictureError on an
-    extension not in WRITE_FORMATS, or when the file cannot be written.
+    The file appears whole or not at all, and replaces an existing one. Raises PictureError if the
+    extension is not in WRITE_FORMATS, or the file cannot be written.
     """
     path = Path(path)
     written_as = check_target(path)
-    # Encoded in memory, for Pillow does not notice when a full disk takes only part of a write.
+    # Encode in memory: Pillow does not notice when a full disk takes only part of a write.
     encoded = BytesIO()
     try:
-        # The quality of JPEG and WebP; the other formats lose nothing.
+        # quality is for JPEG and WebP; the other formats are lossless.
         _pixels_only(image).save(encoded, format=written_as, quality=95)
         with atomic_file(path) as whole:
             whole.write_bytes(encoded.getbuffer())
@@ -159,13 +161,13 @@ def save_picture(image: Image.Image, path: str | os.PathLike[str]) -> None:
 
 @contextmanager
 def _explained(name: str) -> Iterator[None]:
-    """Turn whatever reading raises into a PictureError, in one line that starts with the name."""
+    """Turn any exception of reading into a PictureError, whose one line starts with the name."""
     try:
         yield
     except UnidentifiedImageError as error:
         known = ", ".join(READ_FORMATS)
-        raise PictureError(f"{name} is not a picture in a format that is read: {known}") from error
-    except Exception as error:  # on damaged files decoders raise errors of every kind
+        raise PictureError(f"{name} is not a picture in a known format: give {known}") from error
+    except Exception as error:  # decoders raise errors of every kind on damaged files
         raise PictureError(f"{name} cannot be read: {_reason(error)}") from error
 
 
@@ -178,7 +180,7 @@ def _plain_rgb(image: Image.Image, max_pixels: int) -> Image.Image:
     width, height = image.size
     if not 0 < width * height <= max_pixels:
         raise PictureError(
-            f"it is {width} x {height}, and a picture must have from 1 to {max_pixels} pixels"
+            f"it is {width} x {height}; a picture must have 1 to {max_pixels} pixels, scale it"
         )
     _check_tiles(image, max_pixels)
     image.load()  # decodes; from here on size, mode and info can be trusted
@@ -190,11 +192,13 @@ def _plain_rgb(image: Image.Image, max_pixels: int) -> Image.Image:
 
 
 def _check_tiles(image: Image.Image, max_pixels: int) -> None:
-    """Of a TIFF, whose tiles may be larger than its picture, and are decoded whole."""
+    """Refuse a TIFF with huge tiles: they may exceed the picture, and are decoded whole."""
     tags = getattr(image, "tag_v2", {})
     sides = (tags.get(TiffImagePlugin.TILEWIDTH, 1), tags.get(TiffImagePlugin.TILELENGTH, 1))
     if sides[0] * sides[1] > max_pixels:
-        raise PictureError(f"its tiles are {sides[0]} x {sides[1]}, of at most {max_pixels} pixels")
+        raise PictureError(
+            f"its tiles are {sides[0]} x {sides[1]}; a tile may have up to {max_pixels} pixels"
+        )
 
 
 def _orientation(image: Image.Image) -> int:
@@ -205,7 +209,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    """The same picture with 8 bits a sample."""
+    """Scale samples of 16 or 32 bits to 8 bits; leave other pictures as they are."""
     if image.mode.startswith("I;16"):
         samples = np.asarray(image).astype(np.uint32)
         grey = Image.fromarray(((samples + 128) // 257).astype(np.uint8))
@@ -219,7 +223,7 @@ def _eight_bit(image: Image.Image) -> Image.Image:
         if not (math.isfinite(darkest) and math.isfinite(brightest)):
             raise PictureError("it has samples that are not finite")
         levels = np.empty(samples.shape, np.uint8)
-        # In pieces, for all at once would take 20 bytes a pixel.
+        # In pieces: all at once would take 20 bytes a pixel.
         for first in range(0, samples.size, _PIECE):
             piece = samples[first : first + _PIECE].astype(np.float64)
             scaled = (piece - darkest) / ((brightest - darkest) or 1) * 255
@@ -229,7 +233,7 @@ def _eight_bit(image: Image.Image) -> Image.Image:
 
 
 def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """The colours, grey where the picture is grey, and the 8-bit alpha channel if there is one."""
+    """Split off the 8-bit alpha channel, if there is one; a grey picture's colours stay grey."""
     if not image.has_transparency_data:
         return image, None
     if image.mode == "La":
@@ -253,14 +257,14 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
 
 
 def _pixels_only(image: Image.Image) -> Image.Image:
-    """A copy in RGB without any of the metadata that Pillow carries along."""
+    """Copy a picture's pixels to RGB, without the metadata that Pillow carries along."""
     return Image.fromarray(np.asarray(image.convert("RGB")))
 
 
 def _canvas_size(picture: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
-    """(width, height) of the smallest canvas, as wide to high as size, that holds the picture.
+    """Return (width, height) of the smallest canvas of size's aspect ratio that holds the picture.
 
-    picture: (width, height); size: (height, width).
+    picture is (width, height), size is (height, width).
     """
     width, height = picture
     if height * size[1] > width * size[0]:
@@ -270,6 +274,6 @@ def _canvas_size(picture: tuple[int, int], size: tuple[int, int]) -> tuple[int, 
     if width * height > MAX_CANVAS_PIXELS:
         raise PictureError(
             f"a picture of {picture[0]} x {picture[1]} is too long and thin: padded it would have "
-            f"{width} x {height} pixels, and {MAX_CANVAS_PIXELS} are allowed; crop it first"
+            f"{width} x {height} pixels, of at most {MAX_CANVAS_PIXELS}; crop it first"
         )
     return width, height

@@ -1,4 +1,4 @@
-"""An edit's numbers per scale, as the reference and the runtime both read them."""
+"""An edit's settings per scale, checked alike for the reference and the runtime."""
 
 from collections.abc import Iterable, Sequence
 from math import inf, isfinite
@@ -8,14 +8,14 @@ from varedit_runtime.errors import ConfigError
 
 PerScale = float | Sequence[float]
 
-# What single precision, which the models compute in, neither overflows on nor rounds to 0.
+# Models compute in fp32: larger values overflow, smaller ones are not normal numbers.
 LARGEST, SMALLEST = 2.0**127, 2.0**-126
 
 
 def per_scale(value: PerScale, scales: int, name: str) -> tuple[float, ...]:
-    """A number, or one per scale, as one per scale.
+    """Spread a number over all scales, or check that there is one per scale.
 
-    Raises ConfigError on another count, and on what is not a finite number.
+    Raises ConfigError, naming the setting, on another count or a value that is no finite number.
     """
     given = tuple(value) if isinstance(value, Iterable) else (value,) * scales
     for entry in given:
@@ -33,7 +33,7 @@ def per_scale(value: PerScale, scales: int, name: str) -> tuple[float, ...]:
 
 
 def temperature_per_scale(value: PerScale, scales: int) -> tuple[float, ...]:
-    """A temperature as `per_scale` reads it. Raises ConfigError also unless it is over 0."""
+    """Spread or check a temperature like `per_scale`. Raises ConfigError also if it is <= 0."""
     values = per_scale(value, scales, "temperature")
     if min(values) < SMALLEST:
         raise ConfigError(f"temperature is {value}; it must be over 0")
@@ -41,7 +41,7 @@ def temperature_per_scale(value: PerScale, scales: int) -> tuple[float, ...]:
 
 
 def _float(number: float) -> float:
-    """What is too large for one as infinity, whatever its sign."""
+    """Convert to a float; integers too large for one give infinity, whatever their sign."""
     try:
         return float(number)
     except OverflowError:

@@ -1,4 +1,7 @@
-"""Instructions to token ids, with a model's own tokenizer.json."""
+"""Tokenise instructions with a model's own tokenizer.json.
+
+A bundle's tokenizer.json may come from a stranger, so it is checked before it is loaded.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,18 +13,17 @@ from varedit_runtime.errors import TextError
 
 END_TOKEN = "</s>"
 
-# What models that T5's tokenizers are made with: T5's own, and nano's.
-MODELS = ("Unigram", "BPE")
+MODELS = ("Unigram", "BPE")  # T5's and nano's kinds of tokenizer
 
-# Tokenising costs time and memory in proportion, so that what is far too long is not tokenised. A
-# piece of T5's has at most 16 characters; as many again are for the white space between them.
+# Longer texts are refused or cut before they are tokenised, as the work grows with the length. T5's
+# pieces have at most 16 characters; as many again allow for white space between them.
 CHARACTERS_PER_TOKEN = 32
 
 
 class Instructions:
-    """Tokenises instructions as T5 does: as they are, with the end token behind.
+    """Tokenises instructions as T5 does: as they are, followed by the end token.
 
-    limit: the most tokens of an instruction, end token included.
+    limit: the most tokens that an instruction may have, end token included.
     """
 
     def __init__(self, tokenizer: Tokenizer, limit: int) -> None:
@@ -29,10 +31,10 @@ class Instructions:
         self._end = _end_token(tokenizer)
 
     def tokenise(self, prompt: str, *, truncate: bool = False) -> list[int]:
-        """Token ids, end token included.
+        """Return an instruction's token ids, end token included.
 
-        truncate: cut a long instruction. Raises TextError on an empty instruction, on a long one
-        unless truncate, and on one that is no text or that the tokenizer fails on.
+        truncate: cut an instruction that is too long. Raises TextError on an empty instruction, on
+        a long one unless truncate, on invalid Unicode, and if the tokenizer fails.
         """
         prompt = self._cut(prompt, truncate)
         if not prompt.strip():
@@ -46,7 +48,7 @@ class Instructions:
         return [*ids[: self.limit - 1], self._end]
 
     def _cut(self, prompt: str, truncate: bool) -> str:
-        """No longer than what is worth tokenising."""
+        """Cut a prompt, or refuse it, before it costs much work."""
         most = self.limit * CHARACTERS_PER_TOKEN
         if len(prompt) > most and not truncate:
             raise TextError(
@@ -60,11 +62,11 @@ class Instructions:
             prompt.encode()
         except UnicodeEncodeError as error:
             raise TextError(
-                "the instruction holds characters that are no text, such as half of a surrogate "
-                "pair: give it as valid Unicode"
+                "the instruction is not valid Unicode (such as half of a surrogate pair): correct "
+                "its encoding"
             ) from error
         failed = TextError(
-            "the model's tokenizer fails on the instruction: word it otherwise, or build the "
+            "the model's tokenizer fails on the instruction: word it differently, or build the "
             "bundle again"
         )
         with _any_failure_as(failed):
@@ -72,9 +74,9 @@ class Instructions:
 
 
 def read_tokenizer(tokenizer_json: bytes) -> Tokenizer:
-    """A model's tokenizer, without the truncation and padding that its file may ask for.
+    """Read a tokenizer.json, ignoring the truncation and padding that it may ask for.
 
-    Raises ValueError, whose text says what the file is or lacks, unless it is a T5 tokenizer.
+    Raises ValueError unless it is a T5 tokenizer; the message is to follow the file's name.
     """
     with _any_failure_as(ValueError("is not a tokenizer")):
         tokenizer = Tokenizer.from_str(_checked(tokenizer_json))
@@ -86,7 +88,7 @@ def read_tokenizer(tokenizer_json: bytes) -> Tokenizer:
 
 @contextmanager
 def _any_failure_as(failed: Exception) -> Iterator[None]:
-    """Tokenizers raises bare Exceptions, and panics, which are not even those."""
+    """Turn any failure into this error: tokenizers' panics are not even Exceptions."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
@@ -96,10 +98,11 @@ def _any_failure_as(failed: Exception) -> Iterator[None]:
 
 
 def _checked(tokenizer_json: bytes) -> str:
-    """The file, written anew so that tokenizers reads what was checked: a key may stand twice.
+    """Check a tokenizer.json; return what was checked, encoded anew.
 
-    Raises ValueError, or what msgspec does, on what is no T5 tokenizer. A BPE model with a prefix
-    or suffix, which T5's never has, can abort the process when it is loaded.
+    Another JSON parser could read the original differently, as when a key appears twice. A BPE
+    model with a prefix or suffix, which no T5 has, can abort the process when it is loaded. Raises
+    ValueError, or an error of msgspec's, unless it is a T5 tokenizer.
     """
     file = msgspec.json.decode(tokenizer_json)
     model = file["model"]
