@@ -5,11 +5,11 @@ from torch import Tensor
 
 
 def eager_attention(q_RHLD: Tensor, k_RHSD: Tensor, v_RHSD: Tensor) -> Tensor:
-    """softmax(q·kᵀ)·v, as `fused_attention`, from products that a CPU with bf16 does faster.
+    """Compute softmax(q·kᵀ)·v as matrix products, which CPUs with bf16 do faster than fused.
 
-    Scores in bf16 are coarser than the fused kernel's. Neither a shift of all keys, which moves a
-    query's scores together, nor one of all values, added again to their mean, changes the result:
-    without their means, what is rounded is smaller.
+    Scores in bf16 are coarser than the fused kernel's. Subtracting the keys' mean shifts all scores
+    of a query alike, which softmax ignores; the values' mean is added back. Without their means,
+    the numbers that are rounded to bf16 are smaller, and so are the errors.
     """
     keys = k_RHSD - k_RHSD.mean(-2, keepdim=True)
     mean = v_RHSD.mean(-2, keepdim=True)

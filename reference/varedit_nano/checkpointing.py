@@ -1,13 +1,13 @@
 """The run folder: options, checkpoint, log and sheets of one training run.
 
-    options.json     what the run learns, fixed by its first start
+    options.json     the recipe and data of the run, fixed by its first start
     checkpoint.pt    tensors only: model, EMA, optimiser state, steps done
-    log.jsonl        one line of losses or scores each
+    log.jsonl        losses or scores, one entry a line
     sheets/          pictures to look at
     ema/             the averaged weights, as the reference loads them
 
-Whatever is killed at whatever point: the checkpoint is replaced as a whole, the rest is redone
-from it.
+A run may be killed at any point: the checkpoint is replaced as a whole, and everything else is
+made again from it.
 """
 
 import copy
@@ -29,7 +29,7 @@ from varedit_runtime.errors import CheckpointError, ConfigError, one_line
 
 @dataclass
 class TrainingState:
-    """A model in training; `step` steps are done."""
+    """A model in training, the running average of its weights (EMA), and the steps done."""
 
     model: nn.Module
     ema: nn.Module
@@ -51,7 +51,7 @@ class RunFolder:
         self.sheets.mkdir(parents=True, exist_ok=True)
 
     def keep_options(self, options: Mapping[str, Any]) -> None:
-        """Record what the run learns. Raises ConfigError if it was started with other options."""
+        """Record the run's options. Raises ConfigError if it was started with different ones."""
         path = self.folder / "options.json"
         given = json.loads(json.dumps(options))
         if not path.exists():
@@ -91,10 +91,9 @@ class RunFolder:
             ) from error
 
     def resume(self, state: TrainingState) -> None:
-        """Bring a fresh state to where the run was, and forget log lines after that.
+        """Load the checkpoint, if there is one, into a new state; drop later lines of the log.
 
-        Without a checkpoint the state stays as it is. Raises CheckpointError on one that does not
-        fit.
+        Raises CheckpointError if the checkpoint does not fit the model.
         """
         if self.checkpoint.exists():
             with self._fitting():
@@ -121,7 +120,7 @@ class RunFolder:
 def write_weights(
     path: Path, state: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
 ) -> None:
-    """A safetensors file of the weights in one type, all or nothing."""
+    """Write weights, converted to one type, as a safetensors file: whole or not at all."""
     weights = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in state.items()}
     with whole_file(path, sum(tensor.nbytes for tensor in weights.values())) as partial:
         save_file(weights, partial, {"format": "pt"})

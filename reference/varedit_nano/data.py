@@ -1,6 +1,6 @@
 """Batches of drawn pictures and edits, each a pure function of its step.
 
-Seeds are kept apart: what is evaluated and what is looked at during training is never trained on.
+Evaluation, validation (pictures shown during training) and training have disjoint ranges of seeds.
 """
 
 from collections.abc import Iterator
@@ -29,14 +29,14 @@ TRAINING_SHARES = {
     "style": 0.04,
     "compound": 0.09,
 }
-"""How often training draws each kind of edit: oftener what is harder to learn."""
+"""The share of each kind of edit in training; kinds that are harder to learn have more."""
 
 Batch = TypeVar("Batch")
 
 
 @dataclass(frozen=True)
 class EditBatch:
-    """Edits: pictures uint8 [B, H, W, 3] before and after, and what was asked for."""
+    """A batch of edits: pictures uint8 [B, H, W, 3] before and after, and the instructions."""
 
     source: Tensor
     target: Tensor
@@ -44,7 +44,7 @@ class EditBatch:
 
 
 class PictureBatches(Dataset[Tensor]):
-    """Step -> pictures uint8 [B, H, W, 3]."""
+    """The pictures of every step, uint8 [B, H, W, 3]."""
 
     def __init__(self, batch: int, size: int, first_seed: int = FIRST_TRAINING_SEED) -> None:
         self.batch, self.size, self.first_seed = batch, size, first_seed
@@ -59,7 +59,7 @@ class PictureBatches(Dataset[Tensor]):
 
 
 class EditBatches(Dataset[EditBatch]):
-    """Step -> edits."""
+    """The edits of every step."""
 
     def __init__(self, batch: int, size: int, first_seed: int = FIRST_TRAINING_SEED) -> None:
         self.batch, self.size, self.first_seed = batch, size, first_seed
@@ -77,18 +77,18 @@ class EditBatches(Dataset[EditBatch]):
 
 
 def training_kind(seed: int) -> str:
-    """The kind of edit that training draws from a seed."""
+    """Return the kind of edit that training draws from a seed."""
     return draw_kind(np.random.default_rng([seed, 3]), TRAINING_SHARES)
 
 
 def step_seeds(step: int, batch: int, first_seed: int = FIRST_TRAINING_SEED) -> range:
-    """The training seeds of a step, different from every other step's."""
+    """Return a step's training seeds; no two steps share any."""
     start = first_seed + step * batch
     return range(start, start + batch)
 
 
 def batches(dataset: Dataset[Batch], steps: range, workers: int) -> Iterator[Batch]:
-    """The batches of those steps in order, drawn ahead by worker processes if there are any."""
+    """Yield the batches of these steps in order; worker processes, if any, draw them ahead."""
     loader = DataLoader(
         dataset,
         batch_size=None,
@@ -100,12 +100,12 @@ def batches(dataset: Dataset[Batch], steps: range, workers: int) -> Iterator[Bat
 
 
 def to_model(pictures: Tensor) -> Tensor:
-    """uint8 [B, H, W, 3] -> fp32 [B, 3, H, W] in [-1, 1]."""
+    """Convert uint8 [B, H, W, 3] to fp32 [B, 3, H, W] in [-1, 1]."""
     return (pictures.float() / 127.5 - 1).permute(0, 3, 1, 2).contiguous()
 
 
 def to_pixels(pictures: Tensor) -> np.ndarray:
-    """Decoded [B, 3, H, W] -> uint8 [B, H, W, 3], clamped and truncated as pictures go out."""
+    """Convert decoded [B, 3, H, W] to uint8 [B, H, W, 3], clamped and truncated as in an edit."""
     levels = (pictures.float().clamp(-1, 1) + 1) / 2 * 255
     return levels.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 

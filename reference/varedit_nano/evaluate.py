@@ -1,12 +1,12 @@
-"""Scores nano on edits of scenes it never saw: `python -m varedit_nano.evaluate`.
+"""Score nano on edits of scenes that it never saw: `python -m varedit_nano.evaluate`.
 
-- Accuracy: an edit is accurate when it wins against each alternative edit of the scene and against
-  the untouched source. It wins when, inside the union of both masks, the result is nearer (mean
-  squared error) to the right target than to the other picture.
-- Preservation: PSNR to the source outside the right mask, over local edits: neither a style nor a
-  background, nor a mask of more than half of the picture.
+- Accuracy: an edit is accurate if its result is closer to the right target than to any other
+  candidate: a dozen alternative edits of the scene, and the unchanged source. Closer means a
+  smaller mean squared error inside the union of the two edits' masks.
+- Preservation: PSNR to the source outside the right mask. Only local edits count: styles,
+  backgrounds and masks of more than half of the picture are left out.
 - Tokenizer: PSNR of the source's reconstruction.
-- Ceiling: the accuracy of the right target's own reconstruction, which no transformer can pass.
+- Ceiling: the accuracy of the right target's reconstruction. No transformer can do better.
 """
 
 import json
@@ -38,7 +38,7 @@ SHEET_ROWS = 12
 
 @dataclass(frozen=True)
 class Question:
-    """An edit to do, and the pictures that its result is compared with."""
+    """An edit to make, and the alternative edits that its result is compared with."""
 
     seed: int
     right: EditSample
@@ -47,7 +47,11 @@ class Question:
 
 @dataclass(frozen=True)
 class EditScore:
-    """One edit. margin: the narrowest comparison, above zero where it is won, at most 1."""
+    """The scores of one edit.
+
+    margin: see `margin`; the edit is accurate if > 0. preservation, tokenizer: in dB; preservation
+    is None for edits that are not local. reachable: the target's reconstruction is accurate.
+    """
 
     kind: str
     seed: int
@@ -82,7 +86,7 @@ class Scores:
 
 
 def draw_questions(count: int, size: int) -> list[Question]:
-    """Edits of reserved seeds, all kinds in turn."""
+    """Draw the edits of the reserved seeds, all kinds in turn."""
     return [
         _draw_question(seed, KINDS[seed % len(KINDS)], size) for seed in EVALUATION_SEEDS[:count]
     ]
@@ -95,14 +99,14 @@ def _draw_question(seed: int, kind: str, size: int) -> Question:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How bits are drawn; None: the model's own."""
+    """Settings of sampling; None is the model's own."""
 
     guidance_scale: float | None = None
     temperature: float | None = None
 
 
 def answer(model: VAREdit, questions: Sequence[Question], sampling: Sampling) -> list[np.ndarray]:
-    """The model's edits, uint8 [S, S, 3]; every edit's noise is that of its own seed."""
+    """Return the model's edits, uint8 [S, S, 3], each with the noise of its question's seed."""
     results = model.edit(
         [Image.fromarray(question.right.source) for question in questions],
         [question.right.instruction for question in questions],
@@ -115,7 +119,7 @@ def answer(model: VAREdit, questions: Sequence[Question], sampling: Sampling) ->
 
 @torch.inference_mode()
 def reconstruct(model: VAREdit, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Pictures through the tokenizer's bits and back, uint8 [S, S, 3]."""
+    """Encode pictures to the tokenizer's bits and decode them, uint8 [S, S, 3]."""
     device = next(model.tokenizer.parameters()).device
     batch: Tensor = torch.from_numpy(np.stack(pictures)).to(device)
     grids, patch = model.config.transformer.grids, model.config.tokenizer.patch
@@ -144,10 +148,10 @@ def score(
 
 
 def margin(question: Question, result: np.ndarray) -> float:
-    """The narrowest of an edit's comparisons; above zero only if all are won. At most 1.
+    """Return the smallest margin of an edit over its candidates, in [-1, 1]; accurate if > 0.
 
-    Each is (e - r) / (e + r) with the squared errors r to the right target and e to the other
-    picture, inside the union of the masks. NaN, which wins nothing, counts as -1.
+    A margin is (e - r) / (e + r), with the squared errors r to the right target and e to the
+    candidate, inside the union of the masks. NaN counts as -1.
     """
     right = question.right
     others = [(other.target, right.mask | other.mask) for other in question.alternatives]
@@ -161,13 +165,13 @@ def margin(question: Question, result: np.ndarray) -> float:
 
 
 def squared_error(a: np.ndarray, b: np.ndarray, region: np.ndarray | None = None) -> float:
-    """Mean squared difference of pictures [S, S, 3] with values 0 .. 255, in a region [S, S]."""
+    """Return the mean squared difference of pictures [S, S, 3] (0 .. 255) in a region [S, S]."""
     difference = a.astype(np.float64) - b
     return float(np.mean(np.square(difference if region is None else difference[region])))
 
 
 def psnr(a: np.ndarray, b: np.ndarray, region: np.ndarray | None = None) -> float:
-    """Peak signal-to-noise ratio in dB, 10 log10(255² / error); at most 100, for equal pictures."""
+    """Return the PSNR in dB, 10·log10(255² / error); 100 for equal pictures."""
     error = squared_error(a, b, region)
     return float(10 * np.log10(255**2 / max(error, 255**2 * 1e-10)))
 
@@ -175,7 +179,7 @@ def psnr(a: np.ndarray, b: np.ndarray, region: np.ndarray | None = None) -> floa
 def evaluate(
     model: VAREdit, questions: Sequence[Question], batch: int, sampling: Sampling
 ) -> tuple[list[EditScore], list[np.ndarray]]:
-    """Scores and resulting pictures of all questions."""
+    """Return the scores and the resulting pictures of all questions."""
     scores, results = [], []
     for start in tqdm(range(0, len(questions), batch), unit="batch", disable=None):
         asked = questions[start : start + batch]
@@ -188,13 +192,14 @@ def evaluate(
 
 
 def by_kind(scores: Sequence[EditScore]) -> dict[str, Scores]:
-    """The scores of every kind of edit that occurs, then overall."""
+    """Average the scores over each kind of edit that occurs, and over all edits."""
     kinds = [kind for kind in KINDS if any(score.kind == kind for score in scores)]
     grouped = {kind: Scores.of([s for s in scores if s.kind == kind]) for kind in kinds}
     return grouped | {"overall": Scores.of(scores)}
 
 
 def table(scores: dict[str, Scores]) -> str:
+    """Format scores as a table: accuracy and ceiling in percent, the others in dB."""
     lines = [
         f"{'kind':<11}{'edits':>6}{'accurate %':>12}{'ceiling %':>11}{'kept dB':>9}{'tok. dB':>9}"
     ]
@@ -210,7 +215,7 @@ def table(scores: dict[str, Scores]) -> str:
 def draw_sheet(
     questions: Sequence[Question], results: Sequence[np.ndarray], scores: Sequence[EditScore]
 ) -> Image.Image:
-    """Source, result and target: random edits on the left, on the right those with least margin."""
+    """Draw source, result and target: random edits on the left, the worst ones on the right."""
     random = np.random.default_rng(0).permutation(len(questions))[:SHEET_ROWS]
     worst = np.argsort([score.margin for score in scores], kind="stable")[:SHEET_ROWS]
     shown = [index for pair in zip(random, worst, strict=True) for index in pair]

@@ -1,4 +1,4 @@
-"""Ships a trained model: `python -m varedit_nano.export_weights`."""
+"""Write a trained model to the package: `python -m varedit_nano.export_weights`."""
 
 from pathlib import Path
 
@@ -18,8 +18,8 @@ LARGEST_BYTES = 40 * 10**6
 def export_weights(tokenizer: Path, run: Path, out: Path = WEIGHTS) -> int:
     """Write averaged weights in fp16, which halves the download.
 
-    tokenizer: the file that the transformer was trained on; run: the transformer's run folder.
-    Returns the bytes written. Raises CheckpointError when they are more than the package may hold.
+    tokenizer: the file that the transformer was trained with. run: the transformer's run folder.
+    Returns the bytes written. Raises CheckpointError if they exceed the package's limit.
     """
     write_weights(out / TOKENIZER_FILE, open_weights(tokenizer), torch.float16)
     transformer = open_weights(run / "ema" / TRANSFORMER_FILE)

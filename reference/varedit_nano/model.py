@@ -45,7 +45,7 @@ NANO = ModelConfig(
 
 
 def nano(conditioning: Conditioning = "sar") -> ModelConfig:
-    """nano's sizes under one of the paper's conditionings."""
+    """Return nano's configuration with one of the paper's conditionings."""
     return replace(NANO, transformer=replace(NANO.transformer, conditioning=conditioning))
 
 
@@ -54,9 +54,9 @@ def load_nano(
     conditioning: Conditioning = "sar",
     device: str | torch.device = "cpu",
 ) -> VAREdit:
-    """nano in fp32, with the weights of a folder that `export_weights` wrote; by default its own.
+    """Load nano in fp32 from a folder that `export_weights` wrote, by default the package's own.
 
-    Raises CheckpointError when they are missing or do not fit.
+    Raises CheckpointError if weights are missing or do not fit.
     """
     folder = Path(weights)
     config = nano(conditioning)

@@ -1,4 +1,4 @@
-"""What changes the weights in training: AdamW, and Muon for the matrices between hidden states."""
+"""The optimisers of training: Muon for the matrices between hidden states, AdamW for the rest."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,7 @@ from torch import nn
 
 
 class Optimisers:
-    """Several optimisers, each with parameters of its own, as one."""
+    """Several optimisers of disjoint parameters, used as one."""
 
     def __init__(self, *parts: torch.optim.Optimizer) -> None:
         self.parts = parts
@@ -29,7 +29,7 @@ class Optimisers:
         return {str(i): part.state_dict() for i, part in enumerate(self.parts)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises KeyError or ValueError when the state is of other optimisers."""
+        """Load a saved state. Raises KeyError or ValueError if it is of other optimisers."""
         for i, part in enumerate(self.parts):
             part.load_state_dict(state[str(i)])
 
@@ -41,10 +41,10 @@ def optimisers(
     betas: tuple[float, float],
     hidden: tuple[nn.Parameter, ...] = (),
 ) -> Optimisers:
-    """Muon (Jordan et al. 2024) for `hidden`, matrices; AdamW for the rest.
+    """Return Muon (Jordan et al. 2024) for the matrices `hidden`, and AdamW for the rest.
 
     Muon's updates are scaled to the size of AdamW's (Liu et al. 2025, arXiv 2502.16982), so that
-    one learning rate serves both. Vectors (biases, norms, gammas) are not decayed.
+    one learning rate serves both. Vectors (biases, norms, gammas) have no weight decay.
     """
     orthogonal = {id(parameter) for parameter in hidden}
     rest = [p for p in model.parameters() if id(p) not in orthogonal]

@@ -1,4 +1,4 @@
-"""Sheets of pictures to look at."""
+"""Contact sheets: many pictures with captions in one."""
 
 from collections.abc import Sequence
 from textwrap import wrap
@@ -12,7 +12,7 @@ GAP, LINE = 4, 12
 def contact_sheet(
     rows: Sequence[Sequence[np.ndarray]], captions: Sequence[str] = (), columns: int = 1
 ) -> Image.Image:
-    """Rows of pictures uint8 [H, W, 3], `columns` rows side by side, a caption over each."""
+    """Draw rows of pictures uint8 [H, W, 3] with captions above; `columns` rows share a line."""
     height, width = rows[0][0].shape[:2]
     row_width = len(rows[0]) * (width + GAP) + GAP
     letters = row_width // 7

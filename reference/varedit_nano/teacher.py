@@ -1,4 +1,4 @@
-"""What the transformer learns from a target picture: inputs and bits of every scale."""
+"""Teacher forcing: the inputs and target bits of every scale, and the loss over them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +22,10 @@ LARGEST_FLIP_RATE = 0.3
 
 @dataclass(frozen=True)
 class Lesson:
-    """bits [B, L_k, c]: the targets of every scale; inputs [B, L_k, c]: of all but the first."""
+    """What is learned from target pictures, per scale.
+
+    bits: the targets [B, L_k, c]. inputs: the tokens [B, L_k, c] of all scales except the first.
+    """
 
     inputs: list[Tensor]
     bits: list[Tensor]
@@ -35,11 +38,11 @@ def lesson(
     generator: torch.Generator,
     largest_flip_rate: float = LARGEST_FLIP_RATE,
 ) -> Lesson:
-    """Teacher forcing with bitwise self-correction, from features [B, d, h_K, w_K].
+    """Make a lesson from features [B, d, h_K, w_K], with bitwise self-correction (Infinity).
 
-    At every scale a share of each picture's bits, drawn from 0 .. largest_flip_rate, is flipped in
-    the input path only: later inputs hold the mistakes, and later bits, those of the residual
-    that is left, mend them.
+    At every scale a random share of each picture's bits, 0 .. largest_flip_rate, is flipped, in the
+    inputs only: the next inputs contain the mistakes, and the next targets, the signs of what is
+    then missing, correct them. Otherwise the model would never see the mistakes that it makes.
     """
     total = torch.zeros_like(features)
     inputs, targets = [], []
@@ -62,15 +65,15 @@ def flip(bits: Tensor, largest_rate: float, generator: torch.Generator) -> Tenso
 
 
 def scale_weights(grids: Sequence[Grid]) -> list[float]:
-    """Each scale's share of the loss: its tokens weigh 1/sqrt(h·w) each, all together 1."""
+    """Return each scale's share of the loss, in all 1; a token weighs 1/sqrt(h_k·w_k)."""
     shares = [sqrt(rows * columns) for rows, columns in grids]
     return [share / sum(shares) for share in shares]
 
 
 def bit_losses(logits: Sequence[Tensor], bits: Sequence[Tensor]) -> list[Tensor]:
-    """Cross-entropy per bit, mean over each scale: logits [B, L, c, 2], bits [B, L, c]."""
+    """Return each scale's mean cross-entropy per bit, of logits [B, L, c, 2] and bits [B, L, c]."""
     return [
-        # The two-way softmax's cross-entropy, in one number a bit.
+        # softmax over two logits is the sigmoid of their difference
         F.binary_cross_entropy_with_logits(scale[..., 1] - scale[..., 0], target.float())
         for scale, target in zip(logits, bits, strict=True)
     ]

@@ -1,4 +1,4 @@
-"""nano's text side: a vocabulary of the instructions' own words, and a small T5 encoder."""
+"""nano's text encoder: a vocabulary made from its instructions, and a small T5 encoder."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -22,10 +22,10 @@ VOCABULARY_SIZE = 768
 
 
 def build_vocabulary(instructions: Iterable[str]) -> Vocabulary:
-    """A vocabulary of lower-case word pieces (byte-pair merges), frequent words whole.
+    """Train a vocabulary of lower-case word pieces (BPE); frequent words are one piece.
 
-    Every printable ASCII character is a piece, so that an unknown word falls apart into known
-    pieces; other characters become <unk>.
+    Every printable ASCII character is a piece, so that unknown words are spelt with known pieces;
+    other characters become <unk>.
     """
     vocabulary = Vocabulary(models.BPE(unk_token=UNKNOWN_TOKEN))
     vocabulary.normalizer = normalizers.Sequence(
@@ -51,7 +51,7 @@ def build_vocabulary(instructions: Iterable[str]) -> Vocabulary:
 
 
 def new_text_encoder(vocabulary: Vocabulary, channels: int) -> T5Stack:
-    """An untrained T5 encoder of three layers, with transformers' own initialisation."""
+    """Build an untrained T5 encoder of three layers, as transformers initialises it."""
     config = T5Config(
         vocab_size=vocabulary.get_vocab_size(),
         d_model=channels,
@@ -71,7 +71,7 @@ def new_text_encoder(vocabulary: Vocabulary, channels: int) -> T5Stack:
 
 
 def text_features(model: T5Stack, tokens: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Token ids -> features [T_i, text], with gradients."""
+    """Encode token ids to features [T_i, text_channels], with gradients."""
     lengths = torch.tensor([len(ids) for ids in tokens])
     ids = pad_sequence([torch.tensor(ids) for ids in tokens], batch_first=True)
     mask = torch.arange(ids.shape[1]) < lengths[:, None]
@@ -83,7 +83,7 @@ def text_features(model: T5Stack, tokens: Sequence[Sequence[int]]) -> list[Tenso
 def write_text_folder(
     folder: Path, model: T5Stack, vocabulary: Vocabulary, dtype: torch.dtype = torch.float32
 ) -> None:
-    """A T5 folder: config.json, tokenizer.json and the encoder's weights."""
+    """Write a T5 folder: config.json, tokenizer.json and the encoder's weights."""
     state = {
         t5_layout(Stored(name, tuple(tensor.shape))).name: tensor
         for name, tensor in model.state_dict().items()

@@ -1,4 +1,4 @@
-"""Trains the tokenizer: `python -m varedit_nano.train_tokenizer --run FOLDER`."""
+"""Train nano's tokenizer: `python -m varedit_nano.train_tokenizer --run FOLDER`."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -44,11 +44,10 @@ VALIDATION_PICTURES = 32
 
 @dataclass(frozen=True)
 class Weights:
-    """The parts of the loss, and when quantisation sets in, in shares of all steps.
+    """Weights of the loss's parts, and when quantisation starts, as shares of all steps.
 
-    Quantised from the first step the features collapse. So pictures are unquantised until
-    `mixed_from`, and quantised all until the end from `quantised_from`; in between a growing
-    share of each batch is.
+    With quantisation from the first step, features collapse. So no picture is quantised before
+    `mixed_from`, a growing share of each batch from then on, and all from `quantised_from` on.
     """
 
     absolute: float = 1.0
@@ -109,7 +108,7 @@ class TokenizerTask:
         return {"loss": torch.as_tensor(loss), **parts, "imbalance": balance}
 
     def _where_quantised(self, features: Tensor, step: int) -> Tensor:
-        """1 for the pictures of the batch that are quantised, [B, 1, 1, 1]."""
+        """Draw which pictures of the batch are quantised, [B, 1, 1, 1]: 1 for those."""
         generator = torch.Generator().manual_seed(step)
         chosen = torch.rand(len(features), 1, 1, 1, generator=generator) < self.quantised_share(
             step
@@ -146,18 +145,18 @@ class TokenizerTask:
     def restore(self, folder: Path) -> None:
         tokenizer = load_tokenizer(folder / TOKENIZER_FILE, self.model.config)
         self.model.load_state_dict(tokenizer.state_dict())
-        # Trained weights decode quantised features, and would unlearn it.
+        # Trained weights decode quantised features; unquantised ones would make them unlearn it.
         self.weights = replace(self.weights, mixed_from=-1.0, quantised_from=0.0)
 
 
 def quantised_features(features: Tensor, grids: tuple[Grid, ...]) -> tuple[Tensor, Tensor]:
-    """The sum of all scales' codes, and how unbalanced the finest bits are (0 even, 0.5 dead)."""
+    """Return the sum of all scales' codes, and the finest bits' imbalance (0 even, 0.5 dead)."""
     *_, last = quantise(features, grids)
     return last.sum, (last.bits.float().mean((0, 2, 3)) - 0.5).abs().mean()
 
 
 def edge_difference(a: Tensor, b: Tensor) -> Tensor:
-    """Mean absolute difference between the finite differences of two pictures."""
+    """Return the mean absolute difference between two pictures' finite differences."""
     difference = a - b
     rows = (difference[:, :, 1:] - difference[:, :, :-1]).abs().mean()
     columns = (difference[..., 1:] - difference[..., :-1]).abs().mean()
@@ -169,7 +168,7 @@ def _mean_psnr(pictures: Any, others: Any) -> float:
 
 
 def new_tokenizer(config: TokenizerConfig, seed: int) -> Tokenizer:
-    """A tokenizer whose residual blocks add little at first, from which it learns faster."""
+    """Build a tokenizer whose residual blocks add little at first: it learns faster from there."""
     model = initialise(Tokenizer(config), seed)
     with torch.no_grad():
         for module in model.modules():
@@ -187,7 +186,7 @@ def build(config: TokenizerConfig, recipe: Recipe, machine: Machine) -> Tokenize
 @click.command()
 @training_options(RECIPE, DEFAULT_RUN)
 def main(**options: Any) -> None:
-    """Train nano's tokenizer, or go on with a run that was stopped."""
+    """Train nano's tokenizer, or continue a run that was stopped."""
     run_training(partial(build, NANO.tokenizer), RECIPE, {}, **options)
 
 

@@ -1,4 +1,4 @@
-"""Trains transformer and text encoder: `python -m varedit_nano.train_transformer`."""
+"""Train nano's transformer and text encoder: `python -m varedit_nano.train_transformer`."""
 
 from functools import cached_property, partial
 from hashlib import sha256
@@ -60,7 +60,7 @@ REPORTED_EDITS = 16
 
 
 class Editor(nn.Module):
-    """All that learns from edits."""
+    """The two parts that are trained on edits: transformer and text encoder."""
 
     def __init__(self, transformer: VAR, text_encoder: T5Stack) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ class TransformerTask:
         return source, target
 
     def _text_rows(self, instructions: list[str], generator: torch.Generator) -> list[Tensor]:
-        """The features of each instruction, or now and then the unconditional rows instead."""
+        """Return each instruction's features; some are dropped for the unconditional rows."""
         tokens = [self.text.tokenise(instruction) for instruction in instructions]
         rows = text_features(self.model.text_encoder, tokens)
         shape, device = (len(rows),), generator.device
@@ -138,7 +138,7 @@ class TransformerTask:
         ]
 
     def report(self, model: nn.Module) -> tuple[dict[str, float], Image.Image]:
-        """Edits of validation scenes: PSNR to the target where it differs, and to the rest."""
+        """Edit validation scenes: PSNR to the target where it differs from the source, and not."""
         assert isinstance(model, Editor)
         text = TextEncoder(model.text_encoder, self.text.vocabulary)
         editor = VAREdit(self.config, self.tokenizer, model.transformer, text)
@@ -179,9 +179,9 @@ class TransformerTask:
 
 
 def new_transformer(config: ModelConfig, seed: int) -> VAR:
-    """A transformer whose blocks add next to nothing at first, as training starts from.
+    """Build a transformer to start training from: its blocks add next to nothing at first.
 
-    The gammas of AdaLN lie near zero, and output projections are scaled by 1/sqrt(2·blocks).
+    The gammas of AdaLN are near zero, and output projections are scaled by 1/sqrt(2·blocks).
     """
     model = initialise(VAR(config.transformer), seed)
     width = config.transformer.width
@@ -195,14 +195,14 @@ def new_transformer(config: ModelConfig, seed: int) -> VAR:
 
 
 def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
-    """The type of the matrix products; weights stay as they are."""
+    """Set the type that matrix products are computed in; weights keep theirs."""
     for module in model.modules():
         if isinstance(module, Linear):
             module.compute_dtype = dtype
 
 
 def set_attention(model: nn.Module, attend: Attention) -> None:
-    """How all self-attention is computed."""
+    """Set the function that computes all self-attention."""
     for module in model.modules():
         if isinstance(module, SelfAttention):
             module.attend = attend
@@ -225,7 +225,7 @@ def build(
 )
 @training_options(RECIPE, DEFAULT_RUN)
 def main(tokenizer: Path, conditioning: Conditioning, **options: Any) -> None:
-    """Train nano's transformer on a trained tokenizer, or go on with a run that was stopped."""
+    """Train nano's transformer on a trained tokenizer, or continue a run that was stopped."""
     config = nano(conditioning)
     coder = load_tokenizer(tokenizer, config.tokenizer)
     digest = sha256(tokenizer.read_bytes()).hexdigest()

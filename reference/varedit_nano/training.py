@@ -29,7 +29,7 @@ LARGEST_NORM_ERROR = 0.1
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model learns: the same on every machine. first_seed: of what it learns from."""
+    """How a model learns, on every machine alike. first_seed: the first of its data's seeds."""
 
     steps: int
     batch: int
@@ -45,7 +45,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where and how it is computed, and how often something is written."""
+    """How a machine computes it, and after how many steps it logs, saves and reports."""
 
     device: str = "cpu"
     workers: int = 0
@@ -57,12 +57,12 @@ class Machine:
 
     @property
     def memory_format(self) -> torch.memory_format:
-        """Of the tokenizer's convolutions: the faster one, measured forward and backward."""
+        """The faster memory format of the tokenizer's convolutions, forward and backward."""
         return torch.channels_last if self.device == "cuda" else torch.contiguous_format
 
 
 class Task(Protocol[Batch]):
-    """What is learned. `fast`: as the machine computes; else in eager fp32."""
+    """A model to train, with data and loss. fast: compute as `Machine` says, else in eager fp32."""
 
     @property
     def model(self) -> nn.Module: ...
@@ -76,11 +76,11 @@ class Task(Protocol[Batch]):
     def dataset(self) -> Dataset[Batch]: ...
 
     def losses(self, batch: Batch, step: int, fast: bool) -> dict[str, Tensor]:
-        """What a batch costs: "loss" is minimised, the rest is logged. Scalars."""
+        """Return a batch's losses as scalars: "loss" is minimised, all others are only logged."""
         ...
 
     def report(self, model: nn.Module) -> tuple[dict[str, float], Image.Image]:
-        """Scores and a sheet of pictures of the averaged model."""
+        """Return scores and a sheet of pictures of the averaged model."""
         ...
 
     def export(self, model: nn.Module, folder: Path) -> None:
@@ -88,12 +88,12 @@ class Task(Protocol[Batch]):
         ...
 
     def restore(self, folder: Path) -> None:
-        """Take the weights that `export` wrote. Raises VareditError if they do not fit."""
+        """Load the weights that `export` wrote. Raises VareditError if they do not fit."""
         ...
 
 
 def train(task: Task[Any], recipe: Recipe, machine: Machine, run: RunFolder) -> TrainingState:
-    """Train from where the run folder is to the recipe's last step."""
+    """Train from the run folder's checkpoint, if any, to the recipe's last step."""
     state = TrainingState.start(task.model, _optimisers(task, recipe))
     run.resume(state)
     if machine.precision != "fp32" or machine.compiled:
@@ -125,7 +125,7 @@ def train(task: Task[Any], recipe: Recipe, machine: Machine, run: RunFolder) -> 
 def train_step(
     task: Task[Batch], state: TrainingState, recipe: Recipe, batch: Batch, fast: bool = False
 ) -> dict[str, Tensor]:
-    """One step of the optimisers and of the EMA; returns the losses before it."""
+    """Take one step of the optimisers and the EMA; return the losses before it."""
     for group in state.optimiser.param_groups:
         group["lr"] = learning_rate(recipe, state.step)
     losses = task.losses(batch, state.step, fast)
@@ -139,26 +139,26 @@ def train_step(
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
-    """Linear up over the warmup, then linear down to zero after the last step."""
+    """Return the learning rate: linear warmup, then linear decay to zero after the last step."""
     up = (step + 1) / max(recipe.warmup, 1)
     down = (recipe.steps - step) / max(recipe.steps - recipe.warmup, 1)
     return recipe.learning_rate * min(up, down, 1.0)
 
 
 def ema_decay(recipe: Recipe, step: int) -> float:
-    """The average's memory, shorter at first so that it forgets the untrained weights."""
+    """Return the EMA's decay, smaller at first, so that it forgets the untrained weights."""
     return min(recipe.ema_decay, (1 + step) / (10 + step))
 
 
 def average(ema: nn.Module, model: nn.Module, decay: float) -> None:
-    """Move the average towards the model: decay·average + (1-decay)·model."""
+    """Update the average: decay·average + (1 - decay)·model."""
     update = get_ema_multi_avg_fn(decay)
     update(list(ema.parameters()), list(model.parameters()), 0)
 
 
 @dataclass
 class Averages:
-    """Means of logged scalars; they are read from the device only when taken."""
+    """Means of logged scalars, which are copied from the device only when taken."""
 
     sums: dict[str, Tensor] = field(default_factory=dict)
     count: int = 0
@@ -174,10 +174,10 @@ class Averages:
 
 
 def check_gradients(task: Task[Any]) -> tuple[float, float]:
-    """Compare the fast path's gradients on one batch with eager fp32's.
+    """Compare the gradients of one batch on the fast path with those of eager fp32.
 
-    Returns the cosine between them and the ratio of their norms. Raises ConfigError when they
-    differ by more than rounding explains: such a path learns wrongly.
+    Returns the cosine between them and the ratio of their norms. Raises ConfigError if they
+    differ by more than rounding explains: the compiler or the hardware then computes wrongly.
     """
     batch = task.dataset[0]
     exact, fast = (_gradient(task, batch, fast) for fast in (False, True))
@@ -185,8 +185,9 @@ def check_gradients(task: Task[Any]) -> tuple[float, float]:
     ratio = float(fast.norm() / exact.norm())
     if not (cosine >= SMALLEST_COSINE and abs(ratio - 1) <= LARGEST_NORM_ERROR):
         raise ConfigError(
-            f"the fast path's gradients are wrong here: cosine {cosine:.4f} to eager fp32, norm "
-            f"{ratio:.3f} times its; train without --compiled or with --precision fp32"
+            f"the fast path's gradients are wrong on this machine: cosine {cosine:.4f} to eager "
+            f"fp32's, norm {ratio:.3f} times theirs; train without --compiled, or with --precision "
+            "fp32"
         )
     return cosine, ratio
 
@@ -211,7 +212,7 @@ def _due(step: int, every: int, recipe: Recipe) -> bool:
 
 
 def training_options(recipe: Recipe, run: Path) -> Callable[..., Any]:
-    """The command-line options of both trainers, for `run_training`."""
+    """Return a decorator that adds the options of both trainers, for `run_training`."""
     path = click.Path(path_type=Path)
     options = [
         click.option("--run", type=path, default=run, show_default=True, help="The run's folder."),
@@ -221,11 +222,11 @@ def training_options(recipe: Recipe, run: Path) -> Callable[..., Any]:
         click.option(
             "--start-from",
             type=path,
-            help="Weights to go on from, with other pictures: a run's ema, or nano's own.",
+            help="Weights to continue from, on new pictures: a run's ema folder, or nano's own.",
         ),
         click.option("--check-gradients", is_flag=True, help="Check the fast path and stop."),
         click.option("--device", default="cpu", show_default=True, help="cpu or cuda."),
-        click.option("--workers", default=0, show_default=True, help="Processes that draw ahead."),
+        click.option("--workers", default=0, show_default=True, help="Processes that draw data."),
         click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32"),
         click.option("--compiled", is_flag=True, help="Use torch.compile."),
         click.option("--log-every", default=20, show_default=True, help="Steps."),
@@ -247,16 +248,17 @@ def run_training(
     learns: Mapping[str, Any],
     **options: Any,
 ) -> None:
-    """Train as the command line says, or go on with a run that was stopped.
+    """Train as the command line says, or continue a run that was stopped.
 
-    learns: what the run folder records besides the recipe.
+    learns: options that the run folder records besides the recipe.
     """
     machine, options = split_options(options)
     chosen = {name: options[name] for name in ("steps", "batch", "learning_rate")}
     recipe = replace(recipe, **chosen)
     if recipe.steps * recipe.batch > SEEDS_OF_A_RUN:
         raise ConfigError(
-            f"{recipe.steps} steps of {recipe.batch}: at most {SEEDS_OF_A_RUN} in all"
+            f"{recipe.steps} steps of {recipe.batch} pictures are more than {SEEDS_OF_A_RUN} "
+            "pictures, the most of a run: give fewer --steps or a smaller --batch"
         )
     start_from = options["start_from"]
     if start_from is not None:
@@ -276,18 +278,18 @@ def run_training(
 
 
 def _seed_after(digest: str) -> int:
-    """Weights that have learned go on with other pictures than those that they learned from."""
+    """Return a first seed by the weights' digest: continued training sees new pictures."""
     return FIRST_TRAINING_SEED + int(digest[:8], 16) * SEEDS_OF_A_RUN
 
 
 def _digest(folder: Path) -> str:
-    """Of all weights below a folder."""
+    """Return a digest of all weights below a folder."""
     digests = (sha256(file.read_bytes()) for file in sorted(folder.rglob("*.safetensors")))
     return sha256(b"".join(digest.digest() for digest in digests)).hexdigest()
 
 
 def split_options(options: Mapping[str, Any]) -> tuple[Machine, dict[str, Any]]:
-    """Command-line options -> the machine's, and all others."""
+    """Split command-line options into the machine's and all others."""
     names = {f.name for f in fields(Machine)}
     machine = Machine(**{name: value for name, value in options.items() if name in names})
     return machine, {name: value for name, value in options.items() if name not in names}

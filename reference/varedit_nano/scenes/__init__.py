@@ -1,4 +1,4 @@
-"""Drawn scenes and their edits, made from a seed without limit.
+"""Drawn scenes and their edits: any number of them, each made from a seed.
 
 A scene is a frozen description (`scene`), an edit a pure function from scene to scene with its
 wordings (`edits`, `wording`), and a picture a pure function of a scene and a size (`render`).

@@ -1,4 +1,4 @@
-"""Draws a sheet of sample edits: `python -m varedit_nano.scenes OUT.png`."""
+"""Draw a sheet of sample edits: `python -m varedit_nano.scenes OUT.png`."""
 
 from pathlib import Path
 from textwrap import fill
@@ -12,7 +12,7 @@ COLUMNS, CAPTION, GAP = 3, 30, 8
 
 
 def draw_sheet(samples: list[EditSample]) -> Image.Image:
-    """Source and target side by side, the instruction above them, three pairs to a row."""
+    """Draw source and target side by side below their instruction, three pairs to a row."""
     size = len(samples[0].source)
     width, height = 2 * size + GAP, size + CAPTION + GAP
     rows = -(-len(samples) // COLUMNS)

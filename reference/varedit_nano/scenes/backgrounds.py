@@ -156,7 +156,7 @@ def _ground(brush: Brush, horizon: float, far: Rgb, near: Rgb) -> None:
 
 
 def _mottle(brush: Brush, horizon: float, colour: Rgb, v: Variation) -> None:
-    """Mild soft patches on the ground."""
+    """Draw soft, faint patches on the ground."""
     deep = 1 - horizon
     for index, (x, y) in enumerate(((0.12, 0.75), (0.42, 0.4), (0.66, 0.8), (0.92, 0.45))):
         x += 0.16 * (v[(index + 4) % VARIATIONS] - 0.5)

@@ -12,7 +12,7 @@ Point = tuple[float, float]
 
 
 class Brush:
-    """Draws on a canvas. Nested `placed` blocks give each thing coordinates of its own."""
+    """A brush on a canvas. Nested `placed` blocks give each thing its own coordinates."""
 
     def __init__(self, canvas: skia.Canvas, look: Look) -> None:
         self._canvas = canvas
@@ -21,7 +21,7 @@ class Brush:
 
     @contextmanager
     def placed(self, x: float, y: float, scale: float, stretch: float = 1.0) -> Iterator[None]:
-        """Moves the origin to (x, y); lengths inside are `scale` long, and x is stretched."""
+        """Move the origin to (x, y) and set the unit of length to `scale`, in x times `stretch`."""
         outer = self._scale
         self._canvas.save()
         self._canvas.translate(x, y)
@@ -52,11 +52,11 @@ class Brush:
         self._solid(skia.Path.Polygon([skia.Point(*point) for point in points], True), colour)
 
     def blob(self, points: Sequence[Point], colour: Rgb) -> None:
-        """A closed smooth shape that the points pull outwards."""
+        """Draw a closed smooth shape that the points pull outwards."""
         self._solid(_smooth(points), colour)
 
     def limb(self, points: Sequence[Point], width: float, colour: Rgb) -> None:
-        """A thick round-ended curve from the first point to the last, outlined like a shape."""
+        """Draw a thick, outlined curve with round ends from the first point to the last."""
         path = _curve(points)
         if self._look.outline:
             edge = width + 2 * self._look.outline / self._scale
@@ -64,29 +64,29 @@ class Brush:
         self._canvas.drawPath(path, _stroke(colour, width))
 
     def dot(self, x: float, y: float, rx: float, ry: float, colour: Rgb, alpha: float = 1) -> None:
-        """A flat ellipse without outline, for details."""
+        """Draw a flat ellipse without outline, for details."""
         self._canvas.drawOval(skia.Rect(x - rx, y - ry, x + rx, y + ry), _flat(colour, alpha))
 
     def patch(self, points: Sequence[Point], colour: Rgb, alpha: float = 1) -> None:
-        """A flat polygon without outline, for details."""
+        """Draw a flat polygon without outline, for details."""
         path = skia.Path.Polygon([skia.Point(*point) for point in points], True)
         self._canvas.drawPath(path, _flat(colour, alpha))
 
     def line(self, points: Sequence[Point], width: float, colour: Rgb) -> None:
-        """A round-ended curve without outline, for details."""
+        """Draw a curve with round ends and without outline, for details."""
         self._canvas.drawPath(_curve(points), _stroke(colour, width))
 
     def gradient(
         self, left: float, top: float, right: float, bottom: float, upper: Rgb, lower: Rgb
     ) -> None:
-        """A rectangle that runs from one colour at its top to another at its bottom."""
+        """Fill a rectangle with a gradient from one colour at the top to another at the bottom."""
         ends = [skia.Point(0, top), skia.Point(0, bottom)]
         shader = skia.GradientShader.MakeLinear(ends, [_argb(upper), _argb(lower)])
         rect = skia.Rect(left, top, right, bottom)
         self._canvas.drawRect(rect, skia.Paint(Shader=shader, Dither=False))
 
     def glow(self, x: float, y: float, rx: float, ry: float, colour: Rgb, alpha: float) -> None:
-        """A soft ellipse that fades to nothing at its edge: a shadow, a halo, a mild texture."""
+        """Draw an ellipse that fades out towards its edge: a shadow, a halo, a faint texture."""
         self._canvas.save()
         self._canvas.translate(x, y)
         self._canvas.scale(rx, ry)
@@ -99,7 +99,7 @@ class Brush:
         self._canvas.restore()
 
     def shadow(self, width: float) -> None:
-        """The ground shadow of a thing that stands at the origin."""
+        """Draw the ground shadow of a thing that stands at the origin."""
         self.glow(-0.15 * width * self._look.light, 0, width, 0.22 * width, BLACK, 0.42)
 
     def _solid(self, path: skia.Path, colour: Rgb) -> None:
@@ -145,7 +145,7 @@ def _stroke(colour: Rgb, width: float) -> skia.Paint:
 
 
 def _curve(points: Sequence[Point]) -> skia.Path:
-    """A straight line through two points, or a quadratic curve bent by the middle one of three."""
+    """Return a straight line for two points, or for three a quadratic curve bent by the middle."""
     path = skia.Path()
     path.moveTo(*points[0])
     if len(points) == 3:
@@ -157,7 +157,7 @@ def _curve(points: Sequence[Point]) -> skia.Path:
 
 
 def _smooth(points: Sequence[Point]) -> skia.Path:
-    """Quadratic pieces between the middles of the polygon's sides."""
+    """Return a closed curve: quadratic pieces between the middles of the polygon's sides."""
     path = skia.Path()
     (x0, y0), (x1, y1) = points[-1], points[0]
     path.moveTo((x0 + x1) / 2, (y0 + y1) / 2)

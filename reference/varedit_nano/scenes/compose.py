@@ -1,4 +1,4 @@
-"""Random scenes, and the canonical things that instructions ask for."""
+"""Draw random scenes, and the standard things that instructions ask for."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,7 +22,7 @@ from varedit_nano.scenes.scene import (
 from varedit_nano.scenes.wearables import WEARABLES
 
 LOOKALIKES = {"forest": "tree", "snow": "tree", "night": "star", "city": "house"}
-"""Objects that a background has of its own, so that their names would be ambiguous there."""
+"""Objects that a background itself shows, so that their names would be ambiguous there."""
 
 T = TypeVar("T")
 Rng = np.random.Generator
@@ -33,7 +33,7 @@ def pick(rng: Rng, options: Sequence[T]) -> T:
 
 
 def random_scene(rng: Rng) -> Scene:
-    """A figure (mostly), none to three objects, a background and a look."""
+    """Draw a scene: usually a figure, 0 to 3 objects, a background and a look."""
     look = Look(
         outline=float(rng.uniform(0.011, 0.017)) if rng.random() < 0.5 else 0.0,
         light=float(rng.uniform(-1, 1)),
@@ -64,7 +64,7 @@ def plain_figure(kind: str) -> Figure:
 
 
 def recast(figure: Figure, kind: str) -> Figure:
-    """Another kind of figure in this one's place, wearing what this one wears."""
+    """Return another kind of figure in this one's place, with the same wearables."""
     plain = plain_figure(kind)
     return replace(figure, kind=kind, skin=plain.skin, parts=plain.parts)
 
@@ -100,7 +100,7 @@ def _random_worn(rng: Rng) -> tuple[Wearable, ...]:
 
 
 def _random_items(rng: Rng, count: int, background: str) -> tuple[Item, ...]:
-    """Objects of different kinds; now and then two of a kind in different colours."""
+    """Draw objects of different kinds; sometimes two of a kind, in different colours."""
     slots = rng.permutation(len(SLOTS))[:count]
     allowed = {kind for kind in OBJECTS if kind != LOOKALIKES.get(background)}
     items: list[Item] = []

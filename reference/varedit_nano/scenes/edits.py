@@ -27,15 +27,18 @@ from varedit_nano.scenes.wording import Clauses
 GROWTH, SHRINKAGE = 1.5, 0.6
 FIGURE_GROWTH, FIGURE_SHRINKAGE = 1.25, 0.7
 TALLEST = 0.64
-"""The tallest figure that still fits in the picture when it grows."""
+"""The largest height of a figure that still fits in the picture after it grows."""
 FIGURE_COLUMNS = {"left": 0.26, "right": 0.74}
 OPPOSITE = {"left": "right", "right": "left", "top left": "top right", "top right": "top left"}
 
 
 @dataclass(frozen=True)
 class Edit:
-    """`subject` is what it touches: a slot, a place of wearables, a part, "figure", "background"
-    or "style". `clauses` all say it. `steps` are the edits that a compound one joins."""
+    """An edit of a scene.
+
+    subject: what it changes: a slot, a place of wearables, a part, "figure", "background" or
+    "style". clauses: alternative wordings. steps: the edits that a compound one joins.
+    """
 
     kind: str
     subject: str
@@ -152,7 +155,7 @@ def move(scene: Scene, rng: Rng) -> Edit | None:
 
 
 def background(scene: Scene, rng: Rng) -> Edit | None:
-    """The new background keeps the old one's horizon."""
+    """Change the background, keeping its horizon."""
     others = [kind for kind in wording.BACKGROUNDS if kind != scene.background.kind]
     kind = pick(rng, others)
     names, own = wording.BACKGROUNDS[kind]
@@ -167,7 +170,7 @@ def style(scene: Scene, rng: Rng) -> Edit | None:
 
 
 def compound(scene: Scene, rng: Rng) -> Edit | None:
-    """Two edits of different things, the second of the scene that the first leaves."""
+    """Join two edits of different things; the second edits the scene that the first leaves."""
     first = pick(rng, LOCAL)(scene, rng)
     second = first and pick(rng, (*LOCAL, *LOCAL, background, background, style))(first.after, rng)
     if not first or not second or _undoes(second, first):

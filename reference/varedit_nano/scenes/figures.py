@@ -18,8 +18,11 @@ SHOE: Rgb = (0.28, 0.22, 0.22)
 
 @dataclass(frozen=True)
 class FigureKind:
-    """`parts` gives each part's colours, the first of them where the instruction names none;
-    `places` is where (y) and how large (unit) wearables sit."""
+    """A kind of figure.
+
+    parts: each part's colours; the first is used if the instruction names none. places: position
+    (y) and size (unit) of wearables.
+    """
 
     draw: Callable[[Brush, Figure], None]
     parts: dict[str, tuple[str, ...]]
@@ -152,7 +155,7 @@ def frog(brush: Brush, figure: Figure) -> None:
 
 
 def _arms(brush: Brush, figure: Figure, sleeve: Rgb) -> None:
-    """Two arms; the pose lifts the right one."""
+    """Draw two arms; the pose may raise the right one."""
     for side, lift in ((-1, 0.1), (1, figure.pose)):
         hand = (0.27 * side, -0.26 - 0.34 * lift)
         brush.limb([(0.13 * side, -0.46), (0.24 * side, -0.4), hand], 0.095, sleeve)
@@ -160,7 +163,7 @@ def _arms(brush: Brush, figure: Figure, sleeve: Rgb) -> None:
 
 
 def _body(brush: Brush, fur: Rgb) -> None:
-    """A sitting animal's body, feet and pale belly."""
+    """Draw a sitting animal's body, feet and pale belly."""
     brush.ellipse(0, -0.27, 0.225, 0.27, fur)
     brush.dot(0, -0.23, 0.125, 0.17, lighter(fur, 0.5))
     for side in (-1, 1):

@@ -21,8 +21,11 @@ DOME = tuple(math.pi * step / 16 for step in range(17))
 
 @dataclass(frozen=True)
 class ObjectKind:
-    """`size` is its height in pictures, `half_width` in heights; `front` stands nearer than the
-    figure; `colour` is the one it has where the instruction names none."""
+    """A kind of object.
+
+    colour: used if the instruction names none. size: height in pictures. half_width: in heights.
+    front: whether it stands in front of the figure.
+    """
 
     draw: Callable[[Brush, Rgb], None]
     colour: str

@@ -1,4 +1,4 @@
-"""Named colours, and how they are lightened, darkened and varied."""
+"""Named colours, and functions that lighten, darken and vary them."""
 
 from dataclasses import dataclass
 
@@ -41,12 +41,12 @@ class Tint:
 
 
 def pure(name: str) -> Tint:
-    """The named colour exactly as an instruction that asks for it paints it."""
+    """Return a named colour without variation, as it is after an instruction asked for it."""
     return Tint(name, COLOURS[name])
 
 
 def mix(a: Rgb, b: Rgb, amount: float) -> Rgb:
-    """(1 - amount) a + amount b."""
+    """Return (1 - amount)·a + amount·b."""
     return (
         a[0] + (b[0] - a[0]) * amount,
         a[1] + (b[1] - a[1]) * amount,
@@ -63,7 +63,7 @@ def darker(colour: Rgb, amount: float) -> Rgb:
 
 
 def vary(colour: Rgb, brightness: float, warmth: float) -> Rgb:
-    """The colour made a little brighter and warmer; 0.5 and 0.5 leave it as it is."""
+    """Vary a colour's brightness and warmth a little; 0.5 and 0.5 leave it as it is."""
     gain, shift = 1 + 0.16 * (brightness - 0.5), 0.08 * (warmth - 0.5)
     red, green, blue = (gain * value for value in colour)
     return (_clip(red + shift), _clip(green), _clip(blue - shift))

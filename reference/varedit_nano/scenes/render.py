@@ -1,4 +1,4 @@
-"""From a scene to its picture, and where in it each thing may be."""
+"""Render scenes to pictures, and bound where each thing may be in them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,19 +18,19 @@ Bounds = tuple[float, float, float, float]
 
 COLUMNS = {"left": 0.17, "right": 0.83, "top left": 0.17, "top right": 0.83}
 AIR, FAR, NEAR = 0.2, 0.83, 0.93
-"""The y of airborne objects' centres, and of the feet of those behind and before the figure."""
+"""y of airborne objects' centres, and of the feet of objects behind and in front of the figure."""
 
 MARGIN = 0.02
-"""Room for outlines and antialiasing around a thing's shape."""
+"""Margin around a thing's shape for outlines and antialiasing."""
 
 
 def draw_scene(scene: Scene, size: int) -> np.ndarray:
-    """The scene's picture, uint8 [size, size, 3]."""
+    """Draw a scene's picture, uint8 [size, size, 3]."""
     return _finish(_draw_things(_draw_background(scene, size), scene), scene)
 
 
 def draw_pair(before: Scene, after: Scene, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Both scenes' pictures, drawing only once what they share."""
+    """Draw both scenes' pictures; what they share is drawn only once."""
     if (before.background, before.look) != (after.background, after.look):
         return draw_scene(before, size), draw_scene(after, size)
     backdrop = _draw_background(before, size)
@@ -41,7 +41,7 @@ def draw_pair(before: Scene, after: Scene, size: int) -> tuple[np.ndarray, np.nd
 
 
 def changed_bounds(before: Scene, after: Scene) -> list[Bounds]:
-    """Rectangles that hold every pixel in which the two pictures can differ."""
+    """Return rectangles that contain every pixel in which the two pictures can differ."""
     if _whole(before) != _whole(after):
         return [(0.0, 0.0, 1.0, 1.0)]
     changed = [_item_bounds(item) for item in set(before.items) ^ set(after.items)]
@@ -55,7 +55,7 @@ def changed_bounds(before: Scene, after: Scene) -> list[Bounds]:
 
 
 def _draw_background(scene: Scene, size: int) -> np.ndarray:
-    """RGBA uint8 [size, size, 4]."""
+    """Draw the background, RGBA uint8 [size, size, 4]."""
     pixels = np.zeros((size, size, 4), np.uint8)
     with _brush(pixels, scene) as brush:
         background = scene.background
@@ -64,7 +64,7 @@ def _draw_background(scene: Scene, size: int) -> np.ndarray:
 
 
 def _draw_things(pixels: np.ndarray, scene: Scene) -> np.ndarray:
-    """Draws figure and objects into the pixels."""
+    """Draw figure and objects into the pixels."""
     with _brush(pixels, scene) as brush:
         for item in scene.items:
             if not OBJECTS[item.kind].front:
@@ -83,14 +83,14 @@ def _finish(pixels: np.ndarray, scene: Scene) -> np.ndarray:
 
 @contextmanager
 def _brush(pixels: np.ndarray, scene: Scene) -> Iterator[Brush]:
-    """A brush whose unit is the picture's side."""
+    """Give a brush whose unit of length is the picture's side."""
     with skia.Surface(pixels, colorType=skia.kRGBA_8888_ColorType) as canvas:
         canvas.scale(len(pixels), len(pixels))
         yield Brush(canvas, scene.look)
 
 
 def _whole(scene: Scene) -> tuple[Background, Look, str]:
-    """What the whole picture depends on."""
+    """Return what every pixel of the picture depends on."""
     return scene.background, scene.look, scene.style
 
 

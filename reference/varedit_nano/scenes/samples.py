@@ -1,4 +1,4 @@
-"""Edits as pictures: what training and evaluation draw."""
+"""Draw edits as pictures, for training and evaluation."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,20 +24,20 @@ SHARES = {
     "style": 0.06,
     "compound": 0.09,
 }
-"""How often each kind of edit is drawn."""
+"""The share of each kind of edit."""
 
 KINDS: tuple[str, ...] = tuple(SHARES)
 
 SMALLEST_CHANGE = 0.005
-"""The share of the picture in which two alternatives differ at least."""
+"""The least share of the picture in which two alternatives must differ."""
 
 PROBE = 64
-"""Whether they do is decided at this size in pixels, so that it is the same at every size."""
+"""The size in pixels at which this is decided, so that the answer is the same at every size."""
 
 
 @dataclass(frozen=True)
 class EditSample:
-    """Pictures uint8 [S, S, 3]; `mask` is bool [S, S], the pixels in which they differ."""
+    """An edit as pictures, uint8 [S, S, 3]; mask: bool [S, S], the pixels that differ."""
 
     kind: str
     instruction: str
@@ -47,9 +47,9 @@ class EditSample:
 
 
 def draw_edit(seed: int, size: int = 128, kind: str | None = None) -> EditSample:
-    """The edit that belongs to the seed, of one of `KINDS` or of any.
+    """Draw the edit of a seed, of one of `KINDS` or (None) of any.
 
-    Raises ConfigError for an unknown kind.
+    Raises ConfigError on an unknown kind.
     """
     scene, edit, instruction = _plan(seed, kind)
     return _sample(scene, edit, instruction, size)
@@ -58,7 +58,7 @@ def draw_edit(seed: int, size: int = 128, kind: str | None = None) -> EditSample
 def draw_alternatives(
     seed: int, size: int = 128, count: int = 12, kind: str | None = None
 ) -> list[EditSample]:
-    """Other edits of the scene of `draw_edit(seed, size, kind)`.
+    """Draw other edits of the scene of `draw_edit(seed, size, kind)`.
 
     Their targets differ visibly from each other, from the right target and from the source. Up to
     a third are near misses: the right edit with its subject edited once more, or the first half of
@@ -79,7 +79,7 @@ def draw_alternatives(
 
 
 def draw_picture(seed: int, size: int = 128) -> np.ndarray:
-    """A picture to train a tokenizer on, uint8 [size, size, 3]: a scene before or after an edit."""
+    """Draw a scene before or after an edit, to train a tokenizer on: uint8 [size, size, 3]."""
     rng = np.random.default_rng([seed, 2])
     scene = random_scene(rng)
     edit = EDITORS[pick(rng, KINDS)](scene, rng)
@@ -87,7 +87,7 @@ def draw_picture(seed: int, size: int = 128) -> np.ndarray:
 
 
 def vocabulary_text(count: int = 20000) -> Iterator[str]:
-    """Instructions to build a text tokenizer from."""
+    """Yield instructions to build a vocabulary from."""
     rng = np.random.default_rng(0)
     for _ in range(count):
         _, edit = plan_edit(rng)
@@ -95,12 +95,12 @@ def vocabulary_text(count: int = 20000) -> Iterator[str]:
 
 
 def draw_kind(rng: Rng, shares: Mapping[str, float]) -> str:
-    """A kind of edit; shares: how often each is drawn, all together 1."""
+    """Draw a kind of edit; shares: the probability of each kind, in all 1."""
     return str(rng.choice(list(shares), p=list(shares.values())))
 
 
 def plan_edit(rng: Rng, kind: str | None = None) -> tuple[Scene, Edit]:
-    """A random scene and an edit of it, of one kind or of any."""
+    """Draw a scene and an edit of it, of one kind or (None) of any."""
     kind = kind or draw_kind(rng, SHARES)
     while True:
         scene = random_scene(rng)
@@ -111,7 +111,7 @@ def plan_edit(rng: Rng, kind: str | None = None) -> tuple[Scene, Edit]:
 
 def _plan(seed: int, kind: str | None) -> tuple[Scene, Edit, str]:
     if kind is not None and kind not in KINDS:
-        raise ConfigError(f"unknown kind of edit {kind!r}: the kinds are {', '.join(KINDS)}")
+        raise ConfigError(f"unknown kind of edit {kind!r}: choose one of {', '.join(KINDS)}")
     rng = np.random.default_rng(seed)
     scene, edit = plan_edit(rng, kind)
     return scene, edit, sentence(rng, pick(rng, edit.clauses))
@@ -128,7 +128,7 @@ def _mask(source: np.ndarray, target: np.ndarray) -> np.ndarray:
 
 
 def _others(scene: Scene, right: Edit, count: int, rng: Rng) -> Iterator[Edit]:
-    """Edits of the scene without end, nearest to the right one first; repeats are possible."""
+    """Yield edits of the scene without end, the most similar to the right one first; may repeat."""
     yield from right.steps[:1]
     near = (edit for edit in _random_edits(right.after, 20 * count, rng) if _again(edit, right))
     for edit in islice(near, count // 3):

@@ -1,4 +1,4 @@
-"""What a scene is: frozen descriptions that hold every number its picture depends on.
+"""The description of a scene: frozen classes with every number that its picture depends on.
 
 Lengths are in pictures: x runs from 0 (left) to 1 (right), y from 0 (top) to 1 (bottom).
 """
@@ -13,7 +13,7 @@ SLOTS = ("left", "right", "top left", "top right")
 
 @dataclass(frozen=True)
 class Look:
-    """How everything is drawn: outline width, side the light comes from, depth of shading."""
+    """The style of drawing: outline width, side the light comes from, depth of shading."""
 
     outline: float
     light: float
@@ -22,7 +22,7 @@ class Look:
 
 @dataclass(frozen=True)
 class Background:
-    """A place; `variation` holds numbers in [0, 1] that its drawing uses as it likes."""
+    """A background; variation: numbers in [0, 1] that its drawing function uses freely."""
 
     kind: str
     horizon: float
@@ -54,14 +54,14 @@ class Figure:
         return dict(self.parts)[name]
 
     def painted(self, name: str, tint: Tint) -> "Figure":
-        """The figure with one part in another colour."""
+        """Return the figure with one part in another colour."""
         parts = tuple((part, tint if part == name else old) for part, old in self.parts)
         return replace(self, parts=parts)
 
 
 @dataclass(frozen=True)
 class Item:
-    """An object in a slot, off the slot's centre by (dx, dy), `scale` times its kind's size."""
+    """An object, (dx, dy) from its slot's centre and `scale` times its kind's size."""
 
     kind: str
     slot: str

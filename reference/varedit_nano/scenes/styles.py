@@ -14,7 +14,7 @@ LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 
 def apply_style(picture: Picture, style: str) -> Picture:
-    """The picture (uint8 [S, S, 3]) in one of `STYLES`."""
+    """Apply one of `STYLES` to a picture, uint8 [S, S, 3]."""
     if style == "plain":
         return picture
     styled = STYLES[style](picture.astype(np.float32) / 255)
@@ -42,12 +42,12 @@ def cool(picture: Picture) -> Picture:
 
 
 def poster(picture: Picture) -> Picture:
-    """Four levels a channel."""
+    """Reduce every channel to four levels."""
     return np.rint(3 * picture) / 3
 
 
 def pixels(picture: Picture, blocks: int = 32) -> Picture:
-    """The mean of each of 32 x 32 blocks."""
+    """Replace each of blocks x blocks squares by its mean."""
     size = len(picture)
     owner = np.arange(size) * blocks // size
     starts = np.searchsorted(owner, np.arange(blocks))
@@ -58,7 +58,7 @@ def pixels(picture: Picture, blocks: int = 32) -> Picture:
 
 
 def sketch(picture: Picture) -> Picture:
-    """Pencil strokes where the luma is darker than around: luma / blurred luma."""
+    """Draw pencil strokes where the picture is darker than around: luma / blurred luma."""
     luma = picture @ LUMA + 0.06
     ratio = luma / _blurred(luma, radius=max(1, round(0.024 * len(luma))))
     return np.repeat((1.1 * ratio - 0.16)[..., None], 3, axis=-1)
@@ -69,7 +69,7 @@ def _rgb(red: float, green: float, blue: float) -> np.ndarray:
 
 
 def _blurred(plane: np.ndarray, radius: int) -> np.ndarray:
-    """Mean over a square window, edges repeated; plane is [S, S]."""
+    """Average a plane [S, S] over a square window, repeating its edges."""
     width = 2 * radius + 1
     for _ in range(2):
         padded = np.pad(plane.T, ((0, 0), (radius + 1, radius)), mode="edge")

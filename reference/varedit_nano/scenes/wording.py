@@ -1,4 +1,4 @@
-"""How edits are said: names that are unique in their scene, and several wordings of each edit."""
+"""The wording of edits: names that are unique in their scene, several wordings of each edit."""
 
 from collections.abc import Sequence
 
@@ -146,7 +146,7 @@ BACKGROUNDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("put it underwater", "put it under the sea"),
     ),
 }
-"""Each background's names, and clauses of its own."""
+"""Each background's names, and its own clauses."""
 
 STYLES: dict[str, Clauses] = {
     "grey": (
@@ -221,12 +221,12 @@ def fill(templates: Sequence[str], **words: str) -> Clauses:
 
 
 def each(templates: Sequence[str], names: Sequence[str], **words: str) -> Clauses:
-    """Every template with every name of its object in place of {the}."""
+    """Fill every template with every name of its object in place of {the}."""
     return tuple(clause for name in names for clause in fill(templates, the=name, **words))
 
 
 def indefinite(kind: str, colour: str | None = None) -> str:
-    """ "a ball", "an orange ball", "glasses"."""
+    """Return a thing's name with its article: "a ball", "an orange ball", "glasses"."""
     words = f"{colour} {kind}" if colour else kind
     if kind == "glasses":
         return words
@@ -234,7 +234,7 @@ def indefinite(kind: str, colour: str | None = None) -> str:
 
 
 def item_names(scene: Scene, item: Item) -> tuple[str, ...]:
-    """Names that only this object has in its scene: by kind, else by colour or by side."""
+    """Return names that only this object has in its scene: by kind, else by colour or by side."""
     twins = [other for other in scene.items if other.kind == item.kind]
     coloured = f"the {item.tint.name} {item.kind}"
     if len(twins) == 1:
@@ -251,7 +251,7 @@ def figure_name(scene: Scene) -> str:
 
 
 def part_names(scene: Scene, part: str) -> tuple[str, ...]:
-    """An animal's coat goes by the animal's name too."""
+    """Return a part's names; an animal's coat may also be named by the animal."""
     owned = f"{figure_name(scene)}'s {part}"
     return (figure_name(scene), owned) if part in ("fur", "skin") else (owned, f"the {part}")
 
@@ -261,7 +261,7 @@ def worn_names(scene: Scene, kind: str) -> tuple[str, ...]:
 
 
 def places(scene: Scene, kind: str, side: str) -> tuple[str, ...]:
-    """Wordings of a slot of the object's kind."""
+    """Return wordings of a slot for this kind of object."""
     sky = ("in the sky on the {}", "at the top {}") if OBJECTS[kind].airborne else ()
     beside = (f"to the {{}} of {figure_name(scene)}",) if scene.figure and not sky else ()
     return tuple(place.format(side) for place in ("on the {}", "on the {} side", *sky, *beside))
@@ -272,7 +272,7 @@ def side_of(slot: str) -> str:
 
 
 def sentence(rng: np.random.Generator, clause: str) -> str:
-    """The clause as a person may type it: polite or terse, in lower or upper case."""
+    """Vary a clause as people type: polite or terse, in lower or upper case."""
     text = SENTENCES[int(rng.integers(len(SENTENCES)))].format(clause)
     case = rng.random()
     if case < 0.3:
