@@ -19,7 +19,7 @@ TEXT_TOKENS = 24
 
 
 def bundle_config(size: str = "tiny-8b") -> ModelConfig:
-    """Two blocks, the first of which has the references, and the first four scales."""
+    """Return a model of two blocks, the first with SAR references, and the first four scales."""
     config = preset(size, 256)
     grids = config.transformer.grids[:4]
     return replace(config, transformer=replace(config.transformer, depth=2, grids=grids))
@@ -39,7 +39,7 @@ def request(target: Path, precision: Precision = "fp32", size: str = "tiny-8b") 
 
 
 def quiet(what: str, done: int, steps: int) -> None:
-    """Progress that is not shown."""
+    """Report progress to nobody."""
 
 
 def random_weights() -> Sources:
@@ -48,18 +48,18 @@ def random_weights() -> Sources:
 
 @cache
 def small_bundle() -> Path:
-    """An fp32 bundle of random weights: 96 px, 4 scales, patchified, with a byte tokenizer."""
+    """Build an fp32 bundle of random weights: 96 px, 4 scales, patches, a byte tokenizer."""
     return built("small", lambda target: Plan([request(target)], random_weights()))
 
 
 @cache
 def half_bundle(precision: Precision) -> Path:
-    """The same in fp16 or bf16."""
+    """Build the same bundle in fp16 or bf16."""
     return built(precision, lambda target: Plan([request(target, precision)], random_weights()))
 
 
 def built(name: str, plan: Callable[[Path], Plan]) -> Path:
-    """A bundle built once in a run of the tests, whichever of its processes asks first."""
+    """Build a bundle once per run of the tests; the first process that needs it does."""
     run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
     folder = Path(gettempdir()) / f"varedit-tests-{run}"
     folder.mkdir(exist_ok=True)

@@ -113,7 +113,7 @@ def _compiled(way: Way, bundle: Path, repeat: int) -> Way:
 
 
 def _tried(way: Way, bundle: Path, repeat: int, engines: Path | None = None) -> Way:
-    """The way as a process of its own found it."""
+    """Run one way in its own process, and read what it found."""
     own = [] if engines is None else ["--engines", str(engines)]
     backend = way.name.split()[0]
     provider = ["--provider", way.name.split()[1]] if engines is None else []
@@ -133,7 +133,7 @@ def _tried(way: Way, bundle: Path, repeat: int, engines: Path | None = None) -> 
 def one(
     bundle: Path, backend: str, provider: str | None, engines: Path | None, repeat: int
 ) -> None:
-    """Verify and time one way to run a bundle; lines of JSON, each with all found by then."""
+    """Verify and time one way to run a bundle; print all results so far as lines of JSON."""
     from varedit_export.parity.verify_engines import compare_backend
     from varedit_runtime.backends.engines.engine_set import EngineSet
     from varedit_runtime.bench import INSTRUCTION, synthetic_picture
@@ -183,13 +183,13 @@ def one(
 
 
 def _free_gpu_memory() -> int | None:
-    """Bytes, of the first GPU; None without one."""
+    """Return the first GPU's memory in bytes; None without a GPU."""
     gpus = nvidia().gpus
     return gpus[0].free if gpus else None
 
 
 def _eager(editor: Any) -> Callable[[], Any] | None:
-    """An edit with the reference, eager, as `EAGER` says; None where PyTorch has no CUDA."""
+    """Time an edit with the eager reference, see `EAGER`; None if PyTorch has no CUDA."""
     import torch
     from torch import nn
 
@@ -212,7 +212,7 @@ def _eager(editor: Any) -> Callable[[], Any] | None:
 
 
 def compute_in_fp16(transformer: Any) -> None:
-    """The products; with weights cast once, which the reference does at every product."""
+    """Compute products in fp16, casting weights once; the reference casts at every product."""
     import torch
 
     from varedit_nano.train_transformer import set_compute_dtype
@@ -225,7 +225,7 @@ def compute_in_fp16(transformer: Any) -> None:
 
 
 def _in_turns(edits: Sequence[Callable[[], Any]], repeat: int) -> Iterator[list[float]]:
-    """The median seconds of each so far, after every round but the first, in which all warm up."""
+    """Yield the medians so far in seconds, after every round except the first (warm-up)."""
     seconds: list[list[float]] = [[] for _ in edits]
     for turn in range(repeat + 1):
         for edit, own in zip(edits, seconds, strict=True):
@@ -250,7 +250,7 @@ def _run(command: Sequence[str]) -> "subprocess.CompletedProcess[str]":
 
 
 def _said(done: "subprocess.CompletedProcess[str]") -> str:
-    """Why a process failed; empty where it did not."""
+    """Return why a process failed; empty if it did not."""
     if done.returncode == 0:
         return ""
     lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
@@ -258,7 +258,7 @@ def _said(done: "subprocess.CompletedProcess[str]") -> str:
 
 
 def _machine() -> str:
-    """The lines of `varedit-export doctor`."""
+    """Return the lines of `varedit-export doctor`."""
     return _export("doctor").stdout
 
 

@@ -19,7 +19,7 @@ WIDTH = 80
 
 
 def helps() -> Iterator[tuple[str, str]]:
-    """Every command and its help."""
+    """Yield every command and its help."""
     for name, group in COMMANDS.items():
         context = click.Context(group, info_name=name, terminal_width=WIDTH)
         yield name, group.get_help(context)
@@ -30,7 +30,7 @@ def helps() -> Iterator[tuple[str, str]]:
 
 
 def refreshed(page: str) -> str:
-    """The page with the commands' help as it is now."""
+    """Return the page with the commands' current help."""
     written, mark, _ = page.partition(MARK)
     assert mark, f"{PAGE} has lost its mark: {MARK}"
     return written + MARK + "".join(f"\n## {n}\n\n{indent(h, '    ')}\n" for n, h in helps())

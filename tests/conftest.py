@@ -22,7 +22,7 @@ def one_thread() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def stages_are_traced_once() -> Iterator[None]:
-    """Tests build the same few models again and again; tracing them is most of a small build."""
+    """Trace each model once: tests build the same few, and tracing is most of a small build."""
     templates: dict[tuple[object, ...], trace.Template] = {}
 
     def traced(stage: Stage, fake: FakeTensorMode) -> trace.Template:
@@ -51,5 +51,5 @@ def recording_folder(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture
 def no_flushing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Faster, and the same for a process that is killed: what it wrote outlives it."""
+    """Skip fsync: faster, and a killed process's writes survive without it."""
     monkeypatch.setattr(os, "fsync", lambda _: None)

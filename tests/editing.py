@@ -32,13 +32,13 @@ from varedit_runtime.text import read_tokenizer
 
 @cache
 def pair_bundle() -> Path:
-    """As the small bundle, for two pictures at a time."""
+    """Build the small bundle for two pictures at a time."""
     return _built("pair", bundle_config(), batch=2, guided=True)
 
 
 @cache
 def plain_bundle() -> Path:
-    """Without guidance, and without the references of SAR."""
+    """Build a bundle without guidance and without SAR references."""
     return _built("plain", plain_config(), batch=1, guided=False)
 
 
@@ -57,7 +57,7 @@ def _built(name: str, config: ModelConfig, batch: int, guided: bool) -> Path:
 
 
 def changed_bundle(folder: Path, change: Callable[[Manifest], Manifest]) -> Path:
-    """A copy of the small bundle whose manifest says something else."""
+    """Copy the small bundle with another manifest."""
     target = folder / "changed"
     shutil.copytree(small_bundle(), target)
     data = canonical_json(change(decode_manifest((target / MANIFEST).read_bytes(), Manifest)))
@@ -68,7 +68,7 @@ def changed_bundle(folder: Path, change: Callable[[Manifest], Manifest]) -> Path
 
 @cache
 def reference(config: ModelConfig) -> VAREdit:
-    """The PyTorch pipeline with the weights of the bundles."""
+    """Return the PyTorch pipeline with the bundles' weights."""
     sources = random_weights()
     model, text = Reference.from_sources(config, sources), sources.text
     assert text is not None
@@ -93,7 +93,7 @@ def picture(width: int, height: int, blue: int = 90) -> Image.Image:
 
 @dataclass
 class Recorder:
-    """Keeps what an editor's scales put out, as the reference tells it."""
+    """Record the outputs of an editor's scales in the reference's form."""
 
     steps: list[PredictedScale]
     sampled: list[Sampling]
@@ -123,14 +123,14 @@ def as_reference(scale: int, output: ScaleOutput) -> PredictedScale:
 def equal_until_tie(
     ours: list[PredictedScale], theirs: list[PredictedScale], noise: list[Tensor]
 ) -> bool:
-    """Whether all bits are equal. Fails unless those that are not are ties."""
+    """Return whether all bits are equal; fail if any that differs is no tie."""
     compared = compare_until_tie(ours, theirs, noise)
     assert all(scale.explained for scale in compared), compared
     return not compared[-1].differing
 
 
 def noise_of(seeds: list[int], grids: tuple[tuple[int, int], ...], channels: int) -> list[Tensor]:
-    """Per scale [B, L, c]."""
+    """Return the bits of every scale [B, L, c]."""
     return [
         torch.stack([torch.from_numpy(uniform_noise(s, k, h * w, channels)) for s in seeds])
         for k, (h, w) in enumerate(grids)

@@ -36,7 +36,7 @@ FILES = (
 
 
 def content(name: str, seed: int = 0) -> bytes:
-    """What a file of a bundle holds; every seed makes another bundle."""
+    """Return the content of a bundle's file; every seed makes another bundle."""
     numbers = random.Random(f"{seed} {name}")
     return numbers.randbytes(numbers.randrange(200, 400))
 
@@ -76,7 +76,7 @@ def manifest(files: dict[str, FileEntry], seed: int = 0) -> Manifest:
 
 
 def write_files(staging: Staging, seed: int = 0, changed: Sequence[str] = FILES) -> None:
-    """changed: the files that are the seed's own; the others are as with none."""
+    """Write a bundle; only the files in changed depend on the seed."""
     for name in FILES:
         staging.file(name).write_bytes(content(name, seed if name in changed else 0))
         staging.record(name)
@@ -90,7 +90,7 @@ def publish(target: Path, seed: int = 0, changed: Sequence[str] = FILES) -> Path
 
 
 def valid_manifest() -> dict[str, Any]:
-    """As plain JSON values, to be spoiled."""
+    """Return the manifest as plain JSON values, to be damaged."""
     return msgspec.json.decode(_valid_manifest())
 
 

@@ -31,10 +31,13 @@ STREAM = 7
 
 @dataclass
 class Machine:
-    """failing: the calls that fail, by name; messages: what TensorRT says as calls are made, by
-    name; graphs: those captured and not destroyed, by handle; loaded: engines and contexts;
-    orphans: contexts freed after what they run on; compiled: what TensorRT for RTX had to compile;
-    threads: those in which a GPU is current."""
+    """A machine with a simulated GPU, and what happened on it.
+
+    failing: names of calls that fail. messages: what TensorRT logs at a call, by name. graphs:
+    captured and not destroyed, by handle. loaded: engines and contexts. orphans: contexts freed
+    after their engine. compiled: kernels that TensorRT for RTX compiled. threads: with a current
+    GPU.
+    """
 
     gpu: SimulatedGpu
     kind: EngineKind = "tensorrt-rtx"
@@ -52,7 +55,7 @@ class Machine:
 
     @property
     def modules(self) -> dict[str, Any]:
-        """By name."""
+        """The fake modules by name."""
         names = ["ILogger", "ExecutionContextAllocationStrategy"]
         if self.kind == "tensorrt-rtx":
             names.append("DynamicShapesKernelSpecializationStrategy")
@@ -74,7 +77,7 @@ class Machine:
 
 
 def called(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Of cuda.core and TensorRT: fails by raising."""
+    """Make a method of cuda.core or TensorRT fail by raising, if it is to fail."""
 
     @wraps(method)
     def checked(self: Any, *arguments: Any, **named: Any) -> Any:
@@ -85,7 +88,7 @@ def called(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def answered(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Of the driver: fails by what it returns."""
+    """Make a function of the driver fail by the code it returns, if it is to fail."""
 
     @wraps(method)
     def checked(self: Any, *arguments: Any) -> tuple[Any, ...]:
@@ -238,7 +241,7 @@ class Runtime(Of):
 
 
 class Engine(Of):
-    """kernels: the name of those that it needs."""
+    """An engine; kernels: the name of those that it needs."""
 
     def __init__(self, machine: Machine, simulated: SimulatedEngine, kernels: str) -> None:
         super().__init__(machine)
@@ -284,7 +287,7 @@ class RuntimeConfig:
 
 
 class RuntimeCache:
-    """What kernels are compiled, by the names of engines'."""
+    """A runtime cache: which kernels are compiled, by their names."""
 
     def __init__(self) -> None:
         self.kernels: list[str] = []

@@ -35,7 +35,7 @@ class TimingCache:
 
 
 class BuilderConfig:
-    """gpu: what this machine has."""
+    """A builder's configuration; gpu: the one that this machine has."""
 
     gpu = "H100"
 
@@ -82,7 +82,7 @@ class BuilderConfig:
 
 
 class Builder:
-    """configs: all that were built with; measured: every kernel that had to be, one per graph."""
+    """A builder; configs: all it was used with; measured: kernels timed, one per graph."""
 
     configs: list[BuilderConfig]
     measured: list[str]
@@ -108,7 +108,7 @@ class Builder:
 
 
 class OnnxParser:
-    """Takes a graph for the name of the one kernel it needs."""
+    """A parser that takes a graph's file for the name of the one kernel it needs."""
 
     def __init__(self, network: list[str], logger: Any) -> None:
         self._network = network
@@ -119,7 +119,7 @@ class OnnxParser:
 
 
 def fake_tensorrt() -> Any:
-    """The module, with a builder of its own."""
+    """Make the module, with its own builder."""
     module = ModuleType("tensorrt")
     for name in REAL:
         setattr(module, name, getattr(RTX, name))

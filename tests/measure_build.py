@@ -60,12 +60,12 @@ def measure(options: list[str], bundle: Path) -> dict[str, object]:
 
 
 def _ticks(start: float) -> bool:
-    """About once a second."""
+    """Sample about once a second."""
     return (time.monotonic() - start) % 1 < INTERVAL * 2
 
 
 def _tree(root: int) -> list[int]:
-    """A process and all its descendants."""
+    """Yield a process and all its descendants."""
     found, queue = [], [root]
     while queue:
         found.append(queue.pop())
@@ -86,7 +86,7 @@ def _anonymous(process: int) -> int:
 
 
 def _size(folder: Path) -> int:
-    """Bytes that the files below a folder take on the disk."""
+    """Return the bytes that the files below a folder take on the disk."""
     total = 0
     for path in folder.rglob("*"):
         try:

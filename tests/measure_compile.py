@@ -1,5 +1,4 @@
-"""Compile a bundle's graphs, each in a process of its own: seconds, peak memory, size of the plan
-and of its file.
+"""Measure the compilation of a bundle's graphs, one process each: time, memory, size of the plan.
 
     python tests/measure_compile.py bundles/2b-512 --architecture sm89
     python tests/measure_compile.py bundles/8b-1024 --stage scale_00 --stage scale_12

@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def edit(bundle: Path) -> tuple[dict[str, Any], dict[str, list[Any]]]:
-    """One edit as a user does it: what it took, and (inputs, result) of the backend's calls."""
+    """Edit as a user does; return time and memory, and (inputs, result) of the backend's calls."""
     from varedit_runtime.bench import INSTRUCTION, peak_memory, synthetic_picture
     from varedit_runtime.editor import Editor
 
@@ -68,7 +68,7 @@ def _recorded(call: Callable[..., Any], kept: list[Any]) -> Callable[..., Any]:
 
 
 def compare(path: Path, calls: dict[str, list[Any]], count: int) -> list[dict[str, float]]:
-    """The reference's first scales, teacher-forced, against the runtime's."""
+    """Compare the reference's first scales, teacher-forced, with the runtime's."""
     import torch
 
     from varedit_export.parity.verify import reference_of

@@ -26,7 +26,7 @@ TYPES = {
 
 @dataclass
 class SimulatedGpu:
-    """folder: where the graphs' weights are. free: bytes of memory left."""
+    """A GPU; folder: where the graphs' weights are. free: bytes of memory left."""
 
     folder: Path
     free: int = 10**9
@@ -115,7 +115,7 @@ class SimulatedGpu:
         raise AssertionError(f"{address} was never allocated")
 
     def memory(self, address: int, size: int) -> np.ndarray:
-        """Bytes of one of the allocations."""
+        """Return bytes of one of the allocations."""
         for block in (*self.allocated, *self.host):
             start = address - address_of(block)
             if start >= 0 and start + size <= len(block):

@@ -38,7 +38,7 @@ def random_var(
 
 @dataclass
 class SmallEdits:
-    """Sources and texts of several pictures, the texts of different lengths."""
+    """Return sources and texts of several pictures; the texts differ in length."""
 
     config: ModelConfig
     source: Tensor
@@ -79,7 +79,7 @@ def random_edits(config: ModelConfig, lengths: Sequence[int] = (5, 2, 9)) -> Sma
 
 
 def noise_of(config: ModelConfig, seeds: Sequence[int], scale: int) -> Tensor:
-    """The noise [B, L, c] that pictures of those seeds draw a scale's bits from."""
+    """Return the noise [B, L, c] that pictures of these seeds draw a scale's bits with."""
     rows, columns = config.transformer.grids[scale]
     channels = config.transformer.token_channels
     return torch.stack(

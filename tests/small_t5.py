@@ -49,7 +49,7 @@ def rewrite_as_bin(folder: Path) -> None:
 
 
 def write_vocabulary(folder: Path) -> None:
-    """A unigram tokenizer.json, which adds the end token as T5's does."""
+    """Write a unigram tokenizer.json, which adds the end token as T5's does."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -10.0), ("▁", -4.0)]
     pieces += [(f"▁{word}", -2.0) for word in WORDS]
     vocabulary = Tokenizer(models.Unigram(pieces, unk_id=2))

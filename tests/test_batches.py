@@ -17,7 +17,7 @@ SEEDS = (11, 12, 13)
 
 
 def picture(steps: list[PredictedScale], index: int) -> list[PredictedScale]:
-    """One picture's part of a batch's scales."""
+    """Return one picture's part of a batch's scales."""
     part = slice(index, index + 1)
     return [
         PredictedScale(

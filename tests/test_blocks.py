@@ -54,7 +54,7 @@ def _consecutive(component: Component) -> dict[str, StoredWeight]:
 
 
 def whole(plan: Plan, graph: Graph) -> Stage:
-    """The stage of a graph with all of its blocks."""
+    """Return the stage of a graph with all of its blocks."""
     shapes = plan.request.shapes
     modules = {component.name: component.module for component in plan.components}
     model, table = modules["transformer"], modules[f"positions_{plan.request.name}"]
@@ -80,7 +80,7 @@ def test_grown_graphs_are_what_tracing_every_block_gives(
 
 
 def text(model: ir.Model) -> list[str]:
-    """A graph with constants by value: their names are the optimiser's own."""
+    """Replace the names of constants by their values: the optimiser chooses the names."""
     names = {
         value: f"{tensor.numpy().tolist()}"
         for value in model.graph.initializers.values()

@@ -24,7 +24,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(published: Path, tmp_path: Path) -> Path:
-    """A copy to be damaged."""
+    """Copy the bundle, to be damaged."""
     return Path(shutil.copytree(published, tmp_path / "bundle"))
 
 
@@ -37,7 +37,7 @@ def refusal(action: Callable[[], object]) -> str:
 
 
 def read_everything(folder: Path) -> dict[str, bytes]:
-    """All that a bundle holds, every byte of it checked on the way."""
+    """Read all of a bundle, checking every byte."""
     bundle = Bundle.open(folder)
     bundle.verify_weights()
     files = {f"graphs/64.{stage}.onnx": bundle.graph_bytes("64", stage) for stage in STAGES}
@@ -288,7 +288,7 @@ def test_a_bundle_replaced_while_it_is_opened_is_opened_again(
     unchanged = Path.open
 
     def replaced(path: Path, mode: str):
-        """The folder is replaced between its manifest and the digest beside it."""
+        """Replace the folder after its manifest was read and before the digest beside it."""
         if path == folder / DIGEST and newer.exists():
             folder.rename(tmp_path / "older")
             newer.rename(folder)

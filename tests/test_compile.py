@@ -64,7 +64,7 @@ def bundle(tmp_path: Path) -> Bundle:
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The graphs that were compiled, in order."""
+    """Record the graphs that are compiled, in order."""
     names: list[str] = []
     original = Compiler.compile
 
@@ -78,7 +78,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def quiet(graph: str, done: int, steps: int) -> None:
-    """Progress that is not shown."""
+    """Report progress to nobody."""
 
 
 def compile_small(
@@ -115,7 +115,7 @@ def test_every_graph_compiles(
 def test_a_plan_of_32_blocks_is_a_small_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Kernels' sources are most of a plan, as many as there are blocks and of any width."""
+    """Most of a plan is its kernels' source: it grows with the blocks, not with their width."""
     bundle = Bundle.open(shutil.copytree(half_bundle("fp16"), tmp_path / "bundle"))
     graph = deep_graph("scale_00", 32)
     monkeypatch.setattr(Bundle, "graph_bytes", lambda bundle, variant, stage: graph)
@@ -127,7 +127,7 @@ def test_a_plan_of_32_blocks_is_a_small_file(
 
 
 def deep_graph(stage: str, depth: int) -> bytes:
-    """A stage of the fp16 bundle as a model of more blocks has it. Its weights have no bytes."""
+    """Grow a stage of the fp16 bundle to more blocks; its weights have no bytes."""
     config = bundle_config()
     config = replace(config, transformer=replace(config.transformer, depth=depth))
     wanted = replace(request(Path("deep"), "fp16"), config=config)
@@ -237,7 +237,7 @@ def test_an_interrupted_compilation_goes_on_where_it_was(
 
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The graphs that would have been compiled. Their plans are their names: no time passes."""
+    """Record the graphs to compile, and write their names as plans, which takes no time."""
     names: list[str] = []
     monkeypatch.setattr(
         Compiler, "compile", lambda compiler, name, *rest: names.append(name) or name.encode()
@@ -250,13 +250,13 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture(params=["writable", "read-only"])
 def keeping(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Engines with the bundle or, if that cannot be written, in the user's cache."""
+    """Compile engines into the bundle or, if it is read-only, into the user's cache."""
     if request.param == "read-only":
         monkeypatch.setattr(engine_cache, "_writable", lambda folder: False)
 
 
 def rebuilt(bundle: Bundle, file: str, change: Callable[[bytes], bytes]) -> Bundle:
-    """A bundle with other bytes in one file, in the place of the earlier one."""
+    """Replace a bundle by one with other bytes in one file."""
     with Staging(bundle.path) as staging:
         for name in bundle.manifest.files:
             data = (bundle.path / name).read_bytes()
@@ -348,7 +348,7 @@ def flip_the_digest(folder: Path) -> None:
 
 
 def make_it_of_an_earlier_format(folder: Path) -> None:
-    """Built here as well, by a program whose manifests named no more than a plan's file."""
+    """Turn a set into one that was built here by a program whose manifests named plans alone."""
     manifest = msgspec.json.decode((folder / MANIFEST).read_bytes())
     manifest["plans"] = {stage: plan["file"] for stage, plan in manifest["plans"].items()}
     data = msgspec.json.encode(manifest)
@@ -499,7 +499,7 @@ def test_a_graph_that_cannot_be_compiled_says_which() -> None:
 
 @pytest.fixture
 def machine_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
-    """Makes this machine's GPU one of a compute capability, for what asks after it."""
+    """Pretend that this machine's GPU has this compute capability."""
 
     def become(major: int, minor: int) -> None:
         gpu = SimpleNamespace(compute_capability=(major, minor), name="NVIDIA GPU")
@@ -515,7 +515,7 @@ def test_rtx_compiles_for_what_its_recipe_says(
     machine_of: Callable[[int, int], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """By itself it would compile for some architectures, which ours need not be among."""
+    """By default it compiles for some architectures, which may not include this machine's."""
     machine_of(8, 9)
     trt = fake_tensorrt.fake_tensorrt()
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", trt)
@@ -588,7 +588,7 @@ BUILD = ("build", "--size", "tiny-2b", "--res", "256", "--random-weights", "0", 
 
 @pytest.fixture
 def builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The bundles that were built: copies of one with two variants, which takes no time."""
+    """Replace building by copying a bundle of two variants, and record what is built."""
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     targets: list[Path] = []
 
@@ -602,7 +602,7 @@ def builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 def two_variants(folder: Path) -> Path:
-    """A small bundle whose variant is there under two names, with a file each for the prefill."""
+    """Make a small bundle with one variant under two names, and two files of the prefill."""
     replace, own = msgspec.structs.replace, "graphs/other.prefill.onnx"
     manifest = Bundle.open(shutil.copytree(small_bundle(), folder)).manifest
     (variant,) = manifest.variants

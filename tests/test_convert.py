@@ -156,7 +156,7 @@ def test_an_output_that_is_a_file_is_a_typed_error(
 
 @pytest.fixture
 def small_disk() -> Iterator[None]:
-    """Files cannot grow past 100 kB: a write fails midway, as on a disk that fills up."""
+    """Limit files to 100 kB: a write fails midway, as on a disk that fills up."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     yield

@@ -48,7 +48,7 @@ SIZE = 512
 
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
-    """One for the small bundle, in the place of this machine's CUDA and TensorRT for RTX."""
+    """Replace this machine's CUDA and TensorRT for RTX by a fake for the small bundle."""
     keep_engines_in(tmp_path, monkeypatch)
     monkeypatch.setattr(cuda_device, "cache_folder", lambda: tmp_path / "cache")
     machine = Machine(SimulatedGpu(Bundle.open(small_bundle()).graphs_folder))
@@ -62,7 +62,7 @@ def install(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def opened(layout: Layout = "external", kind: EngineKind = "tensorrt-rtx") -> Editor:
-    """An editor of the small bundle on engines that were just compiled."""
+    """Open the small bundle on engines that were just compiled."""
     compiled(small_bundle(), layout, kind)
     return Editor.open(small_bundle(), backend=kind)
 
@@ -110,7 +110,7 @@ def test_what_is_called_of_tensorrt_exists_with_these_parameters(fake: Any, real
 
 
 def public(fake: Any) -> list[str]:
-    """Its names that are to be of the real one."""
+    """Return the fake's names, which the real one must have too."""
     names = [name for name in vars(fake) if name[0] != "_"]
     assert names
     return names
@@ -147,7 +147,7 @@ def test_by_stages_and_as_a_whole_are_the_same_edit(machine: Machine) -> None:
 
 
 def test_another_thread_can_edit(machine: Machine) -> None:
-    """Each has a current GPU of its own, at first none."""
+    """The current GPU is a setting of each thread; a new thread has none."""
     images: list[np.ndarray] = []
     with opened() as editor:
         thread = threading.Thread(target=lambda: images.append(edited(editor)))
@@ -174,7 +174,7 @@ def device(machine: Machine) -> CudaDevice:
 
 
 def zeros_and_fives(device: CudaDevice) -> tuple[np.ndarray, int]:
-    """Memory of the host, which is fives, and of the GPU, which is zeros."""
+    """Allocate memory of the host, filled with fives, and of the GPU, with zeros."""
     host, block = device.allocate_host(SIZE), device.allocate(SIZE)
     host[:] = 5
     device.clear(block, SIZE)
@@ -246,7 +246,7 @@ def test_what_is_freed_during_a_capture_does_not_spoil_it(
 
 
 def doubling() -> bytes:
-    """A graph of x [n, 4] -> y, twice that."""
+    """Return a graph that doubles x [n, 4]."""
     x, y = (make_tensor_value_info(name, TensorProto.FLOAT, ["n", 4]) for name in "xy")
     graph = make_graph([make_node("Add", ["x", "x"], ["y"])], "doubling", [x], [y])
     model = make_model(graph, opset_imports=[make_opsetid("", 20)], ir_version=9)
@@ -331,7 +331,7 @@ def test_shapes_that_an_engine_does_not_take_are_an_error(device: CudaDevice) ->
 def test_a_profile_that_an_engine_does_not_take_is_an_error(
     device: CudaDevice, machine: Machine
 ) -> None:
-    """For which TensorRT raises, and says why to its logger, or does not."""
+    """TensorRT raises, and may tell its logger why."""
     machine.failing = {"set_optimization_profile_async"}
     refused = "the engine doubling does not take its tensors"
     with pytest.raises(BackendError, match=rf"^{refused} \(CUDA_ERROR_UNKNOWN: .*\): compile it"):
@@ -444,7 +444,7 @@ def test_what_cannot_be_opened_whole_is_freed(machine: Machine, call: str) -> No
 def test_engines_that_cannot_be_opened_are_freed_before_what_they_run_on(
     machine: Machine, call: str
 ) -> None:
-    """Though the error's traceback still knows of them."""
+    """Freed although the error's traceback still refers to them."""
     machine.failing = {call}
     with pytest.raises(BackendError) as caught:
         opened()
@@ -459,7 +459,7 @@ def contexts(machine: Machine) -> list[fake_cuda.Context]:
 
 
 def test_a_gpu_that_failed_can_be_closed(machine: Machine) -> None:
-    """And the error that is told is the first."""
+    """The error that is reported is the first."""
     machine.failing = {"cuStreamBeginCapture", "cuMemFree", "cuMemFreeHost"}
     with pytest.raises(BackendError, match="cuStreamBeginCapture"):
         opened()
@@ -487,7 +487,7 @@ def run(command: click.Command, *arguments: object) -> Result:
 
 @pytest.fixture
 def engines(machine: Machine) -> tuple[object, ...]:
-    """What makes a command use the small bundle's engines."""
+    """Return the options that make a command use the small bundle's engines."""
     compiled(small_bundle())
     return "--backend", "tensorrt-rtx"
 

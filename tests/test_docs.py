@@ -18,7 +18,7 @@ FOLDERS = [".", "varedit_export", "runtime/varedit_runtime", "reference/varedit_
 
 
 def rows(page: str, heading: str) -> dict[str, list[str]]:
-    """The table under a heading: its rows' other cells, by the first."""
+    """Return the table under a heading: each row's other cells by its first cell."""
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     section = text.split(f"# {heading}\n")[1].split("\n#")[0]
     lines = [line.strip("|").split(" | ") for line in section.splitlines() if line[:1] == "|"]

@@ -77,7 +77,7 @@ def with_bundle(machine: Machine, **changed: Any) -> Machine:
 
 
 def with_engines(backend: str, gpu: str = "", needing: int = 5) -> Machine:
-    """gpu: by default the server's; needing: GB of its memory."""
+    """Make a machine; gpu: by default a server's; needing: GB of its memory."""
     gpu = gpu or ("sm89" if backend == "tensorrt-rtx" else f"sm89 {ADA.name}")
     tools = {backend: SERVER.packages[backend]}
     recipe = Recipe(backend, "512-b1", {}, {}, tools, gpu, "external", "fp16", {})
@@ -259,7 +259,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EngineCache:
 
 
 def engines_line(cache: EngineCache, machine: Machine = SERVER) -> str:
-    """What is said of the bundle's only set."""
+    """Return the line about the bundle's only engine set."""
     facts = survey(cache.bundle.path).bundle
     lines = report(replace(machine, bundle=facts)).splitlines()
     (line,) = (line for line in lines if line.startswith("engines"))
@@ -335,7 +335,7 @@ def test_a_bundle_that_cannot_be_opened_is_refused(tmp_path: Path) -> None:
 
 
 def binding(**changed: Any) -> Any:
-    """NVIDIA's binding, on a machine with one GPU."""
+    """NVIDIA's binding on a machine with one GPU."""
     functions: dict[str, Any] = {
         "nvmlInit": lambda: None,
         "nvmlShutdown": lambda: None,

@@ -58,7 +58,7 @@ def shared() -> Iterator[Editor]:
 
 @pytest.fixture
 def editor() -> Iterator[Editor]:
-    """One of its own for a test that changes it."""
+    """Open an editor of its own, for a test that changes it."""
     with Editor.open(small_bundle(), threads=1) as editor:
         yield editor
 
@@ -109,7 +109,7 @@ def test_whole_edits_equal_the_reference(case: dict[str, Any]) -> None:
 
 
 def first_pictures(step: PredictedScale, count: int) -> PredictedScale:
-    """Without what fills up the batch."""
+    """Return the results without those that fill up the batch."""
     return replace(step, logits=step.logits[:count], bits=step.bits[:count])
 
 
@@ -202,7 +202,7 @@ def given() -> list[tuple[Image.Image, str]]:
 
 
 def agreeing(one: EditResult, other: EditResult) -> float:
-    """Share of values within a level."""
+    """Return the share of values that differ by at most one level."""
     difference = np.asarray(one.image).astype(int) - np.asarray(other.image)
     return float((abs(difference) <= 1).mean())
 
@@ -432,7 +432,7 @@ def test_an_edit_under_way_ends_before_the_editor_closes(editor: Editor) -> None
 
 @pytest.fixture
 def idle(shared: Editor, monkeypatch: pytest.MonkeyPatch) -> Editor:
-    """An editor that fails when it computes."""
+    """Open an editor that fails when it computes."""
     for stage in ("encode_text", "encode_pictures", "condition", "prefill", "predict"):
         monkeypatch.setattr(shared.backend, stage, None)
     return shared

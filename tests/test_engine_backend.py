@@ -217,7 +217,7 @@ def test_engines_are_found_for_their_gpu_and_tools() -> None:
 
 
 def spoilt(path: Path, how: str) -> str:
-    """Make a set useless. -> what is said of it"""
+    """Make a set useless; return the expected message."""
     manifest = msgspec.json.decode((path / MANIFEST).read_bytes())
     if how == "truncated":
         plan = path / manifest["plans"]["scale_00"]["file"]

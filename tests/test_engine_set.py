@@ -42,7 +42,7 @@ OF_A_MACHINE = {
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folders of a user; what is built here is vouched for there."""
+    """Give this test its own user folders, where sets built here are recorded."""
     monkeypatch.setattr(engine_set, "data_folder", lambda: tmp_path / "data")
     monkeypatch.setattr(engine_set, "cache_folder", lambda: tmp_path / "cache")
     return tmp_path
@@ -93,7 +93,7 @@ def compile_set(cache: EngineCache, recipe: Recipe) -> Path:
 
 
 def someone_else(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
-    """From here on the user is another, who has built nothing."""
+    """Become another user, who has built nothing."""
     monkeypatch.setattr(engine_set, "data_folder", lambda: home / "other" / "data")
     monkeypatch.setattr(engine_set, "cache_folder", lambda: home / "other" / "cache")
 
@@ -232,7 +232,7 @@ def test_who_does_not_trust_a_set_can_build_another(
 
 
 def test_a_set_made_like_ours_by_another_is_not_ours(cache: EngineCache):
-    """Vouched for is a manifest, and so the bytes of every plan; not a name, not a recipe."""
+    """A record vouches for a manifest, and so for every plan's bytes; not for a name or recipe."""
     recipe = recipe_of(cache)
     folder = compile_set(cache, recipe)
     with Staging(folder, check=lambda path: None) as staging:
@@ -309,7 +309,7 @@ def test_verifying_finds_a_flipped_bit_that_opening_does_not(cache: EngineCache)
 
 
 def test_a_thousand_damaged_plans_are_never_handed_on(cache: EngineCache):
-    """Flipped, cut short or grown, before or after the set was opened."""
+    """A plan is flipped, cut short or extended, before or after the set is opened."""
     recipe = recipe_of(cache)
     folder = compile_set(cache, recipe)
     opened = cache.open(recipe)
@@ -340,7 +340,7 @@ def grown(whole: bytes, numbers: random.Random) -> bytes:
 
 
 def read_plan(cache: EngineCache, recipe: Recipe, stage: str, **vouched: Any) -> bytearray:
-    """As a runtime would, just before it deserialises it."""
+    """Read a plan as a runtime does before it deserialises it."""
     engines = cache.open(recipe, **vouched)
     assert engines
     return engines.plan_bytes(stage)
@@ -366,7 +366,7 @@ def test_the_bytes_handed_on_are_those_that_were_hashed(
 
 
 def test_swapped_plans_are_refused(cache: EngineCache):
-    """The plans of one size, so that only digests tell them apart."""
+    """Make plans of one size, so that only digests tell them apart."""
     recipe = recipe_of(cache)
     contents = {stage: bytes([number]) * 100 for number, stage in enumerate(STAGES)}
     with cache.create(recipe) as staging:
@@ -434,7 +434,7 @@ def test_a_rewritten_manifest_is_refused(
     said: str,
     said_to_who_trusts: str | None,
 ):
-    """One that agrees with the digest beside it. Trust vouches for plans, not for damage."""
+    """The manifest agrees with the digest beside it: trust covers plans, not damage."""
     recipe = recipe_of(cache)
     folder = compile_set(cache, recipe)
     manifest = msgspec.json.decode((folder / MANIFEST).read_bytes())
@@ -451,7 +451,7 @@ SIZE = len(content(WEIGHTS))
 
 
 def publish_weights(cache: EngineCache, stage: str, *place: Any) -> Recipe:
-    """A set built here, one stage of which has a weight at this place."""
+    """Build a set here, with a stage whose weight lies at this place."""
     recipe = recipe_of(cache)
     folder = compile_set(cache, recipe)
     manifest = msgspec.json.decode((folder / MANIFEST).read_bytes())
@@ -509,7 +509,7 @@ def test_a_set_without_its_checksum_or_manifest_is_refused(cache: EngineCache):
 
 
 def test_a_plan_that_is_a_link_is_refused(cache: EngineCache, tmp_path: Path):
-    """Even to the very bytes that are right: another may change what it leads to."""
+    """Even a link to the right bytes is refused: someone may change its target later."""
     recipe = recipe_of(cache)
     path = compile_set(cache, recipe) / "condition.plan"
     opened = cache.open(recipe)
@@ -554,7 +554,7 @@ def test_plans_match_the_recipe_and_the_files(
 
 
 def publish_packed(cache: EngineCache, data: bytes, size: int) -> EngineSet:
-    """A set with one file for all plans."""
+    """Publish a set with one file for all plans."""
     recipe = recipe_of(cache)
     with cache.create(recipe) as staging:
         staging.file("one.plan.z").write_bytes(data)
@@ -651,7 +651,7 @@ SCALE = "graphs/64.scale_00.onnx"
 
 
 def test_engines_that_share_a_graph_with_the_newer_bundle_are_kept(cache: EngineCache):
-    """All others go with the earlier one."""
+    """All others are deleted with the earlier bundle."""
     every, scale = recipe_of(cache), cache.recipe("64", ["scale_00"], **OF_A_MACHINE)
     kept = contents(compile_set(cache, every))
     compile_set(cache, scale)
@@ -671,7 +671,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_engines_that_the_newer_bundle_has_already_are_not_replaced(cache: EngineCache):
-    """As after an interruption: some were moved, and one of the others was compiled again."""
+    """As after an interruption: some sets were moved, and one of the others was made again."""
     recipe = recipe_of(cache)
     folder = compile_set(cache, recipe)
     aside = shutil.copytree(cache.bundle.path, set_aside(cache.bundle.path))
@@ -686,7 +686,7 @@ def test_engines_that_the_newer_bundle_has_already_are_not_replaced(cache: Engin
 def test_replacing_a_bundle_killed_anywhere_loses_no_bundle_and_harms_no_engines(
     cache: EngineCache,
 ):
-    """Every attempt finds what the one before it left."""
+    """Every attempt starts from what the previous one left."""
     path, recipes = cache.bundle.path, [recipe_of(cache), recipe_of(cache, gpu="sm_80")]
     for recipe in recipes:
         compile_set(cache, recipe)
@@ -702,7 +702,7 @@ def test_replacing_a_bundle_killed_anywhere_loses_no_bundle_and_harms_no_engines
 
 
 def is_set_aside(bundle: Path, recipe: Recipe) -> bool:
-    """Whether a set, which is whole, is in the earlier bundle yet."""
+    """Return whether a complete set is still in the earlier bundle."""
     name = f"engines/{recipe.backend}-{recipe.key[:16]}"
     (place,) = (place for place in (bundle, set_aside(bundle)) if (place / name).exists())
     EngineSet.open(place / name).verify()
@@ -714,7 +714,7 @@ def is_set_aside(bundle: Path, recipe: Recipe) -> bool:
 
 @pytest.fixture
 def cached(cache: EngineCache, monkeypatch: pytest.MonkeyPatch) -> EngineCache:
-    """Of a bundle that cannot be written."""
+    """Pretend that the bundle cannot be written."""
     monkeypatch.setattr(engine_cache, "_writable", lambda folder: False)
     return cache
 
@@ -749,7 +749,7 @@ def test_what_is_damaged_in_the_users_cache_is_told_of_the_bundle_that_it_is_of(
 
 @pytest.fixture
 def without_privileges() -> Iterator[Path]:
-    """As a user who may not write everywhere, as root may. Gives a folder where this one may."""
+    """Become a user who may not write everywhere, unlike root; give a folder where it may."""
     root = os.geteuid() == 0
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)

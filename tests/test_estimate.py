@@ -1,4 +1,4 @@
-"""What a build is said to need, and that it does not begin where that is not there."""
+"""The estimate of what a build needs, and that it does not start without it."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +31,7 @@ def full_size(size: str, resolution: int, target: Path) -> Plan:
 def test_full_sizes_need_what_was_measured(
     tmp_path: Path, size: str, resolution: int, measured_memory: float, weights: float
 ) -> None:
-    """Measured with measure_build.py: see docs/benchmarks.md. More is said than is needed."""
+    """Measured with measure_build.py (see docs/benchmarks.md); estimates are above measurements."""
     needed = needs(full_size(size, resolution, tmp_path / "bundle"))
     assert weights <= needed.disk <= 1.05 * weights
     assert measured_memory <= needed.memory <= 1.5 * measured_memory

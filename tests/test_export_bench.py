@@ -1,4 +1,4 @@
-"""`varedit-export bench`: the bundle beside the reference it was made of."""
+"""`varedit-export bench`: a bundle beside the reference that it was made from."""
 
 import json
 from pathlib import Path

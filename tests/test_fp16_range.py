@@ -1,4 +1,4 @@
-"""The tool that finds products past fp16's range, on models where it is known which they are."""
+"""The tool that finds products past fp16's range, on models whose such products are known."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,7 +31,7 @@ ATTENTION, MLP = "block.{}.layer.0.SelfAttention", "block.{}.layer.1.DenseReluDe
 
 
 def planted(folder: Path, factors: Mapping[str, float]) -> Path:
-    """A small T5 with some of its encoder's weights multiplied."""
+    """Return a small T5 with some of its encoder's weights multiplied."""
     model = write_t5(folder)
     for name, factor in factors.items():
         model.encoder.get_parameter(f"{name}.weight").data.mul_(factor)
@@ -73,7 +73,7 @@ def test_it_names_exactly_what_was_planted(
 
 
 def test_the_margin_decides(tmp_path: Path) -> None:
-    """A value within fp16's range, and not by the margin."""
+    """The largest value is within fp16's range, but not by the margin."""
     folder = planted(tmp_path, {MLP.format(0) + ".wo": 1e4})
     products = measure_text_encoder(TextEncoder.load(folder), INSTRUCTIONS)
     largest = max(products, key=lambda product: product.largest)
@@ -137,7 +137,7 @@ def test_the_command_measures_nano(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_is_said_to_be_fp32_is_fp32_in_the_graphs() -> None:
-    """Matrices of an fp16 model that are stored in fp32, by the names of the graphs."""
+    """Return the matrices that an fp16 model stores in fp32, by the graphs' names."""
     text = TextEncoderConfig(32, 64, 16, 4, 64, 1, 32, 128, 1e-6)
     with torch.device("meta"):
         transformer = GraphTransformer(load_nano().config.transformer, torch.float16)

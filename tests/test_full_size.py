@@ -74,7 +74,7 @@ def count(model: torch.nn.Module) -> int:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Iterator[Path]:
-    """The 2b transformer with random bf16 weights, in the released layout."""
+    """Write a 2b transformer with random bf16 weights, in the released layout."""
     if not Path("/proc/self/status").exists():
         pytest.skip("peak memory is read from /proc")
     if (free := shutil.disk_usage(tmp_path).free) < DISK:

@@ -14,7 +14,7 @@ from varedit_runtime.manifest import MANIFEST
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A user who has never built anything, with an embedded nano."""
+    """Become a user who has never built anything, with an embedded nano."""
     monkeypatch.delenv(VARIABLE, raising=False)
     monkeypatch.setattr(locate, "user_data_path", lambda app: tmp_path / "data" / app)
     monkeypatch.setattr(locate, "_NANO", tmp_path / "nano")

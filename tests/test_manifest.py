@@ -44,7 +44,7 @@ def refusal_of(spoil: Spoil) -> str:
 
 
 def every_place(value: object, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """The paths of all values inside a JSON value."""
+    """Yield the paths of all values inside a JSON value."""
     if isinstance(value, dict):
         items = list(value.items())
     else:
@@ -79,7 +79,7 @@ WRONG_VALUES = ("1", 1, -1, 0.5, True, None, [], {}, [[]], "\n", 10**400)
 
 
 def test_a_value_of_another_type_is_refused_wherever_it_is():
-    """At every place of a manifest, every kind of value that JSON has, unless it is right there."""
+    """Put every kind of JSON value at every place of a manifest, unless it is right there."""
     refused = 0
     whole = valid_manifest()
     for path in every_place(whole):

@@ -1,4 +1,4 @@
-"""nano, the bundle that `varedit-run` has with it: what it is built from, and editing with it."""
+"""nano, the bundle that `varedit-run` ships with: what it is built from, and editing with it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,14 +31,14 @@ SENTENCE_TOKENS, JOINT_TOKENS = 4, 3
 
 @pytest.fixture(autouse=True)
 def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A user who never built anything."""
+    """Become a user who never built anything."""
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     monkeypatch.delenv(locate.VARIABLE, raising=False)
 
 
 @dataclass
 class Planned:
-    """What `varedit-export build` would have built."""
+    """Runs `varedit-export build` without building; returns the plan."""
 
     plans: list[Plan]
 
@@ -86,7 +86,7 @@ def test_building_nano_gives_the_embedded_bundle(tmp_path: Path) -> None:
 
 
 def _essence(manifest: Manifest) -> Manifest:
-    """All but what built it, and how that rounds."""
+    """Return the manifest without the builder's versions and its rounding."""
     return msgspec.structs.replace(manifest, tools={}, parity=())
 
 
@@ -150,7 +150,7 @@ def test_the_weights_are_known_by_their_contents(
 
 
 def _copy(source: str, target: str) -> None:
-    """Without the time of the last change."""
+    """Copy a file without the time of its last change."""
     Path(target).write_bytes(Path(source).read_bytes())
 
 

@@ -36,7 +36,7 @@ SIDE = 16
 
 
 def edit(kind: str, colour: int, rows: slice, source: np.ndarray) -> EditSample:
-    """Some rows of the source painted in one grey."""
+    """Draw a target: the source with some rows painted in one grey."""
     target = source.copy()
     target[rows] = colour
     return EditSample(kind, f"paint it {colour}", source, target, (target != source).any(-1))

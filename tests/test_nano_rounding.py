@@ -26,7 +26,7 @@ def nano() -> VAREdit:
 
 @torch.inference_mode()
 def steps(nano: VAREdit, model: VAR, exact: list[PredictedScale] | None) -> list[PredictedScale]:
-    """Edits of scenes never trained on; with the exact model's steps, all scales given its bits."""
+    """Edit unseen scenes; if given the exact model's steps, force its bits at all scales."""
     edits = [draw_edit(seed, nano.config.picture_size[0]) for seed in EVALUATION_SEEDS[:EDITS]]
     features = nano.text_encoder.encode([edit.instruction for edit in edits])
     text = model.condition(model.text_rows(features, guided=True))

@@ -112,7 +112,7 @@ class Killed(Exception):
 
 
 def flat(content: Any) -> list[Any]:
-    """The leaves of a checkpoint; tensors as lists."""
+    """Return the leaves of a checkpoint; tensors as lists."""
     if isinstance(content, dict):
         return [leaf for key in sorted(content, key=str) for leaf in flat(content[key])]
     if isinstance(content, list | tuple):

@@ -47,7 +47,7 @@ def backend_of(path: Path, threads: int = 1) -> OnnxBackend:
 
 
 class Given:
-    """Random sources and text features of as many pictures as a bundle takes."""
+    """Draw random sources and text features, as many pictures as a bundle takes."""
 
     def __init__(self, config: ModelConfig, batch: int, guided: bool, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -61,7 +61,7 @@ class Given:
         ]
 
     def start(self, backend: OnnxBackend) -> None:
-        """Condition and prefill."""
+        """Run condition and prefill."""
         batch, tokens = len(self.text), backend.variant.text_tokens
         features = np.zeros((batch, tokens, self.text[0].shape[1]), np.float32)
         mask = np.zeros((batch, tokens), np.bool_)
@@ -92,7 +92,7 @@ class Given:
         return torch.from_numpy(np.stack(noise))
 
     def shaped(self, scale: int, tensor: Tensor) -> np.ndarray:
-        """[B, L, c] -> [B, h, w, c]."""
+        """Reshape [B, L, c] to [B, h, w, c]."""
         return tensor.unflatten(1, self.config.transformer.grids[scale]).numpy()
 
 
@@ -108,7 +108,7 @@ class Given:
 def test_teacher_forced_every_scale_equals_the_reference(
     path: Any, config: ModelConfig, batch: int, guided: bool
 ) -> None:
-    """Half of the bits are forced to the reference's, and the others drawn."""
+    """Half of the bits are forced to the reference's, and the others are drawn."""
     backend, given, seeds = backend_of(path()), Given(config, batch, guided), [5, 6][:batch]
     expected = given.run_reference(reference(config), seeded(seeds))
     given.start(backend)
@@ -235,7 +235,7 @@ def test_a_graph_that_fails_is_a_typed_error() -> None:
 
 
 def test_a_node_that_fails_is_told_once(capfd: pytest.CaptureFixture[str]) -> None:
-    """By the error alone: ONNX Runtime prints nothing, in colours, of its own."""
+    """Only the error says so: ONNX Runtime prints nothing itself."""
     backend = backend_of(embedded())
     shape = (1, backend.variant.text_tokens)
     with pytest.raises(BackendError, match=r"cannot run graph text_encoder.*out of"):
@@ -264,7 +264,7 @@ def test_too_little_memory_to_fill_a_buffer_is_a_typed_error(
 
 
 def changed_nano(folder: Path, change: Callable[[str, GraphSpec], GraphSpec]) -> Path:
-    """A copy of nano's bundle whose manifest says something else of its graphs."""
+    """Copy nano's bundle with another description of its graphs."""
     bundle = Path(shutil.copytree(embedded(), folder / "bundle"))
     manifest = decode_manifest((bundle / MANIFEST).read_bytes(), Manifest)
     (variant,) = manifest.variants
@@ -275,7 +275,7 @@ def changed_nano(folder: Path, change: Callable[[str, GraphSpec], GraphSpec]) ->
 
 
 def start(**other: Any) -> Callable[[str, GraphSpec], GraphSpec]:
-    """The tensor called start as another, in all graphs that have it."""
+    """Change the tensor called start in all graphs that have it."""
 
     def changed(specs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
         return tuple(

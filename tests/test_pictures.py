@@ -190,7 +190,7 @@ def test_many_float_samples_are_scaled_alike():
 
 
 def tiled_tiff(side: int) -> bytes:
-    """16 x 16 px of grey, in one tile of that side, of which no more is there than the picture."""
+    """Return a TIFF of 16 x 16 grey px in one tile of this side, which is cut short."""
     pixels = bytes(range(256))
     entries = {256: 16, 257: 16, 258: 8, 259: 1, 262: 1, 322: side, 323: side, 324: 8, 325: 256}
     tags = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries.items())
@@ -251,7 +251,7 @@ def srgb_profile() -> bytes:
 
 
 def profile_with_red_and_green_swapped() -> bytes:
-    """sRGB with the names of its red and green primaries exchanged."""
+    """Return an sRGB profile with its red and green primaries exchanged."""
     profile = srgb_profile().replace(b"rXYZ", b"swap")
     return profile.replace(b"gXYZ", b"rXYZ").replace(b"swap", b"gXYZ")
 
@@ -266,7 +266,7 @@ def test_an_embedded_profile_is_applied(written_as: str):
 
 
 def grey_profile_with_gamma_1() -> bytes:
-    """The least that is an ICC profile: a linear tone curve and the D50 white point."""
+    """Return a minimal ICC profile: a linear tone curve and the D50 white point."""
     curve = b"curv" + struct.pack(">IIHxx", 0, 1, 256)
     white = b"XYZ " + struct.pack(">Iiii", 0, 63190, 65536, 54061)
     tags = struct.pack(">I4sII4sII", 2, b"kTRC", 156, 14, b"wtpt", 172, 20)

@@ -32,7 +32,7 @@ def target(tmp_path: Path) -> Path:
 
 
 def seed_of(folder: Path) -> int:
-    """Which bundle this is; all of its bytes are checked."""
+    """Return the seed of a bundle, checking all of its bytes."""
     bundle = Bundle.open(folder)
     bundle.verify_weights()
     seed = int(bundle.manifest.model.weights.split()[-1])
@@ -206,7 +206,7 @@ def test_a_place_that_cannot_be_written_is_an_error(tmp_path: Path):
 
 
 def build(target: Path, keys: dict[str, str]) -> list[str]:
-    """An interrupted build of two files. Returns which of them were made."""
+    """Start a build of two files and interrupt it; return those that were made."""
     made = []
     with Staging(target) as staging:
         for name, key in keys.items():
@@ -282,7 +282,7 @@ def file_size_limit(size: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("size", [100, 1000])
 def test_a_full_disk_publishes_nothing_and_keeps_what_is_finished(target: Path, size: int):
-    """At 100 bytes no file fits, at 1000 all but the manifest do."""
+    """At 100 bytes no file fits, at 1000 all except the manifest."""
     publish(target)
     with (
         file_size_limit(size),
@@ -372,7 +372,7 @@ def test_a_first_build_killed_anywhere_leaves_no_bundle_or_a_whole_one(tmp_path:
 @pytest.mark.usefixtures("no_flushing")
 @FORKS
 def test_replacing_a_bundle_killed_anywhere_leaves_the_earlier_or_the_newer(target: Path):
-    """Every attempt finds what the one before it left."""
+    """Every attempt starts from what the previous one left."""
     publish(target, seed=0)
     outcomes, step, killed = set(), 60, True  # until then it writes files, as a first build does
     while killed:
@@ -404,7 +404,7 @@ ENDLESSLY = """if True:
 
 
 def endless_publisher(target: Path, seed: int) -> subprocess.Popen[str]:
-    """A process that publishes one bundle after the other, and prints the seed of each."""
+    """Start a process that publishes one bundle after the other, and prints the seed of each."""
     command = [sys.executable, "-c", ENDLESSLY, target, str(seed)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=TESTS)
 

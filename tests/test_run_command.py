@@ -56,7 +56,7 @@ def pixels(path: Path) -> bytes:
 
 
 def fails(result: Result, message: str) -> None:
-    """Exit code 1, one line that says what is wrong, and no output."""
+    """Check for exit code 1, one line that says what is wrong, and no output."""
     assert result.exit_code == 1, result.output
     told = [line for line in result.stderr.splitlines() if not line.startswith("bundle: ")]
     assert len(told) == 1 and re.search(message, told[0]), result.stderr
@@ -440,7 +440,7 @@ def test_the_peak_of_memory_is_seen() -> None:
 
 
 def test_products_are_counted_as_the_reference_computes_them() -> None:
-    """The reference's products of the prefill and all scales, without embedding and head."""
+    """Count the reference's products of prefill and all scales, without embedding and head."""
     config, bundle = bundle_config(), Bundle.open(small_bundle())
     variant, model = bundle.manifest.variants[0], reference(config)
     transformer = config.transformer

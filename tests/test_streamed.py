@@ -1,4 +1,4 @@
-"""Parity block by block: what it proves, and that swapped tensors do not pass."""
+"""Parity block by block: what it proves, and that swapped tensors fail it."""
 
 import hashlib
 import shutil
@@ -28,7 +28,7 @@ TRANSFORMER, TEXT = "weights/transformer.safetensors", "weights/text_encoder.saf
 
 
 def deep_config() -> ModelConfig:
-    """Six blocks, and as few scales as have one of each kind."""
+    """Make a model of six blocks, and as few scales as have one of each kind."""
     config = bundle_config()
     grids = config.transformer.grids[:3]
     return replace(config, transformer=replace(config.transformer, depth=DEPTH, grids=grids))
@@ -40,7 +40,7 @@ def deep_weights() -> Sources:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
-    """An fp16 bundle that was verified block by block, as full sizes are."""
+    """Build an fp16 bundle that is verified block by block, as full sizes are."""
     target = tmp_path_factory.mktemp("deep") / "bundle"
     wanted = replace(request(target, "fp16"), config=deep_config(), resolution=64, batch=2)
     with pytest.MonkeyPatch.context() as patch:
@@ -51,13 +51,13 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
 
 @pytest.fixture
 def copy(built: Bundle, tmp_path: Path) -> Bundle:
-    """To be damaged."""
+    """Copy the bundle, to be damaged."""
     shutil.copytree(built.path, tmp_path / "copy")
     return Bundle.open(tmp_path / "copy")
 
 
 def compared(bundle: Bundle) -> list[ParityLine]:
-    """Without the digests of its files, which would find any damage first."""
+    """Verify without the files' digests, which would find any damage first."""
     files = dict(bundle.manifest.files)
     for name in files:
         content = (bundle.path / name).read_bytes()
@@ -118,7 +118,7 @@ def test_swapped_weights_fail(copy: Bundle, file: str, one: str, other: str) -> 
 
 
 def swapped_places(graph: onnx.GraphProto) -> None:
-    """Two weights of one graph lie where the other does."""
+    """Swap where two weights of one graph lie."""
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     one, other = tensors["blocks.4.cross_kv.bias"], tensors["blocks.3.cross_kv.bias"]
     first, second = list(one.external_data), list(other.external_data)
@@ -128,7 +128,7 @@ def swapped_places(graph: onnx.GraphProto) -> None:
 
 
 def swapped_readers(name: str) -> Callable[[onnx.GraphProto], None]:
-    """Two blocks of one graph read each other's weight."""
+    """Make two blocks of one graph read each other's weight."""
 
     def change(graph: onnx.GraphProto) -> None:
         names = {f"blocks.4.{name}": f"blocks.3.{name}", f"blocks.3.{name}": f"blocks.4.{name}"}
@@ -139,7 +139,7 @@ def swapped_readers(name: str) -> Callable[[onnx.GraphProto], None]:
 
 
 def swapped_scales(graph: onnx.GraphProto) -> None:
-    """A table of positions starts a token early."""
+    """Make a table of positions start a token early."""
     (tensor,) = [tensor for tensor in graph.initializer if tensor.name == "cos"]
     for entry in tensor.external_data:
         if entry.key == "offset":

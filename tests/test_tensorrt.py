@@ -25,7 +25,7 @@ from varedit_runtime.errors import BackendError, ConfigError
 
 @pytest.fixture(autouse=True)
 def trt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The fake in the place of TensorRT, on a machine with a GPU."""
+    """Replace TensorRT by the fake, on a machine with a GPU."""
     module = fake_tensorrt.fake_tensorrt()
     monkeypatch.setitem(sys.modules, "tensorrt", module)
     monkeypatch.setattr(compiler_module, "this_gpu", lambda backend: "sm90 NVIDIA H100")
@@ -210,7 +210,7 @@ def test_timings_that_cannot_be_written_whole_leave_the_earlier_ones(
 
 
 def test_tensorrt_for_rtx_is_asked_for_no_timings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It would need a GPU for them, and warns."""
+    """TensorRT would need a GPU for them, and warns."""
     module = fake_tensorrt.fake_tensorrt()
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", module)
     compiler = Compiler("tensorrt-rtx", ["sm89"])
@@ -223,7 +223,7 @@ def test_tensorrt_for_rtx_is_asked_for_no_timings(monkeypatch: pytest.MonkeyPatc
 def test_engines_of_rtx_can_be_captured(
     trt: Any, kind: EngineKind, required: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Which it promises of those alone that take no memory themselves."""
+    """TensorRT promises this only for engines that allocate no memory themselves."""
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", trt)
     named = ["sm89"] if kind == "tensorrt-rtx" else []
     Compiler(kind, named).compile("graph", b"a", Path(), [], lambda *progress: None)

@@ -46,7 +46,7 @@ def test_the_models_of_t5_and_nano_are_read() -> None:
 
 
 def test_a_tokenizer_that_would_abort_the_process_is_refused(tmp_path: Path) -> None:
-    """In a process of its own, which would not be here to tell."""
+    """Reads it in another process, as an abort would end this one."""
     (tmp_path / "tokenizer.json").write_bytes(tokenizer_json(ABORTS))
     code = (
         "from pathlib import Path; from varedit_runtime.text import read_tokenizer\n"
@@ -60,7 +60,7 @@ def test_a_tokenizer_that_would_abort_the_process_is_refused(tmp_path: Path) -> 
 
 
 def twice(model: object) -> bytes:
-    """A model behind which there is a harmless one; tokenizers takes either of the two."""
+    """Hide a model behind a harmless one under the same key: parsers take either of the two."""
     both = tokenizer_json(UNIGRAM).decode()
     return f'{{"model": {json.dumps(model)}, {both[1:]}'.encode()
 
@@ -110,7 +110,7 @@ def test_a_tokenizer_that_fails_on_an_instruction_is_a_typed_error(content: byte
 
 
 class Stub:
-    """In a tokenizer's place."""
+    """A stand-in for a tokenizer."""
 
     def __init__(self, raised: BaseException | None = None) -> None:
         self.raised, self.seen = raised, ""

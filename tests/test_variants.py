@@ -21,7 +21,7 @@ from varedit_runtime.errors import BundleError, ConfigError
 
 
 def fewer_scales(config: ModelConfig, count: int) -> ModelConfig:
-    """The model at a lower resolution."""
+    """Return the model at a lower resolution."""
     grids = config.transformer.grids[:count]
     return replace(config, transformer=replace(config.transformer, grids=grids))
 
@@ -98,7 +98,7 @@ def test_what_cannot_share_weights_is_refused(tmp_path: Path) -> None:
 
 
 def test_several_resolutions_are_planned_over_one_copy(tmp_path: Path) -> None:
-    """What the command says before it begins; the folder cannot be made, so that it stops there."""
+    """The command says this before it begins, and stops there: its folder cannot be made."""
     (tmp_path / "file").touch()
 
     def planned(*resolutions: int) -> str:

@@ -102,7 +102,7 @@ Change = Callable[[GraphSpec], GraphSpec]
 
 
 def changed(stage: str, change: Change) -> tuple[Variant, Model]:
-    """nano with another graph for a stage."""
+    """Return nano's manifest with another graph for a stage."""
     variant, model = described(Bundle.open(embedded()))
     graphs = variant.graphs | {stage: change(variant.graphs[stage])}
     return Variant(**{**_fields(variant), "graphs": graphs}), model

@@ -39,7 +39,7 @@ class Uncompiled:
 
 
 def keep_engines_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A user's folders, for one test."""
+    """Give one test its own user folders."""
     for name in ("data_folder", "cache_folder"):
         monkeypatch.setattr(engine_set, name, lambda name=name: folder / name)
 
@@ -50,7 +50,7 @@ def compiled(
     backend: str = "tensorrt-rtx",
     settings: dict[str, str] | None = None,
 ) -> tuple[Bundle, EngineSet]:
-    """The bundles are shared by all tests: engines go to the user's cache."""
+    """Make the bundle read-only, so that engines go to the user's cache: all tests share it."""
     bundle = Bundle.open(path)
     job = Job(bundle, layout, Uncompiled(backend, settings=settings or {}))  # type: ignore[arg-type]
     with pytest.MonkeyPatch.context() as read_only:
@@ -59,6 +59,6 @@ def compiled(
 
 
 def near(a: Image.Image | np.ndarray, b: Image.Image | np.ndarray) -> bool:
-    """Equal, but for single values that the decoders round differently."""
+    """Check that pictures are equal, except single values that the decoders round differently."""
     different = np.abs(np.asarray(a, np.int16) - np.asarray(b, np.int16))
     return bool(different.max() <= 1 and different.mean() < 1e-3)

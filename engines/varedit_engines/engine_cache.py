@@ -1,4 +1,4 @@
-"""Making the engine sets of a bundle: one at a time, whole or not at all."""
+"""Make the engine sets of a bundle: one process at a time, each set complete or not at all."""
 
 import hashlib
 import os
@@ -19,54 +19,57 @@ from varedit_runtime.manifest import DIGEST, MANIFEST, MAX_MANIFEST_BYTES
 
 
 class EngineCache(EngineSets):
-    """The engine sets of a bundle, found or made.
+    """The engine sets of a bundle, to find and to make.
 
         recipe = cache.recipe("512", stages, backend="tensorrt", ...)
         engines = cache.open(recipe)
         if engines is None:
             with cache.create(recipe) as staging:  # waits while another process compiles
-                engines = cache.open(recipe)  # the other's
-                ...  # else compile, record and publish
+                engines = cache.open(recipe)  # made by that process
+                ...  # otherwise compile, record and publish
 
-    Creating a set replaces the one that is there: a damaged one that `made_here` says to be ours,
-    or a whole one that `check_replaceable` lets pass.
+    Creating a set replaces an existing one. Call `made_here` before for a damaged set, and
+    `check_replaceable` for a whole one: sets that others built are not ours to replace.
     """
 
     def made_here(self, recipe: Recipe) -> bool:
-        """Whether this user built here what is in the places of this set, whole or damaged."""
+        """Return whether this user built, on this machine, all existing sets of this recipe."""
         return not self._foreign(recipe)
 
     def check_replaceable(self, engines: EngineSet) -> None:
-        """Raises BundleError when a new set would replace another's, or would not be found."""
+        """Raise BundleError if a new set would replace another builder's, or would not be found."""
         inside, _ = self.places_of(engines.manifest.recipe)
         for folder in self._foreign(engines.manifest.recipe):
             raise BundleError(
-                f"{folder} has engines that were built elsewhere, and they are not replaced: "
-                "delete the folder"
+                f"{folder} has engines that were built elsewhere, which are not replaced: delete "
+                "the folder to compile your own"
             )
         if engines.path == inside and not _writable(inside.parent):
-            raise BundleError(f"{inside} cannot be replaced: the bundle cannot be written")
+            raise BundleError(
+                f"{inside} cannot be replaced: make the folder {inside.parent} writable"
+            )
 
     def _foreign(self, recipe: Recipe) -> list[Path]:
         places = self.places_of(recipe)
         return [folder for folder in places if folder.exists() and not _made_here(folder)]
 
     def create(self, recipe: Recipe) -> Staging:
-        """Where to write a set: in the bundle or, if that is read-only, in the user's cache.
+        """Return a staging for a set: in the bundle or, if that is read-only, in the user's cache.
 
-        Opening it once it is published needs neither digest nor trust.
+        A published set is recorded as built here, so that opening it needs no digest and no trust.
         """
         inside, cached = self.places_of(recipe)
         with suppress(OSError):
             inside.parent.mkdir(exist_ok=True)
         folder = inside if _writable(inside.parent) else cached
-        # Not beside the engines: it vouches for what an interrupted compilation left there.
+        # Not beside the engines: the journal vouches for finished plans, which are native code, and
+        # a stranger could put a forged one into a bundle.
         journal = records() / f"{hashlib.sha256(os.fsencode(folder)).hexdigest()}.journal"
         return Staging(folder, wait=True, check=_vouch_for, journal=journal)
 
 
 def _made_here(folder: Path) -> bool:
-    """As the manifest tells or, should that be damaged, the digest beside it."""
+    """Return whether records list the digest of the manifest, or the one beside a damaged one."""
     try:
         manifest, beside = (
             read_at_most(regular_file(folder, name), MAX_MANIFEST_BYTES)
@@ -83,6 +86,7 @@ def _writable(folder: Path) -> bool:
 
 
 def _vouch_for(folder: Path) -> None:
+    """Record that this user built this set on this machine."""
     record = built_here(EngineSet.open(folder).digest)
     record.parent.mkdir(parents=True, exist_ok=True)
     record.touch()

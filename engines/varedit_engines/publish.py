@@ -1,11 +1,14 @@
-"""Publishing a folder with a manifest whole or not at all.
+"""Publish a folder with a manifest atomically: it appears complete, or not at all.
 
-Beside a bundle NAME, hidden:
+A build writes beside its target NAME, in hidden places, and renames at the end:
 
-    .NAME.lock                   held by the one that builds
-    .NAME.partial/folder/        the bundle to be
-    .NAME.partial/journal.json   the files in it that are finished, kept when a build is resumed
-    .NAME.partial/previous/      the bundle that NAME was, from when it is replaced until deleted
+    .NAME.lock                   held by the process that builds
+    .NAME.partial/folder/        the new bundle
+    .NAME.partial/journal.json   its finished files, which a resumed build does not make again
+    .NAME.partial/previous/      the replaced bundle, until it is deleted
+
+Two renames replace a bundle: NAME to previous, folder to NAME. A process killed between them leaves
+no NAME; readers then use previous (`bundle.standing`), and the next build puts it back.
 """
 
 import errno
@@ -37,14 +40,14 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class _Finished(msgspec.Struct, frozen=True):
-    """A journal's line. key: stands for everything that the file was made from."""
+    """A journal's entry. key: a digest of everything that the file was made from."""
 
     key: str
     entry: FileEntry
 
 
 class Staging:
-    """A bundle being built. A context: published inside it, or left for the next build to resume.
+    """A bundle being built: a context in which it is published, or kept for a build that resumes.
 
         with Staging(target) as staging:
             if not staging.kept(name, key):
@@ -52,14 +55,13 @@ class Staging:
                 staging.record(name, key)
             staging.publish(Manifest(..., files=staging.files))
 
-    target: the folder that the bundle will be. wait: for another builder of it to end.
-    check: opens the finished folder just before it is published, raising BundleError.
-    journal: where to note which files are finished; by default beside them.
+    target: the bundle's folder. wait: wait for another process that builds it, instead of raising.
+    check: called with the finished folder before it is published; raises BundleError on a fault.
+    journal: the file that lists finished files; by default in the work folder.
 
-    Raises BundleError when another process builds the same target, when target is something else
-    than a bundle, and, also for what is written by others inside the context, when the disk is
-    full. An earlier bundle stays as it is until the new one takes its place, and takes over those
-    of its engine sets that share a graph with it.
+    An earlier bundle stays until the new one replaces it; engine sets of it that share a graph
+    with the new one move there. Raises BundleError if another process builds the same target, if
+    target exists and is not a bundle, or if the disk is full (whatever in the context filled it).
     """
 
     def __init__(
@@ -99,13 +101,16 @@ class Staging:
             raise _no_space(self.target) from error
 
     def file(self, name: str) -> Path:
-        """Where to write a file. name: its path in the bundle, with forward slashes."""
+        """Return where to write a file. name: its path in the bundle, with forward slashes."""
         path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
     def kept(self, name: str, key: str) -> FileEntry | None:
-        """The file as an earlier build finished it from the same key, whole; else it is deleted."""
+        """Keep a file that an earlier build finished with the same key; delete any other.
+
+        Returns its entry, or None if it has to be written. A key: see `record`.
+        """
         finished = self._journal.get(name)
         path = self.file(name)
         if (
@@ -120,7 +125,10 @@ class Staging:
         return None
 
     def record(self, name: str, key: str | None = None) -> FileEntry:
-        """Take a finished file into the bundle. Without a key it is made again on resuming."""
+        """Add a finished file to the bundle.
+
+        key: a digest of what it was made from; without one, a resumed build makes it again.
+        """
         path = self.file(name)
         with _writable(path):
             entry = FileEntry(file_digest(path), path.stat().st_size)
@@ -131,10 +139,10 @@ class Staging:
         return entry
 
     def publish(self, manifest: FolderManifest) -> str:
-        """Make the folder what the manifest says, and rename it to its place. -> its digest
+        """Write the manifest, check the folder and rename it to its place; return its digest.
 
-        Raises BundleError, publishing nothing, when the manifest is not valid, lists other files
-        than were recorded, or when the disk is full.
+        Raises BundleError, and publishes nothing, if the manifest is not valid or does not list
+        exactly the recorded files, or if the disk is full.
         """
         with _writable(self.target):
             self._compare_files(manifest.files)
@@ -151,7 +159,7 @@ class Staging:
             self._lock.acquire(timeout=self._timeout)
         except Timeout as error:
             raise BundleError(
-                f"{self.target} is being built by another process; wait for it to end"
+                f"{self.target} is being built by another process: wait for it to end"
             ) from error
 
     def _prepare(self) -> None:
@@ -162,18 +170,18 @@ class Staging:
         self._journal = self._read_journal()
 
     def _recover(self) -> None:
-        """Put the earlier bundle back where it was or, when the newer is in its place, delete it.
+        """Finish an interrupted replacement: put the earlier bundle back, or delete it if replaced.
 
-        Its engine sets that share a graph with the newer bundle are kept: they move there.
+        Before that, its engine sets that share a graph with the new bundle move there.
         """
         previous = set_aside(self.target)
         whole = (previous / MANIFEST).exists()
         if whole and not self.target.exists():
             previous.rename(self.target)
         elif previous.exists():
-            if whole:  # and so what engine sets are left in it
+            if whole:
                 _move_engines(previous, self.target)
-            # First what makes it a bundle: it must not be put back with half of its files.
+            # The manifest first: an interrupted deletion must not leave what looks like a bundle.
             (previous / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(previous, ignore_errors=True)
 
@@ -184,19 +192,19 @@ class Staging:
             return
         if names and not {MANIFEST, DIGEST} <= set(names):
             raise BundleError(
-                f"{self.target} exists and is not a bundle, so it is not replaced; "
+                f"{self.target} exists and is not a bundle, so it is not replaced: "
                 "choose another folder"
             )
 
     def _refuse_links(self) -> None:
-        """Which whoever made a folder elsewhere may have put there, to be written through."""
+        """Refuse symlinks: one planted here would make us write outside the build folder."""
         work, links = work_folder(self.target), []
         if work.is_symlink():
             links.append(work)
         for folder, folders, files in os.walk(work):
             links += filter(os.path.islink, (Path(folder, name) for name in (*folders, *files)))
         if links:
-            raise BundleError(f"{links[0]} is a link, and a build makes none: delete it")
+            raise BundleError(f"{links[0]} is a link, which a build never makes: delete it")
 
     def _compare_files(self, listed: Mapping[str, FileEntry]) -> None:
         different = {name for name, _ in listed.items() ^ self.files.items()}
@@ -207,7 +215,7 @@ class Staging:
             )
 
     def _delete_unlisted(self) -> None:
-        """What another manifest's build, cut short, left in the folder."""
+        """Delete files that an interrupted build of another bundle left in the folder."""
         for folder, folders, files in os.walk(self.path, topdown=False):
             for file in files:
                 path = Path(folder, file)
@@ -258,19 +266,19 @@ class Staging:
 
 
 def _move_engines(previous: Path, target: Path) -> None:
-    """The sets that share a graph with the newer bundle. One that cannot move is lost."""
+    """Move the engine sets that share a graph with the new bundle; those that cannot are lost."""
     with suppress(BundleError, OSError):
         folders = sets_in(previous / ENGINES)
         kept = list(filter(EngineSets(Bundle.open(target)).shares, folders)) if folders else []
         for folder in kept:
             (target / ENGINES).mkdir(exist_ok=True)
-            with suppress(OSError):  # it has that one
+            with suppress(OSError):  # the new bundle has that set already
                 folder.rename(target / ENGINES / folder.name)
 
 
 def _flush(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
-    if os.name == "nt":  # where a folder cannot be opened
+    """Wait until a file, or a folder's list of names, is on the disk (fsync)."""
+    if os.name == "nt":  # Windows cannot open folders
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -291,6 +299,6 @@ def _writable(path: Path) -> Iterator[None]:
 
 def _no_space(path: Path) -> BundleError:
     return BundleError(
-        f"{path} cannot be written: no space is left; free some and run it again, "
-        "which keeps what is finished"
+        f"{path} cannot be written: no space is left; free some and run the command again: "
+        "finished files are kept"
     )
