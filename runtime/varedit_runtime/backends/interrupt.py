@@ -9,11 +9,11 @@ from contextlib import contextmanager
 
 @contextmanager
 def stopped_by_interrupt(stop: Callable[[], None]) -> Iterator[None]:
-    """Call `stop`, on a thread of its own, as soon as Ctrl-C is pressed while the block runs.
+    """Call `stop`, in another thread, as soon as Ctrl-C is pressed while the block runs.
 
-    Python itself raises KeyboardInterrupt only once native code returns, which for a graph may
-    take minutes. Signals reach the main thread alone: on others, and where the program handles or
-    watches its signals itself (asyncio does), the block just runs.
+    Python raises KeyboardInterrupt only when native code returns, which may take minutes for a
+    graph. Signals reach only the main thread: in other threads, and if the program handles or
+    watches its signals itself (as asyncio does), the block just runs.
     """
     told, telling = socket.socketpair()
     with told, telling:
@@ -28,12 +28,12 @@ def stopped_by_interrupt(stop: Callable[[], None]) -> Iterator[None]:
         finally:
             signal.set_wakeup_fd(-1)
             telling.shutdown(socket.SHUT_WR)
-            if watcher.ident is not None:  # else Ctrl-C came before it was started
+            if watcher.ident is not None:  # Ctrl-C may come before it was started
                 watcher.join()
 
 
 def _take_wakeup(telling: socket.socket) -> bool:
-    """Have signals written to the socket, unless the program looks after its own."""
+    """Have signals written to the socket, unless the program handles them; return whether."""
     if threading.current_thread() is not threading.main_thread():
         return False
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
@@ -46,7 +46,7 @@ def _take_wakeup(telling: socket.socket) -> bool:
 
 
 def _watch(told: socket.socket, stop: Callable[[], None]) -> None:
-    """Reads the numbers of the signals that arrive, until the other end closes."""
+    """Read the numbers of arriving signals until the other end closes; call stop on SIGINT."""
     while numbers := told.recv(1):
         if numbers[0] == signal.SIGINT:
             stop()

@@ -1,8 +1,8 @@
-"""A variant's compiled engines on a GPU: memory allocated once, and every scale one graph of work.
+"""A variant's compiled engines on a GPU: memory is allocated once, every step is a CUDA graph.
 
-Nothing the scale loop needs comes from the host: noise and parameters are copied before the first
-scale, keys and values are written where the next scale reads them, and the whole edit is one
-launch when nobody listens between scales.
+Launching hundreds of kernels one by one, and copying caches, would cost more than the small scales
+compute. So noise and parameters are copied before the first scale, keys and values are written
+where the next scale reads them, and if nobody listens between scales the whole edit is one launch.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -35,15 +35,15 @@ from varedit_runtime.manifest import Variant
 
 
 class EngineBackend(GraphBackend):
-    """All engines of a variant on one GPU. One edit at a time."""
+    """All engines of a variant on one GPU, which makes one edit at a time."""
 
     def __init__(
         self, bundle: Bundle, variant: Variant, engines: EngineSet, device: Device
     ) -> None:
-        """Load engines, which must have been found to fit the bundle, and give them memory.
+        """Load engines, which must have been checked to fit the bundle, and allocate memory.
 
-        Raises BackendError when they do not fit into the GPU's memory, before any of it is
-        allocated, or when one cannot be loaded; BundleError when a file is damaged.
+        Raises BackendError if they do not fit into the GPU's memory (before allocating any) or
+        cannot be loaded, BundleError if a file is damaged.
         """
         recipe = engines.manifest.recipe
         symbolic = recipe.layout == "profiles"
@@ -70,7 +70,7 @@ class EngineBackend(GraphBackend):
         return self.budget.total
 
     def close(self) -> None:
-        self._device.close()  # which waits: then nothing runs on what goes next
+        self._device.close()  # waits first, so that nothing runs on what is freed next
         self._whole, self._graphs, self._bound, self._engines = {}, {}, {}, {}
         self._host, self._mirror = {}, np.empty(0, np.uint8)
 
@@ -108,7 +108,7 @@ class EngineBackend(GraphBackend):
             np.copyto(target, array)
 
     def _load(self, engines: EngineSet) -> dict[str, Engine]:
-        """The engines by stage. Raises BundleError on one that is not of its graph."""
+        """Load the engines by stage. Raises BundleError if one has other tensors than its graph."""
         stages = dict.fromkeys(step.stage for step in self.steps.values())
         loaded = {stage: self._device.load(stage, engines.plan_bytes(stage)) for stage in stages}
         for step in self.steps.values():
@@ -122,9 +122,10 @@ class EngineBackend(GraphBackend):
         return loaded
 
     def _allocate(self) -> None:
-        """All values and the engines' scratch in one arena, whose beginning the host mirrors.
+        """Allocate all values and the engines' scratch as one arena.
 
-        First comes what only the host writes, so that it is copied as one.
+        Values that only the host writes come first, so that one copy brings them all; those and the
+        ones that the host reads are mirrored in host memory.
         """
         steps = self.steps.values()
         given, taken = _on_the_host(steps)
@@ -135,7 +136,7 @@ class EngineBackend(GraphBackend):
         self._arena = lay_out(sizes)
         whole = lay_out({"values": self._arena.size, "landing": landing, "scratch": scratch})
         self.budget = replace(self.budget, scratch=scratch)
-        # What is baked into engines is loaded by now.
+        # Weights inside engines are loaded by now: only the rest must still fit.
         self.budget.check_rest(whole.size + self._weights.size, self._device.free_memory())
         self._start = self._device.allocate(whole.size)
         self._device.clear(self._start, whole.size)
@@ -159,15 +160,15 @@ class EngineBackend(GraphBackend):
         return self._start + self._arena.offsets[view.value] + view.offset
 
     def _set(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Values that no step writes, by way of what is mirrored for others."""
+        """Fill values that no step writes, using the mirror of others as a staging buffer."""
         staged = self._mirror
         for name, array in arrays.items():
             staged[: array.nbytes] = array.reshape(-1).view(np.uint8)
             self._device.copy(self._address(self._values[name]), address_of(staged), array.nbytes)
-            self._device.wait()  # before the next takes its place
+            self._device.wait()  # before the next array overwrites the staging buffer
 
     def _bind(self, step: Step) -> Launch:
-        """What runs a step: outputs whose place is not aligned land elsewhere and are copied."""
+        """Return a function that runs a step; unaligned outputs land elsewhere and are copied."""
         tensors = {**step.inputs, **step.outputs}
         addresses = {name: self._address(view) for name, view in tensors.items()}
         addresses |= self._weights.addresses(step.stage)
@@ -190,7 +191,7 @@ class EngineBackend(GraphBackend):
         return run
 
     def _capture(self) -> dict[str, Launch]:
-        """Every step with what is copied before and after it, once each has run."""
+        """Run every step once, then capture each with the copies before and after it."""
         for run in self._bound.values():
             run()
         self._device.wait()
@@ -206,14 +207,14 @@ class EngineBackend(GraphBackend):
         self._copy_out(step.read)
 
     def _whole_edit(self, negatives: bool) -> Launch:
-        """negatives: whether there are negative prompts to encode."""
+        """Return the captured whole edit, with or without encoding negative prompts."""
         if negatives not in self._whole:
             steps = [s for s in self.steps.values() if negatives or s.name != NEGATIVE]
             self._whole[negatives] = self._device.capture(lambda: self._record_whole(steps))
         return self._whole[negatives]
 
     def _record_whole(self, steps: Sequence[Step]) -> None:
-        """All that the host gives, as one; all steps; of what it takes, logits and pictures."""
+        """Record one copy of all inputs, all steps, and the copies of logits and pictures."""
         self._device.copy(self._start, address_of(self._mirror), self._given)
         for step in steps:
             self._bound[step.name]()
@@ -234,10 +235,10 @@ class EngineBackend(GraphBackend):
 def open_engines(
     bundle: Bundle, variant: Variant, kind: EngineKind, digest: str | None, trust: bool
 ) -> EngineBackend:
-    """A variant's engines on this machine's GPU. digest, trust: see `EngineSets.find`.
+    """Open a variant's engines on this machine's GPU. digest, trust: see `EngineSets.find`.
 
-    Raises MissingExtraError when the backend is not installed, BackendError without a GPU or with
-    too little of its memory, BundleError when there are no engines for it, or none to be trusted.
+    Raises MissingExtraError if the backend is not installed, BackendError without a GPU or with
+    too little memory on it, BundleError if no engines fit it, or none of them is trusted.
     """
     device = CudaDevice(kind)
     try:
@@ -250,7 +251,7 @@ def open_engines(
 
 
 def _on_the_host(steps: Iterable[Step]) -> tuple[list[str], list[str]]:
-    """The values that the host gives, and no step writes; and those that it takes."""
+    """Return the values that only the host writes, and all others that it gives or takes."""
     written = {view.value for step in steps for view in step.outputs.values()}
     host = dict.fromkeys(name for step in steps for name in (*step.fed, *step.read))
     return [n for n in host if n not in written], [n for n in host if n in written]
@@ -261,9 +262,9 @@ def _different(
     weights: Mapping[str, int],
     tensors: Mapping[str, tuple[str, tuple[int, ...]]],
 ) -> list[str]:
-    """The tensors that an engine has otherwise than its graph, or one of them alone.
+    """Return the tensors that differ between an engine and its graph, or that only one has.
 
-    weights: bytes of its inputs that are weights.
+    weights: bytes of those inputs of the engine that are weights.
     """
 
     def same(name: str) -> bool:
@@ -281,5 +282,5 @@ def _different(
 
 
 def _unaligned(step: Step) -> list[View]:
-    """Outputs whose place an engine would refuse: only where a token's keys are few bytes."""
+    """Return outputs at addresses an engine refuses, which only small models have (few bytes)."""
     return [view for view in step.outputs.values() if view.offset % ALIGNMENT]

@@ -1,4 +1,9 @@
-"""An NVIDIA GPU with TensorRT, or TensorRT for RTX, through cuda-python."""
+"""An NVIDIA GPU with TensorRT or TensorRT for RTX, driven through cuda-python.
+
+Calls are prepared for three facts: the current GPU is a setting of each thread, so every call sets
+it; TensorRT reports why it failed to a logger only; and no object can be freed after what it runs
+on, so all are freed in one place, the latest first.
+"""
 
 import ctypes
 import importlib
@@ -18,29 +23,29 @@ from varedit_runtime.errors import BackendError, needs_extra, one_line
 from varedit_runtime.files import keep, plain_name, read_kept
 from varedit_runtime.locate import cache_folder
 
-# Of TensorRT's types those that manifests call otherwise.
+# TensorRT's types that manifests name differently.
 TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
 
 
 class CudaDevice:
-    """This process's current GPU, and one stream of it."""
+    """This process's current GPU, and one stream on it. See `device.Device`."""
 
     def __init__(self, backend: EngineKind) -> None:
-        """Raises MissingExtraError without the backend, BackendError without a GPU."""
+        """Raise MissingExtraError without the backend's library, BackendError without a GPU."""
         self._trt: Any = import_tensorrt(backend)
         with needs_extra(backend):
             cuda: Any = importlib.import_module("cuda.core")
             self._driver: Any = importlib.import_module("cuda.bindings.driver")
         self.tools = {backend: str(self._trt.__version__)}
         self._logger = quiet_logger(self._trt)
-        self._held = ExitStack()  # what is to be freed, first what was taken last
+        self._held = ExitStack()  # callbacks that free everything, the latest first
         with _explained("be used"):
             self._gpu = cuda.Device()
             self._gpu.set_current()
             major, minor = self._gpu.compute_capability
             self._stream = self._gpu.create_stream()
             self._runtime = self._trt.Runtime(self._logger)
-            # Version-compatible plans bring a library; plans are native code that was vouched for.
+            # Version-compatible plans contain a library. Only trusted plans get here: `EngineSets`.
             self._runtime.engine_host_code_allowed = True
             version = f"{backend}-{self._trt.__version__}"
             self._kernels = _Kernels(self._trt, f"{version}-{self._gpu.name}")
@@ -51,7 +56,7 @@ class CudaDevice:
             free, _ = self._ask("cuMemGetInfo")
         return int(free)
 
-    # Memory is the driver's own, not a pool's: a pool keeps what is freed, and counts it as used.
+    # Memory comes from the driver, not from a pool, which keeps freed memory and counts it as used.
 
     def allocate(self, size: int) -> int:
         with self.current(f"allocate {size} bytes"):
@@ -84,14 +89,14 @@ class CudaDevice:
             return CudaEngine(self, name, engine, self._config(engine))
 
     def _config(self, engine: Any) -> Any:
-        """How an engine runs: on scratch that it is given."""
+        """Configure an engine to run in scratch memory that we give it, shared by all engines."""
         config = engine.create_runtime_config()
         strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
         config.set_execution_context_allocation_strategy(strategy)
         self._kernels.serve(config)
         return config
 
-    # By the driver: cuda.core's GraphBuilder crashes the process when a capture has been spoilt
+    # The driver captures: cuda.core's GraphBuilder crashes the process if a capture was invalidated
     # (NVIDIA/cuda-python #2834, up to 1.2).
 
     def capture(self, record: Launch) -> Launch:
@@ -112,25 +117,25 @@ class CudaDevice:
         return launch
 
     def _recorded(self, record: Launch) -> Any:
-        """A graph of the work that is asked for meanwhile."""
+        """Capture the work that `record` submits as a graph, without running it."""
         stream = self._stream.handle
-        # Relaxed: what Python frees meanwhile, of another editor, would spoil it otherwise.
+        # Relaxed: otherwise memory of another editor that Python frees meanwhile invalidates it.
         mode = self._driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
         self._ask("cuStreamBeginCapture", stream, mode)
         try:
             record()
         except BaseException:
-            with suppress(RuntimeError):  # which only says again that it is spoilt
+            with suppress(RuntimeError):  # it only repeats that the capture is invalid
                 self._ask("cuGraphDestroy", *self._ask("cuStreamEndCapture", stream))
             raise
         (graph,) = self._ask("cuStreamEndCapture", stream)
         return graph
 
     def hold(self, context: Any) -> list[Any]:
-        """An engine's context alone in a list, which is emptied before what it runs on is freed.
+        """Put an engine's context in a list, which is emptied before what it runs on is freed.
 
-        Nothing else may keep it, as a failure's traceback would: without a current GPU, or without
-        its memory and the kernels' cache, it cannot be freed.
+        Nothing else may refer to it, not even a traceback: it cannot be freed later, without a
+        current GPU, its memory and the kernels' cache.
         """
         held = [context]
         self._held.callback(held.clear)
@@ -145,7 +150,7 @@ class CudaDevice:
             self._stream.sync()
 
     def close(self) -> None:
-        """A GPU that has failed, and said so, frees its memory when the process ends."""
+        """Free everything; if the GPU has failed, which was reported, the process's end does."""
         with suppress(BackendError), self.current("free its memory"), self._held:
             self._stream.sync()
 
@@ -154,25 +159,25 @@ class CudaDevice:
         return int(self._stream.handle)
 
     def reason(self, otherwise: object = "no reason given") -> str:
-        """Of what TensorRT refused since it was last asked something."""
+        """Return why TensorRT failed since the last `asking`, by its logger or else otherwise."""
         return self._logger.worst or one_line(otherwise)
 
     @contextmanager
     def current(self, what: str) -> Iterator[None]:
-        """Whichever thread asks, and whatever the driver raises."""
+        """Make the GPU current in this thread; turn any exception into a BackendError."""
         with _explained(what):
             self._gpu.set_current()
             yield
 
     @contextmanager
     def asking(self, what: str) -> Iterator[None]:
-        """As `current`, of TensorRT, whose earlier errors are not the reason of what follows."""
+        """Do as `current`, and forget TensorRT's earlier errors, which explain nothing here."""
         with self.current(what):
             self._logger.worst = ""
             yield
 
     def _ask(self, function: str, *arguments: Any) -> list[Any]:
-        """What a function of the driver returns behind its error code."""
+        """Call a function of the driver; return its results, without the error code."""
         error, *answer = getattr(self._driver, function)(*arguments)
         if error != self._driver.CUresult.CUDA_SUCCESS:
             raise RuntimeError(f"{function}: {error.name}")
@@ -180,7 +185,7 @@ class CudaDevice:
 
 
 class CudaEngine:
-    """An engine, loaded."""
+    """A loaded engine. See `device.Engine`."""
 
     def __init__(self, device: CudaDevice, name: str, engine: Any, config: Any) -> None:
         self._device, self._name, self._engine, self._config = device, name, engine, config
@@ -209,10 +214,10 @@ class CudaEngine:
             held = device.hold(self._engine.create_execution_context(self._config))
             if held[0] is None:
                 raise RuntimeError(device.reason())
-            # In this order: a profile forgets the shapes. What it copies runs before the engine.
+            # Profile first: it resets shapes. Its copies run on the stream, before the engine.
             try:
                 taken = [held[0].set_optimization_profile_async(profile, stream)]
-            except RuntimeError as error:  # for which it returns nothing
+            except RuntimeError as error:  # unlike the setters below, which return False
                 raise self._refused(device.reason(error)) from error
             taken += [held[0].set_input_shape(name, shape) for name, shape in shapes.items()]
             taken += [held[0].set_tensor_address(name, at) for name, at in addresses.items()]
@@ -235,7 +240,7 @@ class CudaEngine:
 
 
 class _Kernels:
-    """What TensorRT for RTX compiles when an engine first runs, kept for the next process."""
+    """A file with the kernels that TensorRT for RTX compiles when an engine first runs."""
 
     def __init__(self, trt: Any, name: str) -> None:
         self._file = cache_folder() / "kernels" / f"{plain_name(name)}.bin"
@@ -245,11 +250,11 @@ class _Kernels:
     def serve(self, config: Any) -> None:
         if self._strategies is None:  # TensorRT compiles nothing at run time
             return
-        # By default the kernels for a shape come later, when slower ones have been captured.
+        # By default, kernels for exact shapes come later: slower ones would have been captured.
         config.dynamic_shapes_kernel_specialization_strategy = self._strategies.EAGER
         if self._cache is None:
             self._cache = config.create_runtime_cache()
-            if kept := read_kept(self._file):  # one of another machine or version is not taken
+            if kept := read_kept(self._file):  # of another machine or version: TensorRT ignores it
                 self._cache.deserialize(kept)
         config.set_runtime_cache(self._cache)
 
@@ -259,7 +264,7 @@ class _Kernels:
 
 
 def _still(held: list[Any]) -> Any:
-    """What is held, unless it was freed."""
+    """Return a held object. Raises RuntimeError if it was freed."""
     if not held:
         raise RuntimeError("it has been closed")
     return held[0]

@@ -1,6 +1,6 @@
-"""What the engines' runtime asks of a GPU: the one place where it touches one.
+"""The interface between the engines' runtime and a GPU, the only place where it touches one.
 
-`cuda_device.py` is the real thing; the tests have one that computes in this machine's memory.
+`cuda.py` implements it on NVIDIA GPUs; tests have one that computes in this machine's memory.
 """
 
 from collections.abc import Callable, Mapping
@@ -8,29 +8,26 @@ from typing import Protocol
 
 import numpy as np
 
-ALIGNMENT = 256  # of every address that an engine is given
+ALIGNMENT = 256  # bytes; engines refuse tensors at other addresses
 
 Launch = Callable[[], None]
 
 
 def address_of(array: np.ndarray) -> int:
-    """Of memory of the host."""
+    """Return the host address of an array's data."""
     return array.__array_interface__["data"][0]
 
 
 class Engine(Protocol):
-    """A compiled graph, loaded."""
+    """A loaded engine: a compiled graph that can run."""
 
     @property
     def tensors(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
-        """Its inputs and outputs by name: types as manifests call them, and shapes.
-
-        A length that its profiles set is -1.
-        """
+        """Inputs and outputs by name: type as in manifests, and shape (-1: set by profiles)."""
         ...
 
     def scratch(self, profile: int) -> int:
-        """Bytes that a run needs for itself."""
+        """Return the bytes of scratch memory that a run in this profile needs."""
         ...
 
     def bind(
@@ -40,55 +37,52 @@ class Engine(Protocol):
         addresses: Mapping[str, int],
         scratch: tuple[int, int],
     ) -> Launch:
-        """What runs it once, on these addresses.
+        """Return a function that runs the engine once, on these GPU addresses.
 
         shapes: of the inputs. scratch: address and bytes of memory that nothing else uses while it
-        runs. Raises BackendError when it does not take them.
+        runs. Raises BackendError if the engine refuses them.
         """
         ...
 
 
 class Device(Protocol):
-    """One GPU with one queue of work: what is asked is done in order, later, until `wait`.
+    """One GPU with one queue: work runs in the order of the calls, asynchronously until `wait`.
 
-    Memory is freed by `close`, all at once. Raises BackendError on whatever the driver refuses.
+    `close` frees all memory. Methods raise BackendError when the driver refuses.
     """
 
     def free_memory(self) -> int:
-        """Bytes."""
+        """Return the free bytes of GPU memory."""
         ...
 
     def allocate(self, size: int) -> int:
-        """The address of memory of the GPU, aligned."""
+        """Allocate GPU memory; return its address, which is aligned."""
         ...
 
     def allocate_host(self, size: int) -> np.ndarray:
-        """Memory of the host that the GPU copies from and to: uint8 [size], aligned."""
+        """Allocate page-locked host memory to copy from and to: uint8 [size], aligned."""
         ...
 
     def copy(self, target: int, source: int, size: int) -> None:
-        """Between addresses of the GPU and of `allocate_host`."""
+        """Copy bytes between addresses of the GPU and of `allocate_host`."""
         ...
 
     def clear(self, address: int, size: int) -> None:
-        """Set memory of the GPU to zeros."""
+        """Set bytes of GPU memory to zero."""
         ...
 
     def load(self, name: str, plan: bytes | bytearray) -> Engine: ...
 
     def capture(self, record: Launch) -> Launch:
-        """The work that `record` asks for, not done now but whenever what is returned is called.
-
-        Engines must have run once before.
-        """
+        """Record work; return a function that replays it. Engines must have run once before."""
         ...
 
     def settle(self) -> None:
-        """All engines have run once: keep what was compiled for them."""
+        """Keep the kernels that were compiled for the engines, all of which have run once."""
         ...
 
     def wait(self) -> None:
-        """Until all work is done."""
+        """Wait until all work is done."""
         ...
 
     def close(self) -> None: ...

@@ -1,8 +1,9 @@
-"""What a bundle's engines take of a GPU's memory, and where in it everything lies.
+"""The GPU memory that a bundle's engines take, and where everything lies in it.
 
-Everything lives as long as the editor, but for the engines' scratch, which lives for one run and
-which all share. Sharing what passes between graphs by its lifetime as well would save a percent:
-the caches, which live through an edit, are nearly all of it.
+Everything is allocated once and lives as long as the editor, so that captured graphs may contain
+its addresses. Only the engines' scratch is shared: it is needed for one run at a time. Sharing the
+tensors between graphs by their lifetimes too would save one percent, as the caches, which live
+through a whole edit, are nearly all of it.
 """
 
 from collections.abc import Hashable, Mapping
@@ -21,14 +22,14 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass(frozen=True)
 class Arena(Generic[Key]):
-    """One allocation. offsets: where in it each part starts, aligned. size: bytes in all."""
+    """One allocation for several parts. offsets: their first bytes, aligned. size: in bytes."""
 
     size: int
     offsets: Mapping[Key, int]
 
 
 def lay_out(sizes: Mapping[Key, int]) -> Arena[Key]:
-    """Parts of these sizes one behind the other."""
+    """Lay out parts of these sizes in bytes, one after the other."""
     offsets: dict[Key, int] = {}
     end = 0
     for part, size in sizes.items():
@@ -38,13 +39,16 @@ def lay_out(sizes: Mapping[Key, int]) -> Arena[Key]:
 
 
 def aligned(size: int) -> int:
-    """Rounded up, so that what follows is aligned."""
+    """Round a size up to a multiple of the alignment."""
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes of a GPU's memory. scratch: None before the engines, which tell it, are loaded."""
+    """Bytes of GPU memory that an editor takes, by use.
+
+    between: tensors between graphs. scratch: None until the engines, which know it, are loaded.
+    """
 
     weights: int
     caches: int
@@ -64,11 +68,11 @@ class Budget:
         )
 
     def check(self, free: int) -> None:
-        """Raises BackendError when it is more than is free."""
+        """Raise BackendError if the total is more than the free bytes."""
         self.check_rest(self.total, free)
 
     def check_rest(self, rest: int, free: int) -> None:
-        """The same for the bytes of it that are yet to be taken."""
+        """Raise BackendError if rest, the bytes not yet allocated, is more than the free bytes."""
         if rest > free:
             raise BackendError(
                 f"the engines need {self}; {_gb(rest)} of it are yet to be taken and {_gb(free)} "
@@ -78,7 +82,7 @@ class Budget:
 
 
 def budget(bundle: Bundle, variant: Variant, layout: Layout) -> Budget:
-    """What a variant's engines will take, by the manifest; a plan's code is not counted."""
+    """Estimate what a variant's engines take, from the manifest; their code is not counted."""
     symbolic = layout == "profiles"
     values = values_of(wire(variant, bundle.manifest.model, symbolic))
     sizes = {name: aligned(view.size) for name, view in values.items()}
@@ -91,14 +95,14 @@ def is_cache(value: str) -> bool:
 
 
 def weights_on_gpu(bundle: Bundle, variant: Variant, layout: Layout) -> int:
-    """Bytes: those of all files, the transformer's once for each engine that it is baked into."""
+    """Return the bytes of all weights, the transformer's once per engine that contains them."""
     files = bundle.manifest.files
     sizes = {name: files[weights_file(name)].size for name in bundle.components}
     return sum(sizes.values()) + (transformers(variant, layout) - 1) * sizes["transformer"]
 
 
 def transformers(variant: Variant, layout: Layout) -> int:
-    """How many copies of the transformer's weights a layout has: prefill and scales, or one."""
+    """Return how many copies of the transformer's weights a layout has on the GPU."""
     return len(variant.grids) + 1 if layout == "baked" else 1
 
 
