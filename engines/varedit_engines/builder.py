@@ -1,7 +1,7 @@
-"""One graph -> one compiled engine, with TensorRT or TensorRT for RTX.
+"""Compile one graph to one engine, with TensorRT or TensorRT for RTX.
 
-TensorRT compiles for the GPU it runs on; TensorRT for RTX for named architectures too, ahead of
-time and without a GPU. Networks are strongly typed: precision is what the graph says.
+TensorRT compiles for the GPU it runs on; TensorRT for RTX also for named architectures, ahead of
+time and without a GPU. Networks are strongly typed: the graph's types are the engine's precision.
 """
 
 import importlib
@@ -27,21 +27,20 @@ from varedit_runtime.errors import BackendError, ConfigError
 Hardware = Literal["ampere-plus", "same-compute-capability"]
 HARDWARE: tuple[Hardware, ...] = get_args(Hardware)
 
-# (graph, steps done, steps in all) of the builder's outermost phase
+# called with (graph, steps done, steps in all) of the builder's outermost phase
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class Flags:
-    """What is asked of engines; what is None is left to the library.
+    """Settings of the compiler; None leaves one to the library.
 
-    workspace: bytes of GPU memory that a layer may use for itself; optimisation: 0, fast to
-    compile, to 5, fast to run; tf32: whether factors of fp32 may be rounded to it.
-
-    Without RTX engines are for the version of TensorRT that compiled them, unless they are
-    version_compatible: for later ones too; and for one model of GPU, unless they are
-    hardware_compatible: for all since Ampere, or all of its compute capability. Either may make
-    them slower. Raises ConfigError on another compatibility.
+    workspace: bytes of GPU memory that a layer may use for itself. optimisation: 0 (compiles fast)
+    to 5 (runs fast). tf32: allow fp32 factors to be rounded to TF32. version_compatible (TensorRT
+    only): let later minor versions run the engines, not just the one that compiled them.
+    hardware_compatible (TensorRT only): let all GPUs since Ampere, or all of this compute
+    capability, run them, not just this model. Compatible engines may be slower. Raises ConfigError
+    on an unknown hardware_compatible.
     """
 
     workspace: int | None = None
@@ -59,13 +58,12 @@ class Flags:
 
 
 class Compiler:
-    """A backend and how it compiles.
+    """A compiler for one backend, one or several architectures, and some flags.
 
-    architectures: of the GPUs to compile for, as in "sm89" (RTX only); none: this machine's GPU.
-
-    Raises MissingExtraError when the backend is not installed, ConfigError on a backend that does
-    not exist, an architecture, this machine's too, that RTX does not compile for, or flags that the
-    backend does not have, BackendError where there is no GPU and none was named.
+    architectures: those of the GPUs to compile for, as in "sm89" (RTX only); by default this
+    machine's GPU. Raises MissingExtraError if the backend is not installed; ConfigError on an
+    unknown backend, an architecture that RTX does not compile for (this machine's included) or
+    flags that the backend does not have; BackendError if there is no GPU and none was named.
     """
 
     def __init__(
@@ -89,7 +87,7 @@ class Compiler:
         self.backend: EngineKind = backend
         named = [name.lower() for name in architectures]
         self.gpu = "+".join(named) or this_gpu(backend)
-        # By itself RTX compiles for some architectures, which this GPU's need not be among.
+        # By default RTX compiles for some architectures, which may not include this GPU's.
         self._architectures = _architectures(self._trt, named, self.gpu) if backend == RTX else []
         self._flags = flags
 
@@ -99,7 +97,7 @@ class Compiler:
 
     @property
     def flags(self) -> dict[str, str]:
-        """As a recipe has them."""
+        """The flags as text, for a recipe."""
         return {name: str(value) for name, value in asdict(self._flags).items()}
 
     def compile(
@@ -110,10 +108,10 @@ class Compiler:
         profiles: Sequence[Mapping[str, tuple[int, ...]]],
         progress: Progress,
     ) -> memoryview:
-        """An ONNX graph, whose weights lie in the folder, as a plan.
+        """Compile an ONNX graph, whose weights are in the folder; return the plan.
 
-        profiles: the shapes of all inputs, one mapping for each fixed profile, none where they are
-        static. Ctrl-C stops it. Raises BackendError when the graph cannot be parsed or compiled.
+        profiles: the shapes of all inputs, one mapping per fixed profile; none if shapes are
+        static. Ctrl-C stops it. Raises BackendError if the graph cannot be parsed or compiled.
         """
         trt = self._trt
         messages = quiet_logger(trt)
@@ -121,7 +119,7 @@ class Compiler:
         flag = trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED
         network = builder.create_network(1 << int(flag))
         parser = trt.OnnxParser(network, messages)
-        # The bytes that were checked; the path only says where weights lie.
+        # Parse the bytes that were checked; the path only says where the weights are.
         if not parser.parse(graph, str(folder / f"{name}.onnx")):
             errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
             raise BackendError(f"{self.backend} cannot read graph {name}: {'; '.join(errors)}")
@@ -136,19 +134,19 @@ class Compiler:
             raise BackendError(
                 f"{self.backend} cannot compile graph {name}: {messages.worst or 'no reason given'}"
             )
-        return memoryview(plan).cast("B")  # as TensorRT's own memory says that its bytes are floats
+        return memoryview(plan).cast("B")  # TensorRT's memory claims to hold floats
 
     def _timings(self, config: Any) -> AbstractContextManager[None]:
-        if self.backend == RTX:  # has none to keep
+        if self.backend == RTX:  # measures nothing while it compiles
             return nullcontext()
         return kept_timings(config, timings_file(str(self._trt.__version__), self.gpu))
 
     def _config(self, builder: Any) -> Any:
         trt, flags = self._trt, self._flags
         config = builder.create_builder_config()
-        if not flags.tf32:  # which TensorRT allows by default
+        if not flags.tf32:  # TensorRT allows it by default
             config.clear_flag(trt.BuilderFlag.TF32)
-        if self.backend == RTX:  # memory taken as they run could not be captured with their work
+        if self.backend == RTX:  # a CUDA graph cannot capture memory allocated during a run
             config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
         if flags.version_compatible:
             config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
@@ -168,9 +166,9 @@ class Compiler:
 
 
 def this_gpu(backend: EngineKind) -> str:
-    """What the GPU in use is to a backend: to RTX "sm90", to TensorRT "sm90 NVIDIA H200".
+    """Return the name of this machine's GPU: "sm90" for RTX, "sm90 NVIDIA H200" for TensorRT.
 
-    Raises BackendError where there is none.
+    Raises BackendError if there is none.
     """
     try:
         gpu = importlib.import_module("cuda.core").Device()
@@ -185,7 +183,7 @@ def this_gpu(backend: EngineKind) -> str:
 
 
 def _architectures(trt: ModuleType, named: Sequence[str], here: str) -> list[Any]:
-    """RTX's own names of the architectures named, or of this machine's where none is."""
+    """Return RTX's constants for the named architectures, or for this machine's if none is."""
     members = trt.ComputeCapability.__members__.items()
     known = {name.lower(): member for name, member in members if name.startswith("SM")}
     names = ", ".join(known)
@@ -210,7 +208,7 @@ def _fixed_profile(builder: Any, shapes: Mapping[str, tuple[int, ...]]) -> Any:
 def _monitored(
     trt: ModuleType, config: Any, name: str, progress: Progress
 ) -> Iterator[threading.Event]:
-    """Report the builder's progress, and have Ctrl-C stop it: it then returns nothing."""
+    """Report the builder's progress, and let Ctrl-C stop it; the builder then returns nothing."""
     stopped = threading.Event()
 
     class Monitor(trt.IProgressMonitor):

@@ -1,12 +1,12 @@
-"""ONNX graphs -> compiled engines, by TensorRT or TensorRT for RTX: one code path for both.
+"""Compile a bundle's graphs to engines, by TensorRT or TensorRT for RTX: one code path for both.
 
-Where the weights of the graphs go is the layout:
+The layout says where the weights are:
 
-    external   inputs of the engines, filled from the bundle's own files: small plans, one copy of
-               the weights whatever the number of scales, and other weights need no compilation: a
-               bundle that is built anew, with the same graphs, keeps its engines
-    profiles   inside; one engine, with a profile each, for the prefill and all scales
-    baked      inside; one engine per scale
+    external   inputs of the engines, filled from the bundle's own files: small plans, and one copy
+               of the weights for any number of scales; changed weights need no compilation, so a
+               bundle that is built again with the same graphs keeps its engines
+    profiles   inside one engine, which has a profile for the prefill and each scale
+    baked      inside every engine, one per scale
 """
 
 from collections.abc import Callable, Mapping
@@ -36,14 +36,14 @@ from varedit_runtime.bundle import Bundle, Folder
 from varedit_runtime.errors import BundleError, ConfigError
 from varedit_runtime.manifest import Variant, scale_name
 
-# A whole set, and the stage in it.
+# A set and a stage in it.
 EarlierPlan = tuple[EngineSet, str]
 
-TWIN = ("scale", "references")  # with symbolic lengths, for prefill and all scales
+TWIN = ("scale", "references")  # graphs of symbolic lengths, for prefill and all scales
 
 
 def stages_of(variant: Variant, layout: Layout) -> list[str]:
-    """The graphs that a layout compiles."""
+    """Return the graphs that a layout compiles. Raises ConfigError on an unknown layout."""
     if layout not in LAYOUTS:
         raise ConfigError(f"there is no layout {layout!r}; there are {', '.join(LAYOUTS)}")
     static = [stage for stage in variant.graphs if stage not in TWIN]
@@ -55,7 +55,7 @@ def stages_of(variant: Variant, layout: Layout) -> list[str]:
 
 @dataclass(frozen=True)
 class Job:
-    """Compiling a bundle's variant, by default the first, in a layout."""
+    """A compilation: a bundle, one of its variants (by default the first), layout and compiler."""
 
     bundle: Bundle
     layout: Layout
@@ -80,7 +80,7 @@ class Job:
         )
 
     def __str__(self) -> str:
-        """For a person to read before it begins: what the GPU will have to hold."""
+        """Say what will be compiled, and what the GPU will have to hold."""
         size = weights_on_gpu(self.bundle, self.variant, self.layout)
         copies = transformers(self.variant, self.layout)
         return (
@@ -95,15 +95,14 @@ def compile_engines(
     notice: Callable[[str], None] = lambda line: None,
     again: bool = False,
 ) -> EngineSet:
-    """The engines of a bundle: compiled or, where they were before, opened.
+    """Compile a bundle's engines, or open existing ones.
 
-    A compilation that was interrupted goes on at the graph it had reached. Engines that this user
-    built here and that are damaged, or with `again` any, are compiled again; notice is told why,
-    in one line.
+    An interrupted compilation continues at the graph it had reached. again: recompile existing
+    engines built on this machine. Damaged ones are always recompiled; notice is called with the
+    reason, in one line.
 
-    Raises BackendError when a graph does not compile, BundleError when the bundle is damaged, the
-    disk full, or when engines are there that were built elsewhere or cannot be replaced, which
-    are left as they are.
+    Raises BackendError if a graph does not compile, BundleError if the bundle is damaged, the disk
+    is full, or existing engines were built elsewhere or cannot be replaced (they are left alone).
     """
     cache, recipe = EngineCache(job.bundle), job.recipe
     found = _whole(cache, recipe, notice)
@@ -114,7 +113,7 @@ def compile_engines(
     if job.layout != "external":
         job.bundle.verify_weights()
     with cache.create(recipe) as staging:
-        # Unless another process compiled them while this one waited.
+        # Another process may have compiled them while this one waited for the lock.
         if again or _whole(cache, recipe, lambda line: None) is None:
             earlier = {} if again else _earlier_plans(cache, recipe)
             _compile_all(job, recipe, staging, earlier, progress)
@@ -124,7 +123,7 @@ def compile_engines(
 
 
 def _whole(cache: EngineCache, recipe: Recipe, notice: Callable[[str], None]) -> EngineSet | None:
-    """The set that is there; None where there is none, or a damaged one that can be replaced."""
+    """Open the existing set; return None if there is none, or a damaged one of ours."""
     try:
         return cache.open(recipe, verify=True)
     except BundleError as error:
@@ -135,7 +134,7 @@ def _whole(cache: EngineCache, recipe: Recipe, notice: Callable[[str], None]) ->
 
 
 def _earlier_plans(cache: EngineCache, recipe: Recipe) -> dict[str, EarlierPlan]:
-    """By the digest of their graph: of sets that were made here alike, but of other graphs."""
+    """Find reusable plans by their graph's digest: of sets built here with the same settings."""
     found: dict[str, EarlierPlan] = {}
     for folder in cache.folders:
         with suppress(BundleError):
@@ -174,7 +173,7 @@ def _compile_all(
 
 
 def _copied(earlier: EarlierPlan | None, path: Path) -> int | None:
-    """Copy an earlier plan to a file. -> the plan's size; None when there is none, or damaged"""
+    """Copy an earlier plan to a file; return the plan's size, None if there is none or damaged."""
     if earlier is None:
         return None
     engines, stage = earlier
@@ -187,7 +186,7 @@ def _copied(earlier: EarlierPlan | None, path: Path) -> int | None:
 
 
 def _compile(job: Job, stage: str, graph: bytes, path: Path, progress: Progress) -> int:
-    """A graph, as a plan in a file. -> the plan's size"""
+    """Compile a graph and write the plan to a file; return the plan's size."""
     folder, shapes = job.bundle.graphs_folder, _profiles(job, stage)
     plan = job.compiler.compile(stage, graph, folder, shapes, progress)
     pack_into(path, plan)
@@ -195,7 +194,7 @@ def _compile(job: Job, stage: str, graph: bytes, path: Path, progress: Progress)
 
 
 def _profiles(job: Job, stage: str) -> list[Mapping[str, tuple[int, ...]]]:
-    """The shape of every input, in every profile of a graph with symbolic lengths; else none."""
+    """Return the shapes of all inputs in every profile; none for a graph of static shapes."""
     specs = job.variant.graphs[stage].inputs
     if all(isinstance(size, int) for spec in specs for size in spec.shape):
         return []

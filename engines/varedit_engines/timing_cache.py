@@ -1,7 +1,7 @@
-"""What TensorRT measured while it chose kernels, kept in the user's cache for the next compilation.
+"""A cache of what TensorRT measured while it chose kernels, which makes later compilations faster.
 
-Of TensorRT for RTX nothing is kept: it measures nothing when it compiles, and the calls below,
-which it has deprecated, would only make it ask for a GPU that it otherwise does without.
+It is not used for TensorRT for RTX: that measures nothing when it compiles, and the calls below,
+which it has deprecated, would only make it need a GPU.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from varedit_runtime.locate import cache_folder
 
 
 def timings_file(version: str, gpu: str) -> Path:
-    """Where the timings of a version of TensorRT on a model of GPU are kept."""
+    """Return the file of the timings of a version of TensorRT on a model of GPU."""
     return cache_folder() / "timings" / plain_name(f"tensorrt-{version}-{gpu}")
 
 

@@ -1,8 +1,17 @@
-"""Which memory every tensor of an edit's graphs is.
+"""Which memory each tensor of an edit's graphs uses.
 
-An edit is a list of steps, each a run of one graph. Steps share values: what one writes, another
-reads. The keys and values of a block are one value, its cache: a step appends to it by writing
-behind what earlier steps wrote.
+An edit is a list of steps, each a run of one graph. Graphs know only their own tensors; this module
+says which of them are the same memory, a value. `View` is a tensor as a part of a value. Example, a
+source of 16 tokens and scales of 1 and 4 tokens, in block 3:
+
+    step       tensor        view of cache_key.3 (21 rows)
+    prefill    source_key.3  rows 0 .. 15, written
+    scale_00   past_key.3    rows 0 .. 15, read;  new_key.3  row 16, written
+    scale_01   past_key.3    rows 0 .. 16, read;  new_key.3  rows 17 .. 20, written
+
+So a cache is appended to by writing behind it, and read as its beginning: nothing is copied or
+concatenated between steps, and every address is known before the first edit, which is what lets a
+GPU capture the whole edit as one graph of work. Names alone decide (`_Wiring._value`).
 """
 
 import re
@@ -19,7 +28,7 @@ from varedit_runtime.manifest import Model, TensorSpec, Variant, scale_name
 Sizes = dict[str, int]
 
 KINDS = ("key", "value")
-# Of a scale, what the host gives and what it takes.
+# What the host gives to a scale, and what it takes from it.
 CHOSEN = ("guidance_scale", "temperature", "noise", "forced_bits", "forced_mask")
 PREDICTED = ("logits", "bits")
 TEXT, NEGATIVE, CONDITION, PREFILL = "text_encoder", "negative_encoder", "condition", "prefill"
@@ -27,13 +36,13 @@ ENCODER, DECODER, REFERENCES, SYMBOLIC = "image_encoder", "image_decoder", "refe
 
 
 def item_size(dtype: str) -> int:
-    """Bytes of a number of a manifest's type, of which NumPy lacks one."""
+    """Return the bytes of one number of a manifest's type; NumPy has no bfloat16."""
     return 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
 
 
 @dataclass(frozen=True)
 class View:
-    """A tensor: the entries of a value from `first` of its first axis on."""
+    """A tensor as part of a value: entries `first` .. `first + shape[0] - 1` of its first axis."""
 
     value: str
     shape: tuple[int, ...]
@@ -42,26 +51,26 @@ class View:
 
     @property
     def row(self) -> int:
-        """Bytes of an entry of the first axis."""
+        """Bytes of one entry of the first axis."""
         return prod(self.shape[1:]) * item_size(self.dtype)
 
     @property
     def offset(self) -> int:
-        """Bytes from the value's start."""
+        """Bytes from the value's start to the tensor's."""
         return self.first * self.row
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Bytes of the tensor."""
         return prod(self.shape) * item_size(self.dtype)
 
 
 @dataclass(frozen=True)
 class Step:
-    """A run of the graph of a stage, at one of its profiles: inputs and outputs by their names.
+    """A run of a stage's graph. inputs, outputs: the graph's tensors by name, as views.
 
-    fed, read: the values that the host gives before it, and takes after it, when steps are run one
-    by one.
+    fed, read: the values that the host writes before it and reads after it, when steps are run one
+    by one. profile: which of the engine's sets of symbolic lengths it uses.
     """
 
     name: str
@@ -79,9 +88,9 @@ class Step:
 
 
 def values_of(steps: Sequence[Step]) -> dict[str, View]:
-    """Every value, as the smallest view that holds all others of it.
+    """Return every value as the smallest view that contains all views of it.
 
-    Raises BundleError when graphs do not fit together.
+    Raises BundleError if two graphs disagree about a value's type or shape.
     """
     values: dict[str, View] = {}
     for step in steps:
@@ -99,11 +108,11 @@ def values_of(steps: Sequence[Step]) -> dict[str, View]:
 
 
 def wire(variant: Variant, model: Model, symbolic: bool) -> list[Step]:
-    """The steps of an edit in order.
+    """Return the steps of an edit in order.
 
-    symbolic: prefill and scales run on the one graph of symbolic lengths, with a profile each.
-    Raises BundleError when a graph lacks what the host gives or takes, or has an input that nobody
-    gives.
+    symbolic: run prefill and scales on the one graph of symbolic lengths, with one profile each.
+    Raises BundleError if a graph lacks a tensor that the host gives or takes, or has an input that
+    nothing writes.
     """
     wiring = _Wiring(variant, model)
     steps = wiring.steps(symbolic)
@@ -116,10 +125,13 @@ def wire(variant: Variant, model: Model, symbolic: bool) -> list[Step]:
 
 
 def _check_step(step: Step, known: set[str], ever: set[str]) -> None:
-    """known: the values that stand, or that an earlier step wrote; ever: that any step writes."""
+    """Raise BundleError unless every input was written.
+
+    known: values that are constant or that an earlier step wrote. ever: those that any step writes.
+    """
     read = {view.value: view for view in step.inputs.values()}
     written = {view.value: view for view in step.outputs.values()}
-    # At first the caches are empty, and read before they are written.
+    # An empty cache may be read before it is written.
     wanted = {name for name, view in read.items() if view.size or name not in ever}
     _refuse(step, "lacks its input", set(step.fed) - read.keys())
     _refuse(step, "lacks its output", set(step.read) - written.keys())
@@ -138,12 +150,12 @@ def _refuse(step: Step, what: str, names: Iterable[str]) -> None:
 
 
 def constants(variant: Variant, model: Model) -> dict[str, np.ndarray]:
-    """What a symbolic wiring reads that is the same for every edit; all else starts as zeros."""
+    """Return the values of a symbolic wiring that are the same for every edit and not zero."""
     return _Wiring(variant, model).constants()
 
 
 def scale_profiles(variant: Variant, model: Model) -> list[Sizes]:
-    """The symbolic lengths of the scale graph: as the prefill, then at every scale."""
+    """Return the symbolic lengths of the scale graph: for the prefill, then for every scale."""
     source = variant.grids[-1][0] * variant.grids[-1][1]
     targets_only = model.conditioning == "sar"  # block 0 then has no source in its past
     prefill = _grids(variant.grids[-1], (1, 1)) | {"reference": 0, "past_0": 0, "past": 0}
@@ -161,9 +173,9 @@ def _grids(grid: tuple[int, int], following: tuple[int, int]) -> Sizes:
 
 
 def sized(spec: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
-    """A tensor's shape; sizes: of its symbolic lengths, or products of them such as "h*w".
+    """Return a tensor's shape, given its symbolic lengths; a dimension may be a product, "h*w".
 
-    Raises BundleError when it has one that is not among them.
+    Raises BundleError if sizes lack a symbolic length.
     """
     try:
         return tuple(
@@ -179,7 +191,7 @@ def sized(spec: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
 def resizing_matrices(
     variant: Variant, patch: int, grid: tuple[int, int], following: tuple[int, int]
 ) -> dict[str, np.ndarray]:
-    """The matrices from a grid to the finest and from there to the following one."""
+    """Return the matrices that resize a grid to the finest, and that to the following grid."""
     matrices: dict[str, np.ndarray] = {}
     for axis, name in enumerate(("rows", "columns")):
         own, finest, after = (
@@ -217,7 +229,7 @@ class _Wiring:
         return steps
 
     def standing(self) -> set[str]:
-        """What a symbolic wiring reads that no step writes: constants, and zeros."""
+        """Return the values of a symbolic wiring that no step writes: constants, and zeros."""
         suffixes = (PREFILL, *self.scales)
         placed = {f"{name}.{suffix}" for name in _PLACED for suffix in suffixes}
         zeros = {"tokens.0", "sum.0", f"sum.{PREFILL}"}
@@ -258,9 +270,9 @@ class _Wiring:
         read: Sequence[str],
         renamed: Mapping[str, str] | None = None,
     ) -> Step:
-        """A step whose tensors are values of their own names, if they are not renamed.
+        """Make a step whose tensors are values of the same names, except renamed ones.
 
-        fed, read: the tensors that the host gives and takes.
+        fed, read: the tensors that the host writes and reads.
         """
         called = renamed or {}
         graph = self.variant.graph(stage)
@@ -290,7 +302,7 @@ class _Wiring:
     def _scale(
         self, name: str, stage: str, scale: int | None, sizes: Mapping[str, int], profile: int
     ) -> Step:
-        """scale: None for the prefill."""
+        """Make the step of a scale, or of the prefill (None)."""
         graph = self.variant.graph(stage)
         inputs, outputs = (
             {spec.name: self._view(spec, scale, sizes) for spec in specs}
@@ -308,7 +320,7 @@ class _Wiring:
         return View(value, shape, spec.dtype, first)
 
     def _value(self, name: str, scale: int | None) -> tuple[str, int]:
-        """What a tensor of a scale, or of the prefill, is part of, and its first entry there."""
+        """Return the value that a tensor of a scale, or of the prefill, is part of, and `first`."""
         kind, _, block = name.partition(".")
         what, _, which = kind.partition("_")
         if which in KINDS and what in ("past", "new", "source") and _BLOCK.fullmatch(block):
@@ -329,7 +341,7 @@ class _Wiring:
 
     def _cached(self, what: str, kind: str, block: int, scale: int | None) -> tuple[str, int]:
         if scale is None and what == "new" and block == 0 and self.sar:
-            return f"source_{kind}", 0  # of which the references are made
+            return f"source_{kind}", 0  # the references are made from it
         cache = f"cache_{kind}.{block}"
         if what != "new" or scale is None:
             return cache, 0

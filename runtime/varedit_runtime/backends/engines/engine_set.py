@@ -1,8 +1,11 @@
-"""Sets of compiled engines: keyed by all that they depend on, published and checked like bundles.
+"""Sets of compiled engines: keyed by everything they depend on, published and checked like bundles.
 
-A set lies in `engines/BACKEND-KEY` of its bundle or, where the bundle cannot be written, of the
-user's cache, where it serves every bundle that it fits. Compiled engines are native code: only
-those that this user built on this machine are loaded unasked.
+A set is in `engines/BACKEND-KEY` of its bundle or, if the bundle is read-only, of the user's cache,
+where it serves every bundle that it fits.
+
+Compiled engines are native code, and a digest beside them proves nothing about who built them. So
+publishing a set leaves a record in the user's data folder, named by the set's digest. Only sets
+with a record, with a digest that the caller gives, or with explicit trust are loaded.
 """
 
 import hashlib
@@ -39,18 +42,18 @@ Layout = Literal["external", "profiles", "baked"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
 
-AMPERE = 80  # the compute capability that ampere-plus starts from
+AMPERE = 80  # the lowest compute capability of ampere-plus
 
-# An architecture, and behind a space what else there is to say.
+# An architecture, optionally followed by a space and the GPU's model.
 Gpu = Annotated[str, Meta(pattern=rf"\A(?=\S){PRINTABLE}\Z", max_length=1000)]
 
 
 class Recipe(Struct, frozen=True, forbid_unknown_fields=True):
-    """All that a set of engines depends on; `EngineSets.recipe` makes one.
+    """Everything that a set of engines depends on; `EngineSets.recipe` makes one.
 
-    graphs: the digest of every stage's ONNX file; weights: of every component that is baked into
-    the engines, none where weights are inputs; tools: their versions; gpu: its architecture and, of
-    TensorRT, whose engines are for one model of GPU, the model.
+    graphs: digest of every stage's ONNX file. weights: digest of every component that is inside the
+    engines; empty if weights are inputs. tools: versions. gpu: architecture and, for TensorRT,
+    whose engines run on one model of GPU, that model. flags: settings of the compiler.
     """
 
     backend: Name
@@ -65,7 +68,7 @@ class Recipe(Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def key(self) -> str:
-        """sha256 of the recipe: another one for anything that could give other engines."""
+        """sha256 of the recipe: it differs if anything differs that could change the engines."""
         return hashlib.sha256(canonical_json(self)).hexdigest()
 
 
@@ -79,7 +82,7 @@ class EngineWeight(Struct, frozen=True, forbid_unknown_fields=True, array_like=T
 
 
 class Plan(Struct, frozen=True, forbid_unknown_fields=True):
-    """A compiled engine. file: in the set, packed; size: in bytes, unpacked."""
+    """A compiled engine. file: its packed file in the set. size: unpacked, in bytes."""
 
     file: str
     size: Bytes
@@ -88,8 +91,8 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True):
 class EngineSetManifest(FolderManifest, frozen=True):
     """The manifest of an engine set.
 
-    plans: every stage's compiled engine; weights: the inputs of each that are weights, where these
-    are not inside.
+    plans: every stage's compiled engine. weights: each engine's inputs that are weights; empty if
+    weights are inside the engines.
     """
 
     recipe: Recipe
@@ -110,7 +113,7 @@ class EngineSetManifest(FolderManifest, frozen=True):
 
 @dataclass(frozen=True)
 class EngineSet:
-    """An opened set. digest: of its manifest, which has the digests of its plans."""
+    """An opened set. digest: sha256 of its manifest, which lists those of its plans."""
 
     path: Path
     manifest: EngineSetManifest
@@ -118,7 +121,7 @@ class EngineSet:
 
     @classmethod
     def open(cls, path: Path, digest: str | None = None) -> "EngineSet":
-        """Raises BundleError when the set is damaged, or its digest is not the one given."""
+        """Open a set. Raises BundleError if it is damaged, or its digest is not the one given."""
         manifest, digest = open_manifest(path, EngineSetManifest, digest)
         engines = cls(path, manifest, digest)
         engines._folder.check_sizes()
@@ -129,18 +132,18 @@ class EngineSet:
         return Folder(self.path, self.manifest.files)
 
     def verify(self) -> None:
-        """Hash all files. Raises BundleError on damage."""
+        """Hash all files. Raises BundleError if one is damaged."""
         for file in self.manifest.files:
             self._folder.verify(file, lambda count: None)
 
     def packed_plan(self, stage: str) -> Iterator[bytes]:
-        """The file of a stage's plan in pieces. Raises BundleError at its end if it is damaged."""
+        """Yield a stage's packed plan in pieces; raise BundleError at its end if it is damaged."""
         return self._folder.chunks(self.manifest.plans[stage].file)
 
     def plan_bytes(self, stage: str) -> bytearray:
-        """A stage's compiled engine: of exactly the bytes that were hashed and found right.
+        """Return a stage's compiled engine, made from exactly the bytes whose digest was checked.
 
-        Raises BundleError when there is none, or it is damaged or not as large as is said.
+        Raises BundleError if there is none, or it is damaged or has another size than stated.
         """
         if stage not in self.manifest.plans:
             known = ", ".join(self.manifest.plans)
@@ -150,7 +153,7 @@ class EngineSet:
         try:
             return unpack(chunks, self.manifest.files[plan.file].size, plan.size)
         except ValueError as error:
-            deque(chunks, maxlen=0)  # to its end, where it says whether it is damaged
+            deque(chunks, maxlen=0)  # read to the end, which raises if the file is damaged
             raise BundleError(
                 f"{self.path / plan.file} is no plan: {error}; compile it again with "
                 "`varedit-export engines --again`"
@@ -175,10 +178,10 @@ class EngineSets:
         flags: Mapping[str, str],
         baked: Sequence[str] = (),
     ) -> Recipe:
-        """What engines for these stages of the bundle depend on.
+        """Make the recipe of engines for these stages of the bundle.
 
-        baked: the components whose weights are in the engines. Raises BundleError when the bundle
-        does not have one of these parts.
+        baked: the components whose weights are inside the engines. Raises BundleError if the bundle
+        lacks a stage or component.
         """
         manifest = self.bundle.manifest
         if unknown := set(baked) - set(self.bundle.components):
@@ -205,12 +208,12 @@ class EngineSets:
         trust: bool = False,
         verify: bool = False,
     ) -> EngineSet | None:
-        """The engines made from this recipe, None when there are none.
+        """Open the engines made from this recipe; return None if there are none.
 
-        digest: the set's own, from where it was published; verify: hash all files now, and not
-        only when they are read. Raises BundleError when engines are damaged, of another recipe, or
-        have weights that are not in the bundle; or were not built here, and neither is their digest
-        given nor are they trusted.
+        digest: the set's digest as its publisher states it. trust: accept sets built elsewhere.
+        verify: hash all files now, not only when they are read. Raises BundleError if engines are
+        damaged, of another recipe, have weights that are not in the bundle, or were built elsewhere
+        without digest or trust being given.
         """
         problem = None
         for folder in self.places_of(recipe):
@@ -235,12 +238,12 @@ class EngineSets:
         digest: str | None = None,
         trust: bool = False,
     ) -> EngineSet:
-        """The engines of a variant for a GPU and these tools.
+        """Find the engines of a variant for a GPU and these tools.
 
-        Of several, those of the layout with the smallest plans, and compiled with the fewest
-        settings. gpu: architecture and model, as in "sm90 NVIDIA H200". digest: of that set and no
-        other; trust: as for `open`. Raises BundleError when there are none, saying what is there
-        instead, and why it is not used.
+        Of several sets, the one of the layout with the smallest plans, compiled with the fewest
+        settings. gpu: architecture and model, as in "sm90 NVIDIA H200". digest: accept only this
+        set. trust: as for `open`. Raises BundleError if there are none; the message lists the sets
+        that exist and why each is not used.
         """
         found: list[EngineSet] = []
         refused: list[str] = []
@@ -265,7 +268,7 @@ class EngineSets:
         )
 
     def _check_fits(self, engines: EngineSet, tools: Mapping[str, str], gpu: str) -> None:
-        """Refuse engines of other graphs, weights, tools or GPUs."""
+        """Raise BundleError if engines are of other graphs, weights, tools or GPUs."""
         if not self.of_this_bundle(engines.manifest.recipe):
             raise BundleError("they are of other graphs or weights than the bundle's")
         if reason := mismatch(engines.manifest.recipe, tools, [gpu]):
@@ -273,7 +276,7 @@ class EngineSets:
         self._check_weights(engines)
 
     def of_this_bundle(self, recipe: Recipe) -> bool:
-        """Whether it is of the bundle as it is. Raises BundleError if the bundle lacks parts."""
+        """Return whether a recipe is of this bundle. Raises BundleError if parts are missing."""
         ours = self.recipe(
             recipe.variant,
             list(recipe.graphs),
@@ -305,7 +308,7 @@ class EngineSets:
             )
 
     def _check_weights(self, engines: EngineSet) -> None:
-        """Refuse weights that lie elsewhere than in the bundle's weights."""
+        """Raise BundleError if a weight does not lie within the bundle's weights files."""
         files = self.bundle.manifest.files
         sizes = {file: files[file].size for file in map(weights_file, self.bundle.components)}
         for stage, weights in engines.manifest.weights.items():
@@ -320,17 +323,17 @@ class EngineSets:
 
     @property
     def folders(self) -> list[Path]:
-        """Of the sets that there are: all in the bundle, and the cached that share a graph with it.
+        """Folders of all sets in the bundle, and of those in the cache that share a graph with it.
 
-        What is damaged in the cache so that its recipe cannot be read may be any bundle's.
+        A cached set whose manifest is damaged is left out: it may be any bundle's.
         """
         inside, cached = self._places
         return sorted([*sets_in(inside), *filter(self.shares, sets_in(cached))])
 
     def shares(self, folder: Path) -> bool:
-        """Whether a set's manifest says that it has a graph of this bundle, whose plan can serve.
+        """Return whether a set's manifest lists a graph of this bundle, so that its plan can serve.
 
-        Its files are not looked at.
+        The set's other files are not checked.
         """
         files = self.bundle.manifest.files
         variants = self.bundle.manifest.variants
@@ -345,7 +348,7 @@ class EngineSets:
         return self.bundle.path / ENGINES, cache_folder() / ENGINES
 
     def places_of(self, recipe: Recipe) -> tuple[Path, Path]:
-        """Where a set may be: in the bundle, and in the user's cache, whatever the bundle."""
+        """Return where a set may be: in the bundle, and in the user's cache."""
         name = f"{recipe.backend}-{recipe.key[:16]}"
         inside, cached = self._places
         return inside / name, cached / name
@@ -358,16 +361,16 @@ def _preference(engines: EngineSet) -> tuple[int, int, str]:
 
 
 def sets_in(place: Path) -> list[Path]:
-    """The folders of all engine sets in a folder, whole or damaged."""
+    """Return the folders of all engine sets in a folder, damaged ones included."""
     if not place.is_dir():
         return []
     return [path for path in place.iterdir() if path.is_dir() and path.name[0] != "."]
 
 
 def mismatch(recipe: Recipe, tools: Mapping[str, str], gpus: Collection[str]) -> str | None:
-    """Why engines cannot run with these tools, by name, on these GPUs; None where they can.
+    """Return why engines cannot run with these tools on these GPUs; None if they can.
 
-    gpus: architecture and model of each, as in "sm90 NVIDIA H200".
+    tools: versions by name. gpus: architecture and model of each, as in "sm90 NVIDIA H200".
     """
     for tool, needed in recipe.tools.items():
         found = tools.get(tool)
@@ -379,7 +382,7 @@ def mismatch(recipe: Recipe, tools: Mapping[str, str], gpus: Collection[str]) ->
 
 
 def _version_serves(recipe: Recipe, needed: str, found: str) -> bool:
-    """Compatible engines run with later versions up to the next major one."""
+    """Return whether a version runs the engines: version-compatible ones allow later minor ones."""
     if recipe.flags.get("version_compatible") != str(True):
         return found == needed
     own, other = ([int(part) for part in re.findall(r"\d+", text)] for text in (needed, found))
@@ -387,7 +390,7 @@ def _version_serves(recipe: Recipe, needed: str, found: str) -> bool:
 
 
 def _gpu_serves(recipe: Recipe, gpu: str) -> bool:
-    """TensorRT's engines are for a model unless they are compatible, RTX's for architectures."""
+    """Return whether a GPU runs the engines: TensorRT's need the model, RTX's the architecture."""
     architecture = gpu.split()[0]
     compatible = recipe.flags.get("hardware_compatible")
     if compatible == "ampere-plus":
@@ -398,9 +401,10 @@ def _gpu_serves(recipe: Recipe, gpu: str) -> bool:
 
 
 def built_here(digest: str) -> Path:
-    """A file that exists when this user built the engine set of this digest on this machine."""
+    """Return the record of a set's digest: a file that exists if this user built the set here."""
     return records() / digest
 
 
 def records() -> Path:
+    """Return the folder of the records of sets that this user built on this machine."""
     return data_folder() / "engines-built-here"
