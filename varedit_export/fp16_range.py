@@ -1,11 +1,11 @@
-"""Which matrix products pass fp16's range, found by running the reference on real inputs.
+"""Find the matrix products that exceed fp16's range, by running the reference on real inputs.
 
     python -m varedit_export.fp16_range                            all parts of nano, editing scenes
     python -m varedit_export.fp16_range --text-encoder flan-t5-xl  the encoder of a T5 folder
 
-Every product's operands and result are looked at in fp32: of linear layers, of convolutions, and of
-both products of an attention. A product is over when a value's size is over `LIMIT`, fp16's largest
-number by a margin of `MARGIN`: a sample of inputs does not hold the largest values of all.
+Operands and results of every product are inspected in fp32: of linear layers, convolutions, and the
+two products of an attention. A product is over if an absolute value exceeds `LIMIT`, fp16's largest
+number divided by `MARGIN`, as other inputs than these samples may give larger values.
 """
 
 import re
@@ -33,7 +33,7 @@ from varedit_runtime.errors import VareditError, needs_extra
 if TYPE_CHECKING:
     from varedit_nano.scenes import EditSample
 
-LARGEST = 65504.0  # of fp16's numbers
+LARGEST = 65504.0  # fp16's largest number
 MARGIN = 4
 LIMIT = LARGEST / MARGIN
 EDITS = 9  # one of each kind
@@ -53,7 +53,7 @@ _ATTENTION = F.scaled_dot_product_attention
 
 @dataclass(frozen=True)
 class Product:
-    """name: of the module that computes it; largest: size of its operands' and results' values."""
+    """A measured product. name: its module's. largest: absolute value of operands and results."""
 
     component: str
     name: str
@@ -69,7 +69,7 @@ class Product:
 
 
 def measure(components: Mapping[str, nn.Module], run: Callable[[], object]) -> list[Product]:
-    """The products that `run` computes inside components, in the order of their first use."""
+    """Measure the products that `run` computes inside components, in the order of first use."""
     watch = _Watch()
     with ExitStack() as stack:
         for component, root in components.items():
@@ -83,7 +83,7 @@ def measure(components: Mapping[str, nn.Module], run: Callable[[], object]) -> l
 
 
 def measure_model(model: VAREdit, edits: Sequence["EditSample"]) -> list[Product]:
-    """Of all parts of a model, editing pictures as instructed, with guidance."""
+    """Measure all parts of a model while it makes these edits, with guidance."""
     components = {
         "text_encoder": model.text_encoder.model,
         "image_encoder": model.tokenizer.encoder,
@@ -97,14 +97,14 @@ def measure_model(model: VAREdit, edits: Sequence["EditSample"]) -> list[Product
 
 
 def measure_text_encoder(encoder: TextEncoder, instructions: Sequence[str]) -> list[Product]:
-    """Of a text encoder alone, reading instructions."""
+    """Measure a text encoder while it reads instructions."""
     return measure({"text_encoder": encoder.model}, lambda: encoder.encode(instructions))
 
 
 class _Watch(TorchFunctionMode):
-    """Sees every product, and knows the module that computes it.
+    """A mode that intercepts every product and knows the module that computes it.
 
-    largest: by component and module, of the products seen.
+    largest: the largest absolute value, by component and module.
     """
 
     def __init__(self) -> None:
@@ -128,7 +128,7 @@ class _Watch(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if self._inside and func in (*_PRODUCTS, _ATTENTION):
             self._note(result)
-            for operand in args[:3]:  # of an attention without its mask
+            for operand in args[:3]:  # queries, keys and values, or two factors and a bias
                 self._note(operand)
             if func is _ATTENTION:
                 self._note(_scores(args[0], args[1], (kwargs or {}).get("scale")))
@@ -141,22 +141,22 @@ class _Watch(TorchFunctionMode):
 
 
 def _scores(queries: Tensor, keys: Tensor, scale: float | None) -> Tensor:
-    """What an attention's softmax is taken of, the mask apart: [..., L, S]."""
+    """Compute an attention's scores before mask and softmax, [..., L, S]."""
     return queries @ keys.mT * (queries.shape[-1] ** -0.5 if scale is None else scale)
 
 
 @click.command()
 @click.option("--text-encoder", type=Path, help="A T5 folder, in place of nano.")
 def main(text_encoder: Path | None) -> None:
-    """Report the matrix products that pass fp16's range.
+    """Report the matrix products that exceed fp16's range.
 
-    Exits 1 if there are some that the exporter computes in fp16.
+    Exits with 1 if the exporter computes one of them in fp16.
     """
     try:
         products = _nano() if text_encoder is None else _text_encoder(text_encoder)
     except VareditError as error:
         raise click.ClickException(str(error)) from error
-    click.echo(f"limit {LIMIT:.0f}: fp16's largest number, {LARGEST:.0f}, by {MARGIN}")
+    click.echo(f"limit {LIMIT:.0f}: fp16's largest number, {LARGEST:.0f}, divided by {MARGIN}")
     for component in dict.fromkeys(product.component for product in products):
         click.echo(_summary([p for p in products if p.component == component]))
     if any(product.over and not product.in_fp32 for product in products):
@@ -174,7 +174,7 @@ def _text_encoder(folder: Path) -> list[Product]:
 
 
 def _edits(count: int, size: int) -> "list[EditSample]":
-    """Edits of scenes that nano was not trained on."""
+    """Draw edits of scenes that nano was not trained on."""
     with needs_extra("train"):
         from varedit_nano.data import EVALUATION_SEEDS
         from varedit_nano.scenes import draw_edit
@@ -182,7 +182,7 @@ def _edits(count: int, size: int) -> "list[EditSample]":
 
 
 def _summary(products: Sequence[Product]) -> str:
-    """One component's largest value, and its products over the limit."""
+    """Describe one component's largest value, and its products over the limit."""
     top = max(products, key=lambda product: product.largest)
     over = [product for product in products if product.over]
     lines = [

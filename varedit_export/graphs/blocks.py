@@ -1,9 +1,15 @@
 """Grow a graph that was traced with a few blocks to the model's depth.
 
-Blocks between the first and the last differ in nothing but their weights, inputs and outputs. So
-four are traced: the first, two alike, the last. Comparing the two alike, node by node, proves what
-changes from one to the next; copies of the second then make up the depth. A trace costs the same
-for 12 blocks and for 40.
+Blocks between the first and the last differ only in their weights, inputs and outputs. So only four
+are traced, 0 .. 3, and block 2 is copied:
+
+    traced          0   1   2   3          0: the first (SAR); 1, 2: two inner blocks; 3: the last
+    grown to 6      0   1   2   2'  2''  3     renamed to 0 .. 5
+
+So a trace costs the same for 12 blocks and for 40. What a copy has to change is not assumed: blocks
+1 and 2 are compared node by node. Everything equal stays; what block 2 reads of block 1 is carried
+from copy to copy; inputs and weights named for a block get their own copies. Any other difference
+is an error.
 """
 
 import re
@@ -18,16 +24,16 @@ TRACED_BLOCKS = 4
 ONE, TWO, LAST = 1, 2, 3
 NODE_NAME = re.compile(r"\bblocks\.(\d+)[./]")
 
-# A node of a block by its place there, and which of its outputs.
+# A value that a block makes: its node's index in the block, and which of the node's outputs it is.
 Place = tuple[int, int]
 
 
 @dataclass
 class Pattern:
-    """A block to copy.
+    """The block to copy.
 
-    carried: values of the block before that it reads, and where that block makes them. own: its
-    weights, inputs and outputs that are the graph's, each with the copies made of it, by block.
+    carried: values that it reads of the block before, and where that block makes them. own: the
+    graph's inputs, weights and outputs that are this block's; each with its copies by block.
     """
 
     nodes: Sequence[ir.Node]
@@ -39,7 +45,7 @@ def grow(graph: ir.Graph, depth: int) -> None:
     """Copy the inner block of a graph traced with `TRACED_BLOCKS` until there are `depth`.
 
     Weights must still be inputs, and nodes named for their modules. Copied inputs and outputs
-    follow those they are copies of. Raises ExportError when the inner blocks are not alike.
+    follow their originals. Raises ExportError if the inner blocks are not alike.
     """
     if depth <= TRACED_BLOCKS:
         return
@@ -65,12 +71,12 @@ def _block(node: ir.Node) -> int | None:
 
 
 def _renamed(name: str | None, old: int, new: int) -> str:
-    """The name of a module (`blocks.2.qkv`), an input or an output (`new_key.2`) elsewhere."""
+    """Return the name of a module (`blocks.2.qkv`), input or output (`new_key.2`) in block new."""
     return re.sub(rf"(?<=\bblocks\.){old}(?=[./])|(?<=\.){old}$", str(new), str(name))
 
 
 def _compare(one: Sequence[ir.Node], two: Sequence[ir.Node]) -> Pattern:
-    """What of block two is its own, and what comes from block one."""
+    """Compare two inner blocks; return the second as a pattern. Raises ExportError if unlike."""
     pattern = Pattern(two)
     made_by_one, made_by_two = _places(one), _places(two)
     if len(one) != len(two):
@@ -121,7 +127,7 @@ def _same_constant(x: ir.Value, y: ir.Value) -> bool:
 
 
 def _copy(pattern: Pattern, previous: Sequence[ir.Node], block: int) -> list[ir.Node]:
-    """The pattern as another block, fed by the one before it."""
+    """Copy the pattern as another block, which reads the previous one."""
     values = {value: previous[i].outputs[o] for value, (i, o) in pattern.carried.items()}
     for value, copies in pattern.own.items():
         if value.is_graph_input():
@@ -153,14 +159,14 @@ def _copied_value(value: ir.Value, block: int) -> ir.Value:
 
 
 def _rename(graph: ir.Graph, nodes: Sequence[ir.Node], block: int) -> None:
-    """Call the last block by its number in the full model."""
+    """Rename the last block to its number in the full model."""
     outputs = [value for node in nodes for value in node.outputs]
     for named in (*graph.inputs, *nodes, *outputs):
         named.name = _renamed(named.name, LAST, block)
 
 
 def _hand_over(pattern: Pattern, final: Sequence[ir.Node], last: int) -> None:
-    """Give the last block what the final copy makes in place of what the pattern makes."""
+    """Let the last block read the final copy instead of the pattern."""
     carried = set(pattern.carried.values())
     for value, (i, o) in _places(pattern.nodes).items():
         for use in tuple(value.uses()):
@@ -172,7 +178,7 @@ def _hand_over(pattern: Pattern, final: Sequence[ir.Node], last: int) -> None:
 
 
 def _insert_copies(values: MutableSequence[ir.Value], pattern: Pattern) -> None:
-    """Put copies of the graph's inputs or outputs behind each run of those they copy."""
+    """Insert copies of the graph's inputs or outputs after each run of their originals."""
     ordered: list[ir.Value] = []
     run: list[dict[int, ir.Value]] = []
     for value in values:
