@@ -66,7 +66,7 @@ TRANSFORMER_TABLE: dict[str, tuple[str, Callable[[Shape], Shape]]] = {
     "token_embedding.weight": ("word_embed.weight", same_shape),
     "token_embedding.bias": ("word_embed.bias", same_shape),
     "text_norm.weight": ("text_norm.weight", same_shape),
-    "text_pool.query": ("text_proj_for_sos.ca.mat_q", one_leading_axis),
+    "text_pool.query": ("text_proj_for_sos.ca.mat_q", one_leading_axis),  # sos: start token
     "text_pool.kv.weight": ("text_proj_for_sos.ca.mat_kv.weight", same_shape),
     "text_pool.value_bias": ("text_proj_for_sos.ca.v_bias", same_shape),
     "text_pool.projection.weight": ("text_proj_for_sos.ca.proj.weight", same_shape),
@@ -83,7 +83,7 @@ TRANSFORMER_TABLE: dict[str, tuple[str, Callable[[Shape], Shape]]] = {
     "head.bias": ("head.bias", same_shape),
 }
 BLOCK_TABLE: dict[str, tuple[str, Callable[[Shape], Shape]]] = {
-    "modulation": ("ada_gss", two_leading_axes),
+    "modulation": ("ada_gss", two_leading_axes),  # gammas, scales and shifts, two each
     "self_attention.qkv.weight": ("sa.mat_qkv.weight", same_shape),
     "self_attention.query_bias": ("sa.q_bias", same_shape),
     "self_attention.value_bias": ("sa.v_bias", same_shape),
@@ -205,7 +205,7 @@ def empty_tokenizer(config: TokenizerConfig) -> Tokenizer:
 
 def transformer_layout(names: Collection[str], config: TransformerConfig) -> Layout:
     """Recognise a transformer file's layout by the names of its tensors."""
-    if any(".self_attention." in name for name in names):
+    if any(".self_attention." in name for name in names):  # this reference's own word
         return own_layout
     chunks = {int(i) for i in re.findall(r"^block_chunks\.(\d+)\.", "\n".join(names), re.M)}
     return released_transformer(config.depth, len(chunks) or None)
@@ -227,7 +227,7 @@ def load(model: Module, weights: Mapping[str, Tensor], layout: Layout, path: str
     stored = fit(model, weights, layout, path)
     parameters = model.state_dict()
     state = {name: stored[name].to(parameters[name].dtype) for name in parameters}
-    model.load_state_dict(state, strict=True, assign=True)
+    model.load_state_dict(state, strict=True, assign=True)  # takes the tensors, copies nothing
     return model.requires_grad_(False).eval()
 
 

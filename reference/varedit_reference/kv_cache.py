@@ -49,7 +49,7 @@ class KVCache:
         self.scales_seen = 0
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
-        self._lengths: list[int] = []
+        self._lengths: list[int] = []  # rows of each block's buffers that are filled
         self._references: list[tuple[Tensor, Tensor]] = []
 
     def add_source(self, block: int, keys: Tensor, values: Tensor) -> list[Sight]:
@@ -67,7 +67,7 @@ class KVCache:
                     strict=True,
                 )
             )
-            kept_keys, kept_values = keys[:0], values[:0]
+            kept_keys, kept_values = keys[:0], values[:0]  # the buffer holds target scales alone
         else:
             kept_keys, kept_values = keys, values
         self._keys.append(_with_room(kept_keys, room))
@@ -83,7 +83,7 @@ class KVCache:
         self._values[block][start:end] = values
         self._lengths[block] = end
         seen_keys, seen_values = self._keys[block][:end], self._values[block][:end]
-        if uses_references(self.config, block):
+        if uses_references(self.config, block):  # one block of 32 or 40, so a copy costs little
             reference_keys, reference_values = self._references[self.scales_seen]
             seen_keys = torch.cat((reference_keys, seen_keys))
             seen_values = torch.cat((reference_values, seen_values))

@@ -56,6 +56,7 @@ class VAREdit:
         guidance = self.config.guidance_scale if guidance_scale is None else guidance_scale
         features = self.text_encoder.encode(prompt)
         negatives = self.text_encoder.encode(negative_prompt) if negative_prompt else None
+        # Guidance 1 is the conditional row alone, at half of the work.
         rows = self.transformer.text_rows(features, guidance != 1, negatives)
         scales = predict_scales(
             self.transformer,
@@ -68,7 +69,7 @@ class VAREdit:
         )
         total = torch.empty(0)
         for step in scales:
-            total = step.sum
+            total = step.sum  # every scale's sum could be decoded; the last is the edit
             if on_scale is not None:
                 on_scale(step)
         return self.draw(total, [picture.size for picture in image])

@@ -60,9 +60,9 @@ def quantise(
     """
     total = features.new_zeros(features.shape)
     for k, grid in enumerate(grids):
-        residual = F.interpolate(features - total, grid, mode="area")
+        residual = F.interpolate(features - total, grid, mode="area")  # what is missing, averaged
         chosen = to_bits(residual) if bits is None else bits[k]
-        total = add_scale(total, chosen)
+        total = add_scale(total, chosen)  # with its errors, which the next residual contains
         yield QuantisedScale(residual, chosen, total)
 
 
@@ -82,7 +82,7 @@ def dequantise(bits: Sequence[Tensor]) -> Tensor:
 def resize(features: Tensor, grid: Grid) -> Tensor:
     """Resize bilinearly, with half-pixel centres and, even when shrinking, without antialias."""
     if features.shape[2:] == grid:
-        return features
+        return features  # the last scale's codes are added as they are
     return F.interpolate(features, grid, mode="bilinear", align_corners=False)
 
 

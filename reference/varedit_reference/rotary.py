@@ -44,7 +44,7 @@ class Rotation:
         """Rotate queries or keys [R, H, S, D] by pairs of neighbours (2p, 2p+1), not by halves."""
         even, odd = x_RHSD.unflatten(-1, (-1, 2)).unbind(-1)
         rotated = (even * self.cos - odd * self.sin, even * self.sin + odd * self.cos)
-        return torch.stack(rotated, dim=-1).flatten(-2)
+        return torch.stack(rotated, dim=-1).flatten(-2)  # pairs interleaved again
 
 
 def source_rotation(config: TransformerConfig, device: torch.device) -> Rotation:
@@ -92,7 +92,7 @@ def scale_positions(config: TransformerConfig, scale: int) -> Tensor:
     grid = config.grids[scale]
     if config.rotary == "paper":
         steps = [finest // own for finest, own in zip(config.finest, grid, strict=True)]
-        return _cells(grid) * torch.tensor(steps)
+        return _cells(grid) * torch.tensor(steps)  # a cell is placed at its top left corner
     start = config.lengths[-1] + sum(config.lengths[:scale])
     return _released_table(config.table_grids)[start : start + config.lengths[scale]]
 

@@ -62,11 +62,11 @@ def predict_scales(
     guidance = per_scale(guidance_scale, len(grids), "guidance_scale")
     temperatures = temperature_per_scale(temperature, len(grids))
     pictures = len(source_tokens)
-    guided = len(text.pooled) == 2 * pictures
+    guided = len(text.pooled) == 2 * pictures  # the second half of the rows is unconditional
     total = source_tokens.new_zeros(
         (pictures, config.tokenizer.bits, *positions(grids[-1], patch)), dtype=torch.float32
     )
-    cache = model.prefill(source_tokens, text)
+    cache = model.prefill(source_tokens, text)  # the source is computed once, for all scales
     for k, grid in enumerate(grids):
         tokens = None if k == 0 else next_tokens(total, grid, patch)
         logits = guide(model.predict(k, tokens, text, cache), guidance[k], temperatures[k], guided)

@@ -55,7 +55,7 @@ class TextEncoder:
         lengths = torch.tensor([len(t) for t in tokens], device=device)
         mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
         features = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
-        return [row[: len(t)] for row, t in zip(features, tokens, strict=True)]
+        return [row[: len(t)] for row, t in zip(features, tokens, strict=True)]  # without padding
 
     def tokenise(self, prompt: str, *, truncate: bool = False) -> list[int]:
         """Return an instruction's token ids, end token included. Raises TextError as `encode`."""

@@ -83,7 +83,7 @@ class Decoder(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         x_BCHW = self.middle(self.conv_in(x_BCHW))
-        for level in reversed(self.levels):
+        for level in reversed(self.levels):  # stored finest first, as in the released files
             x_BCHW = level(x_BCHW)
         return self.conv_out(F.silu(self.norm_out(x_BCHW)))
 

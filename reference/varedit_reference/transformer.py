@@ -66,15 +66,17 @@ class VAR(nn.Module):
             Linear, compute_dtype=compute_dtype, weight_dtype=weight_dtype or compute_dtype
         )
         width = config.width
+        # Learned features of "no instruction", which guidance moves away from.
         self.unconditional_text = nn.Parameter(torch.empty(MAX_TEXT_TOKENS, config.text_channels))
         self.start_token = nn.Parameter(torch.empty(width))
-        self.level_embedding = nn.Embedding(MAX_LEVELS, width)
-        self.token_embedding = product(config.token_channels, width)
+        self.level_embedding = nn.Embedding(MAX_LEVELS, width)  # which scale a token belongs to
+        self.token_embedding = product(config.token_channels, width)  # source and target share it
         self.text_norm = nn.RMSNorm(config.text_channels, eps=1e-6)
         self.text_pool = TextPool(config, product)
         self.text_memory = nn.Sequential(
             product(config.text_channels, width), nn.GELU("tanh"), product(width, width)
         )
+        # Shared by all blocks: 6·C·C weights in each would be much, beside its other 16·C·C.
         self.shared_modulation = nn.Linear(width, 6 * width)
         self.blocks = cast(
             "Sequence[Block]", nn.ModuleList(Block(config, product) for _ in range(config.depth))
@@ -144,7 +146,7 @@ class VAR(nn.Module):
 
         scale_tokens: the inputs [B, L_k, c] of all scales except the first.
         """
-        inputs: list[Tensor | None] = [None, *scale_tokens]
+        inputs: list[Tensor | None] = [None, *scale_tokens]  # scale 1 starts from the text
         x_RSC = torch.cat(
             [self._embed_source(source_tokens, text)]
             + [self._embed_scale(k, tokens, text) for k, tokens in enumerate(inputs)],
@@ -153,7 +155,7 @@ class VAR(nn.Module):
         rotate = full_rotation(self.config, x_RSC.device)
         x_RSC = self._run(x_RSC, text, rotate, teacher_forced_context(self.config))
         lengths = self.config.lengths
-        scales = x_RSC[:, -sum(lengths) :].split(lengths, dim=1)
+        scales = x_RSC[:, -sum(lengths) :].split(lengths, dim=1)  # the source predicts nothing
         return [self._logits(x_RLC, text) for x_RLC in scales]
 
     def _run(
@@ -171,7 +173,7 @@ class VAR(nn.Module):
             lengths = torch.tensor(self.config.lengths, device=levels.device)
             levels = levels.repeat_interleave(lengths)
         else:
-            levels = levels[-1:]
+            levels = levels[-1:]  # the source lies on the finest grid
         return tokens_RLC + self.level_embedding(levels)
 
     def _embed_scale(self, scale: int, tokens: Tensor | None, text: TextCondition) -> Tensor:
@@ -233,13 +235,14 @@ class SelfAttention(nn.Module):
         self.value_bias = nn.Parameter(torch.empty(config.width))
         self.log_scale = nn.Parameter(torch.empty(config.heads))
         self.projection = product(config.width, config.width)
-        self.attend: Attention = fused_attention
+        self.attend: Attention = fused_attention  # training on CPUs sets another
 
     def forward(self, x_RLC: Tensor, rotate: Rotation, context: BlockContext) -> Tensor:
         key_bias = torch.zeros_like(self.value_bias)
         qkv = self.qkv(x_RLC, bias=torch.cat((self.query_bias, key_bias, self.value_bias)))
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         scale = self.log_scale.clamp(max=MAX_LOG_SCALE).exp()[:, None, None]
+        # Normalised, scaled and rotated in fp32, and rounded to the products' type only then.
         q_RHLD = rotate(F.normalize(q.float(), dim=-1, eps=1e-12) * scale).to(v.dtype)
         k_RHLD = rotate(F.normalize(k.float(), dim=-1, eps=1e-12)).to(v.dtype)
         sights = context(_sequence_first(k_RHLD), _sequence_first(v))

@@ -86,7 +86,7 @@ def _open_safetensors(path: Path) -> dict[str, Tensor]:
 def _open_pickled(path: Path) -> dict[str, Tensor]:
     with path.open("rb") as file:
         start = file.read(24)
-    if not start.startswith(b"PK"):
+    if not start.startswith(b"PK"):  # the old format is a bare pickle, a download error often text
         raise CheckpointError(
             f"{path} is not what torch.save writes, a zip archive: it starts with {start!r}; "
             "fetch the weights themselves, or save them again with torch.save"
@@ -268,7 +268,7 @@ def _ahead(make: Callable[[str], Tensor], names: Iterable[str]) -> Iterator[Tens
         pending = deque[Future[Tensor]]()
         for name in names:
             pending.append(pool.submit(make, name))
-            if len(pending) == 3:
+            if len(pending) == 3:  # the one that is used and two more: memory stays bounded
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
@@ -285,7 +285,7 @@ def _safetensors_header(layout: Iterable[tuple[str, Tensor]], metadata: Mapping[
             "data_offsets": [start, end],
         }
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)  # so that the tensors behind it are aligned
     return len(text).to_bytes(8, "little") + text
 
 
