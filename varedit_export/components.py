@@ -25,8 +25,8 @@ WEIGHTS = "weights"  # the folder of weights, beside the graphs
 class Component:
     """Weights that go into one file.
 
-    module: their types and shapes, on fake tensors; make: a weight by name; attribute: what the
-    stages call the module, "" if they take it apart.
+    module: their types and shapes, as fake tensors. make: makes a weight by name. attribute: the
+    stages' name of the module, "" if they use its parts.
     """
 
     name: str
@@ -45,15 +45,16 @@ class Component:
         return sum(tensor.nbytes for tensor in self.module.state_dict().values())
 
     def write(self, graphs: Path, metadata: Mapping[str, str], made_from: str) -> None:
-        """Write the file into the folder of graphs, streaming.
+        """Write the file into the folder of graphs, tensor by tensor.
 
-        made_from: stands for all that it is made from; a file cut short is gone on with.
+        made_from: a digest of everything it is made from; with the same one, an interrupted file is
+        continued.
         """
         layout = self.module.state_dict()
         write_safetensors(graphs / self.location, layout, self.make, metadata, made_from)
 
     def stored(self, graphs: Path) -> dict[str, StoredWeight]:
-        """Where each weight lies in the written file, by the name that stages know it by."""
+        """Return where each weight lies in the written file, by the stages' names."""
         prefix = f"{self.attribute}." if self.attribute else ""
         return {
             prefix + name: StoredWeight(name, self.location, start, tensor.nbytes)
@@ -67,7 +68,7 @@ def transformer_component(
     state: Mapping[str, Tensor],
     fake: FakeTensorMode,
 ) -> Component:
-    """The transformer, from the reference's parameters by name."""
+    """Return the transformer's component, made from the reference's parameters by name."""
     with fake:
         module = GraphTransformer(config, dtype)
     make = _maker(module, transformer_layout(config), state)
@@ -75,7 +76,7 @@ def transformer_component(
 
 
 def tokenizer_component(module: Tokenizer, state: Mapping[str, Tensor]) -> Component:
-    """The picture tokenizer, fp32, in the reference's own names."""
+    """Return the picture tokenizer's component: fp32, in the reference's own names."""
     return Component("tokenizer", module, lambda name: state[name].float(), "")
 
 
@@ -85,7 +86,7 @@ def text_encoder_component(
     state: Mapping[str, Tensor],
     fake: FakeTensorMode,
 ) -> Component:
-    """The text encoder, from a T5 file's tensors by name."""
+    """Return the text encoder's component, made from a T5 file's tensors by name."""
     with fake:
         module = GraphTextEncoder(config, dtype)
     make = _maker(module, text_encoder_layout(config), state)
@@ -93,7 +94,7 @@ def text_encoder_component(
 
 
 def positions_component(name: str, config: TransformerConfig, fake: FakeTensorMode) -> Component:
-    """The rotary table of a variant's grids."""
+    """Return the component of a variant's rotary table."""
     with fake:
         module = PositionTable(config)
     table = full_rotation(config, torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""What a build will need: room on the disk, memory, time. Said before it begins, and asked for.
+"""Estimate what a build needs: disk, memory, time. A build says so first, and checks that it fits.
 
 Constants were measured with `tests/measure_build.py` on builds of 2b at 512 px and 8b at 1024 px
 in fp16 with random weights, on two cores of an x86 server, PyTorch 2.13 and ONNX Runtime 1.31.
@@ -15,21 +15,21 @@ from varedit_export.parity.verify import is_large
 from varedit_export.plan import Plan
 
 GRAPH = 2 * 10**6  # bytes of the largest graph; most have less than one million
-# The program itself, with PyTorch, onnxscript and transformers, and what tracing leaves behind.
+# Bytes of the program with PyTorch, onnxscript and transformers, and of what tracing leaves behind.
 PROGRAM = 450 * 10**6
 DRAWN = 4  # fp32 tensors of the largest weight: drawn, converted, waiting, written
 WHOLE = 6  # fp32 copies of a small model's weights, in the reference and ONNX Runtime's sessions
 KEYS_VALUES = 4  # fp32 arrays of all keys, or values, that the last scale sees
 HIDDEN = 3  # fp32 arrays of the last scale's MLP
 TRACING = 100.0  # seconds, whatever the model, on one core
-WEIGHT = 70e-9  # seconds of one core for a parameter: drawn, written, hashed, drawn again, run
-PRODUCTS = 5e10  # products and sums that one core does in a second
-CORES = 2  # more are of little use
+WEIGHT = 70e-9  # seconds of one core per parameter: drawn, written, hashed, drawn again, run
+PRODUCTS = 5e10  # multiplications and additions that one core does per second
+CORES = 2  # more cores help little
 
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes of disk and of anonymous memory at the peak; seconds on cores like those measured."""
+    """Bytes of disk, bytes of anonymous memory at the peak, and seconds."""
 
     disk: int
     memory: int
@@ -59,7 +59,7 @@ def needs(plan: Plan) -> Needs:
 
 
 def _products(shapes: Shapes) -> int:
-    """Of parity: those of two blocks of every scale and three of the prefill's."""
+    """Count the operations of parity: two blocks at every scale, and three at the prefill's."""
     config = shapes.config.transformer
     tokens = sum(config.lengths) + 2 * config.lengths[-1]
     return 2 * 2 * shapes.rows * tokens * _block_parameters(shapes)
@@ -71,7 +71,7 @@ def _block_parameters(shapes: Shapes) -> int:
 
 
 def _block_by_block(shapes: Shapes) -> int:
-    """A block as stored and in fp32, and what the last scale's reads and computes."""
+    """Return the bytes of one block's parity: weights stored and in fp32, the last scale's data."""
     config, block = shapes.config.transformer, _block_parameters(shapes)
     seen = (sum(config.lengths) + config.lengths[-1]) * shapes.rows * config.width
     hidden = shapes.rows * config.lengths[-1] * config.mlp_width
@@ -79,7 +79,7 @@ def _block_by_block(shapes: Shapes) -> int:
 
 
 def check_memory(needed: int) -> None:
-    """Raises ExportError when the system has less memory to give than needed."""
+    """Raise ExportError if the system has fewer bytes of memory available than needed."""
     available = available_memory()
     if available is not None and available < needed:
         raise ExportError(
@@ -89,5 +89,5 @@ def check_memory(needed: int) -> None:
 
 
 def present(folder: Path) -> int:
-    """Bytes on the disk of what an interrupted build left there."""
+    """Return the bytes on the disk that an interrupted build left in a folder."""
     return sum(512 * path.lstat().st_blocks for path in folder.rglob("*") if path.is_file())

@@ -46,7 +46,12 @@ from varedit_runtime.manifest import GRAPHS, LARGEST_BATCH, Precision
 
 @dataclass(frozen=True)
 class Request:
-    """A variant to build, and where. resolution and aspect name it; the config holds its grids."""
+    """A variant to build, and its target folder.
+
+    config: the model, whose grids are those of resolution and aspect. batch: pictures per run.
+    guided: with unconditional rows. text_tokens: length that instructions are padded to. Raises
+    ConfigError on sizes that a bundle cannot have.
+    """
 
     config: ModelConfig
     resolution: int
@@ -80,7 +85,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Graph:
-    """A graph to make: a stage with few blocks, the whole model's depth, and which scale it is."""
+    """A graph to make: a stage with few blocks, the whole model's depth, and its scale, if any."""
 
     stage: Stage
     depth: int = 0
@@ -104,10 +109,10 @@ class VariantPlan:
 
 
 class Plan:
-    """All files of a bundle and what each is made from; nothing is computed until asked for."""
+    """All files of a bundle and what each is made from; nothing is computed until it is needed."""
 
     def __init__(self, requests: Sequence[Request], sources: Sources) -> None:
-        """requests: variants of one bundle. Raises ConfigError where they cannot share weights."""
+        """Plan the variants of one bundle. Raises ConfigError if they cannot share weights."""
         self.request, *others = requests
         _check_variants(requests)
         self.sources, self.fake = sources, fake_tensors()
@@ -153,7 +158,7 @@ class Plan:
 
 
 def _check_variants(requests: Sequence[Request]) -> None:
-    """Refuse variants of the same name, or of which the weights would differ."""
+    """Raise ConfigError if variants have the same name, or their weights would differ."""
     names = [request.name for request in requests]
     if len(set(names)) < len(names):
         raise ConfigError(f"variants of a bundle must differ, and these are {', '.join(names)}")
@@ -175,7 +180,7 @@ def _text_graph(request: Request, config: TextEncoderConfig, fake: FakeTensorMod
 
 
 def shallow(shapes: Shapes) -> Shapes:
-    """The same with no more blocks than are traced."""
+    """Return the same shapes with no more blocks than are traced."""
     transformer = shapes.config.transformer
     transformer = replace(transformer, depth=min(transformer.depth, TRACED_BLOCKS))
     return replace(shapes, config=replace(shapes.config, transformer=transformer))
@@ -187,7 +192,7 @@ def _graphs(
     text: TextEncoderConfig | None,
     fake: FakeTensorMode,
 ) -> list[Graph]:
-    """All graphs, to be traced with a few blocks of the transformer and the text encoder."""
+    """Return all graphs of a variant, each with the few blocks that are traced."""
     full, shapes = request.shapes, shallow(request.shapes)
     depth, grids = full.config.transformer.depth, full.config.transformer.grids
     with fake:

@@ -1,7 +1,7 @@
-"""Trace one stage into an ONNX graph whose weights lie in a file beside it.
+"""Trace one stage into an ONNX graph whose weights are in a file beside it.
 
-Tracing runs on fake tensors: it needs no weights and no memory for them. The graph then refers to
-the safetensors file by offset, and carries only small constants of its own.
+Tracing runs on fake tensors, so it needs no weights and no memory for them. The graph then refers
+to the safetensors file by offset; only small constants are in the graph itself.
 """
 
 import logging
@@ -25,7 +25,7 @@ from varedit_export.graphs.stages import LENGTHS, Scale, Spec, Stage, WeightPart
 
 OPSET = 20
 LARGEST_CONSTANT = 2**20  # bytes of an input that is folded: resizing matrices, no weights
-# Sizes that stand for symbolic dimensions while tracing: no two alike, none 0 or 1.
+# Sizes of symbolic dimensions while tracing. torch specialises 0, 1 and equal sizes: all differ.
 SAMPLE_SIZES: dict[str, int] = dict(zip(LENGTHS, (3, 5, 4, 6, 11, 13, 17), strict=True))
 
 
@@ -39,36 +39,36 @@ class StoredWeight:
     length: int
 
     def part(self, name: str, offset: int, length: int) -> "StoredWeight":
-        """Some of its bytes, as a weight of their own."""
+        """Return some of its bytes as a weight with its own name."""
         return StoredWeight(name, self.location, self.offset + offset, length)
 
 
 @dataclass(frozen=True)
 class Template:
-    """A traced stage: its weights are inputs still, and its lengths may be symbolic."""
+    """A traced stage: its weights are still inputs, and its lengths may be symbolic."""
 
     model: ir.Model
     weights: tuple[str, ...]
 
 
 def fake_tensors() -> FakeTensorMode:
-    """The mode in which models are built and traced without memory."""
+    """Return the mode in which models are built and traced without memory."""
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 class Tracer:
-    """Makes the graphs of a bundle. stored: where each weight lies, by parameter name."""
+    """A maker of a bundle's graphs. stored: where each weight lies, by the stages' names."""
 
     def __init__(self, fake: FakeTensorMode, stored: Mapping[str, StoredWeight]) -> None:
         self._fake, self._stored = fake, stored
         self._templates: dict[str, Template] = {}
 
     def graph(self, stage: Stage, depth: int = 0, scale: Scale | None = None) -> ir.Model:
-        """One stage as an ONNX model.
+        """Make one stage's ONNX model.
 
-        depth: blocks of the whole model, where the stage is given with `TRACED_BLOCKS`. scale: the
-        one that a scale's template becomes. Raises ExportError if a value's shape is unknown, or,
-        but for the symbolic twin, not static.
+        depth: blocks of the whole model, if the stage has `TRACED_BLOCKS`. scale: the scale to make
+        from a stage that serves several. Raises ExportError if a value's shape is unknown or,
+        except in the symbolic twin, not static.
         """
         if stage.name not in self._templates:
             self._templates[stage.name] = trace(stage, self._fake)
@@ -86,7 +86,7 @@ class Tracer:
 
 
 def trace(stage: Stage, fake: FakeTensorMode) -> Template:
-    """A stage as torch exports it."""
+    """Export a stage with torch.onnx, without optimising it."""
     specs = stage.inputs()
     with fake:
         examples = tuple(_example(spec) for spec in specs.values())
@@ -123,7 +123,7 @@ def _dynamic(spec: Spec) -> dict[int, Dim]:
 
 
 def _take_weights(model: ir.Model) -> tuple[str, ...]:
-    """Make inputs of the weights while the graph is worked on: nothing is to be folded in."""
+    """Turn weights into inputs while the graph is edited, so that none is folded into it."""
     weights = [
         value
         for value in model.graph.initializers.values()
@@ -151,7 +151,7 @@ def _bind(model: ir.Model, scale: Scale) -> None:
 def _refer_to_weights(
     model: ir.Model, stored: Mapping[str, StoredWeight], parts: Mapping[str, WeightPart]
 ) -> None:
-    """Point every weight into its file. Constants of the stage stay in the graph."""
+    """Turn weights from inputs into references to their files; drop those that nothing reads."""
     places = dict(stored)
     for name, part in parts.items():
         places[name] = stored[part.weight].part(name, part.offset, part.length)
@@ -176,9 +176,9 @@ def _refer_to_weights(
 
 
 def _name_dimensions(model: ir.Model, specs: Mapping[str, Spec]) -> None:
-    """Call symbolic dimensions, and what is computed of them, by the names the stage gave them.
+    """Give symbolic dimensions, and expressions of them, the stage's own names.
 
-    Simplified, since the order in which torch writes a sum changes from run to run.
+    Expressions are simplified, as the order in which torch writes a sum changes from run to run.
     """
     names: dict[str, str] = {}
     for value, spec in zip(model.graph.inputs, specs.values(), strict=True):
@@ -216,7 +216,7 @@ def _name_nodes(model: ir.Model) -> None:
 
 
 def _scope(node: ir.Node, scopes: Mapping[ir.Node | None, str]) -> str:
-    """The module a node computes for; a node put in by the optimiser joins the one it reads."""
+    """Return the module that a node belongs to; the optimiser's nodes join the node they read."""
     traced = node.metadata_props.get("pkg.torch.onnx.name_scopes")
     if traced is None:
         return next((scopes[v.producer()] for v in node.inputs if v and v.producer()), "")
@@ -225,7 +225,7 @@ def _scope(node: ir.Node, scopes: Mapping[ir.Node | None, str]) -> str:
 
 
 def _strip(model: ir.Model, name: str) -> None:
-    """Remove all that tells of the machine and code a graph was traced on."""
+    """Remove metadata of the machine and code that a graph was traced with: bytes must repeat."""
     model.graph.name = name
     model.producer_name, model.producer_version = "varedit-export", None
     model.doc_string = model.graph.doc_string = None
@@ -253,7 +253,7 @@ def _check_shapes(model: ir.Model, static: bool) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """torch.onnx warns of optional packages and of its own deprecations."""
+    """Silence torch.onnx, which warns of optional packages and its own deprecations."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
