@@ -180,7 +180,7 @@ def _plain_rgb(image: Image.Image, max_pixels: int) -> Image.Image:
     width, height = image.size
     if not 0 < width * height <= max_pixels:
         raise PictureError(
-            f"it is {width} x {height}; a picture must have 1 to {max_pixels} pixels, scale it"
+            f"it is {width} x {height}; a picture must have 1 to {max_pixels} pixels"
         )
     _check_tiles(image, max_pixels)
     image.load()  # decodes; from here on size, mode and info can be trusted
