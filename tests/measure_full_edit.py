@@ -84,10 +84,9 @@ def compare(path: Path, calls: dict[str, list[Any]], count: int) -> list[dict[st
     (source,) = (torch.from_numpy(result) for _, result in calls["encode_pictures"])
     predicted = [(sampling, output) for (_, sampling), output in calls["predict"]]
     bits = [torch.from_numpy(output.bits).flatten(1, 2) for _, output in predicted]
-    guided = variant.rows > variant.batch
     scales = []
     with torch.inference_mode():
-        text = model.condition(model.text_rows([torch.from_numpy(features[mask])], guided))
+        text = model.condition(model.text_rows([torch.from_numpy(features[mask])], variant.guided))
         steps = predict_scales(
             model,
             config,

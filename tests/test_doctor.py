@@ -16,26 +16,27 @@ from fake_bundles import publish
 from test_engine_set import OF_A_MACHINE, STAGES, compile_set
 
 from varedit_engines.engine_cache import EngineCache
-from varedit_export import machine as machine_module
 from varedit_export.cli import main
-from varedit_export.doctor import can_edit, report, verdicts
-from varedit_export.machine import (
-    EXPORT,
+from varedit_export.doctor import EXPORT, can_edit, report, verdicts
+from varedit_runtime import survey as survey_module
+from varedit_runtime.backends.engines import engine_set
+from varedit_runtime.backends.engines.engine_set import Recipe
+from varedit_runtime.backends.engines.memory import Budget
+from varedit_runtime.backends.onnxruntime import backend as onnx_backend
+from varedit_runtime.backends.onnxruntime.spec import failed_providers
+from varedit_runtime.bundle import Bundle
+from varedit_runtime.errors import BackendError, BundleError
+from varedit_runtime.machine import (
     BundleFacts,
     Engines,
     Gpu,
     Machine,
     Nvidia,
+    Probe,
     available_memory,
     nvidia,
-    survey,
 )
-from varedit_runtime.backends import onnxruntime as onnx_backend
-from varedit_runtime.backends.engines import engine_set
-from varedit_runtime.backends.engines.engine_set import Recipe
-from varedit_runtime.backends.engines.memory import Budget
-from varedit_runtime.bundle import Bundle
-from varedit_runtime.errors import BackendError, BundleError
+from varedit_runtime.survey import survey
 
 ADA = Gpu("NVIDIA RTX 4090", "sm89", 24 * 10**9, 20 * 10**9)
 HOPPER = Gpu("NVIDIA H200", "sm90", None, None)
@@ -45,10 +46,7 @@ LAPTOP = Machine(
     python="3.11.7",
     nvidia=Nvidia(None, (), "nvidia-smi cannot be run"),
     packages={"varedit-export": "0.1.0", "onnxruntime": "1.21"},
-    unusable={},
-    providers=(CPU,),
-    failed={},
-    rtx_architectures=(),
+    probes={"onnxruntime": Probe(offers=(CPU,))},
     memory=16 * 10**9,
     disk=10**11,
 )
@@ -57,8 +55,10 @@ SERVER = replace(
     nvidia=Nvidia("570.1", (ADA,)),
     packages={"onnxruntime-gpu": "1.21", "tensorrt": "11.0", "tensorrt-rtx": "1.7", **EXTRA}
     | {"cuda-core": "1.0", "cuda-bindings": "13.0"},
-    providers=(CUDA, CPU),
-    rtx_architectures=("sm75", "sm89"),
+    probes={
+        "onnxruntime": Probe(offers=(CUDA, CPU)),
+        "tensorrt-rtx": Probe(offers=("sm75", "sm89")),
+    },
 )
 BUNDLE = BundleFacts(Path("bundles/2b"), "fp32", 8 * 10**9, ("512-b1",), ())
 
@@ -66,6 +66,11 @@ BUNDLE = BundleFacts(Path("bundles/2b"), "fp32", 8 * 10**9, ("512-b1",), ())
 def without(machine: Machine, *packages: str) -> Machine:
     left = {name: v for name, v in machine.packages.items() if name not in packages}
     return replace(machine, packages=left)
+
+
+def probed(machine: Machine, backend: str, **changed: Any) -> Machine:
+    probe = replace(machine.probe(backend), **changed)
+    return replace(machine, probes={**machine.probes, backend: probe})
 
 
 def having(machine: Machine, *packages: str) -> Machine:
@@ -94,19 +99,19 @@ SWAP_BACK = "`pip uninstall onnxruntime-gpu` and `pip install --force-reinstall 
     [
         (LAPTOP, "onnxruntime cpu", "can run", "fp32"),
         (
-            replace(without(LAPTOP, "onnxruntime"), providers=()),
+            probed(without(LAPTOP, "onnxruntime"), "onnxruntime", offers=()),
             "onnxruntime cpu",
             "cannot",
             "is not installed; run `pip install --force-reinstall onnxruntime`",
         ),
         (
-            replace(LAPTOP, unusable={"onnxruntime": "no libgomp"}, providers=()),
+            probed(LAPTOP, "onnxruntime", problem="no libgomp", offers=()),
             "onnxruntime cpu",
             "cannot",
             "(no libgomp); run `pip",
         ),
         (
-            replace(having(LAPTOP, "onnxruntime-gpu"), failed={"cpu": "no symbol"}),
+            probed(having(LAPTOP, "onnxruntime-gpu"), "onnxruntime", failed={"cpu": "no symbol"}),
             "onnxruntime cpu",
             "cannot",
             f"no symbol; run {SWAP_BACK}",
@@ -138,13 +143,13 @@ SWAP_BACK = "`pip uninstall onnxruntime-gpu` and `pip install --force-reinstall 
             f"onnxruntime-gpu is not installed; run {SWAP}",
         ),
         (
-            replace(having(SERVER, "onnxruntime"), providers=(CPU,)),
+            probed(having(SERVER, "onnxruntime"), "onnxruntime", offers=(CPU,)),
             "onnxruntime cuda",
             "cannot",
             f"installed over onnxruntime-gpu; run {SWAP}",
         ),
         (
-            replace(SERVER, failed={"cuda": "cuDNN is missing"}),
+            probed(SERVER, "onnxruntime", failed={"cuda": "cuDNN is missing"}),
             "onnxruntime cuda",
             "cannot",
             "cuDNN is missing",
@@ -162,7 +167,7 @@ SWAP_BACK = "`pip uninstall onnxruntime-gpu` and `pip install --force-reinstall 
         (without(SERVER, "cuda-core"), "tensorrt", "cannot", "run `pip install cuda-core`"),
         (without(with_bundle(SERVER), "onnx"), "tensorrt", "cannot", '"varedit-export[export]"'),
         (
-            replace(SERVER, unusable={"tensorrt": "no libnvinfer"}),
+            probed(SERVER, "tensorrt", problem="no libnvinfer"),
             "tensorrt",
             "cannot",
             "no libnvinfer; run `pip install --force-reinstall tensorrt`",
@@ -225,7 +230,7 @@ def test_every_backend_has_one_verdict_and_every_line_a_name(machine: Machine) -
 
 
 def test_nothing_edits_where_compiling_is_all_that_works() -> None:
-    assert not can_edit(replace(SERVER, providers=(), nvidia=LAPTOP.nvidia))
+    assert not can_edit(probed(replace(SERVER, nvidia=LAPTOP.nvidia), "onnxruntime", offers=()))
 
 
 def test_two_packages_over_each_other_are_told_even_where_one_works() -> None:
@@ -254,7 +259,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EngineCache:
     monkeypatch.setattr(engine_set, "data_folder", lambda: tmp_path / "data")
     monkeypatch.setattr(engine_set, "cache_folder", lambda: tmp_path / "cache")
     # The graphs of this bundle are none.
-    monkeypatch.setattr(machine_module, "budget", lambda *_: Budget(10**9, 0, 0))
+    monkeypatch.setattr(survey_module, "budget", lambda *_: Budget(10**9, 0, 0))
     return EngineCache(Bundle.open(publish(tmp_path / "bundle")))
 
 
@@ -402,9 +407,9 @@ def test_a_provider_that_loads_no_graph_is_told(monkeypatch: pytest.MonkeyPatch)
         if provider == "cuda":
             raise BackendError("no\ncuDNN")
 
-    assert machine_module._failed((CPU,)) == {}
+    assert failed_providers((CPU,)) == {}
     monkeypatch.setattr(onnx_backend, "Session", load)
-    assert machine_module._failed((CUDA, CPU)) == {"cuda": "no cuDNN"}
+    assert failed_providers((CUDA, CPU)) == {"cuda": "no cuDNN"}
 
 
 def test_a_module_that_cannot_be_imported_is_told(
@@ -413,7 +418,7 @@ def test_a_module_that_cannot_be_imported_is_told(
     (tmp_path / "tensorrt.py").write_text("raise OSError('libnvinfer.so: cannot open')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
-    assert survey().unusable == {"tensorrt": "libnvinfer.so: cannot open"}
+    assert survey().probe("tensorrt") == Probe("libnvinfer.so: cannot open")
 
 
 def test_this_machine_can_edit() -> None:

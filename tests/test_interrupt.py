@@ -13,7 +13,7 @@ import onnx_ir as ir
 import pytest
 
 from varedit_runtime.backends.interrupt import stopped_by_interrupt
-from varedit_runtime.backends.onnxruntime import Buffer, Session
+from varedit_runtime.backends.onnxruntime.backend import Buffer, Session
 
 SIZE, NODES = 512, 20000  # a minute or more of matrix products
 

@@ -20,9 +20,10 @@ from varedit_reference.agreement import compare_scale
 from varedit_reference.config import ModelConfig
 from varedit_reference.pipeline import VAREdit
 from varedit_reference.scale_loop import PredictedScale, forced, predict_scales, seeded
-from varedit_runtime.backends import onnxruntime as onnx_backend
 from varedit_runtime.backends.base import Sampling
-from varedit_runtime.backends.onnxruntime import Buffer, OnnxBackend
+from varedit_runtime.backends.onnxruntime import backend as onnx_backend
+from varedit_runtime.backends.onnxruntime.backend import Buffer, OnnxBackend
+from varedit_runtime.backends.onnxruntime.spec import OnnxRuntimeOptions
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.editor import Editor
 from varedit_runtime.errors import BackendError, BundleError
@@ -43,7 +44,7 @@ LENGTHS = (9, 4)
 
 def backend_of(path: Path, threads: int = 1) -> OnnxBackend:
     bundle = Bundle.open(path)
-    return OnnxBackend(bundle, bundle.manifest.variants[0], "cpu", threads)
+    return OnnxBackend(bundle, bundle.manifest.variants[0], OnnxRuntimeOptions(threads=threads))
 
 
 class Given:
@@ -194,16 +195,15 @@ def test_threads_do_not_change_what_is_computed() -> None:
 
 
 def test_an_unknown_provider_is_refused_by_name() -> None:
-    bundle = Bundle.open(small_bundle())
     with pytest.raises(BackendError, match="no provider is called 'tpu'; there are cpu, cuda"):
-        OnnxBackend(bundle, bundle.manifest.variants[0], "tpu", 0)
+        OnnxRuntimeOptions("tpu")
 
 
 def test_an_absent_provider_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
     bundle = Bundle.open(small_bundle())
     with pytest.raises(BackendError, match=r"no CUDAExecutionProvider.*onnxruntime-gpu"):
-        OnnxBackend(bundle, bundle.manifest.variants[0], "cuda", 0)
+        OnnxBackend(bundle, bundle.manifest.variants[0], OnnxRuntimeOptions("cuda"))
 
 
 @pytest.mark.skipif(
@@ -216,7 +216,7 @@ def test_a_provider_that_does_not_start_is_no_reason_to_use_another(
     monkeypatch.setattr(onnx_backend, "check_provider", lambda provider: None)
     bundle = Bundle.open(small_bundle())
     with pytest.raises(BackendError, match="could not start CUDAExecutionProvider"):
-        OnnxBackend(bundle, bundle.manifest.variants[0], "cuda", 0)
+        OnnxBackend(bundle, bundle.manifest.variants[0], OnnxRuntimeOptions("cuda"))
 
 
 def test_a_graph_that_is_none_is_a_typed_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from varedit_reference.scale_loop import predict_scales, seeded
 from varedit_runtime import bench
-from varedit_runtime.backends.onnxruntime import Buffer, Session
+from varedit_runtime.backends import choose
+from varedit_runtime.backends.onnxruntime.backend import Buffer, Session
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.cli import main
 from varedit_runtime.editor import Editor
@@ -223,9 +224,12 @@ REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "threads": (("--threads", "0"), "threads is 0"),
     "a provider of engines": (
         ("--backend", "tensorrt", "--provider", "cuda"),
-        "provider and threads are onnxruntime's: leave them out",
+        "tensorrt does not take provider and threads, only onnxruntime: leave that out",
     ),
-    "trust without engines": (("--trust-engines",), "onnxruntime has no engines to be trusted"),
+    "trust without engines": (
+        ("--trust-engines",),
+        "onnxruntime does not take trust_engines, only tensorrt and tensorrt-rtx",
+    ),
     "bundle": (("--bundle", "missing"), "no bundle at .*missing: build one with `varedit-export"),
     "no bundle": (("--bundle", "."), "is not a bundle"),
     "long negative": (("--negative-prompt", "x" * 99), "100 tokens.*24"),
@@ -419,7 +423,7 @@ def test_memory_is_left_out_where_the_system_does_not_tell(
     with bench.peak_memory() as samples:
         pass
     assert samples == []
-    report = bench.measure(small_bundle(), 1, threads=1)
+    report = bench.measure(small_bundle(), 1, choose("onnxruntime", threads=1))
     assert report.memory.peak is report.memory.activations is report.memory.held_ratio is None
     memory = replace(report.memory, weights=10**6, buffers=2 * 10**6)
     table = bench.table(replace(report, memory=memory))

@@ -18,7 +18,7 @@ from varedit_engines.builder import HARDWARE, Compiler, Flags
 from varedit_engines.compile import Job
 from varedit_engines.timing_cache import kept_timings, timings_file
 from varedit_export.cli import main
-from varedit_runtime.backends.engines.tensorrt_module import EngineKind
+from varedit_runtime.backends.engines.tensorrt import EngineKind
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import BackendError, ConfigError
 

@@ -12,8 +12,14 @@ import click
 import msgspec
 from click.core import ParameterSource
 
+from varedit_runtime.backends import DEFAULT, ChosenBackend, find, specs
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.command import CommandGroup, debug_option
+from varedit_runtime.command import (
+    BackendCommand,
+    CommandGroup,
+    backend_option,
+    debug_option,
+)
 from varedit_runtime.errors import CheckpointError, ConfigError, needs_extra
 from varedit_runtime.locate import default_root, remember
 from varedit_runtime.manifest import ParityLine
@@ -39,7 +45,6 @@ _tokenizer = click.option(
     "--tokenizer", type=_PATH, help="The picture tokenizer: infinity_vae_*.pth."
 )
 _text_encoder = click.option("--text-encoder", type=_PATH, help="The flan-t5-xl folder.")
-_ENGINES = ("tensorrt", "tensorrt-rtx")
 _architectures = click.option(
     "--architecture",
     "architectures",
@@ -103,13 +108,7 @@ def main() -> None:
     help=f"Longest instruction; by default {TEXT_TOKENS}, for nano {NANO_TEXT_TOKENS}.",
 )
 @click.option("--no-guidance", is_flag=True, help="Leave out the unconditional rows.")
-@click.option(
-    "--backend",
-    type=click.Choice(["onnxruntime", *_ENGINES]),
-    default="onnxruntime",
-    show_default=True,
-    help="What is to run it; for the others, engines are compiled as well.",
-)
+@backend_option("What is to run it; for the TensorRT ones, engines are compiled as well.")
 @_layout("--engine-layout")
 @_architectures
 @click.option("-o", "--output", type=_PATH, help="The bundle's folder; by default one of yours.")
@@ -176,8 +175,8 @@ def build(
 def _compiler(
     context: click.Context, backend: Any, architectures: tuple[str, ...]
 ) -> "Compiler | None":
-    """What compiles for a backend; None for onnxruntime, which takes no options of engines."""
-    if backend in _ENGINES:
+    """Return what compiles for a backend; None for one without engines, nor options of them."""
+    if find(backend).compiles:
         from varedit_engines.builder import Compiler
 
         return Compiler(backend, architectures)
@@ -189,15 +188,15 @@ def _compiler(
     ]
     if given:
         raise ConfigError(
-            f"{' and '.join(given)}: onnxruntime runs the graphs and has no engines; leave it out, "
-            f"or give --backend {' or '.join(_ENGINES)}"
+            f"{' and '.join(given)}: {backend} runs the graphs and has no engines; leave it out, "
+            f"or give --backend {' or '.join(s.name for s in specs() if s.compiles)}"
         )
     return None
 
 
 @main.command()
 @click.argument("bundle", type=_PATH)
-@click.option("--backend", type=click.Choice(_ENGINES), default="tensorrt", show_default=True)
+@backend_option("What runs the engines.", default="tensorrt", compiling=True)
 @_layout("--layout")
 @_architectures
 @click.option("--variant", metavar="NAME", help="Of a bundle's several; by default the first.")
@@ -270,28 +269,18 @@ def _compile(
     return found.path
 
 
-@main.command()
+@main.command(cls=BackendCommand, without=(DEFAULT,))
 @click.argument("bundle", type=_PATH)
 @click.option("--golden", type=_PATH, help="A recording, of which the bundle was built.")
 @click.option("--report", type=_PATH, help="Write all measures here, as JSON.")
-@click.option(
-    "--backend",
-    type=click.Choice(["onnxruntime", *_ENGINES]),
-    default="onnxruntime",
-    show_default=True,
-    help="For the others, engines are compared as well, on this machine's GPU.",
-)
-@click.option("--variant", metavar="NAME", help="Whose engines; by default the first's.")
-@click.option("--engines-digest", metavar="SHA256", help="Of engines compiled elsewhere.")
-@click.option("--trust-engines", is_flag=True, help="Run such engines: native code.")
+@backend_option("Any other than onnxruntime is compared as well, as it runs on this machine.")
+@click.option("--variant", metavar="NAME", help="The one such a backend runs; default: the first.")
 def verify(
     bundle: Path,
     golden: Path | None,
     report: Path | None,
-    backend: Any,
+    backend: ChosenBackend,
     variant: str | None,
-    engines_digest: str | None,
-    trust_engines: bool,
 ) -> None:
     """Compare every graph with the reference, teacher-forced; exit 1 on a failed measure.
 
@@ -303,8 +292,8 @@ def verify(
     varedit-export verify bundles/2b-512 --report parity.json
     varedit-export verify bundles/2b-512 --backend tensorrt
     """
-    if backend not in _ENGINES and (variant or engines_digest or trust_engines):
-        raise ConfigError(f"{backend} has no engines to be chosen or trusted: name their backend")
+    if backend.spec.name == DEFAULT and variant:
+        raise ConfigError("--variant: all are compared; leave it out, or name another --backend")
     with needs_extra("export"):
         from varedit_export.parity.verify import compare_bundle, compare_recording, gate
         from varedit_reference.golden import open_recording
@@ -313,16 +302,16 @@ def verify(
 
     if report is not None:
         check_report(report)
-    opened, engines = Bundle.open(bundle), ()
-    if backend in _ENGINES:  # what they miss is said before all is compared
-        from varedit_export.parity.verify_engines import compare_engines
+    opened, others = Bundle.open(bundle), ()
+    if backend.spec.name != DEFAULT:  # what it misses is said before all is compared
+        from varedit_export.parity.verify_engines import compare_chosen
 
-        engines = compare_engines(opened, backend, variant, engines_digest, trust_engines)
+        others = compare_chosen(opened, backend, variant)
     opened.verify_weights()
     lines = list(compare_bundle(opened))
     if golden is not None:
         lines += compare_recording(opened, open_recording(golden))
-    lines += engines
+    lines += others
     for line in lines:
         click.echo(_parity_row(line))
     if report is not None:
@@ -379,7 +368,7 @@ def doctor(context: click.Context, bundle: Path | None) -> None:
     varedit-export doctor bundles/2b-512
     """
     from varedit_export.doctor import can_edit, report
-    from varedit_export.machine import survey
+    from varedit_runtime.survey import survey
 
     machine = survey(bundle)
     click.echo(report(machine))

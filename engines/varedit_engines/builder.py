@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any, Literal, get_args
 
 from varedit_engines.timing_cache import kept_timings, timings_file
-from varedit_runtime.backends.engines.tensorrt_module import (
+from varedit_runtime.backends.engines.tensorrt import (
     ENGINE_KINDS,
     RTX,
     EngineKind,

@@ -47,7 +47,7 @@ def choose_sampling(
     Raises ConfigError if they are not one number or one per scale, and on guidance or a negative
     prompt if the bundle was built without guidance.
     """
-    guided, scales = variant.rows > variant.batch, len(variant.grids)
+    guided, scales = variant.guided, len(variant.grids)
     if guidance_scale is None:
         guidance_scale = manifest.guidance_scale if guided else 1.0
     guidance = per_scale(guidance_scale, scales, "guidance_scale")

@@ -9,7 +9,7 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,8 @@ import numpy as np
 import onnxruntime as ort
 from PIL import Image
 
-from varedit_runtime.backends.onnxruntime import Buffer, Session
+from varedit_runtime.backends import DEFAULT, ChosenBackend, choose
+from varedit_runtime.backends.onnxruntime.backend import Buffer, Session
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.editor import WHOLE, Editor
 from varedit_runtime.errors import ConfigError
@@ -114,37 +115,24 @@ class Report:
 def measure(
     bundle: str | os.PathLike[str],
     repeat: int,
-    threads: int | None = None,
-    **chosen: Any,
+    backend: str | ChosenBackend = DEFAULT,
+    variant: str | None = None,
 ) -> Report:
     """Open a bundle and edit a synthetic picture: once to warm up, then `repeat` times.
 
-    chosen: other arguments of `Editor.open`. Where an edit is one launch, it is edited as often by
+    backend, variant: as for `Editor.open`. Where an edit is one launch, it is edited as often by
     stages as well. Raises what `Editor.open` does, and ConfigError unless repeat is at least 1.
     """
     if repeat < 1:
         raise ConfigError(f"repeat is {repeat}; it must be at least 1")
+    chosen = choose(backend)
     before = memory_in_use()
     start = perf_counter()
-    with Editor.open(bundle, threads=threads, **chosen) as editor:
+    with Editor.open(bundle, backend=chosen, variant=variant) as editor:
         opened_seconds, opened = perf_counter() - start, memory_in_use()
-        pictures = [synthetic_picture(editor.variant)] * editor.variant.batch
-        start = perf_counter()
-        with peak_memory() as samples:
-            editor.edit(pictures, INSTRUCTION, seed=0)
-        first_seconds = perf_counter() - start
-        _return_freed_memory()
-        after = memory_in_use()
-        runs = [editor.edit(pictures, INSTRUCTION, seed=0)[0].timings for _ in range(repeat)]
-        edits, stages = [sum(timings.values()) for timings in runs], runs
-        if WHOLE in runs[0]:
-            by_stages = [
-                editor.edit(pictures, INSTRUCTION, seed=0, on_scale=lambda progress: None)
-                for _ in range(repeat)
-            ]
-            stages = [results[0].timings for results in by_stages]
+        runs = _run(editor, repeat)
         gpu, buffers = editor.backend.gpu_memory, editor.backend.buffer_bytes
-    provider = editor.provider
+    provider, threads = editor.provider, getattr(chosen.options, "threads", None)
     rate = product_rate(provider, threads) if provider in PRODUCT_SIZES else None
     manifest, measured = editor.bundle.manifest, editor.variant
     return Report(
@@ -159,16 +147,51 @@ def measure(
         onnxruntime=ort.__version__,
         repeat=repeat,
         open_seconds=opened_seconds,
-        first_edit_seconds=first_seconds,
-        edit_seconds=Spread.of(edits),
+        first_edit_seconds=runs.first_seconds,
+        edit_seconds=Spread.of([sum(timings.values()) for timings in runs.edits]),
         stages=tuple(
-            _stage(name, [timings[name] for timings in stages], manifest.model, measured, rate)
-            for name in stages[0]
+            _stage(name, [timings[name] for timings in runs.stages], manifest.model, measured, rate)
+            for name in runs.stages[0]
         ),
         product_rate=rate,
-        memory=_memory(editor.bundle, before, opened, samples, after, 0 if gpu else buffers),
+        memory=_memory(editor.bundle, before, opened, runs, 0 if gpu else buffers),
         gpu_memory=gpu,
     )
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """The edits of a measurement.
+
+    samples: of `memory_in_use` during the first one; after: the same when it had ended. edits,
+    stages: seconds by stage of every later edit, and of every one that ran by stages.
+    """
+
+    first_seconds: float
+    samples: Sequence[int]
+    after: int | None
+    edits: Sequence[Mapping[str, float]]
+    stages: Sequence[Mapping[str, float]]
+
+
+def _run(editor: Editor, repeat: int) -> _Runs:
+    """Edit once to warm up, then `repeat` times, and as often by stages if they differ."""
+    pictures = [synthetic_picture(editor.variant)] * editor.variant.batch
+    start = perf_counter()
+    with peak_memory() as samples:
+        editor.edit(pictures, INSTRUCTION, seed=0)
+    first_seconds = perf_counter() - start
+    _return_freed_memory()
+    after = memory_in_use()
+    edits = [editor.edit(pictures, INSTRUCTION, seed=0)[0].timings for _ in range(repeat)]
+    stages = edits
+    if WHOLE in edits[0]:
+        by_stages = [
+            editor.edit(pictures, INSTRUCTION, seed=0, on_scale=lambda progress: None)
+            for _ in range(repeat)
+        ]
+        stages = [results[0].timings for results in by_stages]
+    return _Runs(first_seconds, samples, after, edits, stages)
 
 
 def table(report: Report) -> str:
@@ -329,16 +352,15 @@ def _memory(
     bundle: Bundle,
     before: int | None,
     opened: int | None,
-    samples: Sequence[int],
-    after: int | None,
+    runs: _Runs,
     buffers: int,
 ) -> Memory:
     files = bundle.manifest.files
     weights = sum(bundle.weights_path(name).stat().st_size for name in bundle.components)
     disk = sum(entry.size for entry in files.values())
     disk += sum((bundle.path / name).stat().st_size for name in (MANIFEST, DIGEST))
-    peak = max(samples, default=None)
-    activations = None if peak is None or after is None else max(peak - after, 0)
+    peak = max(runs.samples, default=None)
+    activations = None if peak is None or runs.after is None else max(peak - runs.after, 0)
     held = None if peak is None or activations is None else peak - buffers - activations
     return Memory(
         before,

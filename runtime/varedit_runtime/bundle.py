@@ -28,7 +28,7 @@ from varedit_runtime.manifest import (
     weights_file,
 )
 
-Progress = Callable[[int, int], None]  # bytes done, bytes in all
+OnBytes = Callable[[int, int], None]  # bytes done, bytes in all
 
 CHUNK = 2**18
 
@@ -158,7 +158,7 @@ class Bundle:
         """Return the path of a component's safetensors file; `verify_weights` checks its digest."""
         return self._folder.locate(weights_file(component))
 
-    def verify_weights(self, progress: Progress | None = None) -> None:
+    def verify_weights(self, progress: OnBytes | None = None) -> None:
         """Hash all weights files. Raises BundleError if one is damaged."""
         names = [weights_file(component) for component in self.components]
         total = sum(self.manifest.files[name].size for name in names)

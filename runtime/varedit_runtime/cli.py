@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.shell_completion import CompletionItem
 
-from varedit_runtime.backends.engines.tensorrt_module import ENGINE_KINDS, ONNXRUNTIME
-from varedit_runtime.command import CommandGroup, debug_option
+from varedit_runtime.backends import ChosenBackend
+from varedit_runtime.command import BackendCommand, CommandGroup, backend_option, debug_option
 from varedit_runtime.errors import ConfigError, PictureError
 from varedit_runtime.grids import (
     ASPECT_RATIOS,
@@ -23,11 +23,13 @@ from varedit_runtime.grids import (
 )
 
 if TYPE_CHECKING:
-    from varedit_runtime.editor import Editor, OnScale, Progress
+    from varedit_runtime.editor import Editor, EditResult, OnScale, Progress
+    from varedit_runtime.locate import Found
+    from varedit_runtime.settings import PerScale
 
 _PATH = click.Path(path_type=Path)
+_backend = backend_option("What runs the graphs; engines must have been compiled.")
 _EDIT = "edit"
-_OPENING = ("variant", "backend", "provider", "threads", "engines_digest", "trust_engines")
 
 
 class EditGroup(CommandGroup):
@@ -88,27 +90,27 @@ def main() -> None:
     """
 
 
-def _backend_options(command: Callable[..., None]) -> Callable[..., None]:
-    """What `Editor.open` takes besides the bundle and its variant."""
-    options = [
-        click.option(
-            "--backend",
-            type=click.Choice([ONNXRUNTIME, *ENGINE_KINDS]),
-            default=ONNXRUNTIME,
-            show_default=True,
-            help="What runs the graphs; engines must have been compiled.",
-        ),
-        click.option("--provider", help="Of onnxruntime: cpu or cuda; by default cpu."),
-        click.option("--threads", type=int, help="Of the cpu; by default one per core."),
-        click.option("--engines-digest", metavar="SHA256", help="Of engines compiled elsewhere."),
-        click.option("--trust-engines", is_flag=True, help="Run such engines: native code."),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+def _numbers(
+    context: click.Context, parameter: click.Parameter, text: str | None
+) -> float | Sequence[float] | None:
+    """Read an option's number, or several with commas between them."""
+    if text is None:
+        return None
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(
+            f"{parameter.opts[0]} is {text!r}; give a number, or one per scale with commas between "
+            "them"
+        ) from error
+    return numbers if len(numbers) > 1 else numbers[0]
 
 
-@main.command(_EDIT, hidden=True)
+def _per_scale(name: str, help: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    return click.option(name, metavar="X", callback=_numbers, help=help)
+
+
+@main.command(_EDIT, hidden=True, cls=BackendCommand)
 @click.argument("image", type=_PATH)
 @click.argument("instruction")
 @click.option(
@@ -117,15 +119,29 @@ def _backend_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--bundle", type=_PATH, help="The folder of the model's bundle.")
 @click.option("--variant", metavar="NAME", help="Of a bundle's several; by default the first.")
 @click.option("--seed", type=int, help="The same seed gives the same picture; random if left out.")
-@click.option("--guidance-scale", metavar="X", help="How much the instruction counts.")
-@click.option("--temperature", metavar="X", help="How much chance there is, over 0.")
+@_per_scale("--guidance-scale", "How much the instruction counts.")
+@_per_scale("--temperature", "Sampling temperature (> 0); higher is more varied.")
 @click.option("--negative-prompt", metavar="TEXT", help="What the picture should not be like.")
 @click.option("--compare", type=_PATH, help="Write source and result side by side here.")
 @click.option("--previews", type=_PATH, help="A folder for the picture after every scale.")
-@_backend_options
+@_backend
 @click.option("--json", "as_json", is_flag=True, help="Tell what was done as JSON.")
 @debug_option
-def edit(image: Path, instruction: str, output: Path | None, **options: Any) -> None:
+def edit(
+    image: Path,
+    instruction: str,
+    output: Path | None,
+    bundle: Path | None,
+    variant: str | None,
+    seed: int | None,
+    guidance_scale: "PerScale | None",
+    temperature: "PerScale | None",
+    negative_prompt: str | None,
+    compare: Path | None,
+    previews: Path | None,
+    backend: ChosenBackend,
+    as_json: bool,
+) -> None:
     """Edit IMAGE as INSTRUCTION says.
 
     X is a number, or one per scale, coarse to fine, separated by commas; by default the bundle's
@@ -140,60 +156,63 @@ def edit(image: Path, instruction: str, output: Path | None, **options: Any) -> 
     if not image.name:
         raise PictureError(f"{image} is no picture: name a file")
     output = output or image.with_name(f"{image.stem}-edited.png")
-    _check_targets(image, output, options["compare"], options["previews"])
-    guidance_scale = _numbers("guidance-scale", options["guidance_scale"])
-    temperature = _numbers("temperature", options["temperature"])
-    source = open_picture(image)
-    bundle, why = _find_bundle(options["bundle"])
-    if options["previews"] is not None:
-        _make_folder(options["previews"])
-    chosen = {name: options[name] for name in _OPENING}
+    _check_targets(image, output, compare, previews)
+    source, found = open_picture(image), _find_bundle(bundle)
+    if previews is not None:
+        _make_folder(previews)
     with (
-        Editor.open(bundle, **chosen) as editor,
-        _watching(editor, options["previews"]) as on_scale,
+        Editor.open(found.path, backend=backend, variant=variant) as editor,
+        _watching(editor, previews) as on_scale,
     ):
         result = editor.edit(
             source,
             instruction,
-            negative_prompt=options["negative_prompt"],
+            negative_prompt=negative_prompt,
             guidance_scale=guidance_scale,
             temperature=temperature,
-            seed=options["seed"],
+            seed=seed,
             on_scale=on_scale,
         )
     save_picture(result.image, output)
-    if options["compare"] is not None:
-        save_picture(side_by_side(source, result.image), options["compare"])
-    if options["as_json"]:
-        told = {
-            "image": str(output),
-            "width": result.image.width,
-            "height": result.image.height,
-            "seed": result.seed,
-            "bundle": str(bundle),
-            "bundle_chosen": why,
-            "digest": editor.bundle.digest,
-            "variant": editor.variant.name,
-            "provider": editor.provider,
-            "timings": result.timings,
-        }
-        click.echo(json.dumps(told, indent=1))
+    if compare is not None:
+        save_picture(side_by_side(source, result.image), compare)
+    if as_json:
+        click.echo(json.dumps(_told(output, result, editor, found), indent=1))
     else:
-        seconds = sum(result.timings.values())
-        click.echo(
-            f"{output}: {result.image.width} x {result.image.height}, seed {result.seed}, "
-            f"{seconds:.1f} s"
-        )
+        seconds, (width, height) = sum(result.timings.values()), result.image.size
+        click.echo(f"{output}: {width} x {height}, seed {result.seed}, {seconds:.1f} s")
 
 
-@main.command()
+def _told(output: Path, result: "EditResult", editor: "Editor", found: "Found") -> dict[str, Any]:
+    """Return what an edit did, for `--json`."""
+    return {
+        "image": str(output),
+        "width": result.image.width,
+        "height": result.image.height,
+        "seed": result.seed,
+        "bundle": str(found.path),
+        "bundle_chosen": found.why,
+        "digest": editor.bundle.digest,
+        "variant": editor.variant.name,
+        "provider": editor.provider,
+        "timings": result.timings,
+    }
+
+
+@main.command(cls=BackendCommand)
 @click.argument("bundle", type=_PATH)
 @click.option("--variant", metavar="NAME", help="Of a bundle's several; by default the first.")
 @click.option("--repeat", default=5, show_default=True, help="How often to edit.")
-@_backend_options
+@_backend
 @click.option("--json", "json_file", type=_PATH, help="Write all numbers here.")
 @debug_option
-def bench(bundle: Path, repeat: int, json_file: Path | None, **options: Any) -> None:
+def bench(
+    bundle: Path,
+    variant: str | None,
+    repeat: int,
+    backend: ChosenBackend,
+    json_file: Path | None,
+) -> None:
     """Measure BUNDLE: every stage and scale, start-up, memory.
 
     \b
@@ -203,7 +222,7 @@ def bench(bundle: Path, repeat: int, json_file: Path | None, **options: Any) -> 
 
     if json_file is not None:
         check_report(json_file)
-    report = measure(bundle, repeat, **options)
+    report = measure(bundle, repeat, backend, variant)
     click.echo(table(report))
     if json_file is not None:
         write_report(asdict(report), json_file)
@@ -254,13 +273,13 @@ def grids() -> None:
             click.echo(f"{resolution:<5} {aspect:<4} {pixels:<10} {trained:<10} {scales}")
 
 
-def _find_bundle(named: Path | None) -> tuple[Path, str]:
-    """A bundle's folder, told on stderr, and why it is that one."""
+def _find_bundle(named: Path | None) -> "Found":
+    """Find the bundle to use, and tell on stderr which it is and why."""
     from varedit_runtime.locate import find
 
     found = find(named)
     click.echo(f"bundle: {found.path} ({found.why})", err=True)
-    return found.path, found.why
+    return found
 
 
 def _check_targets(image: Path, output: Path, compare: Path | None, previews: Path | None) -> None:
@@ -296,19 +315,6 @@ def _make_folder(folder: Path) -> None:
         folder.mkdir(exist_ok=True)
     except OSError as error:
         raise ConfigError(f"{folder} cannot be made a folder: {error.strerror}") from error
-
-
-def _numbers(name: str, text: str | None) -> float | Sequence[float] | None:
-    """A number, or several with commas between them."""
-    if text is None:
-        return None
-    try:
-        numbers = [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise ConfigError(
-            f"--{name} is {text!r}; give a number, or one per scale with commas between them"
-        ) from error
-    return numbers if len(numbers) > 1 else numbers[0]
 
 
 @contextmanager

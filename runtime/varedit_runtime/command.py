@@ -1,9 +1,14 @@
-"""The behaviour that all commands share: errors in one line, `--debug`, exit codes."""
+"""The behaviour that all commands share: one-line errors, `--debug`, exit codes, `--backend`."""
 
 import warnings
+from collections.abc import Callable
+from dataclasses import Field, fields
+from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
+from varedit_runtime.backends import BACKENDS, DEFAULT, choose, specs
 from varedit_runtime.errors import VareditError, one_line
 
 _DEBUG = "varedit.debug"
@@ -51,3 +56,80 @@ class CommandGroup(click.Group):
                     raise
                 click.echo("Interrupted.", err=True)
                 ctx.exit(130)
+
+
+class BackendName(click.ParamType):
+    """The name of a registered backend; the registry is asked when a command line is read.
+
+    compiling: only of those that run compiled engines.
+    """
+
+    name = "backend"
+
+    def __init__(self, compiling: bool = False) -> None:
+        self._compiling = compiling
+
+    def _names(self) -> list[str]:
+        return [s.name for s in specs() if s.compiles] if self._compiling else list(BACKENDS)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return click.Choice(self._names()).convert(value, param, ctx)
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        return f"[{'|'.join(self._names())}]"
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        return click.Choice(self._names()).shell_complete(ctx, param, incomplete)
+
+
+class BackendCommand(click.Command):
+    """A command with `--backend` and the options of all backends, or of all but those `without`.
+
+    Its function gets one argument for all of them: `backend`, a ChosenBackend.
+    """
+
+    def __init__(self, *args: Any, without: tuple[str, ...] = (), **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self._without = without
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """Return the command's own parameters, with the backends' behind `--backend`."""
+        params = super().get_params(ctx)
+        place = 1 + next(i for i, param in enumerate(params) if param.name == "backend")
+        return [*params[:place], *self._backend_options(ctx).values(), *params[place:]]
+
+    def invoke(self, ctx: click.Context) -> Any:
+        options = {name: ctx.params.pop(name) for name in self._backend_options(ctx)}
+        ctx.params["backend"] = choose(ctx.params["backend"], **options)
+        return super().invoke(ctx)
+
+    def _backend_options(self, ctx: click.Context) -> dict[str, click.Option]:
+        """Return the options by their fields' names; the same objects within one context."""
+        key = f"varedit.backends.{id(self)}"
+        if key not in ctx.meta:
+            ctx.meta[key] = {
+                option.name: _click_option(option)
+                for spec in specs()
+                if spec.name not in self._without
+                for option in fields(spec.options)
+            }
+        return ctx.meta[key]
+
+
+def backend_option(
+    help: str, default: str = DEFAULT, compiling: bool = False
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Return the option `--backend`. compiling: only of backends that run compiled engines."""
+    name = BackendName(compiling)
+    return click.option("--backend", type=name, default=default, show_default=True, help=help)
+
+
+def _click_option(option: Field[Any]) -> click.Option:
+    """Return a field of a backend's options as an option of a command."""
+    flag = f"--{option.name.replace('_', '-')}"
+    if isinstance(option.default, bool):
+        return click.Option([flag], is_flag=True, help=option.metadata["help"])
+    kind = int if "int" in str(option.type) else str
+    return click.Option([flag], type=kind, **option.metadata)

@@ -25,6 +25,7 @@ from varedit_runtime.arguments import (
     choose_sampling,
     is_list,
 )
+from varedit_runtime.backends import DEFAULT, ChosenBackend, choose
 from varedit_runtime.backends.base import (
     Backend,
     Negatives,
@@ -33,8 +34,6 @@ from varedit_runtime.backends.base import (
     StageOutput,
     edit_by_stages,
 )
-from varedit_runtime.backends.engines.tensorrt_module import ENGINE_KINDS, ONNXRUNTIME, EngineKind
-from varedit_runtime.backends.onnxruntime import OnnxBackend, check_provider
 from varedit_runtime.backends.wiring import DECODER, ENCODER, TEXT
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import (
@@ -130,7 +129,7 @@ class Editor:
         cls,
         bundle: str | os.PathLike[str],
         *,
-        backend: str = ONNXRUNTIME,
+        backend: str | ChosenBackend = DEFAULT,
         provider: str | None = None,
         threads: int | None = None,
         digest: str | None = None,
@@ -140,21 +139,26 @@ class Editor:
     ) -> "Editor":
         """Load a bundle.
 
-        backend: "onnxruntime", or "tensorrt" or "tensorrt-rtx" for engines that were compiled.
-        digest: the bundle's own, where it must be that bundle and no other; its weights are then
-        read and hashed as well. variant: by name; by default the bundle's first.
+        backend: the name of one, such as "onnxruntime", or "tensorrt" or "tensorrt-rtx" for engines
+        that were compiled; or what `backends.choose` returns, for a backend with options that are
+        not arguments here. digest: the bundle's own, which pins it; the weights are then read and
+        hashed as well. variant: by name; by default the bundle's first.
 
-        Of onnxruntime alone: provider, "cpu" or "cuda" and no other than that, by default the cpu;
-        threads, at least 1, by default one per core. Of engines alone: engines_digest, of their
-        set, or trust_engines, to load such as were not compiled here; they are native code.
+        provider, threads: see `OnnxRuntimeOptions`; no other backend takes them. engines_digest,
+        trust_engines: see `EngineOptions`; only backends that run engines take them.
 
         Raises BundleError when the folder is no bundle, is damaged, another one, or has no such
         variant or no engines for this GPU; BackendError when the provider or a GPU is not there, a
         graph cannot be loaded or the GPU's memory is too small; MissingExtraError when the backend
         is not installed; ConfigError on other arguments that cannot be used.
         """
-        engines = engines_digest is not None or trust_engines
-        _check_backend(backend, provider, threads, engines)
+        chosen_backend = choose(
+            backend,
+            provider=provider,
+            threads=threads,
+            engines_digest=engines_digest,
+            trust_engines=trust_engines,
+        )
         opened = Bundle.open(bundle, digest)
         if digest is not None:
             opened.verify_weights()
@@ -162,15 +166,7 @@ class Editor:
         instructions = None
         if "text_encoder" in chosen.graphs:
             instructions = _read_instructions(opened, chosen.text_tokens)
-        if backend == ONNXRUNTIME:
-            runner: Backend = OnnxBackend(opened, chosen, provider or "cpu", threads or 0)
-        else:
-            from varedit_runtime.backends.engines.backend import open_engines
-
-            runner = open_engines(
-                opened, chosen, _engine_kind(backend), engines_digest, trust_engines
-            )
-        return cls(opened, chosen, runner, instructions)
+        return cls(opened, chosen, chosen_backend.open(opened, chosen), instructions)
 
     def __enter__(self) -> "Editor":
         return self
@@ -208,7 +204,7 @@ class Editor:
     @property
     def guided(self) -> bool:
         """Whether the bundle has the unconditional rows that guidance needs."""
-        return self.variant.rows > self.variant.batch
+        return self.variant.guided
 
     @overload
     def edit(  # pyright: ignore[reportOverlappingOverload]: a str is a sequence of str
@@ -439,28 +435,6 @@ class _Batch:
     rows: Sequence[Wanted]
     places: range
     timings: _Timings = field(default_factory=_Timings)
-
-
-def _check_backend(backend: str, provider: str | None, threads: int | None, engines: bool) -> None:
-    """engines: whether something was said about engines."""
-    if backend == ONNXRUNTIME:
-        check_provider(provider or "cpu")
-        if engines:
-            raise ConfigError(f"{ONNXRUNTIME} has no engines to be trusted: name their backend")
-    elif provider is not None or threads is not None:
-        raise ConfigError(f"provider and threads are {ONNXRUNTIME}'s: leave them out")
-    else:
-        _engine_kind(backend)
-    if threads is not None and (not isinstance(threads, int) or threads < 1):
-        raise ConfigError(f"threads is {threads!r}; it must be an integer of at least 1")
-
-
-def _engine_kind(backend: str) -> EngineKind:
-    for kind in ENGINE_KINDS:
-        if kind == backend:
-            return kind
-    known = ", ".join((ONNXRUNTIME, *ENGINE_KINDS))
-    raise ConfigError(f"no backend is called {backend!r}; there are {known}")
 
 
 def _read_instructions(bundle: Bundle, limit: int) -> Instructions:

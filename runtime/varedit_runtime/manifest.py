@@ -129,6 +129,11 @@ class Variant(Struct, frozen=True, forbid_unknown_fields=True):
                 f"{', '.join(sorted(missing)) or 'none'}; not known {sorted(unknown) or 'none'}"
             )
 
+    @property
+    def guided(self) -> bool:
+        """Whether there are the unconditional rows that guidance needs."""
+        return self.rows > self.batch
+
     def graph(self, stage: str) -> GraphSpec:
         """Return a stage's graph. Raises BundleError, listing the stages, if there is none."""
         if stage not in self.graphs:

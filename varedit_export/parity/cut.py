@@ -21,7 +21,7 @@ from torch import Tensor
 from varedit_export.errors import ExportError
 from varedit_export.graphs.blocks import NODE_NAME
 from varedit_reference.weights_file import read_layout
-from varedit_runtime.backends.onnxruntime import load_graph
+from varedit_runtime.backends.onnxruntime.backend import load_graph
 
 Arrays = dict[str, np.ndarray]
 

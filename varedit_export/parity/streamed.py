@@ -225,8 +225,9 @@ class Comparison:
         self._files, self._runner = files, Runner(files, torch.get_num_threads())
         layout = transformer_layout(config.transformer)
         self._stored = Stored(sources.transformer, layout, files, TRANSFORMER)
-        guided = variant.rows > variant.batch
-        self._shapes = Shapes(config, variant.batch, guided, variant.text_tokens, self._dtype)
+        self._shapes = Shapes(
+            config, variant.batch, variant.guided, variant.text_tokens, self._dtype
+        )
         self._edit = random_edit(variant, config)
         # Small, so that reading every block's weights costs more than computing with them.
         self._thorough = min(2, max(len(variant.grids) - 2, 0))

@@ -73,7 +73,7 @@ def random_edit(variant: Variant, config: ModelConfig) -> Edit:
     generator = torch.Generator().manual_seed(0)
     transformer, scales = config.transformer, len(config.transformer.grids)
     shape = (1, transformer.lengths[-1], transformer.token_channels)
-    guidance = config.guidance_scale if variant.rows > variant.batch else 1.0
+    guidance = config.guidance_scale if variant.guided else 1.0
     return Edit(
         torch.randn(variant.text_tokens // 2, transformer.text_channels, generator=generator),
         None,
@@ -99,7 +99,7 @@ def run_reference(model: VAR, config: ModelConfig, edit: Edit) -> list[Predicted
 def text_arrays(variant: Variant, edit: Edit) -> dict[str, np.ndarray]:
     features, mask = _padded(edit.text, variant)
     arrays = {"text_features": features, "text_mask": mask}
-    if variant.rows > variant.batch:
+    if variant.guided:
         negative, negative_mask = _padded(
             edit.text[:1] if edit.negative is None else edit.negative, variant
         )

@@ -46,7 +46,8 @@ from varedit_reference.quantisation import to_tokens
 from varedit_reference.scale_loop import PredictedScale
 from varedit_reference.tokenizer import Tokenizer
 from varedit_reference.transformer import VAR
-from varedit_runtime.backends.onnxruntime import OnnxBackend, load_graph
+from varedit_runtime.backends.onnxruntime.backend import OnnxBackend, load_graph
+from varedit_runtime.backends.onnxruntime.spec import OnnxRuntimeOptions
 from varedit_runtime.backends.wiring import KINDS
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.manifest import Manifest, ParityLine, Variant, scale_name
@@ -293,7 +294,7 @@ def _run_symbolic(
     bundle: Bundle, variant: Variant, edit: Edit, bits: Sequence[Tensor]
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """(scale, guided logits, running sum) of an edit with all bits forced."""
-    backend = OnnxBackend(bundle, variant, "cpu", threads=torch.get_num_threads())
+    backend = OnnxBackend(bundle, variant, OnnxRuntimeOptions(threads=torch.get_num_threads()))
     begin(backend, variant, edit)
     for k, chosen in enumerate(bits):
         output = backend.predict(k, sampling(variant, edit, k, chosen))

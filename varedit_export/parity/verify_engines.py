@@ -29,6 +29,7 @@ from varedit_export.parity.teacher_forcing import (
 from varedit_export.parity.verify import Reference, is_large, parameters, t5_encoder
 from varedit_reference.quantisation import to_tokens
 from varedit_reference.scale_loop import PredictedScale
+from varedit_runtime.backends import ChosenBackend
 from varedit_runtime.backends.base import (
     Backend,
     EditWhole,
@@ -38,9 +39,8 @@ from varedit_runtime.backends.base import (
     ScaleOutput,
     edit_by_stages,
 )
-from varedit_runtime.backends.engines.backend import open_engines
-from varedit_runtime.backends.engines.tensorrt_module import EngineKind
-from varedit_runtime.backends.onnxruntime import OnnxBackend
+from varedit_runtime.backends.onnxruntime.backend import OnnxBackend
+from varedit_runtime.backends.onnxruntime.spec import OnnxRuntimeOptions
 from varedit_runtime.backends.wiring import DECODER, ENCODER, TEXT, sized
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.manifest import ParityLine, Variant, scale_name
@@ -51,24 +51,20 @@ ROUNDED_FEATURES = 0.1  # of 16-bit coders, as where their graphs are compared
 ROUNDED_LOGITS = 0.2
 
 
-def compare_engines(
-    bundle: Bundle,
-    kind: EngineKind,
-    variant: str | None = None,
-    digest: str | None = None,
-    trust: bool = False,
+def compare_chosen(
+    bundle: Bundle, backend: ChosenBackend, variant: str | None = None
 ) -> Iterator[ParityLine]:
-    """A variant's engines on this machine's GPU; digest, trust: as for `open_engines`.
+    """Compare a backend, as it runs a variant of a bundle on this machine.
 
-    They are opened at once, and compared as lines are asked for. Raises what `open_engines` does;
-    and ParityError on a stage that puts out what is not finite, or constant.
+    It is opened at once, and compared as lines are asked for. Raises what `ChosenBackend.open`
+    does; and ParityError on a stage that puts out what is not finite, or constant.
     """
     chosen = bundle.manifest.variant(variant)
-    engines = open_engines(bundle, chosen, kind, digest, trust)
+    opened = backend.open(bundle, chosen)
 
     def lines() -> Iterator[ParityLine]:
-        with closing(engines):
-            yield from compare_backend(bundle, chosen, engines)
+        with closing(opened):
+            yield from compare_backend(bundle, chosen, opened)
 
     return lines()
 
@@ -90,7 +86,7 @@ def compare_backend(bundle: Bundle, variant: Variant, backend: Backend) -> Itera
             "to be compared with the reference: verify engines of the same model in fp16"
         )
     if precision != "bf16":
-        onnx = OnnxBackend(bundle, variant, "cpu", torch.get_num_threads())
+        onnx = OnnxBackend(bundle, variant, OnnxRuntimeOptions(threads=torch.get_num_threads()))
         yield from _compare_coders(variant, backend, onnx, "ONNX Runtime", exact)
         steps = _predicted(onnx, variant, edit)
         yield from _compare_scales(variant, backend, edit, steps, "ONNX Runtime", exact)
@@ -187,7 +183,7 @@ def _random_edit(variant: Variant, channels: int) -> tuple[Prompts, np.ndarray, 
     ids = random.integers(3, 30, (batch, variant.text_tokens))
     mask = np.ones(ids.shape, np.bool_)
     negatives = None
-    if variant.rows > batch:
+    if variant.guided:
         negatives = Negatives(ids[:, ::-1].copy(), mask, np.ones(batch, np.bool_))
     pictures = random.uniform(-1, 1, (batch, 3, *variant.picture)).astype(np.float32)
     noise = [random.random((batch, *grid, channels)).astype(np.float32) for grid in variant.grids]

@@ -1,1 +1,87 @@
-"""What runs a bundle's graphs."""
+"""The registry of backends: everything that can run a bundle, found by the name that users type.
+
+To add a backend, write one module and add one line to BACKENDS. The module subclasses
+`spec.BackendSpec`, which describes the backend, and `base.Backend`, which runs a bundle's stages.
+The commands' `--backend`, `doctor`, `Editor.open` and `verify` then know it.
+"""
+
+import importlib
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from varedit_runtime.backends.spec import BackendOptions, BackendSpec, BrokenBackend
+from varedit_runtime.errors import ConfigError, one_line
+
+if TYPE_CHECKING:
+    from varedit_runtime.backends.base import Backend
+    from varedit_runtime.bundle import Bundle
+    from varedit_runtime.manifest import Variant
+
+# The name of each backend, and the module and variable of its spec.
+BACKENDS: dict[str, str] = {
+    "onnxruntime": "varedit_runtime.backends.onnxruntime.spec:ONNXRUNTIME",
+    "tensorrt": "varedit_runtime.backends.engines.spec:TENSORRT",
+    "tensorrt-rtx": "varedit_runtime.backends.engines.spec:TENSORRT_RTX",
+}
+DEFAULT = "onnxruntime"
+
+
+@dataclass(frozen=True)
+class ChosenBackend:
+    """A backend with checked options; `choose` makes one."""
+
+    spec: BackendSpec[Any]
+    options: BackendOptions
+
+    def open(self, bundle: "Bundle", variant: "Variant") -> "Backend":
+        """Load a variant of a bundle; see `BackendSpec.open` for what it raises."""
+        return self.spec.open(bundle, variant, self.options)
+
+
+def find(name: str) -> BackendSpec[Any]:
+    """Return a backend's spec.
+
+    A backend that cannot be imported has one too, which says why. Raises ConfigError on an unknown
+    name.
+    """
+    if name not in BACKENDS:
+        raise ConfigError(f"no backend is called {name!r}; there are {', '.join(BACKENDS)}")
+    module, _, variable = BACKENDS[name].partition(":")
+    try:
+        return getattr(importlib.import_module(module), variable)
+    except Exception as error:  # whatever an optional library raises must not hide the others
+        return BrokenBackend(name, one_line(error) or type(error).__name__)
+
+
+def specs() -> Iterator[BackendSpec[Any]]:
+    """Yield every backend's spec, in the order of the registry."""
+    yield from map(find, BACKENDS)
+
+
+def choose(backend: str | ChosenBackend = DEFAULT, **options: object) -> ChosenBackend:
+    """Choose a backend by name, with its options by name; None and False mean "not given".
+
+    Raises ConfigError on an unknown backend, and on options that are not the backend's, naming
+    the backends that have them; and what the backend's options raise on bad values.
+    """
+    given = {n: value for n, value in options.items() if value is not None and value is not False}
+    if isinstance(backend, ChosenBackend):
+        if given:
+            raise ConfigError(f"{' and '.join(given)}: give these to choose(), with the backend")
+        return backend
+    spec = find(backend)
+    own = option_names(spec)
+    if foreign := [name for name in given if name not in own]:
+        owners = [s.name for s in specs() if option_names(s).issuperset(foreign)]
+        whose = f", only {' and '.join(owners)}" if owners else ""
+        raise ConfigError(
+            f"backend {backend} does not take {' and '.join(foreign)}{whose}: leave that out, or "
+            "choose another backend"
+        )
+    return ChosenBackend(spec, spec.options(**given))
+
+
+def option_names(spec: BackendSpec[Any]) -> set[str]:
+    """Return the names of a backend's options."""
+    return {option.name for option in fields(spec.options)}

@@ -207,7 +207,7 @@ class _Wiring:
     def __init__(self, variant: Variant, model: Model) -> None:
         self.variant, self.model = variant, model
         self.sar = model.conditioning == "sar"
-        self.guided = variant.rows > variant.batch
+        self.guided = variant.guided
         self.areas = [rows * columns for rows, columns in variant.grids]
         self.scales = range(len(variant.grids))
 

@@ -16,7 +16,7 @@ from varedit_runtime.backends.engines.cuda import CudaDevice
 from varedit_runtime.backends.engines.device import ALIGNMENT, Device, Engine, Launch, address_of
 from varedit_runtime.backends.engines.engine_set import EngineSet, EngineSets
 from varedit_runtime.backends.engines.memory import aligned, budget, lay_out
-from varedit_runtime.backends.engines.tensorrt_module import EngineKind
+from varedit_runtime.backends.engines.tensorrt import EngineKind
 from varedit_runtime.backends.engines.weights import Weights
 from varedit_runtime.backends.graphs import GraphBackend
 from varedit_runtime.backends.wiring import (

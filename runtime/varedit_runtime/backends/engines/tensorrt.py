@@ -6,7 +6,6 @@ from typing import Any, Literal, get_args
 
 from varedit_runtime.errors import needs_extra, one_line
 
-ONNXRUNTIME = "onnxruntime"  # the backend that needs no engines
 EngineKind = Literal["tensorrt", "tensorrt-rtx"]
 ENGINE_KINDS: tuple[EngineKind, ...] = get_args(EngineKind)
 RTX: EngineKind = "tensorrt-rtx"

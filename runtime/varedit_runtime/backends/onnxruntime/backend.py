@@ -16,12 +16,11 @@ import onnxruntime as ort
 
 from varedit_runtime.backends.graphs import GraphBackend
 from varedit_runtime.backends.interrupt import stopped_by_interrupt
+from varedit_runtime.backends.onnxruntime.spec import PROVIDERS, OnnxRuntimeOptions
 from varedit_runtime.backends.wiring import Step, View, constants, values_of
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import BackendError, one_line
 from varedit_runtime.manifest import Variant
-
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 class Buffer:
@@ -145,13 +144,19 @@ class Session:
 class OnnxBackend(GraphBackend):
     """All graphs of a variant, on one provider. One edit at a time."""
 
-    def __init__(self, bundle: Bundle, variant: Variant, provider: str, threads: int) -> None:
-        """provider: "cpu" or "cuda"; threads: 0 for one per core.
+    def __init__(
+        self,
+        bundle: Bundle,
+        variant: Variant,
+        options: OnnxRuntimeOptions,
+    ) -> None:
+        """Load all graphs and allocate their memory.
 
-        Raises BackendError when the provider is unknown or not in the installed onnxruntime, the
-        bundle is bf16, a graph cannot be loaded or there is too little memory, BundleError when a
-        graph is missing or damaged, or does not fit the others.
+        Raises BackendError when the provider is not in the installed onnxruntime, the bundle is
+        bf16, a graph cannot be loaded or there is too little memory, BundleError when a graph is
+        missing or damaged, or does not fit the others.
         """
+        provider, threads = options.provider, options.threads or 0
         check_provider(provider)
         super().__init__(variant, bundle.manifest.model, provider, symbolic=True)
         views = (view for step in self.steps.values() for view in step.views)
@@ -210,9 +215,7 @@ class OnnxBackend(GraphBackend):
 
 
 def check_provider(provider: str) -> None:
-    """Raises BackendError unless the installed onnxruntime has the provider."""
-    if provider not in PROVIDERS:
-        raise BackendError(f"no provider is called {provider!r}; there are {', '.join(PROVIDERS)}")
+    """Raise BackendError unless the installed onnxruntime has the provider."""
     available = ort.get_available_providers()
     if PROVIDERS[provider] not in available:
         raise BackendError(

@@ -1,0 +1,149 @@
+"""How ONNX Runtime describes itself as a backend: on the CPU, or on a GPU by its CUDA provider."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from varedit_runtime.backends.spec import (
+    BackendOptions,
+    BackendSpec,
+    Verdict,
+    option,
+    run,
+    too_little,
+    try_import,
+)
+from varedit_runtime.bundle import Bundle
+from varedit_runtime.errors import BackendError, ConfigError, VareditError, one_line
+from varedit_runtime.locate import embedded
+from varedit_runtime.machine import PEAK, Machine, Probe, cpu_bytes
+from varedit_runtime.manifest import Variant
+
+if TYPE_CHECKING:
+    from varedit_runtime.backends.onnxruntime.backend import OnnxBackend
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+CPU, CUDA = "onnxruntime cpu", "onnxruntime cuda"
+TO_GPU = ("pip uninstall onnxruntime", "pip install --force-reinstall onnxruntime-gpu")
+TO_CPU = ("pip uninstall onnxruntime-gpu", "pip install --force-reinstall onnxruntime")
+
+
+@dataclass(frozen=True)
+class OnnxRuntimeOptions(BackendOptions):
+    """Where and how ONNX Runtime runs.
+
+    provider: "cpu" or "cuda"; it never falls back to the other. threads: of the CPU, at least 1;
+    None: one per core.
+    """
+
+    provider: str = option("cpu", "Where onnxruntime runs: cpu or cuda; by default cpu.")
+    threads: int | None = option(None, "CPU threads of onnxruntime; by default one per core.")
+
+    def __post_init__(self) -> None:
+        if self.provider not in PROVIDERS:
+            known = ", ".join(PROVIDERS)
+            raise BackendError(f"no provider is called {self.provider!r}; there are {known}")
+        if self.threads is not None and (not isinstance(self.threads, int) or self.threads < 1):
+            raise ConfigError(f"threads is {self.threads!r}; it must be an integer of at least 1")
+
+
+class OnnxRuntime(BackendSpec[OnnxRuntimeOptions]):
+    """Runs a bundle's graphs as they are."""
+
+    name = "onnxruntime"
+    options = OnnxRuntimeOptions
+    packages = ("onnxruntime", "onnxruntime-gpu")
+
+    def probe(self) -> Probe:
+        """Return the providers that ONNX Runtime names, and those of ours that do not work."""
+        module = try_import("onnxruntime")
+        if isinstance(module, str):
+            return Probe(module)
+        available = tuple(module.get_available_providers())
+        return Probe("", available, failed_providers(available))
+
+    def report(self, machine: Machine) -> Iterator[tuple[str, str]]:
+        yield from super().report(machine)
+        if _both(machine):
+            fix = run(TO_GPU if machine.nvidia.gpus else TO_CPU)
+            yield "", f"onnxruntime and onnxruntime-gpu are installed over each other{fix}"
+        yield "providers", ", ".join(machine.probe(self.name).offers) or "none"
+
+    def verdicts(self, machine: Machine) -> Sequence[Verdict]:
+        return self._cpu(machine), self._cuda(machine)
+
+    def open(self, bundle: Bundle, variant: Variant, options: OnnxRuntimeOptions) -> "OnnxBackend":
+        from varedit_runtime.backends.onnxruntime.backend import OnnxBackend
+
+        return OnnxBackend(bundle, variant, options)
+
+    def _cpu(self, machine: Machine) -> Verdict:
+        if why := self._absent(machine) or machine.probe(self.name).failed.get("cpu"):
+            fix = TO_CPU if _both(machine) else ("pip install --force-reinstall onnxruntime",)
+            return Verdict(CPU, "cannot", why, fix)
+        bundle = machine.bundle
+        if bundle is None:
+            return Verdict(CPU, "can run", "bundles in fp32 that fit in memory")
+        if bundle.precision == "bf16":
+            return Verdict(CPU, "cannot", "CPUs do not compute bf16: build with --precision fp32")
+        if why := too_little(machine.memory, cpu_bytes(bundle), "memory"):
+            return Verdict(CPU, "cannot", why)
+        if bundle.precision == "fp16":
+            less = "this bundle, in fp32: --precision fp32 takes less memory"
+            return Verdict(CPU, "can run", less)
+        return Verdict(CPU, "can run", "this bundle")
+
+    def _cuda(self, machine: Machine) -> Verdict:
+        gpus, probe = machine.nvidia.gpus, machine.probe(self.name)
+        if not gpus:
+            return Verdict(CUDA, "cannot", f"no NVIDIA GPU was found ({machine.nvidia.problem})")
+        if why := self._absent(machine):
+            return Verdict(CUDA, "cannot", why, TO_GPU)
+        if PROVIDERS["cuda"] not in probe.offers:
+            both = "onnxruntime is installed over onnxruntime-gpu"
+            why = both if _both(machine) else "onnxruntime-gpu is not installed"
+            return Verdict(CUDA, "cannot", why, TO_GPU)
+        if why := probe.failed.get("cuda"):
+            return Verdict(CUDA, "cannot", why, TO_GPU if _both(machine) else ())
+        if machine.bundle is None:
+            return Verdict(CUDA, "can run", "bundles that fit in the GPU's memory")
+        if machine.bundle.precision == "bf16":
+            no_bf16 = "it runs no bf16: build with --precision fp16, or engines"
+            return Verdict(CUDA, "cannot", no_bf16)
+        most_free = max((gpu.free for gpu in gpus if gpu.free is not None), default=None)
+        if why := too_little(most_free, int(PEAK * machine.bundle.weights), "GPU memory"):
+            return Verdict(CUDA, "cannot", why)
+        return Verdict(CUDA, "can run", "this bundle")
+
+    def _absent(self, machine: Machine) -> str | None:
+        probe = machine.probe(self.name)
+        if probe.problem:
+            return f"onnxruntime cannot be imported ({probe.problem})"
+        return None if probe.offers else "onnxruntime is not installed"
+
+
+def failed_providers(available: Sequence[str]) -> dict[str, str]:
+    """Load one of nano's graphs on each provider: one that is named may lack its libraries.
+
+    Return those of "cpu" and "cuda" that are available and load no graph, and why.
+    """
+    from varedit_runtime.backends.onnxruntime.backend import Session
+
+    nano = Bundle.open(embedded())
+    (variant,) = nano.manifest.variants
+    graph = nano.graph_bytes(variant.name, "references")  # the one without weights
+    failed: dict[str, str] = {}
+    for provider, name in PROVIDERS.items():
+        if name in available:
+            try:
+                Session("references", graph, nano.graphs_folder, provider, threads=1)
+            except VareditError as error:
+                failed[provider] = one_line(error)
+    return failed
+
+
+def _both(machine: Machine) -> bool:
+    return {"onnxruntime", "onnxruntime-gpu"} <= machine.packages.keys()
+
+
+ONNXRUNTIME = OnnxRuntime()

@@ -1,0 +1,150 @@
+"""How a backend describes itself to the registry.
+
+The commands ask every backend for its options when they start, and `doctor` asks all of them what
+they can do, installed or not. So the module of a spec must import cheaply: it imports what is large
+or optional (NumPy, ONNX Runtime, TensorRT) inside `probe` and `open` only.
+"""
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
+
+from varedit_runtime.errors import BackendError, one_line
+from varedit_runtime.machine import Machine, Probe
+
+if TYPE_CHECKING:
+    from varedit_runtime.backends.base import Backend
+    from varedit_runtime.bundle import Bundle
+    from varedit_runtime.manifest import Variant
+
+
+@dataclass(frozen=True)
+class BackendOptions:
+    """The options of a backend that takes none, and the base of all others.
+
+    Subclasses are frozen dataclasses whose fields are made with `option`. Every field is an option
+    of the commands too, by its own name: `engines_digest` is `--engines-digest`. Its type is bool,
+    int or str, the latter two also with None. `__post_init__` raises ConfigError on bad values.
+    """
+
+
+def option(default: Any, help: str, metavar: str | None = None) -> Any:
+    """Return a field of a BackendOptions class; help and metavar are for the commands."""
+    return field(default=default, metadata={"help": help, "metavar": metavar})
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What `doctor` says about a backend.
+
+    backend: its name, with the provider where it has several. what: what it can do, or why it
+    cannot. fix: the commands that help, to be run in this order.
+    """
+
+    backend: str
+    word: Literal["can run", "can compile", "cannot"]
+    what: str
+    fix: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return report_line(self.backend, f"{self.word}: {self.what}{run(self.fix)}")
+
+
+Options = TypeVar("Options", bound=BackendOptions)
+
+
+class BackendSpec(ABC, Generic[Options]):
+    """A backend as the registry knows it.
+
+    name: what users type. options: the class of its options. packages: the distributions that
+    provide it, whose versions `doctor` lists. compiles: whether it runs engines, which
+    `varedit-export engines` compiles, instead of a bundle's graphs.
+    """
+
+    name: ClassVar[str]
+    options: type[Options]
+    packages: ClassVar[tuple[str, ...]] = ()
+    compiles: ClassVar[bool] = False
+
+    @abstractmethod
+    def verdicts(self, machine: Machine) -> Sequence[Verdict]:
+        """Judge whether the backend runs on a machine, and its bundle if there is one.
+
+        Judge by the machine's facts alone, so that tests can make up machines.
+        """
+
+    @abstractmethod
+    def open(self, bundle: "Bundle", variant: "Variant", options: Options) -> "Backend":
+        """Load a variant of a bundle.
+
+        Raises MissingExtraError when the backend is not installed, BackendError when it cannot run
+        here or the memory is too small, BundleError when the bundle lacks what it runs.
+        """
+
+    def probe(self) -> Probe:
+        """Import what the backend needs and return what that can do. Raises nothing."""
+        return Probe()
+
+    def report(self, machine: Machine) -> Iterator[tuple[str, str]]:
+        """Yield (name, text) for every line of `doctor` about what is installed."""
+        for package in self.packages:
+            yield package, machine.packages.get(package, "not installed")
+
+
+class BrokenBackend(BackendSpec[BackendOptions]):
+    """A registered backend whose module cannot be imported: it stays listed and says why."""
+
+    options = BackendOptions
+
+    def __init__(self, name: str, problem: str) -> None:
+        self.name = name  # pyright: ignore[reportAttributeAccessIssue]: of this one alone
+        self._problem = f"it cannot be imported ({problem})"
+
+    def verdicts(self, machine: Machine) -> Sequence[Verdict]:
+        return (Verdict(self.name, "cannot", self._problem),)
+
+    def open(self, bundle: "Bundle", variant: "Variant", options: BackendOptions) -> "Backend":
+        raise BackendError(f"backend {self.name} cannot be used: {self._problem}")
+
+
+# Facts and sentences that several backends use
+
+
+def try_import(name: str) -> ModuleType | str:
+    """Import a module. Return why it fails in one line, or "" when it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        return "" if error.name == name else one_line(error)
+    except Exception as error:  # libraries that are missing or of another version
+        return one_line(error) or type(error).__name__
+
+
+def too_little(free: int | None, needed: int, of: str) -> str | None:
+    """Return a sentence when fewer bytes of some memory are free than needed."""
+    if free is None or free >= needed:
+        return None
+    return f"about {size(needed)} of {of} are needed and {size(free)} free: end other programs"
+
+
+def extra(name: str) -> str:
+    """Return the command that installs an extra of the distribution."""
+    return f'pip install "varedit-export[{name}]"'
+
+
+def run(commands: Sequence[str]) -> str:
+    """Return the end of a sentence that says which commands to run; "" without any."""
+    return f"; run {' and '.join(f'`{command}`' for command in commands)}" if commands else ""
+
+
+def report_line(name: str, text: str) -> str:
+    """Return a line of `doctor`: two columns."""
+    return f"{name:<18}{text}"
+
+
+def size(count: int) -> str:
+    """Return a number of bytes for a person to read."""
+    return f"{count / 1e9:.1f} GB" if count >= 10**9 else f"{count / 1e6:.0f} MB"

@@ -1,0 +1,168 @@
+"""What a machine has for editing and compiling: the facts that backends judge by.
+
+They are data without behaviour, so that a test can make up a machine. `survey.py` collects them.
+Nothing here needs PyTorch, TensorRT or a GPU.
+"""
+
+import importlib
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from varedit_runtime.errors import one_line
+from varedit_runtime.manifest import Precision
+
+if TYPE_CHECKING:
+    from varedit_runtime.backends.engines.engine_set import Recipe
+
+PEAK = 1.3  # of the weights: they, packed copies, caches and activations
+SMI_SECONDS = 10  # a driver that hangs must not hang this program
+SMI_FIELDS = "driver_version,name,compute_cap,memory.total,memory.free"
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU.
+
+    architecture: as in "sm89". memory, free: bytes, None where the driver does not say.
+    """
+
+    name: str
+    architecture: str
+    memory: int | None
+    free: int | None
+
+
+@dataclass(frozen=True)
+class Nvidia:
+    """The driver and its GPUs. problem: why there are none."""
+
+    driver: str | None
+    gpus: tuple[Gpu, ...]
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Engines:
+    """A set of compiled engines of a bundle.
+
+    problem: why no machine can use it; without one it has a recipe. gpu_memory: bytes that the
+    engines take, without their scratch.
+    """
+
+    path: Path
+    recipe: "Recipe | None"
+    problem: str = ""
+    gpu_memory: int = 0
+
+
+@dataclass(frozen=True)
+class BundleFacts:
+    """A bundle. weights: bytes of all its weights files."""
+
+    path: Path
+    precision: Precision
+    weights: int
+    variants: tuple[str, ...]
+    engines: tuple[Engines, ...]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a backend found when it imported what it needs.
+
+    problem: why that cannot be imported; "" also where it is not installed. offers: what it can
+    use: ONNX Runtime's providers, the architectures that TensorRT for RTX compiles for. failed:
+    those that are offered and do not work, and why.
+    """
+
+    problem: str = ""
+    offers: tuple[str, ...] = ()
+    failed: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A machine, and the bundle to judge it for, if there is one.
+
+    packages: versions of the distributions that are installed. probes: by the names of backends.
+    memory, disk: bytes available, memory None where the system does not say.
+    """
+
+    python: str
+    nvidia: Nvidia
+    packages: Mapping[str, str]
+    probes: Mapping[str, Probe]
+    memory: int | None
+    disk: int
+    bundle: BundleFacts | None = None
+
+    def probe(self, backend: str) -> Probe:
+        """Return what a backend found; an empty probe where it was not asked."""
+        return self.probes.get(backend, Probe())
+
+
+def cpu_bytes(bundle: BundleFacts) -> int:
+    """Return the memory that editing takes on a CPU, where 16-bit weights become fp32."""
+    return int(PEAK * bundle.weights * (1 if bundle.precision == "fp32" else 2))
+
+
+def nvidia() -> Nvidia:
+    """Ask NVIDIA's library if there is a binding of it, else NVIDIA's program."""
+    try:
+        return _from_library()
+    except Exception:  # it is not installed, or has errors of its own
+        return _from_program()
+
+
+def available_memory() -> int | None:
+    """Return the bytes that programs can have without swapping; None if the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    sizes = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    return 1024 * sizes[0] if sizes else None
+
+
+def _from_library() -> Nvidia:
+    nvml = importlib.import_module("pynvml")
+    nvml.nvmlInit()
+    try:
+        handles = map(nvml.nvmlDeviceGetHandleByIndex, range(nvml.nvmlDeviceGetCount()))
+        gpus = tuple(_from_handle(nvml, handle) for handle in handles)
+        return Nvidia(nvml.nvmlSystemGetDriverVersion(), gpus, "" if gpus else "there is none")
+    finally:
+        nvml.nvmlShutdown()
+
+
+def _from_handle(nvml: ModuleType, handle: object) -> Gpu:
+    major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
+    memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+    name = nvml.nvmlDeviceGetName(handle)
+    return Gpu(name, f"sm{major}{minor}", memory.total, memory.free)
+
+
+def _from_program() -> Nvidia:
+    command = ["nvidia-smi", f"--query-gpu={SMI_FIELDS}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SMI_SECONDS)
+    except subprocess.TimeoutExpired:
+        return Nvidia(None, (), f"nvidia-smi gave no answer in {SMI_SECONDS} s")
+    except OSError as error:
+        return Nvidia(None, (), f"nvidia-smi cannot be run: {error.strerror}")
+    rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines()]
+    gpus = tuple(
+        Gpu(name, f"sm{capability.replace('.', '')}", _mebibytes(total), _mebibytes(free))
+        for _, name, capability, total, free in (row for row in rows if len(row) == 5)
+    )
+    if done.returncode != 0 or not gpus:
+        return Nvidia(None, (), one_line(done.stdout + done.stderr) or "nvidia-smi names none")
+    return Nvidia(rows[0][0], gpus)
+
+
+def _mebibytes(cell: str) -> int | None:
+    return int(cell) * 2**20 if cell.isdecimal() else None  # "[N/A]" where memory is the system's

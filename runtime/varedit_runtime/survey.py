@@ -1,0 +1,68 @@
+"""Collecting the facts about this machine and a bundle on it, without raising where they lack."""
+
+import platform
+import shutil
+from importlib.metadata import distributions
+from pathlib import Path
+
+from varedit_runtime.backends import specs
+from varedit_runtime.backends.engines.engine_set import EngineSet, EngineSets
+from varedit_runtime.backends.engines.memory import budget
+from varedit_runtime.bundle import Bundle
+from varedit_runtime.errors import BundleError, one_line
+from varedit_runtime.locate import default_root
+from varedit_runtime.machine import BundleFacts, Engines, Machine, available_memory, nvidia
+from varedit_runtime.manifest import weights_file
+
+
+def survey(bundle: Path | None = None) -> Machine:
+    """Return this machine as it is now. Raises BundleError when the bundle cannot be opened."""
+    return Machine(
+        python=platform.python_version(),
+        nvidia=nvidia(),
+        packages=installed(),
+        probes={spec.name: spec.probe() for spec in specs()},
+        memory=available_memory(),
+        disk=shutil.disk_usage(_standing(default_root())).free,
+        bundle=None if bundle is None else _bundle_facts(Bundle.open(bundle)),
+    )
+
+
+def installed() -> dict[str, str]:
+    """Return the versions of all installed distributions, by their normalised names."""
+    packages: dict[str, str] = {}
+    for found in distributions():
+        name = found.metadata["Name"]
+        if name is not None:  # what a failed uninstallation left has none
+            # The first on the path is the one that is imported.
+            packages.setdefault(name.lower().replace("_", "-"), found.version)
+    return packages
+
+
+def _bundle_facts(bundle: Bundle) -> BundleFacts:
+    manifest = bundle.manifest
+    return BundleFacts(
+        path=bundle.path,
+        precision=manifest.precision,
+        weights=sum(manifest.files[weights_file(name)].size for name in bundle.components),
+        variants=tuple(variant.name for variant in manifest.variants),
+        engines=tuple(_engines(bundle, path) for path in EngineSets(bundle).folders),
+    )
+
+
+def _engines(bundle: Bundle, path: Path) -> Engines:
+    cache = EngineSets(bundle)
+    try:
+        recipe = EngineSet.open(path).manifest.recipe
+        if not cache.of_this_bundle(recipe):
+            return Engines(path, None, "they are of other graphs or weights than the bundle's")
+        cache.open(recipe)  # says whether they were built here
+        needed = budget(bundle, bundle.manifest.variant(recipe.variant), recipe.layout)
+    except BundleError as error:
+        return Engines(path, None, one_line(error))
+    return Engines(path, recipe, gpu_memory=needed.total)
+
+
+def _standing(path: Path) -> Path:
+    """Return the folder itself or, where it is yet to be made, the nearest one above it."""
+    return next(place for place in (path, *path.parents) if place.exists())
