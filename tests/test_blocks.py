@@ -18,8 +18,9 @@ from varedit_export.graphs.stages import (
     TextEncoderStage,
 )
 from varedit_export.graphs.text import GraphTextEncoder
-from varedit_export.graphs.trace import StoredWeight, Tracer
+from varedit_export.graphs.trace import Tracer
 from varedit_export.plan import Graph, Plan
+from varedit_runtime.manifest import StoredWeight
 
 DEPTH = 6
 
@@ -48,7 +49,7 @@ def _consecutive(component: Component) -> dict[str, StoredWeight]:
     prefix = f"{component.attribute}." if component.attribute else ""
     stored, offset = {}, 0
     for name, tensor in component.module.state_dict().items():
-        stored[prefix + name] = StoredWeight(name, component.location, offset, tensor.nbytes)
+        stored[prefix + name] = StoredWeight(name, component.file, offset, tensor.nbytes)
         offset += tensor.nbytes
     return stored
 

@@ -31,7 +31,7 @@ from varedit_engines.network import external_inputs
 from varedit_engines.publish import Staging
 from varedit_export import assemble
 from varedit_export.cli import main
-from varedit_export.graphs.trace import StoredWeight, Tracer
+from varedit_export.graphs.trace import Tracer
 from varedit_export.plan import Plan
 from varedit_runtime.backends.engines import engine_set
 from varedit_runtime.backends.engines.engine_set import LAYOUTS, EngineSet, Layout, mismatch
@@ -43,6 +43,7 @@ from varedit_runtime.manifest import (
     MANIFEST,
     ParityLine,
     Precision,
+    StoredWeight,
     canonical_json,
     weights_file,
 )
@@ -133,9 +134,7 @@ def deep_graph(stage: str, depth: int) -> bytes:
     wanted = replace(request(Path("deep"), "fp16"), config=config)
     plan = Plan([wanted], random_weights())
     stored = {
-        f"{part.attribute}.{name}" if part.attribute else name: StoredWeight(
-            name, part.location, 0, 0
-        )
+        f"{part.attribute}.{name}" if part.attribute else name: StoredWeight(name, part.file, 0, 0)
         for part in plan.components
         for name in part.module.state_dict()
     }

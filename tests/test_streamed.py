@@ -21,10 +21,10 @@ from varedit_export.plan import Plan
 from varedit_export.sources import Sources, random_sources
 from varedit_reference.config import ModelConfig
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.manifest import FileEntry, ParityLine
+from varedit_runtime.manifest import FileEntry, ParityLine, weights_file
 
 DEPTH = 6  # more than are traced
-TRANSFORMER, TEXT = "weights/transformer.safetensors", "weights/text_encoder.safetensors"
+TRANSFORMER, TEXT = weights_file("transformer"), weights_file("text_encoder")
 
 
 def deep_config() -> ModelConfig:
@@ -104,10 +104,10 @@ def test_types_that_no_cpu_computes_are_compared_alike(
     ],
 )
 def test_swapped_weights_fail(copy: Bundle, file: str, one: str, other: str) -> None:
-    layout = WeightFiles(copy.graphs_folder).layout(file)
-    path = copy.graphs_folder / file
+    layout = WeightFiles(copy.path).layout(file)
+    path = copy.path / file
     content = bytearray(path.read_bytes())
-    a, b = layout[one], layout[other]
+    a, b = layout[one].place, layout[other].place
     length = min(a.length, b.length)
     first, second = (bytes(content[p.offset : p.offset + length]) for p in (a, b))
     content[a.offset : a.offset + length] = second

@@ -11,12 +11,19 @@ from varedit_engines.publish import Staging
 from varedit_export.bundle_model import manifest_of, tool_versions
 from varedit_export.components import Component
 from varedit_export.estimate import check_memory, needs, present
-from varedit_export.graphs.trace import StoredWeight, Tracer
+from varedit_export.graphs.trace import Tracer
 from varedit_export.parity.verify import verify_folder
 from varedit_export.plan import Graph, Plan, Request, VariantPlan
 from varedit_reference.weights_file import check_room
 from varedit_runtime.bundle import work_folder
-from varedit_runtime.manifest import GRAPHS, TOKENIZER, GraphSpec, ParityLine, TensorSpec, Variant
+from varedit_runtime.manifest import (
+    TOKENIZER,
+    GraphSpec,
+    ParityLine,
+    StoredWeight,
+    TensorSpec,
+    Variant,
+)
 
 TYPE_NAMES = {
     ir.DataType.FLOAT: "float32",
@@ -72,13 +79,13 @@ class _Work:
     def weights(self, component: Component, request: Request) -> dict[str, StoredWeight]:
         """Write a component; where each of its weights lies."""
         self._next(f"weights of {component.name}")
-        graphs, file = self.staging.path / GRAPHS, f"{GRAPHS}/{component.location}"
+        folder, file = self.staging.path, component.file
         key = _key(self.plan, request, component.name)
         if not self.staging.kept(file, key):
             self.staging.file(file)
-            component.write(graphs, {"component": component.name}, key)
+            component.write(folder, {"component": component.name}, key)
             self.staging.record(file, key)
-        return component.stored(graphs)
+        return component.stored(folder)
 
     def variant(self, variant: VariantPlan, shared: dict[str, StoredWeight]) -> Variant:
         """Write a variant's table and graphs."""

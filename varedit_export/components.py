@@ -12,13 +12,11 @@ from varedit_export.graphs.layout import Weight, make_weight, transformer_layout
 from varedit_export.graphs.model import GraphTransformer
 from varedit_export.graphs.stages import PositionTable
 from varedit_export.graphs.text import GraphTextEncoder, TextEncoderConfig, text_encoder_layout
-from varedit_export.graphs.trace import StoredWeight
 from varedit_reference.config import TransformerConfig
 from varedit_reference.rotary import full_rotation
 from varedit_reference.tokenizer import Tokenizer
 from varedit_reference.weights_file import read_layout, write_safetensors
-
-WEIGHTS = "weights"  # the folder of weights, beside the graphs
+from varedit_runtime.manifest import StoredWeight, weights_file
 
 
 @dataclass(frozen=True)
@@ -35,31 +33,29 @@ class Component:
     attribute: str
 
     @property
-    def location(self) -> str:
-        """The file, relative to the graphs."""
-        return f"{WEIGHTS}/{self.name}.safetensors"
+    def file(self) -> str:
+        """Return the path of its file in the bundle's folder."""
+        return weights_file(self.name)
 
     @property
     def size(self) -> int:
         """Bytes of all weights."""
         return sum(tensor.nbytes for tensor in self.module.state_dict().values())
 
-    def write(self, graphs: Path, metadata: Mapping[str, str], made_from: str) -> None:
-        """Write the file into the folder of graphs, tensor by tensor.
+    def write(self, folder: Path, metadata: Mapping[str, str], made_from: str) -> None:
+        """Write the file into the bundle's folder, tensor by tensor.
 
         made_from: a digest of everything it is made from; with the same one, an interrupted file is
         continued.
         """
         layout = self.module.state_dict()
-        write_safetensors(graphs / self.location, layout, self.make, metadata, made_from)
+        write_safetensors(folder / self.file, layout, self.make, metadata, made_from)
 
-    def stored(self, graphs: Path) -> dict[str, StoredWeight]:
-        """Return where each weight lies in the written file, by the stages' names."""
+    def stored(self, folder: Path) -> dict[str, StoredWeight]:
+        """Return where each weight of the written file lies, by the name that stages know it by."""
         prefix = f"{self.attribute}." if self.attribute else ""
-        return {
-            prefix + name: StoredWeight(name, self.location, start, tensor.nbytes)
-            for name, (tensor, start) in read_layout(graphs / self.location).items()
-        }
+        layout = read_layout(folder, self.file)
+        return {prefix + name: tensor.place for name, tensor in layout.items()}
 
 
 def transformer_component(

@@ -152,7 +152,9 @@ class Plan:
         """Return the lines that a person reads before the build begins."""
         variants = ", ".join(variant.request.name for variant in self.variants)
         lines = [f"{self.request.target}: {variants}, {self.request.precision}"]
-        lines += [f"  {c.location:<44} {c.size / 1e6:10.1f} MB" for c in self.components]
+        for component in self.components:
+            file = component.file.removeprefix(f"{GRAPHS}/")
+            lines.append(f"  {file:<44} {component.size / 1e6:10.1f} MB")
         lines += [f"  {self.graph_count} graphs", f"  weights: {self.sources.description}"]
         return "\n".join(lines)
 

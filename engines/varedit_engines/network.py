@@ -1,43 +1,52 @@
-"""ONNX graphs as engines with external weights need them: weights turned into inputs."""
+"""ONNX graphs whose weights lie in files: where these are, and graphs that take them as inputs."""
 
 import onnx
 from google.protobuf.message import DecodeError
 from onnx import helper
 
-from varedit_runtime.backends.engines.engine_set import EngineWeight
 from varedit_runtime.errors import BundleError
-from varedit_runtime.manifest import GRAPHS
+from varedit_runtime.manifest import GRAPHS, StoredWeight
 
 
-def external_inputs(graph: bytes) -> tuple[bytes, tuple[EngineWeight, ...]]:
-    """Make inputs of the weights that lie in files. -> the graph, and where their bytes lie.
+def external_inputs(graph: bytes) -> tuple[bytes, tuple[StoredWeight, ...]]:
+    """Turn the weights that lie in files into inputs, as engines with external weights have them.
 
-    Raises BundleError on what is no graph, or does not say where its weights lie.
+    Returns the graph and where the weights lie, in the order of the new inputs. Raises BundleError
+    on what is no graph, or does not say where its weights lie.
     """
     try:
         model = onnx.load_model_from_string(graph)
     except DecodeError as error:
         raise BundleError("a graph is not ONNX: build the bundle again") from error
-    stored = [tensor for tensor in model.graph.initializer if _is_external(tensor)]
-    kept = [tensor for tensor in model.graph.initializer if not _is_external(tensor)]
+    weights = external_weights(model.graph)
+    tensors = list(model.graph.initializer)
     del model.graph.initializer[:]
-    model.graph.initializer.extend(kept)
+    model.graph.initializer.extend(tensor for tensor in tensors if tensor.name not in weights)
     model.graph.input.extend(
         helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
-        for tensor in stored
+        for tensor in tensors
+        if tensor.name in weights
     )
-    return model.SerializeToString(), tuple(map(_place, stored))
+    return model.SerializeToString(), tuple(weights.values())
 
 
-def _is_external(tensor: onnx.TensorProto) -> bool:
-    return tensor.data_location == onnx.TensorProto.EXTERNAL
+def external_weights(graph: onnx.GraphProto) -> dict[str, StoredWeight]:
+    """Return where the weights lie that a graph of a bundle keeps in files, by name.
+
+    Raises BundleError on a weight without a file, an offset and a length.
+    """
+    return {
+        tensor.name: _stored(tensor)
+        for tensor in graph.initializer
+        if tensor.data_location == onnx.TensorProto.EXTERNAL
+    }
 
 
-def _place(tensor: onnx.TensorProto) -> EngineWeight:
-    place = {entry.key: entry.value for entry in tensor.external_data}
+def _stored(tensor: onnx.TensorProto) -> StoredWeight:
+    entries = {entry.key: entry.value for entry in tensor.external_data}
     try:
-        file = f"{GRAPHS}/{place['location']}"
-        return EngineWeight(tensor.name, file, int(place["offset"]), int(place["length"]))
+        file = f"{GRAPHS}/{entries['location']}"
+        return StoredWeight(tensor.name, file, int(entries["offset"]), int(entries["length"]))
     except (KeyError, ValueError) as error:
         raise BundleError(
             f"a graph does not say where its weight {tensor.name[:80]!r} lies: build the bundle "

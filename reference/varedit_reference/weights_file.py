@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from tqdm import tqdm
 
 from varedit_runtime.errors import CheckpointError, one_line
 from varedit_runtime.files import atomic_file
+from varedit_runtime.manifest import StoredWeight
 
 PICKLED = (".pth", ".pt", ".bin")
 INDEXES = ("*.safetensors.index.json", "*.bin.index.json", "*.pth.index.json", "*.pt.index.json")
@@ -211,25 +213,33 @@ def _check_shards(folder: Path, index: Path, shards: set[str]) -> None:
             )
 
 
-def read_layout(path: str | Path) -> dict[str, tuple[Tensor, int]]:
-    """Read a safetensors file's tensors by name, on the meta device, and their first bytes.
+@dataclass(frozen=True)
+class StoredTensor:
+    """A weight in a file, and what its bytes are: their type and shape."""
 
-    Raises CheckpointError when it is missing or not whole.
+    place: StoredWeight
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def read_layout(folder: Path, file: str) -> dict[str, StoredTensor]:
+    """Return where the tensors of a safetensors file below a bundle's folder lie, by name.
+
+    Raises CheckpointError when the file is missing or not whole.
     """
-    path = Path(path)
+    path = folder / file
     open_weights(path)
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
     header.pop("__metadata__", None)
     dtypes = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
-    return {
-        name: (
-            torch.empty(entry["shape"], dtype=dtypes[entry["dtype"]], device="meta"),
-            8 + length + entry["data_offsets"][0],
-        )
-        for name, entry in header.items()
-    }
+    tensors = {}
+    for name, entry in header.items():
+        start, end = entry["data_offsets"]
+        place = StoredWeight(name, file, 8 + length + start, end - start)
+        tensors[name] = StoredTensor(place, dtypes[entry["dtype"]], tuple(entry["shape"]))
+    return tensors
 
 
 def write_safetensors(

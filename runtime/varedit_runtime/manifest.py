@@ -59,6 +59,30 @@ def weights_file(component: str) -> str:
     return f"{WEIGHTS}/{component}.safetensors"
 
 
+class StoredWeight(Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
+    """Where a weight lies: the `length` bytes from byte `offset` on of a file of the bundle.
+
+    Graphs, engine sets, the exporter and its checks all name weights by this one record. It says
+    nothing of types and shapes, which a graph and the header of a safetensors file have.
+
+    name: in that file; file: its path in the bundle's folder.
+    """
+
+    name: Text
+    file: str
+    offset: Bytes
+    length: Bytes
+
+    @property
+    def location(self) -> str:
+        """Return the file's path relative to the folder of graphs, as ONNX files name it."""
+        return self.file.removeprefix(f"{GRAPHS}/")
+
+    def part(self, name: str, offset: int, length: int) -> "StoredWeight":
+        """Return some of its bytes as a weight of their own."""
+        return StoredWeight(name, self.file, self.offset + offset, length)
+
+
 def scale_name(scale: int) -> str:
     """Return the stage that predicts a scale; scales count from 0."""
     return f"scale_{scale:02}"

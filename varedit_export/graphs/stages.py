@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import sqrt
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -339,13 +339,11 @@ class ScaleStage(Stage):
         return _predict(self.shapes, self.model, x_RLC, geometry, grid, total, given)
 
 
-@dataclass(frozen=True)
-class WeightPart:
-    """Some bytes of a stored weight, by the parameter's name."""
+class Rows(NamedTuple):
+    """Rows of a weight, which the parameter names: as many as an input holds, from `first` on."""
 
     weight: str
-    offset: int
-    length: int
+    first: int
 
 
 @dataclass(frozen=True)
@@ -353,14 +351,14 @@ class Scale:
     """What makes a template (`ScaleStage`) the static graph of one scale.
 
     sizes: its symbolic lengths; constants: inputs that become constants; parts: inputs that become
-    parts of weights: the level's embedding and the rotary tables' rows.
+    rows of weights: the level's embedding and the rotary tables' rows.
     """
 
     name: str
     kind: Kind
     sizes: dict[str, int]
     constants: dict[str, Tensor]
-    parts: dict[str, WeightPart]
+    parts: dict[str, Rows]
 
 
 def scale(shapes: Shapes, index: int) -> Scale:
@@ -368,18 +366,15 @@ def scale(shapes: Shapes, index: int) -> Scale:
     transformer = shapes.config.transformer
     last = len(transformer.grids) - 1
     sizes = scale_sizes(transformer, index)
-    row = transformer.head_width // 2 * torch.float32.itemsize
-    rows = sizes["past"] * row, transformer.lengths[index] * row
-    level = transformer.width * torch.float32.itemsize
     return Scale(
         scale_name(index),
         "first" if index == 0 else "last" if index == last else "middle",
         sizes,
         {} if index == last else scale_matrices(shapes, index),
         {
-            "level": WeightPart("model.level_embedding", index * level, level),
-            "cos": WeightPart("table.cos", *rows),
-            "sin": WeightPart("table.sin", *rows),
+            "level": Rows("model.level_embedding", index),
+            "cos": Rows("table.cos", sizes["past"]),
+            "sin": Rows("table.sin", sizes["past"]),
         },
     )
 

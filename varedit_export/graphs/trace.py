@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 
 import onnx_ir as ir
 import torch
@@ -21,26 +22,13 @@ from torch.export import Dim
 
 from varedit_export.errors import ExportError
 from varedit_export.graphs.blocks import grow
-from varedit_export.graphs.stages import LENGTHS, Scale, Spec, Stage, WeightPart
+from varedit_export.graphs.stages import LENGTHS, Rows, Scale, Spec, Stage
+from varedit_runtime.manifest import StoredWeight
 
 OPSET = 20
 LARGEST_CONSTANT = 2**20  # bytes of an input that is folded: resizing matrices, no weights
 # Sizes of symbolic dimensions while tracing. torch specialises 0, 1 and equal sizes: all differ.
 SAMPLE_SIZES: dict[str, int] = dict(zip(LENGTHS, (3, 5, 4, 6, 11, 13, 17), strict=True))
-
-
-@dataclass(frozen=True)
-class StoredWeight:
-    """Where a weight lies: its name, its file relative to the graph, and its bytes there."""
-
-    name: str
-    location: str
-    offset: int
-    length: int
-
-    def part(self, name: str, offset: int, length: int) -> "StoredWeight":
-        """Return some of its bytes as a weight with its own name."""
-        return StoredWeight(name, self.location, self.offset + offset, length)
 
 
 @dataclass(frozen=True)
@@ -149,20 +137,18 @@ def _bind(model: ir.Model, scale: Scale) -> None:
 
 
 def _refer_to_weights(
-    model: ir.Model, stored: Mapping[str, StoredWeight], parts: Mapping[str, WeightPart]
+    model: ir.Model, stored: Mapping[str, StoredWeight], parts: Mapping[str, Rows]
 ) -> None:
     """Turn weights from inputs into references to their files; drop those that nothing reads."""
-    places = dict(stored)
-    for name, part in parts.items():
-        places[name] = stored[part.weight].part(name, part.offset, part.length)
     for value in tuple(model.graph.inputs):
-        place = places.get(str(value.name))
-        if place is None:
+        name = str(value.name)
+        if name not in parts and name not in stored:
             continue
         model.graph.inputs.remove(value)
         if not value.uses():
             continue
         assert value.dtype is not None and value.shape is not None
+        place = _rows(stored, parts[name], value) if name in parts else stored[name]
         value.const_value = ir.ExternalTensor(
             place.location,
             place.offset,
@@ -173,6 +159,14 @@ def _refer_to_weights(
         )
         value.name = place.name
         model.graph.register_initializer(value)
+
+
+def _rows(stored: Mapping[str, StoredWeight], part: Rows, value: ir.Value) -> StoredWeight:
+    """Return where the rows of a weight lie that an input [.., row] stands for."""
+    assert value.dtype is not None and value.shape is not None
+    *count, length = value.shape.numpy()
+    row = length * value.dtype.bitwidth // 8
+    return stored[part.weight].part(str(value.name), part.first * row, prod(count) * row)
 
 
 def _name_dimensions(model: ir.Model, specs: Mapping[str, Spec]) -> None:

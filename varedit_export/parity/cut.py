@@ -18,10 +18,12 @@ import torch
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 from torch import Tensor
 
+from varedit_engines.network import external_weights
 from varedit_export.errors import ExportError
 from varedit_export.graphs.blocks import NODE_NAME
-from varedit_reference.weights_file import read_layout
+from varedit_reference.weights_file import StoredTensor, read_layout
 from varedit_runtime.backends.onnxruntime.backend import load_graph
+from varedit_runtime.manifest import StoredWeight
 
 Arrays = dict[str, np.ndarray]
 
@@ -34,50 +36,32 @@ TORCH_TYPES = {
 }
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a weight lies: in which file, from which byte on, as what."""
-
-    location: str
-    offset: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def length(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
-
-
 class WeightFiles:
-    """The files of weights below a folder of graphs, memory-mapped."""
+    """The files of weights of a bundle's folder, memory-mapped."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._maps: dict[str, mmap.mmap] = {}
-        self._layouts: dict[str, dict[str, Place]] = {}
+        self._layouts: dict[str, dict[str, StoredTensor]] = {}
 
-    def layout(self, location: str) -> Mapping[str, Place]:
-        """Where a file's own header says that its tensors are."""
-        if location not in self._layouts:
-            layout = read_layout(self._folder / location)
-            self._layouts[location] = {
-                name: Place(location, start, tensor.dtype, tuple(tensor.shape))
-                for name, (tensor, start) in layout.items()
-            }
-        return self._layouts[location]
+    def layout(self, file: str) -> Mapping[str, StoredTensor]:
+        """Return where a file's own header says that its tensors are, by name."""
+        if file not in self._layouts:
+            self._layouts[file] = read_layout(self._folder, file)
+        return self._layouts[file]
 
-    def read(self, place: Place) -> Tensor:
-        """A view of the file in its own type."""
-        if place.location not in self._maps:
-            with (self._folder / place.location).open("rb") as file:
+    def read(self, tensor: StoredTensor) -> Tensor:
+        """Return a view of the file, in its own type."""
+        place, name = tensor.place, tensor.place.file
+        if name not in self._maps:
+            with (self._folder / name).open("rb") as file:
                 # Copied on writing, as torch takes no memory that cannot be written.
-                self._maps[place.location] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        file = self._maps[place.location]
-        if place.offset + place.length > len(file):
-            raise ExportError(f"a weight lies past the end of {place.location}")
+                self._maps[name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        if place.offset + place.length > len(self._maps[name]):
+            raise ExportError(f"a weight lies past the end of {name}")
         return torch.frombuffer(
-            file, dtype=place.dtype, count=prod(place.shape), offset=place.offset
-        ).view(place.shape)
+            self._maps[name], dtype=tensor.dtype, count=prod(tensor.shape), offset=place.offset
+        ).view(tensor.shape)
 
 
 @dataclass(frozen=True)
@@ -136,11 +120,12 @@ class CutGraph:
         model = onnx.load_model_from_string(content)
         graph, self._versions = model.graph, (model.opset_import, model.ir_version)
         self.name = name
-        self.places: dict[str, Place] = {}
+        self.places: dict[str, StoredTensor] = {}
         self._constants: dict[str, TensorProto] = {}
+        weights = external_weights(graph)
         for tensor in graph.initializer:
-            if tensor.data_location == TensorProto.EXTERNAL:
-                self.places[tensor.name] = _place(tensor)
+            if tensor.name in weights:
+                self.places[tensor.name] = _typed(weights[tensor.name], tensor)
             else:
                 self._constants[tensor.name] = _widened(tensor)
         infos = (*graph.input, *graph.output, *graph.value_info)
@@ -356,17 +341,12 @@ class Runner:
         return self._sessions[piece.model]
 
 
-def _place(tensor: TensorProto) -> Place:
-    entries = {entry.key: entry.value for entry in tensor.external_data}
-    place = Place(
-        entries["location"],
-        int(entries.get("offset", 0)),
-        TORCH_TYPES[tensor.data_type],  # type: ignore[index]
-        tuple(tensor.dims),
-    )
-    if int(entries.get("length", place.length)) != place.length:
+def _typed(place: StoredWeight, tensor: TensorProto) -> StoredTensor:
+    """Return a weight's place with the type and shape that the graph gives it."""
+    dtype = TORCH_TYPES[tensor.data_type]  # type: ignore[index]
+    if place.length != prod(tensor.dims) * dtype.itemsize:
         raise ExportError(f"the weight {tensor.name} has another length than its shape and type")
-    return place
+    return StoredTensor(place, dtype, tuple(tensor.dims))
 
 
 def _block(node: NodeProto) -> int | None:

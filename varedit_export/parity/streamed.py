@@ -61,7 +61,7 @@ from varedit_reference.sampling import bit_probability, guide, nucleus
 from varedit_reference.sar import scale_aligned_references
 from varedit_reference.transformer import VAR, Block, Linear, TextCondition
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.manifest import ParityLine, Variant, scale_name, scale_of
+from varedit_runtime.manifest import ParityLine, Variant, scale_name, scale_of, weights_file
 from varedit_runtime.pictures import from_decoder
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ TOKENS = 64  # of a scale, that blocks are compared at
 DRAWING = 2  # parameters at a time
 CPU = torch.device("cpu")
 M_MMAP_THRESHOLD, LARGE_ARRAY = -3, 2**20  # of glibc's malloc.h; bytes
-TRANSFORMER, TEXT = "weights/transformer.safetensors", "weights/text_encoder.safetensors"
+TRANSFORMER, TEXT = weights_file("transformer"), weights_file("text_encoder")
 
 
 class Stored(Mapping[str, Tensor]):
@@ -171,7 +171,7 @@ def compare_streamed(bundle: Bundle, config: ModelConfig, sources: Sources) -> I
     """Every graph of every variant against the weights it was built from."""
     _return_freed_memory()
     for variant in bundle.manifest.variants:
-        files, config = WeightFiles(bundle.graphs_folder), config_of(variant, config)
+        files, config = WeightFiles(bundle.path), config_of(variant, config)
         yield from _places(bundle, variant, files)
         if sources.text is not None and "text_encoder" in variant.graphs:
             yield from TextComparison(bundle, variant, sources.text, files).lines()
@@ -200,9 +200,9 @@ def _places(bundle: Bundle, variant: Variant, files: WeightFiles) -> Iterator[Pa
     """
     for stage in variant.graphs:
         wrong = 0
-        for name, place in _cut(bundle, variant, stage).places.items():
+        for name, weight in _cut(bundle, variant, stage).places.items():
             if scale_of(stage) is None or name not in PARTS:
-                wrong += files.layout(place.location).get(name) != place
+                wrong += files.layout(weight.place.file).get(name) != weight
         yield ParityLine(stage, "weights not where their file has them", float(wrong), 0.0)
 
 

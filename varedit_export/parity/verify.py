@@ -50,7 +50,7 @@ from varedit_runtime.backends.onnxruntime.backend import OnnxBackend, load_graph
 from varedit_runtime.backends.onnxruntime.spec import OnnxRuntimeOptions
 from varedit_runtime.backends.wiring import KINDS
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.manifest import Manifest, ParityLine, Variant, scale_name
+from varedit_runtime.manifest import Manifest, ParityLine, Variant, scale_name, weights_file
 from varedit_runtime.pictures import from_decoder
 
 if TYPE_CHECKING:
@@ -104,9 +104,9 @@ def is_large(parameters: int) -> bool:
 
 def parameters(bundle: Bundle) -> int:
     """How many numbers its weights are."""
-    files = WeightFiles(bundle.graphs_folder)
-    layouts = (files.layout(f"weights/{name}.safetensors") for name in bundle.components)
-    return sum(prod(place.shape) for layout in layouts for place in layout.values())
+    files = WeightFiles(bundle.path)
+    layouts = (files.layout(weights_file(name)) for name in bundle.components)
+    return sum(prod(tensor.shape) for layout in layouts for tensor in layout.values())
 
 
 def gate(lines: Iterator[ParityLine]) -> list[ParityLine]:

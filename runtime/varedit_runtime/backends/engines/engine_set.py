@@ -33,6 +33,7 @@ from varedit_runtime.manifest import (
     FolderManifest,
     Name,
     Precision,
+    StoredWeight,
     Text,
     canonical_json,
     weights_file,
@@ -72,15 +73,6 @@ class Recipe(Struct, frozen=True, forbid_unknown_fields=True):
         return hashlib.sha256(canonical_json(self)).hexdigest()
 
 
-class EngineWeight(Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
-    """An input of an engine that is a weight: bytes of one of the bundle's weights files."""
-
-    name: Text
-    file: str
-    offset: Bytes
-    length: Bytes
-
-
 class Plan(Struct, frozen=True, forbid_unknown_fields=True):
     """A compiled engine. file: its packed file in the set. size: unpacked, in bytes."""
 
@@ -97,7 +89,7 @@ class EngineSetManifest(FolderManifest, frozen=True):
 
     recipe: Recipe
     plans: dict[Name, Plan]
-    weights: dict[Name, tuple[EngineWeight, ...]] = msgspec.field(default_factory=dict)
+    weights: dict[Name, tuple[StoredWeight, ...]] = msgspec.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
