@@ -1,10 +1,10 @@
 """The next-scale transformer, top to bottom: VAR, then a block, then its parts.
 
     x = x + gamma1 · SelfAttention(LN(x)·(1 + scale1) + shift1)
-    x = x + CrossAttention(LN(x), text)
+    x = x + CrossAttention(LN(x)·weight + bias, text)
     x = x + gamma2 · MLP(LN(x)·(1 + scale2) + shift2)
 
-gamma, scale and shift (AdaLN) come from the pooled text plus a learned [6, C] per block.
+gamma, scale and shift (AdaLN) come from the pooled text, plus a learned [6, C] per block.
 
 Shape suffixes: R rows (pictures x guidance, conditional rows first), L tokens in, S tokens seen,
 T text tokens, C width, H heads, D = C/H, c bits of a token. The cache is [S, R, H, D].

@@ -1,8 +1,8 @@
 """A variant's compiled engines on a GPU: memory is allocated once, every step is a CUDA graph.
 
-Launching hundreds of kernels one by one, and copying caches, would cost more than the small scales
-compute. So noise and parameters are copied before the first scale, keys and values are written
-where the next scale reads them, and if nobody listens between scales the whole edit is one launch.
+Launching every kernel from the host, and copying caches between scales, costs time at every scale.
+So noise and parameters are copied before the first scale, keys and values are written where the
+next scale reads them, and if nobody listens between scales the whole edit is one launch.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,8 +1,8 @@
-"""Plans in their files: zlib streams one behind the other, of a piece of the plan each.
+"""Compress plans in their files: a sequence of zlib streams, one per piece of the plan.
 
-Most of a plan are sources of kernels, over and over, which pack well, or weights, which do not:
-pieces that would not are stored as they are, so that gigabytes of them are read at once. Beside the
-plan no more than pieces of it are held, in either direction.
+Most of a plan is source code of kernels, repeated, which compresses well, or weights, which do not.
+So each piece is judged by a sample, and stored uncompressed if compression would not pay: gigabytes
+of weights are then read at the disk's speed. Besides the plan, only pieces are held in memory.
 """
 
 import zlib
@@ -10,10 +10,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 PIECE = 2**20
-SAMPLE = 2**16  # what a piece starts with, and is judged by
-WORTHWHILE = 0.5
-PART = 2**18  # that is unpacked at once
-MOST = 1032  # bytes that zlib can have made one of
+SAMPLE = 2**16  # bytes at a piece's start that decide whether it is compressed
+WORTHWHILE = 0.5  # compressed size, relative to the sample's, below which it is
+PART = 2**18  # bytes that are unpacked at once
+MOST = 1032  # zlib's largest compression ratio
 
 Buffer = bytes | memoryview
 
@@ -33,9 +33,10 @@ def _level(piece: memoryview) -> int:
 
 
 def unpack(chunks: Iterable[bytes], packed: int, size: int) -> bytearray:
-    """What was packed, of that size, from all chunks of a file.
+    """Return the plan of this size, given all chunks of its file.
 
-    packed: the file's own size. Raises ValueError on anything else, unpacking no more.
+    packed: the file's size. Raises ValueError if the file unpacks to another size, as soon as it is
+    exceeded: a damaged or hostile file cannot exhaust memory.
     """
     wrong = ValueError(f"it does not unpack to {size} bytes")
     if size > MOST * packed:
@@ -53,7 +54,7 @@ def unpack(chunks: Iterable[bytes], packed: int, size: int) -> bytearray:
 
 
 def unpacked_size(chunks: Iterable[bytes]) -> int:
-    """Bytes. Raises ValueError on what was not packed."""
+    """Return the bytes that a file unpacks to. Raises ValueError if it was not packed."""
     return sum(map(len, _parts(chunks)))
 
 
