@@ -1,7 +1,8 @@
-"""How fast a bundle is here: every stage and scale, start-up, memory, and what could be reached.
+"""Measure a bundle on this machine: the time of every stage and scale, start-up, and memory.
 
-The yardstick is one large fp32 matrix product on the same provider and threads of ONNX Runtime,
-measured in the same run: a stage that spends its time on products as well as that has a share of 1.
+The yardstick is one large fp32 matrix product, measured in the same run on the same provider and
+threads of ONNX Runtime: a stage that reaches the product's rate in its own products has a share
+of 1. So a share says how much a faster implementation could gain.
 """
 
 import ctypes
@@ -32,13 +33,13 @@ from varedit_runtime.manifest import DIGEST, MANIFEST, Model, Variant, scale_of
 INSTRUCTION = "add a hat"
 PRODUCT_SIZES = {"cpu": 1024, "cuda": 8192}
 PRODUCT_RUNS = 10
-SAMPLE_SECONDS = 0.02
+SAMPLE_SECONDS = 0.02  # between two samples of the memory in use
 ROLLUP = Path("/proc/self/smaps_rollup")
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Of repeated measurements: the median, and the lower and upper quartile."""
+    """The median of repeated measurements, and their lower and upper quartile."""
 
     median: float
     lower: float
@@ -52,8 +53,11 @@ class Spread:
 
 @dataclass(frozen=True)
 class Stage:
-    """seconds: of a batch, what the host does for the stage included. flops: of its matrix
-    products, where they are counted. share: of the yardstick's rate."""
+    """A stage's measurements.
+
+    seconds: per batch, including the host's work for the stage. flops: floating-point operations of
+    its matrix products, if counted. share: its rate, relative to the yardstick's.
+    """
 
     name: str
     seconds: Spread
@@ -63,15 +67,15 @@ class Stage:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of the process (proportional set size, None where the system does not tell).
+    """Bytes of the process: its proportional set size, None if the system does not report it.
 
-    before: with Python and libraries alone; opened: with the bundle; peak: during an edit;
-    activations: how far the peak is above what is held after it, as graphs give back after a run
-    what they took for it, and the allocator is asked to do so. weights: their files; buffers:
-    caches and what passes between graphs, by their shapes; disk: all files of the bundle.
+    before: with Python and libraries alone. opened: with the bundle. peak: during an edit.
+    activations: the peak minus what is held after the edit; graphs free their activations after a
+    run, and the allocator is asked to return them. weights: their files. buffers: caches and
+    tensors between graphs, by their shapes. disk: all files of the bundle.
 
-    Times the weights: peak_ratio, the peak; held_ratio, the peak without buffers and activations;
-    disk_ratio, the disk.
+    Ratios are relative to weights. peak_ratio: of the peak. held_ratio: of the peak without buffers
+    and activations. disk_ratio: of the disk.
     """
 
     before: int | None
@@ -88,9 +92,9 @@ class Memory:
 
 @dataclass(frozen=True)
 class Report:
-    """What `measure` found; seconds, bytes, and floating-point operations a second.
+    """The result of `measure`, in seconds, bytes, and floating-point operations per second.
 
-    gpu_memory: bytes, of engines; memory is that of the process on the host.
+    memory: of the process, on the host. gpu_memory: what engines take of the GPU's memory.
     """
 
     bundle: str
@@ -120,8 +124,8 @@ def measure(
 ) -> Report:
     """Open a bundle and edit a synthetic picture: once to warm up, then `repeat` times.
 
-    backend, variant: as for `Editor.open`. Where an edit is one launch, it is edited as often by
-    stages as well. Raises what `Editor.open` does, and ConfigError unless repeat is at least 1.
+    backend, variant: as for `Editor.open`. If an edit is one launch, as many edits run stage by
+    stage as well. Raises what `Editor.open` raises, and ConfigError if repeat is less than 1.
     """
     if repeat < 1:
         raise ConfigError(f"repeat is {repeat}; it must be at least 1")
@@ -163,8 +167,8 @@ def measure(
 class _Runs:
     """The edits of a measurement.
 
-    samples: of `memory_in_use` during the first one; after: the same when it had ended. edits,
-    stages: seconds by stage of every later edit, and of every one that ran by stages.
+    samples: `memory_in_use` during the first edit. after: the same when it had ended. edits,
+    stages: seconds by stage of every later edit, and of every edit that ran stage by stage.
     """
 
     first_seconds: float
@@ -195,7 +199,7 @@ def _run(editor: Editor, repeat: int) -> _Runs:
 
 
 def table(report: Report) -> str:
-    """The report for a person."""
+    """Format a report as a table for people."""
     cores = f"{report.cores} cores" if report.threads is None else f"{report.threads} threads"
     lines = [
         f"{report.bundle}: {report.variant}, {report.precision}, batch {report.batch}",
@@ -229,7 +233,7 @@ def _gpu_memory(size: int | None) -> Iterator[str]:
 
 
 def memory_lines(memory: Memory) -> list[str]:
-    """Where the memory is, and the disk, for a person."""
+    """Describe memory and disk for people, by use."""
     return [
         f"memory           {_process(memory)}",
         *_ratios(memory),
@@ -238,16 +242,13 @@ def memory_lines(memory: Memory) -> list[str]:
 
 
 def check_report(path: Path) -> None:
-    """Raises ConfigError where no report could be written, before work is spent on one."""
+    """Raise ConfigError, before work is spent, if a report could not be written there."""
     if not path.parent.is_dir():
-        raise ConfigError(f"{path} cannot be written: there is no folder {path.parent}")
+        raise ConfigError(f"{path} cannot be written: there is no folder {path.parent}; make it")
 
 
 def write_report(report: Any, path: Path) -> None:
-    """Write a report, of what JSON holds, whole or not at all.
-
-    Raises ConfigError when that fails.
-    """
+    """Write a report of JSON values, whole or not at all. Raises ConfigError if that fails."""
     try:
         with atomic_file(path) as whole:
             whole.write_text(json.dumps(report, indent=1) + "\n")
@@ -256,7 +257,10 @@ def write_report(report: Any, path: Path) -> None:
 
 
 def memory_in_use() -> int | None:
-    """This process's proportional set size in bytes; None where the system does not tell it."""
+    """Return this process's proportional set size in bytes; None if the system does not report it.
+
+    A page that several processes share counts in proportion in each.
+    """
     try:
         lines = ROLLUP.read_text().splitlines()
     except OSError:
@@ -265,7 +269,7 @@ def memory_in_use() -> int | None:
 
 
 def _return_freed_memory() -> None:
-    """Ask glibc for what it keeps of freed memory, which belongs to no one."""
+    """Ask glibc to return freed memory that it keeps, which nothing in the process uses."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
@@ -273,7 +277,7 @@ def _return_freed_memory() -> None:
 
 @contextmanager
 def peak_memory() -> Iterator[list[int]]:
-    """Sample `memory_in_use` meanwhile; the list is whole when the context has ended."""
+    """Sample `memory_in_use` during the context; the list is complete when it has ended."""
     samples: list[int] = []
     ended = Event()
 
@@ -293,7 +297,7 @@ def peak_memory() -> Iterator[list[int]]:
 
 
 def product_rate(provider: str, threads: int | None = None) -> float:
-    """Floating-point operations a second of a large square fp32 matrix product, the median."""
+    """Measure the median rate of a large square fp32 matrix product, in operations per second."""
     size = PRODUCT_SIZES[provider]
     session = Session("matrix product", _product_graph(size), Path(), provider, threads or 0)
     buffers = {name: Buffer((size, size), "float32", provider) for name in "abc"}
@@ -309,7 +313,7 @@ def product_rate(provider: str, threads: int | None = None) -> float:
 
 
 def product_flops(stage: str, model: Model, variant: Variant) -> int | None:
-    """Operations in the matrix products of the prefill or a scale; None for other stages.
+    """Count the operations in matrix products of the prefill or a scale; None for other stages.
 
     Per token and block: 2 · (weights of the linear layers) + 4 · C · (keys seen, text included).
     """
@@ -379,7 +383,7 @@ def _memory(
 def _process(memory: Memory) -> str:
     parts = f"weights {_megabytes(memory.weights)}, caches {_megabytes(memory.buffers)}"
     if memory.peak is None or memory.activations is None or memory.before is None:
-        return f"{parts}; the process's own is not told by this system"
+        return f"{parts}; this system does not report the process's memory"
     parts += f", activations {_megabytes(memory.activations)}"
     known = memory.before + memory.weights + memory.buffers + memory.activations
     return (
@@ -401,7 +405,7 @@ def _megabytes(size: int) -> str:
 
 
 def _product_graph(size: int) -> bytes:
-    """An ONNX model of c = a @ b on square matrices, as protobuf (onnx.proto3) writes it."""
+    """Encode an ONNX model of c = a @ b on square matrices, as protobuf (onnx.proto3) does."""
     shape = 2 * _message(1, _integer(1, size))  # dim: dim_value
     kind = _message(1, _integer(1, 1) + _message(2, shape))  # tensor_type: float32, shape
     a, b, c = (_message(1, name) + _message(2, kind) for name in (b"a", b"b", b"c"))

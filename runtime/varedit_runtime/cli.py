@@ -303,7 +303,7 @@ def _preview(scale: str) -> str:
 
 
 def _same_file(one: Path, other: Path) -> bool:
-    """Also through links, and under other names where case does not count."""
+    """Return whether two paths are one file, also through links or by case-insensitive names."""
     try:
         return one.samefile(other)
     except OSError:  # not both are there

@@ -1,9 +1,9 @@
-"""Editing pictures with a bundle: from pictures, instructions and seeds to edited pictures.
+"""Edit pictures with a bundle: from pictures, instructions and seeds to edited pictures.
 
     with Editor.open("bundles/2b-512") as editor:
         result = editor.edit("photo.png", "add a hat", seed=7)
 
-Everything that can be wrong with a call is found before anything is computed.
+All arguments of a call are checked before anything is computed.
 """
 
 import os
@@ -54,8 +54,8 @@ from varedit_runtime.text import Instructions, read_tokenizer
 class EditResult:
     """An edited picture.
 
-    image: RGB, of the source's size. seed: with it, alone or in any batch, the same edit gives the
-    same bits, up to ties. timings: seconds by stage, in the order that they ran, of the batch that
+    image: RGB, of the source's size. seed: the same edit with it gives the same bits, up to ties,
+    alone or in any batch. timings: seconds by stage, in the order they ran, of the whole batch that
     the picture was in.
     """
 
@@ -66,10 +66,10 @@ class EditResult:
 
 @dataclass(frozen=True)
 class Progress:
-    """A scale of an edit, just predicted.
+    """A scale of an edit that was just predicted.
 
-    scale: from 0, the coarsest, to scales - 1. seconds: what it took. pictures: which of the
-    results of the call are in the making.
+    scale: from 0, the coarsest, to scales - 1. seconds: the time it took. pictures: the places of
+    this batch's pictures in the call's results.
     """
 
     scale: int
@@ -80,7 +80,7 @@ class Progress:
     _cancelled: Event
 
     def preview(self) -> list[Image.Image]:
-        """The pictures so far, decoded when asked for, one for each of `pictures`."""
+        """Decode the pictures as they are so far, one for each of `pictures`."""
         return self._draw()
 
     def cancel(self) -> None:
@@ -88,14 +88,14 @@ class Progress:
         self._cancelled.set()
 
 
-WHOLE = "edit"  # the one timing of an edit that is not run by stages
+WHOLE = "edit"  # the only entry in the timings of an edit that ran as one launch
 
 OnScale = Callable[[Progress], None]
 
 
 @dataclass(frozen=True)
 class _Call:
-    """One call of `Editor.edit`, all its arguments checked."""
+    """One call of `Editor.edit`, with checked arguments."""
 
     wanted: Sequence[Wanted]
     sampling: ScaleSettings
@@ -104,11 +104,11 @@ class _Call:
 
 
 class Editor:
-    """Edits pictures with one variant of a bundle; made by `Editor.open`, ended by `close`.
+    """An editor of pictures with one variant of a bundle; made by `Editor.open`, ended by `close`.
 
-    Its memory for caches and for what passes between graphs is allocated once. Threads may share
-    an editor: their calls run one after the other. bundle, variant: what is run, and
-    provider: on what.
+    bundle, variant: what it runs. provider: the device or library that computes. Memory for caches
+    and tensors between graphs is allocated once. Threads may share an editor: their calls run one
+    after the other.
     """
 
     def __init__(
@@ -137,20 +137,20 @@ class Editor:
         engines_digest: str | None = None,
         trust_engines: bool = False,
     ) -> "Editor":
-        """Load a bundle.
+        """Open a bundle for editing.
 
-        backend: the name of one, such as "onnxruntime", or "tensorrt" or "tensorrt-rtx" for engines
-        that were compiled; or what `backends.choose` returns, for a backend with options that are
-        not arguments here. digest: the bundle's own, which pins it; the weights are then read and
-        hashed as well. variant: by name; by default the bundle's first.
+        backend: a backend's name, such as "onnxruntime", or "tensorrt" or "tensorrt-rtx" for
+        compiled engines; or the result of `backends.choose`, for options that are not arguments
+        here. digest: the bundle's digest as its publisher states it; with it no other bundle is
+        accepted, and weights are hashed too. variant: its name; by default the bundle's first.
 
         provider, threads: see `OnnxRuntimeOptions`; no other backend takes them. engines_digest,
         trust_engines: see `EngineOptions`; only backends that run engines take them.
 
-        Raises BundleError when the folder is no bundle, is damaged, another one, or has no such
-        variant or no engines for this GPU; BackendError when the provider or a GPU is not there, a
-        graph cannot be loaded or the GPU's memory is too small; MissingExtraError when the backend
-        is not installed; ConfigError on other arguments that cannot be used.
+        Raises BundleError if the folder is no bundle, is damaged, has another digest, or has no
+        such variant or no engines for this GPU; BackendError if the provider or a GPU is missing, a
+        graph cannot be loaded or memory is too small; MissingExtraError if the backend is not
+        installed; ConfigError on other arguments that cannot be used.
         """
         chosen_backend = choose(
             backend,
@@ -180,7 +180,7 @@ class Editor:
         self.close()
 
     def close(self) -> None:
-        """Free the graphs and their memory, after the edit that may be under way in a thread.
+        """Free the graphs and their memory, after an edit that another thread is running.
 
         Raises EditorError inside `on_scale`. Closing twice does nothing.
         """
@@ -193,9 +193,9 @@ class Editor:
 
     @property
     def backend(self) -> Backend:
-        """What runs the stages, to run them one by one. Nothing else may use the editor meanwhile.
+        """The backend, to run stages one by one while nothing else uses the editor.
 
-        Raises EditorError when the editor is closed.
+        Raises EditorError if the editor is closed.
         """
         if self._backend is None:
             raise EditorError("the editor is closed: open another one")
@@ -248,19 +248,19 @@ class Editor:
     ) -> EditResult | list[EditResult]:
         """Edit pictures as instructed.
 
-        image: what `pictures.open_picture` takes, or a list; prompt, negative_prompt: a text, or a
-        list. What is no list serves every entry of the lists, which must be equally long. One
-        result comes back where nothing is a list and one picture was asked for, else a list,
-        num_images_per_prompt results for each entry in turn.
+        image: what `pictures.open_picture` takes, or a list. prompt, negative_prompt: a text, or a
+        list. Lists must be equally long; an argument that is not a list is used for every entry.
+        num_images_per_prompt: results per entry, which follow each other. Returns a list, or one
+        result if nothing is a list and one picture was asked for.
 
-        guidance_scale, temperature: a number or one per scale, by default the bundle's own; a
-        guidance of 1 ignores the negative prompt. seed: result i gets seed + i, or a list with one
-        for each result; by default drawn, and told in the results. on_scale: called after every
+        guidance_scale, temperature: one number or one per scale, by default the bundle's own; with
+        a guidance of 1 the negative prompt has no effect. seed: result i gets seed + i; or a list
+        with one for each result; by default random, see the results. on_scale: called after every
         scale, in this thread.
 
-        Raises ConfigError, TextError or PictureError on arguments that cannot be used, naming what
-        can; EditCancelled when on_scale cancelled; EditorError when the editor is closed or
-        on_scale calls it; BackendError when a graph fails or computes what is not finite.
+        Raises ConfigError, TextError or PictureError on arguments that cannot be used;
+        EditCancelled if on_scale cancelled; EditorError if the editor is closed, or called by
+        on_scale; BackendError if a graph fails or computes numbers that are not finite.
         """
         sampling = choose_sampling(
             self.bundle.manifest, self.variant, guidance_scale, temperature, negative_prompt
@@ -301,7 +301,7 @@ class Editor:
                 self._editing = False
 
     def _edit_batch(self, call: _Call, first: int) -> Iterator[EditResult]:
-        """first: the place of the batch in the call."""
+        """Edit the batch that starts at this place in the call."""
         wanted = call.wanted[first : first + self.variant.batch]
         # The graphs were built for a batch of this size: a smaller one repeats its last picture.
         rows = [wanted[min(i, len(wanted) - 1)] for i in range(self.variant.batch)]
@@ -313,7 +313,7 @@ class Editor:
             yield EditResult(image, one.seed, batch.timings.seconds)
 
     def _edit_whole(self, batch: "_Batch") -> list[Image.Image] | None:
-        """None where the backend edits by stages."""
+        """Edit a batch in one launch; return None if the backend cannot."""
         edit = self.backend.whole
         if edit is None:
             return None
@@ -345,20 +345,20 @@ class Editor:
             return self._restored(decoded, batch.wanted)
 
     def _squares(self, rows: Sequence[Wanted]) -> np.ndarray:
-        """[B, 3, H, W], as the image encoder sees them."""
+        """Return the pictures as the image encoder reads them, [B, 3, H, W]."""
         return np.stack([to_square(row.picture, self.variant.picture) for row in rows])
 
     def _prompts(self, rows: Sequence[Wanted]) -> Prompts:
         ids, mask = self._padded([one.prompt for one in rows])
         if not self.guided:
             return Prompts(ids, mask)
-        # Rows without a negative prompt take the model's own, whatever is given here.
+        # Rows without a negative prompt use the model's own; their ids here are only a filling.
         negative_ids, negative_mask = self._padded([one.negative or one.prompt for one in rows])
         present = np.array([bool(one.negative) for one in rows])
         return Prompts(ids, mask, Negatives(negative_ids, negative_mask, present))
 
     def _padded(self, prompts: Sequence[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids int64 and mask bool [B, T]."""
+        """Pad token ids; return ids int64 and mask bool, both [B, T]."""
         ids = np.zeros((len(prompts), self.variant.text_tokens), np.int64)
         mask = np.zeros(ids.shape, np.bool_)
         for row, prompt in enumerate(prompts):
@@ -367,7 +367,7 @@ class Editor:
         return ids, mask
 
     def _sampling(self, batch: "_Batch", scale: int) -> Sampling:
-        """How a scale's bits are chosen: by noise from each picture's own seed."""
+        """Return a scale's sampling, with the noise of each picture's own seed."""
         rows, columns = self.variant.grids[scale]
         channels = self.bundle.manifest.model.token_channels
         noise = [uniform_noise(one.seed, scale, rows * columns, channels) for one in batch.rows]
@@ -379,7 +379,7 @@ class Editor:
         )
 
     def _restored(self, decoded: np.ndarray, wanted: Sequence[Wanted]) -> list[Image.Image]:
-        """Decoded pictures [B, 3, H, W] as pictures of their sources' sizes."""
+        """Turn decoded pictures [B, 3, H, W] into pictures of their sources' sizes."""
         return [
             restore(from_decoder(pixels), one.picture.size)
             for pixels, one in zip(decoded, wanted, strict=False)
@@ -387,7 +387,7 @@ class Editor:
 
     def _progress(self, batch: "_Batch", scale: int, total: np.ndarray) -> Progress:
         def draw() -> list[Image.Image]:
-            with self._turn:  # another thread that asks waits for the edit to end
+            with self._turn:  # a preview from another thread waits for the edit to end
                 decoded = _finite(DECODER, self.backend.decode(total))
                 return self._restored(decoded, batch.wanted)
 
@@ -428,7 +428,7 @@ class _Timings:
 
 @dataclass(frozen=True)
 class _Batch:
-    """What is edited at once. rows: the graphs' rows; places: of the pictures in the results."""
+    """The pictures edited at once. rows: padded to the batch. places: those in the results."""
 
     call: _Call
     wanted: Sequence[Wanted]

@@ -4,9 +4,9 @@ import numpy as np
 
 
 def bilinear_matrix(size: int, size_in: int) -> np.ndarray:
-    """Resizing along one axis, half-pixel centres, no antialias: float32 [size, size_in].
+    """Return the matrix that resizes one axis, float32 [size, size_in].
 
-    rows @ map @ columns.T resizes a map with the matrices of its two axes.
+    Half-pixel centres, no antialias. rows @ map @ columns.T resizes a map, one matrix per axis.
     """
     scale = np.float32(size_in / size)
     centres = (np.arange(size, dtype=np.float32) + np.float32(0.5)) * scale - np.float32(0.5)

@@ -1,4 +1,4 @@
-"""Importing TensorRT or TensorRT for RTX, which have the same interface."""
+"""Import TensorRT or TensorRT for RTX, which have the same interface."""
 
 import importlib
 from types import ModuleType
@@ -13,13 +13,13 @@ MODULES: dict[EngineKind, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tenso
 
 
 def import_tensorrt(kind: EngineKind) -> ModuleType:
-    """Raises MissingExtraError when it is not installed."""
+    """Import a library. Raises MissingExtraError if it is not installed."""
     with needs_extra(kind):
         return importlib.import_module(MODULES[kind])
 
 
 def quiet_logger(trt: ModuleType) -> Any:
-    """Keeps the last error, as `worst`, instead of printing anything."""
+    """Return a logger that prints nothing and keeps the last error as `worst`."""
 
     class Messages(trt.ILogger):
         def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Weights that are inputs of engines, on the GPU: each once, however many engines share it."""
+"""Weights that are inputs of engines, on the GPU: one copy of each, whatever engines share it."""
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -9,17 +9,17 @@ from varedit_runtime.bundle import Bundle, Folder, readable
 from varedit_runtime.errors import BundleError
 from varedit_runtime.manifest import StoredWeight
 
-CHUNK = 64 * 2**20  # bytes on their way to the GPU
+CHUNK = 64 * 2**20  # bytes copied to the GPU at a time
 
 
 class Weights:
-    """by_stage: where the weights of each engine lie in the bundle's files."""
+    """The weights of a set of engines. by_stage: where each engine's lie in the bundle's files."""
 
     def __init__(self, by_stage: Mapping[str, Sequence[StoredWeight]]) -> None:
         self._by_stage = by_stage
         every = [weight for weights in by_stage.values() for weight in weights]
-        # In the files' own order, in which they are read. A table may start where one row of it
-        # does, so that the longest of those that start at one byte comes last and is kept.
+        # In the order of the files, in which they are read. A table and a row of it may start at
+        # one byte: the longest of such weights comes last and is kept, and holds the others.
         every.sort(key=lambda weight: (weight.file, weight.offset, weight.length))
         self._distinct = {(weight.file, weight.offset): weight for weight in every}
         self._arena = lay_out({place: w.length for place, w in self._distinct.items()})
@@ -31,18 +31,18 @@ class Weights:
         return self._arena.size
 
     def lengths(self, stage: str) -> dict[str, int]:
-        """Bytes of the inputs of an engine that are weights."""
+        """Return the bytes of those inputs of an engine that are weights, by name."""
         return {weight.name: weight.length for weight in self._by_stage.get(stage, ())}
 
     def addresses(self, stage: str) -> dict[str, int]:
-        """Of the inputs of an engine that are weights, once they are filled."""
+        """Return the GPU addresses of those inputs of an engine; `fill` must have been called."""
         return {
             weight.name: self._start + self._arena.offsets[weight.file, weight.offset]
             for weight in self._by_stage.get(stage, ())
         }
 
     def fill(self, bundle: Bundle, device: Device) -> None:
-        """Read them from the bundle. Raises BundleError when a file ends early."""
+        """Copy all weights from the bundle. Raises BundleError if a file ends early."""
         if not self._distinct:
             return
         weights = self._distinct.values()

@@ -1,7 +1,7 @@
-"""A bundle's graphs on ONNX Runtime: memory allocated once, keys and values appended in place.
+"""A bundle's graphs on ONNX Runtime: memory is allocated once, keys and values appended in place.
 
-All scales, and the prefill, run on the one symbolic-length graph: every further session would hold
-a packed copy of the weights of its own.
+Prefill and all scales run on the one graph of symbolic lengths: each further session would hold its
+own packed copy of the weights.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,12 +24,12 @@ from varedit_runtime.manifest import Variant
 
 
 class Buffer:
-    """Memory on the provider's device, allocated once; parts of it are bound to graphs."""
+    """Memory on the provider's device, allocated once; graphs read and write parts of it."""
 
     def __init__(self, shape: Sequence[int], dtype: str, device: str) -> None:
-        """Raises BackendError when there is not so much memory."""
+        """Allocate. Raises BackendError if there is not enough memory."""
         self.shape, self.dtype, self.device = tuple(shape), np.dtype(dtype), device
-        # ONNX Runtime makes no buffer without elements.
+        # ONNX Runtime cannot make a buffer without elements.
         held = self.shape if prod(self.shape) else (1,)
         with self._fitting():
             self._value = ort.OrtValue.ortvalue_from_shape_and_type(held, self.dtype, device)
@@ -40,17 +40,17 @@ class Buffer:
         return prod(self.shape) * self.dtype.itemsize
 
     def part(self, shape: Sequence[int] | None = None, first: int = 0) -> "Part":
-        """All of it, or the part of a shape from entry `first` of the first axis on."""
+        """Return all of it, or the part of this shape from entry `first` of the first axis on."""
         offset = first * prod(self.shape[1:]) * self.dtype.itemsize
         shape = self.shape if shape is None else tuple(shape)
         return Part(self, shape, self._value.data_ptr() + offset)
 
     def read(self) -> np.ndarray:
-        """A copy."""
+        """Copy the buffer to the host."""
         return self._value.numpy().reshape(-1)[: prod(self.shape)].reshape(self.shape).copy()
 
     def fill(self, value: float) -> None:
-        """Raises BackendError when there is not so much memory again."""
+        """Set all elements. Raises BackendError if the host lacks memory for a copy."""
         with self._fitting():
             self._value.update_inplace(np.full(self.shape, value, self.dtype))
 
@@ -58,7 +58,7 @@ class Buffer:
     def _fitting(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # of NumPy, ONNX Runtime and CUDA, each by its own kind
+        except Exception as error:  # NumPy, ONNX Runtime and CUDA each raise errors of their own
             raise BackendError(
                 f"no memory on the {self.device} for the {self.size / 1e9:.2f} GB of a buffer "
                 f"({one_line(error)}): end other programs, or use a bundle of a smaller --res or "
@@ -68,7 +68,7 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Part:
-    """Part of a buffer, as a graph sees it; it keeps the buffer alive."""
+    """A part of a buffer, as a graph sees it; it keeps the buffer alive."""
 
     buffer: Buffer
     shape: tuple[int, ...]
@@ -142,7 +142,7 @@ class Session:
 
 
 class OnnxBackend(GraphBackend):
-    """All graphs of a variant, on one provider. One edit at a time."""
+    """All graphs of a variant on one provider, for one edit at a time."""
 
     def __init__(
         self,
@@ -152,9 +152,9 @@ class OnnxBackend(GraphBackend):
     ) -> None:
         """Load all graphs and allocate their memory.
 
-        Raises BackendError when the provider is not in the installed onnxruntime, the bundle is
-        bf16, a graph cannot be loaded or there is too little memory, BundleError when a graph is
-        missing or damaged, or does not fit the others.
+        Raises BackendError if the installed onnxruntime lacks the provider, the bundle is bf16, a
+        graph cannot be loaded or memory is too small; BundleError if a graph is missing or damaged,
+        or does not fit the others.
         """
         provider, threads = options.provider, options.threads or 0
         check_provider(provider)
@@ -198,7 +198,7 @@ class OnnxBackend(GraphBackend):
         return {name: self._values[name].read() for name in step.read}
 
     def _allocate(self, steps: Sequence[Step]) -> dict[str, Buffer]:
-        """Memory for what passes between graphs; what the host gives stays with the host."""
+        """Allocate the values between graphs; those that only the host writes stay there."""
         written = {view.value for step in steps for view in step.outputs.values()}
         given = {name for step in steps for name in step.fed} | self._constants.keys()
         values = {
