@@ -43,7 +43,7 @@ docs: $(INSTALLED)  ## write the commands' help into docs/commands.md
 	$(BIN)/python tests/commands_page.py
 
 nano-bundle: $(INSTALLED)  ## build the embedded bundle of nano's weights
-	$(BIN)/varedit-export build --size nano -o $(NANO)
+	$(BIN)/python -m varedit_nano.embed $(NANO)
 
 clean:  ## remove the environment, caches and what was built
 	rm -rf .venv .pytest_cache .ruff_cache build dist

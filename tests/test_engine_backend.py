@@ -14,7 +14,7 @@ from simulated_gpu import SimulatedGpu
 from uncompiled import Uncompiled, compiled, keep_engines_in, near
 
 from varedit_engines.compile import Job
-from varedit_export.parity.teacher_forcing import ParityError
+from varedit_export.errors import ParityError
 from varedit_export.parity.verify import gate
 from varedit_export.parity.verify_engines import compare_backend
 from varedit_runtime.backends.base import Prompts, Sampling, ScaleOutput, WholeEdit

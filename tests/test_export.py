@@ -15,7 +15,8 @@ from bundles import bundle_config, half_bundle, quiet, random_weights, request, 
 from varedit_engines.publish import Staging
 from varedit_export import assemble as assemble_module
 from varedit_export.assemble import assemble
-from varedit_export.parity.verify import ParityError, compare, gate, reference_of
+from varedit_export.errors import ParityError
+from varedit_export.parity.verify import compare, gate, reference_of
 from varedit_export.plan import Plan
 from varedit_export.sources import RandomTextEncoder, Sources, random_sources
 from varedit_runtime.bundle import Bundle

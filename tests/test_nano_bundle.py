@@ -1,25 +1,30 @@
 """nano, the bundle that `varedit-run` ships with: what it is built from, and editing with it."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from shutil import copytree
+from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from varedit_export import assemble, cli, sources
+from varedit_export import cli
+from varedit_export.options import BuildOptions
 from varedit_export.plan import Plan
+from varedit_export.requests import plan_of
+from varedit_nano import embed
 from varedit_nano.data import EVALUATION_SEEDS
 from varedit_nano.model import NANO, WEIGHTS, load_nano
 from varedit_nano.scenes import KINDS, draw_edit
 from varedit_nano.scenes.samples import plan_edit
+from varedit_reference.weights_file import open_weights
 from varedit_runtime import locate
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.cli import main as run_main
-from varedit_runtime.manifest import Manifest, ParityLine
+from varedit_runtime.manifest import Manifest
 from varedit_runtime.pictures import open_picture
 from varedit_runtime.text import Instructions, read_tokenizer
 
@@ -36,28 +41,9 @@ def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(locate.VARIABLE, raising=False)
 
 
-@dataclass
-class Planned:
-    """Runs `varedit-export build` without building; returns the plan."""
-
-    plans: list[Plan]
-
-    def __call__(self, *arguments: str | Path) -> Plan:
-        result = build(*arguments)
-        assert result.exit_code == 0, result.output
-        return self.plans[-1]
-
-
-@pytest.fixture
-def planned(monkeypatch: pytest.MonkeyPatch) -> Planned:
-    plans: list[Plan] = []
-
-    def keep(plan: Plan, progress: object) -> list[ParityLine]:
-        plans.append(plan)
-        return []
-
-    monkeypatch.setattr(assemble, "assemble", keep)
-    return Planned(plans)
+def planned(**options: Any) -> Plan:
+    """Return the plan of a build of nano."""
+    return plan_of(BuildOptions("nano", **options))
 
 
 def build(*arguments: str | Path) -> Result:
@@ -85,6 +71,17 @@ def test_building_nano_gives_the_embedded_bundle(tmp_path: Path) -> None:
         assert (ours.path / file).read_bytes() == (theirs.path / file).read_bytes(), file
 
 
+def test_the_embedded_bundle_comes_from_the_trained_weights(tmp_path: Path) -> None:
+    """Of the same request and the same weights, so that it is the bundle of the test above."""
+    restored, trained = planned(output=tmp_path / "nano"), embed.embedded_plan(tmp_path / "nano")
+    assert trained.request == restored.request
+    for component in trained.components:
+        stored = open_weights(embedded().graphs_folder / component.location)
+        assert stored.keys() == component.module.state_dict().keys()
+        assert all(torch.equal(component.make(name), stored[name]) for name in stored)
+    assert trained.sources.description == restored.sources.description
+
+
 def _essence(manifest: Manifest) -> Manifest:
     """Return the manifest without the builder's versions and its rounding."""
     return msgspec.structs.replace(manifest, tools={}, parity=())
@@ -95,7 +92,7 @@ def test_the_embedded_bundle_is_for_one_guided_picture() -> None:
     (variant,) = manifest.variants
     assert (manifest.name, manifest.precision, manifest.model.size) == ("nano", "fp32", "nano")
     assert (variant.picture, variant.batch, variant.rows) == ((128, 128), 1, 2)
-    assert variant.text_tokens == cli.NANO_TEXT_TOKENS
+    assert variant.text_tokens == embed.TEXT_TOKENS
 
 
 def test_the_embedded_bundle_agrees_with_the_reference() -> None:
@@ -115,38 +112,35 @@ def test_every_instruction_of_the_scenes_fits() -> None:
     }
     longest = max(len(instructions.tokenise(clause)) - 1 for clause in clauses)
     end = 1
-    assert SENTENCE_TOKENS + JOINT_TOKENS + 2 * longest + end <= cli.NANO_TEXT_TOKENS
+    assert SENTENCE_TOKENS + JOINT_TOKENS + 2 * longest + end <= embed.TEXT_TOKENS
 
 
-def test_nano_is_built_of_its_own_weights_by_default(planned: Planned) -> None:
+def test_nano_is_built_of_its_own_weights_by_default() -> None:
     plan = planned()
     assert plan.request.config == NANO
     assert (plan.request.resolution, plan.request.target.name) == (128, "nano-128")
     assert plan.sources.description == "nano's own"
-    assert planned("--res", "128", "--text-tokens", "64").request.text_tokens == 64
+    assert planned(resolutions=(128,), text_tokens=64).request.text_tokens == 64
 
 
-def test_nano_can_be_built_of_others(planned: Planned) -> None:
+def test_nano_can_be_built_of_others() -> None:
     plan = planned(
-        *("--checkpoint", WEIGHTS / "transformer.safetensors"),
-        *("--tokenizer", WEIGHTS / "tokenizer.safetensors"),
-        *("--text-encoder", WEIGHTS / "text_encoder"),
+        checkpoint=WEIGHTS / "transformer.safetensors",
+        tokenizer=WEIGHTS / "tokenizer.safetensors",
+        text_encoder=WEIGHTS / "text_encoder",
     )
     files = "transformer.safetensors, tokenizer.safetensors, text_encoder"
     assert plan.sources.description == files
-    assert planned("--random-weights", "3").sources.description == "random, seed 3"
+    assert planned(random_weights=3).sources.description == "random, seed 3"
 
 
-def test_the_weights_are_known_by_their_contents(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    own = sources.nano_sources()
+def test_the_weights_are_known_by_their_contents(tmp_path: Path) -> None:
+    own = embed.own_sources()
     copy = copytree(WEIGHTS, tmp_path / "copy", copy_function=_copy)
-    monkeypatch.setattr(sources, "WEIGHTS", copy)
-    assert sources.nano_sources().identity == own.identity
+    assert embed.own_sources(copy).identity == own.identity
     settings = copy / "text_encoder" / "config.json"
     settings.write_text(settings.read_text() + " ")
-    assert sources.nano_sources().identity != own.identity
+    assert embed.own_sources(copy).identity != own.identity
 
 
 def _copy(source: str, target: str) -> None:

@@ -104,7 +104,9 @@ def test_the_runtime_imports_neither_torch_nor_the_other_packages(tmp_path: Path
     assert not loaded & {"torch", "transformers", *(PACKAGES - {"varedit_runtime"})}
 
 
-@pytest.mark.parametrize("module", ["varedit_runtime", "varedit_runtime.cli", "varedit_export.cli"])
+@pytest.mark.parametrize(
+    "module", ["varedit_runtime", "varedit_runtime.cli", "varedit_export", "varedit_export.cli"]
+)
 def test_starting_a_command_is_light(module: str, tmp_path: Path):
     done = python(f"import sys, {module}; print(*sys.modules)", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

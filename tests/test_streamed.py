@@ -12,10 +12,10 @@ import pytest
 from bundles import bundle_config, quiet, request
 
 from varedit_export.assemble import assemble
+from varedit_export.errors import ParityError
 from varedit_export.parity import verify
 from varedit_export.parity.cut import WeightFiles
 from varedit_export.parity.streamed import compare_streamed
-from varedit_export.parity.teacher_forcing import ParityError
 from varedit_export.parity.verify import gate
 from varedit_export.plan import Plan
 from varedit_export.sources import Sources, random_sources

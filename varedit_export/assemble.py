@@ -1,6 +1,6 @@
 """Make a planned bundle: weights, graphs, parity, manifest, published whole or not at all."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -12,6 +12,7 @@ from varedit_export.bundle_model import manifest_of, tool_versions
 from varedit_export.components import Component
 from varedit_export.estimate import check_memory, needs, present
 from varedit_export.graphs.trace import Tracer
+from varedit_export.options import OnStep
 from varedit_export.parity.verify import verify_folder
 from varedit_export.plan import Graph, Plan, Request, VariantPlan
 from varedit_reference.weights_file import check_room
@@ -33,11 +34,8 @@ TYPE_NAMES = {
     ir.DataType.BOOL: "bool",
 }
 
-# (what is being done, steps done, steps in all)
-Progress = Callable[[str, int, int], None]
 
-
-def assemble(plan: Plan, progress: Progress) -> list[ParityLine]:
+def assemble(plan: Plan, on_step: OnStep) -> list[ParityLine]:
     """Build and publish a bundle; return how far each graph is from the reference.
 
     Raises CheckpointError when the disk has no room or the folder cannot be made, BundleError
@@ -51,18 +49,18 @@ def assemble(plan: Plan, progress: Progress) -> list[ParityLine]:
     check_memory(needed.memory)
     steps = len(plan.components) + plan.graph_count + 2
     with Staging(target) as staging:
-        work = _Work(plan, staging, progress, steps)
+        work = _Work(plan, staging, on_step, steps)
         shared = _merged(work.weights(component, plan.request) for component in plan.shared)
         variants = tuple(work.variant(variant, shared) for variant in plan.variants)
         if plan.sources.text is not None:
             staging.file(TOKENIZER).write_bytes(plan.sources.text.tokenizer_json)
             staging.record(TOKENIZER)
-        progress("parity with the reference", steps - 2, steps)
+        on_step("parity with the reference", steps - 2, steps)
         manifest = manifest_of(plan, variants, staging.files, ())
         parity = verify_folder(staging.path, manifest, plan.sources, plan.request.config)
-        progress("publishing", steps - 1, steps)
+        on_step("publishing", steps - 1, steps)
         staging.publish(manifest_of(plan, variants, staging.files, tuple(parity)))
-        progress("done", steps, steps)
+        on_step("done", steps, steps)
     return parity
 
 
@@ -72,7 +70,7 @@ class _Work:
 
     plan: Plan
     staging: Staging
-    progress: Progress
+    on_step: OnStep
     steps: int
     step: int = 0
 
@@ -115,7 +113,7 @@ class _Work:
         return graph_spec(self.staging.path, file)
 
     def _next(self, what: str) -> None:
-        self.progress(what, self.step, self.steps)
+        self.on_step(what, self.step, self.steps)
         self.step += 1
 
 

@@ -1,10 +1,10 @@
 """The `varedit-export` command."""
 
-import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,10 @@ import click
 import msgspec
 from click.core import ParameterSource
 
-from varedit_runtime.backends import DEFAULT, ChosenBackend, find, specs
+import varedit_export
+from varedit_export.errors import ParityError
+from varedit_export.options import BuildOptions, EngineOptions, OnStep, VerifyOptions
+from varedit_runtime.backends import DEFAULT, find, specs
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.command import (
     BackendCommand,
@@ -21,19 +24,11 @@ from varedit_runtime.command import (
     debug_option,
 )
 from varedit_runtime.errors import CheckpointError, ConfigError, needs_extra
-from varedit_runtime.locate import default_root, remember
+from varedit_runtime.locate import remember
 from varedit_runtime.manifest import ParityLine
 
 if TYPE_CHECKING:
-    from varedit_engines.builder import Compiler
-    from varedit_export.assemble import Progress
-    from varedit_export.sources import Sources
-    from varedit_reference.config import ModelConfig
-
-TEXT_TOKENS = 128
-# The longest instruction of nano's wordings has 32 tokens; a word that is not among theirs falls
-# apart into several.
-NANO_TEXT_TOKENS = 48
+    from varedit_runtime.backends.engines.engine_set import Layout
 
 _PATH = click.Path(path_type=Path)
 _checkpoint = click.option(
@@ -65,6 +60,22 @@ def _layout(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     )
 
 
+def _with(
+    kind: type[BuildOptions] | type[EngineOptions] | type[VerifyOptions],
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command one argument, `options`, in place of all that are fields of a class."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @wraps(command)
+        def call(*arguments: Any, **given: Any) -> None:
+            names = {field.name for field in fields(kind)} & given.keys()
+            command(*arguments, options=kind(**{n: given.pop(n) for n in names}), **given)
+
+        return call
+
+    return decorate
+
+
 @click.group(cls=CommandGroup)
 @click.version_option(package_name="varedit-export")
 @debug_option
@@ -94,7 +105,7 @@ def main() -> None:
 @_checkpoint
 @_tokenizer
 @_text_encoder
-@click.option("--random-weights", "seed", type=int, help="A seed, in place of checkpoints.")
+@click.option("--random-weights", type=int, help="A seed, in place of checkpoints.")
 @click.option(
     "--config", type=_PATH, help="A recording's config.json, in place of --size and --res."
 )
@@ -105,21 +116,27 @@ def main() -> None:
 @click.option(
     "--text-tokens",
     type=int,
-    help=f"Longest instruction; by default {TEXT_TOKENS}, for nano {NANO_TEXT_TOKENS}.",
+    help="Longest instruction; by default 128, for nano 48.",
 )
-@click.option("--no-guidance", is_flag=True, help="Leave out the unconditional rows.")
+@click.option(
+    "--no-guidance",
+    "guided",
+    is_flag=True,
+    callback=lambda context, option, given: not given,
+    help="Leave out the unconditional rows.",
+)
 @backend_option("What is to run it; for the TensorRT ones, engines are compiled as well.")
 @_layout("--engine-layout")
 @_architectures
 @click.option("-o", "--output", type=_PATH, help="The bundle's folder; by default one of yours.")
 @click.pass_context
+@_with(BuildOptions)
 def build(
     context: click.Context,
-    output: Path | None,
+    options: BuildOptions,
     backend: Any,
-    layout: Any,
+    layout: "Layout",
     architectures: tuple[str, ...],
-    **options: Any,
 ) -> None:
     """Build a bundle, prove its parity with the reference, and publish it.
 
@@ -135,51 +152,29 @@ def build(
     varedit-export build --size nano --precision fp16 --backend tensorrt-rtx \\
         --architecture sm89
     """
-    compiler = _compiler(context, backend, architectures)  # what it misses is said before the build
-    with needs_extra("export"):
-        from varedit_export.assemble import assemble
-        from varedit_export.estimate import needs
-        from varedit_export.plan import Plan, Request
-
-    configs = _configs(options)
-    (config, _), *_ = configs
-    sources = _sources(config, options)
-    resolutions = "-".join(str(resolution) for _, resolution in configs)
-    name = f"{config.name}-{resolutions}" + _suffix(options["precision"])
-    requests = [
-        Request(
-            config=config,
-            resolution=resolution,
-            aspect=options["aspect"],
-            precision=options["precision"],
-            batch=options["batch"],
-            guided=not options["no_guidance"],
-            text_tokens=_text_tokens(config, options["text_tokens"]),
-            target=output or default_root() / name,
-        )
-        for config, resolution in configs
-    ]
-    plan = Plan(requests, sources)
-    click.echo(f"{plan}\n  needs {needs(plan)}", err=True)
-    with _progress() as progress:
-        parity = assemble(plan, progress)
-    remember(plan.request.target)
-    click.echo(_summary(parity), err=True)
-    click.echo(plan.request.target)
-    if compiler is not None:
-        bundle = Bundle.open(plan.request.target)
+    engines = _engine_options(context, backend, layout, architectures)
+    with _progress() as on_step:
+        bundle = varedit_export.build(options, on_step, _say)
+    folder = Path(options.output or bundle.path)
+    remember(folder)
+    _say(_summary(bundle.manifest.parity))
+    click.echo(folder)
+    if engines is not None:
         for variant in bundle.manifest.variants:
-            click.echo(_compile(bundle, layout, compiler, variant.name), err=True)
+            _say(str(_compile(bundle, replace(engines, variant=variant.name))))
 
 
-def _compiler(
-    context: click.Context, backend: Any, architectures: tuple[str, ...]
-) -> "Compiler | None":
-    """Return what compiles for a backend; None for one without engines, nor options of them."""
+def _engine_options(
+    context: click.Context, backend: Any, layout: "Layout", architectures: tuple[str, ...]
+) -> EngineOptions | None:
+    """Return what to compile for a backend; None for one without engines.
+
+    What the backend misses is said now, before anything is built.
+    """
     if find(backend).compiles:
-        from varedit_engines.builder import Compiler
-
-        return Compiler(backend, architectures)
+        engines = EngineOptions(backend, layout=layout, architectures=architectures)
+        engines.compiler()
+        return engines
     given = [
         parameter.opts[0]
         for parameter in context.command.params
@@ -200,7 +195,12 @@ def _compiler(
 @_layout("--layout")
 @_architectures
 @click.option("--variant", metavar="NAME", help="Of a bundle's several; by default the first.")
-@click.option("--workspace", type=click.IntRange(1), help="MB of GPU memory a layer may use.")
+@click.option(
+    "--workspace",
+    type=click.IntRange(1),
+    callback=lambda context, option, given: given and given * 10**6,
+    help="MB of GPU memory a layer may use.",
+)
 @click.option(
     "--optimisation", type=click.IntRange(0, 5), help="0 compiles fast, 5 gives fast engines."
 )
@@ -216,16 +216,8 @@ def _compiler(
     help="Engines for other GPUs too. Not with tensorrt-rtx: name architectures.",
 )
 @click.option("--again", is_flag=True, help="Compile also what is there, if it was built here.")
-def engines(
-    bundle: Path,
-    backend: Any,
-    layout: Any,
-    architectures: tuple[str, ...],
-    variant: str | None,
-    workspace: int | None,
-    again: bool,
-    **flags: Any,
-) -> None:
+@_with(EngineOptions)
+def engines(bundle: Path, options: EngineOptions) -> None:
     """Compile a bundle's graphs to TensorRT engines, kept with the bundle or in your cache.
 
     Engines that were compiled before, from the same graphs in the same way, are found again.
@@ -237,35 +229,15 @@ def engines(
     varedit-export engines bundles/2b-512 --backend tensorrt-rtx --architecture sm89
     varedit-export engines bundles/2b-512 --hardware-compatible ampere-plus
     """
-    from varedit_engines.builder import Compiler, Flags
-
-    bytes_ = None if workspace is None else workspace * 10**6
-    compiler = Compiler(backend, architectures, Flags(workspace=bytes_, **flags))
-    click.echo(_compile(Bundle.open(bundle), layout, compiler, variant, again))
+    click.echo(_compile(Bundle.open(bundle), options))
 
 
-def _compile(
-    bundle: Bundle,
-    layout: Any,
-    compiler: "Compiler",
-    variant: str | None,
-    again: bool = False,
-) -> Path:
-    """Compile a variant's engines, saying what is done. -> where they are"""
-    with needs_extra("export"):
-        from tqdm import tqdm
-
-        from varedit_engines.compile import Job, compile_engines
-
-    def above_the_bar(line: str) -> None:
-        tqdm.write(line, file=sys.stderr)
-
-    job = Job(bundle, layout, compiler, variant)
-    click.echo(str(job), err=True)
-    with _progress() as progress:
-        found = compile_engines(job, progress, above_the_bar, again)
+def _compile(bundle: Bundle, options: EngineOptions) -> Path:
+    """Compile a variant's engines, show what is done, and return where they are."""
+    with _progress() as on_step:
+        found = varedit_export.compile_engines(bundle, options, on_step, _say)
     for file, entry in found.manifest.files.items():
-        click.echo(f"  {file:<24} {entry.size / 1e6:8.1f} MB", err=True)
+        _say(f"  {file:<24} {entry.size / 1e6:8.1f} MB")
     return found.path
 
 
@@ -275,13 +247,8 @@ def _compile(
 @click.option("--report", type=_PATH, help="Write all measures here, as JSON.")
 @backend_option("Any other than onnxruntime is compared as well, as it runs on this machine.")
 @click.option("--variant", metavar="NAME", help="The one such a backend runs; default: the first.")
-def verify(
-    bundle: Path,
-    golden: Path | None,
-    report: Path | None,
-    backend: ChosenBackend,
-    variant: str | None,
-) -> None:
+@_with(VerifyOptions)
+def verify(bundle: Path, report: Path | None, options: VerifyOptions) -> None:
     """Compare every graph with the reference, teacher-forced; exit 1 on a failed measure.
 
     The reference takes the bundle's own weights. With a recording of the released implementation,
@@ -292,31 +259,25 @@ def verify(
     varedit-export verify bundles/2b-512 --report parity.json
     varedit-export verify bundles/2b-512 --backend tensorrt
     """
-    if backend.spec.name == DEFAULT and variant:
-        raise ConfigError("--variant: all are compared; leave it out, or name another --backend")
-    with needs_extra("export"):
-        from varedit_export.parity.verify import compare_bundle, compare_recording, gate
-        from varedit_reference.golden import open_recording
-
     from varedit_runtime.bench import check_report, write_report
 
     if report is not None:
         check_report(report)
-    opened, others = Bundle.open(bundle), ()
-    if backend.spec.name != DEFAULT:  # what it misses is said before all is compared
-        from varedit_export.parity.verify_engines import compare_chosen
+    lines: list[ParityLine] = []
 
-        others = compare_chosen(opened, backend, variant)
-    opened.verify_weights()
-    lines = list(compare_bundle(opened))
-    if golden is not None:
-        lines += compare_recording(opened, open_recording(golden))
-    lines += others
-    for line in lines:
+    def show(line: ParityLine) -> None:
         click.echo(_parity_row(line))
+        lines.append(line)
+
+    failure = None
+    try:
+        varedit_export.verify(bundle, options, show)
+    except ParityError as error:
+        failure = error
     if report is not None:
         write_report(msgspec.to_builtins(lines), report)
-    gate(iter(lines))
+    if failure is not None:
+        raise failure
 
 
 @main.command()
@@ -382,7 +343,9 @@ def doctor(context: click.Context, bundle: Path | None) -> None:
 @click.option("--repeat", default=5, show_default=True, help="How often each edits.")
 @click.option("--threads", type=int, help="Threads of either; by default one per core.")
 @click.option("--json", "json_file", type=_PATH, help="Write all numbers here.")
-def bench(bundle: Path, repeat: int, json_file: Path | None, **options: Any) -> None:
+def bench(
+    bundle: Path, variant: str | None, repeat: int, threads: int | None, json_file: Path | None
+) -> None:
     """Measure BUNDLE beside the reference, in turns: every stage and scale, memory, disk.
 
     The reference is eager PyTorch in fp32 with the bundle's own weights.
@@ -396,7 +359,7 @@ def bench(bundle: Path, repeat: int, json_file: Path | None, **options: Any) -> 
 
     if json_file is not None:
         check_report(json_file)
-    report = measure(bundle, repeat, **options)
+    report = measure(bundle, repeat, threads, variant)
     click.echo(table(report))
     if json_file is not None:
         write_report(asdict(report), json_file)
@@ -431,80 +394,19 @@ def convert(
         click.echo(path)
 
 
-def _configs(options: dict[str, Any]) -> list[tuple["ModelConfig", int]]:
-    """The model at every resolution asked for, and which those are."""
-    from varedit_nano.model import NANO
-    from varedit_reference.config import PRESETS, preset
-    from varedit_reference.golden import RESOLUTIONS, model_config
+def _say(line: str) -> None:
+    """Show a line on stderr, above a bar if there is one."""
+    with needs_extra("export"):
+        from tqdm import tqdm
 
-    size, resolutions, aspect = options["size"], options["resolutions"], options["aspect"]
-    if options["config"] is not None:
-        if size is not None or resolutions:
-            raise ConfigError("--config says the size and resolution: leave out --size and --res")
-        try:
-            settings = json.loads(options["config"].read_text())
-            name = options["config"].resolve().parent.name
-            return [(model_config(name, settings), RESOLUTIONS[settings["pn"]])]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{options['config']} is no recording's config.json") from error
-    if size == NANO.name:
-        return [(NANO, _nano_resolution(NANO, resolutions, aspect))]
-    if size is not None and size not in PRESETS:
-        raise ConfigError(f"no size is called {size!r}; there are nano, {', '.join(PRESETS)}")
-    if size is None or not resolutions:
-        raise ConfigError("give --size and --res, such as --size 2b --res 512, or --config")
-    return [(preset(size, resolution, aspect), resolution) for resolution in resolutions]
-
-
-def _nano_resolution(nano: "ModelConfig", resolutions: Sequence[int], aspect: str) -> int:
-    own, _ = nano.picture_size
-    if not {own}.issuperset(resolutions) or aspect != "1:1":
-        asked = ", ".join(map(str, resolutions)) or own
-        raise ConfigError(
-            f"nano was trained at {own} px and 1:1 alone, not at {asked} px and {aspect}: leave "
-            "out --res and --aspect"
-        )
-    return own
-
-
-def _text_tokens(config: "ModelConfig", given: int | None) -> int:
-    from varedit_nano.model import NANO
-
-    default = NANO_TEXT_TOKENS if config == NANO else TEXT_TOKENS
-    return default if given is None else given
-
-
-def _sources(config: "ModelConfig", options: dict[str, Any]) -> "Sources":
-    from varedit_export.sources import (
-        checkpoint_sources,
-        missing_weights,
-        nano_sources,
-        random_sources,
-    )
-    from varedit_nano.model import NANO
-
-    checkpoint, tokenizer = options["checkpoint"], options["tokenizer"]
-    text_encoder = options["text_encoder"]
-    if options["seed"] is not None:
-        if checkpoint or tokenizer or text_encoder:
-            raise ConfigError("--random-weights takes the place of all checkpoints: give one kind")
-        return random_sources(config, options["seed"])
-    if config == NANO and not (checkpoint or tokenizer or text_encoder):
-        return nano_sources()
-    needs_text = options["config"] is None
-    if not (checkpoint and tokenizer and (text_encoder or not needs_text)):
-        raise CheckpointError(missing_weights(config.name))
-    return checkpoint_sources(config, checkpoint, tokenizer, text_encoder)
-
-
-def _suffix(precision: str) -> str:
-    return "" if precision == "fp32" else f"-{precision}"
+    tqdm.write(line, file=sys.stderr)
 
 
 @contextmanager
-def _progress() -> Iterator["Progress"]:
-    """A bar on a terminal, nothing elsewhere."""
-    from tqdm import tqdm
+def _progress() -> Iterator[OnStep]:
+    """Show a bar on a terminal, nothing elsewhere."""
+    with needs_extra("export"):
+        from tqdm import tqdm
 
     with tqdm(total=1, disable=None, bar_format="{l_bar}{bar}| {elapsed}") as bar:
 
@@ -516,7 +418,7 @@ def _progress() -> Iterator["Progress"]:
 
 
 def _summary(parity: tuple[ParityLine, ...] | list[ParityLine]) -> str:
-    """Each measure's worst line."""
+    """Return the worst line of each measure."""
     worst: dict[str, ParityLine] = {}
     for line in parity:
         kind = f"{line.stage.split('_0')[0].split('_1')[0]} {line.measure.split(' of scale')[0]}"

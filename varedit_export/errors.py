@@ -5,3 +5,7 @@ from varedit_runtime.errors import VareditError
 
 class ExportError(VareditError):
     """A graph did not come out as it must; the message names it."""
+
+
+class ParityError(VareditError):
+    """Graphs that do not agree with the reference; the message names the worst measures."""

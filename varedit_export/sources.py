@@ -6,7 +6,7 @@ a time.
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import sha256
 from math import prod
 from pathlib import Path
@@ -18,13 +18,6 @@ from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 
 from varedit_export.graphs.text import TextEncoderConfig
-from varedit_nano.model import (
-    NANO,
-    TEXT_FOLDER,
-    TOKENIZER_FILE,
-    TRANSFORMER_FILE,
-    WEIGHTS,
-)
 from varedit_reference.checkpoint import (
     empty_tokenizer,
     empty_transformer,
@@ -36,10 +29,10 @@ from varedit_reference.config import ModelConfig
 from varedit_reference.initialise import RandomWeights
 from varedit_reference.text_encoder import empty_encoder, encoder_weights, t5_layout
 from varedit_reference.weights_file import open_weights
-from varedit_runtime.bundle import file_digest
 from varedit_runtime.errors import CheckpointError
 from varedit_runtime.text import END_TOKEN
 
+NANO = "nano"  # the size whose weights come with the package, in the embedded bundle
 PUBLISHED = {
     "2b": ("a VAREdit 2B transformer (.pth)", "infinity_vae_d32reg.pth"),
     "8b": ("8B-512.pth or 8B-1024.pth", "infinity_vae_d56_f8_14_patchify.pth"),
@@ -99,19 +92,6 @@ def checkpoint_sources(
         text,
         ", ".join(path.name for path in paths),
         sha256("\n".join(map(_stamp, paths)).encode()).hexdigest(),
-    )
-
-
-def nano_sources() -> Sources:
-    """nano's own weights, which the package holds. Raises CheckpointError where it does not."""
-    paths = [WEIGHTS / name for name in (TRANSFORMER_FILE, TOKENIZER_FILE, TEXT_FOLDER)]
-    files = sorted(file for file in WEIGHTS.rglob("*") if file.is_file())
-    # The same wherever the package is, as the bundle made of it is to be.
-    contents = "\n".join(f"{file.relative_to(WEIGHTS)} {file_digest(file)}" for file in files)
-    return replace(
-        checkpoint_sources(NANO, *paths),
-        description="nano's own",
-        identity=sha256(contents.encode()).hexdigest(),
     )
 
 
@@ -194,7 +174,7 @@ def byte_tokenizer() -> bytes:
 
 def missing_weights(size: str) -> str:
     """What to give where a build was not given all weights."""
-    if size == NANO.name:
+    if size == NANO:
         return (
             "size nano has its own weights: give none, or all of --checkpoint, --tokenizer and "
             "--text-encoder"

@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from varedit_export.errors import ParityError
 from varedit_export.graphs.layout import Weight, transformer_layout
 from varedit_export.graphs.stages import DTYPES, Shapes, scale_matrices, scale_sizes
 from varedit_export.graphs.text import text_encoder_layout
@@ -38,7 +39,6 @@ from varedit_export.parity.cut import Arrays, Attention, CutCoder, CutGraph, Run
 from varedit_export.parity.teacher_forcing import (
     FEATURES,
     SUMS,
-    ParityError,
     bits_line,
     config_of,
     line,

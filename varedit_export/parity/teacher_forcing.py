@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from varedit_export.errors import ParityError
 from varedit_reference.agreement import TIE, tie_margin
 from varedit_reference.checkpoint import empty_tokenizer
 from varedit_reference.config import ModelConfig
@@ -18,7 +19,6 @@ from varedit_reference.scale_loop import PredictedScale, forced, predict_scales,
 from varedit_reference.tokenizer import Tokenizer
 from varedit_reference.transformer import VAR
 from varedit_runtime.backends.base import Backend, Sampling
-from varedit_runtime.errors import VareditError
 from varedit_runtime.grids import scale_grids
 from varedit_runtime.manifest import ParityLine, Variant
 from varedit_runtime.noise import uniform_noise
@@ -28,10 +28,6 @@ FEATURES, LOGITS, SUMS = 1e-3, 1e-3, 1e-4
 # Bits that may differ when products are rounded to 16 bits; the first scales have few, of which a
 # single one would be more.
 ROUNDED_SHARE, ROUNDED_BITS = 0.02, 2
-
-
-class ParityError(VareditError):
-    """Graphs that do not agree with the reference; the message names the worst."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from varedit_export.bundle_model import sources_of
+from varedit_export.errors import ParityError
 from varedit_export.graphs.stages import DTYPES
 from varedit_export.parity.cut import WeightFiles
 from varedit_export.parity.streamed import compare_streamed
@@ -22,7 +23,6 @@ from varedit_export.parity.teacher_forcing import (
     FEATURES,
     SUMS,
     Edit,
-    ParityError,
     begin,
     bits_line,
     check_output,

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 
 from varedit_export.bundle_model import sources_of
+from varedit_export.errors import ParityError
 from varedit_export.parity.teacher_forcing import (
     FEATURES,
     LOGITS,
     SUMS,
     Edit,
-    ParityError,
     begin,
     bits_line,
     check_output,

@@ -1,0 +1,37 @@
+"""The public functions of `varedit_export`: what a program that imports them gets."""
+
+from dataclasses import FrozenInstanceError
+
+import pytest
+from bundles import small_bundle
+
+import varedit_export
+from varedit_export import BuildOptions, EngineOptions, VerifyOptions
+from varedit_runtime.errors import BundleError, ConfigError
+
+
+def test_verifying_is_silent_and_gives_all_measures(capfd: pytest.CaptureFixture[str]) -> None:
+    told = []
+    lines = varedit_export.verify(small_bundle(), measured=told.append)
+    assert lines == told and len(lines) > 4
+    assert capfd.readouterr() == ("", "")
+
+
+def test_options_are_checked_before_anything_is_done() -> None:
+    with pytest.raises(ConfigError, match="all are compared"):
+        varedit_export.verify("nowhere", VerifyOptions(variant="512-b1"))
+    with pytest.raises(ConfigError, match="give --size and --res"):
+        varedit_export.build(BuildOptions())
+    with pytest.raises(ConfigError, match="only tensorrt-rtx compiles for named architectures"):
+        varedit_export.compile_engines("nowhere", EngineOptions(architectures=("sm89",)))
+    with pytest.raises(BundleError, match="nowhere"):
+        varedit_export.verify("nowhere")
+
+
+def test_options_cannot_be_changed() -> None:
+    with pytest.raises(FrozenInstanceError):
+        BuildOptions().size = "2b"  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_the_door_names_what_it_offers() -> None:
+    assert [name for name in varedit_export.__all__ if not hasattr(varedit_export, name)] == []

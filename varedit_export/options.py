@@ -1,0 +1,102 @@
+"""The options of `build`, `verify` and `compile_engines`: one frozen class each.
+
+An option has the meaning of the command's option of that name. None leaves the choice to us.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from varedit_runtime.backends import DEFAULT, ChosenBackend
+from varedit_runtime.manifest import Precision
+
+if TYPE_CHECKING:
+    from varedit_engines.builder import Compiler, Hardware
+    from varedit_runtime.backends.engines.engine_set import Layout
+    from varedit_runtime.backends.engines.tensorrt import EngineKind
+
+AnyPath = str | os.PathLike[str]
+
+# Called before every step with (what is being done, steps done, steps in all).
+OnStep = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What to build, of which weights, and where to."""
+
+    # The model. Either a size and resolutions, or the config.json of a recording in their place.
+    size: str | None = None  # nano, 2b or 8b, or a size for tests: 125m, tiny-2b, ...
+    resolutions: tuple[int, ...] = ()  # 256, 512, 1024 px: a variant each; nano has its own
+    aspect: str = "1:1"  # height:width of all variants, one of varedit_runtime.grids.ASPECT_RATIOS
+    config: AnyPath | None = None  # a recording's config.json
+
+    # The weights: all checkpoints, or a seed. nano needs neither. With `config`, text_encoder may
+    # be left out: the bundle then starts at text features.
+    checkpoint: AnyPath | None = None  # the transformer: a .pth, a .safetensors, a folder of shards
+    tokenizer: AnyPath | None = None  # the picture tokenizer: infinity_vae_*.pth
+    text_encoder: AnyPath | None = None  # the folder of flan-t5-xl
+    random_weights: int | None = None  # the seed of random weights, for structure, speed and size
+
+    # What is compiled into the graphs.
+    precision: Precision = "fp32"  # type of the large products: fp32, fp16 or bf16
+    batch: int = 1  # pictures that a graph takes at once
+    text_tokens: int | None = None  # longest instruction; by default 128, for nano 48
+    guided: bool = True  # whether the unconditional rows of guidance are there
+
+    # The bundle's folder; by default SIZE-RESOLUTIONS[-PRECISION] among the user's own bundles.
+    output: AnyPath | None = None
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Which engines to compile of a bundle, and how."""
+
+    backend: "EngineKind" = "tensorrt"  # or tensorrt-rtx, which compiles without a GPU
+    variant: str | None = None  # whose graphs; by default the bundle's first variant
+
+    # Where the weights are: external, as inputs of the engines; profiles, inside one engine with a
+    # profile per scale; baked, inside one engine per scale.
+    layout: "Layout" = "external"
+
+    # GPUs to compile for, as in "sm89"; tensorrt-rtx alone. By default this machine's GPU.
+    architectures: tuple[str, ...] = ()
+
+    workspace: int | None = None  # bytes of GPU memory that a layer may use; None: no limit of ours
+    optimisation: int | None = None  # 0 compiles fast, 5 gives fast engines; None: the library's
+    tf32: bool = False  # whether factors in fp32 may be rounded to TF32
+    version_compatible: bool = False  # engines for later versions of TensorRT too
+    hardware_compatible: "Hardware | None" = None  # for other GPUs too: see builder.Flags
+
+    again: bool = False  # whether to recompile engines that were built on this machine
+
+    def compiler(self) -> "Compiler":
+        """Return what compiles so, having checked all options.
+
+        Raises MissingExtraError when the backend is not installed, ConfigError on options that the
+        backend does not have, BackendError when there is no GPU and no architecture was named.
+        """
+        from varedit_engines.builder import Compiler, Flags
+
+        flags = Flags(
+            self.workspace,
+            self.optimisation,
+            self.tf32,
+            self.version_compatible,
+            self.hardware_compatible,
+        )
+        return Compiler(self.backend, self.architectures, flags)
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """What a bundle is compared with."""
+
+    golden: AnyPath | None = None  # a recording of the released code, whose weights the bundle has
+
+    # The graphs are always compared, as ONNX Runtime runs them; another backend is as well,
+    # as it runs on this machine: its name, or with options of its own
+    # varedit_runtime.backends.choose(...).
+    backend: str | ChosenBackend = DEFAULT
+    variant: str | None = None  # the one that such a backend runs; by default the bundle's first

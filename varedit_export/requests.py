@@ -1,0 +1,124 @@
+"""From the options of a build to its plan: model, grids, weights, names, the folder."""
+
+import json
+from functools import cache
+from pathlib import Path
+
+from varedit_export.bundle_model import sources_of
+from varedit_export.options import BuildOptions
+from varedit_export.plan import Plan, Request
+from varedit_export.sources import (
+    NANO,
+    Sources,
+    checkpoint_sources,
+    missing_weights,
+    random_sources,
+)
+from varedit_reference.config import PRESETS, ModelConfig, preset
+from varedit_reference.golden import RESOLUTIONS, model_config
+from varedit_runtime.bundle import Bundle
+from varedit_runtime.errors import CheckpointError, ConfigError
+from varedit_runtime.locate import default_root, embedded
+from varedit_runtime.manifest import Variant
+
+TEXT_TOKENS = 128
+
+
+def plan_of(options: BuildOptions) -> Plan:
+    """Return the plan of a build.
+
+    Raises ConfigError on options that are impossible or contradict each other, CheckpointError on
+    weights that are missing, cannot be read or do not fit.
+    """
+    models = _models(options)
+    (config, _), *_ = models
+    sources = _sources(config, options)
+    target = default_root() / _name(config, options, [resolution for _, resolution in models])
+    requests = [
+        Request(
+            config=config,
+            resolution=resolution,
+            aspect=options.aspect,
+            precision=options.precision,
+            batch=options.batch,
+            guided=options.guided,
+            text_tokens=_text_tokens(options),
+            target=target if options.output is None else Path(options.output),
+        )
+        for config, resolution in models
+    ]
+    return Plan(requests, sources)
+
+
+def _models(options: BuildOptions) -> list[tuple[ModelConfig, int]]:
+    """Return the model with the grids of every resolution, and that resolution."""
+    size, resolutions = options.size, options.resolutions
+    if options.config is not None:
+        if size is not None or resolutions:
+            raise ConfigError("--config says the size and resolution: leave out --size and --res")
+        return [_recorded(Path(options.config))]
+    if size == NANO:
+        return [_nano_model(options)]
+    if size is not None and size not in PRESETS:
+        raise ConfigError(f"no size is called {size!r}; there are {NANO}, {', '.join(PRESETS)}")
+    if size is None or not resolutions:
+        raise ConfigError("give --size and --res, such as --size 2b --res 512, or --config")
+    return [(preset(size, resolution, options.aspect), resolution) for resolution in resolutions]
+
+
+def _recorded(config: Path) -> tuple[ModelConfig, int]:
+    try:
+        settings = json.loads(config.read_text())
+        return model_config(config.resolve().parent.name, settings), RESOLUTIONS[settings["pn"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{config} is no recording's config.json") from error
+
+
+def _nano_model(options: BuildOptions) -> tuple[ModelConfig, int]:
+    own = _nano_variant().resolution
+    if not {own}.issuperset(options.resolutions) or options.aspect != "1:1":
+        asked = ", ".join(map(str, options.resolutions)) or own
+        raise ConfigError(
+            f"nano was trained at {own} px and 1:1 alone, not at {asked} px and {options.aspect}: "
+            "leave out --res and --aspect"
+        )
+    return _nano()[0], own
+
+
+@cache
+def _nano() -> tuple[ModelConfig, Sources]:
+    """Restore nano from the embedded bundle, which a wheel has too; its fp32 comes back exactly."""
+    return sources_of(Bundle.open(embedded()))
+
+
+def _nano_variant() -> Variant:
+    return Bundle.open(embedded()).manifest.variant(None)
+
+
+def _text_tokens(options: BuildOptions) -> int:
+    if options.text_tokens is not None:
+        return options.text_tokens
+    return _nano_variant().text_tokens if options.size == NANO else TEXT_TOKENS
+
+
+def _sources(config: ModelConfig, options: BuildOptions) -> Sources:
+    checkpoint, tokenizer, text_encoder = (
+        None if path is None else Path(path)
+        for path in (options.checkpoint, options.tokenizer, options.text_encoder)
+    )
+    if options.random_weights is not None:
+        if checkpoint or tokenizer or text_encoder:
+            raise ConfigError("--random-weights takes the place of all checkpoints: give one kind")
+        return random_sources(config, options.random_weights)
+    if options.size == NANO and not (checkpoint or tokenizer or text_encoder):
+        return _nano()[1]
+    needs_text = options.config is None
+    if not (checkpoint and tokenizer and (text_encoder or not needs_text)):
+        raise CheckpointError(missing_weights(config.name))
+    return checkpoint_sources(config, checkpoint, tokenizer, text_encoder)
+
+
+def _name(config: ModelConfig, options: BuildOptions, resolutions: list[int]) -> str:
+    """Return the bundle's name where no folder was named, such as 2b-256-512-fp16."""
+    precision = [] if options.precision == "fp32" else [options.precision]
+    return "-".join([config.name, *map(str, resolutions), *precision])
