@@ -76,7 +76,7 @@ def test_the_embedded_bundle_comes_from_the_trained_weights(tmp_path: Path) -> N
     restored, trained = planned(output=tmp_path / "nano"), embed.embedded_plan(tmp_path / "nano")
     assert trained.request == restored.request
     for component in trained.components:
-        stored = open_weights(embedded().graphs_folder / component.location)
+        stored = open_weights(embedded().weights_path(component.name))
         assert stored.keys() == component.module.state_dict().keys()
         assert all(torch.equal(component.make(name), stored[name]) for name in stored)
     assert trained.sources.description == restored.sources.description
