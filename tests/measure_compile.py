@@ -46,7 +46,7 @@ def compile_one(bundle: Path, stage: str, architecture: str) -> dict[str, float]
     plan = compiler.compile(stage, graph, job.bundle.graphs_folder, [], lambda *_: None)
     seconds = perf_counter() - start
     with TemporaryDirectory() as folder:
-        file = Path(folder, "plan.z")
+        file = Path(folder, "plan.gz")
         pack_into(file, plan)
         packed = file.stat().st_size
     return {

@@ -305,7 +305,7 @@ def test_another_graph_compiles_its_engine_and_no_other(
 
 @pytest.mark.usefixtures("keeping")
 def test_a_damaged_plan_is_not_taken_over(bundle: Bundle, pretended: list[str]) -> None:
-    flip(compile_small(bundle).path / "scale_00.plan.z")
+    flip(compile_small(bundle).path / "scale_00.plan.gz")
     pretended.clear()
     newer = rebuilt(bundle, f"graphs/{bundle.manifest.variants[0].name}.prefill.onnx", other_graph)
     engines = compile_small(newer)
@@ -321,11 +321,11 @@ def job_of(bundle: Bundle, variant: str) -> Job:
 
 
 def cut_a_plan(folder: Path) -> None:
-    (folder / "prefill.plan.z").write_bytes(b"")
+    (folder / "prefill.plan.gz").write_bytes(b"")
 
 
 def lose_a_plan(folder: Path) -> None:
-    (folder / "prefill.plan.z").unlink()
+    (folder / "prefill.plan.gz").unlink()
 
 
 def flip(path: Path) -> None:
@@ -335,7 +335,7 @@ def flip(path: Path) -> None:
 
 
 def flip_a_plan(folder: Path) -> None:
-    flip(folder / "prefill.plan.z")
+    flip(folder / "prefill.plan.gz")
 
 
 def flip_the_manifest(folder: Path) -> None:
@@ -464,7 +464,7 @@ def test_the_command_says_that_engines_are_compiled_again(
     second = CliRunner().invoke(main, arguments)
     assert second.exit_code == 0 and second.stdout == first.stdout
     (line,) = (line for line in second.stderr.splitlines() if "again" in line)
-    assert line.startswith("engines are compiled again: ") and "prefill.plan.z is damaged" in line
+    assert line.startswith("engines are compiled again: ") and "prefill.plan.gz is damaged" in line
 
 
 def test_two_at_once_compile_once(bundle: Bundle, compiled: list[str]) -> None:

@@ -1,5 +1,6 @@
 """Engine sets: keyed, bound to their bundle, vouched for. Engines are random bytes here."""
 
+import gzip
 import hashlib
 import os
 import random
@@ -63,7 +64,7 @@ def plan(stage: str) -> bytes:
 
 def pack(plan: bytes) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "plan.z")
+        path = Path(folder, "plan.gz")
         pack_into(path, plan)
         return path.read_bytes()
 
@@ -557,9 +558,9 @@ def publish_packed(cache: EngineCache, data: bytes, size: int) -> EngineSet:
     """Publish a set with one file for all plans."""
     recipe = recipe_of(cache)
     with cache.create(recipe) as staging:
-        staging.file("one.plan.z").write_bytes(data)
-        staging.record("one.plan.z")
-        plans = dict.fromkeys(STAGES, Plan("one.plan.z", size))
+        staging.file("one.plan.gz").write_bytes(data)
+        staging.record("one.plan.gz")
+        plans = dict.fromkeys(STAGES, Plan("one.plan.gz", size))
         staging.publish(EngineSetManifest(files=staging.files, recipe=recipe, plans=plans))
     engines = cache.open(recipe)
     assert engines
@@ -578,6 +579,9 @@ def test_a_plan_is_handed_on_as_it_was_packed(cache: EngineCache, whole: bytes):
     chunks = [packed[start : start + 1000] for start in range(0, len(packed), 1000)]
     assert unpack(chunks, len(packed), len(whole)) == whole
     assert unpacked_size(chunks) == len(whole)
+    assert gzip.decompress(packed) == whole
+    earlier = zlib.compress(whole)  # what earlier versions wrote
+    assert unpack([earlier], len(earlier), len(whole)) == whole
 
 
 def test_sources_pack_and_weights_cost_nothing():
@@ -624,10 +628,10 @@ def test_a_plan_is_unpacked_no_further_than_its_size(cache: EngineCache):
 def test_beside_a_plan_only_pieces_of_it_are_held(cache: EngineCache, tmp_path: Path):
     numbers = np.random.default_rng(1).bytes(30 * PIECE)
     tracemalloc.start()
-    pack_into(tmp_path / "plan.z", numbers)
+    pack_into(tmp_path / "plan.gz", numbers)
     _, packing = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    engines = publish_packed(cache, (tmp_path / "plan.z").read_bytes(), len(numbers))
+    engines = publish_packed(cache, (tmp_path / "plan.gz").read_bytes(), len(numbers))
     tracemalloc.start()
     plan = engines.plan_bytes("condition")
     _, unpacking = tracemalloc.get_traced_memory()

@@ -19,6 +19,7 @@ from bundles import bundle_config, small_bundle
 from click.testing import CliRunner, Result
 from editing import picture, reference
 from PIL import Image
+from product_graph import product_graph
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -465,7 +466,8 @@ def test_products_are_counted_as_the_reference_computes_them() -> None:
 
 
 def test_the_yardstick_is_a_matrix_product() -> None:
-    graph = bench._product_graph(300)
+    graph = bench.PRODUCT.read_bytes()
+    assert graph == product_graph()
     onnx.checker.check_model(onnx.load_from_string(graph), full_check=True)
     session = Session("product", graph, Path(), "cpu", 1)
     a, b = np.random.default_rng(0).normal(size=(2, 300, 300)).astype(np.float32)

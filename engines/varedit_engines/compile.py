@@ -155,7 +155,7 @@ def _compile_all(
 ) -> None:
     plans, weights = {}, {}
     for stage, digest in recipe.graphs.items():
-        file = f"{stage}.plan.z"
+        file = f"{stage}.plan.gz"
         graph = job.bundle.graph_bytes(job.variant.name, stage)
         if job.layout == "external":
             graph, weights[stage] = external_inputs(graph)

@@ -5,9 +5,11 @@ which it has deprecated, would only make it need a GPU.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from varedit_runtime.files import keep, plain_name, read_kept
 from varedit_runtime.locate import cache_folder
@@ -20,18 +22,20 @@ def timings_file(version: str, gpu: str) -> Path:
 
 @contextmanager
 def kept_timings(config: Any, path: Path) -> Iterator[None]:
-    """Around a build with this builder config: it starts from a file's timings and adds its own.
+    """Start a build with this builder config from the timings in a file, and add its own to them.
 
     A file that is damaged, of another GPU or that cannot be read counts for none; where it cannot
-    be written, nothing is kept. Of two builds at once both add to it; only where they end at the
-    same moment, one's timings are lost.
+    be written, nothing is kept. Builds that run at once all add their timings.
     """
     timings = config.create_timing_cache(read_kept(path))
     if timings is None or not config.set_timing_cache(timings, ignore_mismatch=False):
         timings = config.create_timing_cache(b"")
         config.set_timing_cache(timings, ignore_mismatch=False)
     yield
-    others = config.create_timing_cache(read_kept(path))  # what another build has added since
-    if others is not None:
-        timings.combine(others, ignore_mismatch=False)
-    keep(path, bytes(timings.serialize()))
+    with suppress(OSError):  # a folder that cannot be written
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            others = config.create_timing_cache(read_kept(path))  # another build may have added
+            if others is not None:
+                timings.combine(others, ignore_mismatch=False)
+            keep(path, bytes(timings.serialize()))

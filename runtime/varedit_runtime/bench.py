@@ -33,6 +33,8 @@ from varedit_runtime.manifest import DIGEST, MANIFEST, Model, Variant, scale_of
 INSTRUCTION = "add a hat"
 PRODUCT_SIZES = {"cpu": 1024, "cuda": 8192}
 PRODUCT_RUNS = 10
+# ONNX: c = a @ b on square fp32 matrices of any size; tests/product_graph.py writes it.
+PRODUCT = Path(__file__).with_name("product.onnx")
 SAMPLE_SECONDS = 0.02  # between two samples of the memory in use
 ROLLUP = Path("/proc/self/smaps_rollup")
 
@@ -299,7 +301,7 @@ def peak_memory() -> Iterator[list[int]]:
 def product_rate(provider: str, threads: int | None = None) -> float:
     """Measure the median rate of a large square fp32 matrix product, in operations per second."""
     size = PRODUCT_SIZES[provider]
-    session = Session("matrix product", _product_graph(size), Path(), provider, threads or 0)
+    session = Session("matrix product", PRODUCT.read_bytes(), Path(), provider, threads or 0)
     buffers = {name: Buffer((size, size), "float32", provider) for name in "abc"}
     for name in "ab":
         buffers[name].fill(0.5)
@@ -402,27 +404,3 @@ def _ratios(memory: Memory) -> Iterator[str]:
 
 def _megabytes(size: int) -> str:
     return f"{size / 1e6:.0f} MB"
-
-
-def _product_graph(size: int) -> bytes:
-    """Encode an ONNX model of c = a @ b on square matrices, as protobuf (onnx.proto3) does."""
-    shape = 2 * _message(1, _integer(1, size))  # dim: dim_value
-    kind = _message(1, _integer(1, 1) + _message(2, shape))  # tensor_type: float32, shape
-    a, b, c = (_message(1, name) + _message(2, kind) for name in (b"a", b"b", b"c"))
-    node = _message(1, b"a") + _message(1, b"b") + _message(2, b"c") + _message(4, b"MatMul")
-    graph = _message(1, node) + _message(2, b"product")
-    graph += _message(11, a) + _message(11, b) + _message(12, c)  # inputs, output
-    return _integer(1, 8) + _message(7, graph) + _message(8, _integer(2, 17))  # IR 8, opset 17
-
-
-def _message(field: int, content: bytes) -> bytes:
-    return _varint(field << 3 | 2) + _varint(len(content)) + content
-
-
-def _integer(field: int, value: int) -> bytes:
-    return _varint(field << 3) + _varint(value)
-
-
-def _varint(value: int) -> bytes:
-    more, low = divmod(value, 128)
-    return bytes([low | 128]) + _varint(more) if more else bytes([low])
