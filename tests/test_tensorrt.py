@@ -3,6 +3,7 @@
 import errno
 import sys
 from pathlib import Path
+from threading import Thread
 from typing import Any, NoReturn
 
 import fake_tensorrt
@@ -10,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 from fake_bundles import publish
 from fake_tensorrt import RTX, BuilderConfig, TimingCache
+from filelock import FileLock
 
 from varedit_engines import builder as compiler_module
 from varedit_engines import compile as compile_module
@@ -181,6 +183,22 @@ def test_two_builds_at_once_keep_what_both_measured() -> None:
     assert kept() == {"a": 1, "b": 1}
 
 
+def lock_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.lock")
+
+
+def test_a_build_that_ends_waits_for_one_that_writes() -> None:
+    compile_graph("a")
+    path = timings_file("11.0", "sm90 NVIDIA H100")
+    with FileLock(lock_of(path)):
+        build = Thread(target=compile_graph, args="b")
+        build.start()
+        build.join(0.2)
+        assert build.is_alive() and kept() == {"a": 1}
+    build.join()
+    assert kept() == {"a": 1, "b": 1}
+
+
 def measure(config: BuilderConfig, kernel: str) -> None:
     timings = config.get_timing_cache()
     assert timings
@@ -206,7 +224,7 @@ def test_timings_that_cannot_be_written_whole_leave_the_earlier_ones(
     assert compile_graph("b") == b"plan of b"
     assert kept() == {"a": 1}
     path = timings_file("11.0", "sm90 NVIDIA H100")
-    assert list(path.parent.iterdir()) == [path]
+    assert set(path.parent.iterdir()) == {path, lock_of(path)}
 
 
 def test_tensorrt_for_rtx_is_asked_for_no_timings(monkeypatch: pytest.MonkeyPatch) -> None:
