@@ -1,8 +1,15 @@
-"""A graph taken apart into its blocks, each run by itself with its weights fed in.
+"""Cut a graph into its blocks, so that each runs alone, with its weights fed in.
 
-What ONNX Runtime computes on a CPU it computes in fp32, and bf16 it lacks: pieces are widened to
-fp32, weights keep the values they were rounded to. A session holds no weights, and pieces that are
-alike but for the block's number share one.
+A whole 8b graph needs tens of gigabytes to run; a block needs one block's memory. A block becomes
+pieces, each an ONNX model of its own, whose weights and caches are inputs:
+
+    [first] -> queries, keys, values -> [attention] -> attended -> [rest] -> the next block's input
+
+Inputs get names without the block's number, so that blocks which differ only in it give equal
+bytes: comparing those proves them alike, and they share one session.
+
+Pieces are widened to fp32, because a CPU computes fp16 in fp32 anyway, and ONNX Runtime has no bf16
+there. Weights keep the values they were rounded to.
 """
 
 import mmap
@@ -27,7 +34,7 @@ from varedit_runtime.manifest import StoredWeight
 
 Arrays = dict[str, np.ndarray]
 
-PAST = ("past_", "reference_")  # inputs: keys and values of what came before
+PAST = ("past_", "reference_")  # inputs that are keys and values of earlier tokens
 NARROW = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 TORCH_TYPES = {
     TensorProto.FLOAT: torch.float32,
@@ -37,7 +44,7 @@ TORCH_TYPES = {
 
 
 class WeightFiles:
-    """The files of weights of a bundle's folder, memory-mapped."""
+    """The weights files of a bundle's folder, memory-mapped."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -55,7 +62,7 @@ class WeightFiles:
         place, name = tensor.place, tensor.place.file
         if name not in self._maps:
             with (self._folder / name).open("rb") as file:
-                # Copied on writing, as torch takes no memory that cannot be written.
+                # Copy on write: torch takes no read-only memory.
                 self._maps[name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         if place.offset + place.length > len(self._maps[name]):
             raise ExportError(f"a weight lies past the end of {name}")
@@ -66,10 +73,10 @@ class WeightFiles:
 
 @dataclass(frozen=True)
 class Piece:
-    """Nodes of a graph as a model of its own, named for their place in it.
+    """Some nodes of a graph as a model of their own.
 
-    model: equal for pieces that are alike but for the block's number; inputs, outputs: its names ->
-    the graph's.
+    model: its bytes, equal for pieces that differ only in the block's number. inputs, outputs: the
+    graph's names by the piece's.
     """
 
     model: bytes
@@ -79,11 +86,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class Attention:
-    """A block's self-attention: from its queries times keys to its weights times values.
+    """A block's self-attention, softmax(queries·keys)·values.
 
-    queries [R, H, L, D], keys [R, H, D, S], values [R, H, S, D] -> attended [R, H, L, D]. The piece
-    holds no shape, so that it can be run for some of the queries. joins: what puts new keys, and
-    new values, behind those that came before.
+    piece: from queries [R, H, L, D], keys [R, H, D, S] and values [R, H, S, D] to attended
+    [R, H, L, D]; of any L, so that it can run for some of the queries. joins: pieces that append
+    new keys and values to the earlier ones.
     """
 
     joins: Sequence[Piece]
@@ -96,7 +103,7 @@ class Attention:
 
 @dataclass(frozen=True)
 class Block:
-    """A block: what comes before its self-attention, that, and the rest; without one, all."""
+    """A block: the part before its self-attention, that, and the rest; or all of it as first."""
 
     first: Piece
     attention: Attention | None
@@ -104,16 +111,16 @@ class Block:
 
     @property
     def kind(self) -> tuple[bytes, ...]:
-        """Equal for blocks that are alike but for their number."""
+        """The block's models: equal for blocks that differ only in their number."""
         attention = self.attention and (*self.attention.joins, self.attention.piece)
         return tuple(piece.model for piece in (self.first, *(attention or ()), self.rest) if piece)
 
 
 class CutGraph:
-    """A graph: what is before its blocks, the blocks, what is after them.
+    """A graph, cut into the part before its blocks, the blocks, and the part after them.
 
     places: its weights by name. shapes: of its values. carried: the value that each block hands to
-    the next, by block; the last one's, where it has one, goes to what is after.
+    the next, by block; the last block's, if any, goes to the part after.
     """
 
     def __init__(self, name: str, content: bytes) -> None:
@@ -174,7 +181,7 @@ class CutGraph:
         return Block(self._piece(first, number), attention, self._piece(rest, number))
 
     def entering(self, number: int) -> str:
-        """The value that carries what goes through all blocks into one of them."""
+        """Return the input of a block that the previous one, or the part before, hands to it."""
         if number != self.blocks[0]:
             return self.carried[number - 1]
         first = self.block(number)
@@ -190,11 +197,11 @@ class CutGraph:
         return alike[0]
 
     def part(self, nodes: slice) -> Piece:
-        """Some of the nodes, in the graph's order."""
+        """Return a slice of the nodes, in the graph's order, as a piece."""
         return self._piece(self._nodes[nodes])
 
     def _outer(self) -> tuple[list[NodeProto], list[NodeProto]]:
-        """The nodes of no block: those that no block comes before, and the others."""
+        """Return the nodes outside blocks: those that depend on no block, and the others."""
         before, after, late = [], [], set[str]()
         for node in self._nodes:
             if _block(node) is not None or late.intersection(node.input):
@@ -206,7 +213,7 @@ class CutGraph:
         return before, after
 
     def _carried(self, block: int) -> str:
-        """What the next block, or what is after the last, goes on with."""
+        """Return the value that the next block, or the part after the last, reads; "" if none."""
         following = [n for n in self._nodes if _block(n) == block + 1]
         if not following:
             following = [n for n in self._nodes if _block(n) is None]
@@ -219,7 +226,7 @@ class CutGraph:
         block: int | None = None,
         any_length: Collection[str] = (),
     ) -> Piece:
-        """any_length: inputs and outputs [R, H, L, D] that may have another L."""
+        """Make a piece of nodes. any_length: its inputs and outputs [R, H, L, D] of any L."""
         produced = {name for node in nodes for name in node.output}
         names: dict[str, str] = {}  # the graph's -> the piece's
         inputs, constants = [], []
@@ -262,7 +269,7 @@ class CutGraph:
         )
 
     def _alias(self, name: str, block: int | None, place: int) -> str:
-        """What a piece calls an input: the same in all blocks that are alike."""
+        """Return a piece's name for an input, which does not depend on the block's number."""
         if block is None:
             return name
         maker = self._block_of.get(name)
@@ -286,14 +293,14 @@ class CutGraph:
 
 
 class CutCoder:
-    """An image coder's graph for smaller pictures; what is behind its last convolution as it is.
+    """An image coder's graph for smaller pictures; the part after its last convolution is kept.
 
-    Nothing in a coder depends on the picture's size but the shapes that the maps are given back
-    after a norm; those must be the shapes that they had. Raises ExportError where they are not.
+    In a coder only the shapes that maps are given back after a norm depend on the picture's size.
+    Raises ExportError if those are not the shapes that the maps had before it.
     """
 
     def __init__(self, name: str, content: bytes, factor: int) -> None:
-        """factor: by how much the sides of pictures, and of all maps, are divided."""
+        """Shrink a coder's graph. factor: divides the sides of pictures, and of all maps."""
         self.whole = CutGraph(name, content)
         model = onnx.load_model_from_string(content)
         last = max(i for i, n in enumerate(model.graph.node) if n.op_type == "Conv")
@@ -304,19 +311,19 @@ class CutCoder:
 
     @property
     def maps(self) -> str:
-        """What the last convolution computes."""
+        """The name of the last convolution's output."""
         return next(iter(self.small.before.outputs.values()))
 
 
 class Runner:
-    """Runs pieces. A session is kept for each that is unlike the others."""
+    """A runner of pieces, which keeps one session for all pieces with the same model."""
 
     def __init__(self, weights: WeightFiles, threads: int) -> None:
         self._weights, self._threads = weights, threads
         self._sessions: dict[bytes, ort.InferenceSession] = {}
 
     def run(self, graph: CutGraph, piece: Piece, values: Mapping[str, np.ndarray]) -> Arrays:
-        """The piece's outputs by the graph's names, from its inputs and the weights it reads."""
+        """Run a piece on values and weights; inputs and outputs have the graph's names."""
         if not piece.outputs:
             return {}
         session = self._session(piece)
@@ -334,7 +341,7 @@ class Runner:
 
     def _session(self, piece: Piece) -> ort.InferenceSession:
         if piece.model not in self._sessions:
-            # Pieces run in turn, each with weights fed in: memory is given back after each run.
+            # Pieces run in turn, with other weights each: memory must be returned after each run.
             self._sessions[piece.model] = load_graph(
                 piece.model, Path(), threads=self._threads, arena=False
             )
@@ -355,7 +362,7 @@ def _block(node: NodeProto) -> int | None:
 
 
 def _attention_core(nodes: Sequence[NodeProto]) -> list[NodeProto] | None:
-    """From the product before the block's first softmax to the one behind it, in order."""
+    """Return the nodes from the product before the first softmax to the one after it."""
     makers = {name: node for node in nodes for name in node.output}
     softmax = next((node for node in nodes if node.op_type == "Softmax"), None)
     if softmax is None:
@@ -370,7 +377,7 @@ def _attention_core(nodes: Sequence[NodeProto]) -> list[NodeProto] | None:
 
 
 def _ancestors(nodes: Sequence[NodeProto], names: Iterable[str]) -> set[str]:
-    """First outputs of those of the nodes that some values come from."""
+    """Return the first outputs of the nodes that these values depend on."""
     found, queue = set[str](), set(names)
     for node in reversed(nodes):
         if queue.intersection(node.output):
@@ -380,7 +387,7 @@ def _ancestors(nodes: Sequence[NodeProto], names: Iterable[str]) -> set[str]:
 
 
 def _descendants(nodes: Sequence[NodeProto], names: Collection[str]) -> set[str]:
-    """First outputs of those of the nodes that come from some values."""
+    """Return the first outputs of the nodes that depend on these values."""
     reached = set(names)
     for node in nodes:
         if reached.intersection(node.input):
