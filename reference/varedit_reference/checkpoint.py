@@ -42,66 +42,44 @@ class Stored(NamedTuple):
 Layout = Callable[[Stored], Stored]
 
 
-# A released tensor's shape, from this reference's. The elements' order is the same in both.
-def same_shape(shape: Shape) -> Shape:
-    return shape
-
-
-def one_leading_axis(shape: Shape) -> Shape:
-    return (1, *shape)
-
-
-def two_leading_axes(shape: Shape) -> Shape:
-    return (1, 1, *shape)
-
-
-def heads_axis_of_four(shape: Shape) -> Shape:
-    return (1, *shape, 1, 1)
-
-
-TRANSFORMER_TABLE: dict[str, tuple[str, Callable[[Shape], Shape]]] = {
-    "unconditional_text": ("cfg_uncond", same_shape),
-    "start_token": ("pos_start", two_leading_axes),
-    "level_embedding.weight": ("lvl_embed.weight", same_shape),
-    "token_embedding.weight": ("word_embed.weight", same_shape),
-    "token_embedding.bias": ("word_embed.bias", same_shape),
-    "text_norm.weight": ("text_norm.weight", same_shape),
-    "text_pool.query": ("text_proj_for_sos.ca.mat_q", one_leading_axis),  # sos: start token
-    "text_pool.kv.weight": ("text_proj_for_sos.ca.mat_kv.weight", same_shape),
-    "text_pool.value_bias": ("text_proj_for_sos.ca.v_bias", same_shape),
-    "text_pool.projection.weight": ("text_proj_for_sos.ca.proj.weight", same_shape),
-    "text_pool.projection.bias": ("text_proj_for_sos.ca.proj.bias", same_shape),
-    "text_memory.0.weight": ("text_proj_for_ca.0.weight", same_shape),
-    "text_memory.0.bias": ("text_proj_for_ca.0.bias", same_shape),
-    "text_memory.2.weight": ("text_proj_for_ca.2.weight", same_shape),
-    "text_memory.2.bias": ("text_proj_for_ca.2.bias", same_shape),
-    "shared_modulation.weight": ("shared_ada_lin.1.weight", same_shape),
-    "shared_modulation.bias": ("shared_ada_lin.1.bias", same_shape),
-    "head_modulation.weight": ("head_nm.ada_lin.1.weight", same_shape),
-    "head_modulation.bias": ("head_nm.ada_lin.1.bias", same_shape),
-    "head.weight": ("head.weight", same_shape),
-    "head.bias": ("head.bias", same_shape),
+# Released names of parameters, and of modules whose parameters keep their own names.
+TRANSFORMER_TABLE = {
+    "unconditional_text": "cfg_uncond",
+    "start_token": "pos_start",
+    "level_embedding": "lvl_embed",
+    "token_embedding": "word_embed",
+    "text_norm": "text_norm",
+    "text_pool.query": "text_proj_for_sos.ca.mat_q",  # sos: the start token is made from it
+    "text_pool.kv": "text_proj_for_sos.ca.mat_kv",
+    "text_pool.value_bias": "text_proj_for_sos.ca.v_bias",
+    "text_pool.projection": "text_proj_for_sos.ca.proj",
+    "text_memory.0": "text_proj_for_ca.0",
+    "text_memory.2": "text_proj_for_ca.2",
+    "shared_modulation": "shared_ada_lin.1",
+    "head_modulation": "head_nm.ada_lin.1",
+    "head": "head",
 }
-BLOCK_TABLE: dict[str, tuple[str, Callable[[Shape], Shape]]] = {
-    "modulation": ("ada_gss", two_leading_axes),  # gammas, scales and shifts, two each
-    "self_attention.qkv.weight": ("sa.mat_qkv.weight", same_shape),
-    "self_attention.query_bias": ("sa.q_bias", same_shape),
-    "self_attention.value_bias": ("sa.v_bias", same_shape),
-    "self_attention.log_scale": ("sa.scale_mul_1H11", heads_axis_of_four),
-    "self_attention.projection.weight": ("sa.proj.weight", same_shape),
-    "self_attention.projection.bias": ("sa.proj.bias", same_shape),
-    "cross_norm.weight": ("ca_norm.weight", same_shape),
-    "cross_norm.bias": ("ca_norm.bias", same_shape),
-    "cross_attention.query.weight": ("ca.mat_q.weight", same_shape),
-    "cross_attention.query.bias": ("ca.mat_q.bias", same_shape),
-    "cross_attention.kv.weight": ("ca.mat_kv.weight", same_shape),
-    "cross_attention.value_bias": ("ca.v_bias", same_shape),
-    "cross_attention.projection.weight": ("ca.proj.weight", same_shape),
-    "cross_attention.projection.bias": ("ca.proj.bias", same_shape),
-    "mlp.0.weight": ("ffn.fc1.weight", same_shape),
-    "mlp.0.bias": ("ffn.fc1.bias", same_shape),
-    "mlp.2.weight": ("ffn.fc2.weight", same_shape),
-    "mlp.2.bias": ("ffn.fc2.bias", same_shape),
+BLOCK_TABLE = {
+    "modulation": "ada_gss",  # gammas, scales and shifts, two each
+    "self_attention.qkv": "sa.mat_qkv",
+    "self_attention.query_bias": "sa.q_bias",
+    "self_attention.value_bias": "sa.v_bias",
+    "self_attention.log_scale": "sa.scale_mul_1H11",
+    "self_attention.projection": "sa.proj",
+    "cross_norm": "ca_norm",
+    "cross_attention.query": "ca.mat_q",
+    "cross_attention.kv": "ca.mat_kv",
+    "cross_attention.value_bias": "ca.v_bias",
+    "cross_attention.projection": "ca.proj",
+    "mlp.0": "ffn.fc1",
+    "mlp.2": "ffn.fc2",
+}
+# Released shapes, where they are not this reference's. The elements' order is the same in both.
+RELEASED_SHAPES: dict[str, Callable[[Shape], Shape]] = {
+    "start_token": lambda shape: (1, 1, *shape),
+    "text_pool.query": lambda shape: (1, *shape),
+    "modulation": lambda shape: (1, 1, *shape),
+    "self_attention.log_scale": lambda shape: (1, *shape, 1, 1),
 }
 # Substitutions in a tokenizer parameter's name, applied in this order.
 TOKENIZER_TABLE = {
@@ -132,15 +110,16 @@ def released_transformer(depth: int, chunks: int | None = 8) -> Layout:
     """
 
     def layout(own: Stored) -> Stored:
-        if own.name in TRANSFORMER_TABLE:
-            name, reshape = TRANSFORMER_TABLE[own.name]
-            return Stored(name, reshape(own.shape))
-        _, block, part = own.name.split(".", 2)
-        name, reshape = BLOCK_TABLE[part]
-        if chunks is None:
-            return Stored(f"blocks.{block}.{name}", reshape(own.shape))
-        chunk, place = divmod(int(block), max(depth // chunks, 1))
-        return Stored(f"block_chunks.{chunk}.module.{place}.{name}", reshape(own.shape))
+        table, prefix, part = TRANSFORMER_TABLE, "", own.name
+        if own.name.startswith("blocks."):
+            _, block, part = own.name.split(".", 2)
+            chunk, place = divmod(int(block), max(depth // (chunks or 1), 1))
+            chunked = f"block_chunks.{chunk}.module.{place}."
+            table, prefix = BLOCK_TABLE, f"blocks.{block}." if chunks is None else chunked
+        module, _, leaf = part.rpartition(".")
+        name = table[part] if part in table else f"{table[module]}.{leaf}"
+        reshape = RELEASED_SHAPES.get(part, lambda shape: shape)
+        return Stored(prefix + name, reshape(own.shape))
 
     return layout
 
