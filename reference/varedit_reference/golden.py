@@ -139,8 +139,8 @@ def model_config(name: str, settings: dict[str, Any]) -> ModelConfig:
 @torch.inference_mode()
 def check(recording: Recording) -> Iterator[Measurement]:
     """Run every stage of the recorded edit and yield its errors; see the module's docstring."""
-    square = to_square(_picture(recording["in.image_rgb_u8"]), recording.config.picture_size)
-    picture = torch.from_numpy(square)
+    source = Image.fromarray(recording["in.image_rgb_u8"].numpy())
+    picture = torch.from_numpy(to_square(source, recording.config.picture_size))
     yield _measure("preprocessed image", picture, recording["out.preprocessed_image"], 0)
     features = recording.tokenizer.encode(picture[None])
     yield _measure("encoder features", features, recording["out.encoder_features"], FEATURES)
@@ -256,11 +256,8 @@ def _measure_picture(
 ) -> Iterator[Measurement]:
     difference = (torch.from_numpy(picture.astype(np.int16)) - expected.short()).abs()
     yield _measure(f"{stage}, levels", difference, 0, levels)
-    yield Measurement(f"{stage}, share of values differing", _share(difference), share)
-
-
-def _share(difference: Tensor) -> float:
-    return (difference > 0).double().mean().item()
+    differing = (difference > 0).double().mean().item()
+    yield Measurement(f"{stage}, share of values differing", differing, share)
 
 
 def _measure(stage: str, actual: Tensor, expected: Tensor | float, tolerance: float) -> Measurement:
@@ -271,10 +268,6 @@ def _measure(stage: str, actual: Tensor, expected: Tensor | float, tolerance: fl
         )
     error = (actual.double() - expected).abs()
     return Measurement(stage, error.max().item() if error.isfinite().all() else inf, tolerance)
-
-
-def _picture(rgb: Tensor) -> Image.Image:
-    return Image.fromarray(rgb.numpy())
 
 
 @click.command()
