@@ -6,13 +6,13 @@
     ve.compile_engines(bundle, ve.EngineOptions("tensorrt-rtx", architectures=("sm89",)))
     lines = ve.verify(bundle)
 
-Everything here is silent. What the commands show comes by callbacks: `on_step`, called before every
-step with (what is being done, steps done, steps in all), and `notice`, called with lines for a
-person. Importing this package loads neither PyTorch nor ONNX; calling it does.
+Nothing here prints. Progress comes through callbacks: `on_step` is called before every step with
+(what is being done, steps done, steps in all), `notice` with lines for people. Importing this
+package loads neither PyTorch nor ONNX; calling its functions does.
 
-Every error is a `VareditError`, and its text one line that names options as the command does. All
-functions raise MissingExtraError when the extra `export` is not installed, and BundleError on a
-bundle that is missing or damaged.
+Every error is a `VareditError`, whose text is one line that names options as the command does. All
+functions raise MissingExtraError if the extra `export` is not installed, and BundleError if a
+bundle is missing or damaged.
 """
 
 from collections.abc import Callable
@@ -56,13 +56,13 @@ def build(
 ) -> Bundle:
     """Build a bundle, prove its parity with the reference, publish it, and return it opened.
 
-    What an interrupted build had finished is kept for the next one. `notice` is told what will be
-    built and what that takes. The bundle's measures are `bundle.manifest.parity`.
+    The next build continues an interrupted one. `notice` is called with what will be built and what
+    that needs. The bundle's measures are `bundle.manifest.parity`.
 
-    Raises ConfigError on options that are impossible or contradict each other, CheckpointError on
-    weights that cannot be read or do not fit, or when the disk has no room, ExportError when there
-    is too little memory or a graph does not come out as it must, ParityError when a measure exceeds
-    its tolerance. Nothing is published then, and an earlier bundle of that name stays.
+    Raises ConfigError on options that are impossible or contradict each other, CheckpointError if
+    weights cannot be read or do not fit, or the disk has no room, ExportError if memory is too
+    small or a graph is not as expected, ParityError if a measure exceeds its tolerance. Then
+    nothing is published, and an earlier bundle of that name stays.
     """
     with needs_extra("export"):
         from varedit_export.assemble import assemble
@@ -83,11 +83,11 @@ def compile_engines(
 ) -> "EngineSet":
     """Compile a variant's graphs to TensorRT engines, or open those that were compiled before.
 
-    A compilation that was interrupted goes on at the graph it had reached. `notice` is told what
-    the GPU will have to hold, and why engines that are there are compiled again.
+    An interrupted compilation continues at the graph it had reached. `notice` is called with what
+    the GPU will have to hold, and with why existing engines are compiled again.
 
-    Raises what `options.compiler()` does; ConfigError on an unknown layout, BackendError when a
-    graph does not compile, BundleError when engines are there that were built on another machine.
+    Raises what `options.compiler()` raises, ConfigError on an unknown layout, BackendError if a
+    graph does not compile, BundleError if existing engines were built on another machine.
     """
     compiler = options.compiler()
     with needs_extra("export"):
@@ -105,12 +105,12 @@ def verify(
 ) -> list[ParityLine]:
     """Compare every graph of a bundle with the reference, teacher-forced; return all measures.
 
-    The reference takes the bundle's own weights. `measured` is called with every measure, those
-    that fail too.
+    The reference takes the bundle's own weights. `measured` is called with every measure, failed
+    ones too.
 
-    Raises ParityError, when all has been measured, if a measure exceeds its tolerance or is not
-    finite; ConfigError on a variant without a backend to run it; what `backend.open` does where the
-    backend cannot run here.
+    Raises ParityError at the end if a measure exceeds its tolerance or is not finite; ConfigError
+    if a variant is given without a backend to run it; what `backend.open` raises if the backend
+    cannot run here.
     """
     backend = choose(options.backend)
     if backend.spec.name == DEFAULT and options.variant:
@@ -120,7 +120,7 @@ def verify(
         from varedit_reference.golden import open_recording
 
     opened, others = _opened(bundle), iter(())
-    if backend.spec.name != DEFAULT:  # opened first: what it misses is said before the comparison
+    if backend.spec.name != DEFAULT:  # opened first, so that it fails before the long comparison
         from varedit_export.parity.verify_engines import compare_chosen
 
         others = compare_chosen(opened, backend, options.variant)

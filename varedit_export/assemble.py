@@ -36,13 +36,12 @@ TYPE_NAMES = {
 
 
 def assemble(plan: Plan, on_step: OnStep) -> list[ParityLine]:
-    """Build and publish a bundle; return how far each graph is from the reference.
+    """Build and publish a bundle; return the measured differences from the reference.
 
-    Raises CheckpointError when the disk has no room or the folder cannot be made, BundleError
-    when another process builds the same bundle, ExportError when there is too little memory, and,
-    as ParityError, when a graph does not come out as it must. What was finished before a failure or
-    an interrupt, weights tensor by tensor, is kept for the next attempt; an earlier bundle of the
-    same name stays until the new one is whole.
+    Raises CheckpointError if the disk has no room or the folder cannot be made, BundleError if
+    another process builds the same bundle, ExportError if memory is too small, and its ParityError
+    if a graph is not as expected. Finished weights and graphs are kept for the next attempt after a
+    failure or interrupt; an earlier bundle of the same name stays until the new one is complete.
     """
     target, needed = plan.request.target, needs(plan)
     check_room(target.parent, needed.disk - present(work_folder(target)))
@@ -66,7 +65,7 @@ def assemble(plan: Plan, on_step: OnStep) -> list[ParityLine]:
 
 @dataclass
 class _Work:
-    """A build under way: makes what an earlier attempt left undone."""
+    """A running build, which makes what an earlier attempt left undone."""
 
     plan: Plan
     staging: Staging
@@ -75,7 +74,7 @@ class _Work:
     step: int = 0
 
     def weights(self, component: Component, request: Request) -> dict[str, StoredWeight]:
-        """Write a component; where each of its weights lies."""
+        """Write a component; return where each of its weights lies."""
         self._next(f"weights of {component.name}")
         folder, file = self.staging.path, component.file
         key = _key(self.plan, request, component.name)
@@ -86,7 +85,7 @@ class _Work:
         return component.stored(folder)
 
     def variant(self, variant: VariantPlan, shared: dict[str, StoredWeight]) -> Variant:
-        """Write a variant's table and graphs."""
+        """Write a variant's table of positions and its graphs."""
         request = variant.request
         tracer = Tracer(self.plan.fake, shared | self.weights(variant.positions, request))
         specs = {graph.name: self._graph(variant, graph, tracer) for graph in variant.graphs}
@@ -122,7 +121,7 @@ def _merged(parts: Iterable[dict[str, StoredWeight]]) -> dict[str, StoredWeight]
 
 
 def graph_spec(folder: Path, file: str) -> GraphSpec:
-    """A written graph's inputs and outputs."""
+    """Read the inputs and outputs of a written graph."""
     graph = ir.load(folder / file).graph
     inputs = tuple(_tensor_spec(value) for value in graph.inputs)
     return GraphSpec(file, inputs, tuple(_tensor_spec(value) for value in graph.outputs))
@@ -135,7 +134,7 @@ def _tensor_spec(value: ir.Value) -> TensorSpec:
 
 
 def _key(plan: Plan, request: Request, part: str) -> str:
-    """Stands for all that a file is made from: the model, the request, the weights, the tools."""
+    """Return a digest of all that a file is made from: model, request, weights, tools."""
     made_from = (
         part,
         request.config,

@@ -44,26 +44,26 @@ _architectures = click.option(
     "--architecture",
     "architectures",
     multiple=True,
-    help="Of GPUs, as in sm89: tensorrt-rtx compiles for them anywhere. Default: this GPU's.",
+    help="GPU architecture, such as sm89; repeatable, tensorrt-rtx only. Default: this GPU's.",
 )
 
 
 def _layout(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """The option of where engines have their weights, by the name it has in a command."""
+    """Return the option for where engines' weights are, under a command's own name for it."""
     return click.option(
         name,
         "layout",
         type=click.Choice(["external", "profiles", "baked"]),
         default="external",
         show_default=True,
-        help="Weights as inputs; or inside one engine with a profile per scale, or one per scale.",
+        help="Weights: inputs of the engines, inside one for all scales, or inside one per scale.",
     )
 
 
 def _with(
     kind: type[BuildOptions] | type[EngineOptions] | type[VerifyOptions],
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command one argument, `options`, in place of all that are fields of a class."""
+    """Give a command one argument, `options`, in place of the fields of an options class."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @wraps(command)
@@ -97,7 +97,7 @@ def main() -> None:
     "resolutions",
     type=int,
     multiple=True,
-    help="256, 512 or 1024 px, several times for a bundle of several; nano's is 128.",
+    help="256, 512 or 1024 px; repeat it for a bundle of several resolutions. nano has 128.",
 )
 @click.option(
     "--aspect", default="1:1", show_default=True, help="Height:width; see varedit-run grids."
@@ -105,9 +105,9 @@ def main() -> None:
 @_checkpoint
 @_tokenizer
 @_text_encoder
-@click.option("--random-weights", type=int, help="A seed, in place of checkpoints.")
+@click.option("--random-weights", type=int, help="Seed of random weights, instead of checkpoints.")
 @click.option(
-    "--config", type=_PATH, help="A recording's config.json, in place of --size and --res."
+    "--config", type=_PATH, help="A recording's config.json, instead of --size and --res."
 )
 @click.option(
     "--precision", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True
@@ -116,16 +116,16 @@ def main() -> None:
 @click.option(
     "--text-tokens",
     type=int,
-    help="Longest instruction; by default 128, for nano 48.",
+    help="Most tokens of an instruction; by default 128, for nano 48.",
 )
 @click.option(
     "--no-guidance",
     "guided",
     is_flag=True,
     callback=lambda context, option, given: not given,
-    help="Leave out the unconditional rows.",
+    help="Leave out the unconditional rows: half of the work, no guidance.",
 )
-@backend_option("What is to run it; for the TensorRT ones, engines are compiled as well.")
+@backend_option("Backend to build for; for the TensorRT ones, engines are compiled too.")
 @_layout("--engine-layout")
 @_architectures
 @click.option("-o", "--output", type=_PATH, help="The bundle's folder; by default one of yours.")
@@ -140,9 +140,8 @@ def build(
 ) -> None:
     """Build a bundle, prove its parity with the reference, and publish it.
 
-    What an interrupted build had finished is kept for the next one. Engines are
-    compiled once the bundle is published, and `varedit-export engines` goes on with
-    those that were interrupted.
+    The next build continues an interrupted one. Engines are compiled after the bundle
+    is published; if that is interrupted, `varedit-export engines` continues it.
 
     \b
     varedit-export build --size 2b --res 512 --checkpoint 2B-512.pth \\
@@ -169,7 +168,7 @@ def _engine_options(
 ) -> EngineOptions | None:
     """Return what to compile for a backend; None for one without engines.
 
-    What the backend misses is said now, before anything is built.
+    Raises now, before anything is built, if the backend cannot compile here.
     """
     if find(backend).compiles:
         engines = EngineOptions(backend, layout=layout, architectures=architectures)
@@ -191,38 +190,37 @@ def _engine_options(
 
 @main.command()
 @click.argument("bundle", type=_PATH)
-@backend_option("What runs the engines.", default="tensorrt", compiling=True)
+@backend_option("Backend that runs the engines.", default="tensorrt", compiling=True)
 @_layout("--layout")
 @_architectures
-@click.option("--variant", metavar="NAME", help="Of a bundle's several; by default the first.")
+@click.option("--variant", metavar="NAME", help="The bundle's variant; by default its first.")
 @click.option(
     "--workspace",
     type=click.IntRange(1),
     callback=lambda context, option, given: given and given * 10**6,
-    help="MB of GPU memory a layer may use.",
+    help="MB of GPU memory that a layer may use.",
 )
 @click.option(
-    "--optimisation", type=click.IntRange(0, 5), help="0 compiles fast, 5 gives fast engines."
+    "--optimisation", type=click.IntRange(0, 5), help="0 compiles fast, 5 makes fast engines."
 )
-@click.option("--tf32", is_flag=True, help="Let factors in fp32 be rounded to TF32, for speed.")
+@click.option("--tf32", is_flag=True, help="Round fp32 factors to TF32, for speed.")
 @click.option(
     "--version-compatible",
     is_flag=True,
-    help="Engines for later versions of TensorRT too. Not with tensorrt-rtx.",
+    help="Make engines for later TensorRT versions too. Not with tensorrt-rtx.",
 )
 @click.option(
     "--hardware-compatible",
     type=click.Choice(["ampere-plus", "same-compute-capability"]),
-    help="Engines for other GPUs too. Not with tensorrt-rtx: name architectures.",
+    help="Make engines for other GPUs too. Not with tensorrt-rtx: give architectures.",
 )
-@click.option("--again", is_flag=True, help="Compile also what is there, if it was built here.")
+@click.option("--again", is_flag=True, help="Recompile existing engines built on this machine.")
 @_with(EngineOptions)
 def engines(bundle: Path, options: EngineOptions) -> None:
     """Compile a bundle's graphs to TensorRT engines, kept with the bundle or in your cache.
 
-    Engines that were compiled before, from the same graphs in the same way, are found again.
-    Damaged ones are compiled again, unless they were built elsewhere; with --again, whole
-    ones too.
+    Engines of the same graphs and settings that were compiled before are used again. Damaged
+    ones are recompiled, unless they were built elsewhere.
 
     \b
     varedit-export engines bundles/2b-512
@@ -233,7 +231,7 @@ def engines(bundle: Path, options: EngineOptions) -> None:
 
 
 def _compile(bundle: Bundle, options: EngineOptions) -> Path:
-    """Compile a variant's engines, show what is done, and return where they are."""
+    """Compile a variant's engines, show the progress, and return their folder."""
     with _progress() as on_step:
         found = varedit_export.compile_engines(bundle, options, on_step, _say)
     for file, entry in found.manifest.files.items():
@@ -243,17 +241,17 @@ def _compile(bundle: Bundle, options: EngineOptions) -> Path:
 
 @main.command(cls=BackendCommand, without=(DEFAULT,))
 @click.argument("bundle", type=_PATH)
-@click.option("--golden", type=_PATH, help="A recording, of which the bundle was built.")
+@click.option("--golden", type=_PATH, help="Compare also with a recording it was built from.")
 @click.option("--report", type=_PATH, help="Write all measures here, as JSON.")
-@backend_option("Any other than onnxruntime is compared as well, as it runs on this machine.")
-@click.option("--variant", metavar="NAME", help="The one such a backend runs; default: the first.")
+@backend_option("Compare this backend too, as it runs on this machine.")
+@click.option("--variant", metavar="NAME", help="The backend's variant; by default the first.")
 @_with(VerifyOptions)
 def verify(bundle: Path, report: Path | None, options: VerifyOptions) -> None:
     """Compare every graph with the reference, teacher-forced; exit 1 on a failed measure.
 
-    The reference takes the bundle's own weights. With a recording of the released implementation,
-    of which the bundle was built, its numbers are compared as well. Engines are compared with
-    ONNX Runtime and, where the model can be held whole, with the reference.
+    The reference takes the bundle's own weights. A recording of the released implementation must
+    be the one that the bundle was built from. Engines are compared with ONNX Runtime and, if the
+    model fits in memory as a whole, with the reference.
 
     \b
     varedit-export verify bundles/2b-512 --report parity.json
@@ -283,7 +281,7 @@ def verify(bundle: Path, report: Path | None, options: VerifyOptions) -> None:
 @main.command()
 @click.argument("bundle", type=_PATH)
 def inspect(bundle: Path) -> None:
-    """Say what is in a bundle: model, variants, graphs, sizes, precision, parity.
+    """Show what is in a bundle: model, variants, graphs, sizes, precision, parity.
 
     \b
     varedit-export inspect bundles/2b-512
@@ -319,10 +317,10 @@ def inspect(bundle: Path) -> None:
 @click.argument("bundle", type=_PATH, required=False)
 @click.pass_context
 def doctor(context: click.Context, bundle: Path | None) -> None:
-    """Say what can edit pictures here, what cannot and why, and the command that helps.
+    """Show which backends can edit pictures here, why others cannot, and what would help.
 
-    With BUNDLE, also whether it fits in memory, and which of its engines are for this
-    machine. Exits 1 when nothing can edit pictures.
+    With BUNDLE, show also whether it fits in memory, and which of its engines are for
+    this machine. Exits with 1 if no backend can edit pictures.
 
     \b
     varedit-export doctor
@@ -339,14 +337,14 @@ def doctor(context: click.Context, bundle: Path | None) -> None:
 
 @main.command()
 @click.argument("bundle", type=_PATH)
-@click.option("--variant", metavar="NAME", help="Of a bundle's several; by default the first.")
-@click.option("--repeat", default=5, show_default=True, help="How often each edits.")
-@click.option("--threads", type=int, help="Threads of either; by default one per core.")
-@click.option("--json", "json_file", type=_PATH, help="Write all numbers here.")
+@click.option("--variant", metavar="NAME", help="The bundle's variant; by default its first.")
+@click.option("--repeat", default=5, show_default=True, help="Number of timed edits by each.")
+@click.option("--threads", type=int, help="Threads of each; by default one per core.")
+@click.option("--json", "json_file", type=_PATH, help="Write all numbers here, as JSON.")
 def bench(
     bundle: Path, variant: str | None, repeat: int, threads: int | None, json_file: Path | None
 ) -> None:
-    """Measure BUNDLE beside the reference, in turns: every stage and scale, memory, disk.
+    """Time BUNDLE against the reference, in turns: every stage and scale, memory, disk.
 
     The reference is eager PyTorch in fp32 with the bundle's own weights.
 
@@ -366,7 +364,7 @@ def bench(
 
 
 @main.command()
-@click.option("--size", required=True, help="2b or 8b: the size of the model.")
+@click.option("--size", required=True, help="Size of the model: 2b or 8b.")
 @_checkpoint
 @_tokenizer
 @_text_encoder
@@ -389,7 +387,7 @@ def convert(
         from varedit_reference.convert import convert as convert_checkpoints
 
     if checkpoint is None or tokenizer is None or text_encoder is None:
-        raise CheckpointError("converting needs --checkpoint, --tokenizer and --text-encoder")
+        raise CheckpointError("convert needs --checkpoint, --tokenizer and --text-encoder")
     for path in convert_checkpoints(size, checkpoint, tokenizer, text_encoder, output):
         click.echo(path)
 

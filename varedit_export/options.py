@@ -24,9 +24,9 @@ OnStep = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What to build, of which weights, and where to."""
+    """The bundle to build, its weights, and its folder."""
 
-    # The model. Either a size and resolutions, or the config.json of a recording in their place.
+    # The model: a size and resolutions, or instead of them the config.json of a recording.
     size: str | None = None  # nano, 2b or 8b, or a size for tests: 125m, tiny-2b, ...
     resolutions: tuple[int, ...] = ()  # 256, 512, 1024 px: a variant each; nano has its own
     aspect: str = "1:1"  # height:width of all variants, one of varedit_runtime.grids.ASPECT_RATIOS
@@ -42,8 +42,8 @@ class BuildOptions:
     # What is compiled into the graphs.
     precision: Precision = "fp32"  # type of the large products: fp32, fp16 or bf16
     batch: int = 1  # pictures that a graph takes at once
-    text_tokens: int | None = None  # longest instruction; by default 128, for nano 48
-    guided: bool = True  # whether the unconditional rows of guidance are there
+    text_tokens: int | None = None  # most tokens of an instruction; by default 128, for nano 48
+    guided: bool = True  # with the unconditional rows that guidance needs
 
     # The bundle's folder; by default SIZE-RESOLUTIONS[-PRECISION] among the user's own bundles.
     output: AnyPath | None = None
@@ -51,7 +51,7 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Which engines to compile of a bundle, and how."""
+    """The engines to compile from a bundle, and the compiler's settings."""
 
     backend: "EngineKind" = "tensorrt"  # or tensorrt-rtx, which compiles without a GPU
     variant: str | None = None  # whose graphs; by default the bundle's first variant
@@ -72,10 +72,10 @@ class EngineOptions:
     again: bool = False  # whether to recompile engines that were built on this machine
 
     def compiler(self) -> "Compiler":
-        """Return what compiles so, having checked all options.
+        """Check all options and return the compiler for them.
 
-        Raises MissingExtraError when the backend is not installed, ConfigError on options that the
-        backend does not have, BackendError when there is no GPU and no architecture was named.
+        Raises MissingExtraError if the backend is not installed, ConfigError on options that the
+        backend does not have, BackendError if there is no GPU and no architecture was named.
         """
         from varedit_engines.builder import Compiler, Flags
 
@@ -91,12 +91,11 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class VerifyOptions:
-    """What a bundle is compared with."""
+    """The things to compare a bundle with."""
 
-    golden: AnyPath | None = None  # a recording of the released code, whose weights the bundle has
+    golden: AnyPath | None = None  # a recording that the bundle was built from
 
-    # The graphs are always compared, as ONNX Runtime runs them; another backend is as well,
-    # as it runs on this machine: its name, or with options of its own
-    # varedit_runtime.backends.choose(...).
+    # The graphs are always compared as ONNX Runtime runs them. Another backend is compared too, as
+    # it runs on this machine: its name, or varedit_runtime.backends.choose(...) with its options.
     backend: str | ChosenBackend = DEFAULT
-    variant: str | None = None  # the one that such a backend runs; by default the bundle's first
+    variant: str | None = None  # the variant that it runs; by default the bundle's first

@@ -1,4 +1,4 @@
-"""From the options of a build to its plan: model, grids, weights, names, the folder."""
+"""Turn the options of a build into its plan: model, grids, weights, names, folder."""
 
 import json
 from functools import cache
@@ -108,7 +108,7 @@ def _sources(config: ModelConfig, options: BuildOptions) -> Sources:
     )
     if options.random_weights is not None:
         if checkpoint or tokenizer or text_encoder:
-            raise ConfigError("--random-weights takes the place of all checkpoints: give one kind")
+            raise ConfigError("--random-weights replaces all checkpoints: give it or them")
         return random_sources(config, options.random_weights)
     if options.size == NANO and not (checkpoint or tokenizer or text_encoder):
         return _nano()[1]
@@ -119,6 +119,6 @@ def _sources(config: ModelConfig, options: BuildOptions) -> Sources:
 
 
 def _name(config: ModelConfig, options: BuildOptions, resolutions: list[int]) -> str:
-    """Return the bundle's name where no folder was named, such as 2b-256-512-fp16."""
+    """Return the name of a bundle's default folder, such as 2b-256-512-fp16."""
     precision = [] if options.precision == "fp32" else [options.precision]
     return "-".join([config.name, *map(str, resolutions), *precision])

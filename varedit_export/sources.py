@@ -1,7 +1,7 @@
-"""Where a build's weights come from: checkpoints on disk, or random ones.
+"""The sources of a build's weights: checkpoints on disk, or random ones.
 
-Both are mappings from the reference's parameter names to tensors that are read, or drawn, one at
-a time.
+Both are mappings from the reference's parameter names to tensors, which are read or drawn one at a
+time.
 """
 
 import json
@@ -45,7 +45,7 @@ PUBLISHERS = (
 
 @dataclass(frozen=True)
 class TextSource:
-    """The text encoder: its sizes, T5's tensors by name, and its tokenizer.json."""
+    """A text encoder: its sizes, its config.json, T5's tensors by name, and its tokenizer.json."""
 
     config: TextEncoderConfig
     json: Mapping[str, Any]
@@ -57,8 +57,8 @@ class TextSource:
 class Sources:
     """All weights of a build.
 
-    text is None for a bundle that starts at text features; description and identity say, for a
-    person and for resuming, where the weights came from.
+    text: None for a bundle that starts at text features. description: where the weights come from,
+    for people. identity: changes when the weights do, so that a resumed build notices.
     """
 
     transformer: Mapping[str, Tensor]
@@ -71,7 +71,7 @@ class Sources:
 def checkpoint_sources(
     config: ModelConfig, transformer: Path, tokenizer: Path, text_encoder: Path | None
 ) -> Sources:
-    """Weights in files. Raises CheckpointError on files that cannot be read or do not fit."""
+    """Open weights in files. Raises CheckpointError if they cannot be read or do not fit."""
     text = None if text_encoder is None else _read_text_encoder(text_encoder)
     if text is not None and text.config.width != config.transformer.text_channels:
         raise CheckpointError(
@@ -96,7 +96,7 @@ def checkpoint_sources(
 
 
 def random_sources(config: ModelConfig, seed: int) -> Sources:
-    """Random weights, for structure, speed and size, with a stand-in byte tokenizer."""
+    """Make random weights, with a byte tokenizer in place of T5's, to test structure and speed."""
     transformer = RandomWeights(empty_transformer(config.transformer), seed)
     tokenizer = RandomWeights(empty_tokenizer(config.tokenizer), seed)
     text = _random_text_encoder(config.transformer.text_channels, seed)
@@ -105,7 +105,7 @@ def random_sources(config: ModelConfig, seed: int) -> Sources:
 
 
 class RandomTextEncoder(Mapping[str, Tensor]):
-    """A T5 encoder's tensors by name, each drawn when asked for."""
+    """A T5 encoder's random tensors by name, each drawn when it is looked up."""
 
     def __init__(self, config: TextEncoderConfig, seed: int) -> None:
         inner, width, mlp = config.heads * config.head_width, config.width, config.mlp_width
@@ -143,7 +143,7 @@ class RandomTextEncoder(Mapping[str, Tensor]):
 
 
 def _random_text_encoder(width: int, seed: int) -> TextSource:
-    """Flan-T5-XL's sizes where the width is its own, else a small encoder of that width."""
+    """Make an encoder of Flan-T5-XL's sizes if the width is its own, else a small one."""
     full = width == 2048
     settings = {
         "feed_forward_proj": "gated-gelu",
@@ -162,7 +162,7 @@ def _random_text_encoder(width: int, seed: int) -> TextSource:
 
 
 def byte_tokenizer() -> bytes:
-    """A tokenizer.json with a token per byte: a stand-in for T5's, any instruction will do."""
+    """Return a tokenizer.json with one token per byte, which takes any instruction."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     names = ["<pad>", END_TOKEN, "<unk>", *alphabet]
     vocabulary = Vocabulary(models.BPE({name: i for i, name in enumerate(names)}, []))
@@ -173,7 +173,7 @@ def byte_tokenizer() -> bytes:
 
 
 def missing_weights(size: str) -> str:
-    """What to give where a build was not given all weights."""
+    """Say which weights a build of this size must be given."""
     if size == NANO:
         return (
             "size nano has its own weights: give none, or all of --checkpoint, --tokenizer and "
@@ -196,7 +196,7 @@ def _read_text_encoder(folder: Path) -> TextSource:
 
 
 def _stamp(path: Path) -> str:
-    """Changes when a file, or one directly in a folder, is written anew."""
+    """Return a text that changes when a file, or a file directly in a folder, is rewritten."""
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return f"{path.resolve()} {stats}"

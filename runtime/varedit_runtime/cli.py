@@ -85,8 +85,8 @@ def main() -> None:
     The result goes beside the picture, as photo-edited.png. The bundle is the one named by
     --bundle or the environment variable VAREDIT_BUNDLE, else the last one built, else nano, a small
     model for drawn scenes that comes with this program. X is a number or one per scale, coarse to
-    fine, separated by commas; by default the bundle's own. A picture that is called like a command
-    is written ./bench.
+    fine, separated by commas; by default the bundle's own. For a picture named like a command,
+    write ./bench.
     """
 
 
@@ -117,15 +117,15 @@ def _per_scale(name: str, help: str) -> Callable[[Callable[..., None]], Callable
     "-o", "--output", type=_PATH, help="Where to write; by default IMAGE's name with -edited."
 )
 @click.option("--bundle", type=_PATH, help="The folder of the model's bundle.")
-@click.option("--variant", metavar="NAME", help="Of a bundle's several; by default the first.")
+@click.option("--variant", metavar="NAME", help="The bundle's variant; by default its first.")
 @click.option("--seed", type=int, help="The same seed gives the same picture; random if left out.")
 @_per_scale("--guidance-scale", "How much the instruction counts.")
 @_per_scale("--temperature", "Sampling temperature (> 0); higher is more varied.")
 @click.option("--negative-prompt", metavar="TEXT", help="What the picture should not be like.")
 @click.option("--compare", type=_PATH, help="Write source and result side by side here.")
-@click.option("--previews", type=_PATH, help="A folder for the picture after every scale.")
+@click.option("--previews", type=_PATH, help="Write the picture after every scale to this folder.")
 @_backend
-@click.option("--json", "as_json", is_flag=True, help="Tell what was done as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was done, as JSON.")
 @debug_option
 def edit(
     image: Path,
@@ -201,10 +201,10 @@ def _told(output: Path, result: "EditResult", editor: "Editor", found: "Found") 
 
 @main.command(cls=BackendCommand)
 @click.argument("bundle", type=_PATH)
-@click.option("--variant", metavar="NAME", help="Of a bundle's several; by default the first.")
-@click.option("--repeat", default=5, show_default=True, help="How often to edit.")
+@click.option("--variant", metavar="NAME", help="The bundle's variant; by default its first.")
+@click.option("--repeat", default=5, show_default=True, help="Number of timed edits.")
 @_backend
-@click.option("--json", "json_file", type=_PATH, help="Write all numbers here.")
+@click.option("--json", "json_file", type=_PATH, help="Write all numbers here, as JSON.")
 @debug_option
 def bench(
     bundle: Path,
@@ -237,11 +237,11 @@ def bench(
     required=True,
     help="The file to write; .png, .bmp and .tiff keep every pixel.",
 )
-@click.option("--res", default=512, show_default=True, help="256, 512 or 1024.")
-@click.option("--aspect", default="1:1", show_default=True, help="height:width, see `grids`.")
+@click.option("--res", default=512, show_default=True, help="256, 512 or 1024 px.")
+@click.option("--aspect", default="1:1", show_default=True, help="Height:width; see `grids`.")
 @debug_option
 def prepare(image: Path, output: Path, res: int, aspect: str) -> None:
-    """Write IMAGE as a model will see it: upright, sRGB, padded with white, resized.
+    """Write IMAGE as a model sees it: upright, sRGB, padded with white, resized.
 
     \b
     varedit-run prepare photo.jpg -o square.png --res 256
@@ -259,7 +259,7 @@ def prepare(image: Path, output: Path, res: int, aspect: str) -> None:
 def grids() -> None:
     """List resolutions and aspect ratios, and the token grid of every scale.
 
-    All are height first. No model was trained on the ones called untrained.
+    Height comes first. No published model was trained on those marked untrained.
 
     \b
     varedit-run grids | grep 3:2
