@@ -4,8 +4,9 @@ RUNTIME := .venv/runtime
 INSTALLED := .venv/installed
 NANO := runtime/varedit_runtime/nano
 DEMO := build/demo
+FRESH := build/fresh
 
-.PHONY: help demo test lint format docs nano-bundle clean
+.PHONY: help demo test lint format docs nano-bundle dist clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -44,6 +45,16 @@ docs: $(INSTALLED)  ## write the commands' help into docs/commands.md
 
 nano-bundle: $(INSTALLED)  ## build the embedded bundle of nano's weights
 	$(BIN)/python -m varedit_nano.embed $(NANO)
+
+dist: $(INSTALLED)  ## build source archive and wheel, check them, edit a picture from the wheel
+	rm -rf dist $(FRESH)
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
+	$(PYTHON) -m venv $(FRESH)
+	$(FRESH)/bin/pip install --quiet dist/*.whl
+	env -u VAREDIT_BUNDLE XDG_DATA_HOME=$(FRESH) $(FRESH)/bin/varedit-run \
+		docs/samples/person.png "add a hat" --seed 3 -o $(FRESH)/hat.png
+	rm -rf $(FRESH)
 
 clean:  ## remove the environment, caches and what was built
 	rm -rf .venv .pytest_cache .ruff_cache build dist

@@ -9,8 +9,11 @@ from click.testing import CliRunner
 from small_t5 import write_t5
 from torch import nn
 
-from varedit_export import fp16_range
-from varedit_export.fp16_range import (
+from varedit_export.graphs.model import GraphTransformer
+from varedit_export.graphs.text import GraphTextEncoder, TextEncoderConfig
+from varedit_nano import fp16_range
+from varedit_nano.data import EVALUATION_SEEDS
+from varedit_nano.fp16_range import (
     IN_FP32,
     LARGEST,
     LIMIT,
@@ -19,9 +22,6 @@ from varedit_export.fp16_range import (
     measure_model,
     measure_text_encoder,
 )
-from varedit_export.graphs.model import GraphTransformer
-from varedit_export.graphs.text import GraphTextEncoder, TextEncoderConfig
-from varedit_nano.data import EVALUATION_SEEDS
 from varedit_nano.model import load_nano
 from varedit_nano.scenes import draw_edit
 from varedit_reference.text_encoder import TextEncoder

@@ -1,7 +1,7 @@
 """Find the matrix products that exceed fp16's range, by running the reference on real inputs.
 
-    python -m varedit_export.fp16_range                            all parts of nano, editing scenes
-    python -m varedit_export.fp16_range --text-encoder flan-t5-xl  the encoder of a T5 folder
+    python -m varedit_nano.fp16_range                            all parts of nano, editing scenes
+    python -m varedit_nano.fp16_range --text-encoder flan-t5-xl  the encoder of a T5 folder
 
 Operands and results of every product are inspected in fp32: of linear layers, convolutions, and the
 two products of an attention. A product is over if an absolute value exceeds `LIMIT`, fp16's largest
