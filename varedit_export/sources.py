@@ -22,13 +22,12 @@ from varedit_reference.checkpoint import (
     empty_tokenizer,
     empty_transformer,
     fit,
-    tokenizer_layout,
-    transformer_layout,
+    tokenizer_weights,
+    transformer_weights,
 )
 from varedit_reference.config import ModelConfig
 from varedit_reference.initialise import RandomWeights
 from varedit_reference.text_encoder import empty_encoder, encoder_weights, t5_layout
-from varedit_reference.weights_file import open_weights
 from varedit_runtime.errors import CheckpointError
 from varedit_runtime.text import END_TOKEN
 
@@ -78,17 +77,10 @@ def checkpoint_sources(
             f"{text_encoder} has width {text.config.width}, and the transformer reads "
             f"{config.transformer.text_channels}: give the text encoder it was trained with"
         )
-    weights = open_weights(transformer)
-    vae = open_weights(tokenizer)
     paths = [transformer, tokenizer, *([] if text_encoder is None else [text_encoder])]
     return Sources(
-        fit(
-            empty_transformer(config.transformer),
-            weights,
-            transformer_layout(weights, config.transformer),
-            transformer,
-        ),
-        fit(empty_tokenizer(config.tokenizer), vae, tokenizer_layout(vae), tokenizer),
+        transformer_weights(transformer, config.transformer),
+        tokenizer_weights(tokenizer, config.tokenizer),
         text,
         ", ".join(path.name for path in paths),
         sha256("\n".join(map(_stamp, paths)).encode()).hexdigest(),

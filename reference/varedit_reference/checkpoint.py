@@ -166,6 +166,18 @@ def load_tokenizer(path: str | Path, config: TokenizerConfig) -> Tokenizer:
     return load(empty_tokenizer(config), weights, tokenizer_layout(weights), path)
 
 
+def transformer_weights(path: str | Path, config: TransformerConfig) -> dict[str, Tensor]:
+    """Open a checkpoint's transformer by this reference's names, in the file's types; see `fit`."""
+    weights = open_weights(path)
+    return fit(empty_transformer(config), weights, transformer_layout(weights, config), path)
+
+
+def tokenizer_weights(path: str | Path, config: TokenizerConfig) -> dict[str, Tensor]:
+    """Open a checkpoint's tokenizer by this reference's names, in the file's types; see `fit`."""
+    weights = open_weights(path)
+    return fit(empty_tokenizer(config), weights, tokenizer_layout(weights), path)
+
+
 def empty_transformer(
     config: TransformerConfig,
     compute_dtype: torch.dtype = torch.float32,

@@ -13,14 +13,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from varedit_reference.checkpoint import (
-    empty_tokenizer,
-    empty_transformer,
-    fit,
-    tokenizer_layout,
-    transformer_layout,
-)
-from varedit_reference.config import TokenizerConfig, TransformerConfig, preset
+from varedit_reference.checkpoint import fit, tokenizer_weights, transformer_weights
+from varedit_reference.config import TransformerConfig, preset
 from varedit_reference.text_encoder import (
     SHARED,
     empty_encoder,
@@ -28,7 +22,7 @@ from varedit_reference.text_encoder import (
     read_vocabulary,
     t5_layout,
 )
-from varedit_reference.weights_file import check_room, open_weights, whole_file, write_safetensors
+from varedit_reference.weights_file import check_room, whole_file, write_safetensors
 from varedit_runtime.errors import CheckpointError
 
 TEXT_ENCODER_FILES = ("config.json", "tokenizer.json")
@@ -50,8 +44,8 @@ def convert(
     output, text_encoder = Path(output), Path(text_encoder)
     config = preset(size)
     components = {
-        "transformer.safetensors": _transformer(transformer, config.transformer),
-        "tokenizer.safetensors": _tokenizer(tokenizer, config.tokenizer),
+        "transformer.safetensors": transformer_weights(transformer, config.transformer),
+        "tokenizer.safetensors": tokenizer_weights(tokenizer, config.tokenizer),
         "text_encoder/model.safetensors": _text_encoder(text_encoder, config.transformer),
     }
     tensors = [tensor for weights in components.values() for tensor in weights.values()]
@@ -66,16 +60,6 @@ def convert(
             shutil.copyfile(source, partial)
     names = [*components, *(f"text_encoder/{name}" for name in TEXT_ENCODER_FILES)]
     return [output / name for name in names]
-
-
-def _transformer(path: str | Path, config: TransformerConfig) -> Mapping[str, Tensor]:
-    weights = open_weights(path)
-    return fit(empty_transformer(config), weights, transformer_layout(weights, config), path)
-
-
-def _tokenizer(path: str | Path, config: TokenizerConfig) -> Mapping[str, Tensor]:
-    weights = open_weights(path)
-    return fit(empty_tokenizer(config), weights, tokenizer_layout(weights), path)
 
 
 def _text_encoder(folder: Path, config: TransformerConfig) -> Mapping[str, Tensor]:
