@@ -160,7 +160,7 @@ def in_bf16(name: str) -> Change:
         ("references", with_input("seed"), "input that nothing gives 'seed'"),
         ("image_decoder", with_input("tokens"), "input that nothing gives 'tokens'"),
         ("image_decoder", without("pictures"), "lacks its output 'decoded'"),
-        ("image_decoder", in_bf16("pictures"), "has in bf16, which the host has not, 'decoded'"),
+        ("image_decoder", in_bf16("pictures"), "bf16, which NumPy cannot represent, as 'decoded'"),
     ],
 )
 def test_graphs_that_are_not_an_edits_are_refused(stage: str, change: Change, said: str):

@@ -71,7 +71,9 @@ def _recorded(config: Path) -> tuple[ModelConfig, int]:
         settings = json.loads(config.read_text())
         return model_config(config.resolve().parent.name, settings), RESOLUTIONS[settings["pn"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{config} is no recording's config.json") from error
+        raise ConfigError(
+            f"{config} does not describe a recording: give its config.json"
+        ) from error
 
 
 def _nano_model(options: BuildOptions) -> tuple[ModelConfig, int]:

@@ -77,7 +77,10 @@ class Compiler:
                 f"there is no backend {backend!r}; there are {', '.join(ENGINE_KINDS)}"
             )
         if architectures and backend != RTX:
-            raise ConfigError(f"only {RTX} compiles for named architectures; {backend} for its GPU")
+            raise ConfigError(
+                f"only {RTX} compiles for named architectures: leave them out, and {backend} "
+                "compiles for this machine's GPU"
+            )
         if backend == RTX and (flags.version_compatible or flags.hardware_compatible):
             raise ConfigError(
                 f"{RTX} has no version- or hardware-compatible engines: leave that out, and name "

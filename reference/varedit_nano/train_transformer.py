@@ -173,7 +173,9 @@ class TransformerTask:
         transformer = load_transformer(folder / TRANSFORMER_FILE, self.config.transformer)
         text = TextEncoder.load(folder / TEXT_FOLDER)
         if text.vocabulary.to_str() != self.text.vocabulary.to_str():
-            raise ConfigError(f"{folder} has another vocabulary than the scenes' instructions now")
+            raise ConfigError(
+                f"{folder} has another vocabulary than the scenes' instructions now: start anew"
+            )
         self.model.transformer.load_state_dict(transformer.state_dict())
         self.model.text_encoder.load_state_dict(text.model.state_dict())
 

@@ -138,7 +138,7 @@ def _check_step(step: Step, known: set[str], ever: set[str]) -> None:
     _refuse(step, "has an input that nothing gives", wanted - known - set(step.fed))
     host = {**{n: read[n] for n in step.fed}, **{n: written[n] for n in step.read}}
     half = {name for name, view in host.items() if view.dtype == "bfloat16"}
-    _refuse(step, "has in bf16, which the host has not,", half)
+    _refuse(step, "gives or takes bf16, which NumPy cannot represent, as", half)
 
 
 def _refuse(step: Step, what: str, names: Iterable[str]) -> None:

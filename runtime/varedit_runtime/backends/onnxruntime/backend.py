@@ -162,8 +162,8 @@ class OnnxBackend(GraphBackend):
         views = (view for step in self.steps.values() for view in step.views)
         if bundle.manifest.precision == "bf16" or any(view.dtype == "bfloat16" for view in views):
             raise BackendError(
-                "the bundle is bf16, in which ONNX Runtime does not run it: build with --precision "
-                "fp32 for a CPU or fp16 for a GPU, or run engines"
+                "the bundle is bf16, which ONNX Runtime cannot run: build with --precision fp32 "
+                "for a CPU or fp16 for a GPU, or run engines"
             )
         stages = dict.fromkeys(step.stage for step in self.steps.values())
         self._sessions = {
