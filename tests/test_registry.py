@@ -121,6 +121,15 @@ def test_verify_compares_it_with_onnx_runtime() -> None:
     assert "against ONNX Runtime" in first.measure and first.value <= first.tolerance
 
 
+@pytest.mark.skipif(
+    "CUDAExecutionProvider" in find("onnxruntime").probe().offers, reason="it would run"
+)
+def test_verify_takes_a_backends_own_options() -> None:
+    asked = ["verify", str(small_bundle()), "--provider", "cuda"]
+    refused = CliRunner().invoke(export_main, asked)
+    assert refused.exit_code == 1 and "has no CUDAExecutionProvider" in refused.stderr
+
+
 def test_its_options_are_checked_and_are_its_own(photo: Path) -> None:
     asked = (photo, "add a hat", "--bundle", small_bundle())
     for options, said in (

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from varedit_export.errors import ExportError, ParityError
 from varedit_export.options import AnyPath, BuildOptions, EngineOptions, OnStep, VerifyOptions
-from varedit_runtime.backends import DEFAULT, choose
+from varedit_runtime.backends import choose
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import ConfigError, VareditError, needs_extra
 from varedit_runtime.manifest import ParityLine
@@ -113,14 +113,15 @@ def verify(
     cannot run here.
     """
     backend = choose(options.backend)
-    if backend.spec.name == DEFAULT and options.variant:
+    always = backend == choose()
+    if always and options.variant:
         raise ConfigError("--variant: all are compared; leave it out, or name another --backend")
     with needs_extra("export"):
         from varedit_export.parity.verify import compare_bundle, compare_recording, gate
         from varedit_reference.golden import open_recording
 
     opened, others = _opened(bundle), iter(())
-    if backend.spec.name != DEFAULT:  # opened first, so that it fails before the long comparison
+    if not always:  # opened first, so that it fails before the long comparison
         from varedit_export.parity.verify_engines import compare_chosen
 
         others = compare_chosen(opened, backend, options.variant)

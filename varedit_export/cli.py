@@ -15,7 +15,7 @@ from click.core import ParameterSource
 import varedit_export
 from varedit_export.errors import ParityError
 from varedit_export.options import BuildOptions, EngineOptions, OnStep, VerifyOptions
-from varedit_runtime.backends import DEFAULT, find, specs
+from varedit_runtime.backends import find, specs
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.command import (
     BackendCommand,
@@ -239,7 +239,7 @@ def _compile(bundle: Bundle, options: EngineOptions) -> Path:
     return found.path
 
 
-@main.command(cls=BackendCommand, without=(DEFAULT,))
+@main.command(cls=BackendCommand)
 @click.argument("bundle", type=_PATH)
 @click.option("--golden", type=_PATH, help="Compare also with a recording it was built from.")
 @click.option("--report", type=_PATH, help="Write all measures here, as JSON.")

@@ -95,7 +95,8 @@ class VerifyOptions:
 
     golden: AnyPath | None = None  # a recording that the bundle was built from
 
-    # The graphs are always compared as ONNX Runtime runs them. Another backend is compared too, as
-    # it runs on this machine: its name, or varedit_runtime.backends.choose(...) with its options.
+    # The graphs are always compared as ONNX Runtime runs them on the CPU. Another backend is
+    # compared too, as it runs on this machine: its name, or varedit_runtime.backends.choose(...)
+    # with its options.
     backend: str | ChosenBackend = DEFAULT
     variant: str | None = None  # the variant that it runs; by default the bundle's first

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 from click.shell_completion import CompletionItem
@@ -153,9 +153,7 @@ def edit(
     from varedit_runtime.editor import Editor
     from varedit_runtime.pictures import open_picture, save_picture, side_by_side
 
-    if not image.name:
-        raise PictureError(f"{image} is no picture: name a file")
-    output = output or image.with_name(f"{image.stem}-edited.png")
+    output = _output(image, output)
     _check_targets(image, output, compare, previews)
     source, found = open_picture(image), _find_bundle(bundle)
     if previews is not None:
@@ -176,16 +174,24 @@ def edit(
     save_picture(result.image, output)
     if compare is not None:
         save_picture(side_by_side(source, result.image), compare)
-    if as_json:
-        click.echo(json.dumps(_told(output, result, editor, found), indent=1))
-    else:
-        seconds, (width, height) = sum(result.timings.values()), result.image.size
-        click.echo(f"{output}: {width} x {height}, seed {result.seed}, {seconds:.1f} s")
+    click.echo(_as_json(output, result, editor, found) if as_json else _as_line(output, result))
 
 
-def _told(output: Path, result: "EditResult", editor: "Editor", found: "Found") -> dict[str, Any]:
+def _output(image: Path, output: Path | None) -> Path:
+    """Return where the result goes: by default beside the picture."""
+    if not image.name:
+        raise PictureError(f"{image} is no picture: name a file")
+    return output or image.with_name(f"{image.stem}-edited.png")
+
+
+def _as_line(output: Path, result: "EditResult") -> str:
+    seconds, (width, height) = sum(result.timings.values()), result.image.size
+    return f"{output}: {width} x {height}, seed {result.seed}, {seconds:.1f} s"
+
+
+def _as_json(output: Path, result: "EditResult", editor: "Editor", found: "Found") -> str:
     """Return what an edit did, for `--json`."""
-    return {
+    told = {
         "image": str(output),
         "width": result.image.width,
         "height": result.image.height,
@@ -197,6 +203,7 @@ def _told(output: Path, result: "EditResult", editor: "Editor", found: "Found") 
         "provider": editor.provider,
         "timings": result.timings,
     }
+    return json.dumps(told, indent=1)
 
 
 @main.command(cls=BackendCommand)

@@ -11,7 +11,7 @@ from click.shell_completion import CompletionItem
 from varedit_runtime.backends import BACKENDS, DEFAULT, choose, specs
 from varedit_runtime.errors import VareditError, one_line
 
-_DEBUG = "varedit.debug"
+_DEBUG, _OPTIONS = "varedit.debug", "varedit.backends"
 
 
 def _remember(context: click.Context, _: click.Parameter, debug: bool) -> None:
@@ -85,37 +85,35 @@ class BackendName(click.ParamType):
 
 
 class BackendCommand(click.Command):
-    """A command with `--backend` and the options of all backends, or of all but those `without`.
+    """A command with `--backend` and the options of all backends.
 
     Its function gets one argument for all of them: `backend`, a ChosenBackend.
     """
-
-    def __init__(self, *args: Any, without: tuple[str, ...] = (), **settings: Any) -> None:
-        super().__init__(*args, **settings)
-        self._without = without
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """Return the command's own parameters, with the backends' behind `--backend`."""
         params = super().get_params(ctx)
         place = 1 + next(i for i, param in enumerate(params) if param.name == "backend")
-        return [*params[:place], *self._backend_options(ctx).values(), *params[place:]]
+        return [*params[:place], *_backend_options(ctx).values(), *params[place:]]
 
     def invoke(self, ctx: click.Context) -> Any:
-        options = {name: ctx.params.pop(name) for name in self._backend_options(ctx)}
+        options = {name: ctx.params.pop(name) for name in _backend_options(ctx)}
         ctx.params["backend"] = choose(ctx.params["backend"], **options)
         return super().invoke(ctx)
 
-    def _backend_options(self, ctx: click.Context) -> dict[str, click.Option]:
-        """Return the options by their fields' names; the same objects within one context."""
-        key = f"varedit.backends.{id(self)}"
-        if key not in ctx.meta:
-            ctx.meta[key] = {
-                option.name: _click_option(option)
-                for spec in specs()
-                if spec.name not in self._without
-                for option in fields(spec.options)
-            }
-        return ctx.meta[key]
+
+def _backend_options(ctx: click.Context) -> dict[str, click.Option]:
+    """Return the options of all backends by their fields' names.
+
+    Within one run they are the same objects, by which click knows the order they were given in.
+    """
+    if _OPTIONS not in ctx.meta:
+        ctx.meta[_OPTIONS] = {
+            option.name: _click_option(option)
+            for spec in specs()
+            for option in fields(spec.options)
+        }
+    return ctx.meta[_OPTIONS]
 
 
 def backend_option(
