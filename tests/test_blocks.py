@@ -10,13 +10,8 @@ from bundles import bundle_config, random_weights, request
 from varedit_export.components import Component
 from varedit_export.errors import ExportError
 from varedit_export.graphs.model import GraphTransformer
-from varedit_export.graphs.stages import (
-    ConditionStage,
-    ScaleStage,
-    Stage,
-    SymbolicScaleStage,
-    TextEncoderStage,
-)
+from varedit_export.graphs.scales import ScaleStage, SymbolicScaleStage
+from varedit_export.graphs.stages import ConditionStage, Stage, TextEncoderStage
 from varedit_export.graphs.text import GraphTextEncoder
 from varedit_export.graphs.trace import Tracer
 from varedit_export.plan import Graph, Plan

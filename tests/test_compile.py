@@ -197,7 +197,7 @@ def _stored(path: Path) -> dict[str, tuple[int, int]]:
 def test_profiles_are_the_shapes_of_the_static_graphs(bundle: Bundle) -> None:
     (variant,) = bundle.manifest.variants
     twin = {spec.name: spec.shape for spec in variant.graphs["scale"].inputs}
-    profiles = scale_profiles(variant, bundle.manifest.model)
+    profiles = scale_profiles(variant)
     assert len(profiles) == 1 + len(variant.grids)
     for index, sizes in enumerate(profiles[1:]):
         static = {s.name: s.shape for s in variant.graphs[f"scale_{index:02}"].inputs}

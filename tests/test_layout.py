@@ -6,9 +6,8 @@ from small import random_var, small_config
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from varedit_export.graphs.layout import make_weight, restore_transformer, transformer_layout
-from varedit_export.graphs.stages import area_matrix
 from varedit_export.graphs.text import TextEncoderConfig, relative_buckets
-from varedit_runtime.geometry import bilinear_matrix
+from varedit_runtime.geometry import area_matrix, bilinear_matrix
 
 
 def test_the_layout_uses_every_parameter_once_and_is_undone() -> None:
@@ -50,7 +49,7 @@ def test_bilinear_matrices_resize_as_torch_does() -> None:
 def test_area_matrices_pool_as_torch_does() -> None:
     for size, size_in in ((1, 16), (6, 16), (12, 16), (16, 16), (9, 32), (24, 32)):
         x = torch.randn(1, 1, size_in, size_in)
-        matrix = area_matrix(size, size_in)
+        matrix = torch.from_numpy(area_matrix(size, size_in))
         expected = F.adaptive_avg_pool2d(x, (size, size))
         torch.testing.assert_close(matrix @ x @ matrix.T, expected, atol=1e-6, rtol=0)
 

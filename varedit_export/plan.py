@@ -18,22 +18,18 @@ from varedit_export.components import (
 )
 from varedit_export.graphs.blocks import TRACED_BLOCKS
 from varedit_export.graphs.model import GraphTransformer
+from varedit_export.graphs.scales import Kind, Scale, ScaleStage, SymbolicScaleStage, scale
 from varedit_export.graphs.stages import (
     DTYPES,
     ConditionStage,
     ImageDecoderStage,
     ImageEncoderStage,
-    Kind,
     PositionTable,
     PrefillStage,
     References,
-    Scale,
-    ScaleStage,
     Shapes,
     Stage,
-    SymbolicScaleStage,
     TextEncoderStage,
-    scale,
 )
 from varedit_export.graphs.text import GraphTextEncoder, TextEncoderConfig
 from varedit_export.graphs.trace import fake_tensors

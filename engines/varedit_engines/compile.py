@@ -199,6 +199,5 @@ def _profiles(job: Job, stage: str) -> list[Mapping[str, tuple[int, ...]]]:
     if all(isinstance(size, int) for spec in specs for size in spec.shape):
         return []
     return [
-        {spec.name: sized(spec, sizes) for spec in specs}
-        for sizes in scale_profiles(job.variant, job.bundle.manifest.model)
+        {spec.name: sized(spec, sizes) for spec in specs} for sizes in scale_profiles(job.variant)
     ]

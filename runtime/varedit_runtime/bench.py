@@ -28,6 +28,7 @@ from varedit_runtime.bundle import Bundle
 from varedit_runtime.editor import WHOLE, Editor
 from varedit_runtime.errors import ConfigError
 from varedit_runtime.files import atomic_file
+from varedit_runtime.geometry import scale_sizes
 from varedit_runtime.manifest import DIGEST, MANIFEST, Model, Variant, scale_of
 
 INSTRUCTION = "add a hat"
@@ -319,17 +320,14 @@ def product_flops(stage: str, model: Model, variant: Variant) -> int | None:
 
     Per token and block: 2 · (weights of the linear layers) + 4 · C · (keys seen, text included).
     """
-    areas = [height * width for height, width in variant.grids]
-    source, width = areas[-1], model.width
-    if stage == "prefill":
-        tokens, seen = source, [source] * model.depth
-    elif (scale := scale_of(stage)) is not None:
-        tokens, targets = areas[scale], sum(areas[: scale + 1])
-        seen = [source + targets] * model.depth
-        if model.conditioning == "sar":
-            seen[0] = tokens + targets
-    else:
+    scale, width = scale_of(stage), model.width
+    if scale is None and stage != "prefill":
         return None
+    sizes = scale_sizes(variant.grids, scale)
+    tokens = sizes["h"] * sizes["w"]
+    seen = [sizes["past"] + tokens] * model.depth
+    if model.conditioning == "sar":
+        seen[0] = sizes["reference"] + sizes["past_0"] + tokens
     mlp = round(4 * width / 256) * 256
     linear = 2 * (6 * width**2 + 2 * width * mlp)
     blocks = sum(linear + 4 * width * (keys + variant.text_tokens) for keys in seen)

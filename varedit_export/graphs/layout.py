@@ -1,6 +1,6 @@
 """The weights as the graphs use them: what the exporter folds, fuses, transposes and casts.
 
-A graph's weight is named as in `graph_model.py`; this file says how each is made from the
+A graph's weight is named as in `model.py`; this file says how each is made from the
 reference's parameters. What changes on the way, so that no graph has to do it at run time:
 
 - matrices are stored [in, out], as ONNX MatMul reads them;

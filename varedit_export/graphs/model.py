@@ -1,6 +1,6 @@
 """The transformer as its graphs compute it: the reference, rewritten for ONNX.
 
-One set of weights, named as in `layout.py`, serves all stages of `stages.py`. Attention is written
+One set of weights, named as in `layout.py`, serves all stages. Attention is written
 out, key-value caches are explicit, weights need no work at run time.
 
 Shape suffixes: R rows (conditional rows of all pictures first), T text tokens, L new tokens, S all

@@ -3,37 +3,32 @@
     text_encoder -> condition ---------------------------.
     image_encoder -> prefill (or scale + references) -> scale_00 .. scale_NN -> image_decoder
 
-`scale` is the symbolic-length twin of all scales, and of the prefill: its geometry comes in as
-inputs. A scale draws its bits, and hands on the running sum and the next tokens, so that nothing
-between scales needs the host.
+A stage is a PyTorch module that knows its inputs by name, type and shape (`Stage.inputs`) and
+computes named outputs from them (`Stage.compute`); `trace.py` makes an ONNX graph of it. Here are
+the stages that run once for each edit; `scales.py` has those that predict the scales. The modules
+`model.py` and `text.py` do the arithmetic: a stage only says what goes in and what comes out.
 
-Shape suffixes: B pictures, R rows, T text tokens, h·w = L tokens of a scale, c bits of a token, d
-bits of a tokenizer position, p positions along a token's side, N positions along a picture's side.
+Shape suffixes: B pictures, R rows (2·B with guidance, the conditional rows first), T text tokens,
+S source tokens, h·w = L tokens of a scale, C width, H heads, D = C/H, c bits of a token, d bits of
+a tokenizer position, p positions along a token's side, N positions along a picture's side.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import sqrt
-from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from varedit_export.graphs.model import GraphTransformer, Past, TextInputs, layer_norm, parameter
+from varedit_export.graphs.model import GraphTransformer, Past, TextInputs, parameter
 from varedit_export.graphs.text import GraphTextEncoder
 from varedit_reference.config import Grid, ModelConfig, TransformerConfig
 from varedit_reference.kv_cache import source_length, target_length
 from varedit_reference.quantisation import positions
-from varedit_reference.sampling import NUCLEUS
 from varedit_reference.tokenizer import Tokenizer
-from varedit_runtime.geometry import bilinear_matrix
-from varedit_runtime.manifest import scale_name
+from varedit_runtime.geometry import area_matrix
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-LENGTHS = ("h", "w", "next_h", "next_w", "reference", "past_0", "past")  # symbolic dimensions
-Kind = Literal["first", "middle", "last"]
 
 
 @dataclass(frozen=True)
@@ -63,7 +58,7 @@ class Shapes:
 
     @property
     def positions(self) -> Grid:
-        """The tokenizer's finest grid."""
+        """Return the finest grid in positions of the tokenizer."""
         return positions(self.config.transformer.finest, self.config.tokenizer.patch)
 
     def kv(self, length: int | str) -> Spec:
@@ -83,11 +78,11 @@ class Stage(nn.Module, ABC):
 
     @abstractmethod
     def inputs(self) -> dict[str, Spec]:
-        """The graph's inputs, in order."""
+        """Return the graph's inputs, in order."""
 
     @abstractmethod
     def compute(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The graph's outputs, in order."""
+        """Compute the graph's outputs, in order."""
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         results = self.compute(dict(zip(self.inputs(), tensors, strict=True)))
@@ -127,7 +122,7 @@ class ImageEncoderStage(Stage):
 
     def compute(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
         features = self.encoder(given["pictures"])
-        return {"source_tokens": _to_tokens(features, self.shapes.config.tokenizer.patch)}
+        return {"source_tokens": to_tokens(features, self.shapes.config.tokenizer.patch)}
 
 
 class ImageDecoderStage(Stage):
@@ -177,7 +172,7 @@ class ConditionStage(Stage):
             has_negative = given["has_negative"][:, None]
             negative = torch.where(has_negative[..., None], given["negative_features"], learned)
             features = torch.cat((features, negative))
-            mask = torch.cat((mask, _choose(has_negative, given["negative_mask"], mask)))
+            mask = torch.cat((mask, choose(has_negative, given["negative_mask"], mask)))
         bias_RT = torch.where(mask, 0.0, -torch.inf)
         text_RTC = F.rms_norm(features, features.shape[-1:], model.text_norm, 1e-6)
         pooled_RC = model.text_pool(text_RTC, bias_RT[:, None])
@@ -207,12 +202,12 @@ class PositionTable(nn.Module):
         self.sin = parameter(tokens, config.head_width // 2)
 
     def source(self) -> tuple[Tensor, Tensor]:
-        """cos and sin [S, 1, D/2] of the source's tokens."""
+        """Return cos and sin [S, 1, D/2] of the source's tokens."""
         tokens = source_length(self.config)
         return self.cos[:tokens, None], self.sin[:tokens, None]
 
     def at(self, first: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Of as many tokens as there are, from the given place [1] on."""
+        """Return cos and sin [L, 1, D/2] of L tokens [R, L, C], from a position [1] on."""
         places = first + torch.arange(tokens.shape[1])
         return self.cos[places][:, None], self.sin[places][:, None]
 
@@ -226,20 +221,20 @@ class PrefillStage(Stage):
         super().__init__()
         self.shapes, self.model = shapes, model
         self.table = table
-        self.references = References(shapes) if _uses_references(shapes) else None
+        self.references = References(shapes) if uses_references(shapes) else None
 
     def inputs(self) -> dict[str, Spec]:
         transformer = self.shapes.config.transformer
         shape = (self.shapes.batch, *transformer.finest, transformer.token_channels)
-        return {"source_tokens": Spec(torch.float32, shape), **_text_inputs(self.shapes)}
+        return {"source_tokens": Spec(torch.float32, shape), **text_inputs(self.shapes)}
 
     def compute(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
         model = self.model
         depth = model.config.depth
         x_BLC = model.token_embedding(given["source_tokens"].flatten(1, 2)).float()
         x_BLC = x_BLC + model.level_embedding[len(model.config.grids) - 1]
-        x_RLC = _repeat_rows(x_BLC, self.shapes)
-        text = _text(given, depth)
+        x_RLC = repeat_rows(x_BLC, self.shapes)
+        text = text_of(given, depth)
         _, keys, values = model.run(x_RLC, text, *self.table.source(), [Past()] * depth)
         outputs = {}
         if self.references is not None:
@@ -260,7 +255,7 @@ class References(Stage):
         self.shapes = shapes
         self.finest = shapes.config.transformer.finest
         self.pools = [
-            tuple(area_matrix(n, n_in) for n, n_in in zip(grid, self.finest, strict=True))
+            tuple(torch.from_numpy(area_matrix(*n)) for n in zip(grid, self.finest, strict=True))
             for grid in shapes.config.transformer.grids
         ]
 
@@ -280,305 +275,29 @@ class References(Stage):
         return outputs
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """What differs between scales besides shapes.
-
-    level [C]; cos, sin [L, 1, D/2]; up: from the scale's grid to the finest, down: from the finest
-    to the next scale's, rows and columns apart, [out, in]. The last scale needs neither.
-    """
-
-    level: Tensor
-    cos: Tensor
-    sin: Tensor
-    up: tuple[Tensor, Tensor] | None
-    down: tuple[Tensor, Tensor] | None
-
-
-class ScaleStage(Stage):
-    """One scale: its keys and values, guided logits, bits, the running sum, the next tokens.
-
-    A template of the first scale, of the last, or of any between. What one scale does not share
-    with all of its kind comes in as inputs, or as symbolic lengths; `Scale` fills it in.
-    """
-
-    def __init__(self, shapes: Shapes, model: GraphTransformer, kind: Kind) -> None:
-        super().__init__()
-        self.name = f"{kind}_scale"
-        self.shapes, self.model = shapes, model
-        self.kind: Kind = kind
-        index = 0 if kind == "first" else len(shapes.config.transformer.grids) - 1
-        known = {} if kind == "middle" else scale_sizes(shapes.config.transformer, index)
-        self.sizes: dict[str, int | str] = {name: known.get(name, name) for name in LENGTHS}
-
-    def inputs(self) -> dict[str, Spec]:
-        transformer = self.shapes.config.transformer
-        grid = self.sizes["h"], self.sizes["w"]
-        inputs = {"start": _start(self.shapes)}
-        if self.kind != "first":
-            inputs = {"tokens": _tokens(self.shapes, *grid), "running_sum": self.shapes.map()}
-        angles = Spec(torch.float32, (*grid, transformer.head_width // 2))
-        inputs |= {"level": Spec(torch.float32, (transformer.width,)), "cos": angles, "sin": angles}
-        if self.kind != "last":
-            inputs |= _resampling_inputs(self.shapes, self.sizes)
-        lengths = (self.sizes[name] for name in ("reference", "past_0", "past"))
-        return {
-            **inputs,
-            **_sampling_inputs(self.shapes, *grid),
-            **_text_inputs(self.shapes, head=True),
-            **_past_inputs(self.shapes, *lengths),
-        }
-
-    def compute(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
-        up, down = (None, None) if self.kind == "last" else _resampling(given)
-        cos, sin = (given[name].flatten(0, 1)[:, None] for name in ("cos", "sin"))
-        geometry = Geometry(given["level"], cos, sin, up, down)
-        tokens, total = given.get("tokens"), given.get("running_sum")
-        x_RLC = given["start"] if tokens is None else _embed(self.shapes, self.model, tokens)
-        grid = given["noise"].shape[1], given["noise"].shape[2]
-        return _predict(self.shapes, self.model, x_RLC, geometry, grid, total, given)
-
-
-class Rows(NamedTuple):
-    """Rows of a weight, which the parameter names: as many as an input holds, from `first` on."""
-
-    weight: str
-    first: int
-
-
-@dataclass(frozen=True)
-class Scale:
-    """What makes a template (`ScaleStage`) the static graph of one scale.
-
-    sizes: its symbolic lengths; constants: inputs that become constants; parts: inputs that become
-    rows of weights: the level's embedding and the rotary tables' rows.
-    """
-
-    name: str
-    kind: Kind
-    sizes: dict[str, int]
-    constants: dict[str, Tensor]
-    parts: dict[str, Rows]
-
-
-def scale(shapes: Shapes, index: int) -> Scale:
-    """A scale of the variant."""
-    transformer = shapes.config.transformer
-    last = len(transformer.grids) - 1
-    sizes = scale_sizes(transformer, index)
-    return Scale(
-        scale_name(index),
-        "first" if index == 0 else "last" if index == last else "middle",
-        sizes,
-        {} if index == last else scale_matrices(shapes, index),
-        {
-            "level": Rows("model.level_embedding", index),
-            "cos": Rows("table.cos", sizes["past"]),
-            "sin": Rows("table.sin", sizes["past"]),
-        },
-    )
-
-
-class SymbolicScaleStage(Stage):
-    """The twin of all scales with symbolic lengths: what differs between scales is an input.
-
-    It is the prefill as well: source tokens in, with no reference and no past.
-    """
-
-    name = "scale"
-
-    def __init__(self, shapes: Shapes, model: GraphTransformer, table: PositionTable) -> None:
-        super().__init__()
-        self.shapes, self.model, self.table = shapes, model, table
-
-    def inputs(self) -> dict[str, Spec]:
-        return {
-            "tokens": _tokens(self.shapes, "h", "w"),
-            "running_sum": self.shapes.map(),
-            "start": _start(self.shapes),
-            "is_first": Spec(torch.bool, (1,)),
-            "level": Spec(torch.int64, (1,)),
-            "first_position": Spec(torch.int64, (1,)),
-            **_resampling_inputs(self.shapes, {name: name for name in LENGTHS}),
-            **_sampling_inputs(self.shapes, "h", "w"),
-            **_text_inputs(self.shapes, head=True),
-            **_past_inputs(self.shapes, "reference", "past_0", "past"),
-        }
-
-    def compute(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
-        model = self.model
-        x_RLC = _embed(self.shapes, model, given["tokens"])
-        cos, sin = self.table.at(given["first_position"], x_RLC)
-        level = model.level_embedding[given["level"]]
-        geometry = Geometry(level, cos, sin, *_resampling(given))
-        x_RLC = torch.where(given["is_first"], given["start"], x_RLC)
-        grid = given["tokens"].shape[1], given["tokens"].shape[2]
-        total = given["running_sum"]
-        return _predict(self.shapes, model, x_RLC, geometry, grid, total, given)
-
-
-def scale_sizes(config: TransformerConfig, index: int) -> dict[str, int]:
-    """What the symbolic lengths are at a scale: its grid, the next one, and what came before."""
-    grids = config.grids
-    before = sum(config.lengths[:index])
-    sizes = {
-        "h": grids[index][0],
-        "w": grids[index][1],
-        "reference": config.lengths[index],
-        "past_0": before,
-        "past": source_length(config) + before,
-    }
-    if index + 1 < len(grids):
-        sizes |= {"next_h": grids[index + 1][0], "next_w": grids[index + 1][1]}
-    return sizes
-
-
-def scale_matrices(shapes: Shapes, index: int) -> dict[str, Tensor]:
-    """The resizing matrices of a scale: up to the finest grid, down to the next scale's."""
-    grids, patch = shapes.config.transformer.grids, shapes.config.tokenizer.patch
-    finest = shapes.positions
-    own, following = (positions(grid, patch) for grid in grids[index : index + 2])
-    return {
-        "up_rows": _bilinear(finest[0], own[0]).unflatten(1, (-1, patch)),
-        "up_columns": _bilinear(finest[1], own[1]).unflatten(1, (-1, patch)),
-        "down_rows": _bilinear(following[0], finest[0]).unflatten(0, (-1, patch)),
-        "down_columns": _bilinear(following[1], finest[1]).unflatten(0, (-1, patch)),
-    }
-
-
-def area_matrix(size: int, size_in: int) -> Tensor:
-    """Adaptive average pooling along one axis as a matrix [size, size_in]."""
-    cells, places = torch.arange(size)[:, None], torch.arange(size_in)
-    start = cells * size_in // size
-    end = -(-(cells + 1) * size_in // size)
-    return ((places >= start) & (places < end)).float() / (end - start)
-
-
-def _bilinear(size: int, size_in: int) -> Tensor:
-    return torch.from_numpy(bilinear_matrix(size, size_in))
-
-
-def _predict(
-    shapes: Shapes,
-    model: GraphTransformer,
-    x_RLC: Tensor,
-    geometry: Geometry,
-    grid: tuple[int, int],
-    running_sum: Tensor | None,
-    given: dict[str, Tensor],
-) -> dict[str, Tensor]:
-    """Everything inside a scale but the embedding of its tokens."""
-    depth = model.config.depth
-    text, past = _text(given, depth), [_past(given, i) for i in range(depth)]
-    x_RLC = x_RLC + geometry.level
-    x_RLC, keys, values = model.run(x_RLC, text, geometry.cos, geometry.sin, past)
-    logits_Bhwc2 = _guided_logits(shapes, model, x_RLC, given).unflatten(1, grid)
-    bits_Bhwc = _draw(logits_Bhwc2, given)
-    tokenizer = shapes.config.tokenizer
-    codes = (2 * bits_Bhwc.float() - 1) / sqrt(tokenizer.bits)
-    added = _to_map(codes, tokenizer.bits, tokenizer.patch)
-    added = added if geometry.up is None else _resample(added, geometry.up)
-    total = added if running_sum is None else running_sum + added
-    outputs = {"logits": logits_Bhwc2, "bits": bits_Bhwc, "running_sum_out": total}
-    if geometry.down is not None:
-        outputs["next_tokens"] = _to_tokens(_resample(total, geometry.down), tokenizer.patch)
-    for i in range(depth):
-        outputs |= {f"new_key.{i}": keys[i], f"new_value.{i}": values[i]}
-    return outputs
-
-
-def _guided_logits(
-    shapes: Shapes, model: GraphTransformer, x_RLC: Tensor, given: dict[str, Tensor]
-) -> Tensor:
-    """[B, L, c, 2]: divided by the temperature, then guided."""
-    scale, shift = (given["head_modulation"][:, i, None] for i in range(2))
-    logits = model.head(layer_norm(x_RLC) * scale + shift).unflatten(-1, (-1, 2))
-    logits = logits / given["temperature"]
-    if not shapes.guided:
-        return logits
-    conditional, unconditional = logits[: shapes.batch], logits[shapes.batch :]
-    guidance_scale = given["guidance_scale"]
-    return guidance_scale * conditional + (1 - guidance_scale) * unconditional
-
-
-def _draw(logits_Bhwc2: Tensor, given: dict[str, Tensor]) -> Tensor:
-    """Bits [B, h, w, c]: forced where the mask is set, elsewhere drawn after the nucleus."""
-    probability = logits_Bhwc2.softmax(-1)[..., 1]
-    less_likely = torch.minimum(probability, 1 - probability)
-    likely = (probability > 0.5).float()
-    probability = torch.where(less_likely > 1 - NUCLEUS, probability, likely)
-    drawn = given["noise"] < probability
-    return _choose(given["forced_mask"], given["forced_bits"], drawn)
-
-
-def _choose(condition: Tensor, one: Tensor, other: Tensor) -> Tensor:
-    """torch.where for bools, which ONNX Runtime does not have."""
+def choose(condition: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """Choose between bools as torch.where does: ONNX Runtime has no Where for bools."""
     return (condition & one) | (~condition & other)
 
 
-def _embed(shapes: Shapes, model: GraphTransformer, tokens_Bhwc: Tensor) -> Tensor:
-    return _repeat_rows(model.token_embedding(tokens_Bhwc.flatten(1, 2)).float(), shapes)
-
-
-def _repeat_rows(x_BLC: Tensor, shapes: Shapes) -> Tensor:
+def repeat_rows(x_BLC: Tensor, shapes: Shapes) -> Tensor:
+    """Return what all rows start from: with guidance the same for both of a picture's rows."""
     return torch.cat((x_BLC, x_BLC)) if shapes.guided else x_BLC
 
 
-def _resample(map_BdNN: Tensor, matrices: tuple[Tensor, Tensor]) -> Tensor:
-    rows, columns = matrices
-    return rows @ map_BdNN @ columns.transpose(0, 1)
-
-
-def _to_map(tokens_Bhwc: Tensor, bits: int, patch: int) -> Tensor:
-    """Tokens -> [B, d, h·p, w·p], as pixel_shuffle does."""
-    patches = tokens_Bhwc.unflatten(3, (bits, patch, patch)).permute(0, 3, 1, 4, 2, 5)
-    return patches.flatten(4, 5).flatten(2, 3)
-
-
-def _to_tokens(map_BdNN: Tensor, patch: int) -> Tensor:
-    """[B, d, h·p, w·p] -> tokens [B, h, w, c], as pixel_unshuffle does."""
+def to_tokens(map_BdNN: Tensor, patch: int) -> Tensor:
+    """Turn a map [B, d, h·p, w·p] into tokens [B, h, w, c], as pixel_unshuffle does."""
     patches = map_BdNN.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))
     return patches.permute(0, 2, 4, 1, 3, 5).flatten(3)
 
 
-def _resampling_inputs(shapes: Shapes, sizes: Mapping[str, int | str]) -> dict[str, Spec]:
-    """Resizing matrices of a scale that is not the last; positions by token and place in it."""
-    patch, (rows, columns) = shapes.config.tokenizer.patch, shapes.positions
-    return {
-        "up_rows": Spec(torch.float32, (rows, sizes["h"], patch)),
-        "up_columns": Spec(torch.float32, (columns, sizes["w"], patch)),
-        "down_rows": Spec(torch.float32, (sizes["next_h"], patch, rows)),
-        "down_columns": Spec(torch.float32, (sizes["next_w"], patch, columns)),
-    }
-
-
-def _resampling(given: dict[str, Tensor]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Up [out, in] and down [out, in], rows and columns each."""
-    up = given["up_rows"].flatten(1), given["up_columns"].flatten(1)
-    return up, (given["down_rows"].flatten(0, 1), given["down_columns"].flatten(0, 1))
-
-
-def _uses_references(shapes: Shapes) -> bool:
+def uses_references(shapes: Shapes) -> bool:
+    """Return whether block 0 sees the source averaged to each scale's grid (SAR)."""
     return shapes.config.transformer.conditioning == "sar"
 
 
-def _start(shapes: Shapes) -> Spec:
-    return Spec(torch.float32, (shapes.rows, 1, shapes.config.transformer.width))
-
-
-def _tokens(shapes: Shapes, rows: int | str, columns: int | str) -> Spec:
-    channels = shapes.config.transformer.token_channels
-    return Spec(torch.float32, (shapes.batch, rows, columns, channels))
-
-
-def _sampling_inputs(shapes: Shapes, rows: int | str, columns: int | str) -> dict[str, Spec]:
-    noise, number = _tokens(shapes, rows, columns), Spec(torch.float32, (1,))
-    inputs = {"temperature": number, "noise": noise}
-    inputs |= {name: Spec(torch.bool, noise.shape) for name in ("forced_bits", "forced_mask")}
-    return {"guidance_scale": number, **inputs} if shapes.guided else inputs
-
-
-def _text_inputs(shapes: Shapes, head: bool = False) -> dict[str, Spec]:
+def text_inputs(shapes: Shapes, head: bool = False) -> dict[str, Spec]:
+    """Return the inputs that the condition makes of the text. head: the head's signal too."""
     transformer, rows, tokens = shapes.config.transformer, shapes.rows, shapes.text_tokens
     width, heads, head_width = transformer.width, transformer.heads, transformer.head_width
     inputs = {"modulation": Spec(torch.float32, (rows, 6, width))}
@@ -591,36 +310,11 @@ def _text_inputs(shapes: Shapes, head: bool = False) -> dict[str, Spec]:
     return inputs
 
 
-def _past_inputs(
-    shapes: Shapes, reference: int | str, past_0: int | str, past: int | str
-) -> dict[str, Spec]:
-    """Block 0's reference and targets so far under SAR; elsewhere source and targets so far."""
-    inputs = {}
-    first = 0
-    if _uses_references(shapes):
-        inputs |= {f"reference_{kind}": shapes.kv(reference) for kind in ("key", "value")}
-        if past_0:
-            inputs |= {f"past_{kind}.0": shapes.kv(past_0) for kind in ("key", "value")}
-        first = 1
-    for i in range(first, shapes.config.transformer.depth):
-        inputs |= {f"past_{kind}.{i}": shapes.kv(past) for kind in ("key", "value")}
-    return inputs
-
-
-def _text(given: dict[str, Tensor], depth: int) -> TextInputs:
+def text_of(given: dict[str, Tensor], depth: int) -> TextInputs:
+    """Return what the transformer reads of the text, from `text_inputs`."""
     return TextInputs(
         given["modulation"],
         given["text_bias"],
         [given[f"cross_key.{i}"] for i in range(depth)],
         [given[f"cross_value.{i}"] for i in range(depth)],
     )
-
-
-def _past(given: dict[str, Tensor], block: int) -> Past:
-    def parts(kind: str) -> Iterator[Tensor]:
-        if block == 0 and f"reference_{kind}" in given:
-            yield given[f"reference_{kind}"]
-        if f"past_{kind}.{block}" in given:
-            yield given[f"past_{kind}.{block}"]
-
-    return Past(list(parts("key")), list(parts("value")))

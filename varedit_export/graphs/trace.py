@@ -22,7 +22,9 @@ from torch.export import Dim
 
 from varedit_export.errors import ExportError
 from varedit_export.graphs.blocks import grow
-from varedit_export.graphs.stages import LENGTHS, Rows, Scale, Spec, Stage
+from varedit_export.graphs.scales import Rows, Scale
+from varedit_export.graphs.stages import Spec, Stage
+from varedit_runtime.geometry import LENGTHS
 from varedit_runtime.manifest import StoredWeight
 
 OPSET = 20
@@ -132,7 +134,7 @@ def _bind(model: ir.Model, scale: Scale) -> None:
     for value in tuple(model.graph.inputs):
         if value.name in scale.constants:
             model.graph.inputs.remove(value)
-            value.const_value = ir.tensor(scale.constants[value.name].numpy(), name=value.name)
+            value.const_value = ir.tensor(scale.constants[value.name], name=value.name)
             model.graph.register_initializer(value)
 
 

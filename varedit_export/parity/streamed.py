@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from varedit_export.errors import ParityError
 from varedit_export.graphs.layout import Weight, transformer_layout
-from varedit_export.graphs.stages import DTYPES, Shapes, scale_matrices, scale_sizes
+from varedit_export.graphs.stages import DTYPES, Shapes
 from varedit_export.graphs.text import text_encoder_layout
 from varedit_export.parity.cut import Arrays, Attention, CutCoder, CutGraph, Runner, WeightFiles
 from varedit_export.parity.teacher_forcing import (
@@ -61,6 +61,7 @@ from varedit_reference.sampling import bit_probability, guide, nucleus
 from varedit_reference.sar import scale_aligned_references
 from varedit_reference.transformer import VAR, Block, Linear, TextCondition
 from varedit_runtime.bundle import Bundle
+from varedit_runtime.geometry import scale_inputs, scale_sizes
 from varedit_runtime.manifest import ParityLine, Variant, scale_name, scale_of, weights_file
 from varedit_runtime.pictures import from_decoder
 
@@ -331,16 +332,10 @@ class Comparison:
         channels, bits = self._config.transformer.token_channels, self._config.tokenizer.bits
         for k in sorted({0, self._thorough} - {len(self._variant.grids) - 1}):
             graph = _cut(self._bundle, self._variant, "scale")
-            first = self._shapes.config.transformer.lengths[-1] + sum(
-                self._config.transformer.lengths[:k]
-            )
             given = {
                 "tokens": np.zeros((batch, 1, 1, channels), np.float32),
                 "running_sum": np.zeros((batch, bits, *self._shapes.positions), np.float32),
-                "is_first": np.array([k == 0]),
-                "level": np.array([k], np.int64),
-                "first_position": np.array([first], np.int64),
-                **{n: m.numpy() for n, m in scale_matrices(self._shapes, k).items()},
+                **scale_inputs(self._variant.grids, k, self._config.tokenizer.patch),
             }
             yield from self._without_blocks(graph, f"scale as {k}", k, given, False)
 
@@ -351,7 +346,7 @@ class Comparison:
         stage = graph.name
         suffix = called.removeprefix(stage)
         arrays = scale_arrays(self._variant, self._edit, self._steps, k)
-        sizes = scale_sizes(self._config.transformer, k)
+        sizes = scale_sizes(self._variant.grids, k)
         compared = Stage(graph, k, sizes, self._inputs | given | arrays, every)
         values = compared.values | self._runner.run(graph, graph.before, compared.values)
         x_RLC, step = self._probe.seen[1 + k], self._steps[k]

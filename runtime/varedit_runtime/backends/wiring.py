@@ -22,10 +22,8 @@ from math import prod
 import numpy as np
 
 from varedit_runtime.errors import BundleError
-from varedit_runtime.geometry import bilinear_matrix
+from varedit_runtime.geometry import Sizes, scale_inputs, scale_sizes
 from varedit_runtime.manifest import Model, TensorSpec, Variant, scale_name
-
-Sizes = dict[str, int]
 
 KINDS = ("key", "value")
 # What the host gives to a scale, and what it takes from it.
@@ -154,22 +152,9 @@ def constants(variant: Variant, model: Model) -> dict[str, np.ndarray]:
     return _Wiring(variant, model).constants()
 
 
-def scale_profiles(variant: Variant, model: Model) -> list[Sizes]:
+def scale_profiles(variant: Variant) -> list[Sizes]:
     """Return the symbolic lengths of the scale graph: for the prefill, then for every scale."""
-    source = variant.grids[-1][0] * variant.grids[-1][1]
-    targets_only = model.conditioning == "sar"  # block 0 then has no source in its past
-    prefill = _grids(variant.grids[-1], (1, 1)) | {"reference": 0, "past_0": 0, "past": 0}
-    profiles, before = [prefill], 0
-    for grid, following in zip(variant.grids, (*variant.grids[1:], (1, 1)), strict=True):
-        lengths = {"reference": grid[0] * grid[1], "past": source + before}
-        lengths["past_0"] = before if targets_only else source + before
-        profiles.append(_grids(grid, following) | lengths)
-        before += grid[0] * grid[1]
-    return profiles
-
-
-def _grids(grid: tuple[int, int], following: tuple[int, int]) -> Sizes:
-    return dict(zip(("h", "w", "next_h", "next_w"), (*grid, *following), strict=True))
+    return [scale_sizes(variant.grids, scale) for scale in (None, *range(len(variant.grids)))]
 
 
 def sized(spec: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -188,27 +173,11 @@ def sized(spec: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
         ) from error
 
 
-def resizing_matrices(
-    variant: Variant, patch: int, grid: tuple[int, int], following: tuple[int, int]
-) -> dict[str, np.ndarray]:
-    """Return the matrices that resize a grid to the finest, and that to the following grid."""
-    matrices: dict[str, np.ndarray] = {}
-    for axis, name in enumerate(("rows", "columns")):
-        own, finest, after = (
-            side * patch for side in (grid[axis], variant.grids[-1][axis], following[axis])
-        )
-        up, down = bilinear_matrix(finest, own), bilinear_matrix(after, finest)
-        matrices[f"up_{name}"] = up.reshape(finest, grid[axis], patch)
-        matrices[f"down_{name}"] = down.reshape(following[axis], patch, finest)
-    return matrices
-
-
 class _Wiring:
     def __init__(self, variant: Variant, model: Model) -> None:
         self.variant, self.model = variant, model
         self.sar = model.conditioning == "sar"
         self.guided = variant.guided
-        self.areas = [rows * columns for rows, columns in variant.grids]
         self.scales = range(len(variant.grids))
 
     def steps(self, symbolic: bool) -> list[Step]:
@@ -236,31 +205,15 @@ class _Wiring:
         return placed | zeros | {f"{name}.{PREFILL}" for name in CHOSEN}
 
     def constants(self) -> dict[str, np.ndarray]:
-        grids, source = self.variant.grids, self.areas[-1]
         one = np.ones(1, np.float32)
         found = {f"temperature.{PREFILL}": one}
         if self.guided:
             found[f"guidance_scale.{PREFILL}"] = one
-        found |= self._place(PREFILL, len(grids) - 1, 0, grids[-1], (1, 1))
-        for k, following in zip(self.scales, (*grids[1:], (1, 1)), strict=True):
-            found |= self._place(str(k), k, source + sum(self.areas[:k]), grids[k], following)
+        for scale in (None, *self.scales):
+            suffix = PREFILL if scale is None else scale
+            arrays = scale_inputs(self.variant.grids, scale, self.model.patch)
+            found |= {f"{name}.{suffix}": array for name, array in arrays.items()}
         return found
-
-    def _place(
-        self,
-        suffix: str,
-        level: int,
-        first_position: int,
-        grid: tuple[int, int],
-        following: tuple[int, int],
-    ) -> dict[str, np.ndarray]:
-        arrays = {
-            "level": np.array([level], np.int64),
-            "first_position": np.array([first_position], np.int64),
-            "is_first": np.array([suffix == "0"]),
-            **resizing_matrices(self.variant, self.model.patch, grid, following),
-        }
-        return {f"{name}.{suffix}": array for name, array in arrays.items()}
 
     def _coder(
         self,
@@ -292,7 +245,7 @@ class _Wiring:
             yield self._scale(scale_name(k), scale_name(k), k, {}, 0)
 
     def _symbolic_scales(self) -> Iterator[Step]:
-        prefill, *profiles = scale_profiles(self.variant, self.model)
+        prefill, *profiles = scale_profiles(self.variant)
         yield self._scale(PREFILL, SYMBOLIC, None, prefill, 0)
         if self.sar:
             yield self._coder(REFERENCES, REFERENCES, (), ())
@@ -345,8 +298,8 @@ class _Wiring:
         cache = f"cache_{kind}.{block}"
         if what != "new" or scale is None:
             return cache, 0
-        source = 0 if self.sar and block == 0 else self.areas[-1]
-        return cache, source + sum(self.areas[:scale])
+        before = "past_0" if self.sar and block == 0 else "past"
+        return cache, scale_sizes(self.variant.grids, scale)[before]
 
 
 _NEGATIVE = {
