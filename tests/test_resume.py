@@ -7,9 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-
-from varedit_reference.weights_file import open_weights, write_safetensors
 
 KILLS = 10
 
@@ -23,12 +20,10 @@ from varedit_export.assemble import assemble
 from varedit_export.plan import Plan
 from varedit_export.sources import random_sources
 from varedit_export.parity import verify
-import varedit_reference.weights_file as weights_file
 import onnx_ir, onnxscript, torch.onnx, torch.export
 from dataclasses import replace
 
 folder, kills = Path(sys.argv[1]), int(sys.argv[2])
-weights_file.NOTED_EVERY = 2**16
 config = bundles.bundle_config()
 transformer = replace(config.transformer, grids=config.transformer.grids[:3])
 config = replace(config, transformer=transformer)
@@ -100,54 +95,3 @@ def test_a_build_that_is_killed_ten_times_comes_out_the_same(tmp_path: Path) -> 
 def contents(folder: Path) -> dict[str, bytes]:
     paths = [path for path in folder.rglob("*") if path.is_file()]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
-
-
-@pytest.fixture
-def tensors() -> dict[str, torch.Tensor]:
-    return {f"t{i}": torch.full((64,), float(i)) for i in range(8)}
-
-
-def interrupted(path: Path, tensors: dict[str, torch.Tensor], after: int) -> None:
-    def make(name: str) -> torch.Tensor:
-        if name == f"t{after}":
-            raise KeyboardInterrupt
-        return tensors[name]
-
-    with pytest.raises(KeyboardInterrupt):
-        write_safetensors(path, tensors, make, {}, "the same")
-
-
-@pytest.mark.parametrize(
-    ("made_from", "damage", "kept"),
-    [
-        ("the same", None, True),
-        ("another", None, False),
-        ("the same", "content", False),
-        ("the same", "journal", False),
-    ],
-)
-def test_a_file_of_weights_goes_on_at_the_tensor_it_was_at(
-    tmp_path: Path,
-    tensors: dict[str, torch.Tensor],
-    monkeypatch: pytest.MonkeyPatch,
-    made_from: str,
-    damage: str | None,
-    kept: bool,
-) -> None:
-    monkeypatch.setattr("varedit_reference.weights_file.NOTED_EVERY", 1)
-    path = tmp_path / "weights.safetensors"
-    interrupted(path, tensors, after=5)
-    (partial,) = tmp_path.glob(".*.partial")
-    if damage == "content":
-        content = bytearray(partial.read_bytes())
-        content[-300] ^= 1
-        partial.write_bytes(content)
-    if damage == "journal":
-        partial.with_suffix(".json").write_text("{")
-    made: list[str] = []
-    write_safetensors(path, tensors, lambda n: made.append(n) or tensors[n], {}, made_from)
-    assert made == [f"t{i}" for i in range(5 if kept else 0, 8)]
-    assert all(torch.equal(open_weights(path)[name], tensor) for name, tensor in tensors.items())
-    assert [file.name for file in tmp_path.iterdir()] == [path.name]
-    write_safetensors(tmp_path / "other.safetensors", tensors, tensors.__getitem__, {})
-    assert path.read_bytes() == (tmp_path / "other.safetensors").read_bytes()

@@ -1,7 +1,8 @@
 """Make a planned bundle: weights, graphs, parity, manifest, published whole or not at all."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
@@ -80,7 +81,7 @@ class _Work:
         key = _key(self.plan, request, component.name)
         if not self.staging.kept(file, key):
             self.staging.file(file)
-            component.write(folder, {"component": component.name}, key)
+            component.write(folder, {"component": component.name}, partial(self._each, component))
             self.staging.record(file, key)
         return component.stored(folder)
 
@@ -110,6 +111,13 @@ class _Work:
             ir.save(model, self.staging.file(file))
             self.staging.record(file, key)
         return graph_spec(self.staging.path, file)
+
+    def _each(self, component: Component, names: Sequence[str]) -> Iterator[str]:
+        """Yield the names of a component's weights, telling how many are written."""
+        for done, name in enumerate(names):
+            what = f"weights of {component.name}, {done} of {len(names)}"
+            self.on_step(what, self.step - 1, self.steps)
+            yield name
 
     def _next(self, what: str) -> None:
         self.on_step(what, self.step, self.steps)

@@ -1,6 +1,6 @@
 """The components of a bundle: graphs' weights, one file each, shared by all graphs."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,8 @@ from varedit_export.graphs.text import GraphTextEncoder, TextEncoderConfig, text
 from varedit_reference.config import TransformerConfig
 from varedit_reference.rotary import full_rotation
 from varedit_reference.tokenizer import Tokenizer
-from varedit_reference.weights_file import read_layout, write_safetensors
+from varedit_reference.weights_file import read_layout, write_tensors
+from varedit_runtime.errors import CheckpointError
 from varedit_runtime.manifest import StoredWeight, weights_file
 
 
@@ -42,14 +43,21 @@ class Component:
         """Bytes of all weights."""
         return sum(tensor.nbytes for tensor in self.module.state_dict().values())
 
-    def write(self, folder: Path, metadata: Mapping[str, str], made_from: str) -> None:
-        """Write the file into the bundle's folder, tensor by tensor.
+    def write(
+        self,
+        folder: Path,
+        metadata: Mapping[str, str],
+        watch: Callable[[Sequence[str]], Iterable[str]] = iter,
+    ) -> None:
+        """Write the file into the bundle's folder, tensor by tensor; watch: wraps their names.
 
-        made_from: a digest of everything it is made from; with the same one, an interrupted file is
-        continued.
+        Raises CheckpointError when it cannot be written.
         """
-        layout = self.module.state_dict()
-        write_safetensors(folder / self.file, layout, self.make, metadata, made_from)
+        path, layout = folder / self.file, self.module.state_dict()
+        try:
+            write_tensors(path, layout, self.make, metadata, watch)
+        except OSError as error:
+            raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
 
     def stored(self, folder: Path) -> dict[str, StoredWeight]:
         """Return where each weight of the written file lies, by the name that stages know it by."""

@@ -8,15 +8,13 @@ loaded: a pickle that names any other class is refused before anything in it run
 """
 
 import json
-import os
 import shutil
 import zipfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +36,6 @@ SAFETENSORS_DTYPES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
 }
-
-
-NOTED_EVERY = 2**28  # bytes that an interruption may cost
 
 
 def open_weights(path: str | Path) -> dict[str, Tensor]:
@@ -247,26 +242,43 @@ def write_safetensors(
     layout: Mapping[str, Tensor],
     make: Callable[[str], Tensor],
     metadata: Mapping[str, str],
-    made_from: str | None = None,
 ) -> None:
     """Write named tensors as a safetensors file, one at a time, all or nothing.
 
-    layout: types and shapes by name, on the meta device or not; make: the tensor of a name, which
-    is dropped once written. made_from: stands for all that the tensors come from; where it is given
-    and the same again, a file that was cut short is gone on with. Shows its progress where stderr
-    is a terminal. Raises CheckpointError, and writes nothing, if the disk has no room or a tensor
-    is of no accepted float type. Format: https://huggingface.co/docs/safetensors#format.
+    Takes what `write_tensors` takes. Shows its progress where stderr is a terminal. Raises
+    CheckpointError, and writes nothing, if the disk has no room or a tensor is of no accepted float
+    type.
     """
     path = Path(path)
+
+    def bar(names: Sequence[str]) -> Iterable[str]:
+        return tqdm(names, desc=path.name, unit="tensor", disable=None)
+
+    with whole_file(path, sum(tensor.nbytes for tensor in layout.values())) as partial:
+        write_tensors(partial, layout, make, metadata, bar)
+
+
+def write_tensors(
+    path: Path,
+    layout: Mapping[str, Tensor],
+    make: Callable[[str], Tensor],
+    metadata: Mapping[str, str],
+    watch: Callable[[Sequence[str]], Iterable[str]] = iter,
+) -> None:
+    """Write named tensors to a safetensors file in place, one at a time.
+
+    layout: types and shapes by name, on the meta device or not; make: the tensor of a name, which
+    is dropped once written; watch: wraps the names in the order of writing, as tqdm does. Raises
+    OSError if the file cannot be written, CheckpointError if a tensor is of no accepted float type.
+    Format: https://huggingface.co/docs/safetensors#format.
+    """
     # Wide types first, so that every tensor is aligned to its own type.
     names = sorted(layout, key=lambda name: -layout[name].itemsize)
     header = _safetensors_header([(name, layout[name]) for name in names], metadata)
-    size = len(header) + sum(tensor.nbytes for tensor in layout.values())
-    opened = whole_file(path, size) if made_from is None else _resumed_file(path, size)
-    with opened as partial, _TensorFile(partial, header, made_from) as file:
-        missing = names[file.tensors :]
-        made = _ahead(lambda name: make(name).contiguous(), missing)
-        for name in tqdm(missing, desc=path.name, unit="tensor", disable=None):
+    made = _ahead(lambda name: make(name).contiguous(), names)
+    with path.open("wb") as file:
+        file.write(header)
+        for name in watch(names):
             tensor = next(made)
             assert (tensor.dtype, tensor.shape) == (layout[name].dtype, layout[name].shape)
             file.write(tensor.flatten().view(torch.uint8).numpy().data)
@@ -323,100 +335,6 @@ def whole_file(path: Path, size: int) -> Iterator[Path]:
             yield whole
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-@contextmanager
-def _resumed_file(path: Path, size: int) -> Iterator[Path]:
-    """Give a hidden name to write to; rename it to path on success, keep it on failure to resume.
-
-    Raises as `whole_file` does.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        present = partial.stat().st_size if partial.exists() else 0
-        check_room(path.parent, max(size - present, 0))
-        yield partial
-        partial.replace(path)
-        _journal(partial).unlink(missing_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def _journal(partial: Path) -> Path:
-    return partial.with_suffix(".json")
-
-
-class _TensorFile:
-    """A file of tensors being written, one at a time, behind a header.
-
-    tensors: how many are in it. Where made_from is given, what is written reaches the disk every
-    so many bytes, and its digest is then noted beside it: a later file made from the same goes on
-    from there, if what is there has that digest.
-    """
-
-    def __init__(self, path: Path, header: bytes, made_from: str | None) -> None:
-        self._path, self._header, self._made_from = path, header, made_from
-
-    def __enter__(self) -> "_TensorFile":
-        self.tensors, self._size = self._finished()
-        self._noted = self._size
-        self._file = self._path.open("r+b" if self._size else "wb")
-        if self._size:
-            self._file.truncate(self._size)
-            self._file.seek(self._size)
-        else:
-            self._digest = sha256()
-            self._append(self._header)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def write(self, data: memoryview) -> None:
-        self._append(data)
-        self.tensors += 1
-        if self._made_from is not None and self._size - self._noted >= NOTED_EVERY:
-            self._note()
-
-    def _append(self, data: bytes | memoryview) -> None:
-        self._file.write(data)
-        self._size += len(data)
-        if self._made_from is not None:
-            self._digest.update(data)
-
-    def _note(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        noted = {
-            "made_from": self._made_from,
-            "tensors": self.tensors,
-            "size": self._size,
-            "sha256": self._digest.hexdigest(),
-        }
-        with atomic_file(_journal(self._path)) as whole:
-            whole.write_text(json.dumps(noted))
-        self._noted = self._size
-
-    def _finished(self) -> tuple[int, int]:
-        """Tensors and bytes that are there already, made from the same."""
-        self._digest = sha256()
-        if self._made_from is None:
-            return 0, 0
-        try:
-            noted = json.loads(_journal(self._path).read_bytes())
-            with self._path.open("rb") as file:
-                content = file.read(len(self._header))
-                while content:
-                    self._digest.update(content)
-                    content = file.read(min(noted["size"] - file.tell(), 2**20))
-                file.seek(0)
-                begins_so = file.read(len(self._header)) == self._header
-            same = (noted["made_from"], noted["sha256"])
-            if begins_so and same == (self._made_from, self._digest.hexdigest()):
-                return noted["tensors"], noted["size"]
-        except (OSError, ValueError, KeyError, TypeError):
-            pass  # none, or cut short
-        return 0, 0
 
 
 def check_room(folder: Path, size: int) -> None:
