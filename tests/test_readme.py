@@ -1,4 +1,4 @@
-"""The README's example runs, on a small model."""
+"""The examples in Python of the README and of the reference's page run, on small models."""
 
 import re
 from pathlib import Path
@@ -13,18 +13,23 @@ from small_t5 import write_t5
 
 from varedit_reference.initialise import write_released_tokenizer, write_released_transformer
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-EXAMPLES = re.findall(r"(?:^    from .*\n)(?:^(?:    .*)?\n)+", README, re.M)
+ROOT = Path(__file__).parent.parent
+
+
+def python_example(page: str) -> str:
+    """Return the one indented block of a page that begins with an import."""
+    (example,) = re.findall(r"(?:^    from .*\n)(?:^(?:    .*)?\n)+", (ROOT / page).read_text(), re.M)
+    return dedent(example)
 
 
 def test_the_example_with_a_bundle_edits_a_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    example, _ = EXAMPLES
+    example = python_example("README.md")
     Image.new("RGB", (60, 40), "red").save(tmp_path / "photo.png")
     monkeypatch.chdir(tmp_path)
-    assert "bundles/2b-512" in example
-    exec(dedent(example).replace("bundles/2b-512", str(small_bundle())), {})
+    assert "bundles/8b-512" in example
+    exec(example.replace("bundles/8b-512", str(small_bundle())), {})
     with Image.open("edited.png") as edited:
         assert edited.size == (60, 40)
 
@@ -32,7 +37,7 @@ def test_the_example_with_a_bundle_edits_a_picture(
 def test_the_python_example_edits_a_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, example = EXAMPLES
+    example = python_example("docs/reference.md")
     config = small_config()
     write_released_transformer(config, 1, tmp_path / "2B-512.pth", torch.bfloat16, chunks=2)
     write_released_tokenizer(config, 2, tmp_path / "infinity_vae_d32reg.pth", torch.float32)
@@ -41,6 +46,6 @@ def test_the_python_example_edits_a_picture(
     monkeypatch.chdir(tmp_path)
     released, small = 'preset("2b", 512)', 'preset("tiny-2b", 256)'
     assert released in example
-    exec(dedent(example).replace(released, small), {})
+    exec(example.replace(released, small), {})
     with Image.open("edited.png") as edited:
         assert edited.size == (60, 40)
