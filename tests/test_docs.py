@@ -13,7 +13,7 @@ from varedit_reference import golden
 from varedit_runtime.bundle import Bundle
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 FOLDERS = [".", "varedit_export", "runtime/varedit_runtime", "reference/varedit_reference"]
 
 

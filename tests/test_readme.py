@@ -18,7 +18,8 @@ ROOT = Path(__file__).parent.parent
 
 def python_example(page: str) -> str:
     """Return the one indented block of a page that begins with an import."""
-    (example,) = re.findall(r"(?:^    from .*\n)(?:^(?:    .*)?\n)+", (ROOT / page).read_text(), re.M)
+    text = (ROOT / page).read_text(encoding="utf-8")
+    (example,) = re.findall(r"(?:^    from .*\n)(?:^(?:    .*)?\n)+", text, re.M)
     return dedent(example)
 
 
