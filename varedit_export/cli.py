@@ -1,5 +1,6 @@
 """The `varedit-export` command."""
 
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from click.core import ParameterSource
 import varedit_export
 from varedit_export.errors import ParityError
 from varedit_export.options import BuildOptions, EngineOptions, OnStep, VerifyOptions
-from varedit_runtime.backends import find, specs
+from varedit_runtime.backends import choose, find, specs
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.command import (
     BackendCommand,
@@ -275,7 +276,38 @@ def verify(bundle: Path, report: Path | None, options: VerifyOptions) -> None:
     if report is not None:
         write_report(msgspec.to_builtins(lines), report)
     if failure is not None:
+        backend = choose(options.backend).spec
+        if backend.compiles:
+            wrong = (line.stage for line in lines if not line.value <= line.tolerance)
+            _say(
+                "to find the layer that goes wrong first: varedit-export layers "
+                f"{shlex.quote(str(bundle))} {next(wrong, 'STAGE')} --backend {backend.name}"
+            )
         raise failure
+
+
+@main.command()
+@click.argument("bundle", type=_PATH)
+@click.argument("stage")
+@backend_option("Backend that runs the engines.", default="tensorrt", compiling=True)
+@click.option("--variant", metavar="NAME", help="The bundle's variant; by default its first.")
+def layers(bundle: Path, stage: str, backend: Any, variant: str | None) -> None:
+    """Find the first layer of STAGE that an engine computes wrongly, on this machine's GPU.
+
+    For a stage that `verify --backend` found wrong: its graph is compiled anew with the outputs of
+    all layers, which are compared with ONNX Runtime's. Exits 1 if a layer is wrong.
+
+    \b
+    varedit-export layers bundles/2b-512-fp16 scale_03 --backend tensorrt
+    """
+    compiler = EngineOptions(backend).compiler()
+    with needs_extra("export"):
+        from varedit_export.parity.layers import first_wrong_layer
+
+    wrong = first_wrong_layer(Bundle.open(bundle), stage, compiler, variant)
+    if wrong is not None:
+        raise ParityError(f"{stage} goes wrong first in {wrong}")
+    click.echo("no layer is wrong when all are outputs: look at a fused kernel, or at the weights")
 
 
 @main.command()
