@@ -1,0 +1,98 @@
+"""What the comparisons block by block share: weights as a bundle rounded them, and errors.
+
+`Stored` gives the reference the values that the graphs have; `ComparedGraph` is one graph at given
+lengths, and gathers the largest error of its blocks.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from math import isnan
+
+import torch
+from torch import Tensor, nn
+
+from varedit_export.graphs.layout import Weight
+from varedit_export.parity.cut import Arrays, CutGraph, WeightFiles
+from varedit_runtime.bundle import Bundle
+from varedit_runtime.manifest import ParityLine, Variant
+
+# Largest error over the rms of what a block adds, or of its keys and values: fp32 arithmetic in
+# another order gives under 1e-4 at full size, two swapped biases of a random model over 1e-2.
+RELATIVE = 1e-3
+DRAWING = 2  # parameters at a time
+
+
+class Stored(Mapping[str, Tensor]):
+    """The reference's parameters with the values that a bundle's weights were rounded to."""
+
+    def __init__(
+        self,
+        state: Mapping[str, Tensor],
+        layout: Mapping[str, Weight],
+        files: WeightFiles,
+        file: str,
+    ) -> None:
+        places = files.layout(file)
+        self._state = state
+        self._types = {
+            source: places[name].dtype for name, w in layout.items() for source in w.sources
+        }
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._state[name].float().to(self._types[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._state)
+
+    def __len__(self) -> int:
+        return len(self._state)
+
+    def load(self, module: nn.Module, rename: Callable[[str], str]) -> None:
+        """Give a module on the meta device its parameters. rename: its own name -> a name here."""
+        types = {name: tensor.dtype for name, tensor in module.state_dict().items()}
+        # Drawing random ones, or reading them from a disk, takes longer than computing with them.
+        with ThreadPoolExecutor(DRAWING) as pool:
+            # In order: 16-bit products of transposed ones are a hundred times slower.
+            tensors = pool.map(lambda n: self[rename(n)].to(types[n]).contiguous(), types)
+            state = dict(zip(types, tensors, strict=True))
+        module.load_state_dict(state, assign=True)
+        module.requires_grad_(False).eval()
+
+
+@dataclass
+class ComparedGraph:
+    """A graph with blocks, at given lengths.
+
+    source, scale: what it predicts, the prefill's source or a scale; values: all that it reads but
+    keys and values; every: whether all of its blocks are run; x_RLC: the stream of the next one.
+    """
+
+    graph: CutGraph
+    scale: int | None
+    sizes: Mapping[str, int]
+    values: Arrays
+    every: bool
+    x_RLC: Tensor | None = None
+    error: float = 0.0
+
+    def compare(self, actual: Tensor, expected: Tensor, given: Tensor | None = None) -> None:
+        """Keep the largest error, over the rms of what was added to the given stream."""
+        added = expected if given is None else expected - given
+        error = ((actual - expected).abs().max() / added.square().mean().sqrt()).item()
+        self.error = error if isnan(error) else max(self.error, error)
+
+
+def cut_graph(bundle: Bundle, variant: Variant, stage: str) -> CutGraph:
+    return CutGraph(stage, bundle.graph_bytes(variant.name, stage))
+
+
+def blocks_line(stage: ComparedGraph, count: int) -> ParityLine:
+    blocks = f"all {count} blocks" if stage.every else f"{count} unlike blocks"
+    at = f" at scale {stage.scale}" if stage.graph.name == "scale" else ""
+    measure = f"{blocks}{at}, largest error over what they add"
+    return ParityLine(stage.graph.name, measure, stage.error, RELATIVE)
+
+
+def random_values(shape: tuple[int, ...], seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

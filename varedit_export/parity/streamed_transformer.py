@@ -1,0 +1,474 @@
+"""The transformer's graphs of a bundle, compared block by block with the reference.
+
+The order of events, each step in the memory of one block:
+
+1. The reference is run without its blocks: a `Probe` stands in their place, keeps the stream that
+   enters them in every scale, and hands it on unchanged. Every graph, without its blocks as well,
+   must give the same logits, bits and sums from it.
+2. Then, block by block, the reference's block is loaded once and compared in every graph that is to
+   be compared at it (`_to_run`): one block of each kind, and all blocks of one small scale, through
+   which the exact stream runs, and of the condition.
+
+A block of a large scale is compared at `TOKENS` of its tokens: attention costs most by far, and the
+new keys and values of all tokens, which the chosen ones see, are taken from the graph (`_Seen`).
+"""
+
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from varedit_export.errors import ParityError
+from varedit_export.graphs.layout import transformer_layout
+from varedit_export.graphs.stages import DTYPES, Shapes
+from varedit_export.parity.blockwise import (
+    ComparedGraph,
+    Stored,
+    blocks_line,
+    cut_graph,
+    random_values,
+)
+from varedit_export.parity.cut import Arrays, Attention, CutGraph, Runner, WeightFiles
+from varedit_export.parity.teacher_forcing import (
+    SUMS,
+    bits_line,
+    line,
+    noise_of,
+    random_edit,
+    run_reference,
+    scale_arrays,
+    share_line,
+    source_array,
+    text_arrays,
+)
+from varedit_export.sources import Sources
+from varedit_reference.config import ModelConfig
+from varedit_reference.kv_cache import KVCache, Sight
+from varedit_reference.rotary import Rotation, full_rotation, scale_rotation, source_rotation
+from varedit_reference.sampling import bit_probability, guide, nucleus
+from varedit_reference.sar import scale_aligned_references
+from varedit_reference.transformer import VAR, Block, Linear, TextCondition
+from varedit_runtime.bundle import Bundle
+from varedit_runtime.geometry import scale_inputs, scale_sizes
+from varedit_runtime.manifest import ParityLine, Variant, scale_name, scale_of, weights_file
+
+TOKENS = 64  # of a scale, that blocks are compared at
+CPU = torch.device("cpu")
+TRANSFORMER = weights_file("transformer")
+
+
+class Probe(nn.Module):
+    """Stands where the blocks are, and keeps what they would read.
+
+    memory: of the text; seen: the stream of the source and of every scale; given: the stream handed
+    on in its place.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cross_attention = _Memory()
+        self.seen: list[Tensor] = []
+        self.given: Tensor | None = None
+
+    def forward(self, x_RLC: Tensor, *_: object) -> Tensor:
+        self.seen.append(x_RLC)
+        return x_RLC if self.given is None else self.given
+
+
+class _Memory(nn.Module):
+    """A cross-attention that keeps the text's memory [R, T, C]."""
+
+    memory: Tensor
+
+    def project(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        self.memory = memory
+        return memory[:0], memory[:0]
+
+
+class TransformerComparison:
+    """The transformer's graphs of a variant."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        variant: Variant,
+        config: ModelConfig,
+        sources: Sources,
+        files: WeightFiles,
+    ) -> None:
+        self._bundle, self._variant, self._config = bundle, variant, config
+        self._dtype = DTYPES[bundle.manifest.precision]
+        self._files, self._runner = files, Runner(files, torch.get_num_threads())
+        layout = transformer_layout(config.transformer)
+        self._stored = Stored(sources.transformer, layout, files, TRANSFORMER)
+        self._shapes = Shapes(
+            config, variant.batch, variant.guided, variant.text_tokens, self._dtype
+        )
+        self._edit = random_edit(variant, config)
+        # Small, so that reading every block's weights costs more than computing with them.
+        self._thorough = min(2, max(len(variant.grids) - 2, 0))
+        self._halves = torch.arange(config.transformer.head_width).view(-1, 2).T.flatten()
+
+    def lines(self) -> Iterator[ParityLine]:
+        self._model, self._probe = self._outer()
+        self._steps = run_reference(self._model, self._config, self._edit)
+        yield from self._tables()
+        yield from self._condition()
+        yield from self._prefill()
+        yield from self._scales()
+        yield from self._twin()
+        x_RLC = self._probe.seen[1 + self._thorough]
+        self._text = self._text_condition(self._model)
+        del self._model, self._probe
+        yield from self._blocks(x_RLC)
+
+    def _outer(self) -> tuple[VAR, Probe]:
+        """The reference without its blocks."""
+        with torch.device("meta"):
+            config = replace(self._config.transformer, depth=1)
+            model = VAR(config, torch.float32, self._dtype)
+        probe = Probe()
+        model.blocks = nn.ModuleList([probe])  # type: ignore[assignment]
+        self._stored.load(model, lambda name: name)
+        return model, probe
+
+    def _text_condition(self, model: VAR) -> TextCondition:
+        return model.condition(model.text_rows([self._edit.text], self._shapes.guided))
+
+    def _tables(self) -> Iterator[ParityLine]:
+        """Positions and levels that the graphs read, exactly."""
+        config = self._config.transformer
+        levels = self._stored["level_embedding.weight"]
+        for stage in self._variant.graphs:
+            graph, error = cut_graph(self._bundle, self._variant, stage), 0.0
+            scale = scale_of(stage)
+            if not {"cos", "sin"} & graph.places.keys():
+                continue
+            rotation = full_rotation(config, CPU)
+            expected = {"cos": rotation.cos, "sin": rotation.sin}
+            if scale is not None:
+                rotation = scale_rotation(config, scale, CPU)
+                expected = {"cos": rotation.cos, "sin": rotation.sin, "level": levels[scale]}
+            for name, table in expected.items():
+                stored = self._files.read(graph.places[name])
+                error = max(error, float((stored.view(table.shape) - table).abs().max()))
+            yield ParityLine(stage, "positions and level, largest error", error, 0.0)
+
+    def _condition(self) -> Iterator[ParityLine]:
+        graph = cut_graph(self._bundle, self._variant, "condition")
+        given = text_arrays(self._variant, self._edit)
+        values = self._runner.run(graph, graph.before, given)
+        text, memory = self._text_condition(self._model), self._probe.cross_attention.memory
+        entering = graph.entering(0)
+        tokens = memory.shape[1]
+        yield self._line("condition", "modulation", values["modulation"], text.modulation)
+        yield self._line("condition", "text memory", values[entering][:, :tokens], memory)
+        padded = np.zeros_like(values[entering])
+        padded[:, :tokens] = self._tiled(memory)
+        self._inputs = values
+        self._memory = memory
+        self._stages = [ComparedGraph(graph, None, {}, {entering: padded}, True)]
+
+    def _prefill(self) -> Iterator[ParityLine]:
+        graph = cut_graph(self._bundle, self._variant, "prefill")
+        given = {"source_tokens": source_array(self._variant, self._edit)}
+        stage = ComparedGraph(graph, None, {}, self._inputs | given, False)
+        before = self._runner.run(graph, graph.before, stage.values)
+        yield self._line("prefill", "stream", before[graph.entering(0)], self._probe.seen[0])
+        self._stages.append(stage)
+        if "references" in self._variant.graphs:
+            yield from self._references(graph, list(graph.after.inputs.values()))
+            references = cut_graph(self._bundle, self._variant, "references")
+            yield from self._references(references, references.inputs)
+
+    def _references(self, graph: CutGraph, names: Sequence[str]) -> Iterator[ParityLine]:
+        config = self._config.transformer
+        shape = (config.lengths[-1], self._variant.rows, config.heads, config.head_width)
+        generator = torch.Generator().manual_seed(4)
+        sources = [torch.randn(shape, generator=generator) for _ in names]
+        piece = graph.after if graph.blocks else graph.before
+        given = {name: source.numpy() for name, source in zip(names, sources, strict=True)}
+        pooled = self._runner.run(graph, piece, given)
+        error = 0.0
+        for kind, source in zip(("key", "value"), sources, strict=True):
+            for k, expected in enumerate(scale_aligned_references(source, config.grids)):
+                name = f"reference_{kind}.{k}"
+                error = max(error, line("", "", pooled[name], expected.numpy()).value)
+        yield ParityLine(graph.name, "references, largest error", error, SUMS)
+
+    def _scales(self) -> Iterator[ParityLine]:
+        for k in range(len(self._variant.grids)):
+            graph = cut_graph(self._bundle, self._variant, scale_name(k))
+            yield from self._without_blocks(graph, graph.name, k, {}, k == self._thorough)
+
+    def _twin(self) -> Iterator[ParityLine]:
+        """The symbolic twin as the first scale and as a middle one."""
+        batch = self._variant.batch
+        channels, bits = self._config.transformer.token_channels, self._config.tokenizer.bits
+        for k in sorted({0, self._thorough} - {len(self._variant.grids) - 1}):
+            graph = cut_graph(self._bundle, self._variant, "scale")
+            given = {
+                "tokens": np.zeros((batch, 1, 1, channels), np.float32),
+                "running_sum": np.zeros((batch, bits, *self._shapes.positions), np.float32),
+                **scale_inputs(self._variant.grids, k, self._config.tokenizer.patch),
+            }
+            yield from self._without_blocks(graph, f"scale as {k}", k, given, False)
+
+    def _without_blocks(
+        self, graph: CutGraph, called: str, k: int, given: Arrays, every: bool
+    ) -> Iterator[ParityLine]:
+        """A scale whose blocks are left out: what goes in comes out of them."""
+        stage = graph.name
+        suffix = called.removeprefix(stage)
+        arrays = scale_arrays(self._variant, self._edit, self._steps, k)
+        sizes = scale_sizes(self._variant.grids, k)
+        compared = ComparedGraph(graph, k, sizes, self._inputs | given | arrays, every)
+        values = compared.values | self._runner.run(graph, graph.before, compared.values)
+        x_RLC, step = self._probe.seen[1 + k], self._steps[k]
+        yield self._line(stage, f"stream{suffix}", values[graph.entering(0)], x_RLC)
+        values[graph.carried[graph.blocks[-1]]] = self._tiled(x_RLC)
+        out = self._runner.run(graph, graph.after, values)
+        batch = self._variant.batch
+        logits = out["logits"][:1].reshape(step.logits.shape)
+        yield self._line(stage, f"logits{suffix}", logits, step.logits)
+        bits = out["bits"][:1].reshape(step.bits.shape)
+        yield bits_line(stage, bits, step, noise_of(self._edit, step), exact=True)
+        sums = {"running_sum_out": step.sum}
+        if k + 1 < len(self._steps):
+            sums["next_tokens"] = self._steps[k + 1].tokens  # type: ignore[assignment]
+        error = max(
+            line("", "", out[n][:1].reshape(x.shape), x.numpy()).value for n, x in sums.items()
+        )
+        yield ParityLine(stage, f"sum and next tokens{suffix}, largest error", error, SUMS)
+        if any((out["bits"][b] != out["bits"][0]).any() for b in range(batch)):
+            raise ParityError(f"{stage}: equal pictures of one batch get different bits")
+        self._stages.append(compared)
+
+    def _blocks(self, x_RLC: Tensor) -> Iterator[ParityLine]:
+        condition, *stages = self._stages
+        kinds = [_to_run(stage) for stage in stages]
+        (thorough,) = [stage for stage in stages if stage.every]
+        thorough.x_RLC = rounded_RLC = x_RLC
+        depth = self._config.transformer.depth
+        for i in range(depth):
+            block = self._block(i, torch.float32)
+            text = self._text_of(block)
+            self._compare_text(condition, i, text)
+            if self._dtype != torch.float32:
+                rounded_RLC = self._rounded(block, i, thorough, rounded_RLC)
+            for stage, blocks in zip(stages, kinds, strict=True):
+                if i in blocks:
+                    self._compare_block(stage, i, block, text)
+        yield blocks_line(condition, depth)
+        for stage, blocks in zip(stages, kinds, strict=True):
+            yield blocks_line(stage, len(blocks))
+        if self._dtype != torch.float32:
+            yield self._rounding(thorough, rounded_RLC)
+
+    def _block(self, index: int, compute_dtype: torch.dtype) -> Block:
+        block = self._empty_block(compute_dtype)
+        self._stored.load(block, lambda name: f"blocks.{index}.{name}")
+        return block
+
+    def _empty_block(self, compute_dtype: torch.dtype) -> Block:
+        product = partial(Linear, compute_dtype=compute_dtype, weight_dtype=self._dtype)
+        with torch.device("meta"):
+            return Block(self._config.transformer, product)
+
+    def _text_of(self, block: Block) -> TextCondition:
+        """The text as one block reads it."""
+        keys, values = block.cross_attention.project(self._memory)
+        return replace(self._text, keys=[keys], values=[values])
+
+    def _compare_text(self, stage: ComparedGraph, i: int, text: TextCondition) -> None:
+        """A block's keys and values of the text, which the other graphs then read."""
+        found = self._runner.run(stage.graph, stage.graph.block(i).first, stage.values)
+        for kind, expected_RHTD in (("key", text.keys[0]), ("value", text.values[0])):
+            own = torch.from_numpy(found[f"cross_{kind}.{i}"])[:: self._variant.batch]
+            own_RHTD = own.transpose(2, 3) if kind == "key" else own
+            stage.compare(own_RHTD[:, :, : expected_RHTD.shape[2]], expected_RHTD)
+        for other in self._stages[1:]:
+            other.values = {n: x for n, x in other.values.items() if not n.startswith("cross_")}
+            other.values |= found
+
+    def _compare_block(
+        self, stage: ComparedGraph, i: int, block: Block, text: TextCondition
+    ) -> None:
+        """A block of a graph against the reference's: stream, keys and values."""
+        graph, cut, batch = stage.graph, stage.graph.block(i), self._variant.batch
+        length = self._length(stage)
+        chosen = torch.arange(length)
+        if length > TOKENS:
+            chosen = torch.linspace(0, length - 1, TOKENS).long()
+        x_RLC = stage.x_RLC
+        if x_RLC is None:
+            x_RLC = random_values((len(self._memory), length, self._config.transformer.width), i)
+        values = stage.values | self._runner.run(graph, graph.before, stage.values)
+        values[graph.entering(i)] = self._tiled(x_RLC)
+        values |= self._runner.run(graph, cut.first, values)
+        new = None
+        if cut.attention is not None:
+            new = self._attend(stage, i, values, cut.attention, chosen)
+        given = x_RLC[:, chosen]
+        context = _Seen(_joined(self._past(stage, i)), new, chosen)
+        expected = block(given, text, 0, self._rotation(stage, chosen), context)
+        for kind, own in context.own.items():
+            own_SRHD = own[..., self._halves] if kind == "key" else own
+            for name in (f"new_{kind}.{i}", f"source_{kind}.{i}"):
+                if name in values:
+                    stage.compare(torch.from_numpy(values[name])[chosen][:, ::batch], own_SRHD)
+        del context, new
+        if cut.rest is not None:
+            leaving = self._runner.run(graph, cut.rest, values)[graph.carried[i]]
+            stage.compare(torch.from_numpy(leaving)[::batch][:, chosen], expected, given)
+        if stage.x_RLC is not None:
+            stage.x_RLC = expected
+
+    def _attend(
+        self, stage: ComparedGraph, i: int, values: Arrays, attention: Attention, chosen: Tensor
+    ) -> dict[str, Tensor] | None:
+        """Attend for the chosen tokens; the others attend to nothing.
+
+        -> the new keys and values [L, R, H, D] that the graph computed, where not all are chosen.
+        """
+        graph, batch = stage.graph, self._variant.batch
+        for join in attention.joins:
+            # One at a time: of a large scale these are the largest arrays there are.
+            past = self._past(stage, i, set(join.inputs.values()))
+            values |= self._runner.run(graph, join, values | self._past_arrays(past))
+            del past
+        queries, places = values.pop(attention.queries), chosen.numpy()
+        some = values | {attention.queries: queries[:, :, places]}
+        attended = self._runner.run(graph, attention.piece, some)[attention.attended]
+        values[attention.attended] = np.zeros_like(queries)
+        values[attention.attended][:, :, places] = attended
+        keys_RHDS = torch.from_numpy(values.pop(attention.keys))[::batch]
+        values_RHSD = torch.from_numpy(values.pop(attention.values))[::batch]
+        length = queries.shape[2]
+        if len(chosen) == length:
+            return None
+        keys = keys_RHDS[..., -length:].permute(3, 0, 1, 2)[..., self._halves.argsort()]
+        return {"key": keys, "value": values_RHSD[:, :, -length:].permute(2, 0, 1, 3).clone()}
+
+    def _past(
+        self, stage: ComparedGraph, i: int, names: Collection[str] | None = None
+    ) -> dict[str, Tensor]:
+        """Random keys, unit vectors, and values of what came before, [P, R, H, D], by input."""
+        transformer, past = self._config.transformer, {}
+        for n, name in enumerate(stage.graph.inputs):
+            of_block = re.fullmatch(rf"past_(key|value)\.{i}", name)
+            if not (of_block or (i == 0 and name.startswith("reference_"))):
+                continue
+            if names is not None and name not in names:
+                continue
+            length = stage.graph.shapes[name][0]
+            length = stage.sizes[length] if isinstance(length, str) else length
+            shape = (length, len(self._memory), transformer.heads, transformer.head_width)
+            past[name] = random_values(shape, n)
+            if "key" in name:
+                past[name] /= past[name].norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        return past
+
+    def _past_arrays(self, past: Mapping[str, Tensor]) -> Arrays:
+        """As the graphs read them: keys in halves, one picture's rows as a batch's."""
+        arrays = {}
+        for name, x_SRHD in past.items():
+            halves = x_SRHD[..., self._halves] if "key" in name else x_SRHD
+            arrays[name] = self._tiled(halves, 1)
+        return arrays
+
+    def _rotation(self, stage: ComparedGraph, chosen: Tensor) -> Rotation:
+        config = self._config.transformer
+        if stage.scale is None:
+            whole = source_rotation(config, CPU)
+        else:
+            whole = scale_rotation(config, stage.scale, CPU)
+        return Rotation(whole.cos[chosen], whole.sin[chosen])
+
+    def _length(self, stage: ComparedGraph) -> int:
+        return self._config.transformer.lengths[-1 if stage.scale is None else stage.scale]
+
+    def _rounded(self, exact: Block, i: int, stage: ComparedGraph, x_RLC: Tensor) -> Tensor:
+        """The stream after a block whose products are rounded to 16 bits."""
+        block = self._empty_block(self._dtype)
+        block.load_state_dict(exact.state_dict(), assign=True)
+        past = {n: x.to(self._dtype) for n, x in self._past(stage, i).items()}
+        every = torch.arange(x_RLC.shape[1])
+        context = _Seen(_joined(past), None, every)
+        return block(x_RLC, self._text_of(block), 0, self._rotation(stage, every), context)
+
+    def _rounding(self, stage: ComparedGraph, rounded_RLC: Tensor) -> ParityLine:
+        """What 16-bit products change, in the reference itself: no CPU computes the graphs so."""
+        model, probe = self._outer()
+        text, k = self._text_condition(model), self._thorough
+        noise, bits = noise_of(self._edit, self._steps[k]), []
+        for x_RLC in (stage.x_RLC, rounded_RLC):
+            probe.given = x_RLC
+            cache = KVCache(self._config.transformer)
+            cache.scales_seen = k
+            logits = model.predict(k, self._steps[k].tokens, text, cache)
+            logits = guide(
+                logits, self._edit.guidance[k], self._edit.temperature[k], self._shapes.guided
+            )
+            bits.append(noise < nucleus(bit_probability(logits)))
+        differs = bits[0] != bits[1]
+        if not rounded_RLC.isfinite().all():
+            differs = torch.ones_like(differs)
+        precision = self._bundle.manifest.precision
+        measure = f"share of bits that differ, reference with products rounded to {precision}"
+        return share_line(stage.graph.name, measure, differs)
+
+    def _line(self, stage: str, measure: str, actual: np.ndarray, expected: Tensor) -> ParityLine:
+        """Of the first picture's rows."""
+        step = len(actual) // len(expected)
+        return line(stage, f"{measure}, largest error", actual[::step], expected.numpy())
+
+    def _tiled(self, x: Tensor, axis: int = 0) -> np.ndarray:
+        """One picture's rows as a batch's."""
+        batch = self._variant.batch
+        return (x if batch == 1 else x.repeat_interleave(batch, axis)).numpy()
+
+
+class _Seen:
+    """A block's context: what came before, and the new tokens, of which some are computed.
+
+    past, new: by kind, "key" or "value"; new: what the graph computed for all new tokens, where
+    only the chosen ones are the block's own. own: the block's own, once it has run.
+    """
+
+    def __init__(
+        self, past: Mapping[str, Tensor], new: Mapping[str, Tensor] | None, chosen: Tensor
+    ) -> None:
+        self._past, self._new, self._chosen = past, new, chosen
+        self.own: dict[str, Tensor] = {}
+
+    def __call__(self, keys: Tensor, values: Tensor) -> list[Sight]:
+        self.own = {"key": keys, "value": values}
+        seen = {}
+        for kind, own in self.own.items():
+            if self._new is not None:
+                self._new[kind][self._chosen] = own
+                own = self._new[kind]
+            seen[kind] = torch.cat((self._past[kind], own)) if kind in self._past else own
+        return [Sight(len(keys), seen["key"], seen["value"])]
+
+
+def _to_run(stage: ComparedGraph) -> list[int]:
+    """One block of each kind, or all."""
+    kinds: dict[tuple[bytes, ...], int] = {}
+    for i in stage.graph.blocks:
+        kinds.setdefault(stage.graph.block(i).kind, i)
+    return list(stage.graph.blocks if stage.every else kinds.values())
+
+
+def _joined(past: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What came before by kind, references first."""
+    return {
+        kind: torch.cat(parts)
+        for kind in ("key", "value")
+        if (parts := [x for name, x in past.items() if kind in name])
+    }
