@@ -1,11 +1,13 @@
 """Bits, codes, scales and tokens."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from small import small_config
 
 from varedit_reference.quantisation import (
-    dequantise,
+    add_scale,
     from_tokens,
     next_tokens,
     positions,
@@ -20,6 +22,14 @@ from varedit_reference.quantisation import (
 
 def features(channels: int = 8, side: int = 16) -> torch.Tensor:
     return torch.randn(2, channels, side, side, generator=torch.Generator().manual_seed(1))
+
+
+def dequantise(bits: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the sum of all scales' codes [B, d, h_K, w_K]."""
+    total = to_codes(bits[-1]).new_zeros(bits[-1].shape)
+    for scale in bits:
+        total = add_scale(total, scale)
+    return total
 
 
 def test_codes_are_the_nearest_corners_of_the_sphere() -> None:

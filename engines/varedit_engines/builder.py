@@ -28,7 +28,7 @@ Hardware = Literal["ampere-plus", "same-compute-capability"]
 HARDWARE: tuple[Hardware, ...] = get_args(Hardware)
 
 # called with (graph, steps done, steps in all) of the builder's outermost phase
-Progress = Callable[[str, int, int], None]
+OnStep = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Compiler:
         graph: bytes,
         folder: Path,
         profiles: Sequence[Mapping[str, tuple[int, ...]]],
-        progress: Progress,
+        on_step: OnStep,
     ) -> memoryview:
         """Compile an ONNX graph, whose weights are in the folder; return the plan.
 
@@ -129,7 +129,7 @@ class Compiler:
         config = self._config(builder)
         for shapes in profiles:
             config.add_optimization_profile(_fixed_profile(builder, shapes))
-        with self._timings(config), _monitored(trt, config, name, progress) as stopped:
+        with self._timings(config), _monitored(trt, config, name, on_step) as stopped:
             plan = builder.build_serialized_network(network, config)
         if stopped.is_set():
             raise KeyboardInterrupt
@@ -209,7 +209,7 @@ def _fixed_profile(builder: Any, shapes: Mapping[str, tuple[int, ...]]) -> Any:
 
 @contextmanager
 def _monitored(
-    trt: ModuleType, config: Any, name: str, progress: Progress
+    trt: ModuleType, config: Any, name: str, on_step: OnStep
 ) -> Iterator[threading.Event]:
     """Report the builder's progress, and let Ctrl-C stop it; the builder then returns nothing."""
     stopped = threading.Event()
@@ -225,7 +225,7 @@ def _monitored(
 
         def step_complete(self, phase: str, step: int) -> bool:
             if phase in self.steps:
-                progress(name, step + 1, self.steps[phase])
+                on_step(name, step + 1, self.steps[phase])
             return not stopped.is_set()
 
         def phase_finish(self, phase: str) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from msgspec import structs
 
-from varedit_engines.builder import Compiler, Progress
+from varedit_engines.builder import Compiler, OnStep
 from varedit_engines.engine_cache import EngineCache
 from varedit_engines.network import external_inputs
 from varedit_engines.publish import Staging
@@ -91,7 +91,7 @@ class Job:
 
 def compile_engines(
     job: Job,
-    progress: Progress,
+    on_step: OnStep,
     notice: Callable[[str], None] = lambda line: None,
     again: bool = False,
 ) -> EngineSet:
@@ -116,7 +116,7 @@ def compile_engines(
         # Another process may have compiled them while this one waited for the lock.
         if again or _whole(cache, recipe, lambda line: None) is None:
             earlier = {} if again else _earlier_plans(cache, recipe)
-            _compile_all(job, recipe, staging, earlier, progress)
+            _compile_all(job, recipe, staging, earlier, on_step)
     engines = cache.open(recipe, verify=True)
     assert engines is not None
     return engines
@@ -151,7 +151,7 @@ def _compile_all(
     recipe: Recipe,
     staging: Staging,
     earlier: Mapping[str, EarlierPlan],
-    progress: Progress,
+    on_step: OnStep,
 ) -> None:
     plans, weights = {}, {}
     for stage, digest in recipe.graphs.items():
@@ -164,7 +164,7 @@ def _compile_all(
         else:
             size = _copied(earlier.get(digest), staging.file(file))
             if size is None:
-                size = _compile(job, stage, graph, staging.file(file), progress)
+                size = _compile(job, stage, graph, staging.file(file), on_step)
             staging.record(file, recipe.key)
         plans[stage] = Plan(file, size)
     staging.publish(
@@ -185,10 +185,10 @@ def _copied(earlier: EarlierPlan | None, path: Path) -> int | None:
     return engines.manifest.plans[stage].size
 
 
-def _compile(job: Job, stage: str, graph: bytes, path: Path, progress: Progress) -> int:
+def _compile(job: Job, stage: str, graph: bytes, path: Path, on_step: OnStep) -> int:
     """Compile a graph and write the plan to a file; return the plan's size."""
     folder, shapes = job.bundle.graphs_folder, _profiles(job, stage)
-    plan = job.compiler.compile(stage, graph, folder, shapes, progress)
+    plan = job.compiler.compile(stage, graph, folder, shapes, on_step)
     pack_into(path, plan)
     return len(plan)
 

@@ -71,14 +71,6 @@ def add_scale(total: Tensor, bits: Tensor) -> Tensor:
     return total + resize(to_codes(bits), (total.shape[2], total.shape[3]))
 
 
-def dequantise(bits: Sequence[Tensor]) -> Tensor:
-    """Return the sum of all scales' codes [B, d, h_K, w_K], which is the decoder's input."""
-    total = to_codes(bits[-1]).new_zeros(bits[-1].shape)
-    for scale in bits:
-        total = add_scale(total, scale)
-    return total
-
-
 def resize(features: Tensor, grid: Grid) -> Tensor:
     """Resize bilinearly, with half-pixel centres and, even when shrinking, without antialias."""
     if features.shape[2:] == grid:

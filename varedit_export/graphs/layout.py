@@ -132,20 +132,6 @@ def _pairs_to_halves(config: TransformerConfig) -> Tensor:
     return torch.arange(config.width).view(config.heads, -1, 2).transpose(1, 2).flatten()
 
 
-def restore_transformer(
-    config: TransformerConfig, weights: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """The reference's parameters from a bundle's weights: what the layout did, undone, fp32.
-
-    A self-attention's learned scale comes back clamped, as it acts.
-    """
-    restore = transformer_restorer(config)
-    state: dict[str, Tensor] = {}
-    for name, weight in transformer_layout(config).items():
-        state |= restore(name, weight, weights[name].float())
-    return state
-
-
 # (name of a graph's weight, how it was made, the weight in fp32) -> what it was made from
 Restorer = Callable[[str, Weight, Tensor], dict[str, Tensor]]
 
@@ -171,6 +157,10 @@ class Restored(Mapping[str, Tensor]):
 
 
 def transformer_restorer(config: TransformerConfig) -> Restorer:
+    """Return what undoes `transformer_layout`, in fp32.
+
+    A self-attention's learned scale comes back clamped, as it acts.
+    """
     pairs, width = _pairs_to_halves(config).argsort(), config.width
 
     def restore(name: str, weight: Weight, made: Tensor) -> dict[str, Tensor]:

@@ -47,7 +47,7 @@ from varedit_reference.scale_loop import PredictedScale
 from varedit_reference.tokenizer import Tokenizer
 from varedit_reference.transformer import VAR
 from varedit_runtime.backends.onnxruntime.backend import OnnxBackend, load_graph
-from varedit_runtime.backends.onnxruntime.spec import OnnxRuntimeOptions
+from varedit_runtime.backends.onnxruntime.options import OnnxRuntimeOptions
 from varedit_runtime.backends.wiring import KINDS
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.manifest import Manifest, ParityLine, Variant, scale_name, weights_file

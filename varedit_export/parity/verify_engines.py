@@ -40,7 +40,7 @@ from varedit_runtime.backends.base import (
     edit_by_stages,
 )
 from varedit_runtime.backends.onnxruntime.backend import OnnxBackend
-from varedit_runtime.backends.onnxruntime.spec import OnnxRuntimeOptions
+from varedit_runtime.backends.onnxruntime.options import OnnxRuntimeOptions
 from varedit_runtime.backends.wiring import DECODER, ENCODER, TEXT, sized
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.manifest import ParityLine, Variant, scale_name
