@@ -134,7 +134,7 @@ def one(
     bundle: Path, backend: str, provider: str | None, engines: Path | None, repeat: int
 ) -> None:
     """Verify and time one way to run a bundle; print all results so far as lines of JSON."""
-    from varedit_export.parity.verify_engines import compare_backend
+    from varedit_export.parity.bundle import compare_backend
     from varedit_runtime.backends.engines.engine_set import EngineSet
     from varedit_runtime.bench import INSTRUCTION, synthetic_picture
     from varedit_runtime.editor import Editor
@@ -193,20 +193,21 @@ def _eager(editor: Any) -> Callable[[], Any] | None:
     import torch
     from torch import nn
 
-    from varedit_export.bench import pipeline_of
+    from varedit_export.bench import open_reference
     from varedit_runtime.bench import INSTRUCTION, synthetic_picture
 
     if not torch.cuda.is_available():
         return None
-    model = pipeline_of(editor.bundle, editor.variant)
+    eager = open_reference(editor)
+    backend: Any = eager.backend
+    model = backend.reference
     compute_in_fp16(model.transformer)
-    for module in (model.transformer, model.tokenizer, model.text_encoder.model):
+    for module in (model.transformer, model.tokenizer, backend.text_encoder):
         nn.Module.to(module, "cuda")
     pictures = [synthetic_picture(editor.variant)] * editor.variant.batch
 
-    @torch.inference_mode()
     def edit() -> Any:
-        return model.edit(pictures, [INSTRUCTION] * len(pictures), seed=range(len(pictures)))
+        return eager.edit(pictures, INSTRUCTION, seed=list(range(len(pictures))))
 
     return edit
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import T5Config, T5EncoderModel
 
-from varedit_export.parity.verify import Reference
+from varedit_export.parity.reference_backend import Reference
 from varedit_export.plan import Plan
 from varedit_export.sources import random_sources
 from varedit_reference.agreement import compare_until_tie

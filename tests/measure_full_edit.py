@@ -71,14 +71,14 @@ def compare(path: Path, calls: dict[str, list[Any]], count: int) -> list[dict[st
     """Compare the reference's first scales, teacher-forced, with the runtime's."""
     import torch
 
-    from varedit_export.parity.verify import reference_of
+    from varedit_export.parity.reference_backend import Reference
     from varedit_reference.agreement import TIE, tie_margin
     from varedit_reference.scale_loop import forced, predict_scales
     from varedit_runtime.bundle import Bundle
 
     bundle = Bundle.open(path)
     variant = bundle.manifest.variant(None)
-    reference = reference_of(bundle).of(variant)
+    reference = Reference.from_bundle(bundle).of(variant)
     model, config = reference.transformer, reference.config
     (((_, mask), features),) = calls["encode_text"]
     (source,) = (torch.from_numpy(result) for _, result in calls["encode_pictures"])

@@ -8,7 +8,7 @@ import pytest
 from bundles import small_bundle
 from commands_page import COMMANDS, PAGE, helps, refreshed
 
-from varedit_export.parity import teacher_forcing
+from varedit_export.parity import measures
 from varedit_reference import golden
 from varedit_runtime.bundle import Bundle
 
@@ -63,11 +63,11 @@ def test_the_stages_have_the_inputs_and_outputs_that_are_said() -> None:
 @pytest.mark.parametrize(
     ("heading", "row", "tolerance"),
     [
-        ("Gates of a bundle", "guided logits, every scale", teacher_forcing.LOGITS),
-        ("Gates of a bundle", "running sum", teacher_forcing.SUMS),
-        ("Gates of a bundle", "source tokens", teacher_forcing.SUMS),
-        ("Gates of a bundle", "text features, fp32", teacher_forcing.FEATURES),
-        ("Gates of a bundle", "share of bits", teacher_forcing.ROUNDED_SHARE),
+        ("Gates of a bundle", "guided logits, every scale", measures.LOGITS),
+        ("Gates of a bundle", "running sum", measures.SUMS),
+        ("Gates of a bundle", "source tokens", measures.SUMS),
+        ("Gates of a bundle", "text features, fp32", measures.FEATURES),
+        ("Gates of a bundle", "share of bits", measures.ROUNDED_SHARE),
         ("Gates of the reference", "encoder features", golden.FEATURES),
         ("Gates of the reference", "quantiser", golden.SIGN_MARGIN),
         ("Gates of the reference", "quantised sum", golden.SUMS),

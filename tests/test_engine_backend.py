@@ -15,8 +15,8 @@ from uncompiled import Uncompiled, compiled, keep_engines_in, near
 
 from varedit_engines.compile import Job
 from varedit_export.errors import ParityError
-from varedit_export.parity.verify import gate
-from varedit_export.parity.verify_engines import compare_backend
+from varedit_export.parity.bundle import compare_backend
+from varedit_export.parity.measures import gate
 from varedit_runtime.backends.base import Prompts, Sampling, ScaleOutput, WholeEdit
 from varedit_runtime.backends.engines.backend import EngineBackend
 from varedit_runtime.backends.engines.engine_set import (
@@ -29,7 +29,7 @@ from varedit_runtime.backends.engines.engine_set import (
 from varedit_runtime.backends.engines.memory import budget, lay_out
 from varedit_runtime.backends.wiring import sized
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.editor import Editor, Progress, _read_instructions
+from varedit_runtime.editor import Editor, Progress, read_instructions
 from varedit_runtime.errors import BackendError, BundleError
 from varedit_runtime.locate import embedded
 from varedit_runtime.manifest import MANIFEST
@@ -46,7 +46,7 @@ HERE = "sm90 NVIDIA H200"
 def editor_on(gpu: SimulatedGpu, bundle: Bundle, engines: EngineSet) -> Editor:
     (variant,) = bundle.manifest.variants
     backend = EngineBackend(bundle, variant, engines, gpu)
-    return Editor(bundle, variant, backend, _read_instructions(bundle, variant.text_tokens))
+    return Editor(bundle, variant, backend, read_instructions(bundle, variant.text_tokens))
 
 
 @pytest.fixture(params=LAYOUTS)

@@ -16,7 +16,8 @@ from varedit_engines.publish import Staging
 from varedit_export import assemble as assemble_module
 from varedit_export.assemble import assemble
 from varedit_export.errors import ParityError
-from varedit_export.parity.verify import compare, gate, reference_of
+from varedit_export.parity.bundle import compare_bundle
+from varedit_export.parity.measures import gate
 from varedit_export.plan import Plan
 from varedit_export.sources import RandomTextEncoder, Sources, random_sources
 from varedit_runtime.bundle import Bundle
@@ -122,7 +123,7 @@ def test_parity_was_proven_for_every_scale(bundle: Bundle) -> None:
 
 
 def test_a_published_bundle_is_verified_from_its_own_weights(bundle: Bundle) -> None:
-    lines = gate(compare(bundle, reference_of(bundle)))
+    lines = gate(compare_bundle(bundle))
     assert len(lines) > 3 * SCALES
 
 

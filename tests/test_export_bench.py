@@ -8,14 +8,16 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from bundles import bundle_config, small_bundle
+from bundles import bundle_config, random_weights, small_bundle
 from click.testing import CliRunner, Result
 from editing import changed_bundle, pair_bundle, picture, plain_bundle, reference
 
 from varedit_export import bench
 from varedit_export.cli import main
+from varedit_export.parity.reference_backend import Reference, ReferenceBackend
 from varedit_runtime.bench import INSTRUCTION, ROLLUP, Memory, memory_in_use
 from varedit_runtime.bundle import Bundle
+from varedit_runtime.editor import Editor, read_instructions
 from varedit_runtime.errors import BackendError
 from varedit_runtime.manifest import Manifest
 
@@ -85,24 +87,34 @@ def test_batches_and_bundles_without_guidance_are_measured(
 
 
 def test_the_reference_has_the_bundles_weights_as_they_were_loaded() -> None:
-    opened = Bundle.open(small_bundle())
-    ours = bench.pipeline_of(opened, opened.manifest.variant(None))
     theirs = reference(bundle_config())
+    with Editor.open(small_bundle(), threads=1) as editor:
+        backend = bench.open_reference(editor).backend
+    assert isinstance(backend, ReferenceBackend)
     for name in ("transformer", "tokenizer"):
         expected = getattr(theirs, name).state_dict()
-        for key, tensor in getattr(ours, name).state_dict().items():
+        for key, tensor in getattr(backend.reference, name).state_dict().items():
             assert tensor.is_contiguous()
             torch.testing.assert_close(tensor, expected[key], rtol=0, atol=1e-5)
-    (features,), (wanted,) = (m.text_encoder.encode([INSTRUCTION]) for m in (ours, theirs))
-    torch.testing.assert_close(features, wanted)
+    expected = theirs.text_encoder.model.state_dict()
+    for key, tensor in backend.text_encoder.state_dict().items():
+        assert tensor.is_contiguous()
+        torch.testing.assert_close(tensor, expected[key], rtol=0, atol=0)
 
 
-def test_an_edit_that_is_timed_is_the_references_own() -> None:
-    model, source = reference(bundle_config()), [picture(90, 60)]
-    timed = bench.edit_timed(model, source, model.config.guidance_scale, [3])
-    (expected,) = model.edit(source, [INSTRUCTION], seed=[3])
-    assert np.array_equal(np.asarray(timed.pictures[0]), np.asarray(expected))
-    assert list(timed.seconds) == STAGES
+@pytest.mark.parametrize("negative", [None, "rain"])
+def test_an_edit_that_is_timed_is_the_references_own(negative: str | None) -> None:
+    model, source = reference(bundle_config()), picture(90, 60)
+    whole = Reference(model.config, model.transformer, model.tokenizer, random_weights().text)
+    with Editor.open(small_bundle(), threads=1) as editor:
+        backend = ReferenceBackend(whole, editor.variant)
+        instructions = read_instructions(editor.bundle, editor.variant.text_tokens)
+        timed = Editor(editor.bundle, editor.variant, backend, instructions)
+        result = timed.edit(source, INSTRUCTION, seed=3, negative_prompt=negative)
+    negatives = negative and [negative]
+    (expected,) = model.edit([source], [INSTRUCTION], seed=[3], negative_prompt=negatives or None)
+    assert np.array_equal(np.asarray(result.image), np.asarray(expected))
+    assert list(result.timings) == STAGES
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import bundles
 from varedit_export.assemble import assemble
 from varedit_export.plan import Plan
 from varedit_export.sources import random_sources
-from varedit_export.parity import verify
+from varedit_export.parity import bundle
 import onnx_ir, onnxscript, torch.onnx, torch.export
 from dataclasses import replace
 

@@ -13,10 +13,10 @@ from bundles import bundle_config, quiet, request
 
 from varedit_export.assemble import assemble
 from varedit_export.errors import ParityError
-from varedit_export.parity import verify
+from varedit_export.parity import bundle as parity
 from varedit_export.parity.cut import WeightFiles
+from varedit_export.parity.measures import gate
 from varedit_export.parity.streamed import compare_streamed
-from varedit_export.parity.verify import gate
 from varedit_export.plan import Plan
 from varedit_export.sources import Sources, random_sources
 from varedit_reference.config import ModelConfig
@@ -44,7 +44,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
     target = tmp_path_factory.mktemp("deep") / "bundle"
     wanted = replace(request(target, "fp16"), config=deep_config(), resolution=64, batch=2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verify, "WHOLE", 0)
+        patch.setattr(parity, "WHOLE", 0)
         assemble(Plan([wanted], deep_weights()), quiet)
     yield Bundle.open(target)
 
@@ -82,7 +82,7 @@ def test_every_graph_was_compared(built: Bundle) -> None:
 def test_types_that_no_cpu_computes_are_compared_alike(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verify, "WHOLE", 0)
+    monkeypatch.setattr(parity, "WHOLE", 0)
     wanted = replace(request(tmp_path / "bf16", "bf16"), config=deep_config(), guided=False)
     lines = assemble(Plan([wanted], replace(deep_weights(), text=None)), quiet)
     assert any(line.measure.startswith(f"all {DEPTH} blocks") for line in lines)
@@ -178,6 +178,6 @@ def test_the_image_coders_of_a_large_bundle_are_compared_too(built: Bundle) -> N
 def test_a_large_bundle_is_verified_from_its_own_weights(
     built: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verify, "WHOLE", 0)
-    lines = gate(verify.compare_bundle(built))
+    monkeypatch.setattr(parity, "WHOLE", 0)
+    lines = gate(parity.compare_bundle(built))
     assert any(line.measure.startswith(f"all {DEPTH} blocks") for line in lines)

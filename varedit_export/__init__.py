@@ -117,13 +117,12 @@ def verify(
     if always and options.variant:
         raise ConfigError("--variant: all are compared; leave it out, or name another --backend")
     with needs_extra("export"):
-        from varedit_export.parity.verify import compare_bundle, compare_recording, gate
+        from varedit_export.parity.bundle import compare_bundle, compare_chosen, compare_recording
+        from varedit_export.parity.measures import gate
         from varedit_reference.golden import open_recording
 
     opened, others = _opened(bundle), iter(())
     if not always:  # opened first, so that it fails before the long comparison
-        from varedit_export.parity.verify_engines import compare_chosen
-
         others = compare_chosen(opened, backend, options.variant)
     opened.verify_weights()
     recorded = iter(())

@@ -14,7 +14,7 @@ from varedit_export.components import Component
 from varedit_export.estimate import check_memory, needs, present
 from varedit_export.graphs.trace import Tracer
 from varedit_export.options import OnStep
-from varedit_export.parity.verify import verify_folder
+from varedit_export.parity.bundle import verify_folder
 from varedit_export.plan import Graph, Plan, Request, VariantPlan
 from varedit_reference.weights_file import check_room
 from varedit_runtime.bundle import work_folder

@@ -13,21 +13,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from time import perf_counter
-from typing import cast
 
 import numpy as np
 import onnxruntime as ort
 import torch
-from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
-from varedit_export.parity.verify import reference_of, t5_encoder
-from varedit_reference.kv_cache import KVCache
-from varedit_reference.pipeline import VAREdit
-from varedit_reference.scale_loop import predict_scales, seeded
-from varedit_reference.text_encoder import TextEncoder
-from varedit_reference.transformer import VAR, TextCondition
+from varedit_export.parity.reference_backend import Reference, ReferenceBackend
 from varedit_runtime.bench import (
     INSTRUCTION,
     Memory,
@@ -37,11 +29,11 @@ from varedit_runtime.bench import (
     synthetic_picture,
 )
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.editor import Editor
+from varedit_runtime.editor import Editor, EditResult, read_instructions
 from varedit_runtime.errors import BackendError, BundleError, ConfigError
-from varedit_runtime.manifest import Variant, scale_name
-from varedit_runtime.text import read_tokenizer
 
+# Results of the same edits, the reference's first.
+Turn = tuple[Sequence[EditResult], Sequence[EditResult]]
 RUNTIME = "from varedit_runtime.cli import main; main()"
 
 
@@ -80,14 +72,6 @@ class Report:
     memory: Memory
 
 
-@dataclass(frozen=True)
-class Edit:
-    """What came out of an edit, and the seconds of its stages."""
-
-    pictures: Sequence[Image.Image]
-    seconds: Mapping[str, float]
-
-
 def measure(
     path: Path, repeat: int, threads: int | None = None, variant: str | None = None
 ) -> Report:
@@ -111,7 +95,7 @@ def measure(
         path, count, chosen.name
     )  # before this process holds pages of the same files
     with Editor.open(path, threads=count, variant=chosen.name) as editor, torch_threads(count):
-        turns = list(_turns(bundle, editor, repeat))
+        turns = list(_turns(editor, repeat))
     warm, *timed = turns
     return Report(
         bundle=str(bundle.path),
@@ -124,10 +108,10 @@ def measure(
         onnxruntime=ort.__version__,
         torch=torch.__version__,
         repeat=repeat,
-        edit=_compare("edit", timed, lambda edit: sum(edit.seconds.values())),
+        edit=_compare("edit", timed, lambda seconds: sum(seconds.values())),
         stages=tuple(
-            _compare(name, timed, lambda edit, name=name: edit.seconds[name])
-            for name in warm[0].seconds
+            _compare(name, timed, lambda seconds, name=name: seconds[name])
+            for name in warm[0][0].timings
         ),
         differing=_share_differing(*warm),
         memory=memory,
@@ -175,100 +159,46 @@ def measure_memory(path: Path, threads: int, variant: str) -> Memory:
         return Memory(**json.loads(file.read_bytes())["memory"])
 
 
-def pipeline_of(bundle: Bundle, variant: Variant) -> VAREdit:
-    """The reference with a bundle's own weights, the text encoder included, laid out as loaded."""
-    reference = reference_of(bundle).of(variant)
-    assert reference.text is not None
-    tokenizer = read_tokenizer(reference.text.tokenizer_json)
-    text = TextEncoder(t5_encoder(reference.text), tokenizer)
-    for module in (reference.transformer, reference.tokenizer, text.model):
+def open_reference(editor: Editor) -> Editor:
+    """Open a bundle a second time, for PyTorch to edit with: the same weights, eager, in fp32."""
+    reference = Reference.from_bundle(editor.bundle).of(editor.variant)
+    backend = ReferenceBackend(reference, editor.variant)
+    for module in (reference.transformer, reference.tokenizer, backend.text_encoder):
         _lay_out(module)
-    return VAREdit(reference.config, reference.tokenizer, reference.transformer, text)
+    limit = editor.variant.text_tokens
+    return Editor(editor.bundle, editor.variant, backend, read_instructions(editor.bundle, limit))
 
 
-@torch.inference_mode()
-def edit_timed(
-    model: VAREdit, pictures: Sequence[Image.Image], guidance: float, seeds: Sequence[int]
-) -> Edit:
-    """`VAREdit.edit`, stage by stage."""
-    seconds: dict[str, float] = {}
-    transformer = model.transformer
-    with _timed(seconds, "text_encoder"):
-        features = model.text_encoder.encode([INSTRUCTION] * len(pictures))
-    with _timed(seconds, "image_encoder"):
-        source = model.read(pictures)
-    with _timed(seconds, "condition"):
-        text = transformer.condition(transformer.text_rows(features, guidance != 1))
-    with _timed(seconds, "prefill"):
-        cache = transformer.prefill(source, text)
-    scales = predict_scales(
-        cast("VAR", _Prefilled(transformer, cache)),
-        model.config,
-        source,
-        text,
-        seeded(seeds),
-        guidance,
-        model.config.temperature,
-    )
-    total = torch.empty(0)
-    for scale in range(len(model.config.transformer.grids)):
-        with _timed(seconds, scale_name(scale)):
-            total = next(scales).sum
-    with _timed(seconds, "image_decoder"):
-        drawn = model.draw(total, [picture.size for picture in pictures])
-    return Edit(drawn, seconds)
-
-
-@dataclass(frozen=True)
-class _Prefilled:
-    """A transformer whose prefill has run and was timed, as the loop over scales calls it."""
-
-    transformer: VAR
-    cache: KVCache
-
-    def prefill(self, source_tokens: Tensor, text: TextCondition) -> KVCache:
-        return self.cache
-
-    def predict(
-        self, scale: int, tokens: Tensor | None, text: TextCondition, cache: KVCache
-    ) -> Tensor:
-        return self.transformer.predict(scale, tokens, text, cache)
-
-
-def _turns(bundle: Bundle, editor: Editor, repeat: int) -> Iterator[tuple[Edit, Edit]]:
-    """(the reference's edit, the bundle's), the first of which is to warm up."""
-    model, batch = pipeline_of(bundle, editor.variant), editor.variant.batch
-    pictures, seeds = [synthetic_picture(editor.variant)] * batch, list(range(batch))
-    guidance = bundle.manifest.guidance_scale if editor.guided else 1.0
-    for _ in range(repeat + 1):
-        theirs = edit_timed(model, pictures, guidance, seeds)
-        results = editor.edit(pictures, INSTRUCTION, seed=seeds)
-        yield theirs, Edit([result.image for result in results], results[0].timings)
+def _turns(editor: Editor, repeat: int) -> Iterator[Turn]:
+    """Edit with both, the reference first; the first turn is to warm up."""
+    picture, batch = synthetic_picture(editor.variant), editor.variant.batch
+    with open_reference(editor) as reference:
+        for _ in range(repeat + 1):
+            theirs, ours = (
+                one.edit([picture] * batch, INSTRUCTION, seed=list(range(batch)))
+                for one in (reference, editor)
+            )
+            yield theirs, ours
 
 
 def _compare(
-    name: str, turns: Sequence[tuple[Edit, Edit]], seconds: Callable[[Edit], float]
+    name: str, turns: Sequence[Turn], seconds: Callable[[Mapping[str, float]], float]
 ) -> Comparison:
-    theirs, ours = zip(*turns, strict=True)
-    return Comparison.of(name, [seconds(edit) for edit in theirs], [seconds(edit) for edit in ours])
+    theirs, ours = (
+        [seconds(results[0].timings) for results in side] for side in zip(*turns, strict=True)
+    )
+    return Comparison.of(name, theirs, ours)
 
 
-def _share_differing(one: Edit, other: Edit) -> float:
-    pairs = zip(one.pictures, other.pictures, strict=True)
-    return float(np.mean([np.asarray(a) != np.asarray(b) for a, b in pairs]))
+def _share_differing(one: Sequence[EditResult], other: Sequence[EditResult]) -> float:
+    pairs = zip(one, other, strict=True)
+    return float(np.mean([np.asarray(a.image) != np.asarray(b.image) for a, b in pairs]))
 
 
 def _lay_out(module: nn.Module) -> None:
     """Weights restored from the graphs' are transposed views; loaded ones lie in order."""
     for parameter in module.parameters():
         parameter.data = parameter.data.contiguous()
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    start = perf_counter()
-    yield
-    seconds[stage] = perf_counter() - start
 
 
 @contextmanager

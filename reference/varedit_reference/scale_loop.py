@@ -58,22 +58,44 @@ def predict_scales(
     source_tokens: [B, S, c]. text: of B rows, or 2B with guidance. guidance_scale, temperature: one
     number, or one per scale. Raises ConfigError on another count, or a temperature <= 0.
     """
-    grids, patch = config.transformer.grids, config.tokenizer.patch
-    guidance = per_scale(guidance_scale, len(grids), "guidance_scale")
-    temperatures = temperature_per_scale(temperature, len(grids))
-    pictures = len(source_tokens)
-    guided = len(text.pooled) == 2 * pictures  # the second half of the rows is unconditional
-    total = source_tokens.new_zeros(
-        (pictures, config.tokenizer.bits, *positions(grids[-1], patch)), dtype=torch.float32
-    )
-    cache = model.prefill(source_tokens, text)  # the source is computed once, for all scales
-    for k, grid in enumerate(grids):
-        tokens = None if k == 0 else next_tokens(total, grid, patch)
-        logits = guide(model.predict(k, tokens, text, cache), guidance[k], temperatures[k], guided)
+    scales = len(config.transformer.grids)
+    guidance = per_scale(guidance_scale, scales, "guidance_scale")
+    temperatures = temperature_per_scale(temperature, scales)
+    loop = ScaleLoop(model, config, source_tokens, text)
+    for k in range(scales):
+        yield loop.predict(k, choose, guidance[k], temperatures[k])
+
+
+class ScaleLoop:
+    """An edit whose source has been read, predicted one scale after the other."""
+
+    def __init__(
+        self, model: VAR, config: ModelConfig, source_tokens: Tensor, text: TextCondition
+    ) -> None:
+        """Run the prefill. source_tokens, text: as `predict_scales` takes them."""
+        self._model, self._config, self._text = model, config, text
+        pictures, patch = len(source_tokens), config.tokenizer.patch
+        self._guided = len(text.pooled) == 2 * pictures
+        shape = (pictures, config.tokenizer.bits, *positions(config.transformer.grids[-1], patch))
+        self._sums = [source_tokens.new_zeros(shape, dtype=torch.float32)]  # before every scale
+        self._cache = model.prefill(source_tokens, text)
+        self._rows = torch.empty(0)  # the logits of the scale predicted last, as the model has them
+
+    def predict(
+        self, scale: int, choose: ChooseBits, guidance_scale: float, temperature: float
+    ) -> PredictedScale:
+        """Predict the next scale, or the last one again with other bits."""
+        grid, patch = self._config.transformer.grids[scale], self._config.tokenizer.patch
+        total = self._sums[scale]
+        tokens = None if scale == 0 else next_tokens(total, grid, patch)
+        if scale == self._cache.scales_seen:
+            self._rows = self._model.predict(scale, tokens, self._text, self._cache)
+        logits = guide(self._rows, guidance_scale, temperature, self._guided)
         probability = nucleus(bit_probability(logits))
-        bits = choose(k, probability)
-        total = add_scale(total, from_tokens(bits, grid, patch))
-        yield PredictedScale(k, tokens, logits, probability, bits, total)
+        bits = choose(scale, probability)
+        after = add_scale(total, from_tokens(bits, grid, patch))
+        self._sums[scale + 1 :] = [after]
+        return PredictedScale(scale, tokens, logits, probability, bits, after)
 
 
 def seeded(seeds: Sequence[int]) -> ChooseBits:

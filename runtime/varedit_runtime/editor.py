@@ -165,7 +165,7 @@ class Editor:
         chosen = opened.manifest.variant(variant)
         instructions = None
         if "text_encoder" in chosen.graphs:
-            instructions = _read_instructions(opened, chosen.text_tokens)
+            instructions = read_instructions(opened, chosen.text_tokens)
         return cls(opened, chosen, chosen_backend.open(opened, chosen), instructions)
 
     def __enter__(self) -> "Editor":
@@ -437,7 +437,7 @@ class _Batch:
     timings: _Timings = field(default_factory=_Timings)
 
 
-def _read_instructions(bundle: Bundle, limit: int) -> Instructions:
+def read_instructions(bundle: Bundle, limit: int) -> Instructions:
     try:
         return Instructions(read_tokenizer(bundle.tokenizer_json()), limit)
     except ValueError as error:

@@ -40,15 +40,10 @@ from varedit_export.parity.blockwise import (
     random_values,
 )
 from varedit_export.parity.cut import Arrays, CutCoder, Runner, WeightFiles
+from varedit_export.parity.edit import config_of
+from varedit_export.parity.measures import FEATURES, SUMS, line, picture_lines
+from varedit_export.parity.reference_backend import tokenizer_of
 from varedit_export.parity.streamed_transformer import TransformerComparison
-from varedit_export.parity.teacher_forcing import (
-    FEATURES,
-    SUMS,
-    config_of,
-    line,
-    picture_lines,
-    tokenizer_of,
-)
 from varedit_export.sources import Sources, TextSource
 from varedit_reference.config import ModelConfig
 from varedit_reference.quantisation import to_tokens

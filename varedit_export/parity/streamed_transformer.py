@@ -33,24 +33,15 @@ from varedit_export.parity.blockwise import (
     random_values,
 )
 from varedit_export.parity.cut import Arrays, Attention, CutGraph, Runner, WeightFiles
-from varedit_export.parity.teacher_forcing import (
-    SUMS,
-    bits_line,
-    line,
-    noise_of,
-    random_edit,
-    run_reference,
-    scale_arrays,
-    share_line,
-    source_array,
-    text_arrays,
-)
+from varedit_export.parity.edit import random_edit, scale_arrays, source_array, text_arrays
+from varedit_export.parity.measures import SUMS, line, share_line, ties_line
 from varedit_export.sources import Sources
 from varedit_reference.config import ModelConfig
 from varedit_reference.kv_cache import KVCache, Sight
 from varedit_reference.rotary import Rotation, full_rotation, scale_rotation, source_rotation
 from varedit_reference.sampling import bit_probability, guide, nucleus
 from varedit_reference.sar import scale_aligned_references
+from varedit_reference.scale_loop import PredictedScale, predict_scales, seeded
 from varedit_reference.transformer import VAR, Block, Linear, TextCondition
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.geometry import scale_inputs, scale_sizes
@@ -115,7 +106,7 @@ class TransformerComparison:
 
     def lines(self) -> Iterator[ParityLine]:
         self._model, self._probe = self._outer()
-        self._steps = run_reference(self._model, self._config, self._edit)
+        self._steps = self._predicted()
         yield from self._tables()
         yield from self._condition()
         yield from self._prefill()
@@ -135,6 +126,20 @@ class TransformerComparison:
         model.blocks = nn.ModuleList([probe])  # type: ignore[assignment]
         self._stored.load(model, lambda name: name)
         return model, probe
+
+    def _predicted(self) -> list[PredictedScale]:
+        """Predict the edit with the reference without its blocks."""
+        edit, text = self._edit, self._text_condition(self._model)
+        scales = predict_scales(
+            self._model,
+            self._config,
+            edit.source,
+            text,
+            seeded([edit.seed]),
+            edit.guidance,
+            edit.temperature,
+        )
+        return list(scales)
 
     def _text_condition(self, model: VAR) -> TextCondition:
         return model.condition(model.text_rows([self._edit.text], self._shapes.guided))
@@ -235,8 +240,10 @@ class TransformerComparison:
         batch = self._variant.batch
         logits = out["logits"][:1].reshape(step.logits.shape)
         yield self._line(stage, f"logits{suffix}", logits, step.logits)
-        bits = out["bits"][:1].reshape(step.bits.shape)
-        yield bits_line(stage, bits, step, noise_of(self._edit, step), exact=True)
+        noise = compared.values["noise"][:1].reshape(step.bits.shape)
+        differs = out["bits"][:1].reshape(step.bits.shape) != step.bits.numpy()
+        measure = "bits that differ and are no ties"
+        yield ties_line(stage, measure, differs, step.logits.numpy(), noise)
         sums = {"running_sum_out": step.sum}
         if k + 1 < len(self._steps):
             sums["next_tokens"] = self._steps[k + 1].tokens  # type: ignore[assignment]
@@ -405,7 +412,7 @@ class TransformerComparison:
         """What 16-bit products change, in the reference itself: no CPU computes the graphs so."""
         model, probe = self._outer()
         text, k = self._text_condition(model), self._thorough
-        noise, bits = noise_of(self._edit, self._steps[k]), []
+        noise, bits = torch.tensor(stage.values["noise"][:1]).flatten(1, 2), []
         for x_RLC in (stage.x_RLC, rounded_RLC):
             probe.given = x_RLC
             cache = KVCache(self._config.transformer)
@@ -420,7 +427,7 @@ class TransformerComparison:
             differs = torch.ones_like(differs)
         precision = self._bundle.manifest.precision
         measure = f"share of bits that differ, reference with products rounded to {precision}"
-        return share_line(stage.graph.name, measure, differs)
+        return share_line(stage.graph.name, measure, differs.numpy())
 
     def _line(self, stage: str, measure: str, actual: np.ndarray, expected: Tensor) -> ParityLine:
         """Of the first picture's rows."""

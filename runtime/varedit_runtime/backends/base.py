@@ -169,32 +169,16 @@ def edit_by_stages(
     yield StageOutput(TEXT, {name: x for name, x in text.items() if "features" in name})
     source = backend.encode_pictures(pictures)
     yield StageOutput(ENCODER, {"source_tokens": source})
-    total = np.empty(0)
-    scales = ((scale, sampling) for scale, sampling in enumerate(samplings))
-    for output in transform_by_stages(backend, text, source, scales):
-        total = output.arrays.get("running_sum", total)
-        yield output
-    yield StageOutput(DECODER, {"pictures": backend.decode(total)})
-
-
-def transform_by_stages(
-    backend: Backend,
-    text: Mapping[str, np.ndarray],
-    source_tokens: np.ndarray,
-    samplings: Iterable[tuple[int, Sampling]],
-) -> Iterator[StageOutput]:
-    """Drive the transformer's part of an edit, as `edit_by_stages` does.
-
-    text: the inputs of `Backend.condition`. samplings: (scale, how its bits are chosen), in order;
-    a scale may come twice, first to see what it draws and then to force its bits.
-    """
     backend.condition(text)
     yield StageOutput(CONDITION, {})
-    backend.prefill(source_tokens)
+    backend.prefill(source)
     yield StageOutput(PREFILL, {})
-    for scale, sampling in samplings:
+    total = np.empty(0)
+    for scale, sampling in enumerate(samplings):
         output = backend.predict(scale, sampling)
+        total = output.running_sum
         yield StageOutput(scale_name(scale), vars(output))
+    yield StageOutput(DECODER, {"pictures": backend.decode(total)})
 
 
 def _encode_prompts(backend: Backend, prompts: Prompts) -> dict[str, np.ndarray]:

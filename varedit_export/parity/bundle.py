@@ -1,0 +1,222 @@
+"""What a bundle has to pass before it is published, and what `verify` asks of one again.
+
+- The static graphs, of which engines are compiled, agree with the reference; so does their symbolic
+  twin, as ONNX Runtime runs it.
+- Where products are rounded to 16 bits, the reference rounded alike draws nearly the same bits: no
+  CPU computes such graphs as a GPU will. bf16 graphs run on no CPU at all but for their coders.
+- A model that is too large to be held several times over is compared block by block instead
+  (`streamed.py`).
+- `verify --golden` compares with a recording of the released implementation as well, and
+  `verify --backend` compares engines with ONNX Runtime and with the reference.
+"""
+
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from varedit_export.bundle_model import sources_of
+from varedit_export.errors import ParityError
+from varedit_export.graphs.stages import DTYPES
+from varedit_export.parity.compare import (
+    BITS_OUT,
+    LOGITS_OUT,
+    SUM_OUT,
+    CoderInputs,
+    Expected,
+    Rules,
+    compare,
+    compare_whole,
+    run,
+)
+from varedit_export.parity.cut import WeightFiles
+from varedit_export.parity.edit import Edit, config_of, random_coder_inputs, random_edit, sampling
+from varedit_export.parity.measures import (
+    ROUNDED_FEATURES,
+    ROUNDED_LOGITS,
+    gate,
+    picture_lines,
+)
+from varedit_export.parity.reference_backend import Reference, ReferenceBackend
+from varedit_export.parity.static_backend import StaticBackend
+from varedit_export.parity.streamed import compare_streamed
+from varedit_export.sources import Sources, TextSource
+from varedit_reference.config import ModelConfig
+from varedit_reference.golden import Recording
+from varedit_runtime.backends import ChosenBackend
+from varedit_runtime.backends.base import Backend, ScaleOutput
+from varedit_runtime.backends.onnxruntime.backend import OnnxBackend
+from varedit_runtime.backends.onnxruntime.options import OnnxRuntimeOptions
+from varedit_runtime.backends.wiring import TEXT
+from varedit_runtime.bundle import Bundle
+from varedit_runtime.manifest import Manifest, ParityLine, Variant, weights_file
+from varedit_runtime.pictures import from_decoder
+
+# Bytes of a model's weights in fp32, over which it is compared block by block: the whole
+# comparison holds them some four times, in the reference, rounded and in ONNX Runtime's sessions.
+WHOLE = 10**9
+
+
+def verify_folder(
+    folder: Path, manifest: Manifest, sources: Sources, config: ModelConfig
+) -> list[ParityLine]:
+    """Compare an unpublished bundle with the weights it was built from.
+
+    Raises ParityError if a measure exceeds its tolerance or is not finite.
+    """
+    return gate(_compare(Bundle(folder, manifest, digest=""), config, sources))
+
+
+def compare_bundle(bundle: Bundle) -> Iterator[ParityLine]:
+    """Compare every graph of every variant with the reference made of the bundle's own weights."""
+    return _compare(bundle, *sources_of(bundle))
+
+
+def _compare(bundle: Bundle, config: ModelConfig, sources: Sources) -> Iterator[ParityLine]:
+    if is_large(parameters(bundle)):
+        return compare_streamed(bundle, config, sources)
+    return compare_graphs(bundle, Reference.from_sources(config, sources))
+
+
+def is_large(parameters: int) -> bool:
+    """Say whether a model is too large to be compared whole."""
+    return parameters * torch.float32.itemsize > WHOLE
+
+
+def parameters(bundle: Bundle) -> int:
+    """Count the numbers that a bundle's weights are."""
+    files = WeightFiles(bundle.path)
+    layouts = (files.layout(weights_file(name)) for name in bundle.components)
+    return sum(prod(tensor.shape) for layout in layouts for tensor in layout.values())
+
+
+def compare_graphs(bundle: Bundle, model: Reference) -> Iterator[ParityLine]:
+    """Compare every graph of every variant with the reference, held whole."""
+    precision = bundle.manifest.precision
+    exact = precision == "fp32"
+    rules = Rules(half=True)
+    if not exact:
+        outputs, said = (BITS_OUT, SUM_OUT), ", computed in fp32"
+        rules = Rules(outputs, False, half=True, features=ROUNDED_FEATURES, rounding=said)
+    for variant in bundle.manifest.variants:
+        reference = ReferenceBackend(model.of(variant), variant)
+        edit, inputs = _random(variant, reference.reference.config, model.text)
+        expected = run(reference, edit, inputs)
+        static = StaticBackend(bundle, variant)
+        if precision == "bf16":  # which ONNX Runtime does not have on CPUs; its coders are fp32
+            coded = {stage: out for stage, out in expected.coded.items() if stage != TEXT}
+            yield from compare(static, Expected((), coded), edit, inputs, Rules())
+        else:
+            yield from compare(static, expected, edit, inputs, rules)
+            outputs = (LOGITS_OUT, SUM_OUT) if exact else (SUM_OUT,)
+            with closing(_onnx(bundle, variant)) as twin:
+                scales = Expected(expected.scales)
+                yield from compare(twin, scales, edit, {}, Rules(outputs, twin=True))
+        if not exact:
+            yield from _compare_rounding(reference, Expected(expected.scales), edit, precision)
+
+
+def _compare_rounding(
+    reference: ReferenceBackend, expected: Expected, edit: Edit, precision: str
+) -> Iterator[ParityLine]:
+    """Measure what 16-bit products change in the reference itself."""
+    model = reference.reference.rounded(DTYPES[precision])
+    rounding = f", reference with products rounded to {precision}"
+    rules = Rules((BITS_OUT,), ties=False, rounding=rounding)
+    yield from compare(ReferenceBackend(model, reference.variant), expected, edit, {}, rules)
+
+
+def compare_recording(bundle: Bundle, recording: Recording) -> Iterator[ParityLine]:
+    """Compare a bundle, built from a recording's checkpoints, with the recording's own numbers."""
+    (variant,) = bundle.manifest.variants
+    count = len(variant.grids)
+    edit = Edit(
+        recording["in.text_features"],
+        recording.tensors.get("in.negative_text_features"),
+        recording["out.source_tokens"],
+        recording.guidance_scale,
+        recording.temperature,
+        seed=0,
+    )
+    scales = []
+    for k, (grid, bits) in enumerate(zip(variant.grids, recording.forced_bits, strict=True)):
+        logits = recording[f"out.guided_logits.{k}"].numpy().reshape(1, *grid, -1, 2)
+        forced = bits.numpy().reshape(1, *grid, -1)
+        both = (np.repeat(one, variant.batch, 0) for one in (logits, forced))
+        scales.append(ScaleOutput(*both, running_sum=np.empty(0)))  # sums are not recorded
+    against, last = " against the recording", count - 1
+    with closing(_onnx(bundle, variant)) as twin:
+        rules = Rules((LOGITS_OUT,), against=against)
+        yield from compare(twin, Expected(scales), edit, {}, rules)
+        total = twin.predict(last, sampling(variant, edit, last, scales[last].bits)).running_sum
+        picture = from_decoder(twin.decode(total)[0])
+        yield from picture_lines(picture, recording["out.image_rgb_u8"].numpy(), against)
+
+
+def compare_chosen(
+    bundle: Bundle, backend: ChosenBackend, variant: str | None = None
+) -> Iterator[ParityLine]:
+    """Compare a backend, as it runs a variant of a bundle on this machine.
+
+    It is opened at once, and compared as lines are asked for. Raises what `ChosenBackend.open`
+    does; and ParityError on a stage that puts out what is not finite, or constant.
+    """
+    chosen = bundle.manifest.variant(variant)
+    opened = backend.open(bundle, chosen)
+
+    def lines() -> Iterator[ParityLine]:
+        with closing(opened):
+            yield from compare_backend(bundle, chosen, opened)
+
+    return lines()
+
+
+def compare_backend(bundle: Bundle, variant: Variant, backend: Backend) -> Iterator[ParityLine]:
+    """Compare a backend with ONNX Runtime on the CPU and with the reference.
+
+    Not with ONNX Runtime in bf16, which it lacks on CPUs, nor with the reference where the model
+    is too large to be held whole. Raises ParityError where it can be compared with neither.
+    """
+    config, sources = sources_of(bundle)
+    edit, inputs = _random(variant, config_of(variant, config), sources.text)
+    precision, large = bundle.manifest.precision, is_large(parameters(bundle))
+    if precision == "bf16" and large:
+        raise ParityError(
+            f"{bundle.path} is in bf16, which ONNX Runtime does not compute on CPUs, and too large "
+            "to be compared with the reference: verify engines of the same model in fp16"
+        )
+    rules = Rules()
+    if precision != "fp32":
+        rules = Rules(
+            ties=False,
+            features=ROUNDED_FEATURES,
+            tokens=ROUNDED_FEATURES,
+            largest_logit=ROUNDED_LOGITS,
+        )
+    if precision != "bf16":
+        with closing(_onnx(bundle, variant)) as onnx:
+            expected = run(onnx, edit, inputs)
+        against = replace(rules, against=" against ONNX Runtime")
+        yield from compare(backend, expected, edit, inputs, against)
+    if not large:
+        reference = Reference.from_sources(config, sources).of(variant)
+        expected = run(ReferenceBackend(reference, variant), edit, inputs)
+        against = replace(rules, against=" against the reference")
+        yield from compare(backend, expected, edit, inputs, against)
+    if (whole := backend.whole) is not None:
+        yield compare_whole(backend, whole, edit, inputs)
+
+
+def _random(
+    variant: Variant, config: ModelConfig, text: TextSource | None
+) -> tuple[Edit, CoderInputs]:
+    vocabulary = None if text is None else text.config.vocabulary
+    return random_edit(variant, config), random_coder_inputs(variant, config, vocabulary)
+
+
+def _onnx(bundle: Bundle, variant: Variant) -> OnnxBackend:
+    return OnnxBackend(bundle, variant, OnnxRuntimeOptions(threads=torch.get_num_threads()))

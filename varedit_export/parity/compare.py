@@ -1,0 +1,201 @@
+"""Compare a backend with what another one computes of the same edit.
+
+`run` lets one backend compute the edit of `edit.py`, and keeps what it puts out. `compare` gives
+another one the same inputs, and measures every named output against those kept:
+
+    expected = run(ReferenceBackend(reference, variant), edit, coder_inputs)
+    lines = compare(StaticBackend(bundle, variant), expected, edit, coder_inputs, Rules())
+
+The two may be any: the reference, graphs on ONNX Runtime, compiled engines. So is what is
+`Expected`: a recording of the released implementation serves as well.
+
+Scales are teacher-forced. Each is predicted twice. First it draws its bits, from the noise that the
+expected ones were drawn from, so that they must be equal; half of them may be forced meanwhile,
+which shows that forcing works. Then all are forced to the expected ones: the sum after the scale
+must be equal but for rounding, and the next scale starts from where the other run was, whatever
+this one drew. Errors so stay where they are made, in a scale and not in all that follow.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from varedit_export.parity.edit import Edit, sampling, source_array, text_arrays
+from varedit_export.parity.measures import (
+    FEATURES,
+    LOGITS,
+    SUMS,
+    check_output,
+    line,
+    picture_lines,
+    share_line,
+    ties_line,
+)
+from varedit_runtime.backends.base import (
+    Backend,
+    EditWhole,
+    Negatives,
+    Prompts,
+    ScaleOutput,
+    edit_by_stages,
+)
+from varedit_runtime.backends.wiring import DECODER, ENCODER, SYMBOLIC, TEXT
+from varedit_runtime.manifest import ParityLine, scale_name
+from varedit_runtime.pictures import from_decoder
+
+CoderInputs = Mapping[str, Sequence[np.ndarray]]
+LOGITS_OUT, BITS_OUT, SUM_OUT = "logits", "bits", "running_sum"
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a run put out: coded, of the coders by stage; scales, of every scale."""
+
+    scales: Sequence[ScaleOutput]
+    coded: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What is compared of two runs, how far it may differ, and what the lines say.
+
+    outputs: the names of a scale's outputs that are compared. ties: whether bits that differ must
+    be ties; where products are rounded, a share of them may differ. half: whether every other bit
+    is forced while the others are drawn. features, tokens: tolerances of the text and image
+    encoders. largest_logit: the tolerance of guided logits, where rounding makes it more than
+    LOGITS, as a share of the largest one.
+
+    against: names the expected run, where a report has lines against several, as " against the
+    reference". rounding: says of a share of bits what was rounded. twin: whether scales are runs
+    of the one symbolic graph, whose lines are the stage "scale".
+    """
+
+    outputs: Collection[str] = (LOGITS_OUT, BITS_OUT, SUM_OUT)
+    ties: bool = True
+    half: bool = False
+    features: float = FEATURES
+    tokens: float = SUMS
+    largest_logit: float = 0.0
+    against: str = ""
+    rounding: str = ""
+    twin: bool = False
+
+
+def run(backend: Backend, edit: Edit, coder_inputs: CoderInputs) -> Expected:
+    """Compute an edit, every scale from the bits that the one before drew."""
+    coded = {stage: _code(backend, stage, given) for stage, given in coder_inputs.items()}
+    begin(backend, edit)
+    scales = range(len(backend.variant.grids))
+    drawn = [backend.predict(k, sampling(backend.variant, edit, k)) for k in scales]
+    return Expected(drawn, coded)
+
+
+def begin(backend: Backend, edit: Edit) -> None:
+    """Give a backend the edit up to its first scale; the text is padded."""
+    backend.condition(text_arrays(backend.variant, edit))
+    backend.prefill(source_array(backend.variant, edit))
+
+
+def compare(
+    backend: Backend, expected: Expected, edit: Edit, coder_inputs: CoderInputs, rules: Rules
+) -> Iterator[ParityLine]:
+    """Compare whatever is expected, coders first.
+
+    Raises ParityError on an output that is not finite, or constant.
+    """
+    for stage, theirs in expected.coded.items():
+        ours = _code(backend, stage, coder_inputs[stage])
+        yield from _coder_lines(stage, ours, theirs, coder_inputs[stage], rules)
+    if expected.scales:
+        begin(backend, edit)
+    for k, theirs in enumerate(expected.scales):
+        left = [name for name in (LOGITS_OUT, BITS_OUT, SUM_OUT) if name in rules.outputs]
+        if BITS_OUT in left:
+            forced = theirs.bits if rules.half else None
+            drawn = sampling(backend.variant, edit, k, forced, rules.half)
+            ours, noise = backend.predict(k, drawn), drawn.noise
+            yield from _scale_lines(k, left[: left.index(BITS_OUT) + 1], ours, theirs, noise, rules)
+            left = left[left.index(BITS_OUT) + 1 :]
+        all_forced = sampling(backend.variant, edit, k, theirs.bits)
+        ours = backend.predict(k, all_forced)
+        yield from _scale_lines(k, left, ours, theirs, all_forced.noise, rules)
+
+
+def compare_whole(
+    backend: Backend, whole: EditWhole, edit: Edit, coder_inputs: CoderInputs
+) -> ParityLine:
+    """Compare an edit in one piece with the same edit by stages: all must be equal."""
+    variant, (ids, mask), (pictures,) = backend.variant, coder_inputs[TEXT], coder_inputs[ENCODER]
+    negatives = None
+    if variant.guided:
+        negatives = Negatives(ids[::-1, ::-1].copy(), ~mask, np.ones(len(ids), np.bool_))
+    prompts = Prompts(ids, mask, negatives)
+    samplings = [sampling(variant, edit, scale) for scale in range(len(variant.grids))]
+    edited = whole(prompts, pictures, samplings)
+    staged = [
+        array
+        for output in edit_by_stages(backend, prompts, pictures, samplings)
+        for name, array in output.arrays.items()
+        if name in (LOGITS_OUT, "pictures")
+    ]
+    pairs = zip((*edited.logits, edited.pictures), staged, strict=True)
+    different = sum(not np.array_equal(ours, theirs) for ours, theirs in pairs)
+    measure = "an edit in one piece: scales and pictures that differ from those by stages"
+    return ParityLine("edit", measure, float(different), 0.0)
+
+
+def _code(backend: Backend, stage: str, given: Sequence[np.ndarray]) -> np.ndarray:
+    code: dict[str, Callable[..., np.ndarray]] = {
+        TEXT: backend.encode_text,
+        ENCODER: backend.encode_pictures,
+        DECODER: backend.decode,
+    }
+    return code[stage](*given)
+
+
+def _coder_lines(
+    stage: str, ours: np.ndarray, theirs: np.ndarray, given: Sequence[np.ndarray], rules: Rules
+) -> Iterator[ParityLine]:
+    check_output(stage, "output", ours)
+    if stage == DECODER:
+        ours, theirs = (np.stack([*map(from_decoder, batch)]) for batch in (ours, theirs))
+        yield from picture_lines(ours, theirs, rules.against)
+    elif stage == ENCODER:
+        measure = f"source tokens{rules.against}, largest error"
+        yield line(stage, measure, ours, theirs, rules.tokens)
+    else:
+        _, mask = given  # what stands where the padding is does not matter
+        measure = f"features{rules.against}, largest error"
+        yield line(stage, measure, ours[mask], theirs[mask], rules.features)
+
+
+def _scale_lines(
+    scale: int,
+    names: Sequence[str],
+    ours: ScaleOutput,
+    theirs: ScaleOutput,
+    noise: np.ndarray,
+    rules: Rules,
+) -> Iterator[ParityLine]:
+    """Compare those outputs of a scale that are named."""
+    against, own = rules.against, scale_name(scale)
+    stage, of, after = own, "", ""
+    if rules.twin:
+        stage, of, after = SYMBOLIC, f" of scale {scale}", f" after scale {scale}"
+    for name in names:
+        check_output(own, name, getattr(ours, name))
+    if LOGITS_OUT in names:
+        tolerance = max(LOGITS, rules.largest_logit * float(np.abs(theirs.logits).max()))
+        measure = f"logits{of}{against}, largest error"
+        yield line(stage, measure, ours.logits, theirs.logits, tolerance)
+    differs = ours.bits != theirs.bits
+    if BITS_OUT in names and rules.ties:
+        measure = f"bits{against} that differ and are no ties"
+        yield ties_line(stage, measure, differs, theirs.logits, noise)
+    elif BITS_OUT in names:
+        measure = f"share of bits{against} that differ{rules.rounding}"
+        yield share_line(stage, measure, differs)
+    if SUM_OUT in names:
+        measure = f"sum{after}{against}, largest error"
+        yield line(stage, measure, ours.running_sum, theirs.running_sum, SUMS)

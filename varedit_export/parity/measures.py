@@ -1,0 +1,92 @@
+"""How far two runs of an edit may differ: the measures, their tolerances, and the gate.
+
+Every measure is a ParityLine: a stage, what was measured, its value and its tolerance. Values are
+largest absolute errors where arithmetic in another order is all that may differ. Bits are another
+matter: a bit is drawn as u < p, so where u, or the nucleus's cut, lies within rounding of p, either
+bit is right. Such a tie is not counted; any other bit that differs fails the gate. Where products
+are rounded to 16 bits there are more of them than ties, and a share of the bits may differ.
+"""
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+
+from varedit_export.errors import ParityError
+from varedit_reference.agreement import TIE, tie_margin
+from varedit_runtime.manifest import ParityLine
+
+# fp32 arithmetic in another order; a wrong formula differs by far more.
+FEATURES, LOGITS, SUMS = 1e-3, 1e-3, 1e-4
+# Features and tokens, where products or weights are rounded to 16 bits.
+ROUNDED_FEATURES = 0.1
+# Of the largest logit: rounding flips few bits; what errs by more is another computation.
+ROUNDED_LOGITS = 0.2
+# Bits that may differ when products are rounded to 16 bits; the first scales have few, of which a
+# single one would be more.
+ROUNDED_SHARE, ROUNDED_BITS = 0.02, 2
+
+
+def line(
+    stage: str, measure: str, actual: np.ndarray, expected: np.ndarray, tolerance: float = LOGITS
+) -> ParityLine:
+    """Measure the largest absolute error; it is infinite where a number is not finite."""
+    error = np.abs(actual.astype(np.float64) - expected)
+    value = float(error.max()) if np.isfinite(error).all() else float("inf")
+    return ParityLine(stage, measure, value, tolerance)
+
+
+def ties_line(
+    stage: str,
+    measure: str,
+    differs: np.ndarray,
+    logits: np.ndarray,
+    noise: np.ndarray,
+) -> ParityLine:
+    """Count the bits that differ and are no ties.
+
+    differs: bool [..., c]. logits [..., c, 2], noise [..., c]: what the expected bits were drawn
+    from.
+    """
+    margin = tie_margin(torch.tensor(logits), torch.tensor(noise)).numpy()
+    return ParityLine(stage, measure, float((differs & (margin > TIE)).sum()), 0.0)
+
+
+def share_line(stage: str, measure: str, differs: np.ndarray) -> ParityLine:
+    """Measure the share of bits that differ, of which rounding to 16 bits may change some."""
+    tolerance = max(ROUNDED_SHARE, ROUNDED_BITS / differs.size)
+    return ParityLine(stage, measure, float(differs.mean()), tolerance)
+
+
+def picture_lines(
+    pictures: np.ndarray, expected: np.ndarray, against: str = ""
+) -> Iterator[ParityLine]:
+    """Measure how 8-bit pictures of the same shape differ."""
+    difference = np.abs(pictures.astype(np.int16) - expected.astype(np.int16))
+    stage = "image_decoder"
+    yield ParityLine(stage, f"picture{against}, levels", float(difference.max()), 1.0)
+    share = float((difference > 0).mean())
+    yield ParityLine(stage, f"picture{against}, share of values differing", share, 0.01)
+
+
+def check_output(stage: str, name: str, array: np.ndarray) -> None:
+    """Raise ParityError on numbers that are not finite, or all the same."""
+    if array.dtype == np.bool_ or name == "text_bias":  # which is infinite where it masks
+        return
+    if not np.isfinite(array).all():
+        raise ParityError(f"{stage}: {name} is not finite")
+    if array.size > 1 and not array.std():
+        raise ParityError(f"{stage}: {name} is constant")
+
+
+def gate(lines: Iterable[ParityLine]) -> list[ParityLine]:
+    """Return all lines. Raises ParityError naming those over their tolerance; NaN is."""
+    lines_ = list(lines)
+    failed = [line for line in lines_ if not line.value <= line.tolerance]
+    if failed:
+        named = "; ".join(
+            f"{line.stage}: {line.measure} {line.value:.3g} over {line.tolerance:.3g}"
+            for line in failed[:3]
+        )
+        raise ParityError(f"{len(failed)} of {len(lines_)} measures failed: {named}")
+    return lines_

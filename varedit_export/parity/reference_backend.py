@@ -1,0 +1,179 @@
+"""The PyTorch reference as a backend: arrays in and out, driven and timed like any other.
+
+So the same code compares graphs with the reference, engines with ONNX Runtime, and the reference
+with itself where its products are rounded; and the benchmark times stages of both sides alike.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from varedit_export.bundle_model import sources_of
+from varedit_export.parity.edit import config_of
+from varedit_export.sources import Sources, TextSource
+from varedit_reference.checkpoint import empty_tokenizer
+from varedit_reference.config import ModelConfig
+from varedit_reference.quantisation import to_tokens
+from varedit_reference.sampling import draw
+from varedit_reference.scale_loop import ScaleLoop
+from varedit_reference.tokenizer import Tokenizer
+from varedit_reference.transformer import VAR, TextCondition
+from varedit_runtime.backends.base import Backend, Sampling, ScaleOutput
+from varedit_runtime.bundle import Bundle
+from varedit_runtime.errors import BackendError
+from varedit_runtime.manifest import Variant
+
+if TYPE_CHECKING:
+    from transformers.models.t5.modeling_t5 import T5Stack
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The PyTorch model that graphs are compared with. text: None without a text encoder."""
+
+    config: ModelConfig
+    transformer: VAR
+    tokenizer: Tokenizer
+    text: TextSource | None
+
+    @classmethod
+    def from_sources(cls, config: ModelConfig, sources: Sources) -> "Reference":
+        """Load the weights that a bundle is built from, in fp32."""
+        transformer = {name: sources.transformer[name] for name in sources.transformer}
+        tokenizer = tokenizer_of(config, sources.tokenizer)
+        return cls(config, _var(config, transformer), tokenizer, sources.text)
+
+    @classmethod
+    def from_bundle(cls, bundle: Bundle) -> "Reference":
+        """Load the weights of a bundle itself, in fp32."""
+        return cls.from_sources(*sources_of(bundle))
+
+    def of(self, variant: Variant) -> "Reference":
+        """Share the weights with a model of a variant's grids."""
+        config = config_of(variant, self.config)
+        transformer = _var(config, self.transformer.state_dict())
+        return replace(self, config=config, transformer=transformer)
+
+    def rounded(self, dtype: torch.dtype) -> "Reference":
+        """Round the transformer's products, and their weights, to a 16-bit type."""
+        transformer = _var(self.config, self.transformer.state_dict(), dtype)
+        return replace(self, transformer=transformer)
+
+
+class ReferenceBackend(Backend):
+    """Runs the reference, eager, on the device that its weights are on."""
+
+    def __init__(self, reference: Reference, variant: Variant) -> None:
+        """reference: with the variant's grids, as `Reference.of` makes it."""
+        self.variant, self.provider, self.reference = variant, "pytorch", reference
+        self._text: TextCondition | None = None
+        self._loop: ScaleLoop | None = None
+
+    @cached_property
+    def text_encoder(self) -> "T5Stack":
+        """transformers' T5 encoder. Raises BackendError where the model has none."""
+        if self.reference.text is None:
+            raise BackendError("the reference has no text encoder: give it text features")
+        return t5_encoder(self.reference.text)
+
+    @torch.inference_mode()
+    def encode_text(self, token_ids: np.ndarray, text_mask: np.ndarray) -> np.ndarray:
+        length = int(text_mask.sum(1).max())  # eager code has no need of more padding than that
+        ids, mask = (self._tensor(x[:, :length]) for x in (token_ids, text_mask))
+        encoded = self.text_encoder(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+        features = np.zeros((*token_ids.shape, encoded.shape[-1]), np.float32)
+        features[:, :length] = encoded.cpu().numpy()
+        return features
+
+    @torch.inference_mode()
+    def encode_pictures(self, pictures: np.ndarray) -> np.ndarray:
+        features = self.reference.tokenizer.encode(self._tensor(pictures))
+        tokens = to_tokens(features, self.reference.config.tokenizer.patch)
+        return tokens.unflatten(1, self.variant.grids[-1]).cpu().numpy()
+
+    @torch.inference_mode()
+    def condition(self, inputs: Mapping[str, np.ndarray]) -> None:
+        model = self.reference.transformer
+        prompts = self._rows(inputs["text_features"], inputs["text_mask"])
+        negatives = None
+        if self.variant.guided:
+            given = self._rows(inputs["negative_features"], inputs["negative_mask"])
+            negatives = [
+                negative if present else model.unconditional_text[: len(prompt)]
+                for prompt, negative, present in zip(
+                    prompts, given, inputs["has_negative"], strict=True
+                )
+            ]
+        self._text = model.condition(model.text_rows(prompts, self.variant.guided, negatives))
+
+    @torch.inference_mode()
+    def prefill(self, source_tokens: np.ndarray) -> None:
+        assert self._text is not None, "the prefill reads what `condition` computes"
+        source = self._tensor(source_tokens).flatten(1, 2)
+        model, config = self.reference.transformer, self.reference.config
+        self._loop = ScaleLoop(model, config, source, self._text)
+
+    @torch.inference_mode()
+    def predict(self, scale: int, sampling: Sampling) -> ScaleOutput:
+        assert self._loop is not None, "scales read what `prefill` computes"
+        noise, forced, mask = (
+            x if x is None else self._tensor(x).flatten(1, 2)
+            for x in (sampling.noise, sampling.forced_bits, sampling.forced_mask)
+        )
+
+        def choose(_: int, probability: Tensor) -> Tensor:
+            assert noise is not None
+            drawn = draw(probability, noise)
+            return drawn if forced is None or mask is None else forced.where(mask, drawn)
+
+        step = self._loop.predict(scale, choose, sampling.guidance_scale, sampling.temperature)
+        logits, bits = (x.unflatten(1, self.variant.grids[scale]) for x in (step.logits, step.bits))
+        return ScaleOutput(*(x.cpu().numpy() for x in (logits, bits, step.sum)))
+
+    @torch.inference_mode()
+    def decode(self, running_sum: np.ndarray) -> np.ndarray:
+        return self.reference.tokenizer.decode(self._tensor(running_sum)).cpu().numpy()
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.tensor(array, device=self.reference.transformer.start_token.device)
+
+    def _rows(self, features: np.ndarray, mask: np.ndarray) -> list[Tensor]:
+        """Leave the padding out: features [T_i, text] of every row's real tokens."""
+        return [self._tensor(row[real]) for row, real in zip(features, mask, strict=True)]
+
+
+def tokenizer_of(config: ModelConfig, state: Mapping[str, Tensor]) -> Tokenizer:
+    """Load the reference's tokenizer in fp32, from weights by its own names."""
+    tokenizer = empty_tokenizer(config.tokenizer)
+    names = tokenizer.state_dict()
+    tokenizer.load_state_dict({name: state[name].float() for name in names}, assign=True)
+    return tokenizer.eval()
+
+
+def t5_encoder(text: TextSource) -> "T5Stack":
+    """Load transformers' encoder with a bundle's text weights, in fp32."""
+    from transformers import T5Config, T5EncoderModel
+
+    with torch.device("meta"):
+        encoder = T5EncoderModel(T5Config(**text.json)).encoder
+    names = {
+        name: "shared.weight" if name == "embed_tokens.weight" else f"encoder.{name}"
+        for name in encoder.state_dict()
+    }
+    encoder.load_state_dict({n: text.state[t].float() for n, t in names.items()}, assign=True)
+    return encoder.eval()
+
+
+def _var(
+    config: ModelConfig, state: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
+) -> VAR:
+    with torch.device("meta"):
+        model = VAR(config.transformer, dtype)
+    types = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    model.load_state_dict({n: t.to(types[n]) for n, t in state.items()}, assign=True)
+    return model.eval()
