@@ -1,4 +1,4 @@
-"""How fast and how large a bundle is beside the reference: in turns, in one run.
+"""Measure a bundle against the reference, in turns: time, memory and disk.
 
 Both edit one picture with the same weights, seeds and noise, on as many threads. The memory is of
 the runtime alone, in a process of its own, as the process of the reference holds PyTorch.
@@ -39,7 +39,7 @@ RUNTIME = "from varedit_runtime.cli import main; main()"
 
 @dataclass(frozen=True)
 class Comparison:
-    """Seconds that a batch takes either; ratio: of the medians, the reference's to the bundle's."""
+    """Seconds per batch of both. ratio: the reference's median over the bundle's."""
 
     name: str
     reference: Spread
@@ -54,7 +54,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Report:
-    """What `measure` found. differing: the share of the pictures' values that are not the same."""
+    """The result of `measure`. differing: the share of the pictures' values that differ."""
 
     bundle: str
     digest: str
@@ -77,8 +77,8 @@ def measure(
 ) -> Report:
     """Edit a synthetic picture with both: once to warm up, then `repeat` times in turns.
 
-    Raises what `Editor.open` does, BundleError on a bundle that starts at text features,
-    BackendError when the runtime fails in the process that measures its memory, and ConfigError
+    Raises what `Editor.open` raises, BundleError on a bundle that starts at text features,
+    BackendError if the runtime fails in the process that measures its memory, and ConfigError
     unless repeat and threads are at least 1.
     """
     count = (os.cpu_count() or 1) if threads is None else threads
@@ -119,7 +119,7 @@ def measure(
 
 
 def table(report: Report) -> str:
-    """The report for a person."""
+    """Format a report as a table for people."""
     lines = [
         f"{report.bundle}: {report.variant}, {report.precision}, batch {report.batch}",
         f"PyTorch {report.torch}, eager, fp32, and onnxruntime {report.onnxruntime}; "
@@ -140,9 +140,9 @@ def table(report: Report) -> str:
 
 
 def measure_memory(path: Path, threads: int, variant: str) -> Memory:
-    """What `varedit-run bench` finds in a process without PyTorch.
+    """Measure memory with `varedit-run bench`, in a process without PyTorch.
 
-    Raises BackendError, with what it said, when it fails.
+    Raises BackendError, with its message, if it fails.
     """
     with TemporaryDirectory(prefix="varedit-bench-") as folder:
         file = Path(folder) / "report.json"
@@ -170,7 +170,7 @@ def open_reference(editor: Editor) -> Editor:
 
 
 def _turns(editor: Editor, repeat: int) -> Iterator[Turn]:
-    """Edit with both, the reference first; the first turn is to warm up."""
+    """Edit with both, the reference first; the first turn is a warm-up."""
     picture, batch = synthetic_picture(editor.variant), editor.variant.batch
     with open_reference(editor) as reference:
         for _ in range(repeat + 1):
@@ -196,7 +196,7 @@ def _share_differing(one: Sequence[EditResult], other: Sequence[EditResult]) -> 
 
 
 def _lay_out(module: nn.Module) -> None:
-    """Weights restored from the graphs' are transposed views; loaded ones lie in order."""
+    """Copy weights into rows: restored ones are transposed views of the graphs', which are slow."""
     for parameter in module.parameters():
         parameter.data = parameter.data.contiguous()
 

@@ -20,11 +20,11 @@ from varedit_runtime.manifest import ParityLine, Variant
 # Largest error over the rms of what a block adds, or of its keys and values: fp32 arithmetic in
 # another order gives under 1e-4 at full size, two swapped biases of a random model over 1e-2.
 RELATIVE = 1e-3
-DRAWING = 2  # parameters at a time
+DRAWING = 2  # parameters that are read or drawn at a time
 
 
 class Stored(Mapping[str, Tensor]):
-    """The reference's parameters with the values that a bundle's weights were rounded to."""
+    """The reference's parameters by name, rounded as the bundle's weights are."""
 
     def __init__(
         self,
@@ -51,9 +51,9 @@ class Stored(Mapping[str, Tensor]):
     def load(self, module: nn.Module, rename: Callable[[str], str]) -> None:
         """Give a module on the meta device its parameters. rename: its own name -> a name here."""
         types = {name: tensor.dtype for name, tensor in module.state_dict().items()}
-        # Drawing random ones, or reading them from a disk, takes longer than computing with them.
+        # Drawing random weights, or reading them from a disk, takes longer than computing.
         with ThreadPoolExecutor(DRAWING) as pool:
-            # In order: 16-bit products of transposed ones are a hundred times slower.
+            # Contiguous: 16-bit products of transposed weights are a hundred times slower.
             tensors = pool.map(lambda n: self[rename(n)].to(types[n]).contiguous(), types)
             state = dict(zip(types, tensors, strict=True))
         module.load_state_dict(state, assign=True)
@@ -62,10 +62,10 @@ class Stored(Mapping[str, Tensor]):
 
 @dataclass
 class ComparedGraph:
-    """A graph with blocks, at given lengths.
+    """A graph with blocks, at given lengths, and its comparison.
 
-    source, scale: what it predicts, the prefill's source or a scale; values: all that it reads but
-    keys and values; every: whether all of its blocks are run; x_RLC: the stream of the next one.
+    scale: the one it predicts, None for others. values: all that it reads except keys and values
+    of the past. every: run all of its blocks, each on x_RLC, the reference's stream so far.
     """
 
     graph: CutGraph
@@ -77,7 +77,7 @@ class ComparedGraph:
     error: float = 0.0
 
     def compare(self, actual: Tensor, expected: Tensor, given: Tensor | None = None) -> None:
-        """Keep the largest error, over the rms of what was added to the given stream."""
+        """Keep the largest error, relative to the rms of what was added to the given stream."""
         added = expected if given is None else expected - given
         error = ((actual - expected).abs().max() / added.square().mean().sqrt()).item()
         self.error = error if isnan(error) else max(self.error, error)

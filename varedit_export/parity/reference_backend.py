@@ -66,17 +66,17 @@ class Reference:
 
 
 class ReferenceBackend(Backend):
-    """Runs the reference, eager, on the device that its weights are on."""
+    """The reference as a backend: eager, on the device that its weights are on."""
 
     def __init__(self, reference: Reference, variant: Variant) -> None:
-        """reference: with the variant's grids, as `Reference.of` makes it."""
+        """Take a reference with the variant's grids, as `Reference.of` makes it."""
         self.variant, self.provider, self.reference = variant, "pytorch", reference
         self._text: TextCondition | None = None
         self._loop: ScaleLoop | None = None
 
     @cached_property
     def text_encoder(self) -> "T5Stack":
-        """transformers' T5 encoder. Raises BackendError where the model has none."""
+        """The T5 encoder of transformers. Raises BackendError if the model has none."""
         if self.reference.text is None:
             raise BackendError("the reference has no text encoder: give it text features")
         return t5_encoder(self.reference.text)

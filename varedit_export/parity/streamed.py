@@ -54,14 +54,14 @@ from varedit_runtime.pictures import from_decoder
 if TYPE_CHECKING:
     from transformers.models.t5.modeling_t5 import T5Stack
 
-POSITIONS = 8  # of the tokenizer, along the side of a picture that coders are compared at
+POSITIONS = 8  # tokenizer positions along the side of the pictures that coders are compared on
 M_MMAP_THRESHOLD, LARGE_ARRAY = -3, 2**20  # of glibc's malloc.h; bytes
 TEXT = weights_file("text_encoder")
 
 
 @torch.inference_mode()
 def compare_streamed(bundle: Bundle, config: ModelConfig, sources: Sources) -> Iterator[ParityLine]:
-    """Every graph of every variant against the weights it was built from."""
+    """Compare every graph of every variant with the reference, block by block."""
     _return_freed_memory()
     for variant in bundle.manifest.variants:
         files, config = WeightFiles(bundle.path), config_of(variant, config)
@@ -73,9 +73,9 @@ def compare_streamed(bundle: Bundle, config: ModelConfig, sources: Sources) -> I
 
 
 def _return_freed_memory() -> None:
-    """Let large arrays go back to the system when they are freed.
+    """Have glibc return large arrays to the system when they are freed.
 
-    glibc keeps up to 32 MB of each for later, in pieces that the next ones do not fit into.
+    By default it keeps up to 32 MB of each, in pieces that the next arrays do not fit into.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
@@ -83,9 +83,9 @@ def _return_freed_memory() -> None:
 
 
 def _places(bundle: Bundle, variant: Variant, files: WeightFiles) -> Iterator[ParityLine]:
-    """Weights that lie elsewhere than the header of their file says, by graph.
+    """Count, by graph, the weights that lie elsewhere than the header of their file says.
 
-    A scale's parts of weights, which have no name there, are compared by value.
+    A scale's parts of weights, which have no names there, are compared by value.
     """
     for stage in variant.graphs:
         wrong = 0
@@ -99,7 +99,7 @@ PARTS = ("level", "cos", "sin")
 
 
 class Coders:
-    """The image coders, for smaller pictures than the variant's."""
+    """The comparison of the image coders, on smaller pictures than the variant's."""
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class Coders:
         self._runner = Runner(files, torch.get_num_threads())
         self._patch, self._sides = config.tokenizer.patch, variant.picture
         self._tokenizer = tokenizer_of(config, sources.tokenizer)
-        # Of the tokenizer's positions, so that all sides divide.
+        # In positions of the tokenizer, so that all sides divide.
         sides = [side // config.tokenizer.downsampling for side in variant.picture]
         self._factor = max(f for f in _divisors(gcd(*sides)) if min(sides) // f >= POSITIONS)
 
@@ -153,7 +153,7 @@ def _divisors(number: int) -> list[int]:
 
 
 class TextComparison:
-    """The text encoder's graph against transformers' T5, block by block, with padding."""
+    """The comparison of the text encoder with transformers' T5, block by block, with padding."""
 
     def __init__(
         self, bundle: Bundle, variant: Variant, text: TextSource, files: WeightFiles
@@ -193,7 +193,7 @@ class TextComparison:
         yield self._line("features", features, norm(x_BTC))
 
     def _stack(self) -> "T5Stack":
-        """An encoder of one block, without weights."""
+        """Make an encoder of one block, without weights."""
         from transformers import T5Config, T5EncoderModel
 
         with torch.device("meta"):
@@ -216,6 +216,6 @@ class TextComparison:
 
 
 def _of_block(index: int, name: str) -> str:
-    """A one-block encoder's parameter -> a block's in T5's names; positions are the first's."""
+    """Return T5's name of a block's parameter; only the first block has relative positions."""
     block = 0 if "relative_attention_bias" in name else index
     return f"encoder.{name}".replace("block.0.", f"block.{block}.", 1)

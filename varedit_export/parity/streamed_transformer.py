@@ -47,16 +47,16 @@ from varedit_runtime.bundle import Bundle
 from varedit_runtime.geometry import scale_inputs, scale_sizes
 from varedit_runtime.manifest import ParityLine, Variant, scale_name, scale_of, weights_file
 
-TOKENS = 64  # of a scale, that blocks are compared at
+TOKENS = 64  # tokens of a scale that blocks are compared at
 CPU = torch.device("cpu")
 TRANSFORMER = weights_file("transformer")
 
 
 class Probe(nn.Module):
-    """Stands where the blocks are, and keeps what they would read.
+    """A module in place of the blocks, which keeps what they would read.
 
-    memory: of the text; seen: the stream of the source and of every scale; given: the stream handed
-    on in its place.
+    memory: of the text. seen: the stream of the source and of every scale. given: the stream to
+    return instead of it.
     """
 
     def __init__(self) -> None:
@@ -81,7 +81,7 @@ class _Memory(nn.Module):
 
 
 class TransformerComparison:
-    """The transformer's graphs of a variant."""
+    """The comparison of a variant's transformer graphs with the reference."""
 
     def __init__(
         self,
@@ -100,7 +100,7 @@ class TransformerComparison:
             config, variant.batch, variant.guided, variant.text_tokens, self._dtype
         )
         self._edit = random_edit(variant, config)
-        # Small, so that reading every block's weights costs more than computing with them.
+        # The scale whose blocks are all run: small, so that weights cost more than computing.
         self._thorough = min(2, max(len(variant.grids) - 2, 0))
         self._halves = torch.arange(config.transformer.head_width).view(-1, 2).T.flatten()
 
@@ -118,7 +118,7 @@ class TransformerComparison:
         yield from self._blocks(x_RLC)
 
     def _outer(self) -> tuple[VAR, Probe]:
-        """The reference without its blocks."""
+        """Make the reference with a probe in place of its blocks."""
         with torch.device("meta"):
             config = replace(self._config.transformer, depth=1)
             model = VAR(config, torch.float32, self._dtype)
@@ -145,7 +145,7 @@ class TransformerComparison:
         return model.condition(model.text_rows([self._edit.text], self._shapes.guided))
 
     def _tables(self) -> Iterator[ParityLine]:
-        """Positions and levels that the graphs read, exactly."""
+        """Compare the positions and levels that the graphs read, which must be exact."""
         config = self._config.transformer
         levels = self._stored["level_embedding.weight"]
         for stage in self._variant.graphs:
@@ -211,7 +211,7 @@ class TransformerComparison:
             yield from self._without_blocks(graph, graph.name, k, {}, k == self._thorough)
 
     def _twin(self) -> Iterator[ParityLine]:
-        """The symbolic twin as the first scale and as a middle one."""
+        """Compare the symbolic twin as the first scale and as a middle one, without blocks."""
         batch = self._variant.batch
         channels, bits = self._config.transformer.token_channels, self._config.tokenizer.bits
         for k in sorted({0, self._thorough} - {len(self._variant.grids) - 1}):
@@ -226,7 +226,7 @@ class TransformerComparison:
     def _without_blocks(
         self, graph: CutGraph, called: str, k: int, given: Arrays, every: bool
     ) -> Iterator[ParityLine]:
-        """A scale whose blocks are left out: what goes in comes out of them."""
+        """Compare a scale without its blocks: their input is taken as their output."""
         stage = graph.name
         suffix = called.removeprefix(stage)
         arrays = scale_arrays(self._variant, self._edit, self._steps, k)
@@ -287,12 +287,12 @@ class TransformerComparison:
             return Block(self._config.transformer, product)
 
     def _text_of(self, block: Block) -> TextCondition:
-        """The text as one block reads it."""
+        """Return the text condition with one block's keys and values."""
         keys, values = block.cross_attention.project(self._memory)
         return replace(self._text, keys=[keys], values=[values])
 
     def _compare_text(self, stage: ComparedGraph, i: int, text: TextCondition) -> None:
-        """A block's keys and values of the text, which the other graphs then read."""
+        """Compare a block's keys and values of the text; give them to the other graphs."""
         found = self._runner.run(stage.graph, stage.graph.block(i).first, stage.values)
         for kind, expected_RHTD in (("key", text.keys[0]), ("value", text.values[0])):
             own = torch.from_numpy(found[f"cross_{kind}.{i}"])[:: self._variant.batch]
@@ -305,7 +305,7 @@ class TransformerComparison:
     def _compare_block(
         self, stage: ComparedGraph, i: int, block: Block, text: TextCondition
     ) -> None:
-        """A block of a graph against the reference's: stream, keys and values."""
+        """Compare a block of a graph with the reference's: stream, keys and values."""
         graph, cut, batch = stage.graph, stage.graph.block(i), self._variant.batch
         length = self._length(stage)
         chosen = torch.arange(length)
@@ -338,13 +338,13 @@ class TransformerComparison:
     def _attend(
         self, stage: ComparedGraph, i: int, values: Arrays, attention: Attention, chosen: Tensor
     ) -> dict[str, Tensor] | None:
-        """Attend for the chosen tokens; the others attend to nothing.
+        """Run a block's attention for the chosen tokens; the others get zeros.
 
-        -> the new keys and values [L, R, H, D] that the graph computed, where not all are chosen.
+        Returns the new keys and values [L, R, H, D] of the graph if not all tokens are chosen.
         """
         graph, batch = stage.graph, self._variant.batch
         for join in attention.joins:
-            # One at a time: of a large scale these are the largest arrays there are.
+            # One at a time: at a large scale these are the largest arrays.
             past = self._past(stage, i, set(join.inputs.values()))
             values |= self._runner.run(graph, join, values | self._past_arrays(past))
             del past
@@ -364,7 +364,7 @@ class TransformerComparison:
     def _past(
         self, stage: ComparedGraph, i: int, names: Collection[str] | None = None
     ) -> dict[str, Tensor]:
-        """Random keys, unit vectors, and values of what came before, [P, R, H, D], by input."""
+        """Draw past keys (unit vectors) and values [P, R, H, D], by the graph's inputs."""
         transformer, past = self._config.transformer, {}
         for n, name in enumerate(stage.graph.inputs):
             of_block = re.fullmatch(rf"past_(key|value)\.{i}", name)
@@ -381,7 +381,7 @@ class TransformerComparison:
         return past
 
     def _past_arrays(self, past: Mapping[str, Tensor]) -> Arrays:
-        """As the graphs read them: keys in halves, one picture's rows as a batch's."""
+        """Lay out the past as the graphs read it: keys in halves, rows for the whole batch."""
         arrays = {}
         for name, x_SRHD in past.items():
             halves = x_SRHD[..., self._halves] if "key" in name else x_SRHD
@@ -400,7 +400,7 @@ class TransformerComparison:
         return self._config.transformer.lengths[-1 if stage.scale is None else stage.scale]
 
     def _rounded(self, exact: Block, i: int, stage: ComparedGraph, x_RLC: Tensor) -> Tensor:
-        """The stream after a block whose products are rounded to 16 bits."""
+        """Return the stream after a block whose products are rounded to 16 bits."""
         block = self._empty_block(self._dtype)
         block.load_state_dict(exact.state_dict(), assign=True)
         past = {n: x.to(self._dtype) for n, x in self._past(stage, i).items()}
@@ -409,7 +409,7 @@ class TransformerComparison:
         return block(x_RLC, self._text_of(block), 0, self._rotation(stage, every), context)
 
     def _rounding(self, stage: ComparedGraph, rounded_RLC: Tensor) -> ParityLine:
-        """What 16-bit products change, in the reference itself: no CPU computes the graphs so."""
+        """Measure what 16-bit products change, in the reference: a CPU runs the graphs in fp32."""
         model, probe = self._outer()
         text, k = self._text_condition(model), self._thorough
         noise, bits = torch.tensor(stage.values["noise"][:1]).flatten(1, 2), []
@@ -430,21 +430,21 @@ class TransformerComparison:
         return share_line(stage.graph.name, measure, differs.numpy())
 
     def _line(self, stage: str, measure: str, actual: np.ndarray, expected: Tensor) -> ParityLine:
-        """Of the first picture's rows."""
+        """Compare the rows of the batch's first picture."""
         step = len(actual) // len(expected)
         return line(stage, f"{measure}, largest error", actual[::step], expected.numpy())
 
     def _tiled(self, x: Tensor, axis: int = 0) -> np.ndarray:
-        """One picture's rows as a batch's."""
+        """Repeat one picture's rows for a batch."""
         batch = self._variant.batch
         return (x if batch == 1 else x.repeat_interleave(batch, axis)).numpy()
 
 
 class _Seen:
-    """A block's context: what came before, and the new tokens, of which some are computed.
+    """A block's context: the past and all new tokens, of which the block computes some.
 
-    past, new: by kind, "key" or "value"; new: what the graph computed for all new tokens, where
-    only the chosen ones are the block's own. own: the block's own, once it has run.
+    past, new: by kind, "key" or "value". new: the graph's own for all new tokens, if the block
+    computes only the chosen ones. own: what the block computed, once it has run.
     """
 
     def __init__(
@@ -465,7 +465,7 @@ class _Seen:
 
 
 def _to_run(stage: ComparedGraph) -> list[int]:
-    """One block of each kind, or all."""
+    """Return the blocks to run: one of each kind, or all."""
     kinds: dict[tuple[bytes, ...], int] = {}
     for i in stage.graph.blocks:
         kinds.setdefault(stage.graph.block(i).kind, i)
@@ -473,7 +473,7 @@ def _to_run(stage: ComparedGraph) -> list[int]:
 
 
 def _joined(past: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What came before by kind, references first."""
+    """Join the past by kind, references first."""
     return {
         kind: torch.cat(parts)
         for kind in ("key", "value")
