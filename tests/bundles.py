@@ -13,7 +13,6 @@ from varedit_export.assemble import assemble
 from varedit_export.plan import Plan, Request
 from varedit_export.sources import Sources, random_sources
 from varedit_reference.config import ModelConfig, preset
-from varedit_runtime.manifest import Precision
 
 TEXT_TOKENS = 24
 
@@ -25,7 +24,7 @@ def bundle_config(size: str = "tiny-8b") -> ModelConfig:
     return replace(config, transformer=replace(config.transformer, depth=2, grids=grids))
 
 
-def request(target: Path, precision: Precision = "fp32", size: str = "tiny-8b") -> Request:
+def request(target: Path, precision: str = "fp32", size: str = "tiny-8b") -> Request:
     return Request(
         config=bundle_config(size),
         resolution=96,
@@ -53,7 +52,7 @@ def small_bundle() -> Path:
 
 
 @cache
-def half_bundle(precision: Precision) -> Path:
+def half_bundle(precision: str) -> Path:
     """Build the same bundle in fp16 or bf16."""
     return built(precision, lambda target: Plan([request(target, precision)], random_weights()))
 

@@ -11,6 +11,7 @@ from commands_page import COMMANDS, PAGE, helps, refreshed
 from varedit_export.parity import measures
 from varedit_reference import golden
 from varedit_runtime.bundle import Bundle
+from varedit_runtime.precision import FLOAT32, named
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -81,6 +82,25 @@ def test_tolerances_are_those_of_the_code(heading: str, row: str, tolerance: flo
     (said,) = (c[0] for name, c in rows("numerics.md", heading).items() if name.startswith(row))
     number = said.removesuffix(" %")
     assert float(number) / (1 if said == number else 100) == tolerance
+
+
+@pytest.mark.parametrize(
+    ("row", "component", "product"),
+    [
+        ("products of the blocks", "transformer", "blocks.mlp_up"),
+        ("residual stream", "transformer", "shared_modulation"),
+        ("head, temperature", "transformer", "head"),
+        ("text encoder: products", "text_encoder", "blocks.qkv"),
+        ("text encoder: gated GELU", "text_encoder", "blocks.down"),
+        ("image encoder", "image_encoder", "conv_in"),
+        ("image encoder", "image_decoder", "conv_out"),
+    ],
+)
+def test_types_are_those_of_the_code(row: str, component: str, product: str) -> None:
+    (cells,) = (c for name, c in rows("numerics.md", "Types").items() if name.startswith(row))
+    computed = {n: named(n).format(component, product).type for n in ("fp32", "fp16", "bf16")}
+    fp32, fp16, bf16 = ("fp32" if t == FLOAT32 else "16 bits" for t in computed.values())
+    assert cells == [fp32, fp16 if fp16 == bf16 else f"fp16: {fp16}; bf16: {bf16}"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

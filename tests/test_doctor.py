@@ -36,11 +36,13 @@ from varedit_runtime.machine import (
     available_memory,
     nvidia,
 )
+from varedit_runtime.precision import named
 from varedit_runtime.survey import survey
 
 ADA = Gpu("NVIDIA RTX 4090", "sm89", 24 * 10**9, 20 * 10**9)
 HOPPER = Gpu("NVIDIA H200", "sm90", None, None)
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+FP32, FP16, BF16 = map(named, ("fp32", "fp16", "bf16"))
 EXTRA = dict.fromkeys(EXPORT, "1.0")
 LAPTOP = Machine(
     python="3.11.7",
@@ -60,7 +62,7 @@ SERVER = replace(
         "tensorrt-rtx": Probe(offers=("sm75", "sm89")),
     },
 )
-BUNDLE = BundleFacts(Path("bundles/2b"), "fp32", 8 * 10**9, ("512-b1",), ())
+BUNDLE = BundleFacts(Path("bundles/2b"), FP32, 8 * 10**9, ("512-b1",), ())
 
 
 def without(machine: Machine, *packages: str) -> Machine:
@@ -117,12 +119,17 @@ SWAP_BACK = "`pip uninstall onnxruntime-gpu` and `pip install --force-reinstall 
             f"no symbol; run {SWAP_BACK}",
         ),
         (with_bundle(LAPTOP), "onnxruntime cpu", "can run", "this bundle"),
-        (with_bundle(LAPTOP, precision="bf16"), "onnxruntime cpu", "cannot", "--precision fp32"),
+        (
+            with_bundle(LAPTOP, precision=BF16),
+            "onnxruntime cpu",
+            "cannot",
+            "--precision fp32",
+        ),
         (with_bundle(LAPTOP, weights=13 * 10**9), "onnxruntime cpu", "cannot", "16.9 GB"),
         (with_bundle(LAPTOP, weights=12 * 10**9), "onnxruntime cpu", "can run", "this bundle"),
-        (with_bundle(LAPTOP, precision="fp16"), "onnxruntime cpu", "cannot", "20.8 GB"),
+        (with_bundle(LAPTOP, precision=FP16), "onnxruntime cpu", "cannot", "20.8 GB"),
         (
-            with_bundle(LAPTOP, precision="fp16", weights=10**9),
+            with_bundle(LAPTOP, precision=FP16, weights=10**9),
             "onnxruntime cpu",
             "can run",
             "in fp32",
@@ -135,7 +142,12 @@ SWAP_BACK = "`pip uninstall onnxruntime-gpu` and `pip install --force-reinstall 
         ),
         (LAPTOP, "onnxruntime cuda", "cannot", "no NVIDIA GPU was found (nvidia-smi cannot"),
         (SERVER, "onnxruntime cuda", "can run", "GPU's memory"),
-        (with_bundle(SERVER, precision="bf16"), "onnxruntime cuda", "cannot", "--precision fp16"),
+        (
+            with_bundle(SERVER, precision=BF16),
+            "onnxruntime cuda",
+            "cannot",
+            "--precision fp16",
+        ),
         (
             replace(LAPTOP, nvidia=SERVER.nvidia),
             "onnxruntime cuda",

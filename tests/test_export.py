@@ -23,7 +23,7 @@ from varedit_export.sources import RandomTextEncoder, Sources, random_sources
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.editor import Editor
 from varedit_runtime.errors import BackendError, ConfigError
-from varedit_runtime.manifest import FileEntry, Precision
+from varedit_runtime.manifest import FileEntry
 
 SCALES = len(bundle_config().transformer.grids)
 
@@ -196,7 +196,7 @@ def test_an_interrupted_build_goes_on_where_it_was(
 
 
 @pytest.mark.parametrize(("precision", "kind"), [("fp16", "FLOAT16"), ("bf16", "BFLOAT16")])
-def test_half_precision_is_written_into_the_graphs(precision: Precision, kind: str) -> None:
+def test_half_precision_is_written_into_the_graphs(precision: str, kind: str) -> None:
     target = half_bundle(precision)
     bundle = Bundle.open(target)
     (variant,) = bundle.manifest.variants

@@ -14,7 +14,6 @@ from varedit_export.graphs.text import GraphTextEncoder, TextEncoderConfig
 from varedit_nano import fp16_range
 from varedit_nano.data import EVALUATION_SEEDS
 from varedit_nano.fp16_range import (
-    IN_FP32,
     LARGEST,
     LIMIT,
     Product,
@@ -24,7 +23,8 @@ from varedit_nano.fp16_range import (
 )
 from varedit_nano.model import load_nano
 from varedit_nano.scenes import draw_edit
-from varedit_reference.text_encoder import TextEncoder
+from varedit_reference.text_encoder import T5_PRODUCTS, TextEncoder
+from varedit_runtime.precision import named
 
 INSTRUCTIONS = ["make the sky red", "add a hat", "remove the dog"]
 ATTENTION, MLP = "block.{}.layer.0.SelfAttention", "block.{}.layer.1.DenseReluDense"
@@ -140,8 +140,8 @@ def test_what_is_said_to_be_fp32_is_fp32_in_the_graphs() -> None:
     """Return the matrices that an fp16 model stores in fp32, by the graphs' names."""
     text = TextEncoderConfig(32, 64, 16, 4, 64, 1, 32, 128, 1e-6)
     with torch.device("meta"):
-        transformer = GraphTransformer(load_nano().config.transformer, torch.float16)
-        text_encoder = GraphTextEncoder(text, torch.float16)
+        transformer = GraphTransformer(load_nano().config.transformer, named("fp16"))
+        text_encoder = GraphTextEncoder(text, named("fp16"))
     products = {
         name.removesuffix(".weight")
         for name, weight in transformer.named_parameters()
@@ -149,7 +149,7 @@ def test_what_is_said_to_be_fp32_is_fp32_in_the_graphs() -> None:
     }
     wide = {n for n in products if transformer.get_parameter(f"{n}.weight").dtype != torch.float16}
     assert {n for n in products if Product("transformer", n, 0).in_fp32} == wide
-    assert IN_FP32["text_encoder"] == r"\.wo$"  # T5's name for `down`
+    assert T5_PRODUCTS == {"wo": "blocks.down"}
     block = text_encoder.blocks[0]
     matrices = {n: p.dtype for n, p in block.named_parameters() if p.ndim == 2}
     assert {n for n, dtype in matrices.items() if dtype == torch.float32} == {"down"}

@@ -47,16 +47,18 @@ def test_the_same_words_in_another_order_differ(folder: Path) -> None:
     assert (first - second).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_smaller_type_stays_close(folder: Path, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
+def test_a_smaller_type_stays_close(folder: Path, precision: str, dtype: torch.dtype) -> None:
     [exact] = TextEncoder.load(folder).encode(PROMPTS[:1])
-    [features] = TextEncoder.load(folder, dtype).encode(PROMPTS[:1])
-    assert features.dtype == dtype
+    [features] = TextEncoder.load(folder, precision).encode(PROMPTS[:1])
+    assert features.dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     assert 0 < (features.float() - exact).abs().max() < 0.1 * exact.abs().max()
 
 
 def test_in_fp16_the_product_that_overflows_stays_fp32(folder: Path) -> None:
-    encoder = TextEncoder.load(folder, torch.float16)
+    encoder = TextEncoder.load(folder, "fp16")
     types = {name: p.dtype for name, p in encoder.model.named_parameters()}
     outputs = {name for name in types if name.endswith(".wo.weight")}
     assert len(outputs) == 2

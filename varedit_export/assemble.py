@@ -146,7 +146,7 @@ def _key(plan: Plan, request: Request, part: str) -> str:
     made_from = (
         part,
         request.config,
-        request.precision,
+        request.policy,
         request.batch,
         request.guided,
         request.text_tokens,

@@ -11,7 +11,12 @@ from math import log2
 
 from torch import Tensor
 
-from varedit_export.graphs.layout import Restored, transformer_layout, transformer_restorer
+from varedit_export.graphs.layout import (
+    Restored,
+    Unpacked,
+    transformer_layout,
+    transformer_restorer,
+)
 from varedit_export.graphs.text import TextEncoderConfig, restore_text_encoder
 from varedit_export.plan import Plan
 from varedit_export.sources import Sources, TextSource
@@ -21,14 +26,6 @@ from varedit_runtime.bundle import Bundle
 from varedit_runtime.grids import scale_grids
 from varedit_runtime.manifest import FileEntry, Manifest, Model, ParityLine, Variant
 
-# What stays in fp32 whatever the precision.
-STREAM_EXCEPTIONS = (
-    "transformer: residual stream, norms, softmax, AdaLN, head, sampling",
-    "text_encoder: residual stream, norms, softmax",
-    "image_encoder",
-    "image_decoder",
-)
-WIDE_MLP = "text_encoder: MLP output projections (past fp16's range in T5-XL)"
 TOOLS = ("varedit-export", "torch", "onnx-ir", "onnxscript", "onnxruntime")
 
 
@@ -45,13 +42,12 @@ def manifest_of(
 ) -> Manifest:
     """Return the manifest of a bundle that was made as planned."""
     request = plan.request
-    exceptions = {"fp32": (), "bf16": STREAM_EXCEPTIONS, "fp16": (*STREAM_EXCEPTIONS, WIDE_MLP)}
     return Manifest(
         schema_version=1,
         name=request.target.name,
         model=_model_of(request.config, plan.sources),
         precision=request.precision,
-        fp32_exceptions=exceptions[request.precision],
+        fp32_exceptions=request.policy.fp32_exceptions,
         guidance_scale=request.config.guidance_scale,
         temperature=request.config.temperature,
         variants=variants,
@@ -89,7 +85,7 @@ def sources_of(bundle: Bundle) -> tuple[ModelConfig, Sources]:
     Every tensor is restored from the bundle's own files when it is asked for.
     """
     files = {
-        name: open_weights(bundle.weights_path(name))
+        name: Unpacked(open_weights(bundle.weights_path(name)), bundle.manifest.policy, name)
         for name in ("transformer", "tokenizer", "text_encoder")
         if name in bundle.components
     }

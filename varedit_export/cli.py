@@ -21,12 +21,14 @@ from varedit_runtime.bundle import Bundle
 from varedit_runtime.command import (
     BackendCommand,
     CommandGroup,
+    Registered,
     backend_option,
     debug_option,
 )
 from varedit_runtime.errors import CheckpointError, ConfigError, needs_extra
 from varedit_runtime.locate import remember
 from varedit_runtime.manifest import ParityLine
+from varedit_runtime.precision import PRECISIONS
 
 if TYPE_CHECKING:
     from varedit_runtime.backends.engines.engine_set import Layout
@@ -111,7 +113,7 @@ def main() -> None:
     "--config", type=_PATH, help="A recording's config.json, instead of --size and --res."
 )
 @click.option(
-    "--precision", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True
+    "--precision", type=Registered("precision", PRECISIONS.keys), default="fp32", show_default=True
 )
 @click.option("--batch", type=int, default=1, show_default=True, help="Pictures at a time.")
 @click.option(

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from varedit_export.graphs.layout import Weight, make_weight, transformer_layout
-from varedit_export.graphs.model import GraphTransformer
+from varedit_export.graphs.layout import Weight, make_weight, pack, transformer_layout
+from varedit_export.graphs.model import GraphTransformer, Packed
 from varedit_export.graphs.stages import PositionTable
 from varedit_export.graphs.text import GraphTextEncoder, TextEncoderConfig, text_encoder_layout
 from varedit_reference.config import TransformerConfig
@@ -18,6 +18,7 @@ from varedit_reference.tokenizer import Tokenizer
 from varedit_reference.weights_file import read_layout, write_tensors
 from varedit_runtime.errors import CheckpointError
 from varedit_runtime.manifest import StoredWeight, weights_file
+from varedit_runtime.precision import Precision
 
 
 @dataclass(frozen=True)
@@ -68,13 +69,13 @@ class Component:
 
 def transformer_component(
     config: TransformerConfig,
-    dtype: torch.dtype,
+    precision: Precision,
     state: Mapping[str, Tensor],
     fake: FakeTensorMode,
 ) -> Component:
     """Return the transformer's component, made from the reference's parameters by name."""
     with fake:
-        module = GraphTransformer(config, dtype)
+        module = GraphTransformer(config, precision)
     make = _maker(module, transformer_layout(config), state)
     return Component("transformer", module, make, "model")
 
@@ -86,13 +87,13 @@ def tokenizer_component(module: Tokenizer, state: Mapping[str, Tensor]) -> Compo
 
 def text_encoder_component(
     config: TextEncoderConfig,
-    dtype: torch.dtype,
+    precision: Precision,
     state: Mapping[str, Tensor],
     fake: FakeTensorMode,
 ) -> Component:
     """Return the text encoder's component, made from a T5 file's tensors by name."""
     with fake:
-        module = GraphTextEncoder(config, dtype)
+        module = GraphTextEncoder(config, precision)
     make = _maker(module, text_encoder_layout(config), state)
     return Component("text_encoder", module, make, "text_encoder")
 
@@ -111,4 +112,12 @@ def _maker(
     module: nn.Module, layout: Mapping[str, Weight], state: Mapping[str, Tensor]
 ) -> Callable[[str], Tensor]:
     dtypes = {name: tensor.dtype for name, tensor in module.state_dict().items()}
-    return lambda name: make_weight(layout[name], state, dtypes[name])
+    packed = {name: m.storage for name, m in module.named_modules() if isinstance(m, Packed)}
+
+    def make(name: str) -> Tensor:
+        whole, _, part = name.rpartition(".")
+        if whole in packed:
+            return pack(packed[whole], make_weight(layout[whole], state, torch.float32))[part]
+        return make_weight(layout[name], state, dtypes[name])
+
+    return make

@@ -49,7 +49,7 @@ def _installed(machine: Machine) -> Iterator[str]:
 
 def _bundle(machine: Machine, bundle: BundleFacts) -> Iterator[str]:
     variants = ", ".join(bundle.variants)
-    yield report_line("bundle", f"{bundle.path}: {bundle.precision}, {variants}")
+    yield report_line("bundle", f"{bundle.path}: {bundle.precision.name}, {variants}")
     needed = cpu_bytes(bundle)
     fits = too_little(machine.memory, needed, "memory") or f"fit in memory, about {size(needed)}"
     yield report_line("weights", f"{size(bundle.weights)}: {fits}")

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from varedit_runtime.backends import DEFAULT, ChosenBackend
-from varedit_runtime.manifest import Precision
 
 if TYPE_CHECKING:
     from varedit_engines.builder import Compiler, Hardware
@@ -40,7 +39,7 @@ class BuildOptions:
     random_weights: int | None = None  # the seed of random weights, for structure, speed and size
 
     # What is compiled into the graphs.
-    precision: Precision = "fp32"  # type of the large products: fp32, fp16 or bf16
+    precision: str = "fp32"  # one of varedit_runtime.precision.PRECISIONS
     batch: int = 1  # pictures that a graph takes at once
     text_tokens: int | None = None  # most tokens of an instruction; by default 128, for nano 48
     guided: bool = True  # with the unconditional rows that guidance needs

@@ -20,7 +20,6 @@ from varedit_export.graphs.blocks import TRACED_BLOCKS
 from varedit_export.graphs.model import GraphTransformer
 from varedit_export.graphs.scales import Kind, Scale, ScaleStage, SymbolicScaleStage, scale
 from varedit_export.graphs.stages import (
-    DTYPES,
     ConditionStage,
     ImageDecoderStage,
     ImageEncoderStage,
@@ -37,7 +36,8 @@ from varedit_export.sources import Sources
 from varedit_reference.config import ModelConfig
 from varedit_reference.tokenizer import Tokenizer
 from varedit_runtime.errors import ConfigError
-from varedit_runtime.manifest import GRAPHS, LARGEST_BATCH, Precision
+from varedit_runtime.manifest import GRAPHS, LARGEST_BATCH
+from varedit_runtime.precision import Precision, named
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,14 @@ class Request:
     config: ModelConfig
     resolution: int
     aspect: str
-    precision: Precision
+    precision: str
     batch: int
     guided: bool
     text_tokens: int
     target: Path
 
     def __post_init__(self) -> None:
+        named(self.precision)  # raises ConfigError if there is none of that name
         if self.config.transformer.conditioning == "full":
             raise ConfigError("models with full conditioning are not exported: use sar or finest")
         if not (1 <= self.batch <= LARGEST_BATCH and 1 < self.text_tokens <= 512):
@@ -75,8 +76,12 @@ class Request:
 
     @property
     def shapes(self) -> Shapes:
-        dtype = DTYPES[self.precision]
-        return Shapes(self.config, self.batch, self.guided, self.text_tokens, dtype)
+        return Shapes(self.config, self.batch, self.guided, self.text_tokens, self.policy)
+
+    @property
+    def policy(self) -> Precision:
+        """Return what is computed in which type."""
+        return named(self.precision)
 
 
 @dataclass(frozen=True)
@@ -112,16 +117,16 @@ class Plan:
         self.request, *others = requests
         _check_variants(requests)
         self.sources, self.fake = sources, fake_tensors()
-        config, dtype = self.request.config, DTYPES[self.request.precision]
+        config, precision = self.request.config, self.request.policy
         with self.fake:
             tokenizer = Tokenizer(config.tokenizer)
         self.shared = [
-            transformer_component(config.transformer, dtype, sources.transformer, self.fake),
+            transformer_component(config.transformer, precision, sources.transformer, self.fake),
             tokenizer_component(tokenizer, sources.tokenizer),
         ]
         text = sources.text
         if text is not None:
-            component = text_encoder_component(text.config, dtype, text.state, self.fake)
+            component = text_encoder_component(text.config, precision, text.state, self.fake)
             self.shared.append(component)
         self.variants = [
             VariantPlan(
@@ -173,7 +178,7 @@ def _check_variants(requests: Sequence[Request]) -> None:
 def _text_graph(request: Request, config: TextEncoderConfig, fake: FakeTensorMode) -> Graph:
     shallow_config = replace(config, depth=min(config.depth, TRACED_BLOCKS))
     with fake:
-        model = GraphTextEncoder(shallow_config, request.shapes.dtype)
+        model = GraphTextEncoder(shallow_config, request.policy)
     return Graph(TextEncoderStage(request.shapes, model), config.depth)
 
 
@@ -194,7 +199,7 @@ def _graphs(
     full, shapes = request.shapes, shallow(request.shapes)
     depth, grids = full.config.transformer.depth, full.config.transformer.grids
     with fake:
-        model = GraphTransformer(shapes.config.transformer, shapes.dtype)
+        model = GraphTransformer(shapes.config.transformer, shapes.precision)
         table = PositionTable(shapes.config.transformer)
     scales = [scale(full, index) for index in range(len(grids))]
     kinds: dict[Kind, ScaleStage] = {s.kind: ScaleStage(shapes, model, s.kind) for s in scales}

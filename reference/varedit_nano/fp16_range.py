@@ -8,7 +8,6 @@ two products of an attention. A product is over if an absolute value exceeds `LI
 number divided by `MARGIN`, as other inputs than these samples may give larger values.
 """
 
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -27,8 +26,9 @@ from torch.overrides import TorchFunctionMode
 
 from varedit_nano.model import load_nano
 from varedit_reference.pipeline import VAREdit
-from varedit_reference.text_encoder import TextEncoder
+from varedit_reference.text_encoder import T5_PRODUCTS, TextEncoder
 from varedit_runtime.errors import VareditError, needs_extra
+from varedit_runtime.precision import FLOAT32, named
 
 if TYPE_CHECKING:
     from varedit_nano.scenes import EditSample
@@ -38,14 +38,6 @@ MARGIN = 4
 LIMIT = LARGEST / MARGIN
 EDITS = 9  # one of each kind
 INSTRUCTIONS = 64
-
-# The names of the products that an fp16 bundle computes in fp32, by component.
-IN_FP32 = {
-    "text_encoder": r"\.wo$",
-    "transformer": r"^(shared_modulation|head_modulation|head)$",
-    "image_encoder": "",
-    "image_decoder": "",
-}
 
 _PRODUCTS = (F.linear, torch.conv2d, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm)
 _ATTENTION = F.scaled_dot_product_attention
@@ -65,7 +57,9 @@ class Product:
 
     @property
     def in_fp32(self) -> bool:
-        return re.search(IN_FP32[self.component], self.name) is not None
+        """Whether an fp16 bundle computes it in fp32."""
+        product = T5_PRODUCTS.get(self.name.rpartition(".")[2], self.name)
+        return named("fp16").format(self.component, product).type == FLOAT32
 
 
 def measure(components: Mapping[str, nn.Module], run: Callable[[], object]) -> list[Product]:

@@ -14,14 +14,18 @@ from torch.nn.utils.rnn import pad_sequence
 
 from varedit_reference.checkpoint import Stored, load
 from varedit_reference.config import MAX_TEXT_TOKENS
-from varedit_reference.weights_file import open_weights
+from varedit_reference.weights_file import open_weights, torch_dtype
 from varedit_runtime.errors import CheckpointError, needs_extra
+from varedit_runtime.precision import named
 from varedit_runtime.text import Instructions, read_tokenizer
 
 if TYPE_CHECKING:
     from transformers.models.t5.modeling_t5 import T5Stack
 
 SHARED, EMBEDDING = "shared.weight", "encoder.embed_tokens.weight"
+T5_PRODUCTS = {
+    "wo": "blocks.down"
+}  # T5's name of the product that transformers lets differ in type
 
 
 class TextEncoder:
@@ -33,13 +37,13 @@ class TextEncoder:
         self._instructions = Instructions(vocabulary, MAX_TEXT_TOKENS)
 
     @classmethod
-    def load(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> "TextEncoder":
+    def load(cls, folder: str | Path, precision: str = "fp32") -> "TextEncoder":
         """Load the encoder of a T5 folder (config.json, tokenizer.json, weights) on the CPU.
 
         Raises CheckpointError if the folder is no T5 model, MissingExtraError without transformers.
         """
         vocabulary = read_vocabulary(folder)
-        model = empty_encoder(folder, dtype)
+        model = empty_encoder(folder, precision)
         return cls(load(model, encoder_weights(folder), t5_layout, folder), vocabulary)
 
     @torch.inference_mode()
@@ -84,7 +88,7 @@ def encoder_weights(folder: str | Path) -> dict[str, Tensor]:
     return {SHARED: embedding, **encoder}
 
 
-def empty_encoder(folder: str | Path, dtype: torch.dtype = torch.float32) -> "T5Stack":
+def empty_encoder(folder: str | Path, precision: str = "fp32") -> "T5Stack":
     """Build the encoder that a T5 folder's config.json describes, on the meta device.
 
     Raises CheckpointError on a folder without a T5 configuration, MissingExtraError without
@@ -92,20 +96,18 @@ def empty_encoder(folder: str | Path, dtype: torch.dtype = torch.float32) -> "T5
     """
     with needs_extra("export"):
         from transformers import T5Config, T5EncoderModel
-    path = Path(folder) / "config.json"
+    path, policy = Path(folder) / "config.json", named(precision)
     try:
         config = T5Config.from_json_file(path)
         with torch.device("meta"):
-            encoder = T5EncoderModel(config).encoder.type(dtype)
+            encoder = T5EncoderModel(config).encoder.type(torch_dtype(policy.type))
     except Exception as error:  # transformers raises whatever a wrong value happens to break
         raise CheckpointError(
             f"{path} does not describe a T5 encoder: give a Flan-T5 folder with its config.json"
         ) from error
-    if dtype == torch.float16:
-        # T5-XL's values pass fp16's largest number (66246 > 65504) in this product.
-        for name, module in encoder.named_modules():
-            if name.endswith(".wo"):
-                module.float()
+    for name, module in encoder.named_modules():
+        if product := T5_PRODUCTS.get(name.rpartition(".")[2]):
+            module.type(torch_dtype(policy.format("text_encoder", product).type))
     return encoder
 
 

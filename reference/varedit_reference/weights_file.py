@@ -36,6 +36,8 @@ SAFETENSORS_DTYPES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
 }
+# Of weights that a precision keeps as values and scales; no checkpoint may have them.
+PACKED_DTYPES = {torch.int8: "I8", torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3"}
 
 
 def open_weights(path: str | Path) -> dict[str, Tensor]:
@@ -228,7 +230,7 @@ def read_layout(folder: Path, file: str) -> dict[str, StoredTensor]:
         length = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(length))
     header.pop("__metadata__", None)
-    dtypes = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
+    dtypes = {name: dtype for dtype, name in (SAFETENSORS_DTYPES | PACKED_DTYPES).items()}
     tensors = {}
     for name, entry in header.items():
         start, end = entry["data_offsets"]
@@ -302,7 +304,8 @@ def _safetensors_header(layout: Iterable[tuple[str, Tensor]], metadata: Mapping[
     for name, tensor in layout:
         start, end = end, end + tensor.nbytes
         entries[name] = {
-            "dtype": SAFETENSORS_DTYPES[check_float(name, tensor).dtype],
+            "dtype": PACKED_DTYPES.get(tensor.dtype)
+            or SAFETENSORS_DTYPES[check_float(name, tensor).dtype],
             "shape": list(tensor.shape),
             "data_offsets": [start, end],
         }
@@ -351,6 +354,11 @@ def check_room(folder: Path, size: int) -> None:
             f"{folder} has {free / 1e9:.1f} GB free and {size / 1e9:.1f} GB are to be written: "
             "free some room or choose another folder"
         )
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Return the type that a precision names, such as "float16"."""
+    return getattr(torch, name)
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

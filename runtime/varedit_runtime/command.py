@@ -1,7 +1,7 @@
 """The behaviour that all commands share: one-line errors, `--debug`, exit codes, `--backend`."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import Field, fields
 from typing import Any
 
@@ -58,19 +58,14 @@ class CommandGroup(click.Group):
                 ctx.exit(130)
 
 
-class BackendName(click.ParamType):
-    """The name of a registered backend; the registry is asked when a command line is read.
+class Registered(click.ParamType):
+    """A name in a registry, which is asked when a command line is read.
 
-    compiling: only of those that run compiled engines.
+    name: what the names are of; names: returns those that there are.
     """
 
-    name = "backend"
-
-    def __init__(self, compiling: bool = False) -> None:
-        self._compiling = compiling
-
-    def _names(self) -> list[str]:
-        return [s.name for s in specs() if s.compiles] if self._compiling else list(BACKENDS)
+    def __init__(self, name: str, names: Callable[[], Iterable[str]]) -> None:
+        self.name, self._names = name, names
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         return click.Choice(self._names()).convert(value, param, ctx)
@@ -120,7 +115,11 @@ def backend_option(
     help: str, default: str = DEFAULT, compiling: bool = False
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Return the option `--backend`. compiling: only of backends that run compiled engines."""
-    name = BackendName(compiling)
+
+    def names() -> Iterable[str]:
+        return (spec.name for spec in specs() if spec.compiles) if compiling else BACKENDS
+
+    name = Registered("backend", names)
     return click.option("--backend", type=name, default=default, show_default=True, help=help)
 
 

@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from varedit_runtime.errors import one_line
-from varedit_runtime.manifest import Precision
+from varedit_runtime.precision import Precision
 
 if TYPE_CHECKING:
     from varedit_runtime.backends.engines.engine_set import Recipe
@@ -107,7 +107,7 @@ class Machine:
 
 def cpu_bytes(bundle: BundleFacts) -> int:
     """Return the memory that editing takes on a CPU, where 16-bit weights become fp32."""
-    return int(PEAK * bundle.weights * (1 if bundle.precision == "fp32" else 2))
+    return int(PEAK * bundle.weights * bundle.precision.cpu_growth)
 
 
 def nvidia() -> Nvidia:

@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from varedit_runtime.errors import BundleError
+from varedit_runtime.precision import PRECISIONS, Precision
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -45,7 +46,6 @@ Digest = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 PRINTABLE = r"[^\x00-\x1f\x7f-\x9f]*"
 Text = Annotated[str, Meta(pattern=rf"\A{PRINTABLE}\Z", min_length=1, max_length=1000)]
 Bytes = Annotated[int, Meta(ge=0, lt=2**60)]
-Precision = Literal["fp32", "fp16", "bf16"]
 Grid = tuple[Side, Side]
 
 _SCALE = re.compile(r"scale_(\d{2,})")
@@ -244,7 +244,7 @@ class Manifest(FolderManifest, frozen=True):
 
     name: Text
     model: Model
-    precision: Precision
+    precision: Name
     fp32_exceptions: tuple[Text, ...]
     guidance_scale: float
     temperature: Annotated[float, Meta(gt=0)]
@@ -254,12 +254,22 @@ class Manifest(FolderManifest, frozen=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.precision not in PRECISIONS:
+            raise BundleError(
+                f"its precision is {self.precision}, and this program knows only "
+                f"{', '.join(PRECISIONS)}: upgrade varedit-export, or register {self.precision}"
+            )
         for component in _COMPONENTS:
             if (file := weights_file(component)) not in self.files:
                 raise ValueError(f"the {component}'s weights, {file}, are not in files")
         _refuse_repeated("variants", (variant.name for variant in self.variants))
         for variant in self.variants:
             self._check_variant(variant)
+
+    @property
+    def policy(self) -> Precision:
+        """What is computed in which type."""
+        return PRECISIONS[self.precision]
 
     def _check_variant(self, variant: Variant) -> None:
         token_pixels = self.model.downsampling * self.model.patch

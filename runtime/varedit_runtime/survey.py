@@ -43,7 +43,7 @@ def _bundle_facts(bundle: Bundle) -> BundleFacts:
     manifest = bundle.manifest
     return BundleFacts(
         path=bundle.path,
-        precision=manifest.precision,
+        precision=manifest.policy,
         weights=sum(manifest.files[weights_file(name)].size for name in bundle.components),
         variants=tuple(variant.name for variant in manifest.variants),
         engines=tuple(_engines(bundle, path) for path in EngineSets(bundle).folders),

@@ -14,10 +14,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from varedit_reference.config import TransformerConfig
-from varedit_reference.transformer import MAX_LOG_SCALE
+from varedit_reference.transformer import MAX_LOG_SCALE, Linear
+from varedit_reference.weights_file import torch_dtype
+from varedit_runtime.precision import Format, Precision, Storage, product_of
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,63 @@ def make_weight(weight: Weight, state: Mapping[str, Tensor], dtype: torch.dtype)
     Made in fp32, whatever the checkpoint's type, and rounded once.
     """
     return weight.make(*(state[source].float() for source in weight.sources)).to(dtype)
+
+
+def pack(storage: Storage, weight: Tensor) -> dict[str, Tensor]:
+    """Store a weight [in, out] as several tensors, in the types that they are to have."""
+    types = {name: torch_dtype(kind) for name, (kind, _) in storage.parts(weight.shape).items()}
+    return {name: part.to(types[name]) for name, part in storage.pack(weight).items()}
+
+
+class Unpacked(dict[str, Tensor]):
+    """The tensors in a component's file; a weight kept as several is made whole when asked for."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], precision: Precision, component: str) -> None:
+        super().__init__(tensors)
+        self._precision, self._component = precision, component
+
+    def __missing__(self, name: str) -> Tensor:
+        storage = self._precision.format(self._component, product_of(name)).storage
+        parts = {n.removeprefix(f"{name}."): x for n, x in self.items() if n.startswith(f"{name}.")}
+        if storage is None or not parts:
+            raise KeyError(name)
+        return storage.unpack(parts)
+
+
+def reference_formats(config: TransformerConfig, precision: Precision) -> dict[str, Format]:
+    """How each product of the reference is computed and stored, by its module's name there."""
+    return {
+        source.removesuffix(".weight"): precision.format("transformer", product_of(name))
+        for name, weight in transformer_layout(config).items()
+        for source in weight.sources
+        if name.endswith(".weight")
+    }
+
+
+def formatted(
+    model: nn.Module, formats: Mapping[str, Format], prefix: str = ""
+) -> Iterator[tuple[Linear, Format]]:
+    """Yield the products of the reference, or of a part of it, with their formats.
+
+    prefix: what the part's names begin with in formats, such as "blocks.0.".
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, Linear):
+            yield module, formats[prefix + name]
+
+
+def round_products(model: nn.Module, formats: Mapping[str, Format]) -> None:
+    """Compute the reference's products in their formats, weights rounded as they are stored."""
+    for product, format in formatted(model, formats):
+        product.compute_dtype = torch_dtype(format.type)
+        if format.storage is not None:
+            rounded = round_weight(format.storage, product.weight)
+            product.weight = nn.Parameter(rounded, requires_grad=False)
+
+
+def round_weight(storage: Storage, weight: Tensor) -> Tensor:
+    """A weight of the reference [out, in] with the values that it has once it is stored."""
+    return storage.unpack(pack(storage, weight.float().T)).T
 
 
 def same(source: str) -> Weight:

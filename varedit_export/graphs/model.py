@@ -7,8 +7,9 @@ Shape suffixes: R rows (conditional rows of all pictures first), T text tokens, 
 tokens seen, C width, H heads, D = C/H.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -16,6 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from varedit_reference.config import MAX_LEVELS, MAX_TEXT_TOKENS, TransformerConfig
+from varedit_reference.weights_file import torch_dtype
+from varedit_runtime.precision import Format, Precision, Storage
+
+Formats = Callable[[str], Format]  # of the products of a component, by name
 
 
 @dataclass(frozen=True)
@@ -37,28 +42,29 @@ class Past:
 
 
 class GraphTransformer(nn.Module):
-    """The weights of all stages. dtype: of the matrix products and of the caches."""
+    """The weights of all stages, in a precision."""
 
-    def __init__(self, config: TransformerConfig, dtype: torch.dtype) -> None:
+    def __init__(self, config: TransformerConfig, precision: Precision) -> None:
         super().__init__()
         self.config = config
-        self.dtype = dtype
+        formats = partial(precision.format, "transformer")
         width, text = config.width, config.text_channels
         self.unconditional_text = parameter(MAX_TEXT_TOKENS, text)
         self.start_token = parameter(width)
         self.level_embedding = parameter(MAX_LEVELS, width)
-        self.token_embedding = Product(config.token_channels, width, dtype)
+        self.token_embedding = Product(config.token_channels, width, formats("token_embedding"))
         self.text_norm = parameter(text)
-        self.text_pool = TextPool(config, dtype)
+        self.text_pool = TextPool(config, formats)
+        memory = formats("text_memory")
         self.text_memory = nn.ModuleDict(
-            {"0": Product(text, width, dtype), "2": Product(width, width, dtype)}
+            {"0": Product(text, width, memory), "2": Product(width, width, memory)}
         )
-        self.shared_modulation = Product(width, 6 * width, torch.float32)
-        self.head_modulation = Product(width, 2 * width, torch.float32)
-        self.head = Product(width, 2 * config.token_channels, torch.float32)
-        self.blocks = cast(
-            "Sequence[Block]", nn.ModuleList(Block(config, dtype) for _ in range(config.depth))
-        )
+        self.shared_modulation = Product(width, 6 * width, formats("shared_modulation"))
+        self.head_modulation = Product(width, 2 * width, formats("head_modulation"))
+        self.head = Product(width, 2 * config.token_channels, formats("head"))
+        dtype = torch_dtype(precision.type)
+        blocks = (Block(config, formats, dtype) for _ in range(config.depth))
+        self.blocks = cast("Sequence[Block]", nn.ModuleList(blocks))
 
     def run(
         self, x_RLC: Tensor, text: TextInputs, cos: Tensor, sin: Tensor, past: Sequence[Past]
@@ -73,20 +79,22 @@ class GraphTransformer(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: TransformerConfig, dtype: torch.dtype) -> None:
+    """Self-attention, cross-attention to the text, MLP. dtype: of keys and values."""
+
+    def __init__(self, config: TransformerConfig, formats: Formats, dtype: torch.dtype) -> None:
         super().__init__()
         width = config.width
         self.heads, self.dtype = config.heads, dtype
         self.modulation = parameter(6, width)
-        self.qkv = Product(width, 3 * width, dtype)
+        self.qkv = Product(width, 3 * width, formats("blocks.qkv"))
         self.attention_scale = parameter(config.heads)
-        self.projection = Product(width, width, dtype)
+        self.projection = Product(width, width, formats("blocks.projection"))
         self.cross_norm = Affine(width)
-        self.cross_query = Product(width, width, dtype)
-        self.cross_kv = TextKeysValues(config, dtype)
-        self.cross_projection = Product(width, width, dtype)
-        self.mlp_up = Product(width, config.mlp_width, dtype)
-        self.mlp_down = Product(config.mlp_width, width, dtype)
+        self.cross_query = Product(width, width, formats("blocks.cross_query"))
+        self.cross_kv = TextKeysValues(config, formats("blocks.cross_kv"), dtype)
+        self.cross_projection = Product(width, width, formats("blocks.cross_projection"))
+        self.mlp_up = Product(width, config.mlp_width, formats("blocks.mlp_up"))
+        self.mlp_down = Product(config.mlp_width, width, formats("blocks.mlp_down"))
 
     def forward(
         self, x_RLC: Tensor, text: TextInputs, index: int, cos: Tensor, sin: Tensor, past: Past
@@ -106,7 +114,7 @@ class Block(nn.Module):
         q_RLHD = _rotate(_unit(q.float()) * self.attention_scale[:, None], cos, sin)
         k_RLHD = _rotate(_unit(k.float()), cos, sin)
         keys = k_RLHD.to(self.dtype).transpose(0, 1)
-        values = v.transpose(0, 1)
+        values = cast_to(v, self.dtype).transpose(0, 1)
         seen_keys = torch.cat((*past.keys, keys)) if past.keys else keys
         seen_values = torch.cat((*past.values, values)) if past.values else values
         attended = attention(
@@ -124,11 +132,11 @@ class Block(nn.Module):
 
 
 class TextPool(nn.Module):
-    def __init__(self, config: TransformerConfig, dtype: torch.dtype) -> None:
+    def __init__(self, config: TransformerConfig, formats: Formats) -> None:
         super().__init__()
         self.query = parameter(config.text_heads, config.width // config.text_heads)
-        self.kv = Product(config.text_channels, 2 * config.width, dtype)
-        self.projection = Product(config.width, config.width, dtype)
+        self.kv = Product(config.text_channels, 2 * config.width, formats("text_pool.kv"))
+        self.projection = Product(config.width, config.width, formats("text_pool.projection"))
 
     def forward(self, text_RTC: Tensor, bias_R1T: Tensor) -> Tensor:
         """Normed text -> pooled text [R, C], fp32."""
@@ -140,29 +148,29 @@ class TextPool(nn.Module):
 
 
 class Product(nn.Module):
-    """x·W + b in its own type, W stored [in, out]."""
+    """x·W + b, computed and stored as its format says; W is [in, out]."""
 
-    def __init__(self, channels_in: int, channels: int, dtype: torch.dtype) -> None:
+    def __init__(self, channels_in: int, channels: int, format: Format) -> None:
         super().__init__()
-        self.weight = parameter(channels_in, channels, dtype=dtype)
-        self.bias = parameter(channels, dtype=dtype)
+        self.dtype = torch_dtype(format.type)
+        self.weight = weight(channels_in, channels, format)
+        self.bias = parameter(channels, dtype=self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return product(x, self.weight, self.bias)
+        return product(x, self.weight, self.dtype) + self.bias
 
 
-class TextKeysValues(nn.Module):
+class TextKeysValues(Product):
     """The keys and values of the text that a block attends to."""
 
-    def __init__(self, config: TransformerConfig, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.heads = config.heads
-        self.weight = parameter(config.width, 2 * config.width, dtype=dtype)
-        self.bias = parameter(2 * config.width, dtype=dtype)
+    def __init__(self, config: TransformerConfig, format: Format, kept: torch.dtype) -> None:
+        """kept: the type of keys and values."""
+        super().__init__(config.width, 2 * config.width, format)
+        self.heads, self.kept = config.heads, kept
 
-    def forward(self, memory_RTC: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, memory_RTC: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """The text's memory -> keys [R, H, D, T] and values [R, H, T, D]."""
-        keys_values = product(memory_RTC, self.weight, self.bias)
+        keys_values = cast_to(super().forward(memory_RTC), self.kept)
         k, v = (x.unflatten(-1, (self.heads, -1)) for x in split(keys_values, 2))
         return k.permute(0, 2, 3, 1), v.transpose(1, 2)
 
@@ -179,17 +187,43 @@ class Affine(nn.Module):
         return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, 1e-6)
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return x.to(weight.dtype) @ weight + bias
+class Packed(nn.Module):
+    """A weight W [in, out] that is kept as several tensors."""
+
+    def __init__(self, storage: Storage, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.storage = storage
+        for name, (kind, size) in storage.parts(shape).items():
+            self.register_parameter(name, parameter(*size, dtype=torch_dtype(kind)))
+
+    def multiply(self, x: Tensor) -> Tensor:
+        return self.storage.multiply(x, dict(self.named_parameters()))
+
+
+def weight(channels_in: int, channels: int, format: Format) -> nn.Parameter | Packed:
+    """Make room for a product's weight [in, out], as its format stores it."""
+    if format.storage is not None:
+        return Packed(format.storage, (channels_in, channels))
+    return parameter(channels_in, channels, dtype=torch_dtype(format.type))
+
+
+def product(x: Tensor, weight: Tensor | Packed, dtype: torch.dtype) -> Tensor:
+    """x·W, computed in a type."""
+    return weight.multiply(x.to(dtype)) if isinstance(weight, Packed) else x.to(dtype) @ weight
 
 
 def attention(
     q_RHLD: Tensor, keys_RHDS: Tensor, values_RHSD: Tensor, bias: Tensor | None = None
 ) -> Tensor:
     """Softmax attention, heads merged [R, L, C]; the softmax is fp32."""
-    scores_RHLS = (q_RHLD @ keys_RHDS).float()
+    scores_RHLS = (cast_to(q_RHLD, keys_RHDS.dtype) @ keys_RHDS).float()
     weights = (scores_RHLS if bias is None else scores_RHLS + bias).softmax(-1)
     return (weights.to(values_RHSD.dtype) @ values_RHSD).transpose(1, 2).flatten(2)
+
+
+def cast_to(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast, leaving no node in the graph where the type is the same."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -26,9 +26,9 @@ from varedit_reference.config import Grid, ModelConfig, TransformerConfig
 from varedit_reference.kv_cache import source_length, target_length
 from varedit_reference.quantisation import positions
 from varedit_reference.tokenizer import Tokenizer
+from varedit_reference.weights_file import torch_dtype
 from varedit_runtime.geometry import area_matrix
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+from varedit_runtime.precision import Precision
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,18 @@ class Spec:
 class Shapes:
     """What a variant's graphs are shaped by.
 
-    rows: of the transformer, twice the batch with guidance. dtype: of products and caches.
+    rows: of the transformer, twice the batch with guidance. dtype: of keys and values.
     """
 
     config: ModelConfig
     batch: int
     guided: bool
     text_tokens: int
-    dtype: torch.dtype
+    precision: Precision
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch_dtype(self.precision.type)
 
     @property
     def rows(self) -> int:

@@ -1,11 +1,11 @@
 """The T5 encoder as its graph computes it.
 
-Relative positions are a table lookup with constant indices; norms, softmax and, in fp16, the
-MLP's output projection are fp32: T5-XL's values pass fp16's range there.
+Relative positions are a table lookup with constant indices; norms and softmax are fp32.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from varedit_export.graphs.layout import Restored, Weight, same, transposed
-from varedit_export.graphs.model import attention, parameter, split
+from varedit_export.graphs.model import Formats, attention, parameter, product, split, weight
+from varedit_reference.weights_file import torch_dtype
 from varedit_runtime.errors import ConfigError
+from varedit_runtime.precision import Precision
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,13 @@ class TextEncoderConfig:
 class GraphTextEncoder(nn.Module):
     """Token ids and mask [B, T] -> features [B, T, width], fp32."""
 
-    def __init__(self, config: TextEncoderConfig, dtype: torch.dtype) -> None:
+    def __init__(self, config: TextEncoderConfig, precision: Precision) -> None:
         super().__init__()
         self.config = config
+        formats, dtype = partial(precision.format, "text_encoder"), torch_dtype(precision.type)
         self.embedding = parameter(config.vocabulary, config.width, dtype=dtype)
         self.relative_attention_bias = parameter(config.buckets, config.heads)
-        self.blocks = nn.ModuleList(TextBlock(config, dtype) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(TextBlock(config, formats) for _ in range(config.depth))
         self.final_norm = parameter(config.width)
 
     def forward(self, token_ids: Tensor, mask: Tensor) -> Tensor:
@@ -78,27 +81,34 @@ class GraphTextEncoder(nn.Module):
 
 
 class TextBlock(nn.Module):
-    def __init__(self, config: TextEncoderConfig, dtype: torch.dtype) -> None:
+    """Self-attention and gated MLP. Its products have no biases."""
+
+    def __init__(self, config: TextEncoderConfig, formats: Formats) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.formats = config, formats
         inner = config.heads * config.head_width
-        wide = torch.float32 if dtype == torch.float16 else dtype
         self.attention_norm = parameter(config.width)
-        self.qkv = parameter(config.width, 3 * inner, dtype=dtype)
-        self.projection = parameter(inner, config.width, dtype=dtype)
+        self.qkv = weight(config.width, 3 * inner, formats("blocks.qkv"))
+        self.projection = weight(inner, config.width, formats("blocks.projection"))
         self.mlp_norm = parameter(config.width)
-        self.gate_up = parameter(config.width, 2 * config.mlp_width, dtype=dtype)
-        self.down = parameter(config.mlp_width, config.width, dtype=wide)
+        self.gate_up = weight(config.width, 2 * config.mlp_width, formats("blocks.gate_up"))
+        self.down = weight(config.mlp_width, config.width, formats("blocks.down"))
 
     def forward(self, x_BTC: Tensor, bias_BHTT: Tensor) -> Tensor:
-        qkv = _product(_rms_norm(x_BTC, self.attention_norm, self.config), self.qkv)
+        qkv = self._product("qkv", _rms_norm(x_BTC, self.attention_norm, self.config))
         q, k, v = (x.unflatten(-1, (self.config.heads, -1)) for x in split(qkv, 3))
         attended = attention(q.transpose(1, 2), k.permute(0, 2, 3, 1), v.transpose(1, 2), bias_BHTT)
-        x_BTC = x_BTC + _product(attended, self.projection).float()
-        hidden = _product(_rms_norm(x_BTC, self.mlp_norm, self.config), self.gate_up)
-        gate, up = split(hidden.to(self.down.dtype), 2)
+        x_BTC = x_BTC + self._product("projection", attended).float()
+        hidden = self._product("gate_up", _rms_norm(x_BTC, self.mlp_norm, self.config))
+        gate, up = split(hidden.to(self._dtype("down")), 2)
         hidden = F.gelu(gate, approximate="tanh") * up
-        return x_BTC + _product(hidden, self.down).float()
+        return x_BTC + self._product("down", hidden).float()
+
+    def _dtype(self, name: str) -> torch.dtype:
+        return torch_dtype(self.formats(f"blocks.{name}").type)
+
+    def _product(self, name: str, x: Tensor) -> Tensor:
+        return product(x, getattr(self, name), self._dtype(name))
 
 
 def text_encoder_layout(config: TextEncoderConfig) -> dict[str, Weight]:
@@ -169,10 +179,6 @@ def relative_buckets(tokens: int, config: TextEncoderConfig) -> Tensor:
 
 def _fused(*weights: Tensor) -> Tensor:
     return torch.cat(weights).T
-
-
-def _product(x: Tensor, weight: Tensor) -> Tensor:
-    return x.to(weight.dtype) @ weight
 
 
 def _rms_norm(x: Tensor, weight: Tensor, config: TextEncoderConfig) -> Tensor:

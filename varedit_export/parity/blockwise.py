@@ -12,10 +12,12 @@ from math import isnan
 import torch
 from torch import Tensor, nn
 
-from varedit_export.graphs.layout import Weight
+from varedit_export.errors import ParityError
+from varedit_export.graphs.layout import Weight, round_weight
 from varedit_export.parity.cut import Arrays, CutGraph, WeightFiles
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.manifest import ParityLine, Variant
+from varedit_runtime.manifest import ParityLine, Variant, weights_file
+from varedit_runtime.precision import Precision, product_of
 
 # Largest error over the rms of what a block adds, or of its keys and values: fp32 arithmetic in
 # another order gives under 1e-4 at full size, two swapped biases of a random model over 1e-2.
@@ -31,16 +33,24 @@ class Stored(Mapping[str, Tensor]):
         state: Mapping[str, Tensor],
         layout: Mapping[str, Weight],
         files: WeightFiles,
-        file: str,
+        component: str,
+        precision: Precision,
     ) -> None:
-        places = files.layout(file)
+        places = files.layout(weights_file(component))
         self._state = state
-        self._types = {
-            source: places[name].dtype for name, w in layout.items() for source in w.sources
+        self._stored = {
+            source: places[name].dtype
+            if name in places
+            else precision.format(component, product_of(name)).storage
+            for name, weight in layout.items()
+            for source in weight.sources
         }
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._state[name].float().to(self._types[name])
+        made, stored = self._state[name].float(), self._stored[name]
+        if stored is None:
+            raise ParityError(f"the bundle's files hold no weight made from {name}")
+        return made.to(stored) if isinstance(stored, torch.dtype) else round_weight(stored, made)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._state)

@@ -21,7 +21,6 @@ import torch
 
 from varedit_export.bundle_model import sources_of
 from varedit_export.errors import ParityError
-from varedit_export.graphs.stages import DTYPES
 from varedit_export.parity.compare import (
     BITS_OUT,
     LOGITS_OUT,
@@ -55,6 +54,7 @@ from varedit_runtime.backends.wiring import TEXT
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.manifest import Manifest, ParityLine, Variant, weights_file
 from varedit_runtime.pictures import from_decoder
+from varedit_runtime.precision import Precision
 
 # Bytes of a model's weights in fp32, over which it is compared block by block: the whole
 # comparison holds them some four times, in the reference, rounded and in ONNX Runtime's sessions.
@@ -96,8 +96,8 @@ def parameters(bundle: Bundle) -> int:
 
 def compare_graphs(bundle: Bundle, model: Reference) -> Iterator[ParityLine]:
     """Compare every graph of every variant with the reference, held whole."""
-    precision = bundle.manifest.precision
-    exact = precision == "fp32"
+    precision = bundle.manifest.policy
+    exact = precision.exact
     rules = Rules(half=True)
     if not exact:
         outputs, said = (BITS_OUT, SUM_OUT), ", computed in fp32"
@@ -107,7 +107,7 @@ def compare_graphs(bundle: Bundle, model: Reference) -> Iterator[ParityLine]:
         edit, inputs = _random(variant, reference.reference.config, model.text)
         expected = run(reference, edit, inputs)
         static = StaticBackend(bundle, variant)
-        if precision == "bf16":  # which ONNX Runtime does not have on CPUs; its coders are fp32
+        if not precision.onnxruntime:  # but for its coders, which are fp32
             coded = {stage: out for stage, out in expected.coded.items() if stage != TEXT}
             yield from compare(static, Expected((), coded), edit, inputs, Rules())
         else:
@@ -121,11 +121,11 @@ def compare_graphs(bundle: Bundle, model: Reference) -> Iterator[ParityLine]:
 
 
 def _compare_rounding(
-    reference: ReferenceBackend, expected: Expected, edit: Edit, precision: str
+    reference: ReferenceBackend, expected: Expected, edit: Edit, precision: Precision
 ) -> Iterator[ParityLine]:
-    """Measure what 16-bit products change in the reference itself."""
-    model = reference.reference.rounded(DTYPES[precision])
-    rounding = f", reference with products rounded to {precision}"
+    """Measure what the precision's products change in the reference itself."""
+    model = reference.reference.rounded(precision)
+    rounding = f", reference with products rounded to {precision.name}"
     rules = Rules((BITS_OUT,), ties=False, rounding=rounding)
     yield from compare(ReferenceBackend(model, reference.variant), expected, edit, {}, rules)
 
@@ -183,21 +183,22 @@ def compare_backend(bundle: Bundle, variant: Variant, backend: Backend) -> Itera
     """
     config, sources = sources_of(bundle)
     edit, inputs = _random(variant, config_of(variant, config), sources.text)
-    precision, large = bundle.manifest.precision, is_large(parameters(bundle))
-    if precision == "bf16" and large:
+    precision, large = bundle.manifest.policy, is_large(parameters(bundle))
+    if large and not precision.onnxruntime:
         raise ParityError(
-            f"{bundle.path} is in bf16, which ONNX Runtime does not compute on CPUs, and too large "
-            "to be compared with the reference: verify engines of the same model in fp16"
+            f"{bundle.path} is in {precision.name}, which ONNX Runtime does not compute on CPUs, "
+            "and too large to be compared with the reference: verify engines of the same model in "
+            "fp16"
         )
     rules = Rules()
-    if precision != "fp32":
+    if not precision.exact:
         rules = Rules(
             ties=False,
             features=ROUNDED_FEATURES,
             tokens=ROUNDED_FEATURES,
             largest_logit=ROUNDED_LOGITS,
         )
-    if precision != "bf16":
+    if precision.onnxruntime:
         with closing(_onnx(bundle, variant)) as onnx:
             expected = run(onnx, edit, inputs)
         against = replace(rules, against=" against ONNX Runtime")

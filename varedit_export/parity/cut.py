@@ -40,6 +40,9 @@ TORCH_TYPES = {
     TensorProto.FLOAT: torch.float32,
     TensorProto.FLOAT16: torch.float16,
     TensorProto.BFLOAT16: torch.bfloat16,
+    TensorProto.INT8: torch.int8,
+    TensorProto.UINT8: torch.uint8,
+    TensorProto.FLOAT8E4M3FN: torch.float8_e4m3fn,
 }
 
 

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 # Signal-to-noise ratio in dB below which a layer is wrong: an error of 0.1 % of its root mean
 # square in fp32, of 3 % in 16 bits.
-LEAST_SNR = {"fp32": 60.0, "fp16": 30.0}
+EXACT_SNR, ROUNDED_SNR = 60.0, 30.0
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
 
 
@@ -67,9 +67,9 @@ def first_wrong_layer(
     chosen = bundle.manifest.variant(variant)
     if stage not in (known := stages_of(chosen, "external")):
         raise ConfigError(f"no stage is called {stage!r}; there are {', '.join(known)}")
-    if (precision := bundle.manifest.precision) not in LEAST_SNR:
+    if not (precision := bundle.manifest.policy).onnxruntime:
         raise ConfigError(
-            f"{bundle.path} is in {precision}, which ONNX Runtime does not compute on CPUs: "
+            f"{bundle.path} is in {precision.name}, which ONNX Runtime does not compute on CPUs: "
             "compare the layers of the same model in fp16"
         )
     graph = with_all_outputs(bundle.graph_bytes(chosen.name, stage))
@@ -86,7 +86,8 @@ def first_wrong_layer(
     session = load_graph(graph, bundle.graphs_folder)
     inputs = stage_inputs(bundle, chosen, stage)
     try:
-        return first_wrong(graph, inputs, OnnxrtRunner(session), engine, LEAST_SNR[precision])
+        least = EXACT_SNR if precision.exact else ROUNDED_SNR
+        return first_wrong(graph, inputs, OnnxrtRunner(session), engine, least)
     except PolygraphyException as error:
         raise BackendError(
             f"Polygraphy cannot run {stage}'s engine ({error}): run `varedit-export doctor`"

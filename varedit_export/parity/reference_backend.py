@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from varedit_export.bundle_model import sources_of
+from varedit_export.graphs.layout import reference_formats, round_products
 from varedit_export.parity.edit import config_of
 from varedit_export.sources import Sources, TextSource
 from varedit_reference.checkpoint import empty_tokenizer
@@ -27,6 +28,7 @@ from varedit_runtime.backends.base import Backend, Sampling, ScaleOutput
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import BackendError
 from varedit_runtime.manifest import Variant
+from varedit_runtime.precision import Precision
 
 if TYPE_CHECKING:
     from transformers.models.t5.modeling_t5 import T5Stack
@@ -59,9 +61,10 @@ class Reference:
         transformer = _var(config, self.transformer.state_dict())
         return replace(self, config=config, transformer=transformer)
 
-    def rounded(self, dtype: torch.dtype) -> "Reference":
-        """Round the transformer's products, and their weights, to a 16-bit type."""
-        transformer = _var(self.config, self.transformer.state_dict(), dtype)
+    def rounded(self, precision: Precision) -> "Reference":
+        """Compute the transformer's products, and store their weights, as a precision does."""
+        transformer = _var(self.config, self.transformer.state_dict())
+        round_products(transformer, reference_formats(self.config.transformer, precision))
         return replace(self, transformer=transformer)
 
 
@@ -169,11 +172,8 @@ def t5_encoder(text: TextSource) -> "T5Stack":
     return encoder.eval()
 
 
-def _var(
-    config: ModelConfig, state: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
-) -> VAR:
+def _var(config: ModelConfig, state: Mapping[str, Tensor]) -> VAR:
     with torch.device("meta"):
-        model = VAR(config.transformer, dtype)
-    types = {name: tensor.dtype for name, tensor in model.state_dict().items()}
-    model.load_state_dict({n: t.to(types[n]) for n, t in state.items()}, assign=True)
+        model = VAR(config.transformer)
+    model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
     return model.eval()

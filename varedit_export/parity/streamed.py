@@ -48,7 +48,7 @@ from varedit_export.sources import Sources, TextSource
 from varedit_reference.config import ModelConfig
 from varedit_reference.quantisation import to_tokens
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.manifest import ParityLine, Variant, scale_of, weights_file
+from varedit_runtime.manifest import ParityLine, Variant, scale_of
 from varedit_runtime.pictures import from_decoder
 
 if TYPE_CHECKING:
@@ -56,7 +56,6 @@ if TYPE_CHECKING:
 
 POSITIONS = 8  # tokenizer positions along the side of the pictures that coders are compared on
 M_MMAP_THRESHOLD, LARGE_ARRAY = -3, 2**20  # of glibc's malloc.h; bytes
-TEXT = weights_file("text_encoder")
 
 
 @torch.inference_mode()
@@ -162,7 +161,13 @@ class TextComparison:
         self._runner = Runner(files, torch.get_num_threads())
         self._json = text.json
         self._depth = text.config.depth
-        self._stored = Stored(text.state, text_encoder_layout(text.config), files, TEXT)
+        self._stored = Stored(
+            text.state,
+            text_encoder_layout(text.config),
+            files,
+            "text_encoder",
+            bundle.manifest.policy,
+        )
         shape = (variant.batch, variant.text_tokens)
         generator = torch.Generator().manual_seed(2)
         self._ids = torch.randint(3, text.config.vocabulary, shape, generator=generator)

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from varedit_export.errors import ParityError
-from varedit_export.graphs.layout import transformer_layout
-from varedit_export.graphs.stages import DTYPES, Shapes
+from varedit_export.graphs.layout import formatted, reference_formats, transformer_layout
+from varedit_export.graphs.stages import Shapes
 from varedit_export.parity.blockwise import (
     ComparedGraph,
     Stored,
@@ -43,13 +43,13 @@ from varedit_reference.sampling import bit_probability, guide, nucleus
 from varedit_reference.sar import scale_aligned_references
 from varedit_reference.scale_loop import PredictedScale, predict_scales, seeded
 from varedit_reference.transformer import VAR, Block, Linear, TextCondition
+from varedit_reference.weights_file import torch_dtype
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.geometry import scale_inputs, scale_sizes
-from varedit_runtime.manifest import ParityLine, Variant, scale_name, scale_of, weights_file
+from varedit_runtime.manifest import ParityLine, Variant, scale_name, scale_of
 
 TOKENS = 64  # tokens of a scale that blocks are compared at
 CPU = torch.device("cpu")
-TRANSFORMER = weights_file("transformer")
 
 
 class Probe(nn.Module):
@@ -92,12 +92,13 @@ class TransformerComparison:
         files: WeightFiles,
     ) -> None:
         self._bundle, self._variant, self._config = bundle, variant, config
-        self._dtype = DTYPES[bundle.manifest.precision]
+        self._precision = bundle.manifest.policy
+        self._formats = reference_formats(config.transformer, self._precision)
         self._files, self._runner = files, Runner(files, torch.get_num_threads())
         layout = transformer_layout(config.transformer)
-        self._stored = Stored(sources.transformer, layout, files, TRANSFORMER)
+        self._stored = Stored(sources.transformer, layout, files, "transformer", self._precision)
         self._shapes = Shapes(
-            config, variant.batch, variant.guided, variant.text_tokens, self._dtype
+            config, variant.batch, variant.guided, variant.text_tokens, self._precision
         )
         self._edit = random_edit(variant, config)
         # The scale whose blocks are all run: small, so that weights cost more than computing.
@@ -121,7 +122,7 @@ class TransformerComparison:
         """Make the reference with a probe in place of its blocks."""
         with torch.device("meta"):
             config = replace(self._config.transformer, depth=1)
-            model = VAR(config, torch.float32, self._dtype)
+            model = VAR(config)
         probe = Probe()
         model.blocks = nn.ModuleList([probe])  # type: ignore[assignment]
         self._stored.load(model, lambda name: name)
@@ -262,10 +263,10 @@ class TransformerComparison:
         thorough.x_RLC = rounded_RLC = x_RLC
         depth = self._config.transformer.depth
         for i in range(depth):
-            block = self._block(i, torch.float32)
+            block = self._block(i)
             text = self._text_of(block)
             self._compare_text(condition, i, text)
-            if self._dtype != torch.float32:
+            if not self._precision.exact:
                 rounded_RLC = self._rounded(block, i, thorough, rounded_RLC)
             for stage, blocks in zip(stages, kinds, strict=True):
                 if i in blocks:
@@ -273,18 +274,17 @@ class TransformerComparison:
         yield blocks_line(condition, depth)
         for stage, blocks in zip(stages, kinds, strict=True):
             yield blocks_line(stage, len(blocks))
-        if self._dtype != torch.float32:
+        if not self._precision.exact:
             yield self._rounding(thorough, rounded_RLC)
 
-    def _block(self, index: int, compute_dtype: torch.dtype) -> Block:
-        block = self._empty_block(compute_dtype)
+    def _block(self, index: int) -> Block:
+        product = partial(Linear, compute_dtype=torch.float32, weight_dtype=torch.float32)
+        with torch.device("meta"):
+            block = Block(self._config.transformer, product)
+        for linear, format in formatted(block, self._formats, f"blocks.{index}."):
+            linear.type(torch_dtype(format.type))  # held as stored, widened as it is computed with
         self._stored.load(block, lambda name: f"blocks.{index}.{name}")
         return block
-
-    def _empty_block(self, compute_dtype: torch.dtype) -> Block:
-        product = partial(Linear, compute_dtype=compute_dtype, weight_dtype=self._dtype)
-        with torch.device("meta"):
-            return Block(self._config.transformer, product)
 
     def _text_of(self, block: Block) -> TextCondition:
         """Return the text condition with one block's keys and values."""
@@ -399,14 +399,18 @@ class TransformerComparison:
     def _length(self, stage: ComparedGraph) -> int:
         return self._config.transformer.lengths[-1 if stage.scale is None else stage.scale]
 
-    def _rounded(self, exact: Block, i: int, stage: ComparedGraph, x_RLC: Tensor) -> Tensor:
-        """Return the stream after a block whose products are rounded to 16 bits."""
-        block = self._empty_block(self._dtype)
-        block.load_state_dict(exact.state_dict(), assign=True)
-        past = {n: x.to(self._dtype) for n, x in self._past(stage, i).items()}
+    def _rounded(self, block: Block, i: int, stage: ComparedGraph, x_RLC: Tensor) -> Tensor:
+        """Return the stream after a block whose products are computed as the bundle's are."""
+        products = list(formatted(block, self._formats, f"blocks.{i}."))
+        for product, format in products:
+            product.compute_dtype = torch_dtype(format.type)
+        past = {n: x.to(self._shapes.dtype) for n, x in self._past(stage, i).items()}
         every = torch.arange(x_RLC.shape[1])
         context = _Seen(_joined(past), None, every)
-        return block(x_RLC, self._text_of(block), 0, self._rotation(stage, every), context)
+        rounded = block(x_RLC, self._text_of(block), 0, self._rotation(stage, every), context)
+        for product, _ in products:
+            product.compute_dtype = torch.float32
+        return rounded
 
     def _rounding(self, stage: ComparedGraph, rounded_RLC: Tensor) -> ParityLine:
         """Measure what 16-bit products change, in the reference: a CPU runs the graphs in fp32."""
@@ -425,8 +429,8 @@ class TransformerComparison:
         differs = bits[0] != bits[1]
         if not rounded_RLC.isfinite().all():
             differs = torch.ones_like(differs)
-        precision = self._bundle.manifest.precision
-        measure = f"share of bits that differ, reference with products rounded to {precision}"
+        name = self._precision.name
+        measure = f"share of bits that differ, reference with products rounded to {name}"
         return share_line(stage.graph.name, measure, differs.numpy())
 
     def _line(self, stage: str, measure: str, actual: np.ndarray, expected: Tensor) -> ParityLine:

@@ -32,7 +32,6 @@ from varedit_runtime.manifest import (
     Digest,
     FolderManifest,
     Name,
-    Precision,
     StoredWeight,
     Text,
     canonical_json,
@@ -64,7 +63,7 @@ class Recipe(Struct, frozen=True, forbid_unknown_fields=True):
     tools: dict[Text, Text]
     gpu: Gpu
     layout: Layout
-    precision: Precision
+    precision: Name
     flags: dict[Text, Text]
 
     @property

@@ -152,18 +152,18 @@ class OnnxBackend(GraphBackend):
     ) -> None:
         """Load all graphs and allocate their memory.
 
-        Raises BackendError if the installed onnxruntime lacks the provider, the bundle is bf16, a
-        graph cannot be loaded or memory is too small; BundleError if a graph is missing or damaged,
-        or does not fit the others.
+        Raises BackendError if the installed onnxruntime lacks the provider, it does not run the
+        bundle's precision, a graph cannot be loaded or memory is too small; BundleError if a graph
+        is missing or damaged, or does not fit the others.
         """
         provider, threads = options.provider, options.threads or 0
         check_provider(provider)
         super().__init__(variant, bundle.manifest.model, provider, symbolic=True)
         views = (view for step in self.steps.values() for view in step.views)
-        if bundle.manifest.precision == "bf16" or any(view.dtype == "bfloat16" for view in views):
+        if not bundle.manifest.policy.onnxruntime or any(v.dtype == "bfloat16" for v in views):
             raise BackendError(
-                "the bundle is bf16, which ONNX Runtime cannot run: build with --precision fp32 "
-                "for a CPU or fp16 for a GPU, or run engines"
+                f"the bundle is {bundle.manifest.precision}, which ONNX Runtime cannot run: build "
+                "with --precision fp32 for a CPU or fp16 for a GPU, or run engines"
             )
         stages = dict.fromkeys(step.stage for step in self.steps.values())
         self._sessions = {

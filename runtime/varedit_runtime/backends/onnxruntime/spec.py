@@ -62,11 +62,12 @@ class OnnxRuntime(BackendSpec[OnnxRuntimeOptions]):
         bundle = machine.bundle
         if bundle is None:
             return Verdict(CPU, "can run", "bundles in fp32 that fit in memory")
-        if bundle.precision == "bf16":
-            return Verdict(CPU, "cannot", "CPUs do not compute bf16: build with --precision fp32")
+        if not bundle.precision.onnxruntime:
+            why = f"CPUs do not compute {bundle.precision.name}: build with --precision fp32"
+            return Verdict(CPU, "cannot", why)
         if why := too_little(machine.memory, cpu_bytes(bundle), "memory"):
             return Verdict(CPU, "cannot", why)
-        if bundle.precision == "fp16":
+        if bundle.precision.cpu_growth > 1:
             less = "this bundle, in fp32: --precision fp32 takes less memory"
             return Verdict(CPU, "can run", less)
         return Verdict(CPU, "can run", "this bundle")
@@ -85,9 +86,10 @@ class OnnxRuntime(BackendSpec[OnnxRuntimeOptions]):
             return Verdict(CUDA, "cannot", why, TO_GPU if _both(machine) else ())
         if machine.bundle is None:
             return Verdict(CUDA, "can run", "bundles that fit in the GPU's memory")
-        if machine.bundle.precision == "bf16":
-            no_bf16 = "it runs no bf16: build with --precision fp16, or engines"
-            return Verdict(CUDA, "cannot", no_bf16)
+        if not machine.bundle.precision.onnxruntime:
+            name = machine.bundle.precision.name
+            why = f"it runs no {name}: build with --precision fp16, or engines"
+            return Verdict(CUDA, "cannot", why)
         most_free = max((gpu.free for gpu in gpus if gpu.free is not None), default=None)
         if why := too_little(most_free, int(PEAK * machine.bundle.weights), "GPU memory"):
             return Verdict(CUDA, "cannot", why)

@@ -1,0 +1,160 @@
+"""What is computed in which type, and how weights are stored: one entry per precision.
+
+An entry is data, and the only place that says so. From it the exporter casts in the graphs and
+stores the weights, the manifest lists what stays in fp32, the reference is rounded in the same
+places, and backends and `doctor` know where a bundle runs. It lies in the runtime, which has no
+torch, since all packages read it: types are names, such as "float16".
+
+Products are named as in the graphs, without the number of the block: `blocks.mlp_up`. What lies
+between products (residual stream, norms, softmax, sampling) is fp32 in every precision.
+
+To add a precision, add an entry to `PRECISIONS`. One whose weights take several tensors also needs
+a `Storage`:
+
+    Precision("int8", stored=(("transformer.blocks.*", ColumnsOfInt8()),))
+"""
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from varedit_runtime.errors import ConfigError
+
+FLOAT32 = "float32"
+Tensor = Any  # torch's, which the runtime does not import
+
+
+class Storage(ABC):
+    """Keep a product's weight W [in, out] as several tensors, such as values and scales.
+
+    Each column of W, an output channel, must be kept independently of the others: channels are
+    fused and reordered between the reference and the graphs. Subclasses are frozen dataclasses, so
+    that a build that goes on after an interruption knows whether they changed.
+    """
+
+    @abstractmethod
+    def parts(self, shape: tuple[int, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Return the type and shape of each tensor, by name, for a W of this shape."""
+
+    @abstractmethod
+    def pack(self, weight: Tensor) -> dict[str, Tensor]:
+        """Return the tensors of an fp32 W; the caller casts them to the types of `parts`."""
+
+    @abstractmethod
+    def unpack(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """Return W in fp32."""
+
+    def multiply(self, x: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
+        """Return x·W in x's type, from operations that torch.onnx can export."""
+        return x @ self.unpack(parts).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a product is computed and its weight stored.
+
+    type: of its operands and its result; storage: None where the weight is one tensor of that type.
+    """
+
+    type: str
+    storage: Storage | None = None
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What stays in fp32, in words for the manifest, and the products among it.
+
+    what: empty for the whole component; products: patterns of their names.
+    """
+
+    component: str
+    what: str = ""
+    products: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.component}: {self.what}" if self.what else self.component
+
+
+# The transformer's are those that the released code computes in fp32. The coders are small beside
+# it, and which of their layers pass fp16's range has not been measured.
+KEPT = (
+    Kept(
+        "transformer",
+        "residual stream, norms, softmax, AdaLN, head, sampling",
+        ("shared_modulation", "head_modulation", "head"),
+    ),
+    Kept("text_encoder", "residual stream, norms, softmax"),
+    Kept("image_encoder", products=("*",)),
+    Kept("image_decoder", products=("*",)),
+)
+# T5-XL's values pass fp16's largest number in this product: 66246 > 65504.
+PAST_FP16 = Kept(
+    "text_encoder", "MLP output projections (past fp16's range in T5-XL)", ("blocks.down",)
+)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """A choice of `--precision`.
+
+    type: of products, their weights, keys and values; kept: what stays in fp32 besides `KEPT`;
+    stored: how weights that are no single tensor are stored, by patterns of "component.product";
+    onnxruntime: whether ONNX Runtime computes it; cpu_growth: how many times the bytes of its
+    weights a CPU holds, on which ONNX Runtime computes 16 bits in fp32.
+    """
+
+    name: str
+    type: str = FLOAT32
+    kept: tuple[Kept, ...] = ()
+    stored: tuple[tuple[str, Storage], ...] = ()
+    onnxruntime: bool = True
+    cpu_growth: int = 1
+
+    @property
+    def exact(self) -> bool:
+        """Whether all is fp32: graphs then agree with the reference but for ties."""
+        return self.type == FLOAT32 and not self.stored
+
+    @property
+    def fp32_exceptions(self) -> tuple[str, ...]:
+        """What stays in fp32, as the manifest lists it; nothing where all is fp32."""
+        return () if self.exact else tuple(map(str, (*KEPT, *self.kept)))
+
+    def format(self, component: str, product: str) -> Format:
+        """How a component's product is computed and its weight stored."""
+        for kept in (*KEPT, *self.kept):
+            if kept.component == component and _matches(product, kept.products):
+                return Format(FLOAT32)
+        name = f"{component}.{product}"
+        stored = (s for pattern, s in self.stored if fnmatchcase(name, pattern))
+        return Format(self.type, next(stored, None))
+
+
+PRECISIONS = {
+    precision.name: precision
+    for precision in (
+        Precision("fp32"),
+        Precision("fp16", "float16", kept=(PAST_FP16,), cpu_growth=2),
+        Precision("bf16", "bfloat16", onnxruntime=False, cpu_growth=2),
+    )
+}
+
+
+def named(name: str) -> Precision:
+    """Return the precision of a name. Raises ConfigError naming those that exist."""
+    if name not in PRECISIONS:
+        known = ", ".join(PRECISIONS)
+        raise ConfigError(f"no precision is called {name[:40]!r}; there are {known}")
+    return PRECISIONS[name]
+
+
+def product_of(weight: str) -> str:
+    """Return the product that a graph's weight is of: `blocks.3.qkv.weight` -> `blocks.qkv`."""
+    return re.sub(r"\.\d+(?=\.|$)", "", re.sub(r"\.(weight|bias)$", "", weight))
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
