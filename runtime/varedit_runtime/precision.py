@@ -124,7 +124,7 @@ class Precision:
         return () if self.exact else tuple(map(str, (*KEPT, *self.kept)))
 
     def format(self, component: str, product: str) -> Format:
-        """How a component's product is computed and its weight stored."""
+        """Return how a component's product is computed and its weight stored."""
         for kept in (*KEPT, *self.kept):
             if kept.component == component and _matches(product, kept.products):
                 return Format(FLOAT32)

@@ -24,14 +24,14 @@ from varedit_runtime.precision import Format, Precision, Storage, product_of
 
 @dataclass(frozen=True)
 class Weight:
-    """A graph's weight: the reference's parameters it is made from, and how."""
+    """A graph's weight: the reference's parameters that it is made from, and the function."""
 
     sources: tuple[str, ...]
     make: Callable[..., Tensor]
 
 
 def transformer_layout(config: TransformerConfig) -> dict[str, Weight]:
-    """Every weight of the transformer's graphs, by name."""
+    """Return every weight of the transformer's graphs, by name."""
     weights = {
         "unconditional_text": same("unconditional_text"),
         "start_token": same("start_token"),
@@ -88,9 +88,9 @@ def _block(block: str, config: TransformerConfig) -> dict[str, Weight]:
 
 
 def make_weight(weight: Weight, state: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-    """One weight from the reference's parameters, which may be views of a memory map.
+    """Make one weight from the reference's parameters, which may be views of a memory map.
 
-    Made in fp32, whatever the checkpoint's type, and rounded once.
+    It is made in fp32, whatever the checkpoint's type, and rounded once.
     """
     return weight.make(*(state[source].float() for source in weight.sources)).to(dtype)
 
@@ -117,7 +117,7 @@ class Unpacked(dict[str, Tensor]):
 
 
 def reference_formats(config: TransformerConfig, precision: Precision) -> dict[str, Format]:
-    """How each product of the reference is computed and stored, by its module's name there."""
+    """Return how each product of the reference is computed and stored, by its module's name."""
     return {
         source.removesuffix(".weight"): precision.format("transformer", product_of(name))
         for name, weight in transformer_layout(config).items()
@@ -148,7 +148,7 @@ def round_products(model: nn.Module, formats: Mapping[str, Format]) -> None:
 
 
 def round_weight(storage: Storage, weight: Tensor) -> Tensor:
-    """A weight of the reference [out, in] with the values that it has once it is stored."""
+    """Return a weight of the reference [out, in] with the values that it has once it is stored."""
     return storage.unpack(pack(storage, weight.float().T)).T
 
 
@@ -187,7 +187,7 @@ def _attention_scale(log_scale: Tensor) -> Tensor:
 
 
 def _pairs_to_halves(config: TransformerConfig) -> Tensor:
-    """Rows of a query or key matrix, heads kept, each head's pairs split into halves, [C]."""
+    """Return the order of channels [C] that splits each head's interleaved pairs into halves."""
     return torch.arange(config.width).view(config.heads, -1, 2).transpose(1, 2).flatten()
 
 
@@ -196,7 +196,7 @@ Restorer = Callable[[str, Weight, Tensor], dict[str, Tensor]]
 
 
 class Restored(Mapping[str, Tensor]):
-    """What a bundle's weights were made from, by name, each restored when asked for."""
+    """The parameters that a bundle's weights were made from, each restored when looked up."""
 
     def __init__(
         self, layout: Mapping[str, Weight], weights: Mapping[str, Tensor], restore: Restorer

@@ -25,7 +25,7 @@ Formats = Callable[[str], Format]  # of the products of a component, by name
 
 @dataclass(frozen=True)
 class TextInputs:
-    """What the condition stage hands to all others; keys lie ready for the product."""
+    """The text's part of all other stages' inputs; keys are laid out for the product."""
 
     modulation_R6C: Tensor
     bias_R11T: Tensor
@@ -35,7 +35,7 @@ class TextInputs:
 
 @dataclass(frozen=True)
 class Past:
-    """Keys and values a block's new tokens see besides their own, [P, R, H, D] each."""
+    """The keys and values [P, R, H, D] that a block's new tokens see besides their own."""
 
     keys: Sequence[Tensor] = ()
     values: Sequence[Tensor] = ()
@@ -69,7 +69,7 @@ class GraphTransformer(nn.Module):
     def run(
         self, x_RLC: Tensor, text: TextInputs, cos: Tensor, sin: Tensor, past: Sequence[Past]
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """All blocks: the residual stream, and every block's new keys and values [L, R, H, D]."""
+        """Run all blocks; return the stream, and each block's new keys and values [L, R, H, D]."""
         keys, values = [], []
         for i, block in enumerate(self.blocks):
             x_RLC, key, value = block(x_RLC, text, i, cos, sin, past[i])
@@ -139,7 +139,7 @@ class TextPool(nn.Module):
         self.projection = Product(config.width, config.width, formats("text_pool.projection"))
 
     def forward(self, text_RTC: Tensor, bias_R1T: Tensor) -> Tensor:
-        """Normed text -> pooled text [R, C], fp32."""
+        """Pool normalised text to [R, C], in fp32."""
         k, v = (x.unflatten(-1, (len(self.query), -1)) for x in split(self.kv(text_RTC), 2))
         keys_RHDT, values_RHTD = k.permute(0, 2, 3, 1), v.transpose(1, 2)
         query_H1D = (self.query * self.query.shape[1] ** -0.5).to(keys_RHDT.dtype)[:, None]
@@ -148,7 +148,7 @@ class TextPool(nn.Module):
 
 
 class Product(nn.Module):
-    """x·W + b, computed and stored as its format says; W is [in, out]."""
+    """A linear layer x·W + b, computed and stored as its format says; W is [in, out]."""
 
     def __init__(self, channels_in: int, channels: int, format: Format) -> None:
         super().__init__()
@@ -161,15 +161,15 @@ class Product(nn.Module):
 
 
 class TextKeysValues(Product):
-    """The keys and values of the text that a block attends to."""
+    """A block's projection of the text to keys and values."""
 
     def __init__(self, config: TransformerConfig, format: Format, kept: torch.dtype) -> None:
-        """kept: the type of keys and values."""
+        """Make the projection; kept: the type of keys and values."""
         super().__init__(config.width, 2 * config.width, format)
         self.heads, self.kept = config.heads, kept
 
     def forward(self, memory_RTC: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """The text's memory -> keys [R, H, D, T] and values [R, H, T, D]."""
+        """Project the text memory [R, T, C] to keys [R, H, D, T] and values [R, H, T, D]."""
         keys_values = cast_to(super().forward(memory_RTC), self.kept)
         k, v = (x.unflatten(-1, (self.heads, -1)) for x in split(keys_values, 2))
         return k.permute(0, 2, 3, 1), v.transpose(1, 2)
@@ -208,14 +208,14 @@ def weight(channels_in: int, channels: int, format: Format) -> nn.Parameter | Pa
 
 
 def product(x: Tensor, weight: Tensor | Packed, dtype: torch.dtype) -> Tensor:
-    """x·W, computed in a type."""
+    """Compute x·W in a type."""
     return weight.multiply(x.to(dtype)) if isinstance(weight, Packed) else x.to(dtype) @ weight
 
 
 def attention(
     q_RHLD: Tensor, keys_RHDS: Tensor, values_RHSD: Tensor, bias: Tensor | None = None
 ) -> Tensor:
-    """Softmax attention, heads merged [R, L, C]; the softmax is fp32."""
+    """Compute attention with an fp32 softmax; return [R, L, C], heads merged."""
     scores_RHLS = (cast_to(q_RHLD, keys_RHDS.dtype) @ keys_RHDS).float()
     weights = (scores_RHLS if bias is None else scores_RHLS + bias).softmax(-1)
     return (weights.to(values_RHSD.dtype) @ values_RHSD).transpose(1, 2).flatten(2)
@@ -237,7 +237,7 @@ def _rotate(x_RLHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def split(x: Tensor, parts: int) -> tuple[Tensor, ...]:
-    """Equal parts along the last axis, as one ONNX Split."""
+    """Split the last axis into equal parts, as one ONNX Split."""
     return x.split(x.shape[-1] // parts, dim=-1)
 
 

@@ -1,4 +1,4 @@
-"""The T5 encoder as its graph computes it.
+"""The T5 encoder, written for its graph.
 
 Relative positions are a table lookup with constant indices; norms and softmax are fp32.
 """
@@ -35,7 +35,7 @@ class TextEncoderConfig:
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> "TextEncoderConfig":
-        """The config.json of a T5 folder. Raises ConfigError on another kind of encoder."""
+        """Read a T5 folder's config.json. Raises ConfigError on another kind of encoder."""
         if config.get("feed_forward_proj") != "gated-gelu":
             raise ConfigError(
                 f"the text encoder's MLP is {config.get('feed_forward_proj')!r}; only T5 encoders "
@@ -55,7 +55,7 @@ class TextEncoderConfig:
 
 
 class GraphTextEncoder(nn.Module):
-    """Token ids and mask [B, T] -> features [B, T, width], fp32."""
+    """A T5 encoder: token ids and mask [B, T] to features [B, T, width], in fp32."""
 
     def __init__(self, config: TextEncoderConfig, precision: Precision) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class GraphTextEncoder(nn.Module):
         return _rms_norm(x_BTC, self.final_norm, self.config)
 
     def _position_bias(self, tokens: int) -> Tensor:
-        """[H, T, T]."""
+        """Return the bias of relative positions, [H, T, T]."""
         buckets = relative_buckets(tokens, self.config)
         return F.embedding(buckets, self.relative_attention_bias).permute(2, 0, 1)
 
@@ -112,7 +112,7 @@ class TextBlock(nn.Module):
 
 
 def text_encoder_layout(config: TextEncoderConfig) -> dict[str, Weight]:
-    """Every weight of the text encoder's graph, made from a T5 file's tensors."""
+    """Return every weight of the text encoder's graph, made from a T5 file's tensors."""
     relative = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
     weights = {
         "embedding": same("shared.weight"),
@@ -137,9 +137,9 @@ def text_encoder_layout(config: TextEncoderConfig) -> dict[str, Weight]:
 def restore_text_encoder(
     weights: Mapping[str, Tensor], max_distance: int, epsilon: float
 ) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
-    """T5's config.json and tensors from a bundle's weights: what the layout did, undone, fp32.
+    """Return T5's config.json and fp32 tensors from a bundle's weights, undoing the layout.
 
-    Each tensor is restored when asked for.
+    Each tensor is restored when it is looked up.
     """
     depth = sum(name.endswith(".attention_norm") for name in weights)
     buckets, heads = weights["relative_attention_bias"].shape
@@ -166,7 +166,7 @@ def _restore(name: str, weight: Weight, made: Tensor) -> dict[str, Tensor]:
 
 
 def relative_buckets(tokens: int, config: TextEncoderConfig) -> Tensor:
-    """T5's bucket of every pair of positions, [query, key]: exact near by, logarithmic far off."""
+    """Return T5's bucket of every [query, key] pair: exact for near ones, logarithmic for far."""
     half = config.buckets // 2
     exact = half // 2
     distance = torch.arange(tokens) - torch.arange(tokens)[:, None]
