@@ -15,7 +15,7 @@ from editing import changed_bundle, pair_bundle, picture, plain_bundle, referenc
 from varedit_export import bench
 from varedit_export.cli import main
 from varedit_export.parity.reference_backend import Reference, ReferenceBackend
-from varedit_runtime.bench import INSTRUCTION, ROLLUP, Memory, memory_in_use
+from varedit_runtime.bench import INSTRUCTION, ROLLUP, MemoryUse, memory_in_use
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.editor import Editor, read_instructions
 from varedit_runtime.errors import BackendError
@@ -23,7 +23,7 @@ from varedit_runtime.manifest import Manifest
 
 SCALES = [f"scale_{k:02}" for k in range(len(bundle_config().transformer.grids))]
 STAGES = ["text_encoder", "image_encoder", "condition", "prefill", *SCALES, "image_decoder"]
-NOT_MEASURED = Memory(None, None, None, None, 1, 1, 1, None, None, 1.0)
+NOT_MEASURED = MemoryUse(None, None, None, None, 1, 1, 1, None, None, 1.0)
 
 
 def run(*arguments: object) -> Result:
@@ -79,7 +79,7 @@ def test_batches_and_bundles_without_guidance_are_measured(
 ) -> None:
     monkeypatch.setattr(bench, "measure_memory", lambda *_: NOT_MEASURED)
     threads = torch.get_num_threads()
-    report = bench.measure(path(), 1, threads=2)
+    report = bench.measure_both(path(), 1, threads=2)
     assert torch.get_num_threads() == threads
     assert report.threads == 2
     assert report.differing < 0.01

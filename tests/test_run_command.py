@@ -424,10 +424,10 @@ def test_memory_is_left_out_where_the_system_does_not_tell(
     with bench.peak_memory() as samples:
         pass
     assert samples == []
-    report = bench.measure(small_bundle(), 1, choose("onnxruntime", threads=1))
+    report = bench.measure_bundle(small_bundle(), 1, choose("onnxruntime", threads=1))
     assert report.memory.peak is report.memory.activations is report.memory.held_ratio is None
     memory = replace(report.memory, weights=10**6, buffers=2 * 10**6)
-    table = bench.table(replace(report, memory=memory))
+    table = bench.report_table(replace(report, memory=memory))
     assert "weights 1 MB, caches 2 MB; this system does not report" in table
     assert "disk" in table
 

@@ -22,7 +22,7 @@ from torch import nn
 from varedit_export.parity.reference_backend import Reference, ReferenceBackend
 from varedit_runtime.bench import (
     INSTRUCTION,
-    Memory,
+    MemoryUse,
     Spread,
     memory_lines,
     milliseconds,
@@ -38,7 +38,7 @@ RUNTIME = "from varedit_runtime.cli import main; main()"
 
 
 @dataclass(frozen=True)
-class Comparison:
+class TimeComparison:
     """Seconds per batch of both. ratio: the reference's median over the bundle's."""
 
     name: str
@@ -47,14 +47,14 @@ class Comparison:
     ratio: float
 
     @classmethod
-    def of(cls, name: str, reference: Sequence[float], bundle: Sequence[float]) -> "Comparison":
+    def of(cls, name: str, reference: Sequence[float], bundle: Sequence[float]) -> "TimeComparison":
         theirs, ours = Spread.of(reference), Spread.of(bundle)
         return cls(name, theirs, ours, theirs.median / ours.median)
 
 
 @dataclass(frozen=True)
-class Report:
-    """The result of `measure`. differing: the share of the pictures' values that differ."""
+class ComparisonReport:
+    """The result of `measure_both`. differing: the share of the pictures' values that differ."""
 
     bundle: str
     digest: str
@@ -66,15 +66,15 @@ class Report:
     onnxruntime: str
     torch: str
     repeat: int
-    edit: Comparison
-    stages: tuple[Comparison, ...]
+    edit: TimeComparison
+    stages: tuple[TimeComparison, ...]
     differing: float
-    memory: Memory
+    memory: MemoryUse
 
 
-def measure(
+def measure_both(
     path: Path, repeat: int, threads: int | None = None, variant: str | None = None
-) -> Report:
+) -> ComparisonReport:
     """Edit a synthetic picture with both: once to warm up, then `repeat` times in turns.
 
     Raises what `Editor.open` raises, BundleError on a bundle that starts at text features,
@@ -97,7 +97,7 @@ def measure(
     with Editor.open(path, threads=count, variant=chosen.name) as editor, torch_threads(count):
         turns = list(_turns(editor, repeat))
     warm, *timed = turns
-    return Report(
+    return ComparisonReport(
         bundle=str(bundle.path),
         digest=bundle.digest,
         variant=editor.variant.name,
@@ -118,7 +118,7 @@ def measure(
     )
 
 
-def table(report: Report) -> str:
+def comparison_table(report: ComparisonReport) -> str:
     """Format a report as a table for people."""
     lines = [
         f"{report.bundle}: {report.variant}, {report.precision}, batch {report.batch}",
@@ -139,7 +139,7 @@ def table(report: Report) -> str:
     return "\n".join(lines)
 
 
-def measure_memory(path: Path, threads: int, variant: str) -> Memory:
+def measure_memory(path: Path, threads: int, variant: str) -> MemoryUse:
     """Measure memory with `varedit-run bench`, in a process without PyTorch.
 
     Raises BackendError, with its message, if it fails.
@@ -156,7 +156,7 @@ def measure_memory(path: Path, threads: int, variant: str) -> Memory:
         if done.returncode != 0:
             said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
             raise BackendError(f"`varedit-run bench {path}` failed: {said[-1]}")
-        return Memory(**json.loads(file.read_bytes())["memory"])
+        return MemoryUse(**json.loads(file.read_bytes())["memory"])
 
 
 def open_reference(editor: Editor) -> Editor:
@@ -183,11 +183,11 @@ def _turns(editor: Editor, repeat: int) -> Iterator[Turn]:
 
 def _compare(
     name: str, turns: Sequence[Turn], seconds: Callable[[Mapping[str, float]], float]
-) -> Comparison:
+) -> TimeComparison:
     theirs, ours = (
         [seconds(results[0].timings) for results in side] for side in zip(*turns, strict=True)
     )
-    return Comparison.of(name, theirs, ours)
+    return TimeComparison.of(name, theirs, ours)
 
 
 def _share_differing(one: Sequence[EditResult], other: Sequence[EditResult]) -> float:

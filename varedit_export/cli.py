@@ -386,13 +386,13 @@ def bench(
     varedit-export bench bundles/2b-512 --repeat 10 --threads 2 --json bench.json
     """
     with needs_extra("export"):
-        from varedit_export.bench import measure, table
+        from varedit_export.bench import comparison_table, measure_both
     from varedit_runtime.bench import check_report, write_report
 
     if json_file is not None:
         check_report(json_file)
-    report = measure(bundle, repeat, threads, variant)
-    click.echo(table(report))
+    report = measure_both(bundle, repeat, threads, variant)
+    click.echo(comparison_table(report))
     if json_file is not None:
         write_report(asdict(report), json_file)
 

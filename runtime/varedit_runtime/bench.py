@@ -55,7 +55,7 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageMeasurement:
     """A stage's measurements.
 
     seconds: per batch, including the host's work for the stage. flops: floating-point operations of
@@ -69,7 +69,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryUse:
     """Bytes of the process: its proportional set size, None if the system does not report it.
 
     before: with Python and libraries alone. opened: with the bundle. peak: during an edit.
@@ -94,8 +94,8 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Report:
-    """The result of `measure`, in seconds, bytes, and floating-point operations per second.
+class BenchReport:
+    """The result of `measure_bundle`, in seconds, bytes, and floating-point operations per second.
 
     memory: of the process, on the host. gpu_memory: what engines take of the GPU's memory.
     """
@@ -113,18 +113,18 @@ class Report:
     open_seconds: float
     first_edit_seconds: float
     edit_seconds: Spread
-    stages: tuple[Stage, ...]
+    stages: tuple[StageMeasurement, ...]
     product_rate: float | None
-    memory: Memory
+    memory: MemoryUse
     gpu_memory: int | None
 
 
-def measure(
+def measure_bundle(
     bundle: str | os.PathLike[str],
     repeat: int,
     backend: str | ChosenBackend = DEFAULT,
     variant: str | None = None,
-) -> Report:
+) -> BenchReport:
     """Open a bundle and edit a synthetic picture: once to warm up, then `repeat` times.
 
     backend, variant: as for `Editor.open`. If an edit is one launch, as many edits run stage by
@@ -142,7 +142,7 @@ def measure(
     provider, threads = editor.provider, getattr(chosen.options, "threads", None)
     rate = product_rate(provider, threads) if provider in PRODUCT_SIZES else None
     manifest, measured = editor.bundle.manifest, editor.variant
-    return Report(
+    return BenchReport(
         bundle=str(editor.bundle.path),
         digest=editor.bundle.digest,
         variant=measured.name,
@@ -201,7 +201,7 @@ def _run(editor: Editor, repeat: int) -> _Runs:
     return _Runs(first_seconds, samples, after, edits, stages)
 
 
-def table(report: Report) -> str:
+def report_table(report: BenchReport) -> str:
     """Format a report as a table for people."""
     cores = f"{report.cores} cores" if report.threads is None else f"{report.threads} threads"
     lines = [
@@ -235,7 +235,7 @@ def _gpu_memory(size: int | None) -> Iterator[str]:
         yield f"GPU memory       {_megabytes(size)}, and what the driver takes"
 
 
-def memory_lines(memory: Memory) -> list[str]:
+def memory_lines(memory: MemoryUse) -> list[str]:
     """Describe memory and disk for people, by use."""
     return [
         f"memory           {_process(memory)}",
@@ -336,10 +336,10 @@ def product_flops(stage: str, model: Model, variant: Variant) -> int | None:
 
 def _stage(
     name: str, seconds: Sequence[float], model: Model, variant: Variant, rate: float | None
-) -> Stage:
+) -> StageMeasurement:
     spread, flops = Spread.of(seconds), product_flops(name, model, variant)
     share = None if flops is None or rate is None else flops / spread.median / rate
-    return Stage(name, spread, flops, share)
+    return StageMeasurement(name, spread, flops, share)
 
 
 def synthetic_picture(variant: Variant) -> Image.Image:
@@ -358,7 +358,7 @@ def _memory(
     opened: int | None,
     runs: _Runs,
     buffers: int,
-) -> Memory:
+) -> MemoryUse:
     files = bundle.manifest.files
     weights = sum(bundle.weights_path(name).stat().st_size for name in bundle.components)
     disk = sum(entry.size for entry in files.values())
@@ -366,7 +366,7 @@ def _memory(
     peak = max(runs.samples, default=None)
     activations = None if peak is None or runs.after is None else max(peak - runs.after, 0)
     held = None if peak is None or activations is None else peak - buffers - activations
-    return Memory(
+    return MemoryUse(
         before,
         opened,
         peak,
@@ -380,7 +380,7 @@ def _memory(
     )
 
 
-def _process(memory: Memory) -> str:
+def _process(memory: MemoryUse) -> str:
     parts = f"weights {_megabytes(memory.weights)}, caches {_megabytes(memory.buffers)}"
     if memory.peak is None or memory.activations is None or memory.before is None:
         return f"{parts}; this system does not report the process's memory"
@@ -392,7 +392,7 @@ def _process(memory: Memory) -> str:
     )
 
 
-def _ratios(memory: Memory) -> Iterator[str]:
+def _ratios(memory: MemoryUse) -> Iterator[str]:
     if memory.peak_ratio is not None and memory.held_ratio is not None:
         yield (
             f"                 peak {memory.peak_ratio:.2f} x weights, without caches and "

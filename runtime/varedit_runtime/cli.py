@@ -225,12 +225,12 @@ def bench(
     \b
     varedit-run bench bundles/2b-512 --repeat 10 --threads 2 --json bench.json
     """
-    from varedit_runtime.bench import check_report, measure, table, write_report
+    from varedit_runtime.bench import check_report, measure_bundle, report_table, write_report
 
     if json_file is not None:
         check_report(json_file)
-    report = measure(bundle, repeat, backend, variant)
-    click.echo(table(report))
+    report = measure_bundle(bundle, repeat, backend, variant)
+    click.echo(report_table(report))
     if json_file is not None:
         write_report(asdict(report), json_file)
 
