@@ -6,10 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from click.testing import CliRunner
 from PIL import Image
 from torch import Tensor, nn
 
@@ -27,7 +29,7 @@ from varedit_nano.data import (
     training_kind,
 )
 from varedit_nano.export_weights import LARGEST_BYTES, export_weights
-from varedit_nano.model import NANO, TOKENIZER_FILE, load_nano
+from varedit_nano.model import NANO, TOKENIZER_FILE, load_nano, nano
 from varedit_nano.optimisers import optimisers
 from varedit_nano.scenes import KINDS
 from varedit_nano.teacher import bit_losses, flip, lesson, scale_weights
@@ -43,6 +45,7 @@ from varedit_nano.training import (
     ema_decay,
     learning_rate,
     run_training,
+    tokenizer_options,
     train,
 )
 from varedit_reference.config import ModelConfig, TokenizerConfig, TransformerConfig
@@ -91,12 +94,14 @@ def tokenizer_task(recipe: Recipe, machine: Machine) -> TokenizerTask:
     return TokenizerTask(new_tokenizer(TINY.tokenizer, 0), recipe, machine, GRIDS)
 
 
-def transformer_task(recipe: Recipe, machine: Machine) -> TransformerTask:
+def transformer_task(
+    recipe: Recipe, machine: Machine, config: ModelConfig = TINY
+) -> TransformerTask:
     torch.manual_seed(0)
     vocabulary = build_vocabulary(INSTRUCTIONS)
-    model = Editor(new_transformer(TINY, 0), new_text_encoder(vocabulary, 128))
-    tokenizer = new_tokenizer(TINY.tokenizer, 0).requires_grad_(False)
-    return TransformerTask(TINY, model, tokenizer, vocabulary, recipe, machine)
+    model = Editor(new_transformer(config, 0), new_text_encoder(vocabulary, 128))
+    tokenizer = new_tokenizer(config.tokenizer, 0).requires_grad_(False)
+    return TransformerTask(config, model, tokenizer, vocabulary, recipe, machine)
 
 
 BuildTask = Callable[[Recipe, Machine], Any]
@@ -215,6 +220,37 @@ def test_a_run_starts_from_the_averaged_weights_of_another(tmp_path: Path) -> No
         run("two", None)
     with pytest.raises(CheckpointError, match="missing"):
         run("three", "missing")
+
+
+def test_a_transformer_starts_from_one_that_was_trained_on_other_bits(tmp_path: Path) -> None:
+    task = transformer_task(TRANSFORMER_RECIPE, Machine())
+    with torch.no_grad():
+        for parameter in task.model.parameters():
+            parameter += 1
+    task.export(task.model, tmp_path)
+    wider = replace(
+        TINY,
+        tokenizer=replace(TINY.tokenizer, bits=6),
+        transformer=replace(TINY.transformer, token_channels=6),
+    )
+    other = transformer_task(TRANSFORMER_RECIPE, Machine(), wider)
+    before = {name: weight.clone() for name, weight in other.model.state_dict().items()}
+    other.restore(tmp_path)
+    trained, started = task.model.state_dict(), other.model.state_dict()
+    new = {"transformer.token_embedding.weight", "transformer.token_embedding.bias"}
+    new |= {"transformer.head.weight", "transformer.head.bias"}
+    for name, weight in started.items():
+        assert torch.equal(weight, before[name] if name in new else trained[name]), name
+
+
+def test_the_sizes_of_a_tokenizer_are_options() -> None:
+    sizes: list[TokenizerConfig] = []
+    command = click.command()(tokenizer_options(lambda size: sizes.append(size)))
+    for arguments in ([], ["--bits", "32", "--multipliers", "1", "2", "4", "8"]):
+        assert CliRunner().invoke(command, arguments).exit_code == 0
+    wider = replace(NANO.tokenizer, bits=32, multipliers=(1, 2, 4, 8))
+    assert sizes == [NANO.tokenizer, wider]
+    assert nano("finest", wider).transformer.token_channels == 32
 
 
 def test_a_run_keeps_its_options(tmp_path: Path) -> None:

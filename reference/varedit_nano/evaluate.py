@@ -26,7 +26,8 @@ from varedit_nano.data import EVALUATION_SEEDS, to_model, to_pixels
 from varedit_nano.model import WEIGHTS, load_nano
 from varedit_nano.scenes import KINDS, EditSample, draw_alternatives, draw_edit
 from varedit_nano.sheets import contact_sheet
-from varedit_reference.config import Conditioning
+from varedit_nano.training import tokenizer_options
+from varedit_reference.config import Conditioning, TokenizerConfig
 from varedit_reference.pipeline import VAREdit
 from varedit_reference.quantisation import quantise
 
@@ -240,7 +241,9 @@ def _mean(values: Iterable[float]) -> float:
 @click.option("--batch", default=20, show_default=True)
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("nano-scores"))
+@tokenizer_options
 def main(
+    size: TokenizerConfig,
     weights: Path,
     count: int,
     guidance_scale: float | None,
@@ -251,7 +254,7 @@ def main(
     out: Path,
 ) -> None:
     """Score nano; write OUT/scores.json and OUT/sheet.png, and print a table."""
-    model = load_nano(weights, conditioning, device)
+    model = load_nano(weights, conditioning, device, size)
     sampling = Sampling(
         model.config.guidance_scale if guidance_scale is None else guidance_scale,
         model.config.temperature if temperature is None else temperature,

@@ -44,22 +44,28 @@ NANO = ModelConfig(
 )
 
 
-def nano(conditioning: Conditioning = "sar") -> ModelConfig:
-    """Return nano's configuration with one of the paper's conditionings."""
-    return replace(NANO, transformer=replace(NANO.transformer, conditioning=conditioning))
+def nano(
+    conditioning: Conditioning = "sar", tokenizer: TokenizerConfig = NANO.tokenizer
+) -> ModelConfig:
+    """Return nano's configuration with one of the paper's conditionings, on any tokenizer."""
+    channels = tokenizer.token_channels
+    transformer = replace(NANO.transformer, conditioning=conditioning, token_channels=channels)
+    return replace(NANO, tokenizer=tokenizer, transformer=transformer)
 
 
 def load_nano(
     weights: str | Path = WEIGHTS,
     conditioning: Conditioning = "sar",
     device: str | torch.device = "cpu",
+    tokenizer: TokenizerConfig = NANO.tokenizer,
 ) -> VAREdit:
     """Load nano in fp32 from a folder that `export_weights` wrote, by default the package's own.
 
-    Raises CheckpointError if weights are missing or do not fit.
+    tokenizer: the sizes of the folder's tokenizer. Raises CheckpointError if weights are missing
+    or do not fit.
     """
     folder = Path(weights)
-    config = nano(conditioning)
+    config = nano(conditioning, tokenizer)
     text_encoder = TextEncoder.load(folder / TEXT_FOLDER)
     text_encoder.model.to(device)  # pyright: ignore[reportArgumentType]
     return VAREdit(

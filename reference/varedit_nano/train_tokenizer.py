@@ -1,6 +1,6 @@
 """Train nano's tokenizer: `python -m varedit_nano.train_tokenizer --run FOLDER`."""
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,13 @@ from varedit_nano.evaluate import psnr
 from varedit_nano.model import NANO, TOKENIZER_FILE
 from varedit_nano.scenes import draw_picture
 from varedit_nano.sheets import contact_sheet
-from varedit_nano.training import Machine, Recipe, run_training, training_options
+from varedit_nano.training import (
+    Machine,
+    Recipe,
+    run_training,
+    tokenizer_options,
+    training_options,
+)
 from varedit_reference.checkpoint import load_tokenizer
 from varedit_reference.config import Grid, TokenizerConfig
 from varedit_reference.initialise import initialise
@@ -185,9 +191,10 @@ def build(config: TokenizerConfig, recipe: Recipe, machine: Machine) -> Tokenize
 
 @click.command()
 @training_options(RECIPE, DEFAULT_RUN)
-def main(**options: Any) -> None:
-    """Train nano's tokenizer, or continue a run that was stopped."""
-    run_training(partial(build, NANO.tokenizer), RECIPE, {}, **options)
+@tokenizer_options
+def main(size: TokenizerConfig, **options: Any) -> None:
+    """Train nano's tokenizer, or a larger one, or continue a run that was stopped."""
+    run_training(partial(build, size), RECIPE, {"tokenizer": asdict(size)}, **options)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Train nano's transformer and text encoder: `python -m varedit_nano.train_transformer`."""
 
+from dataclasses import replace
 from functools import cached_property, partial
 from hashlib import sha256
 from pathlib import Path
@@ -33,15 +34,27 @@ from varedit_nano.text import (
     text_features,
     write_text_folder,
 )
-from varedit_nano.training import Machine, Recipe, run_training, training_options
+from varedit_nano.training import (
+    Machine,
+    Recipe,
+    run_training,
+    tokenizer_options,
+    training_options,
+)
 from varedit_reference.checkpoint import load_tokenizer, load_transformer
-from varedit_reference.config import Conditioning, ModelConfig
+from varedit_reference.config import (
+    Conditioning,
+    ModelConfig,
+    TokenizerConfig,
+    TransformerConfig,
+)
 from varedit_reference.initialise import initialise
 from varedit_reference.pipeline import VAREdit
 from varedit_reference.quantisation import source_tokens
 from varedit_reference.text_encoder import TextEncoder
 from varedit_reference.tokenizer import Tokenizer
 from varedit_reference.transformer import VAR, Attention, Linear, SelfAttention, fused_attention
+from varedit_reference.weights_file import open_weights
 from varedit_runtime.errors import ConfigError
 
 DEFAULT_RUN = Path.home() / ".cache" / "varedit-nano" / "transformer"
@@ -57,6 +70,7 @@ RECIPE = Recipe(
 TEXT_DROPOUT = 0.1
 FIRST_GAMMA = 1e-3
 REPORTED_EDITS = 16
+READS_BITS, PREDICTS_BITS = "token_embedding", "head"
 
 
 class Editor(nn.Module):
@@ -170,14 +184,28 @@ class TransformerTask:
         write_text_folder(folder / TEXT_FOLDER, model.text_encoder, self.text.vocabulary)
 
     def restore(self, folder: Path) -> None:
-        transformer = load_transformer(folder / TRANSFORMER_FILE, self.config.transformer)
+        weights = transformer_weights(folder / TRANSFORMER_FILE, self.config.transformer)
         text = TextEncoder.load(folder / TEXT_FOLDER)
         if text.vocabulary.to_str() != self.text.vocabulary.to_str():
             raise ConfigError(
                 f"{folder} has another vocabulary than the scenes' instructions now: start anew"
             )
-        self.model.transformer.load_state_dict(transformer.state_dict())
+        self.model.transformer.load_state_dict(weights, strict=False)
         self.model.text_encoder.load_state_dict(text.model.state_dict())
+
+
+def transformer_weights(path: Path, config: TransformerConfig) -> dict[str, Tensor]:
+    """Load a transformer's weights, of those trained on a tokenizer of other bits what still fits.
+
+    Such weights come without the layers that read and predict bits. Raises CheckpointError if the
+    file differs in anything else.
+    """
+    embedding = open_weights(path).get(f"{READS_BITS}.weight")
+    channels = config.token_channels if embedding is None else embedding.shape[1]
+    weights = load_transformer(path, replace(config, token_channels=channels)).state_dict()
+    if channels == config.token_channels:
+        return weights
+    return {n: w for n, w in weights.items() if n.split(".")[0] not in (READS_BITS, PREDICTS_BITS)}
 
 
 def new_transformer(config: ModelConfig, seed: int) -> VAR:
@@ -226,9 +254,12 @@ def build(
     "--conditioning", type=click.Choice(["sar", "finest", "full"]), default="sar", show_default=True
 )
 @training_options(RECIPE, DEFAULT_RUN)
-def main(tokenizer: Path, conditioning: Conditioning, **options: Any) -> None:
+@tokenizer_options
+def main(
+    tokenizer: Path, conditioning: Conditioning, size: TokenizerConfig, **options: Any
+) -> None:
     """Train nano's transformer on a trained tokenizer, or continue a run that was stopped."""
-    config = nano(conditioning)
+    config = nano(conditioning, size)
     coder = load_tokenizer(tokenizer, config.tokenizer)
     digest = sha256(tokenizer.read_bytes()).hexdigest()
     learns = {"conditioning": conditioning, "tokenizer": digest, "shares": TRAINING_SHARES}

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import wraps
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 from varedit_nano.checkpointing import RunFolder, TrainingState
 from varedit_nano.data import FIRST_TRAINING_SEED, batches
+from varedit_nano.model import NANO
 from varedit_nano.optimisers import Optimisers, optimisers
 from varedit_runtime.errors import ConfigError
 
@@ -240,6 +242,33 @@ def training_options(recipe: Recipe, run: Path) -> Callable[..., Any]:
         return command
 
     return add
+
+
+def tokenizer_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of a tokenizer's sizes, by default nano's; the command gets one `size`."""
+    nano = NANO.tokenizer
+
+    @click.option("--bits", default=nano.bits, show_default=True, help="Bits per token.")
+    @click.option(
+        "--channels",
+        default=nano.channels,
+        show_default=True,
+        help="Channels of the tokenizer's first convolution.",
+    )
+    @click.option(
+        "--multipliers",
+        type=int,
+        nargs=len(nano.multipliers),
+        default=nano.multipliers,
+        show_default=True,
+        help="Channels of each level of the tokenizer, finest first, in multiples of --channels.",
+    )
+    @wraps(command)
+    def sized(bits: int, channels: int, multipliers: tuple[int, ...], **options: Any) -> Any:
+        size = replace(nano, bits=bits, channels=channels, multipliers=multipliers)
+        return command(size=size, **options)
+
+    return sized
 
 
 def run_training(
