@@ -33,14 +33,14 @@ def main() -> None:
 
 
 def compile_one(bundle: Path, stage: str, architecture: str) -> dict[str, float]:
-    from varedit_engines.builder import Compiler
-    from varedit_engines.compile import Job
+    from varedit_engines.builder import EngineBuilder
+    from varedit_engines.compile import CompileJob
     from varedit_engines.network import external_inputs
     from varedit_runtime.backends.engines.packing import pack_into
     from varedit_runtime.bundle import Bundle
 
-    compiler = Compiler("tensorrt-rtx", architectures=[architecture])
-    job = Job(Bundle.open(bundle), "external", compiler)
+    compiler = EngineBuilder("tensorrt-rtx", architectures=[architecture])
+    job = CompileJob(Bundle.open(bundle), "external", compiler)
     graph, _ = external_inputs(job.bundle.graph_bytes(job.variant.name, stage))
     start = perf_counter()
     plan = compiler.compile(stage, graph, job.bundle.graphs_folder, [], lambda *_: None)

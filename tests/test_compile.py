@@ -24,8 +24,8 @@ from fake_bundles import rewrite_manifest
 
 from varedit_engines import compile as compile_module
 from varedit_engines import engine_cache
-from varedit_engines.builder import Compiler
-from varedit_engines.compile import Job, compile_engines, stages_of
+from varedit_engines.builder import EngineBuilder
+from varedit_engines.compile import CompileJob, compile_engine_set, stages_of
 from varedit_engines.engine_cache import EngineCache
 from varedit_engines.network import external_inputs
 from varedit_engines.publish import Staging
@@ -34,7 +34,12 @@ from varedit_export.cli import main
 from varedit_export.graphs.trace import Tracer
 from varedit_export.plan import Plan
 from varedit_runtime.backends.engines import engine_set
-from varedit_runtime.backends.engines.engine_set import LAYOUTS, EngineSet, Layout, mismatch
+from varedit_runtime.backends.engines.engine_set import (
+    LAYOUTS,
+    EngineLayout,
+    EngineSet,
+    why_unusable,
+)
 from varedit_runtime.backends.wiring import scale_profiles
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import BackendError, BundleError, ConfigError, MissingExtraError
@@ -66,14 +71,14 @@ def bundle(tmp_path: Path) -> Bundle:
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Record the graphs that are compiled, in order."""
     names: list[str] = []
-    original = Compiler.compile
+    original = EngineBuilder.compile
 
-    def recorded(compiler: Compiler, name: str, *rest: Any) -> memoryview:
+    def recorded(compiler: EngineBuilder, name: str, *rest: Any) -> memoryview:
         plan = original(compiler, name, *rest)
         names.append(name)
         return plan
 
-    monkeypatch.setattr(Compiler, "compile", recorded)
+    monkeypatch.setattr(EngineBuilder, "compile", recorded)
     return names
 
 
@@ -82,16 +87,16 @@ def quiet(graph: str, done: int, steps: int) -> None:
 
 
 def compile_small(
-    bundle: Bundle, layout: Layout = "external", architectures: Sequence[str] = ADA
+    bundle: Bundle, layout: EngineLayout = "external", architectures: Sequence[str] = ADA
 ) -> EngineSet:
-    compiler = Compiler("tensorrt-rtx", architectures)
-    return compile_engines(Job(bundle, layout, compiler), quiet)
+    compiler = EngineBuilder("tensorrt-rtx", architectures)
+    return compile_engine_set(CompileJob(bundle, layout, compiler), quiet)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_every_graph_compiles(
-    tmp_path: Path, precision: str, layout: Layout, compiled: list[str]
+    tmp_path: Path, precision: str, layout: EngineLayout, compiled: list[str]
 ) -> None:
     bundle = Bundle.open(shutil.copytree(half_bundle(precision), tmp_path / "bundle"))
     engines = compile_small(bundle, layout)
@@ -221,14 +226,14 @@ def test_an_interrupted_compilation_goes_on_where_it_was(
         if len(compiled) == 3:
             os.kill(os.getpid(), signal.SIGINT)
 
-    job = Job(bundle, "external", Compiler("tensorrt-rtx", ADA))
+    job = CompileJob(bundle, "external", EngineBuilder("tensorrt-rtx", ADA))
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        compile_engines(job, stop)
+        compile_engine_set(job, stop)
     assert signal.getsignal(signal.SIGINT) is before
     first = list(compiled)
     assert len(first) == 3
-    engines = compile_engines(job, quiet)
+    engines = compile_engine_set(job, quiet)
     assert sorted(compiled) == sorted(job.recipe.graphs)
     assert all(engines.plan_bytes(stage) for stage in first)
 
@@ -238,7 +243,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Record the graphs to compile, and write their names as plans, which takes no time."""
     names: list[str] = []
     monkeypatch.setattr(
-        Compiler, "compile", lambda compiler, name, *rest: names.append(name) or name.encode()
+        EngineBuilder, "compile", lambda compiler, name, *rest: names.append(name) or name.encode()
     )
     return names
 
@@ -293,12 +298,12 @@ def test_another_graph_compiles_its_engine_and_no_other(
 ) -> None:
     bundle = Bundle.open(two_variants(tmp_path / "bundle"))
     jobs = [job_of(bundle, variant.name) for variant in bundle.manifest.variants]
-    first, other = (compile_engines(job, quiet) for job in jobs)
+    first, other = (compile_engine_set(job, quiet) for job in jobs)
     pretended.clear()
     newer = rebuilt(bundle, "graphs/other.prefill.onnx", other_graph)
     jobs = [job_of(newer, variant.name) for variant in newer.manifest.variants]
-    assert compile_engines(jobs[0], quiet) == first and pretended == []
-    assert compile_engines(jobs[1], quiet).path != other.path
+    assert compile_engine_set(jobs[0], quiet) == first and pretended == []
+    assert compile_engine_set(jobs[1], quiet).path != other.path
     assert pretended == ["prefill"]
 
 
@@ -312,8 +317,8 @@ def test_a_damaged_plan_is_not_taken_over(bundle: Bundle, pretended: list[str]) 
     engines.verify()
 
 
-def job_of(bundle: Bundle, variant: str) -> Job:
-    return Job(bundle, "external", Compiler("tensorrt-rtx", ADA), variant)
+def job_of(bundle: Bundle, variant: str) -> CompileJob:
+    return CompileJob(bundle, "external", EngineBuilder("tensorrt-rtx", ADA), variant)
 
 
 # Damaged engines
@@ -364,16 +369,16 @@ DAMAGES = (
 def test_damaged_engines_are_compiled_again(
     bundle: Bundle, pretended: list[str], damage: Callable[[Path], None]
 ) -> None:
-    job = Job(bundle, "external", Compiler("tensorrt-rtx", ADA))
-    engines, notices = compile_engines(job, quiet), []
+    job = CompileJob(bundle, "external", EngineBuilder("tensorrt-rtx", ADA))
+    engines, notices = compile_engine_set(job, quiet), []
     damage(engines.path)
     pretended.clear()
-    assert compile_engines(job, quiet, notices.append) == engines
+    assert compile_engine_set(job, quiet, notices.append) == engines
     (notice,) = notices
     assert notice.startswith("engines are compiled again: ") and str(engines.path) in notice
     whole = damage is flip_a_plan  # but for one plan, which a look at sizes does not find
     assert sorted(pretended) == (["prefill"] if whole else sorted(job.recipe.graphs))
-    assert compile_engines(job, quiet, notices.append) == engines and len(notices) == 1
+    assert compile_engine_set(job, quiet, notices.append) == engines and len(notices) == 1
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -403,8 +408,10 @@ def test_engines_built_elsewhere_are_refused_and_left(
     pretended.clear()
     for again in (False, True):
         with pytest.raises(BundleError, match=said):
-            compile_engines(
-                Job(bundle, "external", Compiler("tensorrt-rtx", ADA)), quiet, again=again
+            compile_engine_set(
+                CompileJob(bundle, "external", EngineBuilder("tensorrt-rtx", ADA)),
+                quiet,
+                again=again,
             )
     assert pretended == [] and contents(folder) == before
 
@@ -412,16 +419,16 @@ def test_engines_built_elsewhere_are_refused_and_left(
 def test_damaged_engines_are_not_replaced_while_foreign_ones_are_in_the_cache(
     bundle: Bundle, pretended: list[str]
 ) -> None:
-    job = Job(bundle, "external", Compiler("tensorrt-rtx", ADA))
+    job = CompileJob(bundle, "external", EngineBuilder("tensorrt-rtx", ADA))
     inside, cached = EngineCache(bundle).places_of(job.recipe)
-    compile_engines(job, quiet)
+    compile_engine_set(job, quiet)
     shutil.copytree(inside, cached)
     manifest = (cached / MANIFEST).read_bytes()
     rewrite_manifest(cached, manifest + b" ")
     cut_a_plan(inside)
     before = contents(cached)
     with pytest.raises(BundleError, match="damaged"):
-        compile_engines(job, quiet)
+        compile_engine_set(job, quiet)
     assert contents(cached) == before
 
 
@@ -438,18 +445,18 @@ def test_whole_engines_are_compiled_again_when_asked(bundle: Bundle, pretended: 
 def test_whole_engines_are_not_compiled_again_where_others_or_none_would_be_replaced(
     bundle: Bundle, pretended: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = Job(bundle, "external", Compiler("tensorrt-rtx", ADA))
+    job = CompileJob(bundle, "external", EngineBuilder("tensorrt-rtx", ADA))
     inside, cached = EngineCache(bundle).places_of(job.recipe)
-    compile_engines(job, quiet)
+    compile_engine_set(job, quiet)
     shutil.copytree(inside, cached)
     rewrite_manifest(cached, (cached / MANIFEST).read_bytes() + b" ")
     pretended.clear()
     with pytest.raises(BundleError, match=f"{cached} has engines that were built elsewhere"):
-        compile_engines(job, quiet, again=True)
+        compile_engine_set(job, quiet, again=True)
     shutil.rmtree(cached)
     monkeypatch.setattr(engine_cache, "_writable", lambda folder: False)
     with pytest.raises(BundleError, match=f"{inside} cannot be replaced"):
-        compile_engines(job, quiet, again=True)
+        compile_engine_set(job, quiet, again=True)
     assert pretended == []
 
 
@@ -490,7 +497,7 @@ def test_baked_weights_are_checked_before_they_are_baked(bundle: Bundle) -> None
 
 
 def test_a_graph_that_cannot_be_compiled_says_which() -> None:
-    compiler = Compiler("tensorrt-rtx", ADA)
+    compiler = EngineBuilder("tensorrt-rtx", ADA)
     with pytest.raises(BackendError, match="cannot read graph broken"):
         compiler.compile("broken", b"no graph", Path("."), [], quiet)
 
@@ -517,9 +524,9 @@ def test_rtx_compiles_for_what_its_recipe_says(
     machine_of(8, 9)
     trt = fake_tensorrt.fake_tensorrt()
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", trt)
-    job = Job(bundle, "external", Compiler("tensorrt-rtx", named))
+    job = CompileJob(bundle, "external", EngineBuilder("tensorrt-rtx", named))
     assert job.recipe.gpu == "sm89" and job.recipe == job_of(bundle, job.variant.name).recipe
-    assert mismatch(job.recipe, job.recipe.tools, ["sm89 NVIDIA L4"]) is None
+    assert why_unusable(job.recipe, job.recipe.tools, ["sm89 NVIDIA L4"]) is None
     job.compiler.compile("graph", b"a", Path(), [], quiet)
     (config,) = trt.Builder.configs
     assert config.num_compute_capabilities == 1
@@ -531,8 +538,8 @@ def test_rtx_refuses_to_compile_for_a_gpu_that_it_cannot_compile_for(
 ) -> None:
     machine_of(9, 0)
     with pytest.raises(ConfigError, match=r"this machine's GPU, sm90; it does for sm75, .*sm121"):
-        Compiler("tensorrt-rtx")
-    assert Compiler("tensorrt-rtx", ADA).gpu == "sm89"
+        EngineBuilder("tensorrt-rtx")
+    assert EngineBuilder("tensorrt-rtx", ADA).gpu == "sm89"
 
 
 @pytest.fixture
@@ -543,13 +550,13 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_what_cannot_be_is_refused(without_gpu: None) -> None:
     with pytest.raises(ConfigError, match=r"there are .*sm120"):
-        Compiler("tensorrt-rtx", ["sm1"])
+        EngineBuilder("tensorrt-rtx", ["sm1"])
     with pytest.raises(ConfigError, match="only tensorrt-rtx"):
-        Compiler("tensorrt", ADA)
+        EngineBuilder("tensorrt", ADA)
     with pytest.raises(ConfigError, match="no backend"):
-        Compiler("openvino")  # type: ignore[arg-type]
+        EngineBuilder("openvino")  # type: ignore[arg-type]
     with pytest.raises(BackendError, match="no NVIDIA GPU"):
-        Compiler("tensorrt-rtx")
+        EngineBuilder("tensorrt-rtx")
     with pytest.raises(ConfigError, match="no layout"):
         stages_of(Bundle.open(small_bundle()).manifest.variants[0], "loose")  # type: ignore[arg-type]
 
@@ -560,13 +567,13 @@ def test_a_backend_that_is_not_installed_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, backend.replace("-", "_"), None)
     with pytest.raises(MissingExtraError, match=rf"varedit-export\[{backend}\]"):
-        Compiler(backend)
+        EngineBuilder(backend)
 
 
 def test_the_command(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[str] = []
     monkeypatch.setattr(
-        compile_module, "compile_engines", lambda job, *rest: shown.append(str(job)) or _none()
+        compile_module, "compile_engine_set", lambda job, *rest: shown.append(str(job)) or _none()
     )
     arguments = ["engines", str(bundle.path), "--backend", "tensorrt-rtx", "--architecture", "sm89"]
     result = CliRunner().invoke(main, arguments)
@@ -641,7 +648,7 @@ def test_a_build_for_a_backend_compiles_as_the_command_for_engines_does(
 def test_a_failed_compilation_leaves_the_bundle(
     builds: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(compile_module, "compile_engines", lambda job, *rest: _none())
+    monkeypatch.setattr(compile_module, "compile_engine_set", lambda job, *rest: _none())
     arguments = [*BUILD, str(tmp_path / "new"), "--backend", "tensorrt-rtx"]
     result = CliRunner().invoke(main, [*arguments, "--architecture", "sm89"])
     assert result.exit_code == 1 and "not compiled" in result.stderr

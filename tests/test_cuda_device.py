@@ -35,7 +35,7 @@ from varedit_runtime.backends.engines import cuda as cuda_device
 from varedit_runtime.backends.engines import engine_set
 from varedit_runtime.backends.engines.cuda import CudaDevice
 from varedit_runtime.backends.engines.device import Launch, address_of
-from varedit_runtime.backends.engines.engine_set import LAYOUTS, EngineSet, EngineSets, Layout
+from varedit_runtime.backends.engines.engine_set import LAYOUTS, EngineLayout, EngineSet, EngineSets
 from varedit_runtime.backends.engines.tensorrt import ENGINE_KINDS, EngineKind
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.cli import main as varedit_run
@@ -61,7 +61,7 @@ def install(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, name, module)
 
 
-def opened(layout: Layout = "external", kind: EngineKind = "tensorrt-rtx") -> Editor:
+def opened(layout: EngineLayout = "external", kind: EngineKind = "tensorrt-rtx") -> Editor:
     """Open the small bundle on engines that were just compiled."""
     compiled(small_bundle(), layout, kind)
     return Editor.open(small_bundle(), backend=kind)
@@ -126,7 +126,7 @@ def parameters(fake: Any, name: str) -> list[str]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", ENGINE_KINDS)
 def test_an_edit_is_the_same_as_onnxruntimes(
-    machine: Machine, kind: EngineKind, layout: Layout, monkeypatch: pytest.MonkeyPatch
+    machine: Machine, kind: EngineKind, layout: EngineLayout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine.kind = kind
     install(machine, monkeypatch)

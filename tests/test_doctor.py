@@ -20,7 +20,7 @@ from varedit_export.cli import main
 from varedit_export.doctor import EXPORT, can_edit, report, verdicts
 from varedit_runtime import survey as survey_module
 from varedit_runtime.backends.engines import engine_set
-from varedit_runtime.backends.engines.engine_set import Recipe
+from varedit_runtime.backends.engines.engine_set import EngineRecipe
 from varedit_runtime.backends.engines.memory import Budget
 from varedit_runtime.backends.onnxruntime import backend as onnx_backend
 from varedit_runtime.backends.onnxruntime.spec import failed_providers
@@ -28,11 +28,11 @@ from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import BackendError, BundleError
 from varedit_runtime.machine import (
     BundleFacts,
-    Engines,
+    EngineSetFacts,
     Gpu,
     Machine,
     Nvidia,
-    Probe,
+    ProbeResult,
     available_memory,
     nvidia,
 )
@@ -48,7 +48,7 @@ LAPTOP = Machine(
     python="3.11.7",
     nvidia=Nvidia(None, (), "nvidia-smi cannot be run"),
     packages={"varedit-export": "0.1.0", "onnxruntime": "1.21"},
-    probes={"onnxruntime": Probe(offers=(CPU,))},
+    probes={"onnxruntime": ProbeResult(offers=(CPU,))},
     memory=16 * 10**9,
     disk=10**11,
 )
@@ -58,8 +58,8 @@ SERVER = replace(
     packages={"onnxruntime-gpu": "1.21", "tensorrt": "11.0", "tensorrt-rtx": "1.7", **EXTRA}
     | {"cuda-core": "1.0", "cuda-bindings": "13.0"},
     probes={
-        "onnxruntime": Probe(offers=(CUDA, CPU)),
-        "tensorrt-rtx": Probe(offers=("sm75", "sm89")),
+        "onnxruntime": ProbeResult(offers=(CUDA, CPU)),
+        "tensorrt-rtx": ProbeResult(offers=("sm75", "sm89")),
     },
 )
 BUNDLE = BundleFacts(Path("bundles/2b"), FP32, 8 * 10**9, ("512-b1",), ())
@@ -87,8 +87,8 @@ def with_engines(backend: str, gpu: str = "", needing: int = 5) -> Machine:
     """Make a machine; gpu: by default a server's; needing: GB of its memory."""
     gpu = gpu or ("sm89" if backend == "tensorrt-rtx" else f"sm89 {ADA.name}")
     tools = {backend: SERVER.packages[backend]}
-    recipe = Recipe(backend, "512-b1", {}, {}, tools, gpu, "external", "fp16", {})
-    engines = Engines(Path(f"{backend}-0"), recipe, gpu_memory=needing * 10**9)
+    recipe = EngineRecipe(backend, "512-b1", {}, {}, tools, gpu, "external", "fp16", {})
+    engines = EngineSetFacts(Path(f"{backend}-0"), recipe, gpu_memory=needing * 10**9)
     return with_bundle(SERVER, engines=(engines,))
 
 
@@ -430,7 +430,7 @@ def test_a_module_that_cannot_be_imported_is_told(
     (tmp_path / "tensorrt.py").write_text("raise OSError('libnvinfer.so: cannot open')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
-    assert survey().probe("tensorrt") == Probe("libnvinfer.so: cannot open")
+    assert survey().probe("tensorrt") == ProbeResult("libnvinfer.so: cannot open")
 
 
 def test_this_machine_can_edit() -> None:

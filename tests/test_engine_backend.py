@@ -13,7 +13,7 @@ from PIL import Image
 from simulated_gpu import SimulatedGpu
 from uncompiled import Uncompiled, compiled, keep_engines_in, near
 
-from varedit_engines.compile import Job
+from varedit_engines.compile import CompileJob
 from varedit_export.errors import ParityError
 from varedit_export.parity.bundle import compare_backend
 from varedit_export.parity.measures import gate
@@ -21,10 +21,10 @@ from varedit_runtime.backends.base import Prompts, Sampling, ScaleOutput, WholeE
 from varedit_runtime.backends.engines.backend import EngineBackend
 from varedit_runtime.backends.engines.engine_set import (
     LAYOUTS,
+    EngineLayout,
     EngineSet,
     EngineSets,
-    Layout,
-    mismatch,
+    why_unusable,
 )
 from varedit_runtime.backends.engines.memory import budget, lay_out
 from varedit_runtime.backends.wiring import sized
@@ -132,7 +132,7 @@ def forced(editor: Editor) -> list[ScaleOutput]:
 
 @pytest.mark.parametrize("path", [pair_bundle, plain_bundle, embedded])
 @pytest.mark.parametrize("layout", ["external", "profiles"])
-def test_batches_and_other_conditionings(path: Callable[[], Path], layout: Layout) -> None:
+def test_batches_and_other_conditionings(path: Callable[[], Path], layout: EngineLayout) -> None:
     bundle, engines = compiled(path(), layout)
     editor = editor_on(SimulatedGpu(bundle.graphs_folder), bundle, engines)
     pictures = [picture(40, 30), picture(20, 60, blue=200), picture(30, 30)]
@@ -156,7 +156,7 @@ def test_memory_is_as_the_budget_says(small: tuple[Editor, SimulatedGpu]) -> Non
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_too_little_memory_is_said_before_any_is_taken(layout: Layout) -> None:
+def test_too_little_memory_is_said_before_any_is_taken(layout: EngineLayout) -> None:
     bundle, engines = compiled(small_bundle(), layout)
     (variant,) = bundle.manifest.variants
     needed = budget(bundle, variant, layout)
@@ -285,9 +285,9 @@ def test_compatible_engines_serve_others(
     flags: dict[str, str], tools: str, gpu: str, serves: bool
 ) -> None:
     bundle = Bundle.open(small_bundle())
-    job = Job(bundle, "external", Uncompiled("tensorrt", "sm90 NVIDIA H100"))  # type: ignore[arg-type]
+    job = CompileJob(bundle, "external", Uncompiled("tensorrt", "sm90 NVIDIA H100"))  # type: ignore[arg-type]
     recipe = msgspec.structs.replace(job.recipe, tools={"tensorrt": "11.1"}, flags=flags)
-    assert (mismatch(recipe, {"tensorrt": tools}, [gpu]) is None) == serves
+    assert (why_unusable(recipe, {"tensorrt": tools}, [gpu]) is None) == serves
 
 
 def test_an_arena_holds_its_parts_side_by_side() -> None:

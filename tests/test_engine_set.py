@@ -25,7 +25,12 @@ from varedit_engines import engine_cache
 from varedit_engines.engine_cache import EngineCache
 from varedit_engines.publish import Staging
 from varedit_runtime.backends.engines import engine_set
-from varedit_runtime.backends.engines.engine_set import EngineSet, EngineSetManifest, Plan, Recipe
+from varedit_runtime.backends.engines.engine_set import (
+    EngineRecipe,
+    EngineSet,
+    EngineSetManifest,
+    PlanFile,
+)
 from varedit_runtime.backends.engines.packing import PIECE, pack_into, unpack, unpacked_size
 from varedit_runtime.bundle import Bundle, Folder, set_aside, work_folder
 from varedit_runtime.errors import BundleError
@@ -54,7 +59,7 @@ def cache(tmp_path: Path) -> EngineCache:
     return EngineCache(Bundle.open(publish(tmp_path / "bundle")))
 
 
-def recipe_of(cache: EngineCache, **changed: Any) -> Recipe:
+def recipe_of(cache: EngineCache, **changed: Any) -> EngineRecipe:
     return cache.recipe("64", STAGES, **{**OF_A_MACHINE, **changed})
 
 
@@ -70,7 +75,7 @@ def pack(plan: bytes) -> bytes:
 
 
 def compile_into(
-    staging: Staging, recipe: Recipe, contents: Mapping[str, bytes] | None = None
+    staging: Staging, recipe: EngineRecipe, contents: Mapping[str, bytes] | None = None
 ) -> list[str]:
     """Publish a set. Returns the stages that had to be compiled."""
     files = {stage: f"{stage}.plan" for stage in recipe.graphs}
@@ -82,12 +87,12 @@ def compile_into(
             staging.record(file, recipe.key)
             compiled.append(stage)
     sizes = {s: unpacked_size([staging.file(file).read_bytes()]) for s, file in files.items()}
-    plans = {stage: Plan(file, sizes[stage]) for stage, file in files.items()}
+    plans = {stage: PlanFile(file, sizes[stage]) for stage, file in files.items()}
     staging.publish(EngineSetManifest(files=staging.files, recipe=recipe, plans=plans))
     return compiled
 
 
-def compile_set(cache: EngineCache, recipe: Recipe) -> Path:
+def compile_set(cache: EngineCache, recipe: EngineRecipe) -> Path:
     with cache.create(recipe) as staging:
         compile_into(staging, recipe)
     return staging.target
@@ -239,7 +244,7 @@ def test_a_set_made_like_ours_by_another_is_not_ours(cache: EngineCache):
     with Staging(folder, check=lambda path: None) as staging:
         staging.file("evil.plan").write_bytes(b"native code")
         staging.record("evil.plan")
-        plans = dict.fromkeys(STAGES, Plan("evil.plan", 11))
+        plans = dict.fromkeys(STAGES, PlanFile("evil.plan", 11))
         staging.publish(EngineSetManifest(files=staging.files, recipe=recipe, plans=plans))
     assert "built elsewhere" in refusal(lambda: cache.open(recipe))
 
@@ -340,7 +345,7 @@ def grown(whole: bytes, numbers: random.Random) -> bytes:
     return whole + numbers.randbytes(numbers.randrange(1, 9))
 
 
-def read_plan(cache: EngineCache, recipe: Recipe, stage: str, **vouched: Any) -> bytearray:
+def read_plan(cache: EngineCache, recipe: EngineRecipe, stage: str, **vouched: Any) -> bytearray:
     """Read a plan as a runtime does before it deserialises it."""
     engines = cache.open(recipe, **vouched)
     assert engines
@@ -451,7 +456,7 @@ WEIGHTS = "graphs/weights/transformer.safetensors"
 SIZE = len(content(WEIGHTS))
 
 
-def publish_weights(cache: EngineCache, stage: str, *place: Any) -> Recipe:
+def publish_weights(cache: EngineCache, stage: str, *place: Any) -> EngineRecipe:
     """Build a set here, with a stage whose weight lies at this place."""
     recipe = recipe_of(cache)
     folder = compile_set(cache, recipe)
@@ -529,19 +534,19 @@ def test_a_damaged_set_can_be_made_again(cache: EngineCache):
     assert cache.open(recipe)
 
 
-X = Plan("condition.plan", 1)
+X = PlanFile("condition.plan", 1)
 
 
 @pytest.mark.parametrize(
     ("plans", "said"),
     [
         ({"condition": X}, "were expected"),
-        (dict.fromkeys(STAGES, Plan("../x", 1)), "not in files"),
+        (dict.fromkeys(STAGES, PlanFile("../x", 1)), "not in files"),
         (dict.fromkeys((*STAGES, "prefill"), X), "were expected"),
     ],
 )
 def test_plans_match_the_recipe_and_the_files(
-    cache: EngineCache, plans: dict[str, Plan], said: str
+    cache: EngineCache, plans: dict[str, PlanFile], said: str
 ):
     recipe = recipe_of(cache)
     with cache.create(recipe) as staging:
@@ -560,7 +565,7 @@ def publish_packed(cache: EngineCache, data: bytes, size: int) -> EngineSet:
     with cache.create(recipe) as staging:
         staging.file("one.plan.gz").write_bytes(data)
         staging.record("one.plan.gz")
-        plans = dict.fromkeys(STAGES, Plan("one.plan.gz", size))
+        plans = dict.fromkeys(STAGES, PlanFile("one.plan.gz", size))
         staging.publish(EngineSetManifest(files=staging.files, recipe=recipe, plans=plans))
     engines = cache.open(recipe)
     assert engines
@@ -705,7 +710,7 @@ def test_replacing_a_bundle_killed_anywhere_loses_no_bundle_and_harms_no_engines
     assert all(cache.open(recipe, verify=True) for recipe in recipes)
 
 
-def is_set_aside(bundle: Path, recipe: Recipe) -> bool:
+def is_set_aside(bundle: Path, recipe: EngineRecipe) -> bool:
     """Return whether a complete set is still in the earlier bundle."""
     name = f"engines/{recipe.backend}-{recipe.key[:16]}"
     (place,) = (place for place in (bundle, set_aside(bundle)) if (place / name).exists())

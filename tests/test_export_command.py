@@ -8,7 +8,7 @@ from bundles import small_bundle
 from click.testing import CliRunner, Result
 
 from varedit_export.cli import main
-from varedit_runtime.locate import find
+from varedit_runtime.locate import find_bundle
 
 RECORDINGS = Path(__file__).parent / "golden"
 
@@ -42,7 +42,7 @@ def test_a_recordings_bundle_agrees_with_the_recording(
     assert built.exit_code == 0, built.output
     assert built.stdout == f"{bundle}\n"
     assert "parity with the reference" in built.stderr
-    assert find(None).path == bundle
+    assert find_bundle(None).path == bundle
 
     report = tmp_path / "report.json"
     verified = run("verify", bundle, "--golden", recording_folder, "--report", report)

@@ -56,7 +56,7 @@ def edit(*arguments: str | Path) -> Result:
 
 
 def embedded() -> Bundle:
-    return Bundle.open(locate.find(None).path)
+    return Bundle.open(locate.find_bundle(None).path)
 
 
 # Building

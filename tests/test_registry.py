@@ -15,7 +15,7 @@ from test_doctor import LAPTOP
 from varedit_export.cli import main as export_main
 from varedit_export.doctor import report
 from varedit_export.parity.bundle import compare_chosen
-from varedit_runtime.backends import BACKENDS, choose, find
+from varedit_runtime.backends import BACKENDS, choose, find_backend
 from varedit_runtime.backends.onnxruntime.backend import OnnxBackend
 from varedit_runtime.backends.onnxruntime.options import OnnxRuntimeOptions
 from varedit_runtime.backends.spec import BackendOptions, BackendSpec, Verdict, option
@@ -122,7 +122,7 @@ def test_verify_compares_it_with_onnx_runtime() -> None:
 
 
 @pytest.mark.skipif(
-    "CUDAExecutionProvider" in find("onnxruntime").probe().offers, reason="it would run"
+    "CUDAExecutionProvider" in find_backend("onnxruntime").probe().offers, reason="it would run"
 )
 def test_verify_takes_a_backends_own_options() -> None:
     asked = ["verify", str(small_bundle()), "--provider", "cuda"]
@@ -161,4 +161,4 @@ def test_a_backend_that_cannot_be_imported_stays_listed_and_says_why(
     assert "|broken]" in run("bench", "--help").output
     with pytest.raises(BackendError, match="broken cannot be used: it cannot be imported"):
         Editor.open(small_bundle(), backend="broken")
-    assert find("toy") is TOY  # the others are found all the same
+    assert find_backend("toy") is TOY  # the others are found all the same

@@ -16,8 +16,8 @@ from filelock import FileLock
 from varedit_engines import builder as compiler_module
 from varedit_engines import compile as compile_module
 from varedit_engines import timing_cache
-from varedit_engines.builder import HARDWARE, Compiler, Flags
-from varedit_engines.compile import Job
+from varedit_engines.builder import HARDWARE, EngineBuilder, Flags
+from varedit_engines.compile import CompileJob
 from varedit_engines.timing_cache import kept_timings, timings_file
 from varedit_export.cli import main
 from varedit_runtime.backends.engines.tensorrt import EngineKind
@@ -36,7 +36,7 @@ def trt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def compile_graph(kernel: str, *flags: Flags) -> memoryview:
-    compiler = Compiler("tensorrt", (), *flags)
+    compiler = EngineBuilder("tensorrt", (), *flags)
     return compiler.compile("graph", kernel.encode(), Path(), [], lambda *progress: None)
 
 
@@ -86,7 +86,10 @@ def test_engines_with_other_flags_are_other_engines(tmp_path: Path) -> None:
         *(Flags(hardware_compatible=level) for level in HARDWARE),
     ]
     bundle = Bundle.open(publish(tmp_path / "bundle"))
-    keys = {Job(bundle, "external", Compiler("tensorrt", (), flags)).recipe.key for flags in asked}
+    keys = {
+        CompileJob(bundle, "external", EngineBuilder("tensorrt", (), flags)).recipe.key
+        for flags in asked
+    }
     assert len(keys) == len(asked)
 
 
@@ -95,7 +98,7 @@ def test_engines_with_other_flags_are_other_engines(tmp_path: Path) -> None:
 )
 def test_rtx_has_architectures_in_place_of_compatibility(flags: Flags) -> None:
     with pytest.raises(ConfigError, match="--architecture"):
-        Compiler("tensorrt-rtx", ["sm89"], flags)
+        EngineBuilder("tensorrt-rtx", ["sm89"], flags)
 
 
 def test_an_unknown_compatibility_is_refused() -> None:
@@ -115,13 +118,13 @@ def test_an_unknown_compatibility_is_refused() -> None:
 def test_the_command_records_the_flags(
     options: tuple[str, ...], flags: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    jobs: list[Job] = []
+    jobs: list[CompileJob] = []
 
-    def stop(job: Job, *rest: Any) -> NoReturn:
+    def stop(job: CompileJob, *rest: Any) -> NoReturn:
         jobs.append(job)
         raise BackendError("not compiled")
 
-    monkeypatch.setattr(compile_module, "compile_engines", stop)
+    monkeypatch.setattr(compile_module, "compile_engine_set", stop)
     CliRunner().invoke(main, ["engines", str(publish(tmp_path / "bundle")), *options])
     (job,) = jobs
     assert flags.items() <= job.recipe.flags.items()
@@ -231,7 +234,7 @@ def test_tensorrt_for_rtx_is_asked_for_no_timings(monkeypatch: pytest.MonkeyPatc
     """TensorRT would need a GPU for them, and warns."""
     module = fake_tensorrt.fake_tensorrt()
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", module)
-    compiler = Compiler("tensorrt-rtx", ["sm89"])
+    compiler = EngineBuilder("tensorrt-rtx", ["sm89"])
     compiler.compile("graph", b"a", Path(), [], lambda *progress: None)
     (config,) = module.Builder.configs
     assert config.get_timing_cache() is None
@@ -244,6 +247,6 @@ def test_engines_of_rtx_can_be_captured(
     """TensorRT promises this only for engines that allocate no memory themselves."""
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", trt)
     named = ["sm89"] if kind == "tensorrt-rtx" else []
-    Compiler(kind, named).compile("graph", b"a", Path(), [], lambda *progress: None)
+    EngineBuilder(kind, named).compile("graph", b"a", Path(), [], lambda *progress: None)
     (config,) = trt.Builder.configs
     assert config.get_flag(RTX.BuilderFlag.REQUIRE_USER_ALLOCATION) == required

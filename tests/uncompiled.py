@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from varedit_engines import engine_cache
-from varedit_engines.compile import Job, compile_engines
+from varedit_engines.compile import CompileJob, compile_engine_set
 from varedit_runtime.backends.engines import engine_set
-from varedit_runtime.backends.engines.engine_set import EngineSet, Layout
+from varedit_runtime.backends.engines.engine_set import EngineLayout, EngineSet
 from varedit_runtime.bundle import Bundle
 
 GPU = "sm90"
@@ -46,16 +46,16 @@ def keep_engines_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def compiled(
     path: Path,
-    layout: Layout = "external",
+    layout: EngineLayout = "external",
     backend: str = "tensorrt-rtx",
     settings: dict[str, str] | None = None,
 ) -> tuple[Bundle, EngineSet]:
     """Make the bundle read-only, so that engines go to the user's cache: all tests share it."""
     bundle = Bundle.open(path)
-    job = Job(bundle, layout, Uncompiled(backend, settings=settings or {}))  # type: ignore[arg-type]
+    job = CompileJob(bundle, layout, Uncompiled(backend, settings=settings or {}))  # type: ignore[arg-type]
     with pytest.MonkeyPatch.context() as read_only:
         read_only.setattr(engine_cache, "_writable", lambda folder: False)
-        return bundle, compile_engines(job, lambda *_: None)
+        return bundle, compile_engine_set(job, lambda *_: None)
 
 
 def near(a: Image.Image | np.ndarray, b: Image.Image | np.ndarray) -> bool:

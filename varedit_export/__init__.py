@@ -93,9 +93,9 @@ def compile_engines(
     with needs_extra("export"):
         from varedit_engines import compile as engines
 
-    job = engines.Job(_opened(bundle), options.layout, compiler, options.variant)
+    job = engines.CompileJob(_opened(bundle), options.layout, compiler, options.variant)
     notice(str(job))
-    return engines.compile_engines(job, on_step, notice, options.again)
+    return engines.compile_engine_set(job, on_step, notice, options.again)
 
 
 def verify(

@@ -16,7 +16,7 @@ from click.core import ParameterSource
 import varedit_export
 from varedit_export.errors import ParityError
 from varedit_export.options import BuildOptions, EngineOptions, OnStep, VerifyOptions
-from varedit_runtime.backends import choose, find, specs
+from varedit_runtime.backends import choose, find_backend, specs
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.command import (
     BackendCommand,
@@ -31,7 +31,7 @@ from varedit_runtime.manifest import ParityLine
 from varedit_runtime.precision import PRECISIONS
 
 if TYPE_CHECKING:
-    from varedit_runtime.backends.engines.engine_set import Layout
+    from varedit_runtime.backends.engines.engine_set import EngineLayout
 
 _PATH = click.Path(path_type=Path)
 _checkpoint = click.option(
@@ -138,7 +138,7 @@ def build(
     context: click.Context,
     options: BuildOptions,
     backend: Any,
-    layout: "Layout",
+    layout: "EngineLayout",
     architectures: tuple[str, ...],
 ) -> None:
     """Build a bundle, prove its parity with the reference, and publish it.
@@ -167,13 +167,13 @@ def build(
 
 
 def _engine_options(
-    context: click.Context, backend: Any, layout: "Layout", architectures: tuple[str, ...]
+    context: click.Context, backend: Any, layout: "EngineLayout", architectures: tuple[str, ...]
 ) -> EngineOptions | None:
     """Return what to compile for a backend; None for one without engines.
 
     Raises now, before anything is built, if the backend cannot compile here.
     """
-    if find(backend).compiles:
+    if find_backend(backend).compiles:
         engines = EngineOptions(backend, layout=layout, architectures=architectures)
         engines.compiler()
         return engines

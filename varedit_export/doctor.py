@@ -3,10 +3,17 @@
 import shlex
 from collections.abc import Iterator
 
-from varedit_runtime.backends import BACKENDS, find, specs
+from varedit_runtime.backends import BACKENDS, find_backend, specs
 from varedit_runtime.backends.engines.spec import EngineSpec, unfit
-from varedit_runtime.backends.spec import Verdict, extra, report_line, run, size, too_little
-from varedit_runtime.machine import BundleFacts, Engines, Machine, cpu_bytes
+from varedit_runtime.backends.spec import (
+    Verdict,
+    commands_hint,
+    install_command,
+    readable_size,
+    report_line,
+    too_little,
+)
+from varedit_runtime.machine import BundleFacts, EngineSetFacts, Machine, cpu_bytes
 
 EXPORT = ("torch", "transformers", "safetensors", "onnx", "onnxscript", "tqdm")
 
@@ -34,38 +41,47 @@ def _installed(machine: Machine) -> Iterator[str]:
     yield report_line("varedit-export", own)
     yield report_line("NVIDIA driver", driver.driver or f"none ({driver.problem})")
     for number, gpu in enumerate(driver.gpus):
-        free = "unknown" if gpu.free is None else size(gpu.free)
+        free = "unknown" if gpu.free is None else readable_size(gpu.free)
         text = f"{gpu.name}, {gpu.architecture}, free memory {free}"
         yield report_line(f"GPU {number}", text)
     for spec in specs():
         for name, text in spec.report(machine):
             yield report_line(name, text)
     missing = [name for name in EXPORT if name not in packages]
-    absent = f"without {', '.join(missing)}{run((extra('export'),))}"
+    absent = f"without {', '.join(missing)}{commands_hint((install_command('export'),))}"
     yield report_line("extra export", absent if missing else f"complete, torch {packages['torch']}")
-    yield report_line("free memory", "unknown" if machine.memory is None else size(machine.memory))
-    yield report_line("free disk", f"{size(machine.disk)} where bundles are built")
+    yield report_line(
+        "free memory", "unknown" if machine.memory is None else readable_size(machine.memory)
+    )
+    yield report_line("free disk", f"{readable_size(machine.disk)} where bundles are built")
 
 
 def _bundle(machine: Machine, bundle: BundleFacts) -> Iterator[str]:
     variants = ", ".join(bundle.variants)
     yield report_line("bundle", f"{bundle.path}: {bundle.precision.name}, {variants}")
     needed = cpu_bytes(bundle)
-    fits = too_little(machine.memory, needed, "memory") or f"fit in memory, about {size(needed)}"
-    yield report_line("weights", f"{size(bundle.weights)}: {fits}")
+    fits = (
+        too_little(machine.memory, needed, "memory")
+        or f"fit in memory, about {readable_size(needed)}"
+    )
+    yield report_line("weights", f"{readable_size(bundle.weights)}: {fits}")
     for engines in bundle.engines:
         why = unfit(machine, engines)
-        said = "for this machine" if why is None else f"{why}{run(_replace(machine, engines))}"
+        said = (
+            "for this machine"
+            if why is None
+            else f"{why}{commands_hint(_replace(machine, engines))}"
+        )
         yield report_line("engines", f"{engines.path.name}: {said}")
     if not bundle.engines:
         yield report_line("engines", "none")
 
 
-def _replace(machine: Machine, engines: Engines) -> tuple[str, ...]:
+def _replace(machine: Machine, engines: EngineSetFacts) -> tuple[str, ...]:
     """Return the commands that compile engines for this machine in place of those."""
     backend, recipe = engines.path.name.rpartition("-")[0], engines.recipe
     removal = () if recipe else (f"rm -r {shlex.quote(str(engines.path))}",)
-    spec = find(backend) if backend in BACKENDS else None
+    spec = find_backend(backend) if backend in BACKENDS else None
     command = spec.compile_command(machine) if isinstance(spec, EngineSpec) else None
     if command is None:
         return removal

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from varedit_runtime.backends import DEFAULT, ChosenBackend
 
 if TYPE_CHECKING:
-    from varedit_engines.builder import Compiler, Hardware
-    from varedit_runtime.backends.engines.engine_set import Layout
+    from varedit_engines.builder import EngineBuilder, Hardware
+    from varedit_runtime.backends.engines.engine_set import EngineLayout
     from varedit_runtime.backends.engines.tensorrt import EngineKind
 
 AnyPath = str | os.PathLike[str]
@@ -57,7 +57,7 @@ class EngineOptions:
 
     # Where the weights are: external, as inputs of the engines; profiles, inside one engine with a
     # profile per scale; baked, inside one engine per scale.
-    layout: "Layout" = "external"
+    layout: "EngineLayout" = "external"
 
     # GPUs to compile for, as in "sm89"; tensorrt-rtx alone. By default this machine's GPU.
     architectures: tuple[str, ...] = ()
@@ -70,13 +70,13 @@ class EngineOptions:
 
     again: bool = False  # whether to recompile engines that were built on this machine
 
-    def compiler(self) -> "Compiler":
+    def compiler(self) -> "EngineBuilder":
         """Check all options and return the compiler for them.
 
         Raises MissingExtraError if the backend is not installed, ConfigError on options that the
         backend does not have, BackendError if there is no GPU and no architecture was named.
         """
-        from varedit_engines.builder import Compiler, Flags
+        from varedit_engines.builder import EngineBuilder, Flags
 
         flags = Flags(
             self.workspace,
@@ -85,7 +85,7 @@ class EngineOptions:
             self.version_compatible,
             self.hardware_compatible,
         )
-        return Compiler(self.backend, self.architectures, flags)
+        return EngineBuilder(self.backend, self.architectures, flags)
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ class Flags:
             )
 
 
-class Compiler:
+class EngineBuilder:
     """A compiler for one backend, one or several architectures, and some flags.
 
     architectures: those of the GPUs to compile for, as in "sm89" (RTX only); by default this

@@ -16,17 +16,17 @@ from pathlib import Path
 
 from msgspec import structs
 
-from varedit_engines.builder import Compiler, OnStep
+from varedit_engines.builder import EngineBuilder, OnStep
 from varedit_engines.engine_cache import EngineCache
 from varedit_engines.network import external_inputs
 from varedit_engines.publish import Staging
 from varedit_runtime.backends.engines.engine_set import (
     LAYOUTS,
+    EngineLayout,
+    EngineRecipe,
     EngineSet,
     EngineSetManifest,
-    Layout,
-    Plan,
-    Recipe,
+    PlanFile,
     built_here,
 )
 from varedit_runtime.backends.engines.memory import transformers, weights_on_gpu
@@ -42,7 +42,7 @@ EarlierPlan = tuple[EngineSet, str]
 TWIN = ("scale", "references")  # graphs of symbolic lengths, for prefill and all scales
 
 
-def stages_of(variant: Variant, layout: Layout) -> list[str]:
+def stages_of(variant: Variant, layout: EngineLayout) -> list[str]:
     """Return the graphs that a layout compiles. Raises ConfigError on an unknown layout."""
     if layout not in LAYOUTS:
         raise ConfigError(f"there is no layout {layout!r}; there are {', '.join(LAYOUTS)}")
@@ -54,12 +54,12 @@ def stages_of(variant: Variant, layout: Layout) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Job:
+class CompileJob:
     """A compilation: a bundle, one of its variants (by default the first), layout and compiler."""
 
     bundle: Bundle
-    layout: Layout
-    compiler: Compiler
+    layout: EngineLayout
+    compiler: EngineBuilder
     variant_name: str | None = None
 
     @property
@@ -67,7 +67,7 @@ class Job:
         return self.bundle.manifest.variant(self.variant_name)
 
     @property
-    def recipe(self) -> Recipe:
+    def recipe(self) -> EngineRecipe:
         return EngineCache(self.bundle).recipe(
             self.variant.name,
             stages_of(self.variant, self.layout),
@@ -89,8 +89,8 @@ class Job:
         )
 
 
-def compile_engines(
-    job: Job,
+def compile_engine_set(
+    job: CompileJob,
     on_step: OnStep,
     notice: Callable[[str], None] = lambda line: None,
     again: bool = False,
@@ -122,7 +122,9 @@ def compile_engines(
     return engines
 
 
-def _whole(cache: EngineCache, recipe: Recipe, notice: Callable[[str], None]) -> EngineSet | None:
+def _whole(
+    cache: EngineCache, recipe: EngineRecipe, notice: Callable[[str], None]
+) -> EngineSet | None:
     """Open the existing set; return None if there is none, or a damaged one of ours."""
     try:
         return cache.open(recipe, verify=True)
@@ -133,7 +135,7 @@ def _whole(cache: EngineCache, recipe: Recipe, notice: Callable[[str], None]) ->
         return None
 
 
-def _earlier_plans(cache: EngineCache, recipe: Recipe) -> dict[str, EarlierPlan]:
+def _earlier_plans(cache: EngineCache, recipe: EngineRecipe) -> dict[str, EarlierPlan]:
     """Find reusable plans by their graph's digest: of sets built here with the same settings."""
     found: dict[str, EarlierPlan] = {}
     for folder in cache.folders:
@@ -147,8 +149,8 @@ def _earlier_plans(cache: EngineCache, recipe: Recipe) -> dict[str, EarlierPlan]
 
 
 def _compile_all(
-    job: Job,
-    recipe: Recipe,
+    job: CompileJob,
+    recipe: EngineRecipe,
     staging: Staging,
     earlier: Mapping[str, EarlierPlan],
     on_step: OnStep,
@@ -166,7 +168,7 @@ def _compile_all(
             if size is None:
                 size = _compile(job, stage, graph, staging.file(file), on_step)
             staging.record(file, recipe.key)
-        plans[stage] = Plan(file, size)
+        plans[stage] = PlanFile(file, size)
     staging.publish(
         EngineSetManifest(files=staging.files, recipe=recipe, plans=plans, weights=weights)
     )
@@ -185,7 +187,7 @@ def _copied(earlier: EarlierPlan | None, path: Path) -> int | None:
     return engines.manifest.plans[stage].size
 
 
-def _compile(job: Job, stage: str, graph: bytes, path: Path, on_step: OnStep) -> int:
+def _compile(job: CompileJob, stage: str, graph: bytes, path: Path, on_step: OnStep) -> int:
     """Compile a graph and write the plan to a file; return the plan's size."""
     folder, shapes = job.bundle.graphs_folder, _profiles(job, stage)
     plan = job.compiler.compile(stage, graph, folder, shapes, on_step)
@@ -193,7 +195,7 @@ def _compile(job: Job, stage: str, graph: bytes, path: Path, on_step: OnStep) ->
     return len(plan)
 
 
-def _profiles(job: Job, stage: str) -> list[Mapping[str, tuple[int, ...]]]:
+def _profiles(job: CompileJob, stage: str) -> list[Mapping[str, tuple[int, ...]]]:
     """Return the shapes of all inputs in every profile; none for a graph of static shapes."""
     specs = job.variant.graphs[stage].inputs
     if all(isinstance(size, int) for spec in specs for size in spec.shape):

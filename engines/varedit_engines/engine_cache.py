@@ -7,9 +7,9 @@ from pathlib import Path
 
 from varedit_engines.publish import Staging
 from varedit_runtime.backends.engines.engine_set import (
+    EngineRecipe,
     EngineSet,
     EngineSets,
-    Recipe,
     built_here,
     records,
 )
@@ -32,7 +32,7 @@ class EngineCache(EngineSets):
     `check_replaceable` for a whole one: sets that others built are not ours to replace.
     """
 
-    def made_here(self, recipe: Recipe) -> bool:
+    def made_here(self, recipe: EngineRecipe) -> bool:
         """Return whether this user built, on this machine, all existing sets of this recipe."""
         return not self._foreign(recipe)
 
@@ -49,11 +49,11 @@ class EngineCache(EngineSets):
                 f"{inside} cannot be replaced: make the folder {inside.parent} writable"
             )
 
-    def _foreign(self, recipe: Recipe) -> list[Path]:
+    def _foreign(self, recipe: EngineRecipe) -> list[Path]:
         places = self.places_of(recipe)
         return [folder for folder in places if folder.exists() and not _made_here(folder)]
 
-    def create(self, recipe: Recipe) -> Staging:
+    def create(self, recipe: EngineRecipe) -> Staging:
         """Return a staging for a set: in the bundle or, if that is read-only, in the user's cache.
 
         A published set is recorded as built here, so that opening it needs no digest and no trust.

@@ -110,13 +110,13 @@ class Bundle:
         """
         place = Path(os.path.realpath(path))
         while True:
-            folder = standing(place)
+            folder = standing_folder(place)
             before = _identity(folder)
             try:
                 return cls._open(folder, digest)
             except BundleError:
                 # A newer bundle may have taken the folder's place while it was read.
-                if _identity(standing(place)) == before:
+                if _identity(standing_folder(place)) == before:
                     raise
 
     @classmethod
@@ -184,7 +184,7 @@ def set_aside(target: Path) -> Path:
     return work_folder(target) / "previous"
 
 
-def standing(path: Path) -> Path:
+def standing_folder(path: Path) -> Path:
     """Return a bundle's folder or, if replacing it was interrupted, where the old one is kept."""
     aside = set_aside(path)
     return aside if not os.path.exists(path) and os.path.exists(aside / MANIFEST) else path

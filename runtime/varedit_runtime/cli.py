@@ -282,9 +282,9 @@ def grids() -> None:
 
 def _find_bundle(named: Path | None) -> "Found":
     """Find the bundle to use, and tell on stderr which it is and why."""
-    from varedit_runtime.locate import find
+    from varedit_runtime.locate import find_bundle
 
-    found = find(named)
+    found = find_bundle(named)
     click.echo(f"bundle: {found.path} ({found.why})", err=True)
     return found
 

@@ -305,14 +305,14 @@ class Editor:
         wanted = call.wanted[first : first + self.variant.batch]
         # The graphs were built for a batch of this size: a smaller one repeats its last picture.
         rows = [wanted[min(i, len(wanted) - 1)] for i in range(self.variant.batch)]
-        batch = _Batch(call, wanted, rows, range(first, first + len(wanted)))
+        batch = _PictureBatch(call, wanted, rows, range(first, first + len(wanted)))
         images = self._edit_whole(batch) if call.on_scale is None else None
         if images is None:
             images = self._edit_by_stages(batch)
         for one, image in zip(wanted, images, strict=True):
             yield EditResult(image, one.seed, batch.timings.seconds)
 
-    def _edit_whole(self, batch: "_Batch") -> list[Image.Image] | None:
+    def _edit_whole(self, batch: "_PictureBatch") -> list[Image.Image] | None:
         """Edit a batch in one launch; return None if the backend cannot."""
         edit = self.backend.whole
         if edit is None:
@@ -325,7 +325,7 @@ class Editor:
             _finite(DECODER, edited.pictures)
             return self._restored(edited.pictures, batch.wanted)
 
-    def _edit_by_stages(self, batch: "_Batch") -> list[Image.Image]:
+    def _edit_by_stages(self, batch: "_PictureBatch") -> list[Image.Image]:
         timings, scales = batch.timings, range(len(self.variant.grids))
         with timings.of(TEXT):
             prompts = self._prompts(batch.rows)
@@ -366,7 +366,7 @@ class Editor:
             mask[row, : len(prompt)] = True
         return ids, mask
 
-    def _sampling(self, batch: "_Batch", scale: int) -> Sampling:
+    def _sampling(self, batch: "_PictureBatch", scale: int) -> Sampling:
         """Return a scale's sampling, with the noise of each picture's own seed."""
         rows, columns = self.variant.grids[scale]
         channels = self.bundle.manifest.model.token_channels
@@ -385,7 +385,7 @@ class Editor:
             for pixels, one in zip(decoded, wanted, strict=False)
         ]
 
-    def _progress(self, batch: "_Batch", scale: int, total: np.ndarray) -> Progress:
+    def _progress(self, batch: "_PictureBatch", scale: int, total: np.ndarray) -> Progress:
         def draw() -> list[Image.Image]:
             with self._turn:  # a preview from another thread waits for the edit to end
                 decoded = _finite(DECODER, self.backend.decode(total))
@@ -427,7 +427,7 @@ class _Timings:
 
 
 @dataclass(frozen=True)
-class _Batch:
+class _PictureBatch:
     """The pictures edited at once. rows: padded to the batch. places: those in the results."""
 
     call: _Call

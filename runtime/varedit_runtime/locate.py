@@ -6,7 +6,7 @@ from pathlib import Path
 
 from platformdirs import user_cache_path, user_data_path
 
-from varedit_runtime.bundle import standing
+from varedit_runtime.bundle import standing_folder
 from varedit_runtime.errors import BundleError
 from varedit_runtime.files import atomic_file
 
@@ -59,7 +59,7 @@ def remember(path: Path) -> None:
         ) from error
 
 
-def find(explicit: Path | None) -> Found:
+def find_bundle(explicit: Path | None) -> Found:
     """Return the bundle to use: that named, the environment's, the last one built, or nano's.
 
     The folder may not exist; opening it then says what is wrong.
@@ -69,7 +69,7 @@ def find(explicit: Path | None) -> Found:
     if named := os.environ.get(VARIABLE):
         return Found(Path(named), f"named by the environment variable {VARIABLE}")
     last = _read_last_built()
-    if last and standing(last).exists():
+    if last and standing_folder(last).exists():
         return Found(last, "the last one built")
     reason = f"the last one built, {last}, is gone" if last else "no bundle was named or built"
     return Found(embedded(), f"{_NANO_IS}, as {reason}")

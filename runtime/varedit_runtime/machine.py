@@ -16,7 +16,7 @@ from varedit_runtime.errors import one_line
 from varedit_runtime.precision import Precision
 
 if TYPE_CHECKING:
-    from varedit_runtime.backends.engines.engine_set import Recipe
+    from varedit_runtime.backends.engines.engine_set import EngineRecipe
 
 PEAK = 1.3  # of the weights: they, packed copies, caches and activations
 SMI_SECONDS = 10  # a driver that hangs must not hang this program
@@ -46,7 +46,7 @@ class Nvidia:
 
 
 @dataclass(frozen=True)
-class Engines:
+class EngineSetFacts:
     """A set of compiled engines of a bundle.
 
     problem: why no machine can use it; without one it has a recipe. gpu_memory: bytes that the
@@ -54,7 +54,7 @@ class Engines:
     """
 
     path: Path
-    recipe: "Recipe | None"
+    recipe: "EngineRecipe | None"
     problem: str = ""
     gpu_memory: int = 0
 
@@ -67,11 +67,11 @@ class BundleFacts:
     precision: Precision
     weights: int
     variants: tuple[str, ...]
-    engines: tuple[Engines, ...]
+    engines: tuple[EngineSetFacts, ...]
 
 
 @dataclass(frozen=True)
-class Probe:
+class ProbeResult:
     """What a backend found when it imported what it needs.
 
     problem: why that cannot be imported; "" also where it is not installed. offers: what it can
@@ -95,14 +95,14 @@ class Machine:
     python: str
     nvidia: Nvidia
     packages: Mapping[str, str]
-    probes: Mapping[str, Probe]
+    probes: Mapping[str, ProbeResult]
     memory: int | None
     disk: int
     bundle: BundleFacts | None = None
 
-    def probe(self, backend: str) -> Probe:
+    def probe(self, backend: str) -> ProbeResult:
         """Return what a backend found; an empty probe where it was not asked."""
-        return self.probes.get(backend, Probe())
+        return self.probes.get(backend, ProbeResult())
 
 
 def cpu_bytes(bundle: BundleFacts) -> int:

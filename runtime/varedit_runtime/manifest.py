@@ -37,16 +37,18 @@ Pixels = Annotated[int, Meta(ge=1, le=8192)]  # side of a picture in pixels
 Downsampling = Annotated[int, Meta(ge=1, le=64)]  # the models have 8 and 16
 Patch = Annotated[int, Meta(ge=1, le=4)]  # the models have 1 and 2
 Channels = Annotated[int, Meta(ge=1, le=256)]  # of a token; the models have up to 56
-Batch = Annotated[int, Meta(ge=1, le=LARGEST_BATCH)]
-Rows = Annotated[int, Meta(ge=1, le=2 * LARGEST_BATCH)]  # the batch, or with guidance twice that
-Tokens = Annotated[int, Meta(ge=1, le=4096)]  # of an instruction; the released models take 512
+BatchSize = Annotated[int, Meta(ge=1, le=LARGEST_BATCH)]
+RowCount = Annotated[
+    int, Meta(ge=1, le=2 * LARGEST_BATCH)
+]  # the batch, or with guidance twice that
+TokenCount = Annotated[int, Meta(ge=1, le=4096)]  # of an instruction; the released models take 512
 Name = Annotated[str, Meta(pattern=rf"\A{_PLAIN}\Z", max_length=100)]
 Digest = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 # No control characters: a terminal would obey them when the text is printed.
 PRINTABLE = r"[^\x00-\x1f\x7f-\x9f]*"
-Text = Annotated[str, Meta(pattern=rf"\A{PRINTABLE}\Z", min_length=1, max_length=1000)]
+PrintableText = Annotated[str, Meta(pattern=rf"\A{PRINTABLE}\Z", min_length=1, max_length=1000)]
 Bytes = Annotated[int, Meta(ge=0, lt=2**60)]
-Grid = tuple[Side, Side]
+CheckedGrid = tuple[Side, Side]
 
 _SCALE = re.compile(r"scale_(\d{2,})")
 _INSIDE = re.compile(rf"{_PLAIN}(?:/{_PLAIN})*")
@@ -68,7 +70,7 @@ class StoredWeight(Struct, frozen=True, forbid_unknown_fields=True, array_like=T
     name: in that file; file: its path in the bundle's folder.
     """
 
-    name: Text
+    name: PrintableText
     file: str
     offset: Bytes
     length: Bytes
@@ -100,10 +102,11 @@ class TensorSpec(Struct, frozen=True, forbid_unknown_fields=True):
     It has at least one dimension, along which rows are counted, and at most TensorRT's 8.
     """
 
-    name: Text
+    name: PrintableText
     dtype: Literal["float32", "float16", "bfloat16", "int64", "int32", "uint8", "bool"]
     shape: Annotated[
-        tuple[Annotated[int, Meta(ge=0, lt=2**31)] | Text, ...], Meta(min_length=1, max_length=8)
+        tuple[Annotated[int, Meta(ge=0, lt=2**31)] | PrintableText, ...],
+        Meta(min_length=1, max_length=8),
     ]
 
 
@@ -130,12 +133,12 @@ class Variant(Struct, frozen=True, forbid_unknown_fields=True):
 
     name: Name
     resolution: Count
-    aspect: Text
-    grids: Annotated[tuple[Grid, ...], Meta(min_length=1, max_length=99)]
+    aspect: PrintableText
+    grids: Annotated[tuple[CheckedGrid, ...], Meta(min_length=1, max_length=99)]
     picture: tuple[Pixels, Pixels]
-    batch: Batch
-    rows: Rows
-    text_tokens: Tokens
+    batch: BatchSize
+    rows: RowCount
+    text_tokens: TokenCount
     graphs: dict[Name, GraphSpec]
 
     def __post_init__(self) -> None:
@@ -187,7 +190,7 @@ class Model(Struct, frozen=True, forbid_unknown_fields=True):
     text_channels: Count
     conditioning: Literal["sar", "finest", "full"]
     rotary: Literal["released", "paper"]
-    weights: Text
+    weights: PrintableText
     norm_groups: Count | None
     text_distance: Count | None
     text_epsilon: Annotated[float, Meta(gt=0, lt=1)] | None
@@ -230,7 +233,7 @@ class ParityLine(Struct, frozen=True, forbid_unknown_fields=True):
     """One measured difference between a stage and the reference, from when the bundle was built."""
 
     stage: Name
-    measure: Text
+    measure: PrintableText
     value: float
     tolerance: float
 
@@ -242,14 +245,14 @@ class Manifest(FolderManifest, frozen=True):
     model's defaults. tools: versions of the programs that built it.
     """
 
-    name: Text
+    name: PrintableText
     model: Model
     precision: Name
-    fp32_exceptions: tuple[Text, ...]
+    fp32_exceptions: tuple[PrintableText, ...]
     guidance_scale: float
     temperature: Annotated[float, Meta(gt=0)]
     variants: Annotated[tuple[Variant, ...], Meta(min_length=1)]
-    tools: dict[Text, Text]
+    tools: dict[PrintableText, PrintableText]
     parity: tuple[ParityLine, ...]
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ from varedit_runtime.backends.engines.memory import budget
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import BundleError, one_line
 from varedit_runtime.locate import default_root
-from varedit_runtime.machine import BundleFacts, Engines, Machine, available_memory, nvidia
+from varedit_runtime.machine import BundleFacts, EngineSetFacts, Machine, available_memory, nvidia
 from varedit_runtime.manifest import weights_file
 
 
@@ -50,17 +50,19 @@ def _bundle_facts(bundle: Bundle) -> BundleFacts:
     )
 
 
-def _engines(bundle: Bundle, path: Path) -> Engines:
+def _engines(bundle: Bundle, path: Path) -> EngineSetFacts:
     cache = EngineSets(bundle)
     try:
         recipe = EngineSet.open(path).manifest.recipe
         if not cache.of_this_bundle(recipe):
-            return Engines(path, None, "they are of other graphs or weights than the bundle's")
+            return EngineSetFacts(
+                path, None, "they are of other graphs or weights than the bundle's"
+            )
         cache.open(recipe)  # says whether they were built here
         needed = budget(bundle, bundle.manifest.variant(recipe.variant), recipe.layout)
     except BundleError as error:
-        return Engines(path, None, one_line(error))
-    return Engines(path, recipe, gpu_memory=needed.total)
+        return EngineSetFacts(path, None, one_line(error))
+    return EngineSetFacts(path, recipe, gpu_memory=needed.total)
 
 
 def _standing(path: Path) -> Path:

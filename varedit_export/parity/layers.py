@@ -20,7 +20,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from varedit_engines.builder import Compiler
+from varedit_engines.builder import EngineBuilder
 from varedit_engines.compile import stages_of
 from varedit_export.errors import ExportError
 from varedit_runtime.backends.engines.tensorrt import RTX
@@ -57,7 +57,7 @@ class Layer:
 
 
 def first_wrong_layer(
-    bundle: Bundle, stage: str, compiler: Compiler, variant: str | None = None
+    bundle: Bundle, stage: str, compiler: EngineBuilder, variant: str | None = None
 ) -> Layer | None:
     """Compile a stage with all layers' outputs, and return the first that differs; None if none.
 

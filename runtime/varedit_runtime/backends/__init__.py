@@ -39,7 +39,7 @@ class ChosenBackend:
         return self.spec.open(bundle, variant, self.options)
 
 
-def find(name: str) -> BackendSpec[Any]:
+def find_backend(name: str) -> BackendSpec[Any]:
     """Return a backend's spec.
 
     A backend that cannot be imported has one too, which says why. Raises ConfigError on an unknown
@@ -56,7 +56,7 @@ def find(name: str) -> BackendSpec[Any]:
 
 def specs() -> Iterator[BackendSpec[Any]]:
     """Yield every backend's spec, in the order of the registry."""
-    yield from map(find, BACKENDS)
+    yield from map(find_backend, BACKENDS)
 
 
 def choose(backend: str | ChosenBackend = DEFAULT, **options: object) -> ChosenBackend:
@@ -70,7 +70,7 @@ def choose(backend: str | ChosenBackend = DEFAULT, **options: object) -> ChosenB
         if given:
             raise ConfigError(f"{' and '.join(given)}: give these to choose(), with the backend")
         return backend
-    spec = find(backend)
+    spec = find_backend(backend)
     own = option_names(spec)
     if foreign := [name for name in given if name not in own]:
         owners = [s.name for s in specs() if option_names(s).issuperset(foreign)]

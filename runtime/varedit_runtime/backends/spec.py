@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 from varedit_runtime.errors import BackendError, one_line
-from varedit_runtime.machine import Machine, Probe
+from varedit_runtime.machine import Machine, ProbeResult
 
 if TYPE_CHECKING:
     from varedit_runtime.backends.base import Backend
@@ -50,7 +50,7 @@ class Verdict:
     fix: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return report_line(self.backend, f"{self.word}: {self.what}{run(self.fix)}")
+        return report_line(self.backend, f"{self.word}: {self.what}{commands_hint(self.fix)}")
 
 
 Options = TypeVar("Options", bound=BackendOptions)
@@ -84,9 +84,9 @@ class BackendSpec(ABC, Generic[Options]):
         here or the memory is too small, BundleError when the bundle lacks what it runs.
         """
 
-    def probe(self) -> Probe:
+    def probe(self) -> ProbeResult:
         """Import what the backend needs and return what that can do. Raises nothing."""
-        return Probe()
+        return ProbeResult()
 
     def report(self, machine: Machine) -> Iterator[tuple[str, str]]:
         """Yield (name, text) for every line of `doctor` about what is installed."""
@@ -127,15 +127,16 @@ def too_little(free: int | None, needed: int, of: str) -> str | None:
     """Return a sentence when fewer bytes of some memory are free than needed."""
     if free is None or free >= needed:
         return None
-    return f"about {size(needed)} of {of} are needed and {size(free)} free: end other programs"
+    wanted, left = readable_size(needed), readable_size(free)
+    return f"about {wanted} of {of} are needed and {left} free: end other programs"
 
 
-def extra(name: str) -> str:
+def install_command(name: str) -> str:
     """Return the command that installs an extra of the distribution."""
     return f'pip install "varedit-export[{name}]"'
 
 
-def run(commands: Sequence[str]) -> str:
+def commands_hint(commands: Sequence[str]) -> str:
     """Return the end of a sentence that says which commands to run; "" without any."""
     return f"; run {' and '.join(f'`{command}`' for command in commands)}" if commands else ""
 
@@ -145,6 +146,6 @@ def report_line(name: str, text: str) -> str:
     return f"{name:<18}{text}"
 
 
-def size(count: int) -> str:
+def readable_size(count: int) -> str:
     """Return a number of bytes for a person to read."""
     return f"{count / 1e9:.1f} GB" if count >= 10**9 else f"{count / 1e6:.0f} MB"

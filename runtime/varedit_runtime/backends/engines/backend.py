@@ -17,7 +17,7 @@ from varedit_runtime.backends.engines.device import ALIGNMENT, Device, Engine, L
 from varedit_runtime.backends.engines.engine_set import EngineSet, EngineSets
 from varedit_runtime.backends.engines.memory import aligned, budget, lay_out
 from varedit_runtime.backends.engines.tensorrt import EngineKind
-from varedit_runtime.backends.engines.weights import Weights
+from varedit_runtime.backends.engines.weights import EngineWeights
 from varedit_runtime.backends.graphs import GraphBackend
 from varedit_runtime.backends.wiring import (
     DECODER,
@@ -48,7 +48,7 @@ class EngineBackend(GraphBackend):
         recipe = engines.manifest.recipe
         symbolic = recipe.layout == "profiles"
         super().__init__(variant, bundle.manifest.model, recipe.backend, symbolic)
-        self._device, self._weights = device, Weights(engines.manifest.weights)
+        self._device, self._weights = device, EngineWeights(engines.manifest.weights)
         self.budget = budget(bundle, variant, recipe.layout)
         self.budget.check(device.free_memory())
         self._engines = self._load(engines)

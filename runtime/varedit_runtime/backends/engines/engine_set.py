@@ -32,23 +32,23 @@ from varedit_runtime.manifest import (
     Digest,
     FolderManifest,
     Name,
+    PrintableText,
     StoredWeight,
-    Text,
     canonical_json,
     weights_file,
 )
 
-Layout = Literal["external", "profiles", "baked"]
-LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+EngineLayout = Literal["external", "profiles", "baked"]
+LAYOUTS: tuple[EngineLayout, ...] = get_args(EngineLayout)
 
 
 AMPERE = 80  # the lowest compute capability of ampere-plus
 
 # An architecture, optionally followed by a space and the GPU's model.
-Gpu = Annotated[str, Meta(pattern=rf"\A(?=\S){PRINTABLE}\Z", max_length=1000)]
+GpuName = Annotated[str, Meta(pattern=rf"\A(?=\S){PRINTABLE}\Z", max_length=1000)]
 
 
-class Recipe(Struct, frozen=True, forbid_unknown_fields=True):
+class EngineRecipe(Struct, frozen=True, forbid_unknown_fields=True):
     """Everything that a set of engines depends on; `EngineSets.recipe` makes one.
 
     graphs: digest of every stage's ONNX file. weights: digest of every component that is inside the
@@ -60,11 +60,11 @@ class Recipe(Struct, frozen=True, forbid_unknown_fields=True):
     variant: Name
     graphs: dict[Name, Digest]
     weights: dict[Name, Digest]
-    tools: dict[Text, Text]
-    gpu: Gpu
-    layout: Layout
+    tools: dict[PrintableText, PrintableText]
+    gpu: GpuName
+    layout: EngineLayout
     precision: Name
-    flags: dict[Text, Text]
+    flags: dict[PrintableText, PrintableText]
 
     @property
     def key(self) -> str:
@@ -72,7 +72,7 @@ class Recipe(Struct, frozen=True, forbid_unknown_fields=True):
         return hashlib.sha256(canonical_json(self)).hexdigest()
 
 
-class Plan(Struct, frozen=True, forbid_unknown_fields=True):
+class PlanFile(Struct, frozen=True, forbid_unknown_fields=True):
     """A compiled engine. file: its packed file in the set. size: unpacked, in bytes."""
 
     file: str
@@ -86,8 +86,8 @@ class EngineSetManifest(FolderManifest, frozen=True):
     weights are inside the engines.
     """
 
-    recipe: Recipe
-    plans: dict[Name, Plan]
+    recipe: EngineRecipe
+    plans: dict[Name, PlanFile]
     weights: dict[Name, tuple[StoredWeight, ...]] = msgspec.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -165,10 +165,10 @@ class EngineSets:
         backend: str,
         tools: Mapping[str, str],
         gpu: str,
-        layout: Layout,
+        layout: EngineLayout,
         flags: Mapping[str, str],
         baked: Sequence[str] = (),
-    ) -> Recipe:
+    ) -> EngineRecipe:
         """Make the recipe of engines for these stages of the bundle.
 
         baked: the components whose weights are inside the engines. Raises BundleError if the bundle
@@ -180,7 +180,7 @@ class EngineSets:
             raise BundleError(f"there are no weights of {sorted(unknown)}; there are {known}")
         graphs = {stage: manifest.variant(variant).graph(stage).file for stage in stages}
         weights = {component: weights_file(component) for component in baked}
-        return Recipe(
+        return EngineRecipe(
             backend=backend,
             variant=variant,
             graphs={stage: manifest.files[file].sha256 for stage, file in graphs.items()},
@@ -194,7 +194,7 @@ class EngineSets:
 
     def open(
         self,
-        recipe: Recipe,
+        recipe: EngineRecipe,
         digest: str | None = None,
         trust: bool = False,
         verify: bool = False,
@@ -262,11 +262,11 @@ class EngineSets:
         """Raise BundleError if engines are of other graphs, weights, tools or GPUs."""
         if not self.of_this_bundle(engines.manifest.recipe):
             raise BundleError("they are of other graphs or weights than the bundle's")
-        if reason := mismatch(engines.manifest.recipe, tools, [gpu]):
+        if reason := why_unusable(engines.manifest.recipe, tools, [gpu]):
             raise BundleError(f"they are {reason}")
         self._check_weights(engines)
 
-    def of_this_bundle(self, recipe: Recipe) -> bool:
+    def of_this_bundle(self, recipe: EngineRecipe) -> bool:
         """Return whether a recipe is of this bundle. Raises BundleError if parts are missing."""
         ours = self.recipe(
             recipe.variant,
@@ -281,7 +281,7 @@ class EngineSets:
         return ours == recipe
 
     def _open_trusted(
-        self, folder: Path, recipe: Recipe, digest: str | None, trust: bool
+        self, folder: Path, recipe: EngineRecipe, digest: str | None, trust: bool
     ) -> EngineSet:
         engines = EngineSet.open(folder, digest)
         if engines.manifest.recipe != recipe:
@@ -338,7 +338,7 @@ class EngineSets:
     def _places(self) -> tuple[Path, Path]:
         return self.bundle.path / ENGINES, cache_folder() / ENGINES
 
-    def places_of(self, recipe: Recipe) -> tuple[Path, Path]:
+    def places_of(self, recipe: EngineRecipe) -> tuple[Path, Path]:
         """Return where a set may be: in the bundle, and in the user's cache."""
         name = f"{recipe.backend}-{recipe.key[:16]}"
         inside, cached = self._places
@@ -358,7 +358,9 @@ def sets_in(place: Path) -> list[Path]:
     return [path for path in place.iterdir() if path.is_dir() and path.name[0] != "."]
 
 
-def mismatch(recipe: Recipe, tools: Mapping[str, str], gpus: Collection[str]) -> str | None:
+def why_unusable(
+    recipe: EngineRecipe, tools: Mapping[str, str], gpus: Collection[str]
+) -> str | None:
     """Return why engines cannot run with these tools on these GPUs; None if they can.
 
     tools: versions by name. gpus: architecture and model of each, as in "sm90 NVIDIA H200".
@@ -372,7 +374,7 @@ def mismatch(recipe: Recipe, tools: Mapping[str, str], gpus: Collection[str]) ->
     return None
 
 
-def _version_serves(recipe: Recipe, needed: str, found: str) -> bool:
+def _version_serves(recipe: EngineRecipe, needed: str, found: str) -> bool:
     """Return whether a version runs the engines: version-compatible ones allow later minor ones."""
     if recipe.flags.get("version_compatible") != str(True):
         return found == needed
@@ -380,7 +382,7 @@ def _version_serves(recipe: Recipe, needed: str, found: str) -> bool:
     return own[:1] == other[:1] and own <= other
 
 
-def _gpu_serves(recipe: Recipe, gpu: str) -> bool:
+def _gpu_serves(recipe: EngineRecipe, gpu: str) -> bool:
     """Return whether a GPU runs the engines: TensorRT's need the model, RTX's the architecture."""
     architecture = gpu.split()[0]
     compatible = recipe.flags.get("hardware_compatible")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from varedit_runtime.backends.engines.device import ALIGNMENT
-from varedit_runtime.backends.engines.engine_set import Layout
+from varedit_runtime.backends.engines.engine_set import EngineLayout
 from varedit_runtime.backends.wiring import values_of, wire
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import BackendError
@@ -81,7 +81,7 @@ class Budget:
             )
 
 
-def budget(bundle: Bundle, variant: Variant, layout: Layout) -> Budget:
+def budget(bundle: Bundle, variant: Variant, layout: EngineLayout) -> Budget:
     """Estimate what a variant's engines take, from the manifest; their code is not counted."""
     symbolic = layout == "profiles"
     values = values_of(wire(variant, bundle.manifest.model, symbolic))
@@ -94,14 +94,14 @@ def is_cache(value: str) -> bool:
     return value.startswith("cache_")
 
 
-def weights_on_gpu(bundle: Bundle, variant: Variant, layout: Layout) -> int:
+def weights_on_gpu(bundle: Bundle, variant: Variant, layout: EngineLayout) -> int:
     """Return the bytes of all weights, the transformer's once per engine that contains them."""
     files = bundle.manifest.files
     sizes = {name: files[weights_file(name)].size for name in bundle.components}
     return sum(sizes.values()) + (transformers(variant, layout) - 1) * sizes["transformer"]
 
 
-def transformers(variant: Variant, layout: Layout) -> int:
+def transformers(variant: Variant, layout: EngineLayout) -> int:
     """Return how many copies of the transformer's weights a layout has on the GPU."""
     return len(variant.grids) + 1 if layout == "baked" else 1
 

@@ -21,10 +21,10 @@ MOST = 1032  # zlib's largest compression ratio
 GZIP = 16 + zlib.MAX_WBITS
 GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS  # sets compiled by earlier versions are zlib streams
 
-Buffer = bytes | memoryview
+BytesLike = bytes | memoryview
 
 
-def pack_into(path: Path, plan: Buffer) -> None:
+def pack_into(path: Path, plan: BytesLike) -> None:
     """Write a plan to a file."""
     whole = memoryview(plan)
     with path.open("wb") as file:

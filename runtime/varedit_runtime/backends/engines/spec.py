@@ -8,19 +8,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from varedit_runtime.backends.engines.engine_set import mismatch
+from varedit_runtime.backends.engines.engine_set import why_unusable
 from varedit_runtime.backends.engines.tensorrt import MODULES, RTX, EngineKind
 from varedit_runtime.backends.spec import (
     BackendOptions,
     BackendSpec,
     Verdict,
-    extra,
+    install_command,
     option,
     too_little,
     try_import,
 )
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.machine import Engines, Gpu, Machine, Probe
+from varedit_runtime.machine import EngineSetFacts, Gpu, Machine, ProbeResult
 from varedit_runtime.manifest import Variant
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class EngineOptions(BackendOptions):
+class EngineBackendOptions(BackendOptions):
     """Which engines are loaded; they are native code.
 
     engines_digest: the digest of the engine set to load, published by whoever compiled it.
@@ -43,26 +43,28 @@ class EngineOptions(BackendOptions):
     )
 
 
-class EngineSpec(BackendSpec[EngineOptions]):
+class EngineSpec(BackendSpec[EngineBackendOptions]):
     """Runs engines that were compiled for this machine's GPU."""
 
-    options = EngineOptions
+    options = EngineBackendOptions
     compiles = True
     kind: EngineKind
 
-    def probe(self) -> Probe:
+    def probe(self) -> ProbeResult:
         """Import the library and return the architectures that it names."""
         module = try_import(MODULES[self.kind])
         if isinstance(module, str):
-            return Probe(module)
+            return ProbeResult(module)
         names = getattr(module, "ComputeCapability", None)
         members = () if names is None else names.__members__
-        return Probe(offers=tuple(name.lower() for name in members if name.startswith("SM")))
+        return ProbeResult(offers=tuple(name.lower() for name in members if name.startswith("SM")))
 
     def verdicts(self, machine: Machine) -> Sequence[Verdict]:
         return (self._absent(machine) or self._verdict(machine),)
 
-    def open(self, bundle: Bundle, variant: Variant, options: EngineOptions) -> "EngineBackend":
+    def open(
+        self, bundle: Bundle, variant: Variant, options: EngineBackendOptions
+    ) -> "EngineBackend":
         from varedit_runtime.backends.engines.backend import open_engines
 
         return open_engines(
@@ -92,7 +94,9 @@ class EngineSpec(BackendSpec[EngineOptions]):
                 self.name, "cannot", why, (f"pip install --force-reinstall {self.name}",)
             )
         if self.name not in machine.packages:
-            return Verdict(self.name, "cannot", "it is not installed", (extra(self.name),))
+            return Verdict(
+                self.name, "cannot", "it is not installed", (install_command(self.name),)
+            )
         return None
 
     def _verdict(self, machine: Machine) -> Verdict:
@@ -119,7 +123,9 @@ class EngineSpec(BackendSpec[EngineOptions]):
     def _compiles(self, machine: Machine, what: str, command: str | None = None) -> Verdict:
         """Judge whether engines can be compiled; onnx is needed for that, and not to run them."""
         if "onnx" not in machine.packages:
-            return Verdict(self.name, "cannot", "onnx is not installed", (extra("export"),))
+            return Verdict(
+                self.name, "cannot", "onnx is not installed", (install_command("export"),)
+            )
         return Verdict(self.name, "can compile", what, () if command is None else (command,))
 
 
@@ -148,12 +154,12 @@ class TensorRTForRTX(EngineSpec):
         return self._compiles(machine, f"{known}{here}: name one with --architecture")
 
 
-def unfit(machine: Machine, engines: Engines) -> str | None:
+def unfit(machine: Machine, engines: EngineSetFacts) -> str | None:
     """Return why engines are not for this machine; None where they are."""
     if engines.recipe is None:
         return engines.problem
     gpus = [f"{gpu.architecture} {gpu.name}" for gpu in machine.nvidia.gpus[:1]]  # which is used
-    return mismatch(engines.recipe, machine.packages, gpus)
+    return why_unusable(engines.recipe, machine.packages, gpus)
 
 
 TENSORRT, TENSORRT_RTX = TensorRT(), TensorRTForRTX()

@@ -12,7 +12,7 @@ from varedit_runtime.manifest import StoredWeight
 CHUNK = 64 * 2**20  # bytes copied to the GPU at a time
 
 
-class Weights:
+class EngineWeights:
     """The weights of a set of engines. by_stage: where each engine's lie in the bundle's files."""
 
     def __init__(self, by_stage: Mapping[str, Sequence[StoredWeight]]) -> None:

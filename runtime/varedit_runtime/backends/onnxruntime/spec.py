@@ -7,14 +7,14 @@ from varedit_runtime.backends.onnxruntime.options import PROVIDERS, OnnxRuntimeO
 from varedit_runtime.backends.spec import (
     BackendSpec,
     Verdict,
-    run,
+    commands_hint,
     too_little,
     try_import,
 )
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import VareditError, one_line
 from varedit_runtime.locate import embedded
-from varedit_runtime.machine import PEAK, Machine, Probe, cpu_bytes
+from varedit_runtime.machine import PEAK, Machine, ProbeResult, cpu_bytes
 from varedit_runtime.manifest import Variant
 
 if TYPE_CHECKING:
@@ -32,18 +32,18 @@ class OnnxRuntime(BackendSpec[OnnxRuntimeOptions]):
     options = OnnxRuntimeOptions
     packages = ("onnxruntime", "onnxruntime-gpu")
 
-    def probe(self) -> Probe:
+    def probe(self) -> ProbeResult:
         """Return the providers that ONNX Runtime names, and those of ours that do not work."""
         module = try_import("onnxruntime")
         if isinstance(module, str):
-            return Probe(module)
+            return ProbeResult(module)
         available = tuple(module.get_available_providers())
-        return Probe("", available, failed_providers(available))
+        return ProbeResult("", available, failed_providers(available))
 
     def report(self, machine: Machine) -> Iterator[tuple[str, str]]:
         yield from super().report(machine)
         if _both(machine):
-            fix = run(TO_GPU if machine.nvidia.gpus else TO_CPU)
+            fix = commands_hint(TO_GPU if machine.nvidia.gpus else TO_CPU)
             yield "", f"onnxruntime and onnxruntime-gpu are installed over each other{fix}"
         yield "providers", ", ".join(machine.probe(self.name).offers) or "none"
 
