@@ -9,15 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from agreement import compare_until_tie
 from bundles import built, bundle_config, random_weights, request, small_bundle
 from PIL import Image
 from torch import Tensor
-from transformers import T5Config, T5EncoderModel
 
-from varedit_export.parity.reference_backend import Reference
+from varedit_export.parity.reference_backend import Reference, t5_encoder
 from varedit_export.plan import Plan
 from varedit_export.sources import random_sources
-from varedit_reference.agreement import compare_until_tie
 from varedit_reference.config import ModelConfig
 from varedit_reference.pipeline import VAREdit
 from varedit_reference.scale_loop import PredictedScale
@@ -72,17 +71,8 @@ def reference(config: ModelConfig) -> VAREdit:
     sources = random_weights()
     model, text = Reference.from_sources(config, sources), sources.text
     assert text is not None
-    encoder = T5EncoderModel(T5Config(**text.json)).encoder.eval()
-    encoder.load_state_dict(
-        {
-            name: text.state[
-                "shared.weight" if name == "embed_tokens.weight" else f"encoder.{name}"
-            ]
-            for name in encoder.state_dict()
-        }
-    )
-    vocabulary = read_tokenizer(text.tokenizer_json)
-    return VAREdit(config, model.tokenizer, model.transformer, TextEncoder(encoder, vocabulary))
+    encoder = TextEncoder(t5_encoder(text), read_tokenizer(text.tokenizer_json))
+    return VAREdit(config, model.tokenizer, model.transformer, encoder)
 
 
 def picture(width: int, height: int, blue: int = 90) -> Image.Image:

@@ -72,7 +72,7 @@ def compare(path: Path, calls: dict[str, list[Any]], count: int) -> list[dict[st
     import torch
 
     from varedit_export.parity.reference_backend import Reference
-    from varedit_reference.agreement import TIE, tie_margin
+    from varedit_reference.sampling import TIE, tie_margin
     from varedit_reference.scale_loop import forced, predict_scales
     from varedit_runtime.bundle import Bundle
 

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from released import write_released_tokenizer, write_released_transformer
 from safetensors.torch import save_file
 from torch import Tensor
 
 from varedit_reference.checkpoint import load_tokenizer, load_transformer
 from varedit_reference.golden import model_config
-from varedit_reference.initialise import write_released_tokenizer, write_released_transformer
 from varedit_reference.quantisation import from_tokens, positions, quantise, source_tokens
 from varedit_reference.scale_loop import forced, predict_scales
 from varedit_runtime.pictures import from_decoder, restore, to_square

@@ -2,15 +2,11 @@
 
 import pytest
 import torch
+from agreement import compare_scale, compare_until_tie
 from small import SmallEdits, noise_of, random_edits, random_var, small_config
 
 from varedit_export.bench import torch_threads
-from varedit_reference.agreement import (
-    TIE,
-    compare_scale,
-    compare_until_tie,
-    tie_margin,
-)
+from varedit_reference.sampling import TIE, tie_margin
 from varedit_reference.scale_loop import PredictedScale, forced, seeded
 
 SEEDS = (11, 12, 13)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from released import released_state, write_released_tokenizer, write_released_transformer
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -21,12 +22,10 @@ from varedit_reference.checkpoint import (
     load_tokenizer,
     load_transformer,
     own_layout,
-    released_state,
     released_tokenizer,
     released_transformer,
 )
 from varedit_reference.config import preset
-from varedit_reference.initialise import write_released_tokenizer, write_released_transformer
 from varedit_reference.weights_file import open_weights
 from varedit_runtime.errors import CheckpointError
 

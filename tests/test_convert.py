@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from released import write_released_tokenizer, write_released_transformer
 from safetensors import safe_open
 from small_t5 import write_t5
 from torch import Tensor
@@ -18,7 +19,6 @@ from varedit_reference import weights_file
 from varedit_reference.checkpoint import load_tokenizer, load_transformer
 from varedit_reference.config import preset
 from varedit_reference.convert import convert
-from varedit_reference.initialise import write_released_tokenizer, write_released_transformer
 from varedit_reference.text_encoder import TextEncoder
 from varedit_reference.weights_file import open_weights, write_safetensors
 from varedit_runtime.errors import CheckpointError, ConfigError

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from released import write_released_transformer
 
 from varedit_reference.checkpoint import empty_tokenizer, empty_transformer
 from varedit_reference.config import preset
-from varedit_reference.initialise import write_released_transformer
 from varedit_runtime.machine import available_memory
 
 pytestmark = pytest.mark.fullsize

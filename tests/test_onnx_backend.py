@@ -11,12 +11,12 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
+from agreement import compare_scale
 from bundles import small_bundle
 from editing import as_reference, bundle_config, pair_bundle, plain_bundle, plain_config, reference
 from fake_bundles import rewrite_manifest
 from torch import Tensor
 
-from varedit_reference.agreement import compare_scale
 from varedit_reference.config import ModelConfig
 from varedit_reference.pipeline import VAREdit
 from varedit_reference.scale_loop import PredictedScale, forced, predict_scales, seeded

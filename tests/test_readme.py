@@ -8,10 +8,9 @@ import pytest
 import torch
 from bundles import small_bundle
 from PIL import Image
+from released import write_released_tokenizer, write_released_transformer
 from small import small_config
 from small_t5 import write_t5
-
-from varedit_reference.initialise import write_released_tokenizer, write_released_transformer
 
 ROOT = Path(__file__).parent.parent
 

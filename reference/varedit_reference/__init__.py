@@ -12,6 +12,5 @@ Where to look:
 - `text_encoder.py`: instructions to features.
 - `checkpoint.py`, `weights_file.py`: the released weights, by name; `convert.py`: one file each.
 - `initialise.py`: random weights by seed.
-- `golden.py`: the check against recordings of the released implementation; `agreement.py`: do two
-  runs agree?
+- `golden.py`: the check against recordings of the released implementation.
 """

@@ -1,8 +1,7 @@
 """The released checkpoints: their names and shapes, and loading them.
 
-The tables map each of this reference's parameters to its name and shape in a released file. A
-layout, built from them, is used in both directions: to load a file, and to write a state dict as
-the released code would. Files in this reference's own names (`convert.py`) load as well.
+The tables map each of this reference's parameters to its name and shape in a released file; a
+layout is built from them. Files in this reference's own names (`convert.py`) load as well.
 
     blocks.5.self_attention.log_scale [H]
     block_chunks.1.module.1.sa.scale_mul_1H11 [1, H, 1, 1]    the same in a released 2b file
@@ -14,7 +13,6 @@ silently stays uninitialised or unread.
 
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -215,11 +213,15 @@ def load(model: Module, weights: Mapping[str, Tensor], layout: Layout, path: str
     Returns the model in eval mode, without gradients. Raises CheckpointError, naming path,
     unless names and shapes are exactly the model's.
     """
-    stored = fit(model, weights, layout, path)
-    parameters = model.state_dict()
-    state = {name: stored[name].to(parameters[name].dtype) for name in parameters}
-    model.load_state_dict(state, strict=True, assign=True)  # takes the tensors, copies nothing
-    return model.requires_grad_(False).eval()
+    return assign(model, fit(model, weights, layout, path)).requires_grad_(False).eval()
+
+
+def assign(model: Module, weights: Mapping[str, Tensor]) -> Module:
+    """Give a model its weights, by its own names; those in their final type are not copied."""
+    types = {name: parameter.dtype for name, parameter in model.state_dict().items()}
+    state = {name: weights[name].to(dtype) for name, dtype in types.items()}
+    model.load_state_dict(state, strict=True, assign=True)
+    return model
 
 
 def fit(
@@ -231,9 +233,8 @@ def fit(
     that are not of a float type, and on key biases that are not zero: the model has none, and
     ignoring a trained one would give wrong edits.
     """
-    mismatch = Mismatch.between(model, weights, layout)
-    if mismatch:
-        raise CheckpointError(f"{path} does not fit: {mismatch}; {_advice(weights)}")
+    if differences := mismatch(model, weights, layout):
+        raise CheckpointError(f"{path} does not fit: {differences}; {_advice(weights)}")
     for name, tensor in weights.items():
         if name.endswith(ZERO_BIAS) and tensor.count_nonzero():
             raise CheckpointError(
@@ -246,49 +247,23 @@ def fit(
     }
 
 
-def released_state(model: nn.Module, layout: Layout) -> dict[str, Tensor]:
-    """Return the model's weights as a released checkpoint names and shapes them."""
-    state = model.state_dict()
-    return {
-        place.name: state[own.name].reshape(place.shape) for own, place in _places(model, layout)
+def mismatch(model: nn.Module, weights: Mapping[str, Tensor], layout: Layout) -> str:
+    """Describe how a file's names and shapes differ from a model's; empty if they do not."""
+    shapes = {place.name: place.shape for _, place in _places(model, layout)}
+    kinds = {
+        "missing": [name for name in shapes if name not in weights],
+        "unexpected": [name for name in weights if name not in shapes and not _ignored(name)],
+        "misshapen": [
+            f"{name} {list(weights[name].shape)} for {list(shape)}"
+            for name, shape in shapes.items()
+            if name in weights and tuple(weights[name].shape) != shape
+        ],
     }
-
-
-@dataclass(frozen=True)
-class Mismatch:
-    """The differences between a file's tensors and a model's; false if there are none."""
-
-    missing: list[str]
-    unexpected: list[str]
-    misshapen: list[str]
-
-    @classmethod
-    def between(cls, model: nn.Module, weights: Mapping[str, Tensor], layout: Layout) -> "Mismatch":
-        shapes = {place.name: place.shape for _, place in _places(model, layout)}
-        return cls(
-            missing=[name for name in shapes if name not in weights],
-            unexpected=[name for name in weights if name not in shapes and not _ignored(name)],
-            misshapen=[
-                f"{name} {list(weights[name].shape)} for {list(shape)}"
-                for name, shape in shapes.items()
-                if name in weights and tuple(weights[name].shape) != shape
-            ],
-        )
-
-    def __bool__(self) -> bool:
-        return bool(self.missing or self.unexpected or self.misshapen)
-
-    def __str__(self) -> str:
-        kinds = {
-            "missing": self.missing,
-            "unexpected": self.unexpected,
-            "misshapen": self.misshapen,
-        }
-        return ", ".join(
-            f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-            for kind, names in kinds.items()
-            if names
-        )
+    return ", ".join(
+        f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for kind, names in kinds.items()
+        if names
+    )
 
 
 def _places(model: nn.Module, layout: Layout) -> list[tuple[Stored, Stored]]:
@@ -306,10 +281,10 @@ def _advice(weights: Mapping[str, Tensor]) -> str:
         config = preset(name)
         transformer = empty_transformer(config.transformer)
         layout = transformer_layout(weights, config.transformer)
-        if not Mismatch.between(transformer, weights, layout):
+        if not mismatch(transformer, weights, layout):
             return f"this looks like the transformer of size {name}: pass --size {name}"
         tokenizer = empty_tokenizer(config.tokenizer)
-        if not Mismatch.between(tokenizer, weights, tokenizer_layout(weights)):
+        if not mismatch(tokenizer, weights, tokenizer_layout(weights)):
             return (
                 f"this looks like the tokenizer of size {name}: pass it as one, with --size {name}"
             )

@@ -8,26 +8,14 @@ import re
 from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from math import log, prod, sqrt
-from mmap import MAP_SHARED
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.serialization import set_default_mmap_options, skip_data
 
-from varedit_reference.checkpoint import (
-    Layout,
-    Stored,
-    empty_tokenizer,
-    empty_transformer,
-    released_tokenizer,
-    released_transformer,
-)
-from varedit_reference.config import ModelConfig
+from varedit_reference.checkpoint import assign
 from varedit_reference.tokenizer import Tokenizer
 from varedit_reference.transformer import VAR
-from varedit_reference.weights_file import whole_file
 
 Module = TypeVar("Module", VAR, Tokenizer)
 
@@ -38,16 +26,7 @@ SILU_GAIN = 1 / 0.6
 
 def initialise(model: Module, seed: int) -> Module:
     """Give a model random weights in its parameters' types; it may be on the meta device."""
-    types = {name: tensor.dtype for name, tensor in model.state_dict().items()}
-    state = {name: tensor.to(types[name]) for name, tensor in random_state(model, seed)}
-    model.load_state_dict(state, strict=True, assign=True)
-    return model
-
-
-def random_state(model: VAR | Tokenizer, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """Yield random fp32 parameters for a model, one at a time; it may be on the meta device."""
-    weights = RandomWeights(model, seed)
-    return ((name, weights[name]) for name in weights)
+    return assign(model, RandomWeights(model, seed))
 
 
 class RandomWeights(Mapping[str, Tensor]):
@@ -122,51 +101,3 @@ def _tokenizer_weight(name: str, normal: Tensor) -> Tensor:
 
 def _fan_in(normal: Tensor) -> Tensor:
     return normal / sqrt(prod(normal.shape[1:]))
-
-
-def write_released_transformer(
-    config: ModelConfig, seed: int, path: str | Path, dtype: torch.dtype, chunks: int = 8
-) -> None:
-    """Write a random transformer with the released format (torch.save), names and shapes.
-
-    Needs the memory of one tensor. Raises CheckpointError if the disk has no room.
-    """
-    model = empty_transformer(config.transformer)
-    layout = released_transformer(config.transformer.depth, chunks)
-    _write_released(model, layout, seed, Path(path), dtype, key=None)
-
-
-def write_released_tokenizer(
-    config: ModelConfig, seed: int, path: str | Path, dtype: torch.dtype
-) -> None:
-    """Write a random tokenizer with the released format (torch.save), names and nesting.
-
-    Raises CheckpointError if the disk has no room.
-    """
-    model = empty_tokenizer(config.tokenizer)
-    _write_released(model, released_tokenizer(), seed, Path(path), dtype, key="vae")
-
-
-def _write_released(
-    model: VAR | Tokenizer,
-    layout: Layout,
-    seed: int,
-    path: Path,
-    dtype: torch.dtype,
-    key: str | None,
-) -> None:
-    stored = {
-        name: layout(Stored(name, tuple(parameter.shape)))
-        for name, parameter in model.state_dict().items()
-    }
-    unwritten = {place.name: torch.empty(place.shape, dtype=dtype) for place in stored.values()}
-    size = sum(tensor.nbytes for tensor in unwritten.values())
-    with whole_file(path, size) as partial:
-        with skip_data():  # writes the file's structure; the weights follow through a memory map
-            torch.save({key: unwritten} if key else unwritten, partial)
-        del unwritten
-        with set_default_mmap_options(MAP_SHARED):
-            content = torch.load(partial, map_location="cpu", weights_only=True, mmap=True)
-        weights = content[key] if key else content
-        for name, tensor in random_state(model, seed):
-            weights[stored[name].name].copy_(tensor.reshape(stored[name].shape))

@@ -3,9 +3,11 @@
 The noise is an argument rather than drawn inside, so that every backend draws the same bits.
 """
 
+import torch
 from torch import Tensor
 
 NUCLEUS = 0.97  # top-p, over the two values of a bit
+TIE = 1e-5  # distance in probability up to which rounding explains a differing bit
 
 
 def guide(logits: Tensor, guidance_scale: float, temperature: float, guided: bool) -> Tensor:
@@ -44,3 +46,13 @@ def distance_to_cut(probability: Tensor) -> Tensor:
 def draw(probability: Tensor, noise: Tensor) -> Tensor:
     """Draw bits [B, L, c]: true where the uniform noise in [0, 1) is less than P(bit = 1)."""
     return noise < probability
+
+
+def tie_margin(logits: Tensor, noise: Tensor) -> Tensor:
+    """Return how far each bit is from being drawn otherwise, [B, L, c]; logits are [B, L, c, 2].
+
+    This is the distance from P(bit = 1) to the noise or to the nucleus's cut, the nearer one. Where
+    it is within rounding error, the same arithmetic in another order may draw the other bit.
+    """
+    probability = bit_probability(logits)
+    return torch.minimum((noise - probability).abs(), distance_to_cut(probability))

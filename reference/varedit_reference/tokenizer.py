@@ -36,7 +36,7 @@ class Encoder(nn.Module):
             EncoderLevel(config, channels_in, channels[i], last=i == len(channels) - 1)
             for i, channels_in in enumerate((config.channels, *channels[:-1]))
         )
-        self.middle = _middle(config, channels[-1])
+        self.middle = _residual_blocks(config, 2, channels[-1], channels[-1])
         self.norm_out = _norm(config, channels[-1])
         self.conv_out = nn.Conv2d(channels[-1], config.bits, 3, padding=1)
 
@@ -54,9 +54,7 @@ class EncoderLevel(nn.Module):
         self, config: TokenizerConfig, channels_in: int, channels: int, last: bool
     ) -> None:
         super().__init__()
-        self.blocks = nn.Sequential(
-            ResidualBlock(config, channels_in, channels), ResidualBlock(config, channels, channels)
-        )
+        self.blocks = _residual_blocks(config, 2, channels_in, channels)
         self.downsample = None if last else nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
@@ -71,7 +69,7 @@ class Decoder(nn.Module):
         super().__init__()
         channels = config.level_channels
         self.conv_in = nn.Conv2d(config.bits, channels[-1], 3, padding=1)
-        self.middle = _middle(config, channels[-1])
+        self.middle = _residual_blocks(config, 2, channels[-1], channels[-1])
         self.levels = nn.ModuleList(
             DecoderLevel(
                 config, channels[min(i + 1, len(channels) - 1)], channels[i], finest=i == 0
@@ -95,11 +93,7 @@ class DecoderLevel(nn.Module):
         self, config: TokenizerConfig, channels_in: int, channels: int, finest: bool
     ) -> None:
         super().__init__()
-        self.blocks = nn.Sequential(
-            ResidualBlock(config, channels_in, channels),
-            ResidualBlock(config, channels, channels),
-            ResidualBlock(config, channels, channels),
-        )
+        self.blocks = _residual_blocks(config, 3, channels_in, channels)
         self.upsample = None if finest else nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
@@ -125,10 +119,11 @@ class ResidualBlock(nn.Module):
         return shortcut_BCHW + x_BCHW
 
 
-def _middle(config: TokenizerConfig, channels: int) -> nn.Sequential:
-    return nn.Sequential(
-        ResidualBlock(config, channels, channels), ResidualBlock(config, channels, channels)
-    )
+def _residual_blocks(
+    config: TokenizerConfig, count: int, channels_in: int, channels: int
+) -> nn.Sequential:
+    inputs = [channels_in] + [channels] * (count - 1)
+    return nn.Sequential(*(ResidualBlock(config, each, channels) for each in inputs))
 
 
 def _norm(config: TokenizerConfig, channels: int) -> nn.GroupNorm:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from varedit_export.errors import ParityError
-from varedit_reference.agreement import TIE, tie_margin
+from varedit_reference.sampling import TIE, tie_margin
 from varedit_runtime.manifest import ParityLine
 
 # fp32 arithmetic in another order; a wrong formula differs by far more.

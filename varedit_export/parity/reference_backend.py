@@ -17,11 +17,12 @@ from varedit_export.bundle_model import sources_of
 from varedit_export.graphs.layout import reference_formats, round_products
 from varedit_export.parity.edit import config_of
 from varedit_export.sources import Sources, TextSource
-from varedit_reference.checkpoint import empty_tokenizer
+from varedit_reference.checkpoint import Stored, assign, empty_tokenizer, empty_transformer
 from varedit_reference.config import ModelConfig
 from varedit_reference.quantisation import to_tokens
 from varedit_reference.sampling import draw
 from varedit_reference.scale_loop import ScaleLoop
+from varedit_reference.text_encoder import t5_layout
 from varedit_reference.tokenizer import Tokenizer
 from varedit_reference.transformer import VAR, TextCondition
 from varedit_runtime.backends.base import Backend, Sampling, ScaleOutput
@@ -46,9 +47,8 @@ class Reference:
     @classmethod
     def from_sources(cls, config: ModelConfig, sources: Sources) -> "Reference":
         """Load the weights that a bundle is built from, in fp32."""
-        transformer = {name: sources.transformer[name] for name in sources.transformer}
         tokenizer = tokenizer_of(config, sources.tokenizer)
-        return cls(config, _var(config, transformer), tokenizer, sources.text)
+        return cls(config, _var(config, sources.transformer), tokenizer, sources.text)
 
     @classmethod
     def from_bundle(cls, bundle: Bundle) -> "Reference":
@@ -152,10 +152,7 @@ class ReferenceBackend(Backend):
 
 def tokenizer_of(config: ModelConfig, state: Mapping[str, Tensor]) -> Tokenizer:
     """Load the reference's tokenizer in fp32, from weights by its own names."""
-    tokenizer = empty_tokenizer(config.tokenizer)
-    names = tokenizer.state_dict()
-    tokenizer.load_state_dict({name: state[name].float() for name in names}, assign=True)
-    return tokenizer.eval()
+    return assign(empty_tokenizer(config.tokenizer), state).eval()
 
 
 def t5_encoder(text: TextSource) -> "T5Stack":
@@ -164,16 +161,9 @@ def t5_encoder(text: TextSource) -> "T5Stack":
 
     with torch.device("meta"):
         encoder = T5EncoderModel(T5Config(**text.json)).encoder
-    names = {
-        name: "shared.weight" if name == "embed_tokens.weight" else f"encoder.{name}"
-        for name in encoder.state_dict()
-    }
-    encoder.load_state_dict({n: text.state[t].float() for n, t in names.items()}, assign=True)
-    return encoder.eval()
+    state = {name: text.state[t5_layout(Stored(name, ())).name] for name in encoder.state_dict()}
+    return assign(encoder, state).eval()
 
 
 def _var(config: ModelConfig, state: Mapping[str, Tensor]) -> VAR:
-    with torch.device("meta"):
-        model = VAR(config.transformer)
-    model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
-    return model.eval()
+    return assign(empty_transformer(config.transformer), state).eval()

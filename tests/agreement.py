@@ -1,8 +1,7 @@
-"""Compare two runs of the same edit: all bits must be equal, except at ties.
+"""Compare two runs of the same edit by the reference: all bits must be equal, except at ties.
 
-A bit is drawn as u < p. Where u, or the nucleus's cut, lies within rounding error of p, the same
-arithmetic in another order may draw the other bit. Every later scale reads that bit, so two
-free-running edits are comparable only up to the first scale in which they differ.
+Every later scale reads the bits of the ones before, so two free-running edits are comparable only
+up to the first scale in which they differ.
 """
 
 from collections.abc import Iterable
@@ -12,10 +11,8 @@ from math import inf
 import torch
 from torch import Tensor
 
-from varedit_reference.sampling import bit_probability, distance_to_cut
+from varedit_reference.sampling import TIE, tie_margin
 from varedit_reference.scale_loop import PredictedScale
-
-TIE = 1e-5  # distance in probability up to which rounding explains a differing bit
 
 
 @dataclass(frozen=True)
@@ -56,12 +53,3 @@ def compare_until_tie(
         if compared[-1].differing:
             break
     return compared
-
-
-def tie_margin(logits: Tensor, noise: Tensor) -> Tensor:
-    """Return how far each bit is from being drawn otherwise, [B, L, c]; logits are [B, L, c, 2].
-
-    This is the distance from P(bit = 1) to the noise or to the nucleus's cut, the nearer one.
-    """
-    probability = bit_probability(logits)
-    return torch.minimum((noise - probability).abs(), distance_to_cut(probability))
