@@ -10,7 +10,7 @@ from tempfile import gettempdir
 from filelock import FileLock
 
 from varedit_export.assemble import assemble
-from varedit_export.plan import Plan, Request
+from varedit_export.plan import BundlePlan, VariantRequest
 from varedit_export.sources import Sources, random_sources
 from varedit_reference.config import ModelConfig, preset
 
@@ -24,8 +24,8 @@ def bundle_config(size: str = "tiny-8b") -> ModelConfig:
     return replace(config, transformer=replace(config.transformer, depth=2, grids=grids))
 
 
-def request(target: Path, precision: str = "fp32", size: str = "tiny-8b") -> Request:
-    return Request(
+def request(target: Path, precision: str = "fp32", size: str = "tiny-8b") -> VariantRequest:
+    return VariantRequest(
         config=bundle_config(size),
         resolution=96,
         aspect="1:1",
@@ -48,16 +48,18 @@ def random_weights() -> Sources:
 @cache
 def small_bundle() -> Path:
     """Build an fp32 bundle of random weights: 96 px, 4 scales, patches, a byte tokenizer."""
-    return built("small", lambda target: Plan([request(target)], random_weights()))
+    return built("small", lambda target: BundlePlan([request(target)], random_weights()))
 
 
 @cache
 def half_bundle(precision: str) -> Path:
     """Build the same bundle in fp16 or bf16."""
-    return built(precision, lambda target: Plan([request(target, precision)], random_weights()))
+    return built(
+        precision, lambda target: BundlePlan([request(target, precision)], random_weights())
+    )
 
 
-def built(name: str, plan: Callable[[Path], Plan]) -> Path:
+def built(name: str, plan: Callable[[Path], BundlePlan]) -> Path:
     """Build a bundle once per run of the tests; the first process that needs it does."""
     run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
     folder = Path(gettempdir()) / f"varedit-tests-{run}"

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from varedit_export.parity.reference_backend import Reference, t5_encoder
-from varedit_export.plan import Plan
+from varedit_export.plan import BundlePlan
 from varedit_export.sources import random_sources
 from varedit_reference.config import ModelConfig
 from varedit_reference.pipeline import VAREdit
@@ -48,9 +48,9 @@ def plain_config() -> ModelConfig:
 
 
 def _built(name: str, config: ModelConfig, batch: int, guided: bool) -> Path:
-    def plan(target: Path) -> Plan:
+    def plan(target: Path) -> BundlePlan:
         wanted = replace(request(target), config=config, batch=batch, guided=guided)
-        return Plan([wanted], random_sources(config, seed=0))
+        return BundlePlan([wanted], random_sources(config, seed=0))
 
     return built(name, plan)
 

@@ -14,25 +14,25 @@ from varedit_export.graphs.scales import ScaleStage, SymbolicScaleStage
 from varedit_export.graphs.stages import ConditionStage, Stage, TextEncoderStage
 from varedit_export.graphs.text import GraphTextEncoder
 from varedit_export.graphs.trace import Tracer
-from varedit_export.plan import Graph, Plan
+from varedit_export.plan import BundlePlan, GraphPlan
 from varedit_runtime.manifest import StoredWeight
 
 DEPTH = 6
 
 
 @pytest.fixture(scope="module")
-def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+def plan(tmp_path_factory: pytest.TempPathFactory) -> BundlePlan:
     config = bundle_config()
     config = replace(config, transformer=replace(config.transformer, depth=DEPTH))
     weights = random_weights()
     assert weights.text is not None
     text = replace(weights.text, config=replace(weights.text.config, depth=DEPTH))
     wanted = replace(request(tmp_path_factory.mktemp("bundle")), config=config)
-    return Plan([wanted], replace(weights, text=text))
+    return BundlePlan([wanted], replace(weights, text=text))
 
 
 @pytest.fixture(scope="module")
-def stored(plan: Plan) -> dict[str, StoredWeight]:
+def stored(plan: BundlePlan) -> dict[str, StoredWeight]:
     return {
         name: weight
         for component in plan.components
@@ -49,7 +49,7 @@ def _consecutive(component: Component) -> dict[str, StoredWeight]:
     return stored
 
 
-def whole(plan: Plan, graph: Graph) -> Stage:
+def whole(plan: BundlePlan, graph: GraphPlan) -> Stage:
     """Return the stage of a graph with all of its blocks."""
     shapes = plan.request.shapes
     modules = {component.name: component.module for component in plan.components}
@@ -67,7 +67,7 @@ def whole(plan: Plan, graph: Graph) -> Stage:
 
 @pytest.mark.parametrize("name", ["text_encoder", "condition", "prefill", "scale_02"])
 def test_grown_graphs_are_what_tracing_every_block_gives(
-    plan: Plan, stored: dict[str, StoredWeight], name: str
+    plan: BundlePlan, stored: dict[str, StoredWeight], name: str
 ) -> None:
     graph = next(graph for graph in plan.variants[0].graphs if graph.name == name)
     grown = Tracer(plan.fake, stored).graph(graph.stage, graph.depth, graph.scale)
@@ -101,7 +101,7 @@ def text(model: ir.Model) -> list[str]:
 
 
 def test_blocks_that_differ_are_refused(
-    plan: Plan, stored: dict[str, StoredWeight], monkeypatch: pytest.MonkeyPatch
+    plan: BundlePlan, stored: dict[str, StoredWeight], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     graph = next(graph for graph in plan.variants[0].graphs if graph.name == "scale")
     assert isinstance(graph.stage, SymbolicScaleStage)

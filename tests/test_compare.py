@@ -9,12 +9,19 @@ import pytest
 from bundles import bundle_config, random_weights, small_bundle
 
 from varedit_export.errors import ParityError
-from varedit_export.parity.compare import CoderInputs, Expected, Rules, begin, compare, run
+from varedit_export.parity.compare import (
+    CoderInputs,
+    Expected,
+    Rules,
+    begin_edit,
+    compare_run,
+    run_edit,
+)
 from varedit_export.parity.edit import (
-    Edit,
+    ComparedEdit,
     random_coder_inputs,
     random_edit,
-    sampling,
+    scale_sampling,
 )
 from varedit_export.parity.reference_backend import Reference, ReferenceBackend
 from varedit_runtime.backends.base import Sampling, ScaleOutput
@@ -32,10 +39,10 @@ def backend() -> ReferenceBackend:
 
 
 @pytest.fixture(scope="module")
-def given(backend: ReferenceBackend) -> tuple[Expected, Edit, CoderInputs]:
+def given(backend: ReferenceBackend) -> tuple[Expected, ComparedEdit, CoderInputs]:
     config, variant = backend.reference.config, backend.variant
     edit, inputs = random_edit(variant, config), random_coder_inputs(variant, config, 30)
-    return run(backend, edit, inputs), edit, inputs
+    return run_edit(backend, edit, inputs), edit, inputs
 
 
 def failed(lines: list[ParityLine]) -> set[tuple[str, str]]:
@@ -49,9 +56,9 @@ def failed(lines: list[ParityLine]) -> set[tuple[str, str]]:
 
 @pytest.mark.parametrize("half", [False, True])
 def test_a_backend_agrees_with_itself_exactly(
-    backend: ReferenceBackend, given: tuple[Expected, Edit, CoderInputs], half: bool
+    backend: ReferenceBackend, given: tuple[Expected, ComparedEdit, CoderInputs], half: bool
 ) -> None:
-    lines = list(compare(backend, *given, Rules(half=half)))
+    lines = list(compare_run(backend, *given, Rules(half=half)))
     assert len(lines) == 4 + 3 * len(backend.variant.grids)
     assert {line.value for line in lines} == {0}
 
@@ -77,7 +84,7 @@ def flipped(output: ScaleOutput, sampling: Sampling) -> ScaleOutput:
 )
 def test_a_coder_that_computes_otherwise_is_named(
     backend: ReferenceBackend,
-    given: tuple[Expected, Edit, CoderInputs],
+    given: tuple[Expected, ComparedEdit, CoderInputs],
     monkeypatch: pytest.MonkeyPatch,
     stage: str,
     fault: Callable[[np.ndarray], np.ndarray],
@@ -85,7 +92,7 @@ def test_a_coder_that_computes_otherwise_is_named(
 ) -> None:
     compute = getattr(backend, stage)
     monkeypatch.setattr(backend, stage, lambda *given: fault(compute(*given)))
-    assert failed(list(compare(backend, *given, Rules()))) == found
+    assert failed(list(compare_run(backend, *given, Rules()))) == found
 
 
 @pytest.mark.parametrize(
@@ -98,46 +105,46 @@ def test_a_coder_that_computes_otherwise_is_named(
 )
 def test_a_scale_that_computes_otherwise_is_named_and_no_other(
     backend: ReferenceBackend,
-    given: tuple[Expected, Edit, CoderInputs],
+    given: tuple[Expected, ComparedEdit, CoderInputs],
     monkeypatch: pytest.MonkeyPatch,
     fault: Any,
     found: set[str],
 ) -> None:
     broken(backend, monkeypatch, fault)
-    lines = list(compare(backend, *given, Rules()))
+    lines = list(compare_run(backend, *given, Rules()))
     assert failed(lines) == {(f"scale_{BROKEN:02}", name) for name in found}
 
 
 def test_bits_that_are_drawn_although_they_are_forced_are_found(
     backend: ReferenceBackend,
-    given: tuple[Expected, Edit, CoderInputs],
+    given: tuple[Expected, ComparedEdit, CoderInputs],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     expected, edit, _ = given
     variant, predict = backend.variant, backend.predict
-    begin(backend, edit)
+    begin_edit(backend, edit)
     outputs = [
-        predict(k, sampling(variant, edit, k, ~scale.bits, half=True))
+        predict(k, scale_sampling(variant, edit, k, ~scale.bits, half=True))
         for k, scale in enumerate(expected.scales)
     ]
     forced = Expected(outputs)
-    assert not failed(list(compare(backend, forced, edit, {}, Rules(half=True))))
+    assert not failed(list(compare_run(backend, forced, edit, {}, Rules(half=True))))
     monkeypatch.setattr(backend, "predict", lambda k, s: predict(k, replace(s, forced_bits=None)))
-    lines = list(compare(backend, forced, edit, {}, Rules(half=True)))
+    lines = list(compare_run(backend, forced, edit, {}, Rules(half=True)))
     assert {"sum", "bits"} <= {name for _, name in failed(lines)}
 
 
 @pytest.mark.parametrize(("value", "said"), [(np.nan, "not finite"), (0.0, "constant")])
 def test_what_is_not_finite_or_constant_is_an_error(
     backend: ReferenceBackend,
-    given: tuple[Expected, Edit, CoderInputs],
+    given: tuple[Expected, ComparedEdit, CoderInputs],
     monkeypatch: pytest.MonkeyPatch,
     value: float,
     said: str,
 ) -> None:
     broken(backend, monkeypatch, lambda out, _: replace(out, logits=out.logits * 0 + value))
     with pytest.raises(ParityError, match=f"scale_{BROKEN:02}: logits is {said}"):
-        list(compare(backend, *given, Rules()))
+        list(compare_run(backend, *given, Rules()))
 
 
 def broken(

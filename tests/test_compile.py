@@ -32,7 +32,7 @@ from varedit_engines.publish import Staging
 from varedit_export import assemble
 from varedit_export.cli import main
 from varedit_export.graphs.trace import Tracer
-from varedit_export.plan import Plan
+from varedit_export.plan import BundlePlan
 from varedit_runtime.backends.engines import engine_set
 from varedit_runtime.backends.engines.engine_set import (
     LAYOUTS,
@@ -136,7 +136,7 @@ def deep_graph(stage: str, depth: int) -> bytes:
     config = bundle_config()
     config = replace(config, transformer=replace(config.transformer, depth=depth))
     wanted = replace(request(Path("deep"), "fp16"), config=config)
-    plan = Plan([wanted], random_weights())
+    plan = BundlePlan([wanted], random_weights())
     stored = {
         f"{part.attribute}.{name}" if part.attribute else name: StoredWeight(name, part.file, 0, 0)
         for part in plan.components
@@ -597,7 +597,7 @@ def builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     targets: list[Path] = []
 
-    def copied(plan: Plan, progress: Any) -> list[ParityLine]:
+    def copied(plan: BundlePlan, progress: Any) -> list[ParityLine]:
         targets.append(plan.request.target)
         shutil.copytree(two_variants(tmp_path / "built"), plan.request.target)
         return []

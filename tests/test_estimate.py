@@ -11,17 +11,17 @@ from varedit_export import estimate
 from varedit_export.assemble import assemble
 from varedit_export.errors import ExportError
 from varedit_export.estimate import needs
-from varedit_export.plan import Plan, Request
+from varedit_export.plan import BundlePlan, VariantRequest
 from varedit_export.sources import random_sources
 from varedit_reference import weights_file
 from varedit_reference.config import preset
 from varedit_runtime.errors import CheckpointError
 
 
-def full_size(size: str, resolution: int, target: Path) -> Plan:
+def full_size(size: str, resolution: int, target: Path) -> BundlePlan:
     config = preset(size, resolution)
-    wanted = Request(config, resolution, "1:1", "fp16", 1, True, 128, target)
-    return Plan([wanted], random_sources(config, seed=0))
+    wanted = VariantRequest(config, resolution, "1:1", "fp16", 1, True, 128, target)
+    return BundlePlan([wanted], random_sources(config, seed=0))
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_full_sizes_need_what_was_measured(
 def test_more_variants_need_more_time_and_hardly_more_disk(tmp_path: Path) -> None:
     one = full_size("2b", 512, tmp_path / "bundle")
     other = replace(one.request, config=preset("2b", 256), resolution=256)
-    both = Plan([one.request, other], one.sources)
+    both = BundlePlan([one.request, other], one.sources)
     assert needs(both).seconds > 1.2 * needs(one).seconds
     assert needs(one).disk < needs(both).disk < 1.01 * needs(one).disk
 
@@ -49,7 +49,7 @@ def test_more_variants_need_more_time_and_hardly_more_disk(tmp_path: Path) -> No
 def test_a_build_that_would_not_fit_in_memory_does_not_begin(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = Plan([request(tmp_path / "bundle")], random_weights())
+    plan = BundlePlan([request(tmp_path / "bundle")], random_weights())
     monkeypatch.setattr(estimate, "available_memory", lambda: needs(plan).memory - 1)
     with pytest.raises(ExportError, match=r"GB of memory are available and the build needs"):
         assemble(plan, quiet)
@@ -61,7 +61,7 @@ def test_a_build_that_would_not_fit_in_memory_does_not_begin(
 def test_a_build_that_would_not_fit_on_the_disk_does_not_begin(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = Plan([request(tmp_path / "bundle")], random_weights())
+    plan = BundlePlan([request(tmp_path / "bundle")], random_weights())
     usage = SimpleNamespace(free=needs(plan).disk - 1)
     monkeypatch.setattr(weights_file.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(CheckpointError, match="free"):

@@ -18,7 +18,7 @@ from varedit_export.assemble import assemble
 from varedit_export.errors import ParityError
 from varedit_export.parity.bundle import compare_bundle
 from varedit_export.parity.measures import gate
-from varedit_export.plan import Plan
+from varedit_export.plan import BundlePlan
 from varedit_export.sources import RandomTextEncoder, Sources, random_sources
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.editor import Editor
@@ -53,7 +53,7 @@ def test_a_bundle_holds_every_stage_and_one_copy_of_the_weights(
     }
     stored = sum(bundle.weights_path(name).stat().st_size for name in bundle.components)
     whole = sum(entry.size for entry in bundle.manifest.files.values())
-    plan = Plan([request(Path("unused"))], random_weights())
+    plan = BundlePlan([request(Path("unused"))], random_weights())
     assert plan.weight_bytes <= stored <= plan.weight_bytes + 100_000
     assert whole - stored < len(graphs) * 10**6
 
@@ -146,7 +146,7 @@ def test_swapped_tensors_fail_the_gate(
     }
     swapped = state | {component: {n: state[component][names.get(n, n)] for n in state[component]}}
     bad = Sources(swapped["transformer"], swapped["tokenizer"], None, "swapped", "swapped")
-    plan = Plan([request(tmp_path / "bad")], bad)
+    plan = BundlePlan([request(tmp_path / "bad")], bad)
     verify = assemble_module.verify_folder
     given = Sources(state["transformer"], state["tokenizer"], None, "", "")
     monkeypatch.setattr(
@@ -164,7 +164,7 @@ def test_thirteen_scales_pass_the_gates(tmp_path: Path) -> None:
     grids = tuple((side, side) for side in range(1, 14))
     config = replace(config, transformer=replace(config.transformer, grids=grids))
     wanted = replace(request(tmp_path / "thirteen"), config=config)
-    assemble(Plan([wanted], random_sources(config, seed=0)), quiet)
+    assemble(BundlePlan([wanted], random_sources(config, seed=0)), quiet)
     parity = Bundle.open(wanted.target).manifest.parity
     assert {f"scale_{k:02}" for k in range(13)} <= {line.stage for line in parity}
 
@@ -184,12 +184,12 @@ def test_an_interrupted_build_goes_on_where_it_was(
     monkeypatch.setattr(Staging, "record", counted)
     target = tmp_path / "small"
     with pytest.raises(KeyboardInterrupt):
-        assemble(Plan([request(target)], random_weights()), quiet)
+        assemble(BundlePlan([request(target)], random_weights()), quiet)
     assert not target.exists()
     first = set(recorded)
     recorded.clear()
     stop_after.clear()
-    assemble(Plan([request(target)], random_weights()), quiet)
+    assemble(BundlePlan([request(target)], random_weights()), quiet)
     assert len(first) == 9 and not first & set(recorded)
     reference = Bundle.open(small_bundle()).manifest
     assert Bundle.open(target).manifest.files == reference.files
@@ -226,7 +226,7 @@ def test_nothing_of_a_failed_build_is_published(
 
     monkeypatch.setattr(assemble_module, "verify_folder", broken)
     with pytest.raises(ParityError):
-        assemble(Plan([request(tmp_path / "bundle")], random_weights()), quiet)
+        assemble(BundlePlan([request(tmp_path / "bundle")], random_weights()), quiet)
     assert not (tmp_path / "bundle").exists()
 
 

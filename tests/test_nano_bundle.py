@@ -13,7 +13,7 @@ from PIL import Image
 
 from varedit_export import cli
 from varedit_export.options import BuildOptions
-from varedit_export.plan import Plan
+from varedit_export.plan import BundlePlan
 from varedit_export.requests import plan_of
 from varedit_nano import embed
 from varedit_nano.data import EVALUATION_SEEDS
@@ -41,7 +41,7 @@ def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(locate.VARIABLE, raising=False)
 
 
-def planned(**options: Any) -> Plan:
+def planned(**options: Any) -> BundlePlan:
     """Return the plan of a build of nano."""
     return plan_of(BuildOptions("nano", **options))
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from varedit_export.cli import main
 from varedit_export.parity.measures import gate
 from varedit_export.parity.streamed import compare_streamed
-from varedit_export.plan import Plan
+from varedit_export.plan import BundlePlan
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.editor import Editor
 from varedit_runtime.errors import BundleError, ConfigError
@@ -67,7 +67,7 @@ def registered() -> Iterator[None]:
 def bundle(registered: None) -> Bundle:
     """Parity with the reference is proven as it is built."""
     return Bundle.open(
-        built("int8", lambda target: Plan([request(target, "int8")], random_weights()))
+        built("int8", lambda target: BundlePlan([request(target, "int8")], random_weights()))
     )
 
 

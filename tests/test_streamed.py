@@ -17,7 +17,7 @@ from varedit_export.parity import bundle as parity
 from varedit_export.parity.cut import WeightFiles
 from varedit_export.parity.measures import gate
 from varedit_export.parity.streamed import compare_streamed
-from varedit_export.plan import Plan
+from varedit_export.plan import BundlePlan
 from varedit_export.sources import Sources, random_sources
 from varedit_reference.config import ModelConfig
 from varedit_runtime.bundle import Bundle
@@ -45,7 +45,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
     wanted = replace(request(target, "fp16"), config=deep_config(), resolution=64, batch=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parity, "WHOLE", 0)
-        assemble(Plan([wanted], deep_weights()), quiet)
+        assemble(BundlePlan([wanted], deep_weights()), quiet)
     yield Bundle.open(target)
 
 
@@ -84,7 +84,7 @@ def test_types_that_no_cpu_computes_are_compared_alike(
 ) -> None:
     monkeypatch.setattr(parity, "WHOLE", 0)
     wanted = replace(request(tmp_path / "bf16", "bf16"), config=deep_config(), guided=False)
-    lines = assemble(Plan([wanted], replace(deep_weights(), text=None)), quiet)
+    lines = assemble(BundlePlan([wanted], replace(deep_weights(), text=None)), quiet)
     assert any(line.measure.startswith(f"all {DEPTH} blocks") for line in lines)
 
 

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from varedit_export import cli
-from varedit_export.plan import Plan, Request
+from varedit_export.plan import BundlePlan, VariantRequest
 from varedit_export.sources import Sources, random_sources
 from varedit_reference.config import ModelConfig
 from varedit_runtime.bundle import Bundle
@@ -26,7 +26,7 @@ def fewer_scales(config: ModelConfig, count: int) -> ModelConfig:
     return replace(config, transformer=replace(config.transformer, grids=grids))
 
 
-def requests(target: Path) -> list[Request]:
+def requests(target: Path) -> list[VariantRequest]:
     first = request(target)
     second = replace(first, config=fewer_scales(first.config, 3), resolution=64, text_tokens=16)
     return [first, second, replace(second, batch=2)]
@@ -38,7 +38,7 @@ def weights() -> Sources:
 
 @pytest.fixture(scope="module")
 def bundle() -> Path:
-    return built("variants", lambda target: Plan(requests(target), weights()))
+    return built("variants", lambda target: BundlePlan(requests(target), weights()))
 
 
 def picture(size: int) -> Image.Image:
@@ -87,14 +87,14 @@ def test_the_command_edits_with_the_one_that_is_named(bundle: Path, tmp_path: Pa
 def test_what_cannot_share_weights_is_refused(tmp_path: Path) -> None:
     first, second, _ = requests(tmp_path)
     with pytest.raises(ConfigError, match="must differ"):
-        Plan([first, second, second], weights())
+        BundlePlan([first, second, second], weights())
     for other in (
         replace(second, precision="fp16"),
         replace(second, config=replace(second.config, name="another")),
         replace(second, target=tmp_path / "another"),
     ):
         with pytest.raises(ConfigError, match="one model, precision and folder"):
-            Plan([first, other], weights())
+            BundlePlan([first, other], weights())
 
 
 def test_several_resolutions_are_planned_over_one_copy(tmp_path: Path) -> None:

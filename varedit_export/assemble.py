@@ -15,7 +15,7 @@ from varedit_export.estimate import check_memory, needs, present
 from varedit_export.graphs.trace import Tracer
 from varedit_export.options import OnStep
 from varedit_export.parity.bundle import verify_folder
-from varedit_export.plan import Graph, Plan, Request, VariantPlan
+from varedit_export.plan import BundlePlan, GraphPlan, VariantPlan, VariantRequest
 from varedit_reference.weights_file import check_room
 from varedit_runtime.bundle import work_folder
 from varedit_runtime.manifest import (
@@ -36,7 +36,7 @@ TYPE_NAMES = {
 }
 
 
-def assemble(plan: Plan, on_step: OnStep) -> list[ParityLine]:
+def assemble(plan: BundlePlan, on_step: OnStep) -> list[ParityLine]:
     """Build and publish a bundle; return the measured differences from the reference.
 
     Raises CheckpointError if the disk has no room or the folder cannot be made, BundleError if
@@ -68,13 +68,13 @@ def assemble(plan: Plan, on_step: OnStep) -> list[ParityLine]:
 class _Work:
     """A running build, which makes what an earlier attempt left undone."""
 
-    plan: Plan
+    plan: BundlePlan
     staging: Staging
     on_step: OnStep
     steps: int
     step: int = 0
 
-    def weights(self, component: Component, request: Request) -> dict[str, StoredWeight]:
+    def weights(self, component: Component, request: VariantRequest) -> dict[str, StoredWeight]:
         """Write a component; return where each of its weights lies."""
         self._next(f"weights of {component.name}")
         folder, file = self.staging.path, component.file
@@ -102,7 +102,7 @@ class _Work:
             graphs=specs,
         )
 
-    def _graph(self, variant: VariantPlan, graph: Graph, tracer: Tracer) -> GraphSpec:
+    def _graph(self, variant: VariantPlan, graph: GraphPlan, tracer: Tracer) -> GraphSpec:
         several = f" of {variant.request.name}" if len(self.plan.variants) > 1 else ""
         self._next(f"graph {graph.name}{several}")
         file, key = variant.file(graph), _key(self.plan, variant.request, graph.name)
@@ -141,7 +141,7 @@ def _tensor_spec(value: ir.Value) -> TensorSpec:
     return TensorSpec(value.name, TYPE_NAMES[value.dtype], shape)  # type: ignore[arg-type]
 
 
-def _key(plan: Plan, request: Request, part: str) -> str:
+def _key(plan: BundlePlan, request: VariantRequest, part: str) -> str:
     """Return a digest of all that a file is made from: model, request, weights, tools."""
     made_from = (
         part,

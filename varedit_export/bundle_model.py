@@ -1,7 +1,7 @@
 """Write the model that a bundle is built from into its manifest, and read it back.
 
 Two directions of one mapping, side by side: `manifest_of` and its `_model_of` say in the manifest
-what was built; `sources_of` and its `_config_of` make of a bundle the model and the weights that
+what was built; `sources_of` and its `_model_config` make of a bundle the model and the weights that
 it could be built from again, so that it is compared with a reference of its own weights.
 """
 
@@ -18,7 +18,7 @@ from varedit_export.graphs.layout import (
     transformer_restorer,
 )
 from varedit_export.graphs.text import TextEncoderConfig, restore_text_encoder
-from varedit_export.plan import Plan
+from varedit_export.plan import BundlePlan
 from varedit_export.sources import Sources, TextSource
 from varedit_reference.config import ModelConfig, TokenizerConfig, TransformerConfig
 from varedit_reference.weights_file import open_weights
@@ -35,7 +35,7 @@ def tool_versions() -> dict[str, str]:
 
 
 def manifest_of(
-    plan: Plan,
+    plan: BundlePlan,
     variants: tuple[Variant, ...],
     files: Mapping[str, FileEntry],
     parity: tuple[ParityLine, ...],
@@ -89,7 +89,7 @@ def sources_of(bundle: Bundle) -> tuple[ModelConfig, Sources]:
         for name in ("transformer", "tokenizer", "text_encoder")
         if name in bundle.components
     }
-    config = _config_of(bundle, files["tokenizer"])
+    config = _model_config(bundle, files["tokenizer"])
     layout = transformer_layout(config.transformer)
     restore = transformer_restorer(config.transformer)
     text = None
@@ -106,7 +106,7 @@ def sources_of(bundle: Bundle) -> tuple[ModelConfig, Sources]:
     return config, Sources(transformer, files["tokenizer"], text, weights, bundle.digest)
 
 
-def _config_of(bundle: Bundle, tokenizer: Mapping[str, Tensor]) -> ModelConfig:
+def _model_config(bundle: Bundle, tokenizer: Mapping[str, Tensor]) -> ModelConfig:
     """Return the model that `_model_of` wrote into the manifest.
 
     The tokenizer's widths are not in the manifest: they are read off its weights.

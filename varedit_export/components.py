@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from varedit_export.graphs.layout import Weight, make_weight, pack, transformer_layout
+from varedit_export.graphs.layout import GraphWeight, make_weight, pack, transformer_layout
 from varedit_export.graphs.model import GraphTransformer, Packed
 from varedit_export.graphs.stages import PositionTable
 from varedit_export.graphs.text import GraphTextEncoder, TextEncoderConfig, text_encoder_layout
@@ -109,7 +109,7 @@ def positions_component(name: str, config: TransformerConfig, fake: FakeTensorMo
 
 
 def _maker(
-    module: nn.Module, layout: Mapping[str, Weight], state: Mapping[str, Tensor]
+    module: nn.Module, layout: Mapping[str, GraphWeight], state: Mapping[str, Tensor]
 ) -> Callable[[str], Tensor]:
     dtypes = {name: tensor.dtype for name, tensor in module.state_dict().items()}
     packed = {name: m.storage for name, m in module.named_modules() if isinstance(m, Packed)}

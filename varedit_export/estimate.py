@@ -11,7 +11,7 @@ from pathlib import Path
 from varedit_export.errors import ExportError
 from varedit_export.graphs.stages import Shapes
 from varedit_export.parity.bundle import is_large
-from varedit_export.plan import Plan
+from varedit_export.plan import BundlePlan
 from varedit_runtime.machine import available_memory
 
 GRAPH = 2 * 10**6  # bytes of the largest graph; most have less than one million
@@ -42,7 +42,7 @@ class Needs:
         )
 
 
-def needs(plan: Plan) -> Needs:
+def needs(plan: BundlePlan) -> Needs:
     """Return what building a plan takes."""
     variants = [variant.request.shapes for variant in plan.variants]
     sizes = [t.numel() for c in plan.components for t in c.module.state_dict().values()]

@@ -18,14 +18,20 @@ from varedit_export.components import (
 )
 from varedit_export.graphs.blocks import TRACED_BLOCKS
 from varedit_export.graphs.model import GraphTransformer
-from varedit_export.graphs.scales import Kind, Scale, ScaleStage, SymbolicScaleStage, scale
+from varedit_export.graphs.scales import (
+    Kind,
+    ScaleBinding,
+    ScaleStage,
+    SymbolicScaleStage,
+    scale_binding,
+)
 from varedit_export.graphs.stages import (
     ConditionStage,
     ImageDecoderStage,
     ImageEncoderStage,
     PositionTable,
     PrefillStage,
-    References,
+    ReferencesStage,
     Shapes,
     Stage,
     TextEncoderStage,
@@ -41,7 +47,7 @@ from varedit_runtime.precision import Precision, named
 
 
 @dataclass(frozen=True)
-class Request:
+class VariantRequest:
     """A variant to build, and its target folder.
 
     config: the model, whose grids are those of resolution and aspect. batch: pictures per run.
@@ -85,12 +91,12 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Graph:
+class GraphPlan:
     """A graph to make: a stage with few blocks, the whole model's depth, and its scale, if any."""
 
     stage: Stage
     depth: int = 0
-    scale: Scale | None = None
+    scale: ScaleBinding | None = None
 
     @property
     def name(self) -> str:
@@ -101,18 +107,18 @@ class Graph:
 class VariantPlan:
     """A variant's own files: the table of its positions, and its graphs."""
 
-    request: Request
+    request: VariantRequest
     positions: Component
-    graphs: Sequence[Graph]
+    graphs: Sequence[GraphPlan]
 
-    def file(self, graph: Graph) -> str:
+    def file(self, graph: GraphPlan) -> str:
         return f"{GRAPHS}/{self.request.name}.{graph.name}.onnx"
 
 
-class Plan:
+class BundlePlan:
     """All files of a bundle and what each is made from; nothing is computed until it is needed."""
 
-    def __init__(self, requests: Sequence[Request], sources: Sources) -> None:
+    def __init__(self, requests: Sequence[VariantRequest], sources: Sources) -> None:
         """Plan the variants of one bundle. Raises ConfigError if they cannot share weights."""
         self.request, *others = requests
         _check_variants(requests)
@@ -160,7 +166,7 @@ class Plan:
         return "\n".join(lines)
 
 
-def _check_variants(requests: Sequence[Request]) -> None:
+def _check_variants(requests: Sequence[VariantRequest]) -> None:
     """Raise ConfigError if variants have the same name, or their weights would differ."""
     names = [request.name for request in requests]
     if len(set(names)) < len(names):
@@ -175,11 +181,13 @@ def _check_variants(requests: Sequence[Request]) -> None:
             raise ConfigError("variants of a bundle must be of one model, precision and folder")
 
 
-def _text_graph(request: Request, config: TextEncoderConfig, fake: FakeTensorMode) -> Graph:
+def _text_graph(
+    request: VariantRequest, config: TextEncoderConfig, fake: FakeTensorMode
+) -> GraphPlan:
     shallow_config = replace(config, depth=min(config.depth, TRACED_BLOCKS))
     with fake:
         model = GraphTextEncoder(shallow_config, request.policy)
-    return Graph(TextEncoderStage(request.shapes, model), config.depth)
+    return GraphPlan(TextEncoderStage(request.shapes, model), config.depth)
 
 
 def shallow(shapes: Shapes) -> Shapes:
@@ -190,27 +198,27 @@ def shallow(shapes: Shapes) -> Shapes:
 
 
 def _graphs(
-    request: Request,
+    request: VariantRequest,
     tokenizer: Tokenizer,
     text: TextEncoderConfig | None,
     fake: FakeTensorMode,
-) -> list[Graph]:
+) -> list[GraphPlan]:
     """Return all graphs of a variant, each with the few blocks that are traced."""
     full, shapes = request.shapes, shallow(request.shapes)
     depth, grids = full.config.transformer.depth, full.config.transformer.grids
     with fake:
         model = GraphTransformer(shapes.config.transformer, shapes.precision)
         table = PositionTable(shapes.config.transformer)
-    scales = [scale(full, index) for index in range(len(grids))]
+    scales = [scale_binding(full, index) for index in range(len(grids))]
     kinds: dict[Kind, ScaleStage] = {s.kind: ScaleStage(shapes, model, s.kind) for s in scales}
-    references = References(shapes)
+    references = ReferencesStage(shapes)
     return [
         *([] if text is None else [_text_graph(request, text, fake)]),
-        Graph(ImageEncoderStage(shapes, tokenizer)),
-        Graph(ConditionStage(shapes, model), depth),
-        Graph(PrefillStage(shapes, model, table), depth),
-        Graph(SymbolicScaleStage(shapes, model, table), depth),
-        *([Graph(references)] if full.config.transformer.conditioning == "sar" else []),
-        *(Graph(kinds[s.kind], depth, s) for s in scales),
-        Graph(ImageDecoderStage(shapes, tokenizer)),
+        GraphPlan(ImageEncoderStage(shapes, tokenizer)),
+        GraphPlan(ConditionStage(shapes, model), depth),
+        GraphPlan(PrefillStage(shapes, model, table), depth),
+        GraphPlan(SymbolicScaleStage(shapes, model, table), depth),
+        *([GraphPlan(references)] if full.config.transformer.conditioning == "sar" else []),
+        *(GraphPlan(kinds[s.kind], depth, s) for s in scales),
+        GraphPlan(ImageDecoderStage(shapes, tokenizer)),
     ]

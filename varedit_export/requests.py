@@ -6,7 +6,7 @@ from pathlib import Path
 
 from varedit_export.bundle_model import sources_of
 from varedit_export.options import BuildOptions
-from varedit_export.plan import Plan, Request
+from varedit_export.plan import BundlePlan, VariantRequest
 from varedit_export.sources import (
     NANO,
     Sources,
@@ -24,7 +24,7 @@ from varedit_runtime.manifest import Variant
 TEXT_TOKENS = 128
 
 
-def plan_of(options: BuildOptions) -> Plan:
+def plan_of(options: BuildOptions) -> BundlePlan:
     """Return the plan of a build.
 
     Raises ConfigError on options that are impossible or contradict each other, CheckpointError on
@@ -35,7 +35,7 @@ def plan_of(options: BuildOptions) -> Plan:
     sources = _sources(config, options)
     target = default_root() / _name(config, options, [resolution for _, resolution in models])
     requests = [
-        Request(
+        VariantRequest(
             config=config,
             resolution=resolution,
             aspect=options.aspect,
@@ -47,7 +47,7 @@ def plan_of(options: BuildOptions) -> Plan:
         )
         for config, resolution in models
     ]
-    return Plan(requests, sources)
+    return BundlePlan(requests, sources)
 
 
 def _models(options: BuildOptions) -> list[tuple[ModelConfig, int]]:

@@ -11,7 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from varedit_export.assemble import assemble
-from varedit_export.plan import Plan, Request
+from varedit_export.plan import BundlePlan, VariantRequest
 from varedit_export.sources import Sources, checkpoint_sources
 from varedit_nano.model import NANO, TEXT_FOLDER, TOKENIZER_FILE, TRANSFORMER_FILE, WEIGHTS
 from varedit_runtime.bundle import file_digest
@@ -21,9 +21,9 @@ from varedit_runtime.bundle import file_digest
 TEXT_TOKENS = 48
 
 
-def embedded_plan(target: Path) -> Plan:
+def embedded_plan(target: Path) -> BundlePlan:
     """Return the plan of the embedded bundle: one guided picture of nano's size in fp32."""
-    request = Request(
+    request = VariantRequest(
         config=NANO,
         resolution=NANO.picture_size[0],
         aspect="1:1",
@@ -33,7 +33,7 @@ def embedded_plan(target: Path) -> Plan:
         text_tokens=TEXT_TOKENS,
         target=target,
     )
-    return Plan([request], own_sources())
+    return BundlePlan([request], own_sources())
 
 
 def own_sources(folder: Path = WEIGHTS) -> Sources:

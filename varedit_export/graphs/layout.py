@@ -23,14 +23,14 @@ from varedit_runtime.precision import Format, Precision, Storage, product_of
 
 
 @dataclass(frozen=True)
-class Weight:
+class GraphWeight:
     """A graph's weight: the reference's parameters that it is made from, and the function."""
 
     sources: tuple[str, ...]
     make: Callable[..., Tensor]
 
 
-def transformer_layout(config: TransformerConfig) -> dict[str, Weight]:
+def transformer_layout(config: TransformerConfig) -> dict[str, GraphWeight]:
     """Return every weight of the transformer's graphs, by name."""
     weights = {
         "unconditional_text": same("unconditional_text"),
@@ -39,7 +39,7 @@ def transformer_layout(config: TransformerConfig) -> dict[str, Weight]:
         "text_norm": same("text_norm.weight"),
         "text_pool.query": same("text_pool.query"),
         "text_pool.kv.weight": transposed("text_pool.kv.weight"),
-        "text_pool.kv.bias": Weight(("text_pool.value_bias",), _after_zeros),
+        "text_pool.kv.bias": GraphWeight(("text_pool.value_bias",), _after_zeros),
         **_linear("token_embedding"),
         **_linear("text_pool.projection"),
         **_linear("text_memory.0"),
@@ -48,7 +48,7 @@ def transformer_layout(config: TransformerConfig) -> dict[str, Weight]:
         "shared_modulation.weight": transposed("shared_modulation.weight"),
         "shared_modulation.bias": same("shared_modulation.bias"),
         "head_modulation.weight": transposed("head_modulation.weight"),
-        "head_modulation.bias": Weight(("head_modulation.bias",), _one_plus_first_half),
+        "head_modulation.bias": GraphWeight(("head_modulation.bias",), _one_plus_first_half),
     }
     for i in range(config.depth):
         block = f"blocks.{i}"
@@ -56,7 +56,7 @@ def transformer_layout(config: TransformerConfig) -> dict[str, Weight]:
     return weights
 
 
-def _block(block: str, config: TransformerConfig) -> dict[str, Weight]:
+def _block(block: str, config: TransformerConfig) -> dict[str, GraphWeight]:
     attention = f"{block}.self_attention"
     cross = f"{block}.cross_attention"
     halves = _pairs_to_halves(config)
@@ -69,25 +69,25 @@ def _block(block: str, config: TransformerConfig) -> dict[str, Weight]:
         return torch.cat((query[halves], torch.zeros_like(value), value))
 
     return {
-        f"{block}.modulation": Weight((f"{block}.modulation",), _one_plus_scales),
-        f"{block}.qkv.weight": Weight((f"{attention}.qkv.weight",), qkv),
-        f"{block}.qkv.bias": Weight(
+        f"{block}.modulation": GraphWeight((f"{block}.modulation",), _one_plus_scales),
+        f"{block}.qkv.weight": GraphWeight((f"{attention}.qkv.weight",), qkv),
+        f"{block}.qkv.bias": GraphWeight(
             (f"{attention}.query_bias", f"{attention}.value_bias"), qkv_bias
         ),
-        f"{block}.attention_scale": Weight((f"{attention}.log_scale",), _attention_scale),
+        f"{block}.attention_scale": GraphWeight((f"{attention}.log_scale",), _attention_scale),
         **_linear(f"{attention}.projection", f"{block}.projection"),
         f"{block}.cross_norm.weight": same(f"{block}.cross_norm.weight"),
         f"{block}.cross_norm.bias": same(f"{block}.cross_norm.bias"),
         **_linear(f"{cross}.query", f"{block}.cross_query"),
         f"{block}.cross_kv.weight": transposed(f"{cross}.kv.weight"),
-        f"{block}.cross_kv.bias": Weight((f"{cross}.value_bias",), _after_zeros),
+        f"{block}.cross_kv.bias": GraphWeight((f"{cross}.value_bias",), _after_zeros),
         **_linear(f"{cross}.projection", f"{block}.cross_projection"),
         **_linear(f"{block}.mlp.0", f"{block}.mlp_up"),
         **_linear(f"{block}.mlp.2", f"{block}.mlp_down"),
     }
 
 
-def make_weight(weight: Weight, state: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+def make_weight(weight: GraphWeight, state: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
     """Make one weight from the reference's parameters, which may be views of a memory map.
 
     It is made in fp32, whatever the checkpoint's type, and rounded once.
@@ -152,15 +152,15 @@ def round_weight(storage: Storage, weight: Tensor) -> Tensor:
     return storage.unpack(pack(storage, weight.float().T)).T
 
 
-def same(source: str) -> Weight:
-    return Weight((source,), lambda x: x)
+def same(source: str) -> GraphWeight:
+    return GraphWeight((source,), lambda x: x)
 
 
-def transposed(source: str) -> Weight:
-    return Weight((source,), lambda x: x.T)
+def transposed(source: str) -> GraphWeight:
+    return GraphWeight((source,), lambda x: x.T)
 
 
-def _linear(source: str, name: str | None = None) -> dict[str, Weight]:
+def _linear(source: str, name: str | None = None) -> dict[str, GraphWeight]:
     name = name or source
     return {
         f"{name}.weight": transposed(f"{source}.weight"),
@@ -192,14 +192,14 @@ def _pairs_to_halves(config: TransformerConfig) -> Tensor:
 
 
 # (name of a graph's weight, how it was made, the weight in fp32) -> what it was made from
-Restorer = Callable[[str, Weight, Tensor], dict[str, Tensor]]
+Restorer = Callable[[str, GraphWeight, Tensor], dict[str, Tensor]]
 
 
 class Restored(Mapping[str, Tensor]):
     """The parameters that a bundle's weights were made from, each restored when looked up."""
 
     def __init__(
-        self, layout: Mapping[str, Weight], weights: Mapping[str, Tensor], restore: Restorer
+        self, layout: Mapping[str, GraphWeight], weights: Mapping[str, Tensor], restore: Restorer
     ) -> None:
         self._layout, self._weights, self._restore = layout, weights, restore
         self._made = {source: name for name, w in layout.items() for source in w.sources}
@@ -222,7 +222,7 @@ def transformer_restorer(config: TransformerConfig) -> Restorer:
     """
     pairs, width = _pairs_to_halves(config).argsort(), config.width
 
-    def restore(name: str, weight: Weight, made: Tensor) -> dict[str, Tensor]:
+    def restore(name: str, weight: GraphWeight, made: Tensor) -> dict[str, Tensor]:
         first = weight.sources[0]
         if name.endswith("qkv.weight"):
             query, key, value = made.T.chunk(3)

@@ -52,19 +52,19 @@ class GraphTransformer(nn.Module):
         self.unconditional_text = parameter(MAX_TEXT_TOKENS, text)
         self.start_token = parameter(width)
         self.level_embedding = parameter(MAX_LEVELS, width)
-        self.token_embedding = Product(config.token_channels, width, formats("token_embedding"))
+        self.token_embedding = GraphLinear(config.token_channels, width, formats("token_embedding"))
         self.text_norm = parameter(text)
-        self.text_pool = TextPool(config, formats)
+        self.text_pool = GraphTextPool(config, formats)
         memory = formats("text_memory")
         self.text_memory = nn.ModuleDict(
-            {"0": Product(text, width, memory), "2": Product(width, width, memory)}
+            {"0": GraphLinear(text, width, memory), "2": GraphLinear(width, width, memory)}
         )
-        self.shared_modulation = Product(width, 6 * width, formats("shared_modulation"))
-        self.head_modulation = Product(width, 2 * width, formats("head_modulation"))
-        self.head = Product(width, 2 * config.token_channels, formats("head"))
+        self.shared_modulation = GraphLinear(width, 6 * width, formats("shared_modulation"))
+        self.head_modulation = GraphLinear(width, 2 * width, formats("head_modulation"))
+        self.head = GraphLinear(width, 2 * config.token_channels, formats("head"))
         dtype = torch_dtype(precision.type)
-        blocks = (Block(config, formats, dtype) for _ in range(config.depth))
-        self.blocks = cast("Sequence[Block]", nn.ModuleList(blocks))
+        blocks = (GraphBlock(config, formats, dtype) for _ in range(config.depth))
+        self.blocks = cast("Sequence[GraphBlock]", nn.ModuleList(blocks))
 
     def run(
         self, x_RLC: Tensor, text: TextInputs, cos: Tensor, sin: Tensor, past: Sequence[Past]
@@ -78,7 +78,7 @@ class GraphTransformer(nn.Module):
         return x_RLC, keys, values
 
 
-class Block(nn.Module):
+class GraphBlock(nn.Module):
     """Self-attention, cross-attention to the text, MLP. dtype: of keys and values."""
 
     def __init__(self, config: TransformerConfig, formats: Formats, dtype: torch.dtype) -> None:
@@ -86,15 +86,15 @@ class Block(nn.Module):
         width = config.width
         self.heads, self.dtype = config.heads, dtype
         self.modulation = parameter(6, width)
-        self.qkv = Product(width, 3 * width, formats("blocks.qkv"))
+        self.qkv = GraphLinear(width, 3 * width, formats("blocks.qkv"))
         self.attention_scale = parameter(config.heads)
-        self.projection = Product(width, width, formats("blocks.projection"))
+        self.projection = GraphLinear(width, width, formats("blocks.projection"))
         self.cross_norm = Affine(width)
-        self.cross_query = Product(width, width, formats("blocks.cross_query"))
+        self.cross_query = GraphLinear(width, width, formats("blocks.cross_query"))
         self.cross_kv = TextKeysValues(config, formats("blocks.cross_kv"), dtype)
-        self.cross_projection = Product(width, width, formats("blocks.cross_projection"))
-        self.mlp_up = Product(width, config.mlp_width, formats("blocks.mlp_up"))
-        self.mlp_down = Product(config.mlp_width, width, formats("blocks.mlp_down"))
+        self.cross_projection = GraphLinear(width, width, formats("blocks.cross_projection"))
+        self.mlp_up = GraphLinear(width, config.mlp_width, formats("blocks.mlp_up"))
+        self.mlp_down = GraphLinear(config.mlp_width, width, formats("blocks.mlp_down"))
 
     def forward(
         self, x_RLC: Tensor, text: TextInputs, index: int, cos: Tensor, sin: Tensor, past: Past
@@ -117,7 +117,7 @@ class Block(nn.Module):
         values = cast_to(v, self.dtype).transpose(0, 1)
         seen_keys = torch.cat((*past.keys, keys)) if past.keys else keys
         seen_values = torch.cat((*past.values, values)) if past.values else values
-        attended = attention(
+        attended = softmax_attention(
             q_RLHD.to(self.dtype).transpose(1, 2),
             seen_keys.permute(1, 2, 3, 0),
             seen_values.permute(1, 2, 0, 3),
@@ -127,40 +127,42 @@ class Block(nn.Module):
     def _attend_text(self, x_RLC: Tensor, text: TextInputs, index: int) -> Tensor:
         q_RLHD = self.cross_query(x_RLC).unflatten(-1, (self.heads, -1))
         q_RHLD = q_RLHD.transpose(1, 2) * (q_RLHD.shape[-1] ** -0.5)
-        attended = attention(q_RHLD, text.keys_RHDT[index], text.values_RHTD[index], text.bias_R11T)
+        attended = softmax_attention(
+            q_RHLD, text.keys_RHDT[index], text.values_RHTD[index], text.bias_R11T
+        )
         return self.cross_projection(attended).float()
 
 
-class TextPool(nn.Module):
+class GraphTextPool(nn.Module):
     def __init__(self, config: TransformerConfig, formats: Formats) -> None:
         super().__init__()
         self.query = parameter(config.text_heads, config.width // config.text_heads)
-        self.kv = Product(config.text_channels, 2 * config.width, formats("text_pool.kv"))
-        self.projection = Product(config.width, config.width, formats("text_pool.projection"))
+        self.kv = GraphLinear(config.text_channels, 2 * config.width, formats("text_pool.kv"))
+        self.projection = GraphLinear(config.width, config.width, formats("text_pool.projection"))
 
     def forward(self, text_RTC: Tensor, bias_R1T: Tensor) -> Tensor:
         """Pool normalised text to [R, C], in fp32."""
         k, v = (x.unflatten(-1, (len(self.query), -1)) for x in split(self.kv(text_RTC), 2))
         keys_RHDT, values_RHTD = k.permute(0, 2, 3, 1), v.transpose(1, 2)
         query_H1D = (self.query * self.query.shape[1] ** -0.5).to(keys_RHDT.dtype)[:, None]
-        pooled = attention(query_H1D, keys_RHDT, values_RHTD, bias_R1T[:, None])
+        pooled = softmax_attention(query_H1D, keys_RHDT, values_RHTD, bias_R1T[:, None])
         return self.projection(pooled).float()[:, 0]
 
 
-class Product(nn.Module):
+class GraphLinear(nn.Module):
     """A linear layer x·W + b, computed and stored as its format says; W is [in, out]."""
 
     def __init__(self, channels_in: int, channels: int, format: Format) -> None:
         super().__init__()
         self.dtype = torch_dtype(format.type)
-        self.weight = weight(channels_in, channels, format)
+        self.weight = weight_parameter(channels_in, channels, format)
         self.bias = parameter(channels, dtype=self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return product(x, self.weight, self.dtype) + self.bias
 
 
-class TextKeysValues(Product):
+class TextKeysValues(GraphLinear):
     """A block's projection of the text to keys and values."""
 
     def __init__(self, config: TransformerConfig, format: Format, kept: torch.dtype) -> None:
@@ -200,7 +202,7 @@ class Packed(nn.Module):
         return self.storage.multiply(x, dict(self.named_parameters()))
 
 
-def weight(channels_in: int, channels: int, format: Format) -> nn.Parameter | Packed:
+def weight_parameter(channels_in: int, channels: int, format: Format) -> nn.Parameter | Packed:
     """Make room for a product's weight [in, out], as its format stores it."""
     if format.storage is not None:
         return Packed(format.storage, (channels_in, channels))
@@ -212,7 +214,7 @@ def product(x: Tensor, weight: Tensor | Packed, dtype: torch.dtype) -> Tensor:
     return weight.multiply(x.to(dtype)) if isinstance(weight, Packed) else x.to(dtype) @ weight
 
 
-def attention(
+def softmax_attention(
     q_RHLD: Tensor, keys_RHDS: Tensor, values_RHSD: Tensor, bias: Tensor | None = None
 ) -> Tensor:
     """Compute attention with an fp32 softmax; return [R, L, C], heads merged."""

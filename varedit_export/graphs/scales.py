@@ -10,8 +10,8 @@ two scales needs the host. Two kinds of graphs compute that:
 
 Tracing takes seconds, and there are up to 13 scales. So three templates are traced, not 13 graphs:
 the first scale has no tokens, the last hands nothing on, and all others are alike but for lengths,
-matrices and rows of weights. `ScaleStage` is such a template, with symbolic lengths; `Scale` says
-what fills it in. Scale 5 of 10, for instance, is the template `middle_scale` with h = w = 12 and
+matrices and rows of weights. `ScaleStage` is such a template, with symbolic lengths; `ScaleBinding`
+says what fills it in. Scale 5 of 10, for instance, is the template `middle_scale` with h = w = 12,
 next_h = next_w = 16, the resizing matrices of these grids as constants, row 5 of the level
 embedding, and the rows of the rotary table from `geometry.scale_sizes(grids, 5)["past"]` on.
 
@@ -29,16 +29,16 @@ from torch import Tensor
 
 from varedit_export.graphs.model import GraphTransformer, Past, layer_norm
 from varedit_export.graphs.stages import (
+    InputSpec,
     PositionTable,
     Shapes,
-    Spec,
     Stage,
-    choose,
+    has_references,
     repeat_rows,
-    text_inputs,
+    text_input_specs,
     text_of,
-    to_tokens,
-    uses_references,
+    to_token_grid,
+    where_bool,
 )
 from varedit_reference.sampling import NUCLEUS
 from varedit_runtime.geometry import LENGTHS, resizing_matrices, scale_sizes
@@ -66,7 +66,7 @@ class ScaleStage(Stage):
     """One scale: its keys and values, guided logits, bits, the running sum, the next tokens.
 
     A template of the first scale, of the last, or of any between. What one scale does not share
-    with all of its kind comes in as inputs, or as symbolic lengths; `Scale` fills it in.
+    with all of its kind comes in as inputs, or as symbolic lengths; `ScaleBinding` fills it in.
     """
 
     def __init__(self, shapes: Shapes, model: GraphTransformer, kind: Kind) -> None:
@@ -78,21 +78,25 @@ class ScaleStage(Stage):
         known = {} if kind == "middle" else scale_sizes(shapes.config.transformer.grids, index)
         self.sizes: dict[str, int | str] = {name: known.get(name, name) for name in LENGTHS}
 
-    def inputs(self) -> dict[str, Spec]:
+    def inputs(self) -> dict[str, InputSpec]:
         transformer = self.shapes.config.transformer
         grid = self.sizes["h"], self.sizes["w"]
         inputs = {"start": _start(self.shapes)}
         if self.kind != "first":
             inputs = {"tokens": _tokens(self.shapes, *grid), "running_sum": self.shapes.map()}
-        angles = Spec(torch.float32, (*grid, transformer.head_width // 2))
-        inputs |= {"level": Spec(torch.float32, (transformer.width,)), "cos": angles, "sin": angles}
+        angles = InputSpec(torch.float32, (*grid, transformer.head_width // 2))
+        inputs |= {
+            "level": InputSpec(torch.float32, (transformer.width,)),
+            "cos": angles,
+            "sin": angles,
+        }
         if self.kind != "last":
             inputs |= _resampling_inputs(self.shapes, self.sizes)
         lengths = (self.sizes[name] for name in ("reference", "past_0", "past"))
         return {
             **inputs,
             **_sampling_inputs(self.shapes, *grid),
-            **text_inputs(self.shapes, head=True),
+            **text_input_specs(self.shapes, head=True),
             **_past_inputs(self.shapes, *lengths),
         }
 
@@ -106,7 +110,7 @@ class ScaleStage(Stage):
         return _predict(self.shapes, self.model, x_RLC, geometry, grid, total, given)
 
 
-class Rows(NamedTuple):
+class WeightRows(NamedTuple):
     """Rows of a weight, which the parameter names: as many as an input holds, from `first` on."""
 
     weight: str
@@ -114,7 +118,7 @@ class Rows(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Scale:
+class ScaleBinding:
     """What makes a template (`ScaleStage`) the static graph of one scale.
 
     sizes: its symbolic lengths; constants: inputs that become constants; parts: inputs that become
@@ -125,22 +129,22 @@ class Scale:
     kind: Kind
     sizes: dict[str, int]
     constants: dict[str, np.ndarray]
-    parts: dict[str, Rows]
+    parts: dict[str, WeightRows]
 
 
-def scale(shapes: Shapes, index: int) -> Scale:
+def scale_binding(shapes: Shapes, index: int) -> ScaleBinding:
     """Return what makes a template one scale of the variant."""
     grids, patch = shapes.config.transformer.grids, shapes.config.tokenizer.patch
     last, sizes = len(grids) - 1, scale_sizes(grids, index)
-    return Scale(
+    return ScaleBinding(
         scale_name(index),
         "first" if index == 0 else "last" if index == last else "middle",
         sizes,
         {} if index == last else resizing_matrices(grids, index, patch),
         {
-            "level": Rows("model.level_embedding", index),
-            "cos": Rows("table.cos", sizes["past"]),
-            "sin": Rows("table.sin", sizes["past"]),
+            "level": WeightRows("model.level_embedding", index),
+            "cos": WeightRows("table.cos", sizes["past"]),
+            "sin": WeightRows("table.sin", sizes["past"]),
         },
     )
 
@@ -157,17 +161,17 @@ class SymbolicScaleStage(Stage):
         super().__init__()
         self.shapes, self.model, self.table = shapes, model, table
 
-    def inputs(self) -> dict[str, Spec]:
+    def inputs(self) -> dict[str, InputSpec]:
         return {
             "tokens": _tokens(self.shapes, "h", "w"),
             "running_sum": self.shapes.map(),
             "start": _start(self.shapes),
-            "is_first": Spec(torch.bool, (1,)),
-            "level": Spec(torch.int64, (1,)),
-            "first_position": Spec(torch.int64, (1,)),
+            "is_first": InputSpec(torch.bool, (1,)),
+            "level": InputSpec(torch.int64, (1,)),
+            "first_position": InputSpec(torch.int64, (1,)),
             **_resampling_inputs(self.shapes, {name: name for name in LENGTHS}),
             **_sampling_inputs(self.shapes, "h", "w"),
-            **text_inputs(self.shapes, head=True),
+            **text_input_specs(self.shapes, head=True),
             **_past_inputs(self.shapes, "reference", "past_0", "past"),
         }
 
@@ -206,7 +210,7 @@ def _predict(
     total = added if running_sum is None else running_sum + added
     outputs = {"logits": logits_Bhwc2, "bits": bits_Bhwc, "running_sum_out": total}
     if geometry.down is not None:
-        outputs["next_tokens"] = to_tokens(_resample(total, geometry.down), tokenizer.patch)
+        outputs["next_tokens"] = to_token_grid(_resample(total, geometry.down), tokenizer.patch)
     for i in range(depth):
         outputs |= {f"new_key.{i}": keys[i], f"new_value.{i}": values[i]}
     return outputs
@@ -233,7 +237,7 @@ def _draw(logits_Bhwc2: Tensor, given: dict[str, Tensor]) -> Tensor:
     likely = (probability > 0.5).float()
     probability = torch.where(less_likely > 1 - NUCLEUS, probability, likely)
     drawn = given["noise"] < probability
-    return choose(given["forced_mask"], given["forced_bits"], drawn)
+    return where_bool(given["forced_mask"], given["forced_bits"], drawn)
 
 
 def _embed(shapes: Shapes, model: GraphTransformer, tokens_Bhwc: Tensor) -> Tensor:
@@ -251,14 +255,14 @@ def _to_map(tokens_Bhwc: Tensor, bits: int, patch: int) -> Tensor:
     return patches.flatten(4, 5).flatten(2, 3)
 
 
-def _resampling_inputs(shapes: Shapes, sizes: Mapping[str, int | str]) -> dict[str, Spec]:
+def _resampling_inputs(shapes: Shapes, sizes: Mapping[str, int | str]) -> dict[str, InputSpec]:
     """Return the resizing matrices as inputs; positions are split by token and place in it."""
     patch, (rows, columns) = shapes.config.tokenizer.patch, shapes.positions
     return {
-        "up_rows": Spec(torch.float32, (rows, sizes["h"], patch)),
-        "up_columns": Spec(torch.float32, (columns, sizes["w"], patch)),
-        "down_rows": Spec(torch.float32, (sizes["next_h"], patch, rows)),
-        "down_columns": Spec(torch.float32, (sizes["next_w"], patch, columns)),
+        "up_rows": InputSpec(torch.float32, (rows, sizes["h"], patch)),
+        "up_columns": InputSpec(torch.float32, (columns, sizes["w"], patch)),
+        "down_rows": InputSpec(torch.float32, (sizes["next_h"], patch, rows)),
+        "down_columns": InputSpec(torch.float32, (sizes["next_w"], patch, columns)),
     }
 
 
@@ -268,29 +272,29 @@ def _resampling(given: dict[str, Tensor]) -> tuple[tuple[Tensor, Tensor], tuple[
     return up, (given["down_rows"].flatten(0, 1), given["down_columns"].flatten(0, 1))
 
 
-def _start(shapes: Shapes) -> Spec:
-    return Spec(torch.float32, (shapes.rows, 1, shapes.config.transformer.width))
+def _start(shapes: Shapes) -> InputSpec:
+    return InputSpec(torch.float32, (shapes.rows, 1, shapes.config.transformer.width))
 
 
-def _tokens(shapes: Shapes, rows: int | str, columns: int | str) -> Spec:
+def _tokens(shapes: Shapes, rows: int | str, columns: int | str) -> InputSpec:
     channels = shapes.config.transformer.token_channels
-    return Spec(torch.float32, (shapes.batch, rows, columns, channels))
+    return InputSpec(torch.float32, (shapes.batch, rows, columns, channels))
 
 
-def _sampling_inputs(shapes: Shapes, rows: int | str, columns: int | str) -> dict[str, Spec]:
-    noise, number = _tokens(shapes, rows, columns), Spec(torch.float32, (1,))
+def _sampling_inputs(shapes: Shapes, rows: int | str, columns: int | str) -> dict[str, InputSpec]:
+    noise, number = _tokens(shapes, rows, columns), InputSpec(torch.float32, (1,))
     inputs = {"temperature": number, "noise": noise}
-    inputs |= {name: Spec(torch.bool, noise.shape) for name in ("forced_bits", "forced_mask")}
+    inputs |= {name: InputSpec(torch.bool, noise.shape) for name in ("forced_bits", "forced_mask")}
     return {"guidance_scale": number, **inputs} if shapes.guided else inputs
 
 
 def _past_inputs(
     shapes: Shapes, reference: int | str, past_0: int | str, past: int | str
-) -> dict[str, Spec]:
+) -> dict[str, InputSpec]:
     """Return the keys and values before a scale: source and targets, or reference and targets."""
     inputs = {}
     first = 0
-    if uses_references(shapes):
+    if has_references(shapes):
         inputs |= {f"reference_{kind}": shapes.kv(reference) for kind in ("key", "value")}
         if past_0:
             inputs |= {f"past_{kind}.0": shapes.kv(past_0) for kind in ("key", "value")}

@@ -32,7 +32,7 @@ from varedit_runtime.precision import Precision
 
 
 @dataclass(frozen=True)
-class Spec:
+class InputSpec:
     """A graph input: its type, and its shape with names for symbolic dimensions."""
 
     dtype: torch.dtype
@@ -65,13 +65,13 @@ class Shapes:
         """Return the finest grid in positions of the tokenizer."""
         return positions(self.config.transformer.finest, self.config.tokenizer.patch)
 
-    def kv(self, length: int | str) -> Spec:
+    def kv(self, length: int | str) -> InputSpec:
         transformer = self.config.transformer
         shape = (length, self.rows, transformer.heads, transformer.head_width)
-        return Spec(self.dtype, shape)
+        return InputSpec(self.dtype, shape)
 
-    def map(self) -> Spec:
-        return Spec(torch.float32, (self.batch, self.config.tokenizer.bits, *self.positions))
+    def map(self) -> InputSpec:
+        return InputSpec(torch.float32, (self.batch, self.config.tokenizer.bits, *self.positions))
 
 
 class Stage(nn.Module, ABC):
@@ -81,7 +81,7 @@ class Stage(nn.Module, ABC):
     shapes: Shapes
 
     @abstractmethod
-    def inputs(self) -> dict[str, Spec]:
+    def inputs(self) -> dict[str, InputSpec]:
         """Return the graph's inputs, in order."""
 
     @abstractmethod
@@ -103,9 +103,12 @@ class TextEncoderStage(Stage):
         super().__init__()
         self.shapes, self.text_encoder = shapes, text_encoder
 
-    def inputs(self) -> dict[str, Spec]:
+    def inputs(self) -> dict[str, InputSpec]:
         shape = (self.shapes.batch, self.shapes.text_tokens)
-        return {"token_ids": Spec(torch.int64, shape), "text_mask": Spec(torch.bool, shape)}
+        return {
+            "token_ids": InputSpec(torch.int64, shape),
+            "text_mask": InputSpec(torch.bool, shape),
+        }
 
     def compute(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"text_features": self.text_encoder(given["token_ids"], given["text_mask"])}
@@ -120,13 +123,13 @@ class ImageEncoderStage(Stage):
         super().__init__()
         self.shapes, self.encoder = shapes, tokenizer.encoder
 
-    def inputs(self) -> dict[str, Spec]:
+    def inputs(self) -> dict[str, InputSpec]:
         size = self.shapes.config.picture_size
-        return {"pictures": Spec(torch.float32, (self.shapes.batch, 3, *size))}
+        return {"pictures": InputSpec(torch.float32, (self.shapes.batch, 3, *size))}
 
     def compute(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
         features = self.encoder(given["pictures"])
-        return {"source_tokens": to_tokens(features, self.shapes.config.tokenizer.patch)}
+        return {"source_tokens": to_token_grid(features, self.shapes.config.tokenizer.patch)}
 
 
 class ImageDecoderStage(Stage):
@@ -138,7 +141,7 @@ class ImageDecoderStage(Stage):
         super().__init__()
         self.shapes, self.decoder = shapes, tokenizer.decoder
 
-    def inputs(self) -> dict[str, Spec]:
+    def inputs(self) -> dict[str, InputSpec]:
         return {"running_sum": self.shapes.map()}
 
     def compute(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -157,15 +160,15 @@ class ConditionStage(Stage):
         super().__init__()
         self.shapes, self.model = shapes, model
 
-    def inputs(self) -> dict[str, Spec]:
+    def inputs(self) -> dict[str, InputSpec]:
         batch, tokens = self.shapes.batch, self.shapes.text_tokens
         channels = self.shapes.config.transformer.text_channels
-        features = Spec(torch.float32, (batch, tokens, channels))
-        mask = Spec(torch.bool, (batch, tokens))
+        features = InputSpec(torch.float32, (batch, tokens, channels))
+        mask = InputSpec(torch.bool, (batch, tokens))
         inputs = {"text_features": features, "text_mask": mask}
         if self.shapes.guided:
             inputs |= {"negative_features": features, "negative_mask": mask}
-            inputs["has_negative"] = Spec(torch.bool, (batch,))
+            inputs["has_negative"] = InputSpec(torch.bool, (batch,))
         return inputs
 
     def compute(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -176,7 +179,7 @@ class ConditionStage(Stage):
             has_negative = given["has_negative"][:, None]
             negative = torch.where(has_negative[..., None], given["negative_features"], learned)
             features = torch.cat((features, negative))
-            mask = torch.cat((mask, choose(has_negative, given["negative_mask"], mask)))
+            mask = torch.cat((mask, where_bool(has_negative, given["negative_mask"], mask)))
         bias_RT = torch.where(mask, 0.0, -torch.inf)
         text_RTC = F.rms_norm(features, features.shape[-1:], model.text_norm, 1e-6)
         pooled_RC = model.text_pool(text_RTC, bias_RT[:, None])
@@ -225,12 +228,12 @@ class PrefillStage(Stage):
         super().__init__()
         self.shapes, self.model = shapes, model
         self.table = table
-        self.references = References(shapes) if uses_references(shapes) else None
+        self.references = ReferencesStage(shapes) if has_references(shapes) else None
 
-    def inputs(self) -> dict[str, Spec]:
+    def inputs(self) -> dict[str, InputSpec]:
         transformer = self.shapes.config.transformer
         shape = (self.shapes.batch, *transformer.finest, transformer.token_channels)
-        return {"source_tokens": Spec(torch.float32, shape), **text_inputs(self.shapes)}
+        return {"source_tokens": InputSpec(torch.float32, shape), **text_input_specs(self.shapes)}
 
     def compute(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
         model = self.model
@@ -249,7 +252,7 @@ class PrefillStage(Stage):
         return outputs
 
 
-class References(Stage):
+class ReferencesStage(Stage):
     """Block 0's source keys and values, area-downsampled to every scale (SAR)."""
 
     name = "references"
@@ -263,7 +266,7 @@ class References(Stage):
             for grid in shapes.config.transformer.grids
         ]
 
-    def inputs(self) -> dict[str, Spec]:
+    def inputs(self) -> dict[str, InputSpec]:
         source = self.shapes.kv(self.finest[0] * self.finest[1])
         return {"source_key": source, "source_value": source}
 
@@ -279,7 +282,7 @@ class References(Stage):
         return outputs
 
 
-def choose(condition: Tensor, one: Tensor, other: Tensor) -> Tensor:
+def where_bool(condition: Tensor, one: Tensor, other: Tensor) -> Tensor:
     """Choose between bools as torch.where does: ONNX Runtime has no Where for bools."""
     return (condition & one) | (~condition & other)
 
@@ -289,33 +292,33 @@ def repeat_rows(x_BLC: Tensor, shapes: Shapes) -> Tensor:
     return torch.cat((x_BLC, x_BLC)) if shapes.guided else x_BLC
 
 
-def to_tokens(map_BdNN: Tensor, patch: int) -> Tensor:
+def to_token_grid(map_BdNN: Tensor, patch: int) -> Tensor:
     """Turn a map [B, d, h·p, w·p] into tokens [B, h, w, c], as pixel_unshuffle does."""
     patches = map_BdNN.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))
     return patches.permute(0, 2, 4, 1, 3, 5).flatten(3)
 
 
-def uses_references(shapes: Shapes) -> bool:
+def has_references(shapes: Shapes) -> bool:
     """Return whether block 0 sees the source averaged to each scale's grid (SAR)."""
     return shapes.config.transformer.conditioning == "sar"
 
 
-def text_inputs(shapes: Shapes, head: bool = False) -> dict[str, Spec]:
+def text_input_specs(shapes: Shapes, head: bool = False) -> dict[str, InputSpec]:
     """Return the inputs that the condition makes of the text. head: the head's signal too."""
     transformer, rows, tokens = shapes.config.transformer, shapes.rows, shapes.text_tokens
     width, heads, head_width = transformer.width, transformer.heads, transformer.head_width
-    inputs = {"modulation": Spec(torch.float32, (rows, 6, width))}
+    inputs = {"modulation": InputSpec(torch.float32, (rows, 6, width))}
     if head:
-        inputs["head_modulation"] = Spec(torch.float32, (rows, 2, width))
-    inputs["text_bias"] = Spec(torch.float32, (rows, 1, 1, tokens))
+        inputs["head_modulation"] = InputSpec(torch.float32, (rows, 2, width))
+    inputs["text_bias"] = InputSpec(torch.float32, (rows, 1, 1, tokens))
     for i in range(transformer.depth):
-        inputs[f"cross_key.{i}"] = Spec(shapes.dtype, (rows, heads, head_width, tokens))
-        inputs[f"cross_value.{i}"] = Spec(shapes.dtype, (rows, heads, tokens, head_width))
+        inputs[f"cross_key.{i}"] = InputSpec(shapes.dtype, (rows, heads, head_width, tokens))
+        inputs[f"cross_value.{i}"] = InputSpec(shapes.dtype, (rows, heads, tokens, head_width))
     return inputs
 
 
 def text_of(given: dict[str, Tensor], depth: int) -> TextInputs:
-    """Return what the transformer reads of the text, from `text_inputs`."""
+    """Return what the transformer reads of the text, from `text_input_specs`."""
     return TextInputs(
         given["modulation"],
         given["text_bias"],

@@ -12,8 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from varedit_export.graphs.layout import Restored, Weight, same, transposed
-from varedit_export.graphs.model import Formats, attention, parameter, product, split, weight
+from varedit_export.graphs.layout import GraphWeight, Restored, same, transposed
+from varedit_export.graphs.model import (
+    Formats,
+    parameter,
+    product,
+    softmax_attention,
+    split,
+    weight_parameter,
+)
 from varedit_reference.weights_file import torch_dtype
 from varedit_runtime.errors import ConfigError
 from varedit_runtime.precision import Precision
@@ -63,7 +70,7 @@ class GraphTextEncoder(nn.Module):
         formats, dtype = partial(precision.format, "text_encoder"), torch_dtype(precision.type)
         self.embedding = parameter(config.vocabulary, config.width, dtype=dtype)
         self.relative_attention_bias = parameter(config.buckets, config.heads)
-        self.blocks = nn.ModuleList(TextBlock(config, formats) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(GraphTextBlock(config, formats) for _ in range(config.depth))
         self.final_norm = parameter(config.width)
 
     def forward(self, token_ids: Tensor, mask: Tensor) -> Tensor:
@@ -80,7 +87,7 @@ class GraphTextEncoder(nn.Module):
         return F.embedding(buckets, self.relative_attention_bias).permute(2, 0, 1)
 
 
-class TextBlock(nn.Module):
+class GraphTextBlock(nn.Module):
     """Self-attention and gated MLP. Its products have no biases."""
 
     def __init__(self, config: TextEncoderConfig, formats: Formats) -> None:
@@ -88,16 +95,20 @@ class TextBlock(nn.Module):
         self.config, self.formats = config, formats
         inner = config.heads * config.head_width
         self.attention_norm = parameter(config.width)
-        self.qkv = weight(config.width, 3 * inner, formats("blocks.qkv"))
-        self.projection = weight(inner, config.width, formats("blocks.projection"))
+        self.qkv = weight_parameter(config.width, 3 * inner, formats("blocks.qkv"))
+        self.projection = weight_parameter(inner, config.width, formats("blocks.projection"))
         self.mlp_norm = parameter(config.width)
-        self.gate_up = weight(config.width, 2 * config.mlp_width, formats("blocks.gate_up"))
-        self.down = weight(config.mlp_width, config.width, formats("blocks.down"))
+        self.gate_up = weight_parameter(
+            config.width, 2 * config.mlp_width, formats("blocks.gate_up")
+        )
+        self.down = weight_parameter(config.mlp_width, config.width, formats("blocks.down"))
 
     def forward(self, x_BTC: Tensor, bias_BHTT: Tensor) -> Tensor:
         qkv = self._product("qkv", _rms_norm(x_BTC, self.attention_norm, self.config))
         q, k, v = (x.unflatten(-1, (self.config.heads, -1)) for x in split(qkv, 3))
-        attended = attention(q.transpose(1, 2), k.permute(0, 2, 3, 1), v.transpose(1, 2), bias_BHTT)
+        attended = softmax_attention(
+            q.transpose(1, 2), k.permute(0, 2, 3, 1), v.transpose(1, 2), bias_BHTT
+        )
         x_BTC = x_BTC + self._product("projection", attended).float()
         hidden = self._product("gate_up", _rms_norm(x_BTC, self.mlp_norm, self.config))
         gate, up = split(hidden.to(self._dtype("down")), 2)
@@ -111,7 +122,7 @@ class TextBlock(nn.Module):
         return product(x, getattr(self, name), self._dtype(name))
 
 
-def text_encoder_layout(config: TextEncoderConfig) -> dict[str, Weight]:
+def text_encoder_layout(config: TextEncoderConfig) -> dict[str, GraphWeight]:
     """Return every weight of the text encoder's graph, made from a T5 file's tensors."""
     relative = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
     weights = {
@@ -125,10 +136,10 @@ def text_encoder_layout(config: TextEncoderConfig) -> dict[str, Weight]:
         gate_up = tuple(f"{mlp}.DenseReluDense.{name}.weight" for name in ("wi_0", "wi_1"))
         weights |= {
             f"blocks.{i}.attention_norm": same(f"{attention_}.layer_norm.weight"),
-            f"blocks.{i}.qkv": Weight(qkv, _fused),
+            f"blocks.{i}.qkv": GraphWeight(qkv, _fused),
             f"blocks.{i}.projection": transposed(f"{attention_}.SelfAttention.o.weight"),
             f"blocks.{i}.mlp_norm": same(f"{mlp}.layer_norm.weight"),
-            f"blocks.{i}.gate_up": Weight(gate_up, _fused),
+            f"blocks.{i}.gate_up": GraphWeight(gate_up, _fused),
             f"blocks.{i}.down": transposed(f"{mlp}.DenseReluDense.wo.weight"),
         }
     return weights
@@ -159,7 +170,7 @@ def restore_text_encoder(
     return settings, Restored(layout, weights, _restore)
 
 
-def _restore(name: str, weight: Weight, made: Tensor) -> dict[str, Tensor]:
+def _restore(name: str, weight: GraphWeight, made: Tensor) -> dict[str, Tensor]:
     fused = weight.make is _fused
     parts = made.T.chunk(len(weight.sources)) if fused else [weight.make(made)]
     return dict(zip(weight.sources, parts, strict=True))

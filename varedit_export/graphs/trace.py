@@ -22,8 +22,8 @@ from torch.export import Dim
 
 from varedit_export.errors import ExportError
 from varedit_export.graphs.blocks import grow
-from varedit_export.graphs.scales import Rows, Scale
-from varedit_export.graphs.stages import Spec, Stage
+from varedit_export.graphs.scales import ScaleBinding, WeightRows
+from varedit_export.graphs.stages import InputSpec, Stage
 from varedit_runtime.geometry import LENGTHS
 from varedit_runtime.manifest import StoredWeight
 
@@ -53,7 +53,7 @@ class Tracer:
         self._fake, self._stored = fake, stored
         self._templates: dict[str, Template] = {}
 
-    def graph(self, stage: Stage, depth: int = 0, scale: Scale | None = None) -> ir.Model:
+    def graph(self, stage: Stage, depth: int = 0, scale: ScaleBinding | None = None) -> ir.Model:
         """Make one stage's ONNX model.
 
         depth: blocks of the whole model, if the stage has `TRACED_BLOCKS`. scale: the scale to make
@@ -103,12 +103,12 @@ def _is_symbolic(stage: Stage) -> bool:
     return any(isinstance(size, str) for spec in stage.inputs().values() for size in spec.shape)
 
 
-def _example(spec: Spec) -> Tensor:
+def _example(spec: InputSpec) -> Tensor:
     sizes = [SAMPLE_SIZES[size] if isinstance(size, str) else size for size in spec.shape]
     return torch.empty(sizes, dtype=spec.dtype)
 
 
-def _dynamic(spec: Spec) -> dict[int, Dim]:
+def _dynamic(spec: InputSpec) -> dict[int, Dim]:
     return {i: Dim(size) for i, size in enumerate(spec.shape) if isinstance(size, str)}
 
 
@@ -126,7 +126,7 @@ def _take_weights(model: ir.Model) -> tuple[str, ...]:
     return tuple(str(value.name) for value in weights)
 
 
-def _bind(model: ir.Model, scale: Scale) -> None:
+def _bind(model: ir.Model, scale: ScaleBinding) -> None:
     """Fill a scale's own lengths and small constants into its template."""
     for value in (*model.graph.inputs, *(v for node in model.graph for v in node.outputs)):
         if value.shape is not None:
@@ -139,7 +139,7 @@ def _bind(model: ir.Model, scale: Scale) -> None:
 
 
 def _refer_to_weights(
-    model: ir.Model, stored: Mapping[str, StoredWeight], parts: Mapping[str, Rows]
+    model: ir.Model, stored: Mapping[str, StoredWeight], parts: Mapping[str, WeightRows]
 ) -> None:
     """Turn weights from inputs into references to their files; drop those that nothing reads."""
     for value in tuple(model.graph.inputs):
@@ -163,7 +163,7 @@ def _refer_to_weights(
         model.graph.register_initializer(value)
 
 
-def _rows(stored: Mapping[str, StoredWeight], part: Rows, value: ir.Value) -> StoredWeight:
+def _rows(stored: Mapping[str, StoredWeight], part: WeightRows, value: ir.Value) -> StoredWeight:
     """Return where the rows of a weight lie that an input [.., row] stands for."""
     assert value.dtype is not None and value.shape is not None
     *count, length = value.shape.numpy()
@@ -171,7 +171,7 @@ def _rows(stored: Mapping[str, StoredWeight], part: Rows, value: ir.Value) -> St
     return stored[part.weight].part(str(value.name), part.first * row, prod(count) * row)
 
 
-def _name_dimensions(model: ir.Model, specs: Mapping[str, Spec]) -> None:
+def _name_dimensions(model: ir.Model, specs: Mapping[str, InputSpec]) -> None:
     """Give symbolic dimensions, and expressions of them, the stage's own names.
 
     Expressions are simplified, as the order in which torch writes a sum changes from run to run.

@@ -1,7 +1,7 @@
 """What the comparisons block by block share: weights as a bundle rounded them, and errors.
 
-`Stored` gives the reference the values that the graphs have; `ComparedGraph` is one graph at given
-lengths, and gathers the largest error of its blocks.
+`RoundedWeights` gives the reference the values that the graphs have; `ComparedGraph` is one graph
+at given lengths, and gathers the largest error of its blocks.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from varedit_export.errors import ParityError
-from varedit_export.graphs.layout import Weight, round_weight
+from varedit_export.graphs.layout import GraphWeight, round_weight
 from varedit_export.parity.cut import Arrays, CutGraph, WeightFiles
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.manifest import ParityLine, Variant, weights_file
@@ -25,13 +25,13 @@ RELATIVE = 1e-3
 DRAWING = 2  # parameters that are read or drawn at a time
 
 
-class Stored(Mapping[str, Tensor]):
+class RoundedWeights(Mapping[str, Tensor]):
     """The reference's parameters by name, rounded as the bundle's weights are."""
 
     def __init__(
         self,
         state: Mapping[str, Tensor],
-        layout: Mapping[str, Weight],
+        layout: Mapping[str, GraphWeight],
         files: WeightFiles,
         component: str,
         precision: Precision,
@@ -93,7 +93,7 @@ class ComparedGraph:
         self.error = error if isnan(error) else max(self.error, error)
 
 
-def cut_graph(bundle: Bundle, variant: Variant, stage: str) -> CutGraph:
+def open_cut_graph(bundle: Bundle, variant: Variant, stage: str) -> CutGraph:
     return CutGraph(stage, bundle.graph_bytes(variant.name, stage))
 
 

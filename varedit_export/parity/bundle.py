@@ -28,12 +28,18 @@ from varedit_export.parity.compare import (
     CoderInputs,
     Expected,
     Rules,
-    compare,
+    compare_run,
     compare_whole,
-    run,
+    run_edit,
 )
 from varedit_export.parity.cut import WeightFiles
-from varedit_export.parity.edit import Edit, config_of, random_coder_inputs, random_edit, sampling
+from varedit_export.parity.edit import (
+    ComparedEdit,
+    random_coder_inputs,
+    random_edit,
+    scale_sampling,
+    with_grids,
+)
 from varedit_export.parity.measures import (
     ROUNDED_FEATURES,
     ROUNDED_LOGITS,
@@ -77,7 +83,7 @@ def compare_bundle(bundle: Bundle) -> Iterator[ParityLine]:
 
 
 def _compare(bundle: Bundle, config: ModelConfig, sources: Sources) -> Iterator[ParityLine]:
-    if is_large(parameters(bundle)):
+    if is_large(count_parameters(bundle)):
         return compare_streamed(bundle, config, sources)
     return compare_graphs(bundle, Reference.from_sources(config, sources))
 
@@ -87,7 +93,7 @@ def is_large(parameters: int) -> bool:
     return parameters * torch.float32.itemsize > WHOLE
 
 
-def parameters(bundle: Bundle) -> int:
+def count_parameters(bundle: Bundle) -> int:
     """Count the numbers that a bundle's weights are."""
     files = WeightFiles(bundle.path)
     layouts = (files.layout(weights_file(name)) for name in bundle.components)
@@ -105,36 +111,36 @@ def compare_graphs(bundle: Bundle, model: Reference) -> Iterator[ParityLine]:
     for variant in bundle.manifest.variants:
         reference = ReferenceBackend(model.of(variant), variant)
         edit, inputs = _random(variant, reference.reference.config, model.text)
-        expected = run(reference, edit, inputs)
+        expected = run_edit(reference, edit, inputs)
         static = StaticBackend(bundle, variant)
         if not precision.onnxruntime:  # but for its coders, which are fp32
             coded = {stage: out for stage, out in expected.coded.items() if stage != TEXT}
-            yield from compare(static, Expected((), coded), edit, inputs, Rules())
+            yield from compare_run(static, Expected((), coded), edit, inputs, Rules())
         else:
-            yield from compare(static, expected, edit, inputs, rules)
+            yield from compare_run(static, expected, edit, inputs, rules)
             outputs = (LOGITS_OUT, SUM_OUT) if exact else (SUM_OUT,)
             with closing(_onnx(bundle, variant)) as twin:
                 scales = Expected(expected.scales)
-                yield from compare(twin, scales, edit, {}, Rules(outputs, twin=True))
+                yield from compare_run(twin, scales, edit, {}, Rules(outputs, twin=True))
         if not exact:
             yield from _compare_rounding(reference, Expected(expected.scales), edit, precision)
 
 
 def _compare_rounding(
-    reference: ReferenceBackend, expected: Expected, edit: Edit, precision: Precision
+    reference: ReferenceBackend, expected: Expected, edit: ComparedEdit, precision: Precision
 ) -> Iterator[ParityLine]:
     """Measure what the precision's products change in the reference itself."""
     model = reference.reference.rounded(precision)
     rounding = f", reference with products rounded to {precision.name}"
     rules = Rules((BITS_OUT,), ties=False, rounding=rounding)
-    yield from compare(ReferenceBackend(model, reference.variant), expected, edit, {}, rules)
+    yield from compare_run(ReferenceBackend(model, reference.variant), expected, edit, {}, rules)
 
 
 def compare_recording(bundle: Bundle, recording: Recording) -> Iterator[ParityLine]:
     """Compare a bundle, built from a recording's checkpoints, with the recording's own numbers."""
     (variant,) = bundle.manifest.variants
     count = len(variant.grids)
-    edit = Edit(
+    edit = ComparedEdit(
         recording["in.text_features"],
         recording.tensors.get("in.negative_text_features"),
         recording["out.source_tokens"],
@@ -151,8 +157,10 @@ def compare_recording(bundle: Bundle, recording: Recording) -> Iterator[ParityLi
     against, last = " against the recording", count - 1
     with closing(_onnx(bundle, variant)) as twin:
         rules = Rules((LOGITS_OUT,), against=against)
-        yield from compare(twin, Expected(scales), edit, {}, rules)
-        total = twin.predict(last, sampling(variant, edit, last, scales[last].bits)).running_sum
+        yield from compare_run(twin, Expected(scales), edit, {}, rules)
+        total = twin.predict(
+            last, scale_sampling(variant, edit, last, scales[last].bits)
+        ).running_sum
         picture = from_decoder(twin.decode(total)[0])
         yield from picture_lines(picture, recording["out.image_rgb_u8"].numpy(), against)
 
@@ -182,8 +190,8 @@ def compare_backend(bundle: Bundle, variant: Variant, backend: Backend) -> Itera
     is too large to be held whole. Raises ParityError where it can be compared with neither.
     """
     config, sources = sources_of(bundle)
-    edit, inputs = _random(variant, config_of(variant, config), sources.text)
-    precision, large = bundle.manifest.policy, is_large(parameters(bundle))
+    edit, inputs = _random(variant, with_grids(variant, config), sources.text)
+    precision, large = bundle.manifest.policy, is_large(count_parameters(bundle))
     if large and not precision.onnxruntime:
         raise ParityError(
             f"{bundle.path} is in {precision.name}, which ONNX Runtime does not compute on CPUs, "
@@ -200,21 +208,21 @@ def compare_backend(bundle: Bundle, variant: Variant, backend: Backend) -> Itera
         )
     if precision.onnxruntime:
         with closing(_onnx(bundle, variant)) as onnx:
-            expected = run(onnx, edit, inputs)
+            expected = run_edit(onnx, edit, inputs)
         against = replace(rules, against=" against ONNX Runtime")
-        yield from compare(backend, expected, edit, inputs, against)
+        yield from compare_run(backend, expected, edit, inputs, against)
     if not large:
         reference = Reference.from_sources(config, sources).of(variant)
-        expected = run(ReferenceBackend(reference, variant), edit, inputs)
+        expected = run_edit(ReferenceBackend(reference, variant), edit, inputs)
         against = replace(rules, against=" against the reference")
-        yield from compare(backend, expected, edit, inputs, against)
+        yield from compare_run(backend, expected, edit, inputs, against)
     if (whole := backend.whole) is not None:
         yield compare_whole(backend, whole, edit, inputs)
 
 
 def _random(
     variant: Variant, config: ModelConfig, text: TextSource | None
-) -> tuple[Edit, CoderInputs]:
+) -> tuple[ComparedEdit, CoderInputs]:
     vocabulary = None if text is None else text.config.vocabulary
     return random_edit(variant, config), random_coder_inputs(variant, config, vocabulary)
 

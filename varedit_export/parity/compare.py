@@ -1,10 +1,10 @@
 """Compare a backend with what another one computes of the same edit.
 
-`run` lets one backend compute the edit of `edit.py`, and keeps what it puts out. `compare` gives
-another one the same inputs, and measures every named output against those kept:
+`run_edit` lets one backend compute the edit of `edit.py`, and keeps what it puts out. `compare_run`
+gives another one the same inputs, and measures every named output against those kept:
 
-    expected = run(ReferenceBackend(reference, variant), edit, coder_inputs)
-    lines = compare(StaticBackend(bundle, variant), expected, edit, coder_inputs, Rules())
+    expected = run_edit(ReferenceBackend(reference, variant), edit, coder_inputs)
+    lines = compare_run(StaticBackend(bundle, variant), expected, edit, coder_inputs, Rules())
 
 The two may be any: the reference, graphs on ONNX Runtime, compiled engines. So is what is
 `Expected`: a recording of the released implementation serves as well.
@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from varedit_export.parity.edit import Edit, sampling, source_array, text_arrays
+from varedit_export.parity.edit import ComparedEdit, scale_sampling, source_array, text_arrays
 from varedit_export.parity.measures import (
     FEATURES,
     LOGITS,
@@ -82,23 +82,27 @@ class Rules:
     twin: bool = False
 
 
-def run(backend: Backend, edit: Edit, coder_inputs: CoderInputs) -> Expected:
+def run_edit(backend: Backend, edit: ComparedEdit, coder_inputs: CoderInputs) -> Expected:
     """Compute an edit, every scale from the bits that the one before drew."""
     coded = {stage: _code(backend, stage, given) for stage, given in coder_inputs.items()}
-    begin(backend, edit)
+    begin_edit(backend, edit)
     scales = range(len(backend.variant.grids))
-    drawn = [backend.predict(k, sampling(backend.variant, edit, k)) for k in scales]
+    drawn = [backend.predict(k, scale_sampling(backend.variant, edit, k)) for k in scales]
     return Expected(drawn, coded)
 
 
-def begin(backend: Backend, edit: Edit) -> None:
+def begin_edit(backend: Backend, edit: ComparedEdit) -> None:
     """Give a backend the edit up to its first scale; the text is padded."""
     backend.condition(text_arrays(backend.variant, edit))
     backend.prefill(source_array(backend.variant, edit))
 
 
-def compare(
-    backend: Backend, expected: Expected, edit: Edit, coder_inputs: CoderInputs, rules: Rules
+def compare_run(
+    backend: Backend,
+    expected: Expected,
+    edit: ComparedEdit,
+    coder_inputs: CoderInputs,
+    rules: Rules,
 ) -> Iterator[ParityLine]:
     """Compare whatever is expected, coders first.
 
@@ -108,22 +112,22 @@ def compare(
         ours = _code(backend, stage, coder_inputs[stage])
         yield from _coder_lines(stage, ours, theirs, coder_inputs[stage], rules)
     if expected.scales:
-        begin(backend, edit)
+        begin_edit(backend, edit)
     for k, theirs in enumerate(expected.scales):
         left = [name for name in (LOGITS_OUT, BITS_OUT, SUM_OUT) if name in rules.outputs]
         if BITS_OUT in left:
             forced = theirs.bits if rules.half else None
-            drawn = sampling(backend.variant, edit, k, forced, rules.half)
+            drawn = scale_sampling(backend.variant, edit, k, forced, rules.half)
             ours, noise = backend.predict(k, drawn), drawn.noise
             yield from _scale_lines(k, left[: left.index(BITS_OUT) + 1], ours, theirs, noise, rules)
             left = left[left.index(BITS_OUT) + 1 :]
-        all_forced = sampling(backend.variant, edit, k, theirs.bits)
+        all_forced = scale_sampling(backend.variant, edit, k, theirs.bits)
         ours = backend.predict(k, all_forced)
         yield from _scale_lines(k, left, ours, theirs, all_forced.noise, rules)
 
 
 def compare_whole(
-    backend: Backend, whole: EditWhole, edit: Edit, coder_inputs: CoderInputs
+    backend: Backend, whole: EditWhole, edit: ComparedEdit, coder_inputs: CoderInputs
 ) -> ParityLine:
     """Compare an edit in one piece with the same edit by stages: all must be equal."""
     variant, (ids, mask), (pictures,) = backend.variant, coder_inputs[TEXT], coder_inputs[ENCODER]
@@ -131,7 +135,7 @@ def compare_whole(
     if variant.guided:
         negatives = Negatives(ids[::-1, ::-1].copy(), ~mask, np.ones(len(ids), np.bool_))
     prompts = Prompts(ids, mask, negatives)
-    samplings = [sampling(variant, edit, scale) for scale in range(len(variant.grids))]
+    samplings = [scale_sampling(variant, edit, scale) for scale in range(len(variant.grids))]
     edited = whole(prompts, pictures, samplings)
     staged = [
         array

@@ -88,7 +88,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Attention:
+class CutAttention:
     """A block's self-attention, softmax(queries·keys)·values.
 
     piece: from queries [R, H, L, D], keys [R, H, D, S] and values [R, H, S, D] to attended
@@ -105,11 +105,11 @@ class Attention:
 
 
 @dataclass(frozen=True)
-class Block:
+class CutBlock:
     """A block: the part before its self-attention, that, and the rest; or all of it as first."""
 
     first: Piece
-    attention: Attention | None
+    attention: CutAttention | None
     rest: Piece | None
 
     @property
@@ -156,11 +156,11 @@ class CutGraph:
         carried = {block: self._carried(block) for block in self.blocks}
         self.carried = {block: name for block, name in carried.items() if name}
 
-    def block(self, number: int) -> Block:
+    def block(self, number: int) -> CutBlock:
         nodes = [node for node in self._nodes if _block(node) == number]
         core = _attention_core(nodes)
         if core is None:
-            return Block(self._piece(nodes, number), None, None)
+            return CutBlock(self._piece(nodes, number), None, None)
         (queries, keys), values = core[0].input, core[-1].input[1]
         attended = core[-1].output[0]
         past = {name for name in self.inputs if name.startswith(PAST)}
@@ -171,7 +171,7 @@ class CutGraph:
         entering = {name for node in core for name in node.input} - own
         before = _ancestors(nodes, entering) - late
         taken = before.union(n.output[0] for part in (*joins, core) for n in part)
-        attention = Attention(
+        attention = CutAttention(
             [self._piece(join, number) for join in joins if join],
             self._piece(core, number, any_length={queries, attended}),
             queries,
@@ -181,7 +181,7 @@ class CutGraph:
         )
         first = [node for node in nodes if node.output[0] in before]
         rest = [node for node in nodes if node.output[0] not in taken]
-        return Block(self._piece(first, number), attention, self._piece(rest, number))
+        return CutBlock(self._piece(first, number), attention, self._piece(rest, number))
 
     def entering(self, number: int) -> str:
         """Return the input of a block that the previous one, or the part before, hands to it."""

@@ -26,7 +26,7 @@ from varedit_runtime.noise import uniform_noise
 
 
 @dataclass(frozen=True)
-class Edit:
+class ComparedEdit:
     """What the transformer reads, for one picture: a batch repeats it.
 
     text, negative: features [T, text] of the real tokens, negative None for the model's own.
@@ -41,7 +41,7 @@ class Edit:
     seed: int
 
 
-def config_of(variant: Variant, config: ModelConfig) -> ModelConfig:
+def with_grids(variant: Variant, config: ModelConfig) -> ModelConfig:
     """Give a model's config a variant's grids."""
     transformer = replace(
         config.transformer,
@@ -51,13 +51,13 @@ def config_of(variant: Variant, config: ModelConfig) -> ModelConfig:
     return replace(config, transformer=transformer)
 
 
-def random_edit(variant: Variant, config: ModelConfig) -> Edit:
+def random_edit(variant: Variant, config: ModelConfig) -> ComparedEdit:
     """Make up what the transformer reads; half of the text tokens are padding."""
     generator = torch.Generator().manual_seed(0)
     transformer, scales = config.transformer, len(config.transformer.grids)
     shape = (1, transformer.lengths[-1], transformer.token_channels)
     guidance = config.guidance_scale if variant.guided else 1.0
-    return Edit(
+    return ComparedEdit(
         torch.randn(variant.text_tokens // 2, transformer.text_channels, generator=generator),
         None,
         torch.randn(shape, generator=generator) / transformer.token_channels**0.5,
@@ -92,7 +92,7 @@ def random_coder_inputs(
     return inputs
 
 
-def text_arrays(variant: Variant, edit: Edit) -> dict[str, np.ndarray]:
+def text_arrays(variant: Variant, edit: ComparedEdit) -> dict[str, np.ndarray]:
     """Return the inputs of `Backend.condition`, the text padded to the variant's tokens."""
     arrays = _padded(variant, "text", edit.text)
     if variant.guided:
@@ -115,14 +115,14 @@ def _padded(variant: Variant, name: str, text: Tensor) -> dict[str, np.ndarray]:
     return {f"{name}_features": features, f"{name}_mask": mask}
 
 
-def source_array(variant: Variant, edit: Edit) -> np.ndarray:
+def source_array(variant: Variant, edit: ComparedEdit) -> np.ndarray:
     """Return the source tokens [B, h, w, c], as `Backend.prefill` takes them."""
     return _as_batch(variant, variant.grids[-1], edit.source.numpy())
 
 
-def sampling(
+def scale_sampling(
     variant: Variant,
-    edit: Edit,
+    edit: ComparedEdit,
     scale: int,
     forced: np.ndarray | None = None,
     half: bool = False,
@@ -144,7 +144,7 @@ def sampling(
 
 
 def scale_arrays(
-    variant: Variant, edit: Edit, steps: Sequence[PredictedScale], index: int
+    variant: Variant, edit: ComparedEdit, steps: Sequence[PredictedScale], index: int
 ) -> dict[str, np.ndarray]:
     """Return what a scale's graph reads besides the text and the past.
 
@@ -153,7 +153,7 @@ def scale_arrays(
     """
     step, grid = steps[index], variant.grids[index]
     bits = _as_batch(variant, grid, step.bits.numpy())
-    chosen = sampling(variant, edit, index, bits, half=True)
+    chosen = scale_sampling(variant, edit, index, bits, half=True)
     arrays = {
         "noise": chosen.noise,
         "forced_bits": bits,

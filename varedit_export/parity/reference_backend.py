@@ -15,7 +15,7 @@ from torch import Tensor
 
 from varedit_export.bundle_model import sources_of
 from varedit_export.graphs.layout import reference_formats, round_products
-from varedit_export.parity.edit import config_of
+from varedit_export.parity.edit import with_grids
 from varedit_export.sources import Sources, TextSource
 from varedit_reference.checkpoint import Stored, assign, empty_tokenizer, empty_transformer
 from varedit_reference.config import ModelConfig
@@ -57,7 +57,7 @@ class Reference:
 
     def of(self, variant: Variant) -> "Reference":
         """Share the weights with a model of a variant's grids."""
-        config = config_of(variant, self.config)
+        config = with_grids(variant, self.config)
         transformer = _var(config, self.transformer.state_dict())
         return replace(self, config=config, transformer=transformer)
 

@@ -34,13 +34,13 @@ from torch import Tensor, nn
 from varedit_export.graphs.text import text_encoder_layout
 from varedit_export.parity.blockwise import (
     ComparedGraph,
-    Stored,
+    RoundedWeights,
     blocks_line,
-    cut_graph,
+    open_cut_graph,
     random_values,
 )
 from varedit_export.parity.cut import Arrays, CutCoder, Runner, WeightFiles
-from varedit_export.parity.edit import config_of
+from varedit_export.parity.edit import with_grids
 from varedit_export.parity.measures import FEATURES, SUMS, line, picture_lines
 from varedit_export.parity.reference_backend import tokenizer_of
 from varedit_export.parity.streamed_transformer import TransformerComparison
@@ -63,11 +63,11 @@ def compare_streamed(bundle: Bundle, config: ModelConfig, sources: Sources) -> I
     """Compare every graph of every variant with the reference, block by block."""
     _return_freed_memory()
     for variant in bundle.manifest.variants:
-        files, config = WeightFiles(bundle.path), config_of(variant, config)
+        files, config = WeightFiles(bundle.path), with_grids(variant, config)
         yield from _places(bundle, variant, files)
         if sources.text is not None and "text_encoder" in variant.graphs:
             yield from TextComparison(bundle, variant, sources.text, files).lines()
-        yield from Coders(bundle, variant, config, sources, files).lines()
+        yield from CoderComparison(bundle, variant, config, sources, files).lines()
         yield from TransformerComparison(bundle, variant, config, sources, files).lines()
 
 
@@ -88,7 +88,7 @@ def _places(bundle: Bundle, variant: Variant, files: WeightFiles) -> Iterator[Pa
     """
     for stage in variant.graphs:
         wrong = 0
-        for name, weight in cut_graph(bundle, variant, stage).places.items():
+        for name, weight in open_cut_graph(bundle, variant, stage).places.items():
             if scale_of(stage) is None or name not in PARTS:
                 wrong += files.layout(weight.place.file).get(name) != weight
         yield ParityLine(stage, "weights not where their file has them", float(wrong), 0.0)
@@ -97,7 +97,7 @@ def _places(bundle: Bundle, variant: Variant, files: WeightFiles) -> Iterator[Pa
 PARTS = ("level", "cos", "sin")
 
 
-class Coders:
+class CoderComparison:
     """The comparison of the image coders, on smaller pictures than the variant's."""
 
     def __init__(
@@ -157,11 +157,11 @@ class TextComparison:
     def __init__(
         self, bundle: Bundle, variant: Variant, text: TextSource, files: WeightFiles
     ) -> None:
-        self._graph = cut_graph(bundle, variant, "text_encoder")
+        self._graph = open_cut_graph(bundle, variant, "text_encoder")
         self._runner = Runner(files, torch.get_num_threads())
         self._json = text.json
         self._depth = text.config.depth
-        self._stored = Stored(
+        self._stored = RoundedWeights(
             text.state,
             text_encoder_layout(text.config),
             files,

@@ -2,9 +2,9 @@
 
 The order of events, each step in the memory of one block:
 
-1. The reference is run without its blocks: a `Probe` stands in their place, keeps the stream that
-   enters them in every scale, and hands it on unchanged. Every graph, without its blocks as well,
-   must give the same logits, bits and sums from it.
+1. The reference is run without its blocks: a `BlocksRecorder` stands in their place, keeps the
+   stream that enters them in every scale, and hands it on unchanged. Every graph, also
+   without its blocks, must give the same logits, bits and sums from it.
 2. Then, block by block, the reference's block is loaded once and compared in every graph that is to
    be compared at it (`_to_run`): one block of each kind, and all blocks of one small scale, through
    which the exact stream runs, and of the condition.
@@ -27,12 +27,12 @@ from varedit_export.graphs.layout import formatted, reference_formats, transform
 from varedit_export.graphs.stages import Shapes
 from varedit_export.parity.blockwise import (
     ComparedGraph,
-    Stored,
+    RoundedWeights,
     blocks_line,
-    cut_graph,
+    open_cut_graph,
     random_values,
 )
-from varedit_export.parity.cut import Arrays, Attention, CutGraph, Runner, WeightFiles
+from varedit_export.parity.cut import Arrays, CutAttention, CutGraph, Runner, WeightFiles
 from varedit_export.parity.edit import random_edit, scale_arrays, source_array, text_arrays
 from varedit_export.parity.measures import SUMS, line, share_line, ties_line
 from varedit_export.sources import Sources
@@ -52,7 +52,7 @@ TOKENS = 64  # tokens of a scale that blocks are compared at
 CPU = torch.device("cpu")
 
 
-class Probe(nn.Module):
+class BlocksRecorder(nn.Module):
     """A module in place of the blocks, which keeps what they would read.
 
     memory: of the text. seen: the stream of the source and of every scale. given: the stream to
@@ -61,7 +61,7 @@ class Probe(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.cross_attention = _Memory()
+        self.cross_attention = _TextRecorder()
         self.seen: list[Tensor] = []
         self.given: Tensor | None = None
 
@@ -70,7 +70,7 @@ class Probe(nn.Module):
         return x_RLC if self.given is None else self.given
 
 
-class _Memory(nn.Module):
+class _TextRecorder(nn.Module):
     """A cross-attention that keeps the text's memory [R, T, C]."""
 
     memory: Tensor
@@ -96,7 +96,9 @@ class TransformerComparison:
         self._formats = reference_formats(config.transformer, self._precision)
         self._files, self._runner = files, Runner(files, torch.get_num_threads())
         layout = transformer_layout(config.transformer)
-        self._stored = Stored(sources.transformer, layout, files, "transformer", self._precision)
+        self._stored = RoundedWeights(
+            sources.transformer, layout, files, "transformer", self._precision
+        )
         self._shapes = Shapes(
             config, variant.batch, variant.guided, variant.text_tokens, self._precision
         )
@@ -118,12 +120,12 @@ class TransformerComparison:
         del self._model, self._probe
         yield from self._blocks(x_RLC)
 
-    def _outer(self) -> tuple[VAR, Probe]:
+    def _outer(self) -> tuple[VAR, BlocksRecorder]:
         """Make the reference with a probe in place of its blocks."""
         with torch.device("meta"):
             config = replace(self._config.transformer, depth=1)
             model = VAR(config)
-        probe = Probe()
+        probe = BlocksRecorder()
         model.blocks = nn.ModuleList([probe])  # type: ignore[assignment]
         self._stored.load(model, lambda name: name)
         return model, probe
@@ -150,7 +152,7 @@ class TransformerComparison:
         config = self._config.transformer
         levels = self._stored["level_embedding.weight"]
         for stage in self._variant.graphs:
-            graph, error = cut_graph(self._bundle, self._variant, stage), 0.0
+            graph, error = open_cut_graph(self._bundle, self._variant, stage), 0.0
             scale = scale_of(stage)
             if not {"cos", "sin"} & graph.places.keys():
                 continue
@@ -165,7 +167,7 @@ class TransformerComparison:
             yield ParityLine(stage, "positions and level, largest error", error, 0.0)
 
     def _condition(self) -> Iterator[ParityLine]:
-        graph = cut_graph(self._bundle, self._variant, "condition")
+        graph = open_cut_graph(self._bundle, self._variant, "condition")
         given = text_arrays(self._variant, self._edit)
         values = self._runner.run(graph, graph.before, given)
         text, memory = self._text_condition(self._model), self._probe.cross_attention.memory
@@ -180,7 +182,7 @@ class TransformerComparison:
         self._stages = [ComparedGraph(graph, None, {}, {entering: padded}, True)]
 
     def _prefill(self) -> Iterator[ParityLine]:
-        graph = cut_graph(self._bundle, self._variant, "prefill")
+        graph = open_cut_graph(self._bundle, self._variant, "prefill")
         given = {"source_tokens": source_array(self._variant, self._edit)}
         stage = ComparedGraph(graph, None, {}, self._inputs | given, False)
         before = self._runner.run(graph, graph.before, stage.values)
@@ -188,7 +190,7 @@ class TransformerComparison:
         self._stages.append(stage)
         if "references" in self._variant.graphs:
             yield from self._references(graph, list(graph.after.inputs.values()))
-            references = cut_graph(self._bundle, self._variant, "references")
+            references = open_cut_graph(self._bundle, self._variant, "references")
             yield from self._references(references, references.inputs)
 
     def _references(self, graph: CutGraph, names: Sequence[str]) -> Iterator[ParityLine]:
@@ -208,7 +210,7 @@ class TransformerComparison:
 
     def _scales(self) -> Iterator[ParityLine]:
         for k in range(len(self._variant.grids)):
-            graph = cut_graph(self._bundle, self._variant, scale_name(k))
+            graph = open_cut_graph(self._bundle, self._variant, scale_name(k))
             yield from self._without_blocks(graph, graph.name, k, {}, k == self._thorough)
 
     def _twin(self) -> Iterator[ParityLine]:
@@ -216,7 +218,7 @@ class TransformerComparison:
         batch = self._variant.batch
         channels, bits = self._config.transformer.token_channels, self._config.tokenizer.bits
         for k in sorted({0, self._thorough} - {len(self._variant.grids) - 1}):
-            graph = cut_graph(self._bundle, self._variant, "scale")
+            graph = open_cut_graph(self._bundle, self._variant, "scale")
             given = {
                 "tokens": np.zeros((batch, 1, 1, channels), np.float32),
                 "running_sum": np.zeros((batch, bits, *self._shapes.positions), np.float32),
@@ -336,7 +338,7 @@ class TransformerComparison:
             stage.x_RLC = expected
 
     def _attend(
-        self, stage: ComparedGraph, i: int, values: Arrays, attention: Attention, chosen: Tensor
+        self, stage: ComparedGraph, i: int, values: Arrays, attention: CutAttention, chosen: Tensor
     ) -> dict[str, Tensor] | None:
         """Run a block's attention for the chosen tokens; the others get zeros.
 
