@@ -17,7 +17,7 @@ import json, os, random, signal, sys
 from pathlib import Path
 import bundles
 from varedit_export.assemble import assemble
-from varedit_export.plan import Plan
+from varedit_export.plan import BundlePlan
 from varedit_export.sources import random_sources
 from varedit_export.parity import bundle
 import onnx_ir, onnxscript, torch.onnx, torch.export
@@ -36,7 +36,7 @@ def run(target, kill_at):
             counted = count_of(target, kill_at)
             wanted = replace(bundles.request(target), config=config, resolution=64)
             sources = replace(random_sources(config, seed=0), text=None)
-            assemble(Plan([wanted], sources), bundles.quiet)
+            assemble(BundlePlan([wanted], sources), bundles.quiet)
             target.with_suffix(".events").write_text(str(counted[0]))
             status = 0
         finally:
