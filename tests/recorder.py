@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from varedit_reference.checkpoint import load_tokenizer, load_transformer
-from varedit_reference.golden import model_config
+from varedit_reference.golden import recorded_config
 from varedit_reference.quantisation import from_tokens, positions, quantise, source_tokens
 from varedit_reference.scale_loop import forced, predict_scales
 from varedit_runtime.pictures import from_decoder, restore, to_square
@@ -33,7 +33,7 @@ def record(folder: Path, **changes: Any) -> Path:
         **changes,
     }
     (folder / "config.json").write_text(json.dumps(settings))
-    config = model_config(folder.name, settings)
+    config = recorded_config(folder.name, settings)
     chunks = settings["block_chunks"]
     write_released_transformer(config, 1, folder / "var.pth", torch.float32, chunks)
     write_released_tokenizer(config, 2, folder / "vae.pth", torch.float32)
@@ -48,7 +48,7 @@ def _file(folder: Path) -> Path:
 
 
 def _run(folder: Path, settings: dict[str, Any]) -> dict[str, Tensor]:
-    config = model_config(folder.name, settings)
+    config = recorded_config(folder.name, settings)
     grids, patch = config.transformer.grids, config.tokenizer.patch
     generator = torch.Generator().manual_seed(settings["seed"])
     tokenizer = load_tokenizer(folder / "vae.pth", config.tokenizer)

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.serialization import set_default_mmap_options, skip_data
 
 from varedit_reference.checkpoint import (
-    Layout,
-    Stored,
+    FileLayout,
+    NamedShape,
     empty_tokenizer,
     empty_transformer,
     released_tokenizer,
@@ -22,11 +22,11 @@ from varedit_reference.transformer import VAR
 from varedit_reference.weights_file import whole_file
 
 
-def released_state(model: nn.Module, layout: Layout) -> dict[str, Tensor]:
+def released_state(model: nn.Module, layout: FileLayout) -> dict[str, Tensor]:
     """Return the model's weights as a released checkpoint names and shapes them."""
     stored = {}
     for name, tensor in model.state_dict().items():
-        place = layout(Stored(name, tuple(tensor.shape)))
+        place = layout(NamedShape(name, tuple(tensor.shape)))
         stored[place.name] = tensor.reshape(place.shape)
     return stored
 
@@ -56,14 +56,14 @@ def write_released_tokenizer(
 
 def _write_released(
     model: VAR | Tokenizer,
-    layout: Layout,
+    layout: FileLayout,
     seed: int,
     path: Path,
     dtype: torch.dtype,
     key: str | None,
 ) -> None:
     stored = {
-        name: layout(Stored(name, tuple(parameter.shape)))
+        name: layout(NamedShape(name, tuple(parameter.shape)))
         for name, parameter in model.state_dict().items()
     }
     unwritten = {place.name: torch.empty(place.shape, dtype=dtype) for place in stored.values()}

@@ -16,7 +16,7 @@ from varedit_nano.data import EVALUATION_SEEDS
 from varedit_nano.fp16_range import (
     LARGEST,
     LIMIT,
-    Product,
+    ProductRange,
     main,
     measure_model,
     measure_text_encoder,
@@ -78,8 +78,8 @@ def test_the_margin_decides(tmp_path: Path) -> None:
     products = measure_text_encoder(TextEncoder.load(folder), INSTRUCTIONS)
     largest = max(products, key=lambda product: product.largest)
     assert LIMIT < largest.largest < LARGEST and largest.over
-    assert not Product("text_encoder", "x", LIMIT).over
-    assert Product("text_encoder", "x", float("inf")).over
+    assert not ProductRange("text_encoder", "x", LIMIT).over
+    assert ProductRange("text_encoder", "x", float("inf")).over
 
 
 def test_not_a_number_is_over(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_what_is_said_to_be_fp32_is_fp32_in_the_graphs() -> None:
         if name.endswith(".weight") and weight.ndim == 2
     }
     wide = {n for n in products if transformer.get_parameter(f"{n}.weight").dtype != torch.float16}
-    assert {n for n in products if Product("transformer", n, 0).in_fp32} == wide
+    assert {n for n in products if ProductRange("transformer", n, 0).in_fp32} == wide
     assert T5_PRODUCTS == {"wo": "blocks.down"}
     block = text_encoder.blocks[0]
     matrices = {n: p.dtype for n, p in block.named_parameters() if p.ndim == 2}

@@ -20,8 +20,9 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from varedit_engines import OnStep
 from varedit_export.errors import ExportError, ParityError
-from varedit_export.options import AnyPath, BuildOptions, EngineOptions, OnStep, VerifyOptions
+from varedit_export.options import AnyPath, BuildOptions, EngineOptions, VerifyOptions
 from varedit_runtime.backends import choose
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import ConfigError, VareditError, needs_extra

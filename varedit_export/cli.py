@@ -14,8 +14,9 @@ import msgspec
 from click.core import ParameterSource
 
 import varedit_export
+from varedit_engines import OnStep
 from varedit_export.errors import ParityError
-from varedit_export.options import BuildOptions, EngineOptions, OnStep, VerifyOptions
+from varedit_export.options import BuildOptions, EngineOptions, VerifyOptions
 from varedit_runtime.backends import choose, find_backend, specs
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.command import (

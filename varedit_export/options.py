@@ -4,7 +4,6 @@ An option has the meaning of the command's option of that name. None leaves the 
 """
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,9 +15,6 @@ if TYPE_CHECKING:
     from varedit_runtime.backends.engines.tensorrt import EngineKind
 
 AnyPath = str | os.PathLike[str]
-
-# Called before every step with (what is being done, steps done, steps in all).
-OnStep = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from varedit_export.sources import (
     random_sources,
 )
 from varedit_reference.config import PRESETS, ModelConfig, preset
-from varedit_reference.golden import RESOLUTIONS, model_config
+from varedit_reference.golden import RESOLUTIONS, recorded_config
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import CheckpointError, ConfigError
 from varedit_runtime.locate import default_root, embedded
@@ -69,7 +69,7 @@ def _models(options: BuildOptions) -> list[tuple[ModelConfig, int]]:
 def _recorded(config: Path) -> tuple[ModelConfig, int]:
     try:
         settings = json.loads(config.read_text())
-        return model_config(config.resolve().parent.name, settings), RESOLUTIONS[settings["pn"]]
+        return recorded_config(config.resolve().parent.name, settings), RESOLUTIONS[settings["pn"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{config} does not describe a recording: give its config.json"

@@ -7,13 +7,14 @@ time and without a GPU. Networks are strongly typed: the graph's types are the e
 import importlib
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, get_args
 
+from varedit_engines import OnStep
 from varedit_engines.timing_cache import kept_timings, timings_file
 from varedit_runtime.backends.engines.tensorrt import (
     ENGINE_KINDS,
@@ -26,9 +27,6 @@ from varedit_runtime.errors import BackendError, ConfigError
 
 Hardware = Literal["ampere-plus", "same-compute-capability"]
 HARDWARE: tuple[Hardware, ...] = get_args(Hardware)
-
-# called with (graph, steps done, steps in all) of the builder's outermost phase
-OnStep = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

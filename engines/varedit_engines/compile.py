@@ -16,7 +16,8 @@ from pathlib import Path
 
 from msgspec import structs
 
-from varedit_engines.builder import EngineBuilder, OnStep
+from varedit_engines import OnStep
+from varedit_engines.builder import EngineBuilder
 from varedit_engines.engine_cache import EngineCache
 from varedit_engines.network import external_inputs
 from varedit_engines.publish import Staging

@@ -44,7 +44,7 @@ _ATTENTION = F.scaled_dot_product_attention
 
 
 @dataclass(frozen=True)
-class Product:
+class ProductRange:
     """A measured product. name: its module's. largest: absolute value of operands and results."""
 
     component: str
@@ -62,7 +62,9 @@ class Product:
         return named("fp16").format(self.component, product).type == FLOAT32
 
 
-def measure(components: Mapping[str, nn.Module], run: Callable[[], object]) -> list[Product]:
+def measure_products(
+    components: Mapping[str, nn.Module], run: Callable[[], object]
+) -> list[ProductRange]:
     """Measure the products that `run` computes inside components, in the order of first use."""
     watch = _Watch()
     with ExitStack() as stack:
@@ -73,10 +75,10 @@ def measure(components: Mapping[str, nn.Module], run: Callable[[], object]) -> l
                 stack.enter_context(module.register_forward_hook(watch.leave))
         stack.enter_context(watch)
         run()
-    return [Product(*place, largest) for place, largest in watch.largest.items()]
+    return [ProductRange(*place, largest) for place, largest in watch.largest.items()]
 
 
-def measure_model(model: VAREdit, edits: Sequence["EditSample"]) -> list[Product]:
+def measure_model(model: VAREdit, edits: Sequence["EditSample"]) -> list[ProductRange]:
     """Measure all parts of a model while it makes these edits, with guidance."""
     components = {
         "text_encoder": model.text_encoder.model,
@@ -87,12 +89,12 @@ def measure_model(model: VAREdit, edits: Sequence["EditSample"]) -> list[Product
     pictures = [Image.fromarray(edit.source) for edit in edits]
     instructions = [edit.instruction for edit in edits]
     seeds = range(len(edits))
-    return measure(components, lambda: model.edit(pictures, instructions, seed=seeds))
+    return measure_products(components, lambda: model.edit(pictures, instructions, seed=seeds))
 
 
-def measure_text_encoder(encoder: TextEncoder, instructions: Sequence[str]) -> list[Product]:
+def measure_text_encoder(encoder: TextEncoder, instructions: Sequence[str]) -> list[ProductRange]:
     """Measure a text encoder while it reads instructions."""
-    return measure({"text_encoder": encoder.model}, lambda: encoder.encode(instructions))
+    return measure_products({"text_encoder": encoder.model}, lambda: encoder.encode(instructions))
 
 
 class _Watch(TorchFunctionMode):
@@ -157,12 +159,12 @@ def main(text_encoder: Path | None) -> None:
         sys.exit(1)
 
 
-def _nano() -> list[Product]:
+def _nano() -> list[ProductRange]:
     model = load_nano()
     return measure_model(model, _edits(EDITS, model.config.picture_size[0]))
 
 
-def _text_encoder(folder: Path) -> list[Product]:
+def _text_encoder(folder: Path) -> list[ProductRange]:
     encoder = TextEncoder.load(folder)
     return measure_text_encoder(encoder, [e.instruction for e in _edits(INSTRUCTIONS, size=16)])
 
@@ -175,7 +177,7 @@ def _edits(count: int, size: int) -> "list[EditSample]":
     return [draw_edit(seed, size) for seed in EVALUATION_SEEDS[:count]]
 
 
-def _summary(products: Sequence[Product]) -> str:
+def _summary(products: Sequence[ProductRange]) -> str:
     """Describe one component's largest value, and its products over the limit."""
     top = max(products, key=lambda product: product.largest)
     over = [product for product in products if product.over]

@@ -13,7 +13,7 @@ from transformers import T5Config, T5EncoderModel
 from transformers.models.t5.modeling_t5 import T5Stack
 
 from varedit_nano.checkpointing import write_weights
-from varedit_reference.checkpoint import Stored
+from varedit_reference.checkpoint import NamedShape
 from varedit_reference.text_encoder import t5_layout
 from varedit_runtime.text import END_TOKEN
 
@@ -85,7 +85,7 @@ def write_text_folder(
 ) -> None:
     """Write a T5 folder: config.json, tokenizer.json and the encoder's weights."""
     state = {
-        t5_layout(Stored(name, tuple(tensor.shape))).name: tensor
+        t5_layout(NamedShape(name, tuple(tensor.shape))).name: tensor
         for name, tensor in model.state_dict().items()
     }
     write_weights(folder / "model.safetensors", state, dtype)

@@ -53,7 +53,13 @@ from varedit_reference.pipeline import VAREdit
 from varedit_reference.quantisation import source_tokens
 from varedit_reference.text_encoder import TextEncoder
 from varedit_reference.tokenizer import Tokenizer
-from varedit_reference.transformer import VAR, Attention, Linear, SelfAttention, fused_attention
+from varedit_reference.transformer import (
+    VAR,
+    AttentionFunction,
+    Linear,
+    SelfAttention,
+    fused_attention,
+)
 from varedit_reference.weights_file import open_weights
 from varedit_runtime.errors import ConfigError
 
@@ -231,7 +237,7 @@ def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
             module.compute_dtype = dtype
 
 
-def set_attention(model: nn.Module, attend: Attention) -> None:
+def set_attention(model: nn.Module, attend: AttentionFunction) -> None:
     """Set the function that computes all self-attention."""
     for module in model.modules():
         if isinstance(module, SelfAttention):

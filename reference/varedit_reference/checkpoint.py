@@ -29,7 +29,7 @@ Shape = tuple[int, ...]
 Module = TypeVar("Module", bound=nn.Module)
 
 
-class Stored(NamedTuple):
+class NamedShape(NamedTuple):
     """A parameter's name and shape, in a file or in this reference."""
 
     name: str
@@ -37,7 +37,7 @@ class Stored(NamedTuple):
 
 
 # A layout: from a parameter of this reference to the same parameter as a file stores it.
-Layout = Callable[[Stored], Stored]
+FileLayout = Callable[[NamedShape], NamedShape]
 
 
 # Released names of parameters, and of modules whose parameters keep their own names.
@@ -95,19 +95,19 @@ ZERO_BIAS = ".zero_k_bias"
 TOKENIZER_BUFFERS = ("quantizer.", "quantize.")
 
 
-def own_layout(own: Stored) -> Stored:
+def own_layout(own: NamedShape) -> NamedShape:
     """Keep this reference's own name and shape: the layout of converted files."""
     return own
 
 
-def released_transformer(depth: int, chunks: int | None = 8) -> Layout:
+def released_transformer(depth: int, chunks: int | None = 8) -> FileLayout:
     """Return the released transformer's layout, its blocks in this many chunks or one list (None).
 
     The released code groups blocks into chunks: block i is module i % n of chunk i // n, where n is
     depth // chunks.
     """
 
-    def layout(own: Stored) -> Stored:
+    def layout(own: NamedShape) -> NamedShape:
         table, prefix, part = TRANSFORMER_TABLE, "", own.name
         if own.name.startswith("blocks."):
             _, block, part = own.name.split(".", 2)
@@ -117,15 +117,15 @@ def released_transformer(depth: int, chunks: int | None = 8) -> Layout:
         module, _, leaf = part.rpartition(".")
         name = table[part] if part in table else f"{table[module]}.{leaf}"
         reshape = RELEASED_SHAPES.get(part, lambda shape: shape)
-        return Stored(prefix + name, reshape(own.shape))
+        return NamedShape(prefix + name, reshape(own.shape))
 
     return layout
 
 
-def released_tokenizer(inner_names: bool = True) -> Layout:
+def released_tokenizer(inner_names: bool = True) -> FileLayout:
     """Return the released tokenizer's layout, whose layers may wrap an inner `.conv` or `.norm`."""
 
-    def layout(own: Stored) -> Stored:
+    def layout(own: NamedShape) -> NamedShape:
         name = own.name
         for pattern, released in TOKENIZER_TABLE.items():
             name = re.sub(pattern, released, name)
@@ -133,7 +133,7 @@ def released_tokenizer(inner_names: bool = True) -> Layout:
             layer, leaf = name.rsplit(".", 1)
             kind = "norm" if layer.rsplit(".", 1)[1].startswith("norm") else "conv"
             name = f"{layer}.{kind}.{leaf}"
-        return Stored(name, own.shape)
+        return NamedShape(name, own.shape)
 
     return layout
 
@@ -152,7 +152,7 @@ def load_transformer(
     """
     weights = open_weights(path)
     model = empty_transformer(config, compute_dtype, weight_dtype)
-    return load(model, weights, transformer_layout(weights, config), path)
+    return load(model, weights, recognise_transformer_layout(weights, config), path)
 
 
 def load_tokenizer(path: str | Path, config: TokenizerConfig) -> Tokenizer:
@@ -161,19 +161,21 @@ def load_tokenizer(path: str | Path, config: TokenizerConfig) -> Tokenizer:
     Raises CheckpointError if the file cannot be read or does not hold this tokenizer.
     """
     weights = open_weights(path)
-    return load(empty_tokenizer(config), weights, tokenizer_layout(weights), path)
+    return load(empty_tokenizer(config), weights, recognise_tokenizer_layout(weights), path)
 
 
 def transformer_weights(path: str | Path, config: TransformerConfig) -> dict[str, Tensor]:
     """Open a checkpoint's transformer by this reference's names, in the file's types; see `fit`."""
     weights = open_weights(path)
-    return fit(empty_transformer(config), weights, transformer_layout(weights, config), path)
+    return fit(
+        empty_transformer(config), weights, recognise_transformer_layout(weights, config), path
+    )
 
 
 def tokenizer_weights(path: str | Path, config: TokenizerConfig) -> dict[str, Tensor]:
     """Open a checkpoint's tokenizer by this reference's names, in the file's types; see `fit`."""
     weights = open_weights(path)
-    return fit(empty_tokenizer(config), weights, tokenizer_layout(weights), path)
+    return fit(empty_tokenizer(config), weights, recognise_tokenizer_layout(weights), path)
 
 
 def empty_transformer(
@@ -192,7 +194,7 @@ def empty_tokenizer(config: TokenizerConfig) -> Tokenizer:
         return Tokenizer(config)
 
 
-def transformer_layout(names: Collection[str], config: TransformerConfig) -> Layout:
+def recognise_transformer_layout(names: Collection[str], config: TransformerConfig) -> FileLayout:
     """Recognise a transformer file's layout by the names of its tensors."""
     if any(".self_attention." in name for name in names):  # this reference's own word
         return own_layout
@@ -200,14 +202,16 @@ def transformer_layout(names: Collection[str], config: TransformerConfig) -> Lay
     return released_transformer(config.depth, len(chunks) or None)
 
 
-def tokenizer_layout(names: Collection[str]) -> Layout:
+def recognise_tokenizer_layout(names: Collection[str]) -> FileLayout:
     """Recognise a tokenizer file's layout by the names of its tensors."""
     if any(".levels." in name for name in names):
         return own_layout
     return released_tokenizer(inner_names="encoder.conv_in.conv.weight" in names)
 
 
-def load(model: Module, weights: Mapping[str, Tensor], layout: Layout, path: str | Path) -> Module:
+def load(
+    model: Module, weights: Mapping[str, Tensor], layout: FileLayout, path: str | Path
+) -> Module:
     """Give a model on the meta device its weights, converted to its parameters' types.
 
     Returns the model in eval mode, without gradients. Raises CheckpointError, naming path,
@@ -225,7 +229,7 @@ def assign(model: Module, weights: Mapping[str, Tensor]) -> Module:
 
 
 def fit(
-    model: nn.Module, weights: Mapping[str, Tensor], layout: Layout, path: str | Path
+    model: nn.Module, weights: Mapping[str, Tensor], layout: FileLayout, path: str | Path
 ) -> dict[str, Tensor]:
     """Return a file's weights under the model's own names and shapes, in the file's types.
 
@@ -247,7 +251,7 @@ def fit(
     }
 
 
-def mismatch(model: nn.Module, weights: Mapping[str, Tensor], layout: Layout) -> str:
+def mismatch(model: nn.Module, weights: Mapping[str, Tensor], layout: FileLayout) -> str:
     """Describe how a file's names and shapes differ from a model's; empty if they do not."""
     shapes = {place.name: place.shape for _, place in _places(model, layout)}
     kinds = {
@@ -266,8 +270,8 @@ def mismatch(model: nn.Module, weights: Mapping[str, Tensor], layout: Layout) ->
     )
 
 
-def _places(model: nn.Module, layout: Layout) -> list[tuple[Stored, Stored]]:
-    owns = [Stored(name, tuple(tensor.shape)) for name, tensor in model.state_dict().items()]
+def _places(model: nn.Module, layout: FileLayout) -> list[tuple[NamedShape, NamedShape]]:
+    owns = [NamedShape(name, tuple(tensor.shape)) for name, tensor in model.state_dict().items()]
     return [(own, layout(own)) for own in owns]
 
 
@@ -280,11 +284,11 @@ def _advice(weights: Mapping[str, Tensor]) -> str:
     for name in PRESETS:
         config = preset(name)
         transformer = empty_transformer(config.transformer)
-        layout = transformer_layout(weights, config.transformer)
+        layout = recognise_transformer_layout(weights, config.transformer)
         if not mismatch(transformer, weights, layout):
             return f"this looks like the transformer of size {name}: pass --size {name}"
         tokenizer = empty_tokenizer(config.tokenizer)
-        if not mismatch(tokenizer, weights, tokenizer_layout(weights)):
+        if not mismatch(tokenizer, weights, recognise_tokenizer_layout(weights)):
             return (
                 f"this looks like the tokenizer of size {name}: pass it as one, with --size {name}"
             )

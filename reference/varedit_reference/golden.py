@@ -94,7 +94,7 @@ def open_recording(folder: Path) -> Recording:
     try:
         settings = json.loads((folder / "config.json").read_text())
         tensors = load_file(folder / "golden.safetensors")
-        config = model_config(folder.name, settings)
+        config = recorded_config(folder.name, settings)
         scales = len(config.transformer.grids)
         guidance = 1.0 if settings.get("cfg") is None else settings["cfg"]
         guidance_scale = per_scale(guidance, scales, "cfg")
@@ -115,7 +115,7 @@ def open_recording(folder: Path) -> Recording:
     )
 
 
-def model_config(name: str, settings: dict[str, Any]) -> ModelConfig:
+def recorded_config(name: str, settings: dict[str, Any]) -> ModelConfig:
     """Return the configuration of the model that a recording's `config.json` describes."""
     tokenizer = TokenizerConfig(
         bits=int(settings["codebook_dim"]),

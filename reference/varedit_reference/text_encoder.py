@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as Vocabulary
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from varedit_reference.checkpoint import Stored, load
+from varedit_reference.checkpoint import NamedShape, load
 from varedit_reference.config import MAX_TEXT_TOKENS
 from varedit_reference.weights_file import open_weights, torch_dtype
 from varedit_runtime.errors import CheckpointError, needs_extra
@@ -66,9 +66,11 @@ class TextEncoder:
         return self._instructions.tokenise(prompt, truncate=truncate)
 
 
-def t5_layout(own: Stored) -> Stored:
+def t5_layout(own: NamedShape) -> NamedShape:
     """Return a parameter of the encoder as a T5 file names it (a `checkpoint.Layout`)."""
-    return Stored(SHARED if own.name == "embed_tokens.weight" else f"encoder.{own.name}", own.shape)
+    return NamedShape(
+        SHARED if own.name == "embed_tokens.weight" else f"encoder.{own.name}", own.shape
+    )
 
 
 def encoder_weights(folder: str | Path) -> dict[str, Tensor]:

@@ -31,9 +31,9 @@ from varedit_reference.rotary import Rotation, full_rotation, scale_rotation, so
 MAX_LOG_SCALE = log(100)
 
 # (channels in, channels out, bias) -> a Linear with the model's compute and weight types
-Product = Callable[..., "Linear"]
+LinearFactory = Callable[..., "Linear"]
 # queries [R, H, L, D], keys and values [R, H, S, D] -> softmax(q·kᵀ)·v [R, H, L, D]
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ class VAR(nn.Module):
 class Block(nn.Module):
     """Self-attention and MLP under AdaLN, with a text cross-attention between them."""
 
-    def __init__(self, config: TransformerConfig, product: Product) -> None:
+    def __init__(self, config: TransformerConfig, product: LinearFactory) -> None:
         super().__init__()
         self.modulation = nn.Parameter(torch.empty(6, config.width))
         self.self_attention = SelfAttention(config, product)
@@ -227,7 +227,7 @@ class SelfAttention(nn.Module):
     The scale, exp(min(log_scale, ln 100)), bounds the logits, so that they cannot overflow fp16.
     """
 
-    def __init__(self, config: TransformerConfig, product: Product) -> None:
+    def __init__(self, config: TransformerConfig, product: LinearFactory) -> None:
         super().__init__()
         self.heads = config.heads
         self.qkv = product(config.width, 3 * config.width, bias=False)
@@ -235,7 +235,7 @@ class SelfAttention(nn.Module):
         self.value_bias = nn.Parameter(torch.empty(config.width))
         self.log_scale = nn.Parameter(torch.empty(config.heads))
         self.projection = product(config.width, config.width)
-        self.attend: Attention = fused_attention  # training on CPUs sets another
+        self.attend: AttentionFunction = fused_attention  # training on CPUs sets another
 
     def forward(self, x_RLC: Tensor, rotate: Rotation, context: BlockContext) -> Tensor:
         key_bias = torch.zeros_like(self.value_bias)
@@ -257,7 +257,7 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Attention to the text, whose keys and values are projected once per edit."""
 
-    def __init__(self, config: TransformerConfig, product: Product) -> None:
+    def __init__(self, config: TransformerConfig, product: LinearFactory) -> None:
         super().__init__()
         self.heads = config.heads
         self.query = product(config.width, config.width)
@@ -278,7 +278,7 @@ class CrossAttention(nn.Module):
 class TextPool(nn.Module):
     """Attention pooling of the text, with one learned query per head."""
 
-    def __init__(self, config: TransformerConfig, product: Product) -> None:
+    def __init__(self, config: TransformerConfig, product: LinearFactory) -> None:
         super().__init__()
         heads = config.text_heads
         self.query = nn.Parameter(torch.empty(heads, config.width // heads))

@@ -17,7 +17,7 @@ from varedit_export.bundle_model import sources_of
 from varedit_export.graphs.layout import reference_formats, round_products
 from varedit_export.parity.edit import with_grids
 from varedit_export.sources import Sources, TextSource
-from varedit_reference.checkpoint import Stored, assign, empty_tokenizer, empty_transformer
+from varedit_reference.checkpoint import NamedShape, assign, empty_tokenizer, empty_transformer
 from varedit_reference.config import ModelConfig
 from varedit_reference.quantisation import to_tokens
 from varedit_reference.sampling import draw
@@ -161,7 +161,9 @@ def t5_encoder(text: TextSource) -> "T5Stack":
 
     with torch.device("meta"):
         encoder = T5EncoderModel(T5Config(**text.json)).encoder
-    state = {name: text.state[t5_layout(Stored(name, ())).name] for name in encoder.state_dict()}
+    state = {
+        name: text.state[t5_layout(NamedShape(name, ())).name] for name in encoder.state_dict()
+    }
     return assign(encoder, state).eval()
 
 

@@ -11,7 +11,7 @@ from varedit_nano.scenes.samples import KINDS, EditSample, draw_edit
 COLUMNS, CAPTION, GAP = 3, 30, 8
 
 
-def draw_sheet(samples: list[EditSample]) -> Image.Image:
+def draw_sample_sheet(samples: list[EditSample]) -> Image.Image:
     """Draw source and target side by side below their instruction, three pairs to a row."""
     size = len(samples[0].source)
     width, height = 2 * size + GAP, size + CAPTION + GAP
@@ -35,7 +35,7 @@ def draw_sheet(samples: list[EditSample]) -> Image.Image:
 def main(out: Path, seed: int, rows: int, size: int, kind: str | None) -> None:
     """Draw a sheet of sample edits to OUT."""
     seeds = range(seed, seed + COLUMNS * rows)
-    draw_sheet([draw_edit(one, size, kind) for one in seeds]).save(out)
+    draw_sample_sheet([draw_edit(one, size, kind) for one in seeds]).save(out)
 
 
 if __name__ == "__main__":

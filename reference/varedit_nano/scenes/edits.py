@@ -33,7 +33,7 @@ OPPOSITE = {"left": "right", "right": "left", "top left": "top right", "top righ
 
 
 @dataclass(frozen=True)
-class Edit:
+class SceneEdit:
     """An edit of a scene.
 
     subject: what it changes: a slot, a place of wearables, a part, "figure", "background" or
@@ -44,34 +44,34 @@ class Edit:
     subject: str
     clauses: Clauses
     after: Scene
-    steps: tuple["Edit", ...] = ()
+    steps: tuple["SceneEdit", ...] = ()
 
 
-def add(scene: Scene, rng: Rng) -> Edit | None:
+def add(scene: Scene, rng: Rng) -> SceneEdit | None:
     if scene.figure is None and rng.random() < 0.5:
         return _add_figure(scene, rng)
     return (_add_wearable if scene.figure and rng.random() < 0.6 else _add_object)(scene, rng)
 
 
-def remove(scene: Scene, rng: Rng) -> Edit | None:
+def remove(scene: Scene, rng: Rng) -> SceneEdit | None:
     thing = _any_thing(scene, rng)
     match thing:
         case Item():
             clauses = wording.each(wording.REMOVE, wording.item_names(scene, thing))
-            return Edit("remove", thing.slot, clauses, _with_item(scene, thing, None))
+            return SceneEdit("remove", thing.slot, clauses, _with_item(scene, thing, None))
         case Wearable():
             figure = wording.figure_name(scene)
             names = wording.worn_names(scene, thing.kind)[:1]
             clauses = wording.each(wording.UNDRESS, names, figure=figure)
             after = _with_worn(scene, thing, None)
-            return Edit("remove", WEARABLES[thing.kind].place, clauses, after)
+            return SceneEdit("remove", WEARABLES[thing.kind].place, clauses, after)
         case Figure():
             clauses = wording.each(wording.REMOVE, [wording.figure_name(scene)])
-            return Edit("remove", "figure", clauses, replace(scene, figure=None))
+            return SceneEdit("remove", "figure", clauses, replace(scene, figure=None))
     return None
 
 
-def replace_thing(scene: Scene, rng: Rng) -> Edit | None:
+def replace_thing(scene: Scene, rng: Rng) -> SceneEdit | None:
     thing = _any_thing(scene, rng)
     match thing:
         case Item():
@@ -80,7 +80,7 @@ def replace_thing(scene: Scene, rng: Rng) -> Edit | None:
             item = replace(thing, kind=kind, tint=pure(colour or OBJECTS[kind].colour))
             a, names = wording.indefinite(kind, colour), wording.item_names(scene, thing)
             clauses = wording.each(wording.REPLACE, names, a=a)
-            return Edit("replace", thing.slot, clauses, _with_item(scene, thing, item))
+            return SceneEdit("replace", thing.slot, clauses, _with_item(scene, thing, item))
         case Wearable():
             place = WEARABLES[thing.kind].place
             kinds = [k for k, v in WEARABLES.items() if v.place == place and k != thing.kind]
@@ -90,16 +90,18 @@ def replace_thing(scene: Scene, rng: Rng) -> Edit | None:
             after = _with_worn(scene, thing, plain_wearable(kind, colour))
             names = wording.worn_names(scene, thing.kind)
             clauses = wording.each(wording.REPLACE, names, a=wording.indefinite(kind, colour))
-            return Edit("replace", place, clauses, after)
+            return SceneEdit("replace", place, clauses, after)
         case Figure():
             kind = pick(rng, [kind for kind in FIGURES if kind != thing.kind])
             names = [wording.figure_name(scene)]
             clauses = wording.each(wording.REPLACE, names, a=wording.indefinite(kind))
-            return Edit("replace", "figure", clauses, replace(scene, figure=recast(thing, kind)))
+            return SceneEdit(
+                "replace", "figure", clauses, replace(scene, figure=recast(thing, kind))
+            )
     return None
 
 
-def recolour(scene: Scene, rng: Rng) -> Edit | None:
+def recolour(scene: Scene, rng: Rng) -> SceneEdit | None:
     thing = _any_thing(scene, rng)
     match thing:
         case Item():
@@ -118,26 +120,28 @@ def recolour(scene: Scene, rng: Rng) -> Edit | None:
             names = wording.part_names(scene, subject)
         case None:
             return None
-    return Edit("recolour", subject, wording.each(wording.RECOLOUR, names, colour=colour), after)
+    return SceneEdit(
+        "recolour", subject, wording.each(wording.RECOLOUR, names, colour=colour), after
+    )
 
 
-def resize(scene: Scene, rng: Rng) -> Edit | None:
+def resize(scene: Scene, rng: Rng) -> SceneEdit | None:
     thing, grow = pick(rng, (*scene.items, scene.figure)), rng.random() < 0.5
     templates = wording.ENLARGE if grow else wording.SHRINK
     if isinstance(thing, Item):
         scale = thing.scale * (GROWTH if grow else SHRINKAGE)
         clauses = wording.each(templates, wording.item_names(scene, thing))
         after = _with_item(scene, thing, replace(thing, scale=scale))
-        return Edit("resize", thing.slot, clauses, after)
+        return SceneEdit("resize", thing.slot, clauses, after)
     if thing is None or (grow and thing.height > TALLEST):
         return None
     height = thing.height * (FIGURE_GROWTH if grow else FIGURE_SHRINKAGE)
     clauses = wording.each(templates, [wording.figure_name(scene)])
     after = replace(scene, figure=replace(thing, height=height))
-    return Edit("resize", "figure", clauses, after)
+    return SceneEdit("resize", "figure", clauses, after)
 
 
-def move(scene: Scene, rng: Rng) -> Edit | None:
+def move(scene: Scene, rng: Rng) -> SceneEdit | None:
     thing = pick(rng, (*scene.items, scene.figure))
     if isinstance(thing, Item):
         slot = OPPOSITE[thing.slot]
@@ -145,31 +149,31 @@ def move(scene: Scene, rng: Rng) -> Edit | None:
             return None
         side, names = wording.side_of(slot), wording.item_names(scene, thing)
         after = _with_item(scene, thing, replace(thing, slot=slot, dx=0.0))
-        return Edit("move", slot, wording.each(wording.MOVE, names, side=side), after)
+        return SceneEdit("move", slot, wording.each(wording.MOVE, names, side=side), after)
     side = pick(rng, tuple(FIGURE_COLUMNS))
     if thing is None or scene.item_in(side):
         return None
     clauses = wording.each(wording.MOVE, [wording.figure_name(scene)], side=side)
     after = replace(scene, figure=replace(thing, x=FIGURE_COLUMNS[side]))
-    return Edit("move", "figure", clauses, after)
+    return SceneEdit("move", "figure", clauses, after)
 
 
-def background(scene: Scene, rng: Rng) -> Edit | None:
+def background(scene: Scene, rng: Rng) -> SceneEdit | None:
     """Change the background, keeping its horizon."""
     others = [kind for kind in wording.BACKGROUNDS if kind != scene.background.kind]
     kind = pick(rng, others)
     names, own = wording.BACKGROUNDS[kind]
     clauses = [clause for name in names for clause in wording.fill(wording.BACKGROUND, a=name)]
     after = replace(scene, background=plain_background(kind, scene.background.horizon))
-    return Edit("background", "background", (*clauses, *own, *own, *own), after)
+    return SceneEdit("background", "background", (*clauses, *own, *own, *own), after)
 
 
-def style(scene: Scene, rng: Rng) -> Edit | None:
+def style(scene: Scene, rng: Rng) -> SceneEdit | None:
     kind = pick(rng, tuple(wording.STYLES))
-    return Edit("style", "style", wording.STYLES[kind], replace(scene, style=kind))
+    return SceneEdit("style", "style", wording.STYLES[kind], replace(scene, style=kind))
 
 
-def compound(scene: Scene, rng: Rng) -> Edit | None:
+def compound(scene: Scene, rng: Rng) -> SceneEdit | None:
     """Join two edits of different things; the second edits the scene that the first leaves."""
     first = pick(rng, LOCAL)(scene, rng)
     second = first and pick(rng, (*LOCAL, *LOCAL, background, background, style))(first.after, rng)
@@ -179,17 +183,17 @@ def compound(scene: Scene, rng: Rng) -> Edit | None:
         wording.joined(rng, pick(rng, first.clauses), pick(rng, second.clauses)) for _ in range(2)
     )
     subject = f"{first.subject} and {second.subject}"
-    return Edit("compound", subject, clauses, second.after, (first, second))
+    return SceneEdit("compound", subject, clauses, second.after, (first, second))
 
 
-def _undoes(second: Edit, first: Edit) -> bool:
+def _undoes(second: SceneEdit, first: SceneEdit) -> bool:
     whole = second.subject == "figure" and second.kind in ("remove", "replace")
     return whole or second.subject == first.subject
 
 
 LOCAL = (add, add, remove, replace_thing, recolour, recolour, resize, move)
 
-EDITORS: dict[str, Callable[[Scene, Rng], Edit | None]] = {
+EDITORS: dict[str, Callable[[Scene, Rng], SceneEdit | None]] = {
     "add": add,
     "remove": remove,
     "replace": replace_thing,
@@ -202,7 +206,7 @@ EDITORS: dict[str, Callable[[Scene, Rng], Edit | None]] = {
 }
 
 
-def _add_wearable(scene: Scene, rng: Rng) -> Edit | None:
+def _add_wearable(scene: Scene, rng: Rng) -> SceneEdit | None:
     figure = scene.figure
     if figure is None:
         return None
@@ -215,10 +219,10 @@ def _add_wearable(scene: Scene, rng: Rng) -> Edit | None:
     words = {"a": wording.indefinite(kind, colour), "figure": wording.figure_name(scene)}
     clauses = wording.fill((*wording.ADD_WEARABLE[:1] * 3, *wording.ADD_WEARABLE), **words)
     after = replace(scene, figure=replace(figure, worn=worn))
-    return Edit("add", WEARABLES[kind].place, clauses, after)
+    return SceneEdit("add", WEARABLES[kind].place, clauses, after)
 
 
-def _add_object(scene: Scene, rng: Rng) -> Edit | None:
+def _add_object(scene: Scene, rng: Rng) -> SceneEdit | None:
     free = [slot for slot in SLOTS if not scene.item_in(slot)]
     if not free:
         return None
@@ -237,13 +241,13 @@ def _add_object(scene: Scene, rng: Rng) -> Edit | None:
             for clause in wording.fill(wording.ADD_OBJECT_AT, a=a, where=where)
         )
     after = replace(scene, items=(*scene.items, plain_item(kind, slot, colour)))
-    return Edit("add", slot, clauses, after)
+    return SceneEdit("add", slot, clauses, after)
 
 
-def _add_figure(scene: Scene, rng: Rng) -> Edit:
+def _add_figure(scene: Scene, rng: Rng) -> SceneEdit:
     kind = pick(rng, tuple(FIGURES))
     clauses = wording.fill(wording.ADD_FIGURE, a=wording.indefinite(kind))
-    return Edit("add", "figure", clauses, replace(scene, figure=plain_figure(kind)))
+    return SceneEdit("add", "figure", clauses, replace(scene, figure=plain_figure(kind)))
 
 
 def _any_thing(scene: Scene, rng: Rng) -> Item | Wearable | Figure | None:

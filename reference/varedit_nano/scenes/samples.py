@@ -7,7 +7,7 @@ from itertools import islice
 import numpy as np
 
 from varedit_nano.scenes.compose import Rng, pick, random_scene
-from varedit_nano.scenes.edits import EDITORS, Edit
+from varedit_nano.scenes.edits import EDITORS, SceneEdit
 from varedit_nano.scenes.render import draw_pair, draw_scene
 from varedit_nano.scenes.scene import Scene
 from varedit_nano.scenes.wording import joined, sentence
@@ -99,7 +99,7 @@ def draw_kind(rng: Rng, shares: Mapping[str, float]) -> str:
     return str(rng.choice(list(shares), p=list(shares.values())))
 
 
-def plan_edit(rng: Rng, kind: str | None = None) -> tuple[Scene, Edit]:
+def plan_edit(rng: Rng, kind: str | None = None) -> tuple[Scene, SceneEdit]:
     """Draw a scene and an edit of it, of one kind or (None) of any."""
     kind = kind or draw_kind(rng, SHARES)
     while True:
@@ -109,7 +109,7 @@ def plan_edit(rng: Rng, kind: str | None = None) -> tuple[Scene, Edit]:
                 return scene, edit
 
 
-def _plan(seed: int, kind: str | None) -> tuple[Scene, Edit, str]:
+def _plan(seed: int, kind: str | None) -> tuple[Scene, SceneEdit, str]:
     if kind is not None and kind not in KINDS:
         raise ConfigError(f"unknown kind of edit {kind!r}: choose one of {', '.join(KINDS)}")
     rng = np.random.default_rng(seed)
@@ -117,7 +117,7 @@ def _plan(seed: int, kind: str | None) -> tuple[Scene, Edit, str]:
     return scene, edit, sentence(rng, pick(rng, edit.clauses))
 
 
-def _sample(scene: Scene, edit: Edit, instruction: str, size: int) -> EditSample:
+def _sample(scene: Scene, edit: SceneEdit, instruction: str, size: int) -> EditSample:
     source, target = draw_pair(scene, edit.after, size)
     return EditSample(edit.kind, instruction, source, target, _mask(source, target))
 
@@ -127,24 +127,24 @@ def _mask(source: np.ndarray, target: np.ndarray) -> np.ndarray:
     return differs[..., 0] | differs[..., 1] | differs[..., 2]
 
 
-def _others(scene: Scene, right: Edit, count: int, rng: Rng) -> Iterator[Edit]:
+def _others(scene: Scene, right: SceneEdit, count: int, rng: Rng) -> Iterator[SceneEdit]:
     """Yield edits of the scene without end, the most similar to the right one first; may repeat."""
     yield from right.steps[:1]
     near = (edit for edit in _random_edits(right.after, 20 * count, rng) if _again(edit, right))
     for edit in islice(near, count // 3):
         clause = joined(rng, pick(rng, right.clauses), pick(rng, edit.clauses))
-        yield Edit(right.kind, right.subject, (clause,), edit.after)
+        yield SceneEdit(right.kind, right.subject, (clause,), edit.after)
     alike = (EDITORS[right.kind](scene, rng) for _ in range(2 * count))
     yield from islice(filter(None, alike), count // 3)
     while True:
         yield from _random_edits(scene, count, rng)
 
 
-def _again(edit: Edit, right: Edit) -> bool:
+def _again(edit: SceneEdit, right: SceneEdit) -> bool:
     return edit.subject == right.subject and edit.kind != "compound"
 
 
-def _random_edits(scene: Scene, count: int, rng: Rng) -> Iterator[Edit]:
+def _random_edits(scene: Scene, count: int, rng: Rng) -> Iterator[SceneEdit]:
     for _ in range(count):
         if edit := EDITORS[pick(rng, KINDS)](scene, rng):
             yield edit
