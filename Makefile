@@ -44,7 +44,7 @@ docs: $(INSTALLED)  ## write the commands' help into docs/commands.md
 	$(BIN)/python tests/commands_page.py
 
 nano-bundle: $(INSTALLED)  ## build the embedded bundle of nano's weights
-	$(BIN)/python -m varedit_nano.embed $(NANO)
+	$(BIN)/python -m varedit_nano.embedded_bundle $(NANO)
 
 dist: $(INSTALLED)  ## build source archive and wheel, check them, edit a picture from the wheel
 	rm -rf dist $(FRESH)

@@ -134,7 +134,7 @@ def one(
     bundle: Path, backend: str, provider: str | None, engines: Path | None, repeat: int
 ) -> None:
     """Verify and time one way to run a bundle; print all results so far as lines of JSON."""
-    from varedit_export.parity.bundle import compare_backend
+    from varedit_export.parity.compare_bundle import compare_backend
     from varedit_runtime.backends.engines.engine_set import EngineSet
     from varedit_runtime.bench import INSTRUCTION, synthetic_picture
     from varedit_runtime.editor import Editor

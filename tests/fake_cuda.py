@@ -21,7 +21,7 @@ from simulated_gpu import SimulatedEngine, SimulatedGpu
 from uncompiled import VERSION
 
 from varedit_runtime.backends.engines.device import Launch, address_of
-from varedit_runtime.backends.engines.tensorrt import MODULES, EngineKind
+from varedit_runtime.backends.engines.import_tensorrt import MODULES, EngineKind
 
 RTX: Any = tensorrt_rtx
 driver: Any = cuda.bindings.driver

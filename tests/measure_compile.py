@@ -16,7 +16,7 @@ from time import perf_counter
 
 
 def main() -> None:
-    from varedit_engines.compile import stages_of
+    from varedit_engines.compile_set import stages_of
     from varedit_runtime.bundle import Bundle
 
     parser = argparse.ArgumentParser(description="Measure the compilation of graphs.")
@@ -34,7 +34,7 @@ def main() -> None:
 
 def compile_one(bundle: Path, stage: str, architecture: str) -> dict[str, float]:
     from varedit_engines.builder import EngineBuilder
-    from varedit_engines.compile import CompileJob
+    from varedit_engines.compile_set import CompileJob
     from varedit_engines.network import external_inputs
     from varedit_runtime.backends.engines.packing import pack_into
     from varedit_runtime.bundle import Bundle

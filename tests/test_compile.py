@@ -22,10 +22,9 @@ from bundles import bundle_config, half_bundle, random_weights, request, small_b
 from click.testing import CliRunner
 from fake_bundles import rewrite_manifest
 
-from varedit_engines import compile as compile_module
-from varedit_engines import engine_cache
+from varedit_engines import compile_set, engine_cache
 from varedit_engines.builder import EngineBuilder
-from varedit_engines.compile import CompileJob, compile_engine_set, stages_of
+from varedit_engines.compile_set import CompileJob, compile_engine_set, stages_of
 from varedit_engines.engine_cache import EngineCache
 from varedit_engines.network import external_inputs
 from varedit_engines.publish import Staging
@@ -124,7 +123,7 @@ def test_a_plan_of_32_blocks_is_a_small_file(
     bundle = Bundle.open(shutil.copytree(half_bundle("fp16"), tmp_path / "bundle"))
     graph = deep_graph("scale_00", 32)
     monkeypatch.setattr(Bundle, "graph_bytes", lambda bundle, variant, stage: graph)
-    monkeypatch.setattr(compile_module, "stages_of", lambda variant, layout: ["scale_00"])
+    monkeypatch.setattr(compile_set, "stages_of", lambda variant, layout: ["scale_00"])
     engines = compile_small(bundle)
     plan = engines.manifest.plans["scale_00"]
     assert plan.size == len(engines.plan_bytes("scale_00"))
@@ -573,7 +572,7 @@ def test_a_backend_that_is_not_installed_is_named(
 def test_the_command(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[str] = []
     monkeypatch.setattr(
-        compile_module, "compile_engine_set", lambda job, *rest: shown.append(str(job)) or _none()
+        compile_set, "compile_engine_set", lambda job, *rest: shown.append(str(job)) or _none()
     )
     arguments = ["engines", str(bundle.path), "--backend", "tensorrt-rtx", "--architecture", "sm89"]
     result = CliRunner().invoke(main, arguments)
@@ -648,7 +647,7 @@ def test_a_build_for_a_backend_compiles_as_the_command_for_engines_does(
 def test_a_failed_compilation_leaves_the_bundle(
     builds: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(compile_module, "compile_engine_set", lambda job, *rest: _none())
+    monkeypatch.setattr(compile_set, "compile_engine_set", lambda job, *rest: _none())
     arguments = [*BUILD, str(tmp_path / "new"), "--backend", "tensorrt-rtx"]
     result = CliRunner().invoke(main, [*arguments, "--architecture", "sm89"])
     assert result.exit_code == 1 and "not compiled" in result.stderr

@@ -36,7 +36,7 @@ from varedit_runtime.backends.engines import engine_set
 from varedit_runtime.backends.engines.cuda import CudaDevice
 from varedit_runtime.backends.engines.device import Launch, address_of
 from varedit_runtime.backends.engines.engine_set import LAYOUTS, EngineLayout, EngineSet, EngineSets
-from varedit_runtime.backends.engines.tensorrt import ENGINE_KINDS, EngineKind
+from varedit_runtime.backends.engines.import_tensorrt import ENGINE_KINDS, EngineKind
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.cli import main as varedit_run
 from varedit_runtime.editor import Editor

@@ -18,13 +18,14 @@ from test_engine_set import OF_A_MACHINE, STAGES, compile_set
 from varedit_engines.engine_cache import EngineCache
 from varedit_export.cli import main
 from varedit_export.doctor import EXPORT, can_edit, report, verdicts
-from varedit_runtime import survey as survey_module
+from varedit_runtime import detect
 from varedit_runtime.backends.engines import engine_set
 from varedit_runtime.backends.engines.engine_set import EngineRecipe
 from varedit_runtime.backends.engines.memory import Budget
 from varedit_runtime.backends.onnxruntime import backend as onnx_backend
 from varedit_runtime.backends.onnxruntime.spec import failed_providers
 from varedit_runtime.bundle import Bundle
+from varedit_runtime.detect import detect_machine
 from varedit_runtime.errors import BackendError, BundleError
 from varedit_runtime.machine import (
     BundleFacts,
@@ -37,7 +38,6 @@ from varedit_runtime.machine import (
     nvidia,
 )
 from varedit_runtime.precision import named
-from varedit_runtime.survey import survey
 
 ADA = Gpu("NVIDIA RTX 4090", "sm89", 24 * 10**9, 20 * 10**9)
 HOPPER = Gpu("NVIDIA H200", "sm90", None, None)
@@ -271,13 +271,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EngineCache:
     monkeypatch.setattr(engine_set, "data_folder", lambda: tmp_path / "data")
     monkeypatch.setattr(engine_set, "cache_folder", lambda: tmp_path / "cache")
     # The graphs of this bundle are none.
-    monkeypatch.setattr(survey_module, "budget", lambda *_: Budget(10**9, 0, 0))
+    monkeypatch.setattr(detect, "budget", lambda *_: Budget(10**9, 0, 0))
     return EngineCache(Bundle.open(publish(tmp_path / "bundle")))
 
 
 def engines_line(cache: EngineCache, machine: Machine = SERVER) -> str:
     """Return the line about the bundle's only engine set."""
-    facts = survey(cache.bundle.path).bundle
+    facts = detect_machine(cache.bundle.path).bundle
     lines = report(replace(machine, bundle=facts)).splitlines()
     (line,) = (line for line in lines if line.startswith("engines"))
     return line
@@ -345,7 +345,7 @@ def test_engines_of_another_bundle_are_told(cache: EngineCache, tmp_path: Path) 
 
 def test_a_bundle_that_cannot_be_opened_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="there is no bundle"):
-        survey(tmp_path / "nowhere")
+        detect_machine(tmp_path / "nowhere")
 
 
 # Facts
@@ -430,7 +430,7 @@ def test_a_module_that_cannot_be_imported_is_told(
     (tmp_path / "tensorrt.py").write_text("raise OSError('libnvinfer.so: cannot open')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
-    assert survey().probe("tensorrt") == ProbeResult("libnvinfer.so: cannot open")
+    assert detect_machine().probe("tensorrt") == ProbeResult("libnvinfer.so: cannot open")
 
 
 def test_this_machine_can_edit() -> None:

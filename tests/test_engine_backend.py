@@ -13,9 +13,9 @@ from PIL import Image
 from simulated_gpu import SimulatedGpu
 from uncompiled import Uncompiled, compiled, keep_engines_in, near
 
-from varedit_engines.compile import CompileJob
+from varedit_engines.compile_set import CompileJob
 from varedit_export.errors import ParityError
-from varedit_export.parity.bundle import compare_backend
+from varedit_export.parity.compare_bundle import compare_backend
 from varedit_export.parity.measures import gate
 from varedit_runtime.backends.base import Prompts, Sampling, ScaleOutput, WholeEdit
 from varedit_runtime.backends.engines.backend import EngineBackend

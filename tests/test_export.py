@@ -16,7 +16,7 @@ from varedit_engines.publish import Staging
 from varedit_export import assemble as assemble_module
 from varedit_export.assemble import assemble
 from varedit_export.errors import ParityError
-from varedit_export.parity.bundle import compare_bundle
+from varedit_export.parity.compare_bundle import compare_bundle
 from varedit_export.parity.measures import gate
 from varedit_export.plan import BundlePlan
 from varedit_export.sources import RandomTextEncoder, Sources, random_sources

@@ -10,7 +10,7 @@ from polygraphy.backend.onnxrt import OnnxrtRunner
 
 import varedit_export
 from varedit_engines.builder import EngineBuilder
-from varedit_engines.compile import stages_of
+from varedit_engines.compile_set import stages_of
 from varedit_export.cli import main
 from varedit_export.errors import ParityError
 from varedit_export.options import VerifyOptions

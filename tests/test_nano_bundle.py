@@ -14,8 +14,8 @@ from PIL import Image
 from varedit_export import cli
 from varedit_export.options import BuildOptions
 from varedit_export.plan import BundlePlan
-from varedit_export.requests import plan_of
-from varedit_nano import embed
+from varedit_export.resolve_options import plan_of
+from varedit_nano import embedded_bundle
 from varedit_nano.data import EVALUATION_SEEDS
 from varedit_nano.model import NANO, WEIGHTS, load_nano
 from varedit_nano.scenes import KINDS, draw_edit
@@ -73,7 +73,10 @@ def test_building_nano_gives_the_embedded_bundle(tmp_path: Path) -> None:
 
 def test_the_embedded_bundle_comes_from_the_trained_weights(tmp_path: Path) -> None:
     """Of the same request and the same weights, so that it is the bundle of the test above."""
-    restored, trained = planned(output=tmp_path / "nano"), embed.embedded_plan(tmp_path / "nano")
+    restored, trained = (
+        planned(output=tmp_path / "nano"),
+        embedded_bundle.embedded_plan(tmp_path / "nano"),
+    )
     assert trained.request == restored.request
     for component in trained.components:
         stored = open_weights(embedded().weights_path(component.name))
@@ -92,7 +95,7 @@ def test_the_embedded_bundle_is_for_one_guided_picture() -> None:
     (variant,) = manifest.variants
     assert (manifest.name, manifest.precision, manifest.model.size) == ("nano", "fp32", "nano")
     assert (variant.picture, variant.batch, variant.rows) == ((128, 128), 1, 2)
-    assert variant.text_tokens == embed.TEXT_TOKENS
+    assert variant.text_tokens == embedded_bundle.TEXT_TOKENS
 
 
 def test_the_embedded_bundle_agrees_with_the_reference() -> None:
@@ -112,7 +115,7 @@ def test_every_instruction_of_the_scenes_fits() -> None:
     }
     longest = max(len(instructions.tokenise(clause)) - 1 for clause in clauses)
     end = 1
-    assert SENTENCE_TOKENS + JOINT_TOKENS + 2 * longest + end <= embed.TEXT_TOKENS
+    assert SENTENCE_TOKENS + JOINT_TOKENS + 2 * longest + end <= embedded_bundle.TEXT_TOKENS
 
 
 def test_nano_is_built_of_its_own_weights_by_default() -> None:
@@ -135,12 +138,12 @@ def test_nano_can_be_built_of_others() -> None:
 
 
 def test_the_weights_are_known_by_their_contents(tmp_path: Path) -> None:
-    own = embed.own_sources()
+    own = embedded_bundle.own_sources()
     copy = copytree(WEIGHTS, tmp_path / "copy", copy_function=_copy)
-    assert embed.own_sources(copy).identity == own.identity
+    assert embedded_bundle.own_sources(copy).identity == own.identity
     settings = copy / "text_encoder" / "config.json"
     settings.write_text(settings.read_text() + " ")
-    assert embed.own_sources(copy).identity != own.identity
+    assert embedded_bundle.own_sources(copy).identity != own.identity
 
 
 def _copy(source: str, target: str) -> None:

@@ -14,7 +14,7 @@ from test_doctor import LAPTOP
 
 from varedit_export.cli import main as export_main
 from varedit_export.doctor import report
-from varedit_export.parity.bundle import compare_chosen
+from varedit_export.parity.compare_bundle import compare_chosen
 from varedit_runtime.backends import BACKENDS, choose, find_backend
 from varedit_runtime.backends.onnxruntime.backend import OnnxBackend
 from varedit_runtime.backends.onnxruntime.options import OnnxRuntimeOptions

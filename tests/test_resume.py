@@ -19,7 +19,7 @@ import bundles
 from varedit_export.assemble import assemble
 from varedit_export.plan import BundlePlan
 from varedit_export.sources import random_sources
-from varedit_export.parity import bundle
+from varedit_export.parity import compare_bundle
 import onnx_ir, onnxscript, torch.onnx, torch.export
 from dataclasses import replace
 

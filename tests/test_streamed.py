@@ -13,7 +13,7 @@ from bundles import bundle_config, quiet, request
 
 from varedit_export.assemble import assemble
 from varedit_export.errors import ParityError
-from varedit_export.parity import bundle as parity
+from varedit_export.parity import compare_bundle as parity
 from varedit_export.parity.cut import WeightFiles
 from varedit_export.parity.measures import gate
 from varedit_export.parity.streamed import compare_streamed

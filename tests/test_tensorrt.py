@@ -14,13 +14,12 @@ from fake_tensorrt import RTX, BuilderConfig, TimingCache
 from filelock import FileLock
 
 from varedit_engines import builder as compiler_module
-from varedit_engines import compile as compile_module
-from varedit_engines import timing_cache
+from varedit_engines import compile_set, timing_cache
 from varedit_engines.builder import HARDWARE, EngineBuilder, Flags
-from varedit_engines.compile import CompileJob
+from varedit_engines.compile_set import CompileJob
 from varedit_engines.timing_cache import kept_timings, timings_file
 from varedit_export.cli import main
-from varedit_runtime.backends.engines.tensorrt import EngineKind
+from varedit_runtime.backends.engines.import_tensorrt import EngineKind
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import BackendError, ConfigError
 
@@ -124,7 +123,7 @@ def test_the_command_records_the_flags(
         jobs.append(job)
         raise BackendError("not compiled")
 
-    monkeypatch.setattr(compile_module, "compile_engine_set", stop)
+    monkeypatch.setattr(compile_set, "compile_engine_set", stop)
     CliRunner().invoke(main, ["engines", str(publish(tmp_path / "bundle")), *options])
     (job,) = jobs
     assert flags.items() <= job.recipe.flags.items()

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from varedit_engines import engine_cache
-from varedit_engines.compile import CompileJob, compile_engine_set
+from varedit_engines.compile_set import CompileJob, compile_engine_set
 from varedit_runtime.backends.engines import engine_set
 from varedit_runtime.backends.engines.engine_set import EngineLayout, EngineSet
 from varedit_runtime.bundle import Bundle

@@ -68,7 +68,7 @@ def build(
     with needs_extra("export"):
         from varedit_export.assemble import assemble
         from varedit_export.estimate import needs
-        from varedit_export.requests import plan_of
+        from varedit_export.resolve_options import plan_of
 
     plan = plan_of(options)
     notice(f"{plan}\n  needs {needs(plan)}")
@@ -92,11 +92,11 @@ def compile_engines(
     """
     compiler = options.compiler()
     with needs_extra("export"):
-        from varedit_engines import compile as engines
+        from varedit_engines import compile_set
 
-    job = engines.CompileJob(_opened(bundle), options.layout, compiler, options.variant)
+    job = compile_set.CompileJob(_opened(bundle), options.layout, compiler, options.variant)
     notice(str(job))
-    return engines.compile_engine_set(job, on_step, notice, options.again)
+    return compile_set.compile_engine_set(job, on_step, notice, options.again)
 
 
 def verify(
@@ -118,7 +118,11 @@ def verify(
     if always and options.variant:
         raise ConfigError("--variant: all are compared; leave it out, or name another --backend")
     with needs_extra("export"):
-        from varedit_export.parity.bundle import compare_bundle, compare_chosen, compare_recording
+        from varedit_export.parity.compare_bundle import (
+            compare_bundle,
+            compare_chosen,
+            compare_recording,
+        )
         from varedit_export.parity.measures import gate
         from varedit_reference.golden import open_recording
 

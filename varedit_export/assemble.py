@@ -10,11 +10,11 @@ import onnx_ir as ir
 
 from varedit_engines import OnStep
 from varedit_engines.publish import Staging
-from varedit_export.bundle_model import manifest_of, tool_versions
 from varedit_export.components import Component
 from varedit_export.estimate import check_memory, needs, present
 from varedit_export.graphs.trace import Tracer
-from varedit_export.parity.bundle import verify_folder
+from varedit_export.manifest_model import manifest_of, tool_versions
+from varedit_export.parity.compare_bundle import verify_folder
 from varedit_export.plan import BundlePlan, GraphPlan, VariantPlan, VariantRequest
 from varedit_reference.weights_file import check_room
 from varedit_runtime.bundle import work_folder

@@ -362,9 +362,9 @@ def doctor(context: click.Context, bundle: Path | None) -> None:
     varedit-export doctor bundles/2b-512
     """
     from varedit_export.doctor import can_edit, report
-    from varedit_runtime.survey import survey
+    from varedit_runtime.detect import detect_machine
 
-    machine = survey(bundle)
+    machine = detect_machine(bundle)
     click.echo(report(machine))
     if not can_edit(machine):
         context.exit(1)

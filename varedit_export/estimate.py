@@ -10,7 +10,7 @@ from pathlib import Path
 
 from varedit_export.errors import ExportError
 from varedit_export.graphs.stages import Shapes
-from varedit_export.parity.bundle import is_large
+from varedit_export.parity.compare_bundle import is_large
 from varedit_export.plan import BundlePlan
 from varedit_runtime.machine import available_memory
 

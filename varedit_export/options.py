@@ -12,7 +12,7 @@ from varedit_runtime.backends import DEFAULT, ChosenBackend
 if TYPE_CHECKING:
     from varedit_engines.builder import EngineBuilder, Hardware
     from varedit_runtime.backends.engines.engine_set import EngineLayout
-    from varedit_runtime.backends.engines.tensorrt import EngineKind
+    from varedit_runtime.backends.engines.import_tensorrt import EngineKind
 
 AnyPath = str | os.PathLike[str]
 

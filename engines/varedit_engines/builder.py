@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 
 from varedit_engines import OnStep
 from varedit_engines.timing_cache import kept_timings, timings_file
-from varedit_runtime.backends.engines.tensorrt import (
+from varedit_runtime.backends.engines.import_tensorrt import (
     ENGINE_KINDS,
     RTX,
     EngineKind,

@@ -1,6 +1,6 @@
 """What a machine has for editing and compiling: the facts that backends judge by.
 
-They are data without behaviour, so that a test can make up a machine. `survey.py` collects them.
+They are data without behaviour, so that a test can make up a machine. `detect.py` collects them.
 Nothing here needs PyTorch, TensorRT or a GPU.
 """
 

@@ -21,9 +21,9 @@ import onnx
 from onnx import TensorProto
 
 from varedit_engines.builder import EngineBuilder
-from varedit_engines.compile import stages_of
+from varedit_engines.compile_set import stages_of
 from varedit_export.errors import ExportError
-from varedit_runtime.backends.engines.tensorrt import RTX
+from varedit_runtime.backends.engines.import_tensorrt import RTX
 from varedit_runtime.backends.onnxruntime.backend import OnnxBackend, load_graph
 from varedit_runtime.backends.onnxruntime.spec import OnnxRuntimeOptions
 from varedit_runtime.backends.wiring import Step, wire

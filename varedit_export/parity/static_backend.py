@@ -12,7 +12,7 @@ import numpy as np
 from onnxruntime import InferenceSession
 
 from varedit_export.parity.measures import check_output
-from varedit_runtime.backends.graphs import GraphBackend
+from varedit_runtime.backends.graph_backend import GraphBackend
 from varedit_runtime.backends.onnxruntime.backend import load_graph
 from varedit_runtime.backends.wiring import Step, View, values_of
 from varedit_runtime.bundle import Bundle

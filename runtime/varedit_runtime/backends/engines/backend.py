@@ -15,10 +15,10 @@ from varedit_runtime.backends.base import EditWhole, Prompts, Sampling, WholeEdi
 from varedit_runtime.backends.engines.cuda import CudaDevice
 from varedit_runtime.backends.engines.device import ALIGNMENT, Device, Engine, Launch, address_of
 from varedit_runtime.backends.engines.engine_set import EngineSet, EngineSets
+from varedit_runtime.backends.engines.import_tensorrt import EngineKind
 from varedit_runtime.backends.engines.memory import aligned, budget, lay_out
-from varedit_runtime.backends.engines.tensorrt import EngineKind
 from varedit_runtime.backends.engines.weights import EngineWeights
-from varedit_runtime.backends.graphs import GraphBackend
+from varedit_runtime.backends.graph_backend import GraphBackend
 from varedit_runtime.backends.wiring import (
     DECODER,
     NEGATIVE,

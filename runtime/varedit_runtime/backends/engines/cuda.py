@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from varedit_runtime.backends.engines.device import Launch
-from varedit_runtime.backends.engines.tensorrt import (
+from varedit_runtime.backends.engines.import_tensorrt import (
     EngineKind,
     import_tensorrt,
     quiet_logger,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from varedit_runtime.backends.engines.engine_set import why_unusable
-from varedit_runtime.backends.engines.tensorrt import MODULES, RTX, EngineKind
+from varedit_runtime.backends.engines.import_tensorrt import MODULES, RTX, EngineKind
 from varedit_runtime.backends.spec import (
     BackendOptions,
     BackendSpec,

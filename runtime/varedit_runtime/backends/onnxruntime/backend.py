@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from varedit_runtime.backends.graphs import GraphBackend
+from varedit_runtime.backends.graph_backend import GraphBackend
 from varedit_runtime.backends.interrupt import stopped_by_interrupt
 from varedit_runtime.backends.onnxruntime.options import PROVIDERS, OnnxRuntimeOptions
 from varedit_runtime.backends.wiring import Step, View, constants, values_of

@@ -4,7 +4,7 @@ import json
 from functools import cache
 from pathlib import Path
 
-from varedit_export.bundle_model import sources_of
+from varedit_export.manifest_model import sources_of
 from varedit_export.options import BuildOptions
 from varedit_export.plan import BundlePlan, VariantRequest
 from varedit_export.sources import (

@@ -1,6 +1,6 @@
 """Build the bundle that the runtime embeds from nano's own weights.
 
-    python -m varedit_nano.embed runtime/varedit_runtime/nano
+    python -m varedit_nano.embedded_bundle runtime/varedit_runtime/nano
 
 `varedit-export build --size nano` builds from the embedded bundle. This is where that comes from.
 """

@@ -15,7 +15,7 @@ from varedit_runtime.machine import BundleFacts, EngineSetFacts, Machine, availa
 from varedit_runtime.manifest import weights_file
 
 
-def survey(bundle: Path | None = None) -> Machine:
+def detect_machine(bundle: Path | None = None) -> Machine:
     """Return this machine as it is now. Raises BundleError when the bundle cannot be opened."""
     return Machine(
         python=platform.python_version(),

@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from varedit_export.bundle_model import sources_of
 from varedit_export.errors import ParityError
+from varedit_export.manifest_model import sources_of
 from varedit_export.parity.compare import (
     BITS_OUT,
     LOGITS_OUT,
