@@ -1,6 +1,6 @@
 """cuda.core, cuda.bindings.driver and TensorRT for RTX on a simulated GPU.
 
-What needs no GPU is the real ones' own; `test_cuda_device.py` compares the rest with them by names
+What needs no GPU is the real ones' own; `test_cuda.py` compares the rest with them by names
 and parameters. Unlike the real ones they notice calls from a thread that no GPU is current in.
 """
 
