@@ -65,10 +65,7 @@ class EngineBuilder:
     """
 
     def __init__(
-        self,
-        backend: EngineKind,
-        architectures: Sequence[str] = (),
-        flags: Flags = Flags(),
+        self, backend: EngineKind, architectures: Sequence[str] = (), flags: Flags = Flags()
     ) -> None:
         if backend not in ENGINE_KINDS:
             raise ConfigError(

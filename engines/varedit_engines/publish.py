@@ -18,7 +18,6 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 
 import msgspec
 from filelock import FileLock, Timeout
@@ -90,12 +89,7 @@ class Staging:
                 raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         self._lock.release()
         if isinstance(error, OSError) and error.errno in _NO_SPACE:
             raise _no_space(self.target) from error
@@ -198,9 +192,8 @@ class Staging:
 
     def _refuse_links(self) -> None:
         """Refuse symlinks: one planted here would make us write outside the build folder."""
-        work, links = work_folder(self.target), []
-        if work.is_symlink():
-            links.append(work)
+        work = work_folder(self.target)
+        links = [work] if work.is_symlink() else []
         for folder, folders, files in os.walk(work):
             links += filter(os.path.islink, (Path(folder, name) for name in (*folders, *files)))
         if links:
@@ -252,11 +245,7 @@ class Staging:
     def _read_journal(self) -> dict[str, _Finished]:
         try:
             return msgspec.json.decode(self._journal_path.read_bytes(), type=dict[str, _Finished])
-        except (
-            OSError,
-            msgspec.MsgspecError,
-            ValueError,
-        ):  # none, or cut short: then all is made again
+        except (OSError, ValueError):  # none, or cut short: then all is made again
             return {}
 
     def _write_journal(self) -> None:

@@ -353,11 +353,7 @@ def milliseconds(seconds: Spread) -> str:
 
 
 def _memory(
-    bundle: Bundle,
-    before: int | None,
-    opened: int | None,
-    runs: _Runs,
-    buffers: int,
+    bundle: Bundle, before: int | None, opened: int | None, runs: _Runs, buffers: int
 ) -> MemoryUse:
     files = bundle.manifest.files
     weights = sum(bundle.weights_path(name).stat().st_size for name in bundle.components)

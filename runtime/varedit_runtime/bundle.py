@@ -20,7 +20,6 @@ from varedit_runtime.manifest import (
     MANIFEST,
     MAX_MANIFEST_BYTES,
     TOKENIZER,
-    WEIGHTS,
     AnyManifest,
     FileEntry,
     Manifest,
@@ -79,11 +78,6 @@ class Folder:
                 digest.update(chunk)
                 yield chunk
         self._compare(path, name, digest.hexdigest())
-
-    def verify(self, name: str, advance: Callable[[int], None]) -> None:
-        """Hash a file in pieces. advance is called with the number of bytes in each."""
-        for chunk in self.chunks(name):
-            advance(len(chunk))
 
     def _compare(self, path: Path, name: str, digest: str) -> None:
         if digest != self.files[name].sha256:
@@ -151,8 +145,8 @@ class Bundle:
     @property
     def components(self) -> tuple[str, ...]:
         """The model's components; each has one weights file."""
-        stems = [Path(name).stem for name in self.manifest.files if name.startswith(f"{WEIGHTS}/")]
-        return tuple(stem for stem in stems if weights_file(stem) in self.manifest.files)
+        files = self.manifest.files
+        return tuple(stem for name in files if weights_file(stem := Path(name).stem) == name)
 
     def weights_path(self, component: str) -> Path:
         """Return the path of a component's safetensors file; `verify_weights` checks its digest."""
@@ -163,15 +157,11 @@ class Bundle:
         names = [weights_file(component) for component in self.components]
         total = sum(self.manifest.files[name].size for name in names)
         done = 0
-
-        def advance(count: int) -> None:
-            nonlocal done
-            done += count
-            if progress:
-                progress(done, total)
-
         for name in names:
-            self._folder.verify(name, advance)
+            for chunk in self._folder.chunks(name):
+                done += len(chunk)
+                if progress:
+                    progress(done, total)
 
 
 def work_folder(target: Path) -> Path:
@@ -260,11 +250,8 @@ def read_at_most(path: Path, size: int) -> bytes:
 
 def file_digest(path: Path) -> str:
     """Return a file's sha256, reading it in pieces."""
-    digest = hashlib.sha256()
     with readable(path), path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

@@ -14,13 +14,7 @@ from click.shell_completion import CompletionItem
 from varedit_runtime.backends import ChosenBackend
 from varedit_runtime.command import BackendCommand, CommandGroup, backend_option, debug_option
 from varedit_runtime.errors import ConfigError, PictureError
-from varedit_runtime.grids import (
-    ASPECT_RATIOS,
-    RESOLUTIONS,
-    is_trained,
-    picture_size,
-    scale_grids,
-)
+from varedit_runtime.grids import ASPECT_RATIOS, RESOLUTIONS, is_trained, picture_size, scale_grids
 
 if TYPE_CHECKING:
     from varedit_runtime.editor import Editor, EditResult, OnScale, Progress
@@ -214,11 +208,7 @@ def _as_json(output: Path, result: "EditResult", editor: "Editor", found: "Found
 @click.option("--json", "json_file", type=_PATH, help="Write all numbers here, as JSON.")
 @debug_option
 def bench(
-    bundle: Path,
-    variant: str | None,
-    repeat: int,
-    backend: ChosenBackend,
-    json_file: Path | None,
+    bundle: Path, variant: str | None, repeat: int, backend: ChosenBackend, json_file: Path | None
 ) -> None:
     """Measure BUNDLE: every stage and scale, start-up, memory.
 

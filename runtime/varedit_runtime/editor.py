@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import Event, RLock
 from time import perf_counter
-from types import TracebackType
 from typing import Literal, overload
 
 import numpy as np
@@ -112,11 +111,7 @@ class Editor:
     """
 
     def __init__(
-        self,
-        bundle: Bundle,
-        variant: Variant,
-        backend: Backend,
-        instructions: Instructions | None,
+        self, bundle: Bundle, variant: Variant, backend: Backend, instructions: Instructions | None
     ) -> None:
         self.bundle, self.variant, self.provider = bundle, variant, backend.provider
         self._backend: Backend | None = backend
@@ -171,12 +166,7 @@ class Editor:
     def __enter__(self) -> "Editor":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -200,11 +190,6 @@ class Editor:
         if self._backend is None:
             raise EditorError("the editor is closed: open another one")
         return self._backend
-
-    @property
-    def guided(self) -> bool:
-        """Whether the bundle has the unconditional rows that guidance needs."""
-        return self.variant.guided
 
     @overload
     def edit(  # pyright: ignore[reportOverlappingOverload]: a str is a sequence of str
@@ -339,8 +324,8 @@ class Editor:
             decoded = output.arrays.get("pictures", decoded)
             if (scale := scale_of(output.stage)) is not None and batch.call.on_scale is not None:
                 batch.call.on_scale(self._progress(batch, scale, output.arrays["running_sum"]))
-            if output.stage != DECODER:
-                _raise_if(batch.call.cancelled)
+            if output.stage != DECODER and batch.call.cancelled.is_set():
+                raise EditCancelled("the edit was cancelled")
         with timings.of(DECODER):
             return self._restored(decoded, batch.wanted)
 
@@ -350,7 +335,7 @@ class Editor:
 
     def _prompts(self, rows: Sequence[Wanted]) -> Prompts:
         ids, mask = self._padded([one.prompt for one in rows])
-        if not self.guided:
+        if not self.variant.guided:
             return Prompts(ids, mask)
         # Rows without a negative prompt use the model's own; their ids here are only a filling.
         negative_ids, negative_mask = self._padded([one.negative or one.prompt for one in rows])
@@ -442,11 +427,6 @@ def read_instructions(bundle: Bundle, limit: int) -> Instructions:
         return Instructions(read_tokenizer(bundle.tokenizer_json()), limit)
     except ValueError as error:
         raise BundleError(f"{bundle.path / TOKENIZER} {error}: build the bundle again") from error
-
-
-def _raise_if(cancelled: Event) -> None:
-    if cancelled.is_set():
-        raise EditCancelled("the edit was cancelled")
 
 
 def _finite(stage: str, array: np.ndarray) -> np.ndarray:

@@ -50,7 +50,7 @@ class EngineBackend(GraphBackend):
         super().__init__(variant, bundle.manifest.model, recipe.backend, symbolic)
         self._device, self._weights = device, EngineWeights(engines.manifest.weights)
         self.budget = budget(bundle, variant, recipe.layout)
-        self.budget.check(device.free_memory())
+        self.budget.check(self.budget.total, device.free_memory())
         self._engines = self._load(engines)
         self._values = values_of(list(self.steps.values()))
         self._allocate()
@@ -137,7 +137,7 @@ class EngineBackend(GraphBackend):
         whole = lay_out({"values": self._arena.size, "landing": landing, "scratch": scratch})
         self.budget = replace(self.budget, scratch=scratch)
         # Weights inside engines are loaded by now: only the rest must still fit.
-        self.budget.check_rest(whole.size + self._weights.size, self._device.free_memory())
+        self.budget.check(whole.size + self._weights.size, self._device.free_memory())
         self._start = self._device.allocate(whole.size)
         self._device.clear(self._start, whole.size)
         self._landing = self._start + whole.offsets["landing"]

@@ -67,11 +67,7 @@ class Budget:
             f"{scratch}), and what the driver takes"
         )
 
-    def check(self, free: int) -> None:
-        """Raise BackendError if the total is more than the free bytes."""
-        self.check_rest(self.total, free)
-
-    def check_rest(self, rest: int, free: int) -> None:
+    def check(self, rest: int, free: int) -> None:
         """Raise BackendError if rest, the bytes not yet allocated, is more than the free bytes."""
         if rest > free:
             raise BackendError(

@@ -144,12 +144,7 @@ class Session:
 class OnnxBackend(GraphBackend):
     """All graphs of a variant on one provider, for one edit at a time."""
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        variant: Variant,
-        options: OnnxRuntimeOptions,
-    ) -> None:
+    def __init__(self, bundle: Bundle, variant: Variant, options: OnnxRuntimeOptions) -> None:
         """Load all graphs and allocate their memory.
 
         Raises BackendError if the installed onnxruntime lacks the provider, it does not run the
