@@ -115,7 +115,7 @@ def first_pictures(step: PredictedScale, count: int) -> PredictedScale:
 
 def test_without_guidance_too() -> None:
     with Editor.open(plain_bundle(), threads=1) as editor:
-        assert not editor.guided
+        assert not editor.variant.guided
         recorder = Recorder.of(editor)
         result = editor.edit(PHOTO, "add a hat", seed=3)
     config, steps = plain_config(), []

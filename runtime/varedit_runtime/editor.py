@@ -27,6 +27,7 @@ from varedit_runtime.arguments import (
 from varedit_runtime.backends import DEFAULT, ChosenBackend, choose
 from varedit_runtime.backends.base import (
     Backend,
+    EditWhole,
     Negatives,
     Prompts,
     Sampling,
@@ -90,16 +91,6 @@ class Progress:
 WHOLE = "edit"  # the only entry in the timings of an edit that ran as one launch
 
 OnScale = Callable[[Progress], None]
-
-
-@dataclass(frozen=True)
-class _Call:
-    """One call of `Editor.edit`, with checked arguments."""
-
-    wanted: Sequence[Wanted]
-    sampling: ScaleSettings
-    on_scale: OnScale | None
-    cancelled: Event
 
 
 class Editor:
@@ -255,13 +246,14 @@ class Editor:
         )
         if on_scale is not None and not callable(on_scale):
             raise ConfigError(f"on_scale is {on_scale!r}; give a function")
-        call = _Call(wanted, sampling, on_scale, Event())
+        places, size, cancelled = range(len(wanted)), self.variant.batch, Event()
+        results: list[EditResult] = []
         with self._my_turn():
-            results = [
-                result
-                for first in range(0, len(wanted), self.variant.batch)
-                for result in self._edit_batch(call, first)
-            ]
+            for first in places[::size]:
+                own = places[first : first + size]
+                # Graphs were built for a batch of this size: a smaller one repeats its last picture.
+                rows = [wanted[min(i, own[-1])] for i in range(first, first + size)]
+                results += self._edit_batch(_PictureBatch(rows, own, sampling, on_scale, cancelled))
         lists = map(is_list, (image, prompt, negative_prompt, seed))
         return results if any(lists) or num_images_per_prompt > 1 else results[0]
 
@@ -285,23 +277,15 @@ class Editor:
             finally:
                 self._editing = False
 
-    def _edit_batch(self, call: _Call, first: int) -> Iterator[EditResult]:
-        """Edit the batch that starts at this place in the call."""
-        wanted = call.wanted[first : first + self.variant.batch]
-        # The graphs were built for a batch of this size: a smaller one repeats its last picture.
-        rows = [wanted[min(i, len(wanted) - 1)] for i in range(self.variant.batch)]
-        batch = _PictureBatch(call, wanted, rows, range(first, first + len(wanted)))
-        images = self._edit_whole(batch) if call.on_scale is None else None
-        if images is None:
-            images = self._edit_by_stages(batch)
-        for one, image in zip(wanted, images, strict=True):
-            yield EditResult(image, one.seed, batch.timings.seconds)
+    def _edit_batch(self, batch: "_PictureBatch") -> list[EditResult]:
+        edit = self.backend.whole if batch.on_scale is None else None
+        images = self._edit_whole(batch, edit) if edit else self._edit_by_stages(batch)
+        return [
+            EditResult(image, one.seed, batch.timings.seconds)
+            for one, image in zip(batch.wanted, images, strict=True)
+        ]
 
-    def _edit_whole(self, batch: "_PictureBatch") -> list[Image.Image] | None:
-        """Edit a batch in one launch; return None if the backend cannot."""
-        edit = self.backend.whole
-        if edit is None:
-            return None
+    def _edit_whole(self, batch: "_PictureBatch", edit: EditWhole) -> list[Image.Image]:
         with batch.timings.of(WHOLE):
             samplings = [self._sampling(batch, scale) for scale in range(len(self.variant.grids))]
             edited = edit(self._prompts(batch.rows), self._squares(batch.rows), samplings)
@@ -322,9 +306,9 @@ class Editor:
             for array in output.arrays.values():
                 _finite(output.stage, array)
             decoded = output.arrays.get("pictures", decoded)
-            if (scale := scale_of(output.stage)) is not None and batch.call.on_scale is not None:
-                batch.call.on_scale(self._progress(batch, scale, output.arrays["running_sum"]))
-            if output.stage != DECODER and batch.call.cancelled.is_set():
+            if batch.on_scale is not None and (scale := scale_of(output.stage)) is not None:
+                batch.on_scale(self._progress(batch, scale, output.arrays["running_sum"]))
+            if output.stage != DECODER and batch.cancelled.is_set():
                 raise EditCancelled("the edit was cancelled")
         with timings.of(DECODER):
             return self._restored(decoded, batch.wanted)
@@ -356,11 +340,10 @@ class Editor:
         rows, columns = self.variant.grids[scale]
         channels = self.bundle.manifest.model.token_channels
         noise = [uniform_noise(one.seed, scale, rows * columns, channels) for one in batch.rows]
-        settings = batch.call.sampling
         return Sampling(
             np.stack(noise).reshape(len(noise), rows, columns, channels),
-            settings.guidance_scale[scale],
-            settings.temperature[scale],
+            batch.sampling.guidance_scale[scale],
+            batch.sampling.temperature[scale],
         )
 
     def _restored(self, decoded: np.ndarray, wanted: Sequence[Wanted]) -> list[Image.Image]:
@@ -382,7 +365,7 @@ class Editor:
             seconds=batch.timings.seconds[scale_name(scale)],
             pictures=batch.places,
             _draw=draw,
-            _cancelled=batch.call.cancelled,
+            _cancelled=batch.cancelled,
         )
 
 
@@ -415,11 +398,16 @@ class _Timings:
 class _PictureBatch:
     """The pictures edited at once. rows: padded to the batch. places: those in the results."""
 
-    call: _Call
-    wanted: Sequence[Wanted]
     rows: Sequence[Wanted]
     places: range
+    sampling: ScaleSettings
+    on_scale: OnScale | None
+    cancelled: Event
     timings: _Timings = field(default_factory=_Timings)
+
+    @property
+    def wanted(self) -> Sequence[Wanted]:
+        return self.rows[: len(self.places)]
 
 
 def read_instructions(bundle: Bundle, limit: int) -> Instructions:
