@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import requires
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -351,25 +350,6 @@ def test_a_bundle_that_cannot_be_opened_is_refused(tmp_path: Path) -> None:
 # Facts
 
 
-def binding(**changed: Any) -> Any:
-    """NVIDIA's binding on a machine with one GPU."""
-    functions: dict[str, Any] = {
-        "nvmlInit": lambda: None,
-        "nvmlShutdown": lambda: None,
-        "nvmlSystemGetDriverVersion": lambda: "570.1",
-        "nvmlDeviceGetCount": lambda: 1,
-        "nvmlDeviceGetHandleByIndex": lambda index: index,
-        "nvmlDeviceGetName": lambda handle: ADA.name,
-        "nvmlDeviceGetCudaComputeCapability": lambda handle: (8, 9),
-        "nvmlDeviceGetMemoryInfo": lambda handle: SimpleNamespace(total=ADA.memory, free=ADA.free),
-    }
-    return SimpleNamespace(**{**functions, **changed})
-
-
-def broken(*_: Any) -> Any:
-    raise RuntimeError("driver and library differ")
-
-
 def smi(stdout: str, code: int = 0) -> Callable[..., Any]:
     return lambda command, **_: subprocess.CompletedProcess(command, code, stdout, "")
 
@@ -379,11 +359,6 @@ def timed_out(command: list[str], timeout: float, **_: Any) -> Any:
 
 
 ROW = "570.1, NVIDIA RTX 4090, 8.9, 22888, 19073\n"
-
-
-def test_gpus_come_from_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pynvml", binding())
-    assert nvidia() == Nvidia("570.1", (ADA,))
 
 
 @pytest.mark.parametrize(
@@ -399,17 +374,14 @@ def test_gpus_come_from_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
         (timed_out, Nvidia(None, (), "nvidia-smi gave no answer in 10 s")),
     ],
 )
-@pytest.mark.parametrize("library", [None, binding(nvmlInit=broken)])
-def test_gpus_come_from_the_program_where_the_library_does_not_work(
-    run: Any, found: Nvidia, library: Any, monkeypatch: pytest.MonkeyPatch
+def test_gpus_come_from_nvidia_smi(
+    run: Any, found: Nvidia, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "pynvml", library)
     monkeypatch.setattr(subprocess, "run", run)
     assert nvidia() == found
 
 
-def test_without_library_and_program_there_is_a_statement(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pynvml", None)
+def test_without_nvidia_smi_there_is_a_statement(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     assert nvidia() == Nvidia(None, (), "nvidia-smi cannot be run: No such file or directory")
 
@@ -449,7 +421,7 @@ def test_it_works_with_what_editing_needs_alone(tmp_path: Path) -> None:
         from varedit_export.cli import main
         main()
         """
-    absent = "torch,onnx,transformers,safetensors,tensorrt,tensorrt_rtx,pynvml"
+    absent = "torch,onnx,transformers,safetensors,tensorrt,tensorrt_rtx"
     for missing, exit_code in ((absent, 0), (f"{absent},onnxruntime", 1)):
         command = [sys.executable, "-c", code, "doctor", missing]
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)

@@ -75,8 +75,8 @@ class Staging:
         self.files: dict[str, FileEntry] = {}
         self._check = check
         self._journal_path = journal or work_folder(self.target) / "journal.json"
-        self._lock = FileLock(self.target.parent / f".{self.target.name}.lock")
-        self._timeout = -1 if wait else 0
+        lock = self.target.parent / f".{self.target.name}.lock"
+        self._lock = FileLock(lock, timeout=-1 if wait else 0)
 
     def __enter__(self) -> "Staging":
         with _writable(self.target):
@@ -150,7 +150,7 @@ class Staging:
 
     def _acquire(self) -> None:
         try:
-            self._lock.acquire(timeout=self._timeout)
+            self._lock.acquire()
         except Timeout as error:
             raise BundleError(
                 f"{self.target} is being built by another process: wait for it to end"

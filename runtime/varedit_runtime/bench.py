@@ -25,7 +25,7 @@ from PIL import Image
 from varedit_runtime.backends import DEFAULT, ChosenBackend, choose
 from varedit_runtime.backends.onnxruntime.backend import Buffer, Session
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.editor import WHOLE, Editor
+from varedit_runtime.editor import WHOLE, Editor, OnScale
 from varedit_runtime.errors import ConfigError
 from varedit_runtime.files import atomic_file
 from varedit_runtime.geometry import scale_sizes
@@ -184,20 +184,19 @@ class _Runs:
 def _run(editor: Editor, repeat: int) -> _Runs:
     """Edit once to warm up, then `repeat` times, and as often by stages if they differ."""
     pictures = [synthetic_picture(editor.variant)] * editor.variant.batch
+
+    def edit(on_scale: OnScale | None = None) -> Mapping[str, float]:
+        return editor.edit(pictures, INSTRUCTION, seed=0, on_scale=on_scale)[0].timings
+
     start = perf_counter()
     with peak_memory() as samples:
-        editor.edit(pictures, INSTRUCTION, seed=0)
+        edit()
     first_seconds = perf_counter() - start
     _return_freed_memory()
     after = memory_in_use()
-    edits = [editor.edit(pictures, INSTRUCTION, seed=0)[0].timings for _ in range(repeat)]
-    stages = edits
+    edits = stages = [edit() for _ in range(repeat)]
     if WHOLE in edits[0]:
-        by_stages = [
-            editor.edit(pictures, INSTRUCTION, seed=0, on_scale=lambda progress: None)
-            for _ in range(repeat)
-        ]
-        stages = [results[0].timings for results in by_stages]
+        stages = [edit(on_scale=lambda progress: None) for _ in range(repeat)]
     return _Runs(first_seconds, samples, after, edits, stages)
 
 
@@ -218,30 +217,25 @@ def report_table(report: BenchReport) -> str:
         "",
         f"start-up         {report.open_seconds:.2f} s, the first edit "
         f"{report.first_edit_seconds:.2f} s",
-        *_yardstick(report.product_rate),
-        *memory_lines(report.memory),
-        *_gpu_memory(report.gpu_memory),
     ]
+    if report.product_rate is not None:
+        lines.append(f"matrix product   {report.product_rate / 1e9:.1f} GFLOP/s in fp32")
+    lines += memory_lines(report.memory)
+    if report.gpu_memory is not None:
+        lines.append(f"GPU memory       {_megabytes(report.gpu_memory)}, and what the driver takes")
     return "\n".join(lines)
-
-
-def _yardstick(rate: float | None) -> Iterator[str]:
-    if rate is not None:
-        yield f"matrix product   {rate / 1e9:.1f} GFLOP/s in fp32"
-
-
-def _gpu_memory(size: int | None) -> Iterator[str]:
-    if size is not None:
-        yield f"GPU memory       {_megabytes(size)}, and what the driver takes"
 
 
 def memory_lines(memory: MemoryUse) -> list[str]:
     """Describe memory and disk for people, by use."""
-    return [
-        f"memory           {_process(memory)}",
-        *_ratios(memory),
-        f"disk             {_megabytes(memory.disk)}, {memory.disk_ratio:.3f} x weights",
-    ]
+    lines = [f"memory           {_process(memory)}"]
+    if memory.peak_ratio is not None and memory.held_ratio is not None:
+        lines.append(
+            f"                 peak {memory.peak_ratio:.2f} x weights, without caches and "
+            f"activations {memory.held_ratio:.2f} x"
+        )
+    lines.append(f"disk             {_megabytes(memory.disk)}, {memory.disk_ratio:.3f} x weights")
+    return lines
 
 
 def check_report(path: Path) -> None:
@@ -386,14 +380,6 @@ def _process(memory: MemoryUse) -> str:
         f"peak {_megabytes(memory.peak)}: before opening {_megabytes(memory.before)}, {parts}, "
         f"all else {_megabytes(max(memory.peak - known, 0))}"
     )
-
-
-def _ratios(memory: MemoryUse) -> Iterator[str]:
-    if memory.peak_ratio is not None and memory.held_ratio is not None:
-        yield (
-            f"                 peak {memory.peak_ratio:.2f} x weights, without caches and "
-            f"activations {memory.held_ratio:.2f} x"
-        )
 
 
 def _megabytes(size: int) -> str:

@@ -17,13 +17,14 @@ from varedit_runtime.manifest import weights_file
 
 def detect_machine(bundle: Path | None = None) -> Machine:
     """Return this machine as it is now. Raises BundleError when the bundle cannot be opened."""
+    root = default_root()  # which may be yet to be made, below a folder that is there
     return Machine(
         python=platform.python_version(),
         nvidia=nvidia(),
         packages=installed(),
         probes={spec.name: spec.probe() for spec in specs()},
         memory=available_memory(),
-        disk=shutil.disk_usage(_standing(default_root())).free,
+        disk=shutil.disk_usage(next(p for p in (root, *root.parents) if p.exists())).free,
         bundle=None if bundle is None else _bundle_facts(Bundle.open(bundle)),
     )
 
@@ -63,8 +64,3 @@ def _engines(bundle: Bundle, path: Path) -> EngineSetFacts:
     except BundleError as error:
         return EngineSetFacts(path, None, one_line(error))
     return EngineSetFacts(path, recipe, gpu_memory=needed.total)
-
-
-def _standing(path: Path) -> Path:
-    """Return the folder itself or, where it is yet to be made, the nearest one above it."""
-    return next(place for place in (path, *path.parents) if place.exists())

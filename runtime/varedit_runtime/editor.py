@@ -251,7 +251,7 @@ class Editor:
         with self._my_turn():
             for first in places[::size]:
                 own = places[first : first + size]
-                # Graphs were built for a batch of this size: a smaller one repeats its last picture.
+                # The graphs take batches of this size: a smaller one repeats its last picture.
                 rows = [wanted[min(i, own[-1])] for i in range(first, first + size)]
                 results += self._edit_batch(_PictureBatch(rows, own, sampling, on_scale, cancelled))
         lists = map(is_list, (image, prompt, negative_prompt, seed))

@@ -13,8 +13,6 @@ from varedit_runtime.files import atomic_file
 VARIABLE = "VAREDIT_BUNDLE"
 
 _APP = "varedit-export"
-_NANO = Path(__file__).with_name("nano")
-_NANO_IS = "the embedded nano, a small demonstration model for drawn scenes"
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ def default_root() -> Path:
 
 def embedded() -> Path:
     """Return the folder of nano's bundle, which is installed with this package."""
-    return _NANO
+    return Path(__file__).with_name("nano")
 
 
 def remember(path: Path) -> None:
@@ -72,7 +70,8 @@ def find_bundle(explicit: Path | None) -> Found:
     if last and standing_folder(last).exists():
         return Found(last, "the last one built")
     reason = f"the last one built, {last}, is gone" if last else "no bundle was named or built"
-    return Found(embedded(), f"{_NANO_IS}, as {reason}")
+    nano = "the embedded nano, a small demonstration model for drawn scenes"
+    return Found(embedded(), f"{nano}, as {reason}")
 
 
 def _last_built() -> Path:

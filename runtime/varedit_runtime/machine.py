@@ -4,12 +4,10 @@ They are data without behaviour, so that a test can make up a machine. `detect.p
 Nothing here needs PyTorch, TensorRT or a GPU.
 """
 
-import importlib
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 from varedit_runtime.errors import one_line
@@ -111,42 +109,7 @@ def cpu_bytes(bundle: BundleFacts) -> int:
 
 
 def nvidia() -> Nvidia:
-    """Ask NVIDIA's library if there is a binding of it, else NVIDIA's program."""
-    try:
-        return _from_library()
-    except Exception:  # it is not installed, or has errors of its own
-        return _from_program()
-
-
-def available_memory() -> int | None:
-    """Return the bytes that programs can have without swapping; None if the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    sizes = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
-    return 1024 * sizes[0] if sizes else None
-
-
-def _from_library() -> Nvidia:
-    nvml = importlib.import_module("pynvml")
-    nvml.nvmlInit()
-    try:
-        handles = map(nvml.nvmlDeviceGetHandleByIndex, range(nvml.nvmlDeviceGetCount()))
-        gpus = tuple(_from_handle(nvml, handle) for handle in handles)
-        return Nvidia(nvml.nvmlSystemGetDriverVersion(), gpus, "" if gpus else "there is none")
-    finally:
-        nvml.nvmlShutdown()
-
-
-def _from_handle(nvml: ModuleType, handle: object) -> Gpu:
-    major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
-    memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-    name = nvml.nvmlDeviceGetName(handle)
-    return Gpu(name, f"sm{major}{minor}", memory.total, memory.free)
-
-
-def _from_program() -> Nvidia:
+    """Ask nvidia-smi, which comes with every driver."""
     command = ["nvidia-smi", f"--query-gpu={SMI_FIELDS}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SMI_SECONDS)
@@ -162,6 +125,16 @@ def _from_program() -> Nvidia:
     if done.returncode != 0 or not gpus:
         return Nvidia(None, (), one_line(done.stdout + done.stderr) or "nvidia-smi names none")
     return Nvidia(rows[0][0], gpus)
+
+
+def available_memory() -> int | None:
+    """Return the bytes that programs can have without swapping; None if the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    sizes = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    return 1024 * sizes[0] if sizes else None
 
 
 def _mebibytes(cell: str) -> int | None:

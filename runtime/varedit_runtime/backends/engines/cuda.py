@@ -283,6 +283,6 @@ def _explained(what: str) -> Iterator[None]:
         raise
     except Exception as error:  # cuda-python's errors have no common base
         raise BackendError(
-            f"the GPU cannot {what} ({' '.join(str(error).split()) or type(error).__name__}): run "
+            f"the GPU cannot {what} ({one_line(error) or type(error).__name__}): run "
             "`varedit-export doctor`"
         ) from error
