@@ -77,14 +77,6 @@ def test_a_bundle_is_opened_by_a_string_and_through_a_link_to_it(published: Path
     assert Bundle.open(str(tmp_path / "link")) == Bundle.open(published)
 
 
-def test_hashing_weights_tells_how_far_it_is(published: Path):
-    steps: list[tuple[int, int]] = []
-    Bundle.open(published).verify_weights(lambda done, total: steps.append((done, total)))
-    total = sum(len(content(f"graphs/weights/{name}.safetensors")) for name in COMPONENTS)
-    assert [done for done, _ in steps] == sorted(done for done, _ in steps)
-    assert steps[-1] == (total, total)
-
-
 def test_files_beside_the_listed_ones_do_not_matter(folder: Path):
     (folder / ".DS_Store").write_bytes(b"x")
     (folder / "engines").mkdir()

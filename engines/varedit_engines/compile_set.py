@@ -130,7 +130,7 @@ def _whole(
     try:
         return cache.open(recipe, verify=True)
     except BundleError as error:
-        if not cache.made_here(recipe):
+        if cache.built_elsewhere(recipe):
             raise
         notice(f"engines are compiled again: {error}")
         return None

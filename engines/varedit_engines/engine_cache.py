@@ -28,18 +28,19 @@ class EngineCache(EngineSets):
                 engines = cache.open(recipe)  # made by that process
                 ...  # otherwise compile, record and publish
 
-    Creating a set replaces an existing one. Call `made_here` before for a damaged set, and
+    Creating a set replaces an existing one. Ask `built_elsewhere` before for a damaged set, and
     `check_replaceable` for a whole one: sets that others built are not ours to replace.
     """
 
-    def made_here(self, recipe: EngineRecipe) -> bool:
-        """Return whether this user built, on this machine, all existing sets of this recipe."""
-        return not self._foreign(recipe)
+    def built_elsewhere(self, recipe: EngineRecipe) -> list[Path]:
+        """Return the existing sets of this recipe that this user did not build on this machine."""
+        places = self.places_of(recipe)
+        return [folder for folder in places if folder.exists() and not _made_here(folder)]
 
     def check_replaceable(self, engines: EngineSet) -> None:
         """Raise BundleError if a new set would replace another builder's, or would not be found."""
         inside, _ = self.places_of(engines.manifest.recipe)
-        for folder in self._foreign(engines.manifest.recipe):
+        for folder in self.built_elsewhere(engines.manifest.recipe):
             raise BundleError(
                 f"{folder} has engines that were built elsewhere, which are not replaced: delete "
                 "the folder to compile your own"
@@ -48,10 +49,6 @@ class EngineCache(EngineSets):
             raise BundleError(
                 f"{inside} cannot be replaced: make the folder {inside.parent} writable"
             )
-
-    def _foreign(self, recipe: EngineRecipe) -> list[Path]:
-        places = self.places_of(recipe)
-        return [folder for folder in places if folder.exists() and not _made_here(folder)]
 
     def create(self, recipe: EngineRecipe) -> Staging:
         """Return a staging for a set: in the bundle or, if that is read-only, in the user's cache.

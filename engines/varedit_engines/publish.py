@@ -100,10 +100,10 @@ class Staging:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
-    def kept(self, name: str, key: str) -> FileEntry | None:
+    def kept(self, name: str, key: str) -> bool:
         """Keep a file that an earlier build finished with the same key; delete any other.
 
-        Returns its entry, or None if it has to be written. A key: see `record`.
+        Return whether it was kept, and need not be written. A key: see `record`.
         """
         finished = self._journal.get(name)
         path = self.file(name)
@@ -114,11 +114,11 @@ class Staging:
             and file_digest(path) == finished.entry.sha256
         ):
             self.files[name] = finished.entry
-            return finished.entry
+            return True
         path.unlink(missing_ok=True)
-        return None
+        return False
 
-    def record(self, name: str, key: str | None = None) -> FileEntry:
+    def record(self, name: str, key: str | None = None) -> None:
         """Add a finished file to the bundle.
 
         key: a digest of what it was made from; without one, a resumed build makes it again.
@@ -130,7 +130,6 @@ class Staging:
         if key is not None:
             self._journal[name] = _Finished(key, entry)
             self._write_journal()
-        return entry
 
     def publish(self, manifest: FolderManifest) -> str:
         """Write the manifest, check the folder and rename it to its place; return its digest.

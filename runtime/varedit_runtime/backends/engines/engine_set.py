@@ -125,7 +125,7 @@ class EngineSet:
     def verify(self) -> None:
         """Hash all files. Raises BundleError if one is damaged."""
         for file in self.manifest.files:
-            deque(self._folder.chunks(file), maxlen=0)  # read to the end, which checks the digest
+            self._folder.verify(file)
 
     def packed_plan(self, stage: str) -> Iterator[bytes]:
         """Yield a stage's packed plan in pieces; raise BundleError at its end if it is damaged."""

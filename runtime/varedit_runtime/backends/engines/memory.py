@@ -82,12 +82,8 @@ def budget(bundle: Bundle, variant: Variant, layout: EngineLayout) -> Budget:
     symbolic = layout == "profiles"
     values = values_of(wire(variant, bundle.manifest.model, symbolic))
     sizes = {name: aligned(view.size) for name, view in values.items()}
-    caches = sum(size for name, size in sizes.items() if is_cache(name))
+    caches = sum(size for name, size in sizes.items() if name.startswith("cache_"))
     return Budget(weights_on_gpu(bundle, variant, layout), caches, sum(sizes.values()) - caches)
-
-
-def is_cache(value: str) -> bool:
-    return value.startswith("cache_")
 
 
 def weights_on_gpu(bundle: Bundle, variant: Variant, layout: EngineLayout) -> int:
