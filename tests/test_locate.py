@@ -17,7 +17,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Become a user who has never built anything, with an embedded nano."""
     monkeypatch.delenv(VARIABLE, raising=False)
     monkeypatch.setattr(locate, "user_data_path", lambda app: tmp_path / "data" / app)
-    monkeypatch.setattr(locate, "_NANO", tmp_path / "nano")
+    monkeypatch.setattr(locate, "embedded", lambda: tmp_path / "nano")
     return tmp_path
 
 

@@ -70,7 +70,7 @@ def test_the_installed_bundle_opens_where_nothing_can_be_written(built: Path, tm
         import sys
         sys.path.insert(0, sys.argv[1])
         from varedit_runtime import bundle, locate
-        opened = bundle.Bundle.open(locate._NANO)
+        opened = bundle.Bundle.open(locate.embedded())
         opened.verify_weights()
         print(opened.path)
         """
