@@ -23,7 +23,6 @@ from varedit_export.sources import RandomTextEncoder, Sources, random_sources
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.editor import Editor
 from varedit_runtime.errors import BackendError, ConfigError
-from varedit_runtime.manifest import FileEntry
 
 SCALES = len(bundle_config().transformer.grids)
 
@@ -175,11 +174,11 @@ def test_an_interrupted_build_goes_on_where_it_was(
     recorded: list[str] = []
     record, stop_after = Staging.record, [9]
 
-    def counted(staging: Staging, name: str, key: str | None = None) -> FileEntry:
+    def counted(staging: Staging, name: str, key: str | None = None) -> None:
         if len(recorded) in stop_after:
             raise KeyboardInterrupt
         recorded.append(name)
-        return record(staging, name, key)
+        record(staging, name, key)
 
     monkeypatch.setattr(Staging, "record", counted)
     target = tmp_path / "small"

@@ -24,9 +24,11 @@ class Engine(Protocol):
     @property
     def tensors(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
         """Inputs and outputs by name: type as in manifests, and shape (-1: set by profiles)."""
+        ...
 
     def scratch(self, profile: int) -> int:
         """Return the bytes of scratch memory that a run in this profile needs."""
+        ...
 
     def bind(
         self,
@@ -40,6 +42,7 @@ class Engine(Protocol):
         shapes: of the inputs. scratch: address and bytes of memory that nothing else uses while it
         runs. Raises BackendError if the engine refuses them.
         """
+        ...
 
 
 class Device(Protocol):
@@ -50,28 +53,36 @@ class Device(Protocol):
 
     def free_memory(self) -> int:
         """Return the free bytes of GPU memory."""
+        ...
 
     def allocate(self, size: int) -> int:
         """Allocate GPU memory; return its address, which is aligned."""
+        ...
 
     def allocate_host(self, size: int) -> np.ndarray:
         """Allocate page-locked host memory to copy from and to: uint8 [size], aligned."""
+        ...
 
     def copy(self, target: int, source: int, size: int) -> None:
         """Copy bytes between addresses of the GPU and of `allocate_host`."""
+        ...
 
     def clear(self, address: int, size: int) -> None:
         """Set bytes of GPU memory to zero."""
+        ...
 
     def load(self, name: str, plan: bytes | bytearray) -> Engine: ...
 
     def capture(self, record: Launch) -> Launch:
         """Record work; return a function that replays it. Engines must have run once before."""
+        ...
 
     def settle(self) -> None:
         """Keep the kernels that were compiled for the engines, all of which have run once."""
+        ...
 
     def wait(self) -> None:
         """Wait until all work is done."""
+        ...
 
     def close(self) -> None: ...
