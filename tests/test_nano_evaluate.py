@@ -12,15 +12,15 @@ from varedit_nano import evaluate
 from varedit_nano.evaluate import (
     ALTERNATIVES,
     Question,
-    Sampling,
+    SamplingSettings,
     Scores,
     by_kind,
     draw_questions,
-    draw_sheet,
+    draw_result_sheet,
     margin,
     psnr,
     score,
-    table,
+    score_table,
 )
 from varedit_nano.scenes import KINDS, EditSample
 from varedit_nano.sheets import GAP
@@ -136,7 +136,7 @@ def test_means(question: Question) -> None:
     scores = by_kind([good, bad, bad, bad])
     assert list(scores) == ["recolour", "overall"]
     assert scores["overall"] == Scores(4, 25.0, 100.0, 100.0, 100.0)
-    assert "recolour" in table(scores)
+    assert "recolour" in score_table(scores)
 
 
 def test_questions_are_fixed_and_of_all_kinds() -> None:
@@ -153,7 +153,7 @@ def test_questions_are_fixed_and_of_all_kinds() -> None:
 def test_the_sheet_shows_random_edits_and_the_worst(question: Question) -> None:
     pictures = [question.right.target] * 19 + [question.right.source]
     scores = [scored(question, picture) for picture in pictures]
-    sheet = np.asarray(draw_sheet([question] * 20, pictures, scores))
+    sheet = np.asarray(draw_result_sheet([question] * 20, pictures, scores))
     bottom = (len(sheet) - GAP) // evaluate.SHEET_ROWS  # of the first row of pictures
     width = sheet.shape[1] // 2
     top, result = bottom - SIDE, 2 * GAP + SIDE
@@ -182,7 +182,7 @@ def tiny() -> VAREdit:
 
 def test_scores_do_not_depend_on_the_batch(tiny: VAREdit) -> None:
     questions = draw_questions(4, size=32)
-    sampling = Sampling(guidance_scale=2.0, temperature=1.0)
+    sampling = SamplingSettings(guidance_scale=2.0, temperature=1.0)
     whole, pictures = evaluate.evaluate(tiny, questions, 4, sampling)
     parts, others = evaluate.evaluate(tiny, questions, 3, sampling)
     assert [s.accurate for s in whole] == [s.accurate for s in parts]

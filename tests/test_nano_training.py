@@ -37,10 +37,10 @@ from varedit_nano.text import build_vocabulary, new_text_encoder
 from varedit_nano.train_tokenizer import RECIPE as TOKENIZER_RECIPE
 from varedit_nano.train_tokenizer import TokenizerTask, new_tokenizer
 from varedit_nano.train_transformer import RECIPE as TRANSFORMER_RECIPE
-from varedit_nano.train_transformer import Editor, TransformerTask, new_transformer
+from varedit_nano.train_transformer import EditModel, TransformerTask, new_transformer
 from varedit_nano.training import (
-    Machine,
-    Recipe,
+    TrainingMachine,
+    TrainingRecipe,
     check_gradients,
     ema_decay,
     learning_rate,
@@ -90,21 +90,21 @@ def features(generator: torch.Generator, side: int = 16, bits: int = 6) -> Tenso
     return torch.randn(3, bits, side, side, generator=generator) / 2
 
 
-def tokenizer_task(recipe: Recipe, machine: Machine) -> TokenizerTask:
+def tokenizer_task(recipe: TrainingRecipe, machine: TrainingMachine) -> TokenizerTask:
     return TokenizerTask(new_tokenizer(TINY.tokenizer, 0), recipe, machine, GRIDS)
 
 
 def transformer_task(
-    recipe: Recipe, machine: Machine, config: ModelConfig = TINY
+    recipe: TrainingRecipe, machine: TrainingMachine, config: ModelConfig = TINY
 ) -> TransformerTask:
     torch.manual_seed(0)
     vocabulary = build_vocabulary(INSTRUCTIONS)
-    model = Editor(new_transformer(config, 0), new_text_encoder(vocabulary, 128))
+    model = EditModel(new_transformer(config, 0), new_text_encoder(vocabulary, 128))
     tokenizer = new_tokenizer(config.tokenizer, 0).requires_grad_(False)
     return TransformerTask(config, model, tokenizer, vocabulary, recipe, machine)
 
 
-BuildTask = Callable[[Recipe, Machine], Any]
+BuildTask = Callable[[TrainingRecipe, TrainingMachine], Any]
 TASKS = pytest.mark.parametrize(
     ("build", "recipe"),
     [(tokenizer_task, TOKENIZER_RECIPE), (transformer_task, TRANSFORMER_RECIPE)],
@@ -127,10 +127,10 @@ def flat(content: Any) -> list[Any]:
 
 @TASKS
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(
-    build: BuildTask, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    build: BuildTask, recipe: TrainingRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = replace(recipe, steps=5, batch=2, warmup=2)
-    machine = Machine(log_every=1, save_every=2, report_every=NEVER)
+    machine = TrainingMachine(log_every=1, save_every=2, report_every=NEVER)
     through, resumed = RunFolder(tmp_path / "through"), RunFolder(tmp_path / "resumed")
     seen: list[tuple[int, float]] = []
 
@@ -164,9 +164,9 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
 
 
 @TASKS
-def test_it_learns(build: BuildTask, recipe: Recipe, tmp_path: Path) -> None:
+def test_it_learns(build: BuildTask, recipe: TrainingRecipe, tmp_path: Path) -> None:
     recipe = replace(recipe, steps=40, batch=2, warmup=1)
-    machine = Machine(log_every=10, save_every=NEVER, report_every=NEVER)
+    machine = TrainingMachine(log_every=10, save_every=NEVER, report_every=NEVER)
     task = build(recipe, machine)
     first = task.dataset[0]
     before = task.losses(first, 0, False)["loss"].item()
@@ -194,7 +194,7 @@ def test_a_run_starts_from_the_averaged_weights_of_another(tmp_path: Path) -> No
     pictures: list[Tensor] = []
     tasks: list[TokenizerTask] = []
 
-    def quiet_task(recipe: Recipe, machine: Machine) -> TokenizerTask:
+    def quiet_task(recipe: TrainingRecipe, machine: TrainingMachine) -> TokenizerTask:
         task = tokenizer_task(recipe, machine)
         tasks.append(task)
         losses = task.losses
@@ -223,7 +223,7 @@ def test_a_run_starts_from_the_averaged_weights_of_another(tmp_path: Path) -> No
 
 
 def test_a_transformer_starts_from_one_that_was_trained_on_other_bits(tmp_path: Path) -> None:
-    task = transformer_task(TRANSFORMER_RECIPE, Machine())
+    task = transformer_task(TRANSFORMER_RECIPE, TrainingMachine())
     with torch.no_grad():
         for parameter in task.model.parameters():
             parameter += 1
@@ -233,7 +233,7 @@ def test_a_transformer_starts_from_one_that_was_trained_on_other_bits(tmp_path: 
         tokenizer=replace(TINY.tokenizer, bits=6),
         transformer=replace(TINY.transformer, token_channels=6),
     )
-    other = transformer_task(TRANSFORMER_RECIPE, Machine(), wider)
+    other = transformer_task(TRANSFORMER_RECIPE, TrainingMachine(), wider)
     before = {name: weight.clone() for name, weight in other.model.state_dict().items()}
     other.restore(tmp_path)
     trained, started = task.model.state_dict(), other.model.state_dict()
@@ -284,7 +284,9 @@ def test_a_half_written_log_line_is_dropped(tmp_path: Path) -> None:
 def test_a_wrong_fast_path_is_refused() -> None:
     recipe = replace(TOKENIZER_RECIPE, steps=10, batch=2)
     grids = ((1, 1), (8, 8))
-    task = TokenizerTask(new_tokenizer(TINY.tokenizer, 0), recipe, Machine(precision="bf16"), grids)
+    task = TokenizerTask(
+        new_tokenizer(TINY.tokenizer, 0), recipe, TrainingMachine(precision="bf16"), grids
+    )
     cosine, ratio = check_gradients(task)
     assert cosine > 0.98
     assert abs(ratio - 1) < 0.1
@@ -295,12 +297,12 @@ def test_a_wrong_fast_path_is_refused() -> None:
             return {"loss": parts["edges"] if fast else parts["loss"]}
 
     with pytest.raises(ConfigError, match="cosine"):
-        check_gradients(Wrong(new_tokenizer(TINY.tokenizer, 0), recipe, Machine(), GRIDS))
+        check_gradients(Wrong(new_tokenizer(TINY.tokenizer, 0), recipe, TrainingMachine(), GRIDS))
 
 
 def test_the_transformer_computes_in_bf16_with_nearly_the_same_gradients() -> None:
     recipe = replace(TRANSFORMER_RECIPE, steps=10, batch=2)
-    task = transformer_task(recipe, Machine(precision="bf16"))
+    task = transformer_task(recipe, TrainingMachine(precision="bf16"))
     cosine, _ = check_gradients(task)
     assert 0.98 < cosine < 1
     assert {p.dtype for p in task.model.parameters()} == {torch.float32}
@@ -400,7 +402,7 @@ def test_the_loss_is_the_two_way_cross_entropy(generator: torch.Generator) -> No
 
 
 def test_text_is_dropped_now_and_then() -> None:
-    task = transformer_task(TRANSFORMER_RECIPE, Machine())
+    task = transformer_task(TRANSFORMER_RECIPE, TrainingMachine())
     with torch.no_grad():
         task.model.transformer.unconditional_text.fill_(7)
         rows = task._text_rows(["add a hat"] * 600, torch.Generator().manual_seed(0))
@@ -410,7 +412,7 @@ def test_text_is_dropped_now_and_then() -> None:
 
 
 def test_quantisation_sets_in_gradually() -> None:
-    task = tokenizer_task(replace(TOKENIZER_RECIPE, steps=1000), Machine())
+    task = tokenizer_task(replace(TOKENIZER_RECIPE, steps=1000), TrainingMachine())
     shares = [task.quantised_share(step) for step in range(1000)]
     assert shares[0] == 0
     assert shares == sorted(shares)
@@ -419,7 +421,7 @@ def test_quantisation_sets_in_gradually() -> None:
 
 
 def test_gradients_pass_through_the_bits() -> None:
-    task = tokenizer_task(replace(TOKENIZER_RECIPE, steps=10, batch=2), Machine())
+    task = tokenizer_task(replace(TOKENIZER_RECIPE, steps=10, batch=2), TrainingMachine())
     loss = task.losses(task.dataset[0], 9, False)["absolute"]
     loss.backward()
     gradient = task.model.encoder.conv_in.weight.grad
@@ -462,11 +464,11 @@ def test_nano_ships_small_and_loads_as_it_was(tmp_path: Path) -> None:
     vocabulary = build_vocabulary(INSTRUCTIONS)
     task = TransformerTask(
         NANO,
-        Editor(new_transformer(NANO, 0), new_text_encoder(vocabulary, 128)),
+        EditModel(new_transformer(NANO, 0), new_text_encoder(vocabulary, 128)),
         initialise(Tokenizer(NANO.tokenizer), 0),
         vocabulary,
         TRANSFORMER_RECIPE,
-        Machine(),
+        TrainingMachine(),
     )
     task.export(task.model, tmp_path / "run" / "ema")
     tokenizer = tmp_path / TOKENIZER_FILE
@@ -480,11 +482,11 @@ def test_nano_ships_small_and_loads_as_it_was(tmp_path: Path) -> None:
         torch.testing.assert_close(loaded, weight, rtol=1e-3, atol=1e-4)
     again = TransformerTask(
         NANO,
-        Editor(new_transformer(NANO, 1), new_text_encoder(vocabulary, 128)),
+        EditModel(new_transformer(NANO, 1), new_text_encoder(vocabulary, 128)),
         task.tokenizer,
         vocabulary,
         TRANSFORMER_RECIPE,
-        Machine(),
+        TrainingMachine(),
     )
     again.restore(tmp_path / "nano")  # what ships can be trained on
     for name, weight in again.model.transformer.state_dict().items():
@@ -504,7 +506,7 @@ def test_nano_ships_small_and_loads_as_it_was(tmp_path: Path) -> None:
 
 def test_muon_trains_the_matrices_between_hidden_states() -> None:
     recipe = replace(TRANSFORMER_RECIPE, steps=1, batch=1)
-    task = transformer_task(recipe, Machine())
+    task = transformer_task(recipe, TrainingMachine())
     names = {id(p): name for name, p in task.model.named_parameters()}
     hidden = [names[id(parameter)] for parameter in task.hidden]
     assert len(set(hidden)) == len(hidden) and all(p.ndim == 2 for p in task.hidden)

@@ -44,7 +44,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
     target = tmp_path_factory.mktemp("deep") / "bundle"
     wanted = replace(request(target, "fp16"), config=deep_config(), resolution=64, batch=2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parity, "WHOLE", 0)
+        patch.setattr(parity, "LARGEST_WHOLE", 0)
         assemble(BundlePlan([wanted], deep_weights()), quiet)
     yield Bundle.open(target)
 
@@ -82,7 +82,7 @@ def test_every_graph_was_compared(built: Bundle) -> None:
 def test_types_that_no_cpu_computes_are_compared_alike(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parity, "WHOLE", 0)
+    monkeypatch.setattr(parity, "LARGEST_WHOLE", 0)
     wanted = replace(request(tmp_path / "bf16", "bf16"), config=deep_config(), guided=False)
     lines = assemble(BundlePlan([wanted], replace(deep_weights(), text=None)), quiet)
     assert any(line.measure.startswith(f"all {DEPTH} blocks") for line in lines)
@@ -178,6 +178,6 @@ def test_the_image_coders_of_a_large_bundle_are_compared_too(built: Bundle) -> N
 def test_a_large_bundle_is_verified_from_its_own_weights(
     built: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parity, "WHOLE", 0)
+    monkeypatch.setattr(parity, "LARGEST_WHOLE", 0)
     lines = gate(parity.compare_bundle(built))
     assert any(line.measure.startswith(f"all {DEPTH} blocks") for line in lines)

@@ -8,14 +8,14 @@ from varedit_export.manifest_model import sources_of
 from varedit_export.options import BuildOptions
 from varedit_export.plan import BundlePlan, VariantRequest
 from varedit_export.sources import (
-    NANO,
+    NANO_SIZE,
     Sources,
     checkpoint_sources,
     missing_weights,
     random_sources,
 )
 from varedit_reference.config import PRESETS, ModelConfig, preset
-from varedit_reference.golden import RESOLUTIONS, recorded_config
+from varedit_reference.golden import PIXEL_BUDGETS, recorded_config
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import CheckpointError, ConfigError
 from varedit_runtime.locate import default_root, embedded
@@ -57,10 +57,12 @@ def _models(options: BuildOptions) -> list[tuple[ModelConfig, int]]:
         if size is not None or resolutions:
             raise ConfigError("--config says the size and resolution: leave out --size and --res")
         return [_recorded(Path(options.config))]
-    if size == NANO:
+    if size == NANO_SIZE:
         return [_nano_model(options)]
     if size is not None and size not in PRESETS:
-        raise ConfigError(f"no size is called {size!r}; there are {NANO}, {', '.join(PRESETS)}")
+        raise ConfigError(
+            f"no size is called {size!r}; there are {NANO_SIZE}, {', '.join(PRESETS)}"
+        )
     if size is None or not resolutions:
         raise ConfigError("give --size and --res, such as --size 2b --res 512, or --config")
     return [(preset(size, resolution, options.aspect), resolution) for resolution in resolutions]
@@ -69,7 +71,9 @@ def _models(options: BuildOptions) -> list[tuple[ModelConfig, int]]:
 def _recorded(config: Path) -> tuple[ModelConfig, int]:
     try:
         settings = json.loads(config.read_text())
-        return recorded_config(config.resolve().parent.name, settings), RESOLUTIONS[settings["pn"]]
+        return recorded_config(config.resolve().parent.name, settings), PIXEL_BUDGETS[
+            settings["pn"]
+        ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{config} does not describe a recording: give its config.json"
@@ -100,7 +104,7 @@ def _nano_variant() -> Variant:
 def _text_tokens(options: BuildOptions) -> int:
     if options.text_tokens is not None:
         return options.text_tokens
-    return _nano_variant().text_tokens if options.size == NANO else TEXT_TOKENS
+    return _nano_variant().text_tokens if options.size == NANO_SIZE else TEXT_TOKENS
 
 
 def _sources(config: ModelConfig, options: BuildOptions) -> Sources:
@@ -112,7 +116,7 @@ def _sources(config: ModelConfig, options: BuildOptions) -> Sources:
         if checkpoint or tokenizer or text_encoder:
             raise ConfigError("--random-weights replaces all checkpoints: give it or them")
         return random_sources(config, options.random_weights)
-    if options.size == NANO and not (checkpoint or tokenizer or text_encoder):
+    if options.size == NANO_SIZE and not (checkpoint or tokenizer or text_encoder):
         return _nano()[1]
     needs_text = options.config is None
     if not (checkpoint and tokenizer and (text_encoder or not needs_text)):

@@ -31,7 +31,7 @@ from varedit_reference.text_encoder import empty_encoder, encoder_weights, t5_la
 from varedit_runtime.errors import CheckpointError
 from varedit_runtime.text import END_TOKEN
 
-NANO = "nano"  # the size whose weights come with the package, in the embedded bundle
+NANO_SIZE = "nano"  # the size whose weights come with the package, in the embedded bundle
 PUBLISHED = {
     "2b": ("a VAREdit 2B transformer (.pth)", "infinity_vae_d32reg.pth"),
     "8b": ("8B-512.pth or 8B-1024.pth", "infinity_vae_d56_f8_14_patchify.pth"),
@@ -166,7 +166,7 @@ def byte_tokenizer() -> bytes:
 
 def missing_weights(size: str) -> str:
     """Say which weights a build of this size must be given."""
-    if size == NANO:
+    if size == NANO_SIZE:
         return (
             "size nano has its own weights: give none, or all of --checkpoint, --tokenizer and "
             "--text-encoder"

@@ -99,14 +99,16 @@ def _draw_question(seed: int, kind: str, size: int) -> Question:
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingSettings:
     """Settings of sampling; None is the model's own."""
 
     guidance_scale: float | None = None
     temperature: float | None = None
 
 
-def answer(model: VAREdit, questions: Sequence[Question], sampling: Sampling) -> list[np.ndarray]:
+def answer(
+    model: VAREdit, questions: Sequence[Question], sampling: SamplingSettings
+) -> list[np.ndarray]:
     """Return the model's edits, uint8 [S, S, 3], each with the noise of its question's seed."""
     results = model.edit(
         [Image.fromarray(question.right.source) for question in questions],
@@ -178,7 +180,7 @@ def psnr(a: np.ndarray, b: np.ndarray, region: np.ndarray | None = None) -> floa
 
 
 def evaluate(
-    model: VAREdit, questions: Sequence[Question], batch: int, sampling: Sampling
+    model: VAREdit, questions: Sequence[Question], batch: int, sampling: SamplingSettings
 ) -> tuple[list[EditScore], list[np.ndarray]]:
     """Return the scores and the resulting pictures of all questions."""
     scores, results = [], []
@@ -199,7 +201,7 @@ def by_kind(scores: Sequence[EditScore]) -> dict[str, Scores]:
     return grouped | {"overall": Scores.of(scores)}
 
 
-def table(scores: dict[str, Scores]) -> str:
+def score_table(scores: dict[str, Scores]) -> str:
     """Format scores as a table: accuracy and ceiling in percent, the others in dB."""
     lines = [
         f"{'kind':<11}{'edits':>6}{'accurate %':>12}{'ceiling %':>11}{'kept dB':>9}{'tok. dB':>9}"
@@ -213,7 +215,7 @@ def table(scores: dict[str, Scores]) -> str:
     return "\n".join(lines)
 
 
-def draw_sheet(
+def draw_result_sheet(
     questions: Sequence[Question], results: Sequence[np.ndarray], scores: Sequence[EditScore]
 ) -> Image.Image:
     """Draw source, result and target: random edits on the left, the worst ones on the right."""
@@ -255,7 +257,7 @@ def main(
 ) -> None:
     """Score nano; write OUT/scores.json and OUT/sheet.png, and print a table."""
     model = load_nano(weights, conditioning, device, size)
-    sampling = Sampling(
+    sampling = SamplingSettings(
         model.config.guidance_scale if guidance_scale is None else guidance_scale,
         model.config.temperature if temperature is None else temperature,
     )
@@ -270,8 +272,8 @@ def main(
         "edits": [asdict(one) for one in scores],
     }
     (out / "scores.json").write_text(json.dumps(content, indent=1) + "\n")
-    draw_sheet(questions, results, scores).save(out / "sheet.png")
-    click.echo(table(summary))
+    draw_result_sheet(questions, results, scores).save(out / "sheet.png")
+    click.echo(score_table(summary))
 
 
 if __name__ == "__main__":

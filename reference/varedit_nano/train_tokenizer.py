@@ -22,8 +22,8 @@ from varedit_nano.model import NANO, TOKENIZER_FILE
 from varedit_nano.scenes import draw_picture
 from varedit_nano.sheets import contact_sheet
 from varedit_nano.training import (
-    Machine,
-    Recipe,
+    TrainingMachine,
+    TrainingRecipe,
     run_training,
     tokenizer_options,
     training_options,
@@ -35,7 +35,7 @@ from varedit_reference.quantisation import quantise
 from varedit_reference.tokenizer import ResidualBlock, Tokenizer
 
 DEFAULT_RUN = Path.home() / ".cache" / "varedit-nano" / "tokenizer"
-RECIPE = Recipe(
+RECIPE = TrainingRecipe(
     steps=6000,
     batch=4,
     learning_rate=1.5e-3,
@@ -49,7 +49,7 @@ VALIDATION_PICTURES = 32
 
 
 @dataclass(frozen=True)
-class Weights:
+class LossWeights:
     """Weights of the loss's parts, and when quantisation starts, as shares of all steps.
 
     With quantisation from the first step, features collapse. So no picture is quantised before
@@ -70,14 +70,14 @@ class TokenizerTask:
     def __init__(
         self,
         model: Tokenizer,
-        recipe: Recipe,
-        machine: Machine,
+        recipe: TrainingRecipe,
+        machine: TrainingMachine,
         grids: tuple[Grid, ...] = NANO.transformer.grids,
-        weights: Weights | None = None,
+        weights: LossWeights | None = None,
     ) -> None:
         self.model, self.recipe, self.machine = model, recipe, machine
         self.grids = grids
-        self.weights = weights or Weights()
+        self.weights = weights or LossWeights()
         self.size = grids[-1][0] * model.config.downsampling
         self._encode, self._decode = model.encode, model.decode
         if machine.compiled:
@@ -183,7 +183,9 @@ def new_tokenizer(config: TokenizerConfig, seed: int) -> Tokenizer:
     return model
 
 
-def build(config: TokenizerConfig, recipe: Recipe, machine: Machine) -> TokenizerTask:
+def new_tokenizer_task(
+    config: TokenizerConfig, recipe: TrainingRecipe, machine: TrainingMachine
+) -> TokenizerTask:
     model = new_tokenizer(config, recipe.seed)
     model.to(machine.device, memory_format=machine.memory_format)  # pyright: ignore[reportCallIssue]
     return TokenizerTask(model, recipe, machine)
@@ -194,7 +196,7 @@ def build(config: TokenizerConfig, recipe: Recipe, machine: Machine) -> Tokenize
 @tokenizer_options
 def main(size: TokenizerConfig, **options: Any) -> None:
     """Train nano's tokenizer, or a larger one, or continue a run that was stopped."""
-    run_training(partial(build, size), RECIPE, {"tokenizer": asdict(size)}, **options)
+    run_training(partial(new_tokenizer_task, size), RECIPE, {"tokenizer": asdict(size)}, **options)
 
 
 if __name__ == "__main__":

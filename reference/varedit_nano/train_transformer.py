@@ -35,8 +35,8 @@ from varedit_nano.text import (
     write_text_folder,
 )
 from varedit_nano.training import (
-    Machine,
-    Recipe,
+    TrainingMachine,
+    TrainingRecipe,
     run_training,
     tokenizer_options,
     training_options,
@@ -64,7 +64,7 @@ from varedit_reference.weights_file import open_weights
 from varedit_runtime.errors import ConfigError
 
 DEFAULT_RUN = Path.home() / ".cache" / "varedit-nano" / "transformer"
-RECIPE = Recipe(
+RECIPE = TrainingRecipe(
     steps=20000,
     batch=8,
     learning_rate=1e-3,
@@ -79,7 +79,7 @@ REPORTED_EDITS = 16
 READS_BITS, PREDICTS_BITS = "token_embedding", "head"
 
 
-class Editor(nn.Module):
+class EditModel(nn.Module):
     """The two parts that are trained on edits: transformer and text encoder."""
 
     def __init__(self, transformer: VAR, text_encoder: T5Stack) -> None:
@@ -94,11 +94,11 @@ class TransformerTask:
     def __init__(
         self,
         config: ModelConfig,
-        model: Editor,
+        model: EditModel,
         tokenizer: Tokenizer,
         vocabulary: Vocabulary,
-        recipe: Recipe,
-        machine: Machine,
+        recipe: TrainingRecipe,
+        machine: TrainingMachine,
     ) -> None:
         self.config, self.model, self.recipe, self.machine = config, model, recipe, machine
         self.tokenizer = tokenizer.to(machine.device, memory_format=machine.memory_format)  # pyright: ignore[reportCallIssue]
@@ -159,7 +159,7 @@ class TransformerTask:
 
     def report(self, model: nn.Module) -> tuple[dict[str, float], Image.Image]:
         """Edit validation scenes: PSNR to the target where it differs from the source, and not."""
-        assert isinstance(model, Editor)
+        assert isinstance(model, EditModel)
         text = TextEncoder(model.text_encoder, self.text.vocabulary)
         editor = VAREdit(self.config, self.tokenizer, model.transformer, text)
         edits = self._validation
@@ -185,12 +185,12 @@ class TransformerTask:
         return [draw_edit(seed, size) for seed in VALIDATION_SEEDS[:REPORTED_EDITS]]
 
     def export(self, model: nn.Module, folder: Path) -> None:
-        assert isinstance(model, Editor)
+        assert isinstance(model, EditModel)
         write_weights(folder / TRANSFORMER_FILE, model.transformer.state_dict())
         write_text_folder(folder / TEXT_FOLDER, model.text_encoder, self.text.vocabulary)
 
     def restore(self, folder: Path) -> None:
-        weights = transformer_weights(folder / TRANSFORMER_FILE, self.config.transformer)
+        weights = fitting_transformer_weights(folder / TRANSFORMER_FILE, self.config.transformer)
         text = TextEncoder.load(folder / TEXT_FOLDER)
         if text.vocabulary.to_str() != self.text.vocabulary.to_str():
             raise ConfigError(
@@ -200,7 +200,7 @@ class TransformerTask:
         self.model.text_encoder.load_state_dict(text.model.state_dict())
 
 
-def transformer_weights(path: Path, config: TransformerConfig) -> dict[str, Tensor]:
+def fitting_transformer_weights(path: Path, config: TransformerConfig) -> dict[str, Tensor]:
     """Load a transformer's weights, of those trained on a tokenizer of other bits what still fits.
 
     Such weights come without the layers that read and predict bits. Raises CheckpointError if the
@@ -244,13 +244,13 @@ def set_attention(model: nn.Module, attend: AttentionFunction) -> None:
             module.attend = attend
 
 
-def build(
-    config: ModelConfig, tokenizer: Tokenizer, recipe: Recipe, machine: Machine
+def new_transformer_task(
+    config: ModelConfig, tokenizer: Tokenizer, recipe: TrainingRecipe, machine: TrainingMachine
 ) -> TransformerTask:
     torch.manual_seed(recipe.seed)
     vocabulary = build_vocabulary(vocabulary_text())
     text_encoder = new_text_encoder(vocabulary, config.transformer.text_channels)
-    model = Editor(new_transformer(config, recipe.seed), text_encoder).to(machine.device)
+    model = EditModel(new_transformer(config, recipe.seed), text_encoder).to(machine.device)
     return TransformerTask(config, model, tokenizer, vocabulary, recipe, machine)
 
 
@@ -269,7 +269,7 @@ def main(
     coder = load_tokenizer(tokenizer, config.tokenizer)
     digest = sha256(tokenizer.read_bytes()).hexdigest()
     learns = {"conditioning": conditioning, "tokenizer": digest, "shares": TRAINING_SHARES}
-    run_training(partial(build, config, coder), RECIPE, learns, **options)
+    run_training(partial(new_transformer_task, config, coder), RECIPE, learns, **options)
 
 
 if __name__ == "__main__":

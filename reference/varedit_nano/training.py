@@ -22,7 +22,7 @@ from varedit_nano.optimisers import Optimisers, optimisers
 from varedit_runtime.errors import ConfigError
 
 Batch = TypeVar("Batch")
-Precision = Literal["fp32", "bf16"]
+ComputeType = Literal["fp32", "bf16"]
 
 SEEDS_OF_A_RUN = 10**7  # so that no two runs see the same pictures
 SMALLEST_COSINE = 0.98
@@ -30,7 +30,7 @@ LARGEST_NORM_ERROR = 0.1
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TrainingRecipe:
     """How a model learns, on every machine alike. first_seed: the first of its data's seeds."""
 
     steps: int
@@ -46,12 +46,12 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Machine:
+class TrainingMachine:
     """How a machine computes it, and after how many steps it logs, saves and reports."""
 
     device: str = "cpu"
     workers: int = 0
-    precision: Precision = "fp32"
+    precision: ComputeType = "fp32"
     compiled: bool = False
     log_every: int = 20
     save_every: int = 200
@@ -64,7 +64,7 @@ class Machine:
 
 
 class Task(Protocol[Batch]):
-    """A model to train, with data and loss. fast: compute as `Machine` says, else in eager fp32."""
+    """A model to train, with data and loss. fast: compute as the machine says, else eager fp32."""
 
     @property
     def model(self) -> nn.Module: ...
@@ -94,7 +94,9 @@ class Task(Protocol[Batch]):
         ...
 
 
-def train(task: Task[Any], recipe: Recipe, machine: Machine, run: RunFolder) -> TrainingState:
+def train(
+    task: Task[Any], recipe: TrainingRecipe, machine: TrainingMachine, run: RunFolder
+) -> TrainingState:
     """Train from the run folder's checkpoint, if any, to the recipe's last step."""
     state = TrainingState.start(task.model, _optimisers(task, recipe))
     run.resume(state)
@@ -125,7 +127,11 @@ def train(task: Task[Any], recipe: Recipe, machine: Machine, run: RunFolder) -> 
 
 
 def train_step(
-    task: Task[Batch], state: TrainingState, recipe: Recipe, batch: Batch, fast: bool = False
+    task: Task[Batch],
+    state: TrainingState,
+    recipe: TrainingRecipe,
+    batch: Batch,
+    fast: bool = False,
 ) -> dict[str, Tensor]:
     """Take one step of the optimisers and the EMA; return the losses before it."""
     for group in state.optimiser.param_groups:
@@ -140,14 +146,14 @@ def train_step(
     return {name: loss.detach() for name, loss in losses.items()} | {"gradient": norm.detach()}
 
 
-def learning_rate(recipe: Recipe, step: int) -> float:
+def learning_rate(recipe: TrainingRecipe, step: int) -> float:
     """Return the learning rate: linear warmup, then linear decay to zero after the last step."""
     up = (step + 1) / max(recipe.warmup, 1)
     down = (recipe.steps - step) / max(recipe.steps - recipe.warmup, 1)
     return recipe.learning_rate * min(up, down, 1.0)
 
 
-def ema_decay(recipe: Recipe, step: int) -> float:
+def ema_decay(recipe: TrainingRecipe, step: int) -> float:
     """Return the EMA's decay, smaller at first, so that it forgets the untrained weights."""
     return min(recipe.ema_decay, (1 + step) / (10 + step))
 
@@ -203,17 +209,17 @@ def _gradient(task: Task[Any], batch: Any, fast: bool) -> Tensor:
     return gradient
 
 
-def _optimisers(task: Task[Any], recipe: Recipe) -> Optimisers:
+def _optimisers(task: Task[Any], recipe: TrainingRecipe) -> Optimisers:
     return optimisers(
         task.model, recipe.learning_rate, recipe.weight_decay, recipe.betas, task.hidden
     )
 
 
-def _due(step: int, every: int, recipe: Recipe) -> bool:
+def _due(step: int, every: int, recipe: TrainingRecipe) -> bool:
     return step % every == 0 or step == recipe.steps
 
 
-def training_options(recipe: Recipe, run: Path) -> Callable[..., Any]:
+def training_options(recipe: TrainingRecipe, run: Path) -> Callable[..., Any]:
     """Return a decorator that adds the options of both trainers, for `run_training`."""
     path = click.Path(path_type=Path)
     options = [
@@ -272,8 +278,8 @@ def tokenizer_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def run_training(
-    build: Callable[[Recipe, Machine], Task[Any]],
-    recipe: Recipe,
+    build: Callable[[TrainingRecipe, TrainingMachine], Task[Any]],
+    recipe: TrainingRecipe,
     learns: Mapping[str, Any],
     **options: Any,
 ) -> None:
@@ -317,8 +323,8 @@ def _digest(folder: Path) -> str:
     return sha256(b"".join(digest.digest() for digest in digests)).hexdigest()
 
 
-def split_options(options: Mapping[str, Any]) -> tuple[Machine, dict[str, Any]]:
+def split_options(options: Mapping[str, Any]) -> tuple[TrainingMachine, dict[str, Any]]:
     """Split command-line options into the machine's and all others."""
-    names = {f.name for f in fields(Machine)}
-    machine = Machine(**{name: value for name, value in options.items() if name in names})
+    names = {f.name for f in fields(TrainingMachine)}
+    machine = TrainingMachine(**{name: value for name, value in options.items() if name in names})
     return machine, {name: value for name, value in options.items() if name not in names}

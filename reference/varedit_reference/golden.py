@@ -36,7 +36,8 @@ from varedit_runtime.grids import scale_grids
 from varedit_runtime.pictures import from_decoder, restore, to_square
 from varedit_runtime.settings import per_scale, temperature_per_scale
 
-RESOLUTIONS = {"0.06M": 256, "0.25M": 512, "1M": 1024}
+# Sides of square pictures by the released code's names of pixel counts.
+PIXEL_BUDGETS = {"0.06M": 256, "0.25M": 512, "1M": 1024}
 
 # Largest absolute errors. The recordings are fp32 on a CPU; arithmetic in another order differs
 # by up to 9e-5 on guided logits, and float64 is as far from the recordings as float32 is.
@@ -130,7 +131,7 @@ def recorded_config(name: str, settings: dict[str, Any]) -> ModelConfig:
         heads=int(settings["num_heads"]),
         token_channels=tokenizer.token_channels,
         text_channels=int(settings["text_channels"]),
-        grids=scale_grids(RESOLUTIONS[settings["pn"]]),
+        grids=scale_grids(PIXEL_BUDGETS[settings["pn"]]),
         table_grids=scale_grids(1024),
     )
     return ModelConfig(name, tokenizer, transformer)

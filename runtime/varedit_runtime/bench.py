@@ -25,7 +25,7 @@ from PIL import Image
 from varedit_runtime.backends import DEFAULT, ChosenBackend, choose
 from varedit_runtime.backends.onnxruntime.backend import Buffer, Session
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.editor import WHOLE, Editor, OnScale
+from varedit_runtime.editor import WHOLE_EDIT, Editor, OnScale
 from varedit_runtime.errors import ConfigError
 from varedit_runtime.files import atomic_file
 from varedit_runtime.geometry import scale_sizes
@@ -195,7 +195,7 @@ def _run(editor: Editor, repeat: int) -> _Runs:
     _return_freed_memory()
     after = memory_in_use()
     edits = stages = [edit() for _ in range(repeat)]
-    if WHOLE in edits[0]:
+    if WHOLE_EDIT in edits[0]:
         stages = [edit(on_scale=lambda progress: None) for _ in range(repeat)]
     return _Runs(first_seconds, samples, after, edits, stages)
 

@@ -88,7 +88,7 @@ class Progress:
         self._cancelled.set()
 
 
-WHOLE = "edit"  # the only entry in the timings of an edit that ran as one launch
+WHOLE_EDIT = "edit"  # the only entry in the timings of an edit that ran as one launch
 
 OnScale = Callable[[Progress], None]
 
@@ -286,7 +286,7 @@ class Editor:
         ]
 
     def _edit_whole(self, batch: "_PictureBatch", edit: EditWhole) -> list[Image.Image]:
-        with batch.timings.of(WHOLE):
+        with batch.timings.of(WHOLE_EDIT):
             samplings = [self._sampling(batch, scale) for scale in range(len(self.variant.grids))]
             edited = edit(self._prompts(batch.rows), self._squares(batch.rows), samplings)
             for scale, logits in enumerate(edited.logits):

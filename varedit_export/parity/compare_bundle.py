@@ -64,7 +64,7 @@ from varedit_runtime.precision import Precision
 
 # Bytes of a model's weights in fp32, over which it is compared block by block: the whole
 # comparison holds them some four times, in the reference, rounded and in ONNX Runtime's sessions.
-WHOLE = 10**9
+LARGEST_WHOLE = 10**9
 
 
 def verify_folder(
@@ -90,7 +90,7 @@ def _compare(bundle: Bundle, config: ModelConfig, sources: Sources) -> Iterator[
 
 def is_large(parameters: int) -> bool:
     """Say whether a model is too large to be compared whole."""
-    return parameters * torch.float32.itemsize > WHOLE
+    return parameters * torch.float32.itemsize > LARGEST_WHOLE
 
 
 def count_parameters(bundle: Bundle) -> int:

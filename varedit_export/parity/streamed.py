@@ -2,7 +2,7 @@
 
 What proves that every graph computes the model:
 
-- every weight that a graph refers to lies where the header of its file says (`_places`);
+- every weight that a graph refers to lies where the header of its file says (`_misplaced_weights`);
 - every graph without its blocks agrees with the reference without its blocks, teacher-forced;
 - in every graph, blocks that are alike but for their number are found by comparing them, and one
   of each kind agrees with the reference's block;
@@ -61,17 +61,17 @@ M_MMAP_THRESHOLD, LARGE_ARRAY = -3, 2**20  # of glibc's malloc.h; bytes
 @torch.inference_mode()
 def compare_streamed(bundle: Bundle, config: ModelConfig, sources: Sources) -> Iterator[ParityLine]:
     """Compare every graph of every variant with the reference, block by block."""
-    _return_freed_memory()
+    _return_memory_when_freed()
     for variant in bundle.manifest.variants:
         files, config = WeightFiles(bundle.path), with_grids(variant, config)
-        yield from _places(bundle, variant, files)
+        yield from _misplaced_weights(bundle, variant, files)
         if sources.text is not None and "text_encoder" in variant.graphs:
             yield from TextComparison(bundle, variant, sources.text, files).lines()
         yield from CoderComparison(bundle, variant, config, sources, files).lines()
         yield from TransformerComparison(bundle, variant, config, sources, files).lines()
 
 
-def _return_freed_memory() -> None:
+def _return_memory_when_freed() -> None:
     """Have glibc return large arrays to the system when they are freed.
 
     By default it keeps up to 32 MB of each, in pieces that the next arrays do not fit into.
@@ -81,7 +81,9 @@ def _return_freed_memory() -> None:
         mallopt(M_MMAP_THRESHOLD, LARGE_ARRAY)
 
 
-def _places(bundle: Bundle, variant: Variant, files: WeightFiles) -> Iterator[ParityLine]:
+def _misplaced_weights(
+    bundle: Bundle, variant: Variant, files: WeightFiles
+) -> Iterator[ParityLine]:
     """Count, by graph, the weights that lie elsewhere than the header of their file says.
 
     A scale's parts of weights, which have no names there, are compared by value.
