@@ -17,7 +17,7 @@ this one drew. Errors so stay where they are made, in a scale and not in all tha
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -133,9 +133,13 @@ def compare_whole(
     variant, (ids, mask), (pictures,) = backend.variant, coder_inputs[TEXT], coder_inputs[ENCODER]
     negatives = None
     if variant.guided:
-        negatives = Negatives(ids[::-1, ::-1].copy(), ~mask, np.ones(len(ids), np.bool_))
+        negatives = Negatives(ids[::-1, ::-1].copy(), mask, np.ones(len(ids), np.bool_))
     prompts = Prompts(ids, mask, negatives)
     samplings = [scale_sampling(variant, edit, scale) for scale in range(len(variant.grids))]
+    random = np.random.default_rng(4)  # every row's own noise, so that rows cannot be mixed up
+    samplings = [
+        replace(one, noise=random.random(one.noise.shape, np.float32)) for one in samplings
+    ]
     edited = whole(prompts, pictures, samplings)
     staged = [
         array
