@@ -33,13 +33,13 @@ def main() -> None:
 
 
 def compile_one(bundle: Path, stage: str, architecture: str) -> dict[str, float]:
-    from varedit_engines.builder import EngineBuilder
     from varedit_engines.compile_set import CompileJob
+    from varedit_engines.engine_compiler import EngineCompiler
     from varedit_engines.network import external_inputs
     from varedit_runtime.backends.engines.packing import pack_into
     from varedit_runtime.bundle import Bundle
 
-    compiler = EngineBuilder("tensorrt-rtx", architectures=[architecture])
+    compiler = EngineCompiler("tensorrt-rtx", architectures=[architecture])
     job = CompileJob(Bundle.open(bundle), "external", compiler)
     graph, _ = external_inputs(job.bundle.graph_bytes(job.variant.name, stage))
     start = perf_counter()

@@ -23,9 +23,9 @@ from click.testing import CliRunner
 from fake_bundles import rewrite_manifest
 
 from varedit_engines import compile_set, engine_cache
-from varedit_engines.builder import EngineBuilder
 from varedit_engines.compile_set import CompileJob, compile_engine_set, stages_of
 from varedit_engines.engine_cache import EngineCache
+from varedit_engines.engine_compiler import EngineCompiler
 from varedit_engines.network import external_inputs
 from varedit_engines.publish import Staging
 from varedit_export import assemble
@@ -70,14 +70,14 @@ def bundle(tmp_path: Path) -> Bundle:
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Record the graphs that are compiled, in order."""
     names: list[str] = []
-    original = EngineBuilder.compile
+    original = EngineCompiler.compile
 
-    def recorded(compiler: EngineBuilder, name: str, *rest: Any) -> memoryview:
+    def recorded(compiler: EngineCompiler, name: str, *rest: Any) -> memoryview:
         plan = original(compiler, name, *rest)
         names.append(name)
         return plan
 
-    monkeypatch.setattr(EngineBuilder, "compile", recorded)
+    monkeypatch.setattr(EngineCompiler, "compile", recorded)
     return names
 
 
@@ -88,7 +88,7 @@ def quiet(graph: str, done: int, steps: int) -> None:
 def compile_small(
     bundle: Bundle, layout: EngineLayout = "external", architectures: Sequence[str] = ADA
 ) -> EngineSet:
-    compiler = EngineBuilder("tensorrt-rtx", architectures)
+    compiler = EngineCompiler("tensorrt-rtx", architectures)
     return compile_engine_set(CompileJob(bundle, layout, compiler), quiet)
 
 
@@ -225,7 +225,7 @@ def test_an_interrupted_compilation_goes_on_where_it_was(
         if len(compiled) == 3:
             os.kill(os.getpid(), signal.SIGINT)
 
-    job = CompileJob(bundle, "external", EngineBuilder("tensorrt-rtx", ADA))
+    job = CompileJob(bundle, "external", EngineCompiler("tensorrt-rtx", ADA))
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         compile_engine_set(job, stop)
@@ -242,7 +242,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Record the graphs to compile, and write their names as plans, which takes no time."""
     names: list[str] = []
     monkeypatch.setattr(
-        EngineBuilder, "compile", lambda compiler, name, *rest: names.append(name) or name.encode()
+        EngineCompiler, "compile", lambda compiler, name, *rest: names.append(name) or name.encode()
     )
     return names
 
@@ -317,7 +317,7 @@ def test_a_damaged_plan_is_not_taken_over(bundle: Bundle, pretended: list[str]) 
 
 
 def job_of(bundle: Bundle, variant: str) -> CompileJob:
-    return CompileJob(bundle, "external", EngineBuilder("tensorrt-rtx", ADA), variant)
+    return CompileJob(bundle, "external", EngineCompiler("tensorrt-rtx", ADA), variant)
 
 
 # Damaged engines
@@ -368,7 +368,7 @@ DAMAGES = (
 def test_damaged_engines_are_compiled_again(
     bundle: Bundle, pretended: list[str], damage: Callable[[Path], None]
 ) -> None:
-    job = CompileJob(bundle, "external", EngineBuilder("tensorrt-rtx", ADA))
+    job = CompileJob(bundle, "external", EngineCompiler("tensorrt-rtx", ADA))
     engines, notices = compile_engine_set(job, quiet), []
     damage(engines.path)
     pretended.clear()
@@ -408,7 +408,7 @@ def test_engines_built_elsewhere_are_refused_and_left(
     for again in (False, True):
         with pytest.raises(BundleError, match=said):
             compile_engine_set(
-                CompileJob(bundle, "external", EngineBuilder("tensorrt-rtx", ADA)),
+                CompileJob(bundle, "external", EngineCompiler("tensorrt-rtx", ADA)),
                 quiet,
                 again=again,
             )
@@ -418,7 +418,7 @@ def test_engines_built_elsewhere_are_refused_and_left(
 def test_damaged_engines_are_not_replaced_while_foreign_ones_are_in_the_cache(
     bundle: Bundle, pretended: list[str]
 ) -> None:
-    job = CompileJob(bundle, "external", EngineBuilder("tensorrt-rtx", ADA))
+    job = CompileJob(bundle, "external", EngineCompiler("tensorrt-rtx", ADA))
     inside, cached = EngineCache(bundle).places_of(job.recipe)
     compile_engine_set(job, quiet)
     shutil.copytree(inside, cached)
@@ -444,7 +444,7 @@ def test_whole_engines_are_compiled_again_when_asked(bundle: Bundle, pretended: 
 def test_whole_engines_are_not_compiled_again_where_others_or_none_would_be_replaced(
     bundle: Bundle, pretended: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = CompileJob(bundle, "external", EngineBuilder("tensorrt-rtx", ADA))
+    job = CompileJob(bundle, "external", EngineCompiler("tensorrt-rtx", ADA))
     inside, cached = EngineCache(bundle).places_of(job.recipe)
     compile_engine_set(job, quiet)
     shutil.copytree(inside, cached)
@@ -496,7 +496,7 @@ def test_baked_weights_are_checked_before_they_are_baked(bundle: Bundle) -> None
 
 
 def test_a_graph_that_cannot_be_compiled_says_which() -> None:
-    compiler = EngineBuilder("tensorrt-rtx", ADA)
+    compiler = EngineCompiler("tensorrt-rtx", ADA)
     with pytest.raises(BackendError, match="cannot read graph broken"):
         compiler.compile("broken", b"no graph", Path("."), [], quiet)
 
@@ -523,7 +523,7 @@ def test_rtx_compiles_for_what_its_recipe_says(
     machine_of(8, 9)
     trt = fake_tensorrt.fake_tensorrt()
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", trt)
-    job = CompileJob(bundle, "external", EngineBuilder("tensorrt-rtx", named))
+    job = CompileJob(bundle, "external", EngineCompiler("tensorrt-rtx", named))
     assert job.recipe.gpu == "sm89" and job.recipe == job_of(bundle, job.variant.name).recipe
     assert why_unusable(job.recipe, job.recipe.tools, ["sm89 NVIDIA L4"]) is None
     job.compiler.compile("graph", b"a", Path(), [], quiet)
@@ -537,8 +537,8 @@ def test_rtx_refuses_to_compile_for_a_gpu_that_it_cannot_compile_for(
 ) -> None:
     machine_of(9, 0)
     with pytest.raises(ConfigError, match=r"this machine's GPU, sm90; it does for sm75, .*sm121"):
-        EngineBuilder("tensorrt-rtx")
-    assert EngineBuilder("tensorrt-rtx", ADA).gpu == "sm89"
+        EngineCompiler("tensorrt-rtx")
+    assert EngineCompiler("tensorrt-rtx", ADA).gpu == "sm89"
 
 
 @pytest.fixture
@@ -549,13 +549,13 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_what_cannot_be_is_refused(without_gpu: None) -> None:
     with pytest.raises(ConfigError, match=r"there are .*sm120"):
-        EngineBuilder("tensorrt-rtx", ["sm1"])
+        EngineCompiler("tensorrt-rtx", ["sm1"])
     with pytest.raises(ConfigError, match="only tensorrt-rtx"):
-        EngineBuilder("tensorrt", ADA)
+        EngineCompiler("tensorrt", ADA)
     with pytest.raises(ConfigError, match="no backend"):
-        EngineBuilder("openvino")  # type: ignore[arg-type]
+        EngineCompiler("openvino")  # type: ignore[arg-type]
     with pytest.raises(BackendError, match="no NVIDIA GPU"):
-        EngineBuilder("tensorrt-rtx")
+        EngineCompiler("tensorrt-rtx")
     with pytest.raises(ConfigError, match="no layout"):
         stages_of(Bundle.open(small_bundle()).manifest.variants[0], "loose")  # type: ignore[arg-type]
 
@@ -566,7 +566,7 @@ def test_a_backend_that_is_not_installed_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, backend.replace("-", "_"), None)
     with pytest.raises(MissingExtraError, match=rf"varedit-export\[{backend}\]"):
-        EngineBuilder(backend)
+        EngineCompiler(backend)
 
 
 def test_the_command(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

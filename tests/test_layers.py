@@ -9,8 +9,8 @@ from click.testing import CliRunner
 from polygraphy.backend.onnxrt import OnnxrtRunner
 
 import varedit_export
-from varedit_engines.builder import EngineBuilder
 from varedit_engines.compile_set import stages_of
+from varedit_engines.engine_compiler import EngineCompiler
 from varedit_export.cli import main
 from varedit_export.errors import ParityError
 from varedit_export.options import VerifyOptions
@@ -63,7 +63,7 @@ def test_every_stage_of_a_layout_has_inputs_of_an_edit(nano: Bundle) -> None:
 
 def test_a_stage_with_all_outputs_compiles_and_needs_a_gpu_to_run(nano: Bundle) -> None:
     pytest.importorskip("tensorrt_rtx")
-    compiler = EngineBuilder("tensorrt-rtx", ["sm89"])
+    compiler = EngineCompiler("tensorrt-rtx", ["sm89"])
     with pytest.raises(ConfigError, match="no stage is called 'scale_99'; there are condition"):
         first_wrong_layer(nano, "scale_99", compiler)
     with pytest.raises(BackendError, match="Polygraphy cannot run condition's engine"):

@@ -13,10 +13,9 @@ from fake_bundles import publish
 from fake_tensorrt import RTX, BuilderConfig, TimingCache
 from filelock import FileLock
 
-from varedit_engines import builder as compiler_module
-from varedit_engines import compile_set, timing_cache
-from varedit_engines.builder import HARDWARE, EngineBuilder, Flags
+from varedit_engines import compile_set, engine_compiler, timing_cache
 from varedit_engines.compile_set import CompileJob
+from varedit_engines.engine_compiler import HARDWARE, EngineCompiler, Flags
 from varedit_engines.timing_cache import kept_timings, timings_file
 from varedit_export.cli import main
 from varedit_runtime.backends.engines.import_tensorrt import EngineKind
@@ -29,13 +28,13 @@ def trt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Replace TensorRT by the fake, on a machine with a GPU."""
     module = fake_tensorrt.fake_tensorrt()
     monkeypatch.setitem(sys.modules, "tensorrt", module)
-    monkeypatch.setattr(compiler_module, "this_gpu", lambda backend: "sm90 NVIDIA H100")
+    monkeypatch.setattr(engine_compiler, "this_gpu", lambda backend: "sm90 NVIDIA H100")
     monkeypatch.setattr(timing_cache, "cache_folder", lambda: tmp_path / "cache")
     return module
 
 
 def compile_graph(kernel: str, *flags: Flags) -> memoryview:
-    compiler = EngineBuilder("tensorrt", (), *flags)
+    compiler = EngineCompiler("tensorrt", (), *flags)
     return compiler.compile("graph", kernel.encode(), Path(), [], lambda *progress: None)
 
 
@@ -86,7 +85,7 @@ def test_engines_with_other_flags_are_other_engines(tmp_path: Path) -> None:
     ]
     bundle = Bundle.open(publish(tmp_path / "bundle"))
     keys = {
-        CompileJob(bundle, "external", EngineBuilder("tensorrt", (), flags)).recipe.key
+        CompileJob(bundle, "external", EngineCompiler("tensorrt", (), flags)).recipe.key
         for flags in asked
     }
     assert len(keys) == len(asked)
@@ -97,7 +96,7 @@ def test_engines_with_other_flags_are_other_engines(tmp_path: Path) -> None:
 )
 def test_rtx_has_architectures_in_place_of_compatibility(flags: Flags) -> None:
     with pytest.raises(ConfigError, match="--architecture"):
-        EngineBuilder("tensorrt-rtx", ["sm89"], flags)
+        EngineCompiler("tensorrt-rtx", ["sm89"], flags)
 
 
 def test_an_unknown_compatibility_is_refused() -> None:
@@ -159,7 +158,7 @@ def test_other_versions_and_architectures_have_timings_of_their_own(
     compile_graph("a")
     monkeypatch.setattr(trt, "__version__", "11.1")
     compile_graph("a")
-    monkeypatch.setattr(compiler_module, "this_gpu", lambda backend: "sm89 NVIDIA L4")
+    monkeypatch.setattr(engine_compiler, "this_gpu", lambda backend: "sm89 NVIDIA L4")
     compile_graph("a")
     assert trt.Builder.measured == ["a"] * 3
 
@@ -233,7 +232,7 @@ def test_tensorrt_for_rtx_is_asked_for_no_timings(monkeypatch: pytest.MonkeyPatc
     """TensorRT would need a GPU for them, and warns."""
     module = fake_tensorrt.fake_tensorrt()
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", module)
-    compiler = EngineBuilder("tensorrt-rtx", ["sm89"])
+    compiler = EngineCompiler("tensorrt-rtx", ["sm89"])
     compiler.compile("graph", b"a", Path(), [], lambda *progress: None)
     (config,) = module.Builder.configs
     assert config.get_timing_cache() is None
@@ -246,6 +245,6 @@ def test_engines_of_rtx_can_be_captured(
     """TensorRT promises this only for engines that allocate no memory themselves."""
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", trt)
     named = ["sm89"] if kind == "tensorrt-rtx" else []
-    EngineBuilder(kind, named).compile("graph", b"a", Path(), [], lambda *progress: None)
+    EngineCompiler(kind, named).compile("graph", b"a", Path(), [], lambda *progress: None)
     (config,) = trt.Builder.configs
     assert config.get_flag(RTX.BuilderFlag.REQUIRE_USER_ALLOCATION) == required

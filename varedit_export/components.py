@@ -15,7 +15,7 @@ from varedit_export.graphs.text import GraphTextEncoder, TextEncoderConfig, text
 from varedit_reference.config import TransformerConfig
 from varedit_reference.rotary import full_rotation
 from varedit_reference.tokenizer import Tokenizer
-from varedit_reference.weights_file import read_layout, write_tensors
+from varedit_reference.weights_file import read_header, write_tensors
 from varedit_runtime.errors import CheckpointError
 from varedit_runtime.manifest import StoredWeight, weights_file
 from varedit_runtime.precision import Precision
@@ -63,7 +63,7 @@ class Component:
     def stored(self, folder: Path) -> dict[str, StoredWeight]:
         """Return where each weight of the written file lies, by the name that stages know it by."""
         prefix = f"{self.attribute}." if self.attribute else ""
-        layout = read_layout(folder, self.file)
+        layout = read_header(folder, self.file)
         return {prefix + name: tensor.place for name, tensor in layout.items()}
 
 

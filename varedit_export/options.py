@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from varedit_runtime.backends import DEFAULT, ChosenBackend
 
 if TYPE_CHECKING:
-    from varedit_engines.builder import EngineBuilder, Hardware
+    from varedit_engines.engine_compiler import EngineCompiler, Hardware
     from varedit_runtime.backends.engines.engine_set import EngineLayout
     from varedit_runtime.backends.engines.import_tensorrt import EngineKind
 
@@ -66,13 +66,13 @@ class EngineOptions:
 
     again: bool = False  # whether to recompile engines that were built on this machine
 
-    def compiler(self) -> "EngineBuilder":
+    def compiler(self) -> "EngineCompiler":
         """Check all options and return the compiler for them.
 
         Raises MissingExtraError if the backend is not installed, ConfigError on options that the
         backend does not have, BackendError if there is no GPU and no architecture was named.
         """
-        from varedit_engines.builder import EngineBuilder, Flags
+        from varedit_engines.engine_compiler import EngineCompiler, Flags
 
         flags = Flags(
             self.workspace,
@@ -81,7 +81,7 @@ class EngineOptions:
             self.version_compatible,
             self.hardware_compatible,
         )
-        return EngineBuilder(self.backend, self.architectures, flags)
+        return EngineCompiler(self.backend, self.architectures, flags)
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from pathlib import Path
 from msgspec import structs
 
 from varedit_engines import OnStep
-from varedit_engines.builder import EngineBuilder
 from varedit_engines.engine_cache import EngineCache
+from varedit_engines.engine_compiler import EngineCompiler
 from varedit_engines.network import external_inputs
 from varedit_engines.publish import Staging
 from varedit_runtime.backends.engines.engine_set import (
@@ -60,7 +60,7 @@ class CompileJob:
 
     bundle: Bundle
     layout: EngineLayout
-    compiler: EngineBuilder
+    compiler: EngineCompiler
     variant_name: str | None = None
 
     @property

@@ -219,7 +219,7 @@ class StoredTensor:
     shape: tuple[int, ...]
 
 
-def read_layout(folder: Path, file: str) -> dict[str, StoredTensor]:
+def read_header(folder: Path, file: str) -> dict[str, StoredTensor]:
     """Return where the tensors of a safetensors file below a bundle's folder lie, by name.
 
     Raises CheckpointError when the file is missing or not whole.

@@ -28,7 +28,7 @@ from torch import Tensor
 from varedit_engines.network import external_weights
 from varedit_export.errors import ExportError
 from varedit_export.graphs.blocks import NODE_NAME
-from varedit_reference.weights_file import StoredTensor, read_layout
+from varedit_reference.weights_file import StoredTensor, read_header
 from varedit_runtime.backends.onnxruntime.backend import load_graph
 from varedit_runtime.manifest import StoredWeight
 
@@ -57,7 +57,7 @@ class WeightFiles:
     def layout(self, file: str) -> Mapping[str, StoredTensor]:
         """Return where a file's own header says that its tensors are, by name."""
         if file not in self._layouts:
-            self._layouts[file] = read_layout(self._folder, file)
+            self._layouts[file] = read_header(self._folder, file)
         return self._layouts[file]
 
     def read(self, tensor: StoredTensor) -> Tensor:

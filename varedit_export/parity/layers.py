@@ -20,8 +20,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from varedit_engines.builder import EngineBuilder
 from varedit_engines.compile_set import stages_of
+from varedit_engines.engine_compiler import EngineCompiler
 from varedit_export.errors import ExportError
 from varedit_runtime.backends.engines.import_tensorrt import RTX
 from varedit_runtime.backends.onnxruntime.backend import OnnxBackend, load_graph
@@ -57,7 +57,7 @@ class Layer:
 
 
 def first_wrong_layer(
-    bundle: Bundle, stage: str, compiler: EngineBuilder, variant: str | None = None
+    bundle: Bundle, stage: str, compiler: EngineCompiler, variant: str | None = None
 ) -> Layer | None:
     """Compile a stage with all layers' outputs, and return the first that differs; None if none.
 

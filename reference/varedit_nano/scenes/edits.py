@@ -125,7 +125,7 @@ def recolour(scene: Scene, rng: Rng) -> SceneEdit | None:
     )
 
 
-def resize(scene: Scene, rng: Rng) -> SceneEdit | None:
+def resize_thing(scene: Scene, rng: Rng) -> SceneEdit | None:
     thing, grow = pick(rng, (*scene.items, scene.figure)), rng.random() < 0.5
     templates = wording.ENLARGE if grow else wording.SHRINK
     if isinstance(thing, Item):
@@ -191,14 +191,14 @@ def _undoes(second: SceneEdit, first: SceneEdit) -> bool:
     return whole or second.subject == first.subject
 
 
-LOCAL = (add, add, remove, replace_thing, recolour, recolour, resize, move)
+LOCAL = (add, add, remove, replace_thing, recolour, recolour, resize_thing, move)
 
 EDITORS: dict[str, Callable[[Scene, Rng], SceneEdit | None]] = {
     "add": add,
     "remove": remove,
     "replace": replace_thing,
     "recolour": recolour,
-    "resize": resize,
+    "resize": resize_thing,
     "move": move,
     "background": background,
     "style": style,

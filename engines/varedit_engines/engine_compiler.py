@@ -55,7 +55,7 @@ class Flags:
             )
 
 
-class EngineBuilder:
+class EngineCompiler:
     """A compiler for one backend, one or several architectures, and some flags.
 
     architectures: those of the GPUs to compile for, as in "sm89" (RTX only); by default this
