@@ -8,9 +8,10 @@ from platformdirs import user_cache_path, user_data_path
 
 from varedit_runtime.bundle import standing_folder
 from varedit_runtime.errors import BundleError
-from varedit_runtime.files import atomic_file
+from varedit_runtime.files import atomic_file, read_kept
 
 VARIABLE = "VAREDIT_BUNDLE"
+RECORD = "last-built"  # the file that names the last bundle built
 
 _APP = "varedit-export"
 
@@ -45,7 +46,7 @@ def embedded() -> Path:
 
 def remember(path: Path) -> None:
     """Record a bundle as the last one built. Raises BundleError if the record cannot be written."""
-    record = _last_built()
+    record = data_folder() / RECORD
     try:
         record.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(record) as whole:
@@ -66,7 +67,7 @@ def find_bundle(explicit: Path | None) -> Found:
         return Found(explicit, "named by --bundle")
     if named := os.environ.get(VARIABLE):
         return Found(Path(named), f"named by the environment variable {VARIABLE}")
-    last = _read_last_built()
+    last = _last_built()
     if last and standing_folder(last).exists():
         return Found(last, "the last one built")
     reason = f"the last one built, {last}, is gone" if last else "no bundle was named or built"
@@ -74,13 +75,6 @@ def find_bundle(explicit: Path | None) -> Found:
     return Found(embedded(), f"{nano}, as {reason}")
 
 
-def _last_built() -> Path:
-    return data_folder() / "last-built"
-
-
-def _read_last_built() -> Path | None:
-    try:
-        recorded = os.fsdecode(_last_built().read_bytes())
-    except OSError:
-        return None
+def _last_built() -> Path | None:
+    recorded = os.fsdecode(read_kept(data_folder() / RECORD))
     return Path(recorded) if recorded else None

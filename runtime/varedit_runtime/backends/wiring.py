@@ -149,7 +149,15 @@ def _refuse(step: Step, what: str, names: Iterable[str]) -> None:
 
 def constants(variant: Variant, model: Model) -> dict[str, np.ndarray]:
     """Return the values of a symbolic wiring that are the same for every edit and not zero."""
-    return _Wiring(variant, model).constants()
+    one = np.ones(1, np.float32)
+    found = {f"temperature.{PREFILL}": one}
+    if variant.guided:
+        found[f"guidance_scale.{PREFILL}"] = one
+    for scale in (None, *range(len(variant.grids))):
+        suffix = PREFILL if scale is None else scale
+        arrays = scale_inputs(variant.grids, scale, model.patch)
+        found |= {f"{name}.{suffix}": array for name, array in arrays.items()}
+    return found
 
 
 def scale_profiles(variant: Variant) -> list[Sizes]:
@@ -203,17 +211,6 @@ class _Wiring:
         placed = {f"{name}.{suffix}" for name in _PLACED for suffix in suffixes}
         zeros = {"tokens.0", "sum.0", f"sum.{PREFILL}"}
         return placed | zeros | {f"{name}.{PREFILL}" for name in CHOSEN}
-
-    def constants(self) -> dict[str, np.ndarray]:
-        one = np.ones(1, np.float32)
-        found = {f"temperature.{PREFILL}": one}
-        if self.guided:
-            found[f"guidance_scale.{PREFILL}"] = one
-        for scale in (None, *self.scales):
-            suffix = PREFILL if scale is None else scale
-            arrays = scale_inputs(self.variant.grids, scale, self.model.patch)
-            found |= {f"{name}.{suffix}": array for name, array in arrays.items()}
-        return found
 
     def _coder(
         self,

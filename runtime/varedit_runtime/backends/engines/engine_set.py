@@ -174,22 +174,10 @@ class EngineSets:
         baked: the components whose weights are inside the engines. Raises BundleError if the bundle
         lacks a stage or component.
         """
-        manifest = self.bundle.manifest
-        if unknown := set(baked) - set(self.bundle.components):
-            known = ", ".join(self.bundle.components)
-            raise BundleError(f"there are no weights of {sorted(unknown)}; there are {known}")
-        graphs = {stage: manifest.variant(variant).graph(stage).file for stage in stages}
-        weights = {component: weights_file(component) for component in baked}
+        graphs, weights = self._digests(variant, stages, baked)
+        precision = self.bundle.manifest.precision
         return EngineRecipe(
-            backend=backend,
-            variant=variant,
-            graphs={stage: manifest.files[file].sha256 for stage, file in graphs.items()},
-            weights={name: manifest.files[file].sha256 for name, file in weights.items()},
-            tools=dict(tools),
-            gpu=gpu,
-            layout=layout,
-            precision=manifest.precision,
-            flags=dict(flags),
+            backend, variant, graphs, weights, dict(tools), gpu, layout, precision, dict(flags)
         )
 
     def open(
@@ -268,17 +256,25 @@ class EngineSets:
 
     def of_this_bundle(self, recipe: EngineRecipe) -> bool:
         """Return whether a recipe is of this bundle. Raises BundleError if parts are missing."""
-        ours = self.recipe(
-            recipe.variant,
-            list(recipe.graphs),
-            backend=recipe.backend,
-            tools=recipe.tools,
-            gpu=recipe.gpu,
-            layout=recipe.layout,
-            flags=recipe.flags,
-            baked=list(recipe.weights),
+        graphs, weights = self._digests(recipe.variant, recipe.graphs, recipe.weights)
+        ours = (graphs, weights, self.bundle.manifest.precision)
+        return (recipe.graphs, recipe.weights, recipe.precision) == ours
+
+    def _digests(
+        self, variant: str, stages: Collection[str], components: Collection[str]
+    ) -> tuple[dict[str, str], dict[str, str]]:
+        """Return digests of graphs by stage and of weights by component.
+
+        Raises BundleError if the bundle lacks one.
+        """
+        if unknown := set(components) - set(self.bundle.components):
+            known = ", ".join(self.bundle.components)
+            raise BundleError(f"there are no weights of {sorted(unknown)}; there are {known}")
+        files, graph = self.bundle.manifest.files, self.bundle.manifest.variant(variant).graph
+        return (
+            {stage: files[graph(stage).file].sha256 for stage in stages},
+            {component: files[weights_file(component)].sha256 for component in components},
         )
-        return ours == recipe
 
     def _open_trusted(
         self, folder: Path, recipe: EngineRecipe, digest: str | None, trust: bool
