@@ -67,7 +67,7 @@ def test_in_and_out_are_exactly_as_recorded(recording: Path):
     tensors = load_file(recording / "golden.safetensors")
     source = Image.fromarray(tensors["in.image_rgb_u8"])
     expected = tensors["out.preprocessed_image"]
-    square = to_square(source, expected.shape[1])
+    square = to_square(source, expected.shape[1:])
     assert square.dtype == np.float32
     assert np.array_equal(square, expected)
     restored = restore(tensors["out.image_rgb_u8"], source.size)
@@ -100,7 +100,11 @@ def test_a_decoded_picture_that_is_not_finite_never_passes(value: float):
 @pytest.mark.parametrize(("height", "width"), [(40, 60), (60, 40), (50, 50), (1, 7)])
 def test_a_square_canvas_is_the_released_one(height: int, width: int):
     picture = noise_picture(height, width)
-    assert np.array_equal(to_square(picture, (32, 32)), to_square(picture, 32))
+    side = max(height, width)
+    canvas = Image.new("RGB", (side, side), "white")
+    canvas.paste(picture, (0, 0))
+    released = np.asarray(canvas.resize((32, 32), Image.Resampling.LANCZOS), np.float32) / 127.5 - 1
+    assert np.array_equal(to_square(picture, (32, 32)), released.transpose(2, 0, 1))
 
 
 def test_a_wide_picture_fills_the_top_of_an_upright_canvas():
@@ -128,7 +132,7 @@ def test_restoring_gives_back_size_and_content(size: tuple[int, int], original: 
 def test_a_picture_too_long_and_thin_is_refused():
     ribbon = Image.new("RGB", (int(MAX_CANVAS_PIXELS**0.5) + 1, 1))
     with pytest.raises(PictureError, match="long and thin"):
-        to_square(ribbon, 64)
+        to_square(ribbon, (64, 64))
     with pytest.raises(PictureError, match="long and thin"):
         restore(np.zeros((64, 64, 3), np.uint8), ribbon.size)
 

@@ -41,25 +41,25 @@ def installed() -> dict[str, str]:
 
 
 def _bundle_facts(bundle: Bundle) -> BundleFacts:
-    manifest = bundle.manifest
+    manifest, sets = bundle.manifest, EngineSets(bundle)
     return BundleFacts(
         path=bundle.path,
         precision=manifest.policy,
         weights=sum(manifest.files[weights_file(name)].size for name in bundle.components),
         variants=tuple(variant.name for variant in manifest.variants),
-        engines=tuple(_engines(bundle, path) for path in EngineSets(bundle).folders),
+        engines=tuple(_engines(sets, path) for path in sets.folders),
     )
 
 
-def _engines(bundle: Bundle, path: Path) -> EngineSetFacts:
-    cache = EngineSets(bundle)
+def _engines(sets: EngineSets, path: Path) -> EngineSetFacts:
+    bundle = sets.bundle
     try:
         recipe = EngineSet.open(path).manifest.recipe
-        if not cache.of_this_bundle(recipe):
+        if not sets.of_this_bundle(recipe):
             return EngineSetFacts(
                 path, None, "they are of other graphs or weights than the bundle's"
             )
-        cache.open(recipe)  # says whether they were built here
+        sets.open(recipe)  # says whether they were built here
         needed = budget(bundle, bundle.manifest.variant(recipe.variant), recipe.layout)
     except BundleError as error:
         return EngineSetFacts(path, None, one_line(error))

@@ -80,13 +80,12 @@ def pad_and_resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return canvas.resize((width, height), Image.Resampling.LANCZOS)
 
 
-def to_square(image: Image.Image, size: int | tuple[int, int]) -> np.ndarray:
+def to_square(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
     """Turn an RGB picture into the tokenizer's input: float32 [3, height, width] in [-1, 1].
 
-    size: the side of a square in pixels, or (height, width) for models of other aspect ratios.
-    Pads and resizes as `pad_and_resize` does, and raises what it raises.
+    size: (height, width). Pads and resizes as `pad_and_resize` does, and raises what it raises.
     """
-    pixels = np.asarray(pad_and_resize(image, (size, size) if isinstance(size, int) else size))
+    pixels = np.asarray(pad_and_resize(image, size))
     scaled = pixels.astype(np.float32) / np.float32(127.5) - np.float32(1)
     return np.ascontiguousarray(scaled.transpose(2, 0, 1))
 

@@ -126,7 +126,7 @@ class Precision:
     def format(self, component: str, product: str) -> Format:
         """Return how a component's product is computed and its weight stored."""
         for kept in (*KEPT, *self.kept):
-            if kept.component == component and _matches(product, kept.products):
+            if kept.component == component and any(fnmatchcase(product, p) for p in kept.products):
                 return Format(FLOAT32)
         name = f"{component}.{product}"
         stored = (s for pattern, s in self.stored if fnmatchcase(name, pattern))
@@ -154,7 +154,3 @@ def named(name: str) -> Precision:
 def product_of(weight: str) -> str:
     """Return the product that a graph's weight is of: `blocks.3.qkv.weight` -> `blocks.qkv`."""
     return re.sub(r"\.\d+(?=\.|$)", "", re.sub(r"\.(weight|bias)$", "", weight))
-
-
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -36,7 +36,13 @@ class Instructions:
         truncate: cut an instruction that is too long. Raises TextError on an empty instruction, on
         a long one unless truncate, on invalid Unicode, and if the tokenizer fails.
         """
-        prompt = self._cut(prompt, truncate)
+        most = self.limit * CHARACTERS_PER_TOKEN
+        if len(prompt) > most and not truncate:
+            raise TextError(
+                f"the instruction has {len(prompt)} characters, of at most {most} for "
+                f"{self.limit} tokens: shorten it"
+            )
+        prompt = prompt[:most]
         if not prompt.strip():
             raise TextError("the instruction is empty: say what to change in the picture")
         ids = self._encode(prompt)
@@ -46,16 +52,6 @@ class Instructions:
                 f"{self.limit}: shorten it"
             )
         return [*ids[: self.limit - 1], self._end]
-
-    def _cut(self, prompt: str, truncate: bool) -> str:
-        """Cut a prompt, or refuse it, before it costs much work."""
-        most = self.limit * CHARACTERS_PER_TOKEN
-        if len(prompt) > most and not truncate:
-            raise TextError(
-                f"the instruction has {len(prompt)} characters, of at most {most} for "
-                f"{self.limit} tokens: shorten it"
-            )
-        return prompt[:most]
 
     def _encode(self, prompt: str) -> list[int]:
         try:
