@@ -231,10 +231,10 @@ def engines(bundle: Path, options: EngineOptions) -> None:
     varedit-export engines bundles/2b-512 --backend tensorrt-rtx --architecture sm89
     varedit-export engines bundles/2b-512 --hardware-compatible ampere-plus
     """
-    click.echo(_compile(Bundle.open(bundle), options))
+    click.echo(_compile(bundle, options))
 
 
-def _compile(bundle: Bundle, options: EngineOptions) -> Path:
+def _compile(bundle: Bundle | Path, options: EngineOptions) -> Path:
     """Compile a variant's engines, show the progress, and return their folder."""
     with _progress() as on_step:
         found = varedit_export.compile_engines(bundle, options, on_step, _say)
