@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import onnx_ir as ir
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -23,9 +24,9 @@ def one_thread() -> None:
 @pytest.fixture(autouse=True, scope="session")
 def stages_are_traced_once() -> Iterator[None]:
     """Trace each model once: tests build the same few, and tracing is most of a small build."""
-    templates: dict[tuple[object, ...], trace.Template] = {}
+    templates: dict[tuple[object, ...], ir.Model] = {}
 
-    def traced(stage: Stage, fake: FakeTensorMode) -> trace.Template:
+    def traced(stage: Stage, fake: FakeTensorMode) -> ir.Model:
         text = getattr(stage, "text_encoder", None)
         key = (stage.name, stage.shapes, text and text.config)
         if key not in templates:

@@ -16,7 +16,7 @@ from varedit_reference.checkpoint import (
     released_transformer,
 )
 from varedit_reference.config import ModelConfig
-from varedit_reference.initialise import RandomWeights
+from varedit_reference.initialise import random_weights
 from varedit_reference.tokenizer import Tokenizer
 from varedit_reference.transformer import VAR
 from varedit_reference.weights_file import whole_file
@@ -75,5 +75,5 @@ def _write_released(
         with set_default_mmap_options(MAP_SHARED):
             content = torch.load(partial, map_location="cpu", weights_only=True, mmap=True)
         weights = content[key] if key else content
-        for name, tensor in RandomWeights(model, seed).items():
+        for name, tensor in random_weights(model, seed).items():
             weights[stored[name].name].copy_(tensor.reshape(stored[name].shape))

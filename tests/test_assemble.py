@@ -19,7 +19,8 @@ from varedit_export.errors import ParityError
 from varedit_export.parity.compare_bundle import compare_bundle
 from varedit_export.parity.measures import gate
 from varedit_export.plan import BundlePlan
-from varedit_export.sources import RandomTextEncoder, Sources, random_sources
+from varedit_export.sources import Sources, random_sources
+from varedit_reference.initialise import RandomWeights
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.editor import Editor
 from varedit_runtime.errors import BackendError, ConfigError
@@ -244,7 +245,7 @@ def test_impossible_requests_are_refused(tmp_path: Path) -> None:
 
 def test_random_text_weights_do_not_depend_on_order() -> None:
     text = random_weights().text
-    assert text is not None and isinstance(text.state, RandomTextEncoder)
+    assert text is not None and isinstance(text.state, RandomWeights)
     names = list(text.state)
     digests = [
         hashlib.sha256(text.state[name].numpy().tobytes()).hexdigest()

@@ -16,7 +16,7 @@ from varedit_reference.checkpoint import (
     load_transformer,
 )
 from varedit_reference.config import ModelConfig
-from varedit_reference.initialise import RandomWeights, initialise
+from varedit_reference.initialise import initialise, random_weights
 from varedit_reference.quantisation import positions, quantise
 from varedit_reference.transformer import VAR
 from varedit_runtime.errors import CheckpointError
@@ -28,7 +28,7 @@ def test_a_seed_gives_one_model_whatever_its_size_and_device() -> None:
     built = initialise(VAR(CONFIG.transformer), seed=4).state_dict()
     empty = initialise(empty_transformer(CONFIG.transformer), seed=4).state_dict()
     deeper = replace(CONFIG.transformer, depth=6)
-    longer = dict(RandomWeights(empty_transformer(deeper), seed=4))
+    longer = dict(random_weights(empty_transformer(deeper), seed=4))
     assert built.keys() == empty.keys()
     for name, tensor in built.items():
         assert torch.equal(tensor, empty[name])
@@ -39,8 +39,8 @@ def test_a_seed_gives_one_model_whatever_its_size_and_device() -> None:
 
 
 def test_seeds_and_names_give_different_tensors() -> None:
-    first = dict(RandomWeights(empty_transformer(CONFIG.transformer), seed=1))
-    second = dict(RandomWeights(empty_transformer(CONFIG.transformer), seed=2))
+    first = dict(random_weights(empty_transformer(CONFIG.transformer), seed=1))
+    second = dict(random_weights(empty_transformer(CONFIG.transformer), seed=2))
     name, twin = "blocks.0.self_attention.qkv.weight", "blocks.1.self_attention.qkv.weight"
     for other in (second[name], first[twin]):
         assert torch.corrcoef(torch.stack((first[name].flatten(), other.flatten())))[0, 1] < 0.05
@@ -48,7 +48,7 @@ def test_seeds_and_names_give_different_tensors() -> None:
 
 def test_parameters_take_the_models_own_types() -> None:
     model = initialise(empty_transformer(CONFIG.transformer, weight_dtype=torch.bfloat16), seed=1)
-    exact = dict(RandomWeights(model, seed=1))
+    exact = dict(random_weights(model, seed=1))
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, exact[name].to(parameter.dtype))
     assert {p.dtype for p in model.parameters()} == {torch.float32, torch.bfloat16}
@@ -135,7 +135,7 @@ def test_a_random_released_checkpoint_is_the_seeds_model(
         load_tokenizer(tmp_path / "vae.pth", CONFIG.tokenizer),
     ):
         state = model.state_dict()
-        for name, tensor in RandomWeights(model, seed=9).items():
+        for name, tensor in random_weights(model, seed=9).items():
             assert torch.equal(state[name], tensor.to(dtype).float())
     assert {file.name for file in tmp_path.iterdir()} == {"var.pth", "vae.pth"}
 

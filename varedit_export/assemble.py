@@ -1,6 +1,6 @@
 """Make a planned bundle: weights, graphs, parity, manifest, published whole or not at all."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
@@ -50,7 +50,9 @@ def assemble(plan: BundlePlan, on_step: OnStep) -> list[ParityLine]:
     steps = len(plan.components) + plan.graph_count + 2
     with Staging(target) as staging:
         work = _Work(plan, staging, on_step, steps)
-        shared = _merged(work.weights(component, plan.request) for component in plan.shared)
+        shared: dict[str, StoredWeight] = {}
+        for component in plan.shared:
+            shared |= work.weights(component, plan.request)
         variants = tuple(work.variant(variant, shared) for variant in plan.variants)
         if plan.sources.text is not None:
             staging.file(TOKENIZER).write_bytes(plan.sources.text.tokenizer_json)
@@ -122,10 +124,6 @@ class _Work:
     def _next(self, what: str) -> None:
         self.on_step(what, self.step, self.steps)
         self.step += 1
-
-
-def _merged(parts: Iterable[dict[str, StoredWeight]]) -> dict[str, StoredWeight]:
-    return {name: place for part in parts for name, place in part.items()}
 
 
 def graph_spec(folder: Path, file: str) -> GraphSpec:

@@ -8,17 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from varedit_export.graphs.layout import GraphWeight, make_weight, pack, transformer_layout
-from varedit_export.graphs.model import GraphTransformer, Packed
+from varedit_export.graphs.layout import GraphWeight, make_weight, pack
+from varedit_export.graphs.model import Packed
 from varedit_export.graphs.stages import PositionTable
-from varedit_export.graphs.text import GraphTextEncoder, TextEncoderConfig, text_encoder_layout
 from varedit_reference.config import TransformerConfig
 from varedit_reference.rotary import full_rotation
 from varedit_reference.tokenizer import Tokenizer
 from varedit_reference.weights_file import read_header, write_tensors
 from varedit_runtime.errors import CheckpointError
 from varedit_runtime.manifest import StoredWeight, weights_file
-from varedit_runtime.precision import Precision
 
 
 @dataclass(frozen=True)
@@ -67,35 +65,29 @@ class Component:
         return {prefix + name: tensor.place for name, tensor in layout.items()}
 
 
-def transformer_component(
-    config: TransformerConfig,
-    precision: Precision,
+def laid_out(
+    name: str,
+    module: nn.Module,
+    layout: Mapping[str, GraphWeight],
     state: Mapping[str, Tensor],
-    fake: FakeTensorMode,
+    attribute: str,
 ) -> Component:
-    """Return the transformer's component, made from the reference's parameters by name."""
-    with fake:
-        module = GraphTransformer(config, precision)
-    make = _maker(module, transformer_layout(config), state)
-    return Component("transformer", module, make, "model")
+    """Return a component whose weights a layout makes from the reference's parameters by name."""
+    dtypes = {name: tensor.dtype for name, tensor in module.state_dict().items()}
+    packed = {name: m.storage for name, m in module.named_modules() if isinstance(m, Packed)}
+
+    def make(name: str) -> Tensor:
+        whole, _, part = name.rpartition(".")
+        if whole in packed:
+            return pack(packed[whole], make_weight(layout[whole], state, torch.float32))[part]
+        return make_weight(layout[name], state, dtypes[name])
+
+    return Component(name, module, make, attribute)
 
 
 def tokenizer_component(module: Tokenizer, state: Mapping[str, Tensor]) -> Component:
     """Return the picture tokenizer's component: fp32, in the reference's own names."""
     return Component("tokenizer", module, lambda name: state[name].float(), "")
-
-
-def text_encoder_component(
-    config: TextEncoderConfig,
-    precision: Precision,
-    state: Mapping[str, Tensor],
-    fake: FakeTensorMode,
-) -> Component:
-    """Return the text encoder's component, made from a T5 file's tensors by name."""
-    with fake:
-        module = GraphTextEncoder(config, precision)
-    make = _maker(module, text_encoder_layout(config), state)
-    return Component("text_encoder", module, make, "text_encoder")
 
 
 def positions_component(name: str, config: TransformerConfig, fake: FakeTensorMode) -> Component:
@@ -106,18 +98,3 @@ def positions_component(name: str, config: TransformerConfig, fake: FakeTensorMo
     return Component(
         f"positions_{name}", module, {"cos": table.cos, "sin": table.sin}.__getitem__, "table"
     )
-
-
-def _maker(
-    module: nn.Module, layout: Mapping[str, GraphWeight], state: Mapping[str, Tensor]
-) -> Callable[[str], Tensor]:
-    dtypes = {name: tensor.dtype for name, tensor in module.state_dict().items()}
-    packed = {name: m.storage for name, m in module.named_modules() if isinstance(m, Packed)}
-
-    def make(name: str) -> Tensor:
-        whole, _, part = name.rpartition(".")
-        if whole in packed:
-            return pack(packed[whole], make_weight(layout[whole], state, torch.float32))[part]
-        return make_weight(layout[name], state, dtypes[name])
-
-    return make

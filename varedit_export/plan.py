@@ -11,12 +11,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from varedit_export.components import (
     Component,
+    laid_out,
     positions_component,
-    text_encoder_component,
     tokenizer_component,
-    transformer_component,
 )
 from varedit_export.graphs.blocks import TRACED_BLOCKS
+from varedit_export.graphs.layout import transformer_layout
 from varedit_export.graphs.model import GraphTransformer
 from varedit_export.graphs.scales import (
     Kind,
@@ -36,7 +36,7 @@ from varedit_export.graphs.stages import (
     Stage,
     TextEncoderStage,
 )
-from varedit_export.graphs.text import GraphTextEncoder, TextEncoderConfig
+from varedit_export.graphs.text import GraphTextEncoder, TextEncoderConfig, text_encoder_layout
 from varedit_export.graphs.trace import fake_tensors
 from varedit_export.sources import Sources
 from varedit_reference.config import ModelConfig
@@ -126,13 +126,17 @@ class BundlePlan:
         config, precision = self.request.config, self.request.policy
         with self.fake:
             tokenizer = Tokenizer(config.tokenizer)
+            transformer = GraphTransformer(config.transformer, precision)
+        layout, text = transformer_layout(config.transformer), sources.text
         self.shared = [
-            transformer_component(config.transformer, precision, sources.transformer, self.fake),
+            laid_out("transformer", transformer, layout, sources.transformer, "model"),
             tokenizer_component(tokenizer, sources.tokenizer),
         ]
-        text = sources.text
         if text is not None:
-            component = text_encoder_component(text.config, precision, text.state, self.fake)
+            with self.fake:
+                encoder = GraphTextEncoder(text.config, precision)
+            layout = text_encoder_layout(text.config)
+            component = laid_out("text_encoder", encoder, layout, text.state, "text_encoder")
             self.shared.append(component)
         self.variants = [
             VariantPlan(

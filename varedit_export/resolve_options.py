@@ -19,7 +19,6 @@ from varedit_reference.golden import PIXEL_BUDGETS, recorded_config
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import CheckpointError, ConfigError
 from varedit_runtime.locate import default_root, embedded
-from varedit_runtime.manifest import Variant
 
 TEXT_TOKENS = 128
 
@@ -81,30 +80,26 @@ def _recorded(config: Path) -> tuple[ModelConfig, int]:
 
 
 def _nano_model(options: BuildOptions) -> tuple[ModelConfig, int]:
-    own = _nano_variant().resolution
+    own = _nano().manifest.variant(None).resolution
     if not {own}.issuperset(options.resolutions) or options.aspect != "1:1":
         asked = ", ".join(map(str, options.resolutions)) or own
         raise ConfigError(
             f"nano was trained at {own} px and 1:1 alone, not at {asked} px and {options.aspect}: "
             "leave out --res and --aspect"
         )
-    return _nano()[0], own
+    return sources_of(_nano())[0], own
 
 
 @cache
-def _nano() -> tuple[ModelConfig, Sources]:
-    """Restore nano from the embedded bundle, which a wheel has too; its fp32 comes back exactly."""
-    return sources_of(Bundle.open(embedded()))
-
-
-def _nano_variant() -> Variant:
-    return Bundle.open(embedded()).manifest.variant(None)
+def _nano() -> Bundle:
+    """Open the embedded bundle, which a wheel has too; nano's fp32 weights come back exactly."""
+    return Bundle.open(embedded())
 
 
 def _text_tokens(options: BuildOptions) -> int:
     if options.text_tokens is not None:
         return options.text_tokens
-    return _nano_variant().text_tokens if options.size == NANO_SIZE else TEXT_TOKENS
+    return _nano().manifest.variant(None).text_tokens if options.size == NANO_SIZE else TEXT_TOKENS
 
 
 def _sources(config: ModelConfig, options: BuildOptions) -> Sources:
@@ -117,7 +112,7 @@ def _sources(config: ModelConfig, options: BuildOptions) -> Sources:
             raise ConfigError("--random-weights replaces all checkpoints: give it or them")
         return random_sources(config, options.random_weights)
     if options.size == NANO_SIZE and not (checkpoint or tokenizer or text_encoder):
-        return _nano()[1]
+        return sources_of(_nano())[1]
     needs_text = options.config is None
     if not (checkpoint and tokenizer and (text_encoder or not needs_text)):
         raise CheckpointError(missing_weights(config.name))

@@ -5,7 +5,7 @@ time.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from math import prod
@@ -19,16 +19,15 @@ from torch import Tensor
 
 from varedit_export.graphs.text import TextEncoderConfig
 from varedit_reference.checkpoint import (
+    NamedShape,
     empty_tokenizer,
     empty_transformer,
-    fit,
     tokenizer_weights,
     transformer_weights,
 )
 from varedit_reference.config import ModelConfig
-from varedit_reference.initialise import RandomWeights
-from varedit_reference.text_encoder import empty_encoder, encoder_weights, t5_layout
-from varedit_runtime.errors import CheckpointError
+from varedit_reference.initialise import RandomWeights, random_weights
+from varedit_reference.text_encoder import SHARED, t5_layout, t5_stack, text_encoder_weights
 from varedit_runtime.text import END_TOKEN
 
 NANO_SIZE = "nano"  # the size whose weights come with the package, in the embedded bundle
@@ -71,12 +70,7 @@ def checkpoint_sources(
     config: ModelConfig, transformer: Path, tokenizer: Path, text_encoder: Path | None
 ) -> Sources:
     """Open weights in files. Raises CheckpointError if they cannot be read or do not fit."""
-    text = None if text_encoder is None else _read_text_encoder(text_encoder)
-    if text is not None and text.config.width != config.transformer.text_channels:
-        raise CheckpointError(
-            f"{text_encoder} has width {text.config.width}, and the transformer reads "
-            f"{config.transformer.text_channels}: give the text encoder it was trained with"
-        )
+    text = None if text_encoder is None else _text_source(text_encoder, config)
     paths = [transformer, tokenizer, *([] if text_encoder is None else [text_encoder])]
     return Sources(
         transformer_weights(transformer, config.transformer),
@@ -89,49 +83,11 @@ def checkpoint_sources(
 
 def random_sources(config: ModelConfig, seed: int) -> Sources:
     """Make random weights, with a byte tokenizer in place of T5's, to test structure and speed."""
-    transformer = RandomWeights(empty_transformer(config.transformer), seed)
-    tokenizer = RandomWeights(empty_tokenizer(config.tokenizer), seed)
+    transformer = random_weights(empty_transformer(config.transformer), seed)
+    tokenizer = random_weights(empty_tokenizer(config.tokenizer), seed)
     text = _random_text_encoder(config.transformer.text_channels, seed)
     name = f"random, seed {seed}"
     return Sources(transformer, tokenizer, text, name, name)
-
-
-class RandomTextEncoder(Mapping[str, Tensor]):
-    """A T5 encoder's random tensors by name, each drawn when it is looked up."""
-
-    def __init__(self, config: TextEncoderConfig, seed: int) -> None:
-        inner, width, mlp = config.heads * config.head_width, config.width, config.mlp_width
-        attention, dense = "layer.0.SelfAttention", "layer.1.DenseReluDense"
-        self._seed = seed
-        self._shapes: dict[str, tuple[int, ...]] = {
-            "shared.weight": (config.vocabulary, width),
-            "encoder.final_layer_norm.weight": (width,),
-        }
-        for i in range(config.depth):
-            shapes = {f"{attention}.{name}.weight": (inner, width) for name in "qkv"}
-            shapes |= {f"{attention}.o.weight": (width, inner)}
-            shapes |= {f"{dense}.{name}.weight": (mlp, width) for name in ("wi_0", "wi_1")}
-            shapes |= {f"{dense}.wo.weight": (width, mlp)}
-            shapes |= {f"layer.{j}.layer_norm.weight": (width,) for j in range(2)}
-            if i == 0:
-                relative = f"{attention}.relative_attention_bias.weight"
-                shapes[relative] = (config.buckets, config.heads)
-            self._shapes |= {f"encoder.block.{i}.{name}": s for name, s in shapes.items()}
-
-    def __getitem__(self, name: str) -> Tensor:
-        shape = self._shapes[name]
-        if len(shape) == 1:
-            return torch.ones(shape)
-        key = sha256(f"{self._seed} text {name}".encode()).digest()[:8]
-        generator = torch.Generator().manual_seed(int.from_bytes(key, "little"))
-        spread = 1.0 if name == "shared.weight" else prod(shape[1:]) ** -0.5
-        return spread * torch.randn(shape, generator=generator)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._shapes)
-
-    def __len__(self) -> int:
-        return len(self._shapes)
 
 
 def _random_text_encoder(width: int, seed: int) -> TextSource:
@@ -149,8 +105,16 @@ def _random_text_encoder(width: int, seed: int) -> TextSource:
         "relative_attention_max_distance": 128,
         "layer_norm_epsilon": 1e-6,
     }
-    config = TextEncoderConfig.from_json(settings)
-    return TextSource(config, settings, RandomTextEncoder(config, seed), byte_tokenizer())
+    state = t5_stack(settings).state_dict()
+    stored = [t5_layout(NamedShape(name, tuple(tensor.shape))) for name, tensor in state.items()]
+    weights = RandomWeights(dict(stored), f"{seed} text", _text_weight)
+    return TextSource(TextEncoderConfig.from_json(settings), settings, weights, byte_tokenizer())
+
+
+def _text_weight(name: str, normal: Tensor) -> Tensor:
+    if normal.dim() == 1:
+        return torch.ones_like(normal)
+    return normal if name == SHARED else normal * prod(normal.shape[1:]) ** -0.5
 
 
 def byte_tokenizer() -> bytes:
@@ -179,9 +143,8 @@ def missing_weights(size: str) -> str:
     )
 
 
-def _read_text_encoder(folder: Path) -> TextSource:
-    weights = encoder_weights(folder)
-    fit(empty_encoder(folder), weights, t5_layout, folder)
+def _text_source(folder: Path, config: ModelConfig) -> TextSource:
+    weights = text_encoder_weights(folder, config.transformer)
     settings = json.loads((folder / "config.json").read_bytes())
     tokenizer_json = (folder / "tokenizer.json").read_bytes()
     return TextSource(TextEncoderConfig.from_json(settings), settings, weights, tokenizer_json)

@@ -8,22 +8,12 @@ The weights keep the float type of the released files.
 """
 
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 
-from torch import Tensor
-
-from varedit_reference.checkpoint import fit, tokenizer_weights, transformer_weights
-from varedit_reference.config import TransformerConfig, preset
-from varedit_reference.text_encoder import (
-    SHARED,
-    empty_encoder,
-    encoder_weights,
-    read_vocabulary,
-    t5_layout,
-)
+from varedit_reference.checkpoint import tokenizer_weights, transformer_weights
+from varedit_reference.config import preset
+from varedit_reference.text_encoder import text_encoder_weights
 from varedit_reference.weights_file import check_room, whole_file, write_safetensors
-from varedit_runtime.errors import CheckpointError
 
 TEXT_ENCODER_FILES = ("config.json", "tokenizer.json")
 
@@ -46,7 +36,7 @@ def convert(
     components = {
         "transformer.safetensors": transformer_weights(transformer, config.transformer),
         "tokenizer.safetensors": tokenizer_weights(tokenizer, config.tokenizer),
-        "text_encoder/model.safetensors": _text_encoder(text_encoder, config.transformer),
+        "text_encoder/model.safetensors": text_encoder_weights(text_encoder, config.transformer),
     }
     tensors = [tensor for weights in components.values() for tensor in weights.values()]
     check_room(output, sum(tensor.nbytes for tensor in tensors))
@@ -60,16 +50,3 @@ def convert(
             shutil.copyfile(source, partial)
     names = [*components, *(f"text_encoder/{name}" for name in TEXT_ENCODER_FILES)]
     return [output / name for name in names]
-
-
-def _text_encoder(folder: Path, config: TransformerConfig) -> Mapping[str, Tensor]:
-    read_vocabulary(folder)
-    weights = encoder_weights(folder)
-    fit(empty_encoder(folder), weights, t5_layout, folder)
-    width = weights[SHARED].shape[1]
-    if width != config.text_channels:
-        raise CheckpointError(
-            f"{folder} holds an encoder of width {width}, and the transformer reads "
-            f"{config.text_channels}: give the text encoder it was trained with (Flan-T5-XL)"
-        )
-    return weights

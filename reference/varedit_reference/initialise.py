@@ -5,7 +5,8 @@ can be drawn whole or tensor by tensor, in any order and type, always with the s
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from hashlib import sha256
 from math import log, prod, sqrt
 from typing import TypeVar
@@ -26,24 +27,34 @@ SILU_GAIN = 1 / 0.6
 
 def initialise(model: Module, seed: int) -> Module:
     """Give a model random weights in its parameters' types; it may be on the meta device."""
-    return assign(model, RandomWeights(model, seed))
+    return assign(model, random_weights(model, seed))
+
+
+def random_weights(model: VAR | Tokenizer, seed: int) -> Mapping[str, Tensor]:
+    """Return a model's random parameters by name; it may be on the meta device."""
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if isinstance(model, VAR):
+        return RandomWeights(shapes, str(seed), partial(_transformer_weight, len(model.blocks)))
+    return RandomWeights(shapes, str(seed), _tokenizer_weight)
 
 
 class RandomWeights(Mapping[str, Tensor]):
-    """A model's random parameters by name, in fp32; each is drawn when it is looked up."""
+    """Random tensors by name, in fp32; each is drawn when it is looked up."""
 
-    def __init__(self, model: VAR | Tokenizer, seed: int) -> None:
-        self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        self._depth = len(model.blocks) if isinstance(model, VAR) else None
-        self._seed = seed
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        key: str,
+        scale: Callable[[str, Tensor], Tensor],
+    ) -> None:
+        """Seed by a key and the tensor's name; scale: from that name and standard normals."""
+        self._shapes, self._key, self._scale = shapes, key, scale
 
     def __getitem__(self, name: str) -> Tensor:
-        key = sha256(f"{self._seed} {name}".encode()).digest()[:8]
-        generator = torch.Generator().manual_seed(int.from_bytes(key, "little"))
+        seed = sha256(f"{self._key} {name}".encode()).digest()[:8]
+        generator = torch.Generator().manual_seed(int.from_bytes(seed, "little"))
         normal = torch.randn(self._shapes[name], generator=generator, device="cpu")
-        if self._depth is None:
-            return _tokenizer_weight(name, normal)
-        return _transformer_weight(name, normal, self._depth)
+        return self._scale(name, normal)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)
@@ -52,7 +63,7 @@ class RandomWeights(Mapping[str, Tensor]):
         return len(self._shapes)
 
 
-def _transformer_weight(name: str, normal: Tensor, depth: int) -> Tensor:
+def _transformer_weight(depth: int, name: str, normal: Tensor) -> Tensor:
     """Scale standard normals to a parameter that keeps activations near rms 1 through all blocks.
 
     Products keep the variance of their input (std 1/sqrt(channels in)). What a block adds to the

@@ -60,13 +60,8 @@ class KVCache:
         room = target_length(self.config)
         if uses_references(self.config, block):
             # A reference differs from scale to scale, so it stays outside the growing buffer.
-            self._references = list(
-                zip(
-                    scale_aligned_references(keys, self.config.grids),
-                    scale_aligned_references(values, self.config.grids),
-                    strict=True,
-                )
-            )
+            pooled = (scale_aligned_references(x, self.config.grids) for x in (keys, values))
+            self._references = list(zip(*pooled, strict=True))
             kept_keys, kept_values = keys[:0], values[:0]  # the buffer holds target scales alone
         else:
             kept_keys, kept_values = keys, values

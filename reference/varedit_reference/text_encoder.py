@@ -3,19 +3,20 @@
 An instruction is used as it is, without a template, followed by T5's end token.
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tokenizers import Tokenizer as Vocabulary
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from varedit_reference.checkpoint import NamedShape, load
-from varedit_reference.config import MAX_TEXT_TOKENS
+from varedit_reference.checkpoint import NamedShape, fit, load
+from varedit_reference.config import MAX_TEXT_TOKENS, TransformerConfig
 from varedit_reference.weights_file import open_weights, torch_dtype
-from varedit_runtime.errors import CheckpointError, needs_extra
+from varedit_runtime.errors import CheckpointError, MissingExtraError, needs_extra
 from varedit_runtime.precision import named
 from varedit_runtime.text import Instructions, read_tokenizer
 
@@ -23,9 +24,8 @@ if TYPE_CHECKING:
     from transformers.models.t5.modeling_t5 import T5Stack
 
 SHARED, EMBEDDING = "shared.weight", "encoder.embed_tokens.weight"
-T5_PRODUCTS = {
-    "wo": "blocks.down"
-}  # T5's name of the product that transformers lets differ in type
+# T5's name of the product that transformers lets differ in type.
+T5_PRODUCTS = {"wo": "blocks.down"}
 
 
 class TextEncoder:
@@ -73,6 +73,23 @@ def t5_layout(own: NamedShape) -> NamedShape:
     )
 
 
+def text_encoder_weights(folder: Path, config: TransformerConfig) -> dict[str, Tensor]:
+    """Open the encoder that a transformer reads by T5's names, in the file's types.
+
+    Raises CheckpointError if the folder is no whole T5 model, or of another width.
+    """
+    read_vocabulary(folder)
+    weights = encoder_weights(folder)
+    fit(empty_encoder(folder), weights, t5_layout, folder)
+    width = weights[SHARED].shape[1]
+    if width != config.text_channels:
+        raise CheckpointError(
+            f"{folder} holds an encoder of width {width}, and the transformer reads "
+            f"{config.text_channels}: give the text encoder it was trained with (Flan-T5-XL)"
+        )
+    return weights
+
+
 def encoder_weights(folder: str | Path) -> dict[str, Tensor]:
     """Return the weights of a T5 folder's encoder by T5's names, without decoder and language head.
 
@@ -96,13 +113,11 @@ def empty_encoder(folder: str | Path, precision: str = "fp32") -> "T5Stack":
     Raises CheckpointError on a folder without a T5 configuration, MissingExtraError without
     transformers.
     """
-    with needs_extra("export"):
-        from transformers import T5Config, T5EncoderModel
     path, policy = Path(folder) / "config.json", named(precision)
     try:
-        config = T5Config.from_json_file(path)
-        with torch.device("meta"):
-            encoder = T5EncoderModel(config).encoder.type(torch_dtype(policy.type))
+        encoder = t5_stack(json.loads(path.read_bytes())).type(torch_dtype(policy.type))
+    except MissingExtraError:
+        raise
     except Exception as error:  # transformers raises whatever a wrong value happens to break
         raise CheckpointError(
             f"{path} does not describe a T5 encoder: give a Flan-T5 folder with its config.json"
@@ -111,6 +126,15 @@ def empty_encoder(folder: str | Path, precision: str = "fp32") -> "T5Stack":
         if product := T5_PRODUCTS.get(name.rpartition(".")[2]):
             module.type(torch_dtype(policy.format("text_encoder", product).type))
     return encoder
+
+
+def t5_stack(settings: Mapping[str, Any]) -> "T5Stack":
+    """Build the encoder that a T5 config.json describes, on the meta device."""
+    with needs_extra("export"):
+        from transformers import T5Config, T5EncoderModel
+
+    with torch.device("meta"):
+        return T5EncoderModel(T5Config(**settings)).encoder
 
 
 def read_vocabulary(folder: str | Path) -> Vocabulary:

@@ -10,7 +10,6 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from math import prod
 
 import onnx_ir as ir
@@ -33,14 +32,6 @@ LARGEST_CONSTANT = 2**20  # bytes of an input that is folded: resizing matrices,
 SAMPLE_SIZES: dict[str, int] = dict(zip(LENGTHS, (3, 5, 4, 6, 11, 13, 17), strict=True))
 
 
-@dataclass(frozen=True)
-class Template:
-    """A traced stage: its weights are still inputs, and its lengths may be symbolic."""
-
-    model: ir.Model
-    weights: tuple[str, ...]
-
-
 def fake_tensors() -> FakeTensorMode:
     """Return the mode in which models are built and traced without memory."""
     return FakeTensorMode(allow_non_fake_inputs=True)
@@ -51,7 +42,7 @@ class Tracer:
 
     def __init__(self, fake: FakeTensorMode, stored: Mapping[str, StoredWeight]) -> None:
         self._fake, self._stored = fake, stored
-        self._templates: dict[str, Template] = {}
+        self._templates: dict[str, ir.Model] = {}
 
     def graph(self, stage: Stage, depth: int = 0, scale: ScaleBinding | None = None) -> ir.Model:
         """Make one stage's ONNX model.
@@ -62,8 +53,7 @@ class Tracer:
         """
         if stage.name not in self._templates:
             self._templates[stage.name] = trace(stage, self._fake)
-        template = self._templates[stage.name]
-        model = template.model.clone()
+        model = self._templates[stage.name].clone()
         if scale is not None:
             _bind(model, scale)
         optimizer.optimize_ir(model, input_size_limit=LARGEST_CONSTANT)
@@ -75,7 +65,7 @@ class Tracer:
         return model
 
 
-def trace(stage: Stage, fake: FakeTensorMode) -> Template:
+def trace(stage: Stage, fake: FakeTensorMode) -> ir.Model:
     """Export a stage with torch.onnx, without optimising it."""
     specs = stage.inputs()
     with fake:
@@ -96,7 +86,8 @@ def trace(stage: Stage, fake: FakeTensorMode) -> Template:
     assert exported is not None
     model = exported.model
     _name_dimensions(model, specs)
-    return Template(model, _take_weights(model))
+    _take_weights(model)
+    return model
 
 
 def _is_symbolic(stage: Stage) -> bool:
@@ -112,7 +103,7 @@ def _dynamic(spec: InputSpec) -> dict[int, Dim]:
     return {i: Dim(size) for i, size in enumerate(spec.shape) if isinstance(size, str)}
 
 
-def _take_weights(model: ir.Model) -> tuple[str, ...]:
+def _take_weights(model: ir.Model) -> None:
     """Turn weights into inputs while the graph is edited, so that none is folded into it."""
     weights = [
         value
@@ -123,7 +114,6 @@ def _take_weights(model: ir.Model) -> tuple[str, ...]:
         del model.graph.initializers[str(value.name)]
         value.const_value = None
         model.graph.inputs.append(value)
-    return tuple(str(value.name) for value in weights)
 
 
 def _bind(model: ir.Model, scale: ScaleBinding) -> None:

@@ -22,7 +22,7 @@ from varedit_reference.config import ModelConfig
 from varedit_reference.quantisation import to_tokens
 from varedit_reference.sampling import draw
 from varedit_reference.scale_loop import ScaleLoop
-from varedit_reference.text_encoder import t5_layout
+from varedit_reference.text_encoder import t5_layout, t5_stack
 from varedit_reference.tokenizer import Tokenizer
 from varedit_reference.transformer import VAR, TextCondition
 from varedit_runtime.backends.base import Backend, Sampling, ScaleOutput
@@ -157,10 +157,7 @@ def tokenizer_of(config: ModelConfig, state: Mapping[str, Tensor]) -> Tokenizer:
 
 def t5_encoder(text: TextSource) -> "T5Stack":
     """Load transformers' encoder with a bundle's text weights, in fp32."""
-    from transformers import T5Config, T5EncoderModel
-
-    with torch.device("meta"):
-        encoder = T5EncoderModel(T5Config(**text.json)).encoder
+    encoder = t5_stack(text.json)
     state = {
         name: text.state[t5_layout(NamedShape(name, ())).name] for name in encoder.state_dict()
     }
