@@ -71,6 +71,7 @@ def compare(path: Path, calls: dict[str, list[Any]], count: int) -> list[dict[st
     """Compare the reference's first scales, teacher-forced, with the runtime's."""
     import torch
 
+    from varedit_export.manifest_model import sources_of
     from varedit_export.parity.reference_backend import Reference
     from varedit_reference.sampling import TIE, tie_margin
     from varedit_reference.scale_loop import forced, predict_scales
@@ -78,7 +79,7 @@ def compare(path: Path, calls: dict[str, list[Any]], count: int) -> list[dict[st
 
     bundle = Bundle.open(path)
     variant = bundle.manifest.variant(None)
-    reference = Reference.from_bundle(bundle).of(variant)
+    reference = Reference.from_sources(*sources_of(bundle)).of(variant)
     model, config = reference.transformer, reference.config
     (((_, mask), features),) = calls["encode_text"]
     (source,) = (torch.from_numpy(result) for _, result in calls["encode_pictures"])

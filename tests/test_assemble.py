@@ -16,6 +16,7 @@ from varedit_engines.publish import Staging
 from varedit_export import assemble as assemble_module
 from varedit_export.assemble import assemble
 from varedit_export.errors import ParityError
+from varedit_export.manifest_model import sources_of
 from varedit_export.parity.compare_bundle import compare_bundle
 from varedit_export.parity.measures import gate
 from varedit_export.plan import BundlePlan
@@ -123,7 +124,7 @@ def test_parity_was_proven_for_every_scale(bundle: Bundle) -> None:
 
 
 def test_a_published_bundle_is_verified_from_its_own_weights(bundle: Bundle) -> None:
-    lines = gate(compare_bundle(bundle))
+    lines = gate(compare_bundle(bundle, *sources_of(bundle)))
     assert len(lines) > 3 * SCALES
 
 
@@ -147,12 +148,12 @@ def test_swapped_tensors_fail_the_gate(
     swapped = state | {component: {n: state[component][names.get(n, n)] for n in state[component]}}
     bad = Sources(swapped["transformer"], swapped["tokenizer"], None, "swapped", "swapped")
     plan = BundlePlan([request(tmp_path / "bad")], bad)
-    verify = assemble_module.verify_folder
+    compare = assemble_module.compare_bundle
     given = Sources(state["transformer"], state["tokenizer"], None, "", "")
     monkeypatch.setattr(
         assemble_module,
-        "verify_folder",
-        lambda folder, manifest, sources, config: verify(folder, manifest, given, config),
+        "compare_bundle",
+        lambda bundle, config, sources: compare(bundle, config, given),
     )
     with pytest.raises(ParityError, match="measures failed"):
         assemble(plan, quiet)
@@ -224,7 +225,7 @@ def test_nothing_of_a_failed_build_is_published(
     def broken(*arguments: object) -> Iterator[object]:
         raise ParityError("no")
 
-    monkeypatch.setattr(assemble_module, "verify_folder", broken)
+    monkeypatch.setattr(assemble_module, "compare_bundle", broken)
     with pytest.raises(ParityError):
         assemble(BundlePlan([request(tmp_path / "bundle")], random_weights()), quiet)
     assert not (tmp_path / "bundle").exists()

@@ -167,7 +167,7 @@ def small_disk() -> Iterator[None]:
 def test_a_write_that_fails_midway_leaves_nothing(tmp_path: Path) -> None:
     tensors = {name: torch.zeros(20_000) for name in "abc"}
     with pytest.raises(CheckpointError, match=r"cannot write .*weights\.safetensors: File too"):
-        write_safetensors(tmp_path / "weights.safetensors", tensors, tensors.__getitem__, {})
+        write_safetensors(tmp_path / "weights.safetensors", tensors, {})
     assert not list(tmp_path.iterdir())
 
 
@@ -184,7 +184,7 @@ def test_an_interrupt_midway_leaves_the_old_file(
 
     monkeypatch.setattr(weights_file, "tqdm", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        write_safetensors(path, tensors, tensors.__getitem__, {})
+        write_safetensors(path, tensors, {})
     assert list(tmp_path.iterdir()) == [path]
     assert path.read_bytes() == b"old"
 
@@ -200,7 +200,7 @@ def test_the_written_format_is_safetensors(tmp_path: Path) -> None:
         "ünicode": torch.ones(1),
     }
     path = tmp_path / "weights.safetensors"
-    write_safetensors(path, tensors, tensors.__getitem__, {"size": "2b"})
+    write_safetensors(path, tensors, {"size": "2b"})
     loaded = open_weights(path)
     assert loaded.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -217,5 +217,5 @@ def test_the_written_format_is_safetensors(tmp_path: Path) -> None:
 def test_only_float_weights_are_written(tmp_path: Path) -> None:
     tensors = {"a": torch.zeros(2).long()}
     with pytest.raises(CheckpointError, match="the weight a is stored as int64"):
-        write_safetensors(tmp_path / "weights.safetensors", tensors, tensors.__getitem__, {})
+        write_safetensors(tmp_path / "weights.safetensors", tensors, {})
     assert not list(tmp_path.iterdir())

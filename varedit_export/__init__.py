@@ -44,16 +44,12 @@ __all__ = [
 ]
 
 
-def _no_step(what: str, done: int, steps: int) -> None:
-    """Show no step."""
-
-
-def _nothing(_: object) -> None:
+def _ignore(*_: object) -> None:
     """Show nothing."""
 
 
 def build(
-    options: BuildOptions, on_step: OnStep = _no_step, notice: Callable[[str], None] = _nothing
+    options: BuildOptions, on_step: OnStep = _ignore, notice: Callable[[str], None] = _ignore
 ) -> Bundle:
     """Build a bundle, prove its parity with the reference, publish it, and return it opened.
 
@@ -79,8 +75,8 @@ def build(
 def compile_engines(
     bundle: Bundle | AnyPath,
     options: EngineOptions = EngineOptions(),
-    on_step: OnStep = _no_step,
-    notice: Callable[[str], None] = _nothing,
+    on_step: OnStep = _ignore,
+    notice: Callable[[str], None] = _ignore,
 ) -> "EngineSet":
     """Compile a variant's graphs to TensorRT engines, or open those that were compiled before.
 
@@ -102,7 +98,7 @@ def compile_engines(
 def verify(
     bundle: Bundle | AnyPath,
     options: VerifyOptions = VerifyOptions(),
-    measured: Callable[[ParityLine], None] = _nothing,
+    measured: Callable[[ParityLine], None] = _ignore,
 ) -> list[ParityLine]:
     """Compare every graph of a bundle with the reference, teacher-forced; return all measures.
 
@@ -118,6 +114,7 @@ def verify(
     if always and options.variant:
         raise ConfigError("--variant: all are compared; leave it out, or name another --backend")
     with needs_extra("export"):
+        from varedit_export.manifest_model import sources_of
         from varedit_export.parity.compare_bundle import (
             compare_bundle,
             compare_chosen,
@@ -134,7 +131,7 @@ def verify(
     if options.golden is not None:
         recorded = compare_recording(opened, open_recording(Path(options.golden)))
     lines = []
-    for line in chain(compare_bundle(opened), recorded, others):
+    for line in chain(compare_bundle(opened, *sources_of(opened)), recorded, others):
         measured(line)
         lines.append(line)
     return gate(iter(lines))

@@ -14,10 +14,11 @@ from varedit_export.components import Component
 from varedit_export.estimate import check_memory, needs, present
 from varedit_export.graphs.trace import Tracer
 from varedit_export.manifest_model import manifest_of, tool_versions
-from varedit_export.parity.compare_bundle import verify_folder
+from varedit_export.parity.compare_bundle import compare_bundle
+from varedit_export.parity.measures import gate
 from varedit_export.plan import BundlePlan, GraphPlan, VariantPlan, VariantRequest
 from varedit_reference.weights_file import check_room
-from varedit_runtime.bundle import work_folder
+from varedit_runtime.bundle import Bundle, work_folder
 from varedit_runtime.manifest import (
     TOKENIZER,
     GraphSpec,
@@ -59,7 +60,8 @@ def assemble(plan: BundlePlan, on_step: OnStep) -> list[ParityLine]:
             staging.record(TOKENIZER)
         on_step("parity with the reference", steps - 2, steps)
         manifest = manifest_of(plan, variants, staging.files, ())
-        parity = verify_folder(staging.path, manifest, plan.sources, plan.request.config)
+        unpublished = Bundle(staging.path, manifest, digest="")
+        parity = gate(compare_bundle(unpublished, plan.request.config, plan.sources))
         on_step("publishing", steps - 1, steps)
         staging.publish(manifest_of(plan, variants, staging.files, tuple(parity)))
         on_step("done", steps, steps)

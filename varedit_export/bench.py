@@ -19,6 +19,7 @@ import onnxruntime as ort
 import torch
 from torch import nn
 
+from varedit_export.manifest_model import sources_of
 from varedit_export.parity.reference_backend import Reference, ReferenceBackend
 from varedit_runtime.bench import (
     INSTRUCTION,
@@ -45,11 +46,6 @@ class TimeComparison:
     reference: Spread
     bundle: Spread
     ratio: float
-
-    @classmethod
-    def of(cls, name: str, reference: Sequence[float], bundle: Sequence[float]) -> "TimeComparison":
-        theirs, ours = Spread.of(reference), Spread.of(bundle)
-        return cls(name, theirs, ours, theirs.median / ours.median)
 
 
 @dataclass(frozen=True)
@@ -91,9 +87,8 @@ def measure_both(
             f"{bundle.path} was built without a text encoder, and takes no instructions: build a "
             "bundle with one"
         )
-    memory = measure_memory(
-        path, count, chosen.name
-    )  # before this process holds pages of the same files
+    # Measured before this process holds pages of the same files.
+    memory = measure_memory(path, count, chosen.name)
     with Editor.open(path, threads=count, variant=chosen.name) as editor, torch_threads(count):
         turns = list(_turns(editor, repeat))
     warm, *timed = turns
@@ -161,7 +156,7 @@ def measure_memory(path: Path, threads: int, variant: str) -> MemoryUse:
 
 def open_reference(editor: Editor) -> Editor:
     """Open a bundle a second time, for PyTorch to edit with: the same weights, eager, in fp32."""
-    reference = Reference.from_bundle(editor.bundle).of(editor.variant)
+    reference = Reference.from_sources(*sources_of(editor.bundle)).of(editor.variant)
     backend = ReferenceBackend(reference, editor.variant)
     for module in (reference.transformer, reference.tokenizer, backend.text_encoder):
         _lay_out(module)
@@ -185,9 +180,10 @@ def _compare(
     name: str, turns: Sequence[Turn], seconds: Callable[[Mapping[str, float]], float]
 ) -> TimeComparison:
     theirs, ours = (
-        [seconds(results[0].timings) for results in side] for side in zip(*turns, strict=True)
+        Spread.of([seconds(results[0].timings) for results in side])
+        for side in zip(*turns, strict=True)
     )
-    return TimeComparison.of(name, theirs, ours)
+    return TimeComparison(name, theirs, ours, theirs.median / ours.median)
 
 
 def _share_differing(one: Sequence[EditResult], other: Sequence[EditResult]) -> float:

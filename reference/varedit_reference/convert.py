@@ -43,7 +43,7 @@ def convert(
     for name, weights in components.items():
         component = name.removesuffix(".safetensors").removesuffix("/model")
         metadata = {"format": "varedit_reference", "component": component, "size": size}
-        write_safetensors(output / name, weights, weights.__getitem__, metadata)
+        write_safetensors(output / name, weights, metadata)
     for name in TEXT_ENCODER_FILES:
         source = text_encoder / name
         with whole_file(output / "text_encoder" / name, source.stat().st_size) as partial:

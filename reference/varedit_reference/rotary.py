@@ -75,7 +75,7 @@ def _rotation(
 def source_positions(config: TransformerConfig) -> Tensor:
     """Return (row, column) of every source token, integers [S, 2]."""
     if config.conditioning == "full":  # source scale k lies where target scale k does, shifted
-        offset = torch.tensor(_source_offset(config))
+        offset = SOURCE_OFFSET if config.rotary == "paper" else torch.tensor(config.table_grids[-1])
         scales = [scale_positions(config, k) + offset for k in range(len(config.grids))]
         return torch.cat(scales)
     if config.rotary == "paper":
@@ -95,10 +95,6 @@ def scale_positions(config: TransformerConfig, scale: int) -> Tensor:
         return _cells(grid) * torch.tensor(steps)  # a cell is placed at its top left corner
     start = config.lengths[-1] + sum(config.lengths[:scale])
     return _released_table(config.table_grids)[start : start + config.lengths[scale]]
-
-
-def _source_offset(config: TransformerConfig) -> Grid:
-    return (SOURCE_OFFSET, SOURCE_OFFSET) if config.rotary == "paper" else config.table_grids[-1]
 
 
 @lru_cache(maxsize=8)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -240,24 +241,16 @@ def read_header(folder: Path, file: str) -> dict[str, StoredTensor]:
 
 
 def write_safetensors(
-    path: str | Path,
-    layout: Mapping[str, Tensor],
-    make: Callable[[str], Tensor],
-    metadata: Mapping[str, str],
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
     """Write named tensors as a safetensors file, one at a time, all or nothing.
 
-    Takes what `write_tensors` takes. Shows its progress where stderr is a terminal. Raises
-    CheckpointError, and writes nothing, if the disk has no room or a tensor is of no accepted float
-    type.
+    Shows its progress where stderr is a terminal. Raises CheckpointError, and writes nothing, if
+    the disk has no room or a tensor is of no accepted float type.
     """
-    path = Path(path)
-
-    def bar(names: Sequence[str]) -> Iterable[str]:
-        return tqdm(names, desc=path.name, unit="tensor", disable=None)
-
-    with whole_file(path, sum(tensor.nbytes for tensor in layout.values())) as partial:
-        write_tensors(partial, layout, make, metadata, bar)
+    bar = partial(tqdm, desc=path.name, unit="tensor", disable=None)
+    with whole_file(path, sum(tensor.nbytes for tensor in tensors.values())) as whole:
+        write_tensors(whole, tensors, tensors.__getitem__, metadata, bar)
 
 
 def write_tensors(

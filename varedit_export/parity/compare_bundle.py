@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from math import prod
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -43,7 +42,6 @@ from varedit_export.parity.edit import (
 from varedit_export.parity.measures import (
     ROUNDED_FEATURES,
     ROUNDED_LOGITS,
-    gate,
     picture_lines,
 )
 from varedit_export.parity.reference_backend import Reference, ReferenceBackend
@@ -58,7 +56,7 @@ from varedit_runtime.backends.onnxruntime.backend import OnnxBackend
 from varedit_runtime.backends.onnxruntime.spec import OnnxRuntimeOptions
 from varedit_runtime.backends.wiring import TEXT
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.manifest import Manifest, ParityLine, Variant, weights_file
+from varedit_runtime.manifest import ParityLine, Variant, weights_file
 from varedit_runtime.pictures import from_decoder
 from varedit_runtime.precision import Precision
 
@@ -67,22 +65,11 @@ from varedit_runtime.precision import Precision
 LARGEST_WHOLE = 10**9
 
 
-def verify_folder(
-    folder: Path, manifest: Manifest, sources: Sources, config: ModelConfig
-) -> list[ParityLine]:
-    """Compare an unpublished bundle with the weights it was built from.
+def compare_bundle(bundle: Bundle, config: ModelConfig, sources: Sources) -> Iterator[ParityLine]:
+    """Compare every graph of every variant with the reference of these weights.
 
-    Raises ParityError if a measure exceeds its tolerance or is not finite.
+    They are those that the bundle was built from or, by `sources_of`, its own.
     """
-    return gate(_compare(Bundle(folder, manifest, digest=""), config, sources))
-
-
-def compare_bundle(bundle: Bundle) -> Iterator[ParityLine]:
-    """Compare every graph of every variant with the reference made of the bundle's own weights."""
-    return _compare(bundle, *sources_of(bundle))
-
-
-def _compare(bundle: Bundle, config: ModelConfig, sources: Sources) -> Iterator[ParityLine]:
     if is_large(count_parameters(bundle)):
         return compare_streamed(bundle, config, sources)
     return compare_graphs(bundle, Reference.from_sources(config, sources))

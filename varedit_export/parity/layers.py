@@ -126,14 +126,10 @@ def first_wrong(
         Comparator.postprocess(runs, _without_infinities)
         (accuracy,) = Comparator.compare_accuracy(runs, compare_func=SnrCompareFunc(least))
     ((_, (results,)),) = accuracy.items()
-    nodes = {
-        output: node
-        for node in onnx.load_model_from_string(graph).graph.node
-        for output in node.output
-    }
-    for output, node in nodes.items():
-        if output in results and not (result := results[output]):
-            return Layer(node.name, node.op_type, output, result.snr)
+    for node in onnx.load_model_from_string(graph).graph.node:
+        for output in node.output:
+            if output in results and not (result := results[output]):
+                return Layer(node.name, node.op_type, output, result.snr)
     return None
 
 

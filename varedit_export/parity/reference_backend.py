@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from varedit_export.graphs.layout import reference_formats, round_products
-from varedit_export.manifest_model import sources_of
 from varedit_export.parity.edit import with_grids
 from varedit_export.sources import Sources, TextSource
 from varedit_reference.checkpoint import NamedShape, assign, empty_tokenizer, empty_transformer
@@ -26,7 +25,6 @@ from varedit_reference.text_encoder import t5_layout, t5_stack
 from varedit_reference.tokenizer import Tokenizer
 from varedit_reference.transformer import VAR, TextCondition
 from varedit_runtime.backends.base import Backend, Sampling, ScaleOutput
-from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import BackendError
 from varedit_runtime.manifest import Variant
 from varedit_runtime.precision import Precision
@@ -49,11 +47,6 @@ class Reference:
         """Load the weights that a bundle is built from, in fp32."""
         tokenizer = tokenizer_of(config, sources.tokenizer)
         return cls(config, _var(config, sources.transformer), tokenizer, sources.text)
-
-    @classmethod
-    def from_bundle(cls, bundle: Bundle) -> "Reference":
-        """Load the weights of a bundle itself, in fp32."""
-        return cls.from_sources(*sources_of(bundle))
 
     def of(self, variant: Variant) -> "Reference":
         """Share the weights with a model of a variant's grids."""
