@@ -23,7 +23,7 @@ from varedit_reference.scale_loop import PredictedScale, forced, predict_scales,
 from varedit_runtime.backends.base import Sampling
 from varedit_runtime.backends.onnxruntime import backend as onnx_backend
 from varedit_runtime.backends.onnxruntime.backend import Buffer, OnnxBackend
-from varedit_runtime.backends.onnxruntime.spec import OnnxRuntimeOptions
+from varedit_runtime.backends.onnxruntime.options import OnnxRuntimeOptions
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.editor import Editor
 from varedit_runtime.errors import BackendError, BundleError

@@ -17,7 +17,7 @@ from varedit_export.doctor import report
 from varedit_export.parity.compare_bundle import compare_chosen
 from varedit_runtime.backends import BACKENDS, choose, find_backend
 from varedit_runtime.backends.onnxruntime.backend import OnnxBackend
-from varedit_runtime.backends.onnxruntime.spec import OnnxRuntimeOptions
+from varedit_runtime.backends.onnxruntime.options import OnnxRuntimeOptions
 from varedit_runtime.backends.spec import BackendOptions, BackendSpec, Verdict, option
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.cli import main as run_main

@@ -53,7 +53,7 @@ from varedit_reference.golden import Recording
 from varedit_runtime.backends import ChosenBackend
 from varedit_runtime.backends.base import Backend, ScaleOutput
 from varedit_runtime.backends.onnxruntime.backend import OnnxBackend
-from varedit_runtime.backends.onnxruntime.spec import OnnxRuntimeOptions
+from varedit_runtime.backends.onnxruntime.options import OnnxRuntimeOptions
 from varedit_runtime.backends.wiring import TEXT
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.manifest import ParityLine, Variant, weights_file

@@ -25,7 +25,7 @@ from varedit_engines.engine_compiler import EngineCompiler
 from varedit_export.errors import ExportError
 from varedit_runtime.backends.engines.import_tensorrt import RTX
 from varedit_runtime.backends.onnxruntime.backend import OnnxBackend, load_graph
-from varedit_runtime.backends.onnxruntime.spec import OnnxRuntimeOptions
+from varedit_runtime.backends.onnxruntime.options import OnnxRuntimeOptions
 from varedit_runtime.backends.wiring import Step, wire
 from varedit_runtime.bench import INSTRUCTION, synthetic_picture
 from varedit_runtime.bundle import Bundle

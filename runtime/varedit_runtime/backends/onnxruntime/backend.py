@@ -16,7 +16,7 @@ import onnxruntime as ort
 
 from varedit_runtime.backends.graph_backend import GraphBackend
 from varedit_runtime.backends.interrupt import stopped_by_interrupt
-from varedit_runtime.backends.onnxruntime.spec import PROVIDERS, OnnxRuntimeOptions
+from varedit_runtime.backends.onnxruntime.options import PROVIDERS, OnnxRuntimeOptions
 from varedit_runtime.backends.wiring import Step, View, constants, values_of
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import BackendError, one_line

@@ -1,20 +1,18 @@
 """How ONNX Runtime describes itself as a backend: on the CPU, or on a GPU by its CUDA provider."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from varedit_runtime.backends.onnxruntime.options import PROVIDERS, OnnxRuntimeOptions
 from varedit_runtime.backends.spec import (
-    BackendOptions,
     BackendSpec,
     Verdict,
     commands_hint,
-    option,
     too_little,
     try_import,
 )
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.errors import BackendError, ConfigError, VareditError, one_line
+from varedit_runtime.errors import VareditError, one_line
 from varedit_runtime.locate import embedded
 from varedit_runtime.machine import PEAK, Machine, ProbeResult, cpu_bytes
 from varedit_runtime.manifest import Variant
@@ -22,29 +20,9 @@ from varedit_runtime.manifest import Variant
 if TYPE_CHECKING:
     from varedit_runtime.backends.onnxruntime.backend import OnnxBackend
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 CPU, CUDA = "onnxruntime cpu", "onnxruntime cuda"
 TO_GPU = ("pip uninstall onnxruntime", "pip install --force-reinstall onnxruntime-gpu")
 TO_CPU = ("pip uninstall onnxruntime-gpu", "pip install --force-reinstall onnxruntime")
-
-
-@dataclass(frozen=True)
-class OnnxRuntimeOptions(BackendOptions):
-    """Where and how ONNX Runtime runs.
-
-    provider: "cpu" or "cuda"; it never falls back to the other. threads: of the CPU, at least 1;
-    None: one per core.
-    """
-
-    provider: str = option("cpu", "Where onnxruntime runs: cpu or cuda; by default cpu.")
-    threads: int | None = option(None, "CPU threads of onnxruntime; by default one per core.")
-
-    def __post_init__(self) -> None:
-        if self.provider not in PROVIDERS:
-            known = ", ".join(PROVIDERS)
-            raise BackendError(f"no provider is called {self.provider!r}; there are {known}")
-        if self.threads is not None and (not isinstance(self.threads, int) or self.threads < 1):
-            raise ConfigError(f"threads is {self.threads!r}; it must be an integer of at least 1")
 
 
 class OnnxRuntime(BackendSpec[OnnxRuntimeOptions]):
