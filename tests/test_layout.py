@@ -9,7 +9,6 @@ from varedit_export.graphs.layout import (
     Restored,
     make_weight,
     transformer_layout,
-    transformer_restorer,
 )
 from varedit_export.graphs.text import TextEncoderConfig, relative_buckets
 from varedit_runtime.geometry import area_matrix, bilinear_matrix
@@ -22,7 +21,7 @@ def test_the_layout_uses_every_parameter_once_and_is_undone() -> None:
     used = [source for weight in layout.values() for source in weight.sources]
     assert sorted(used) == sorted(state)
     made = {name: make_weight(weight, state, torch.float32) for name, weight in layout.items()}
-    restored = Restored(layout, made, transformer_restorer(config))
+    restored = Restored(layout, made)
     assert restored.keys() == state.keys()
     for name, tensor in state.items():
         torch.testing.assert_close(restored[name], tensor, atol=1e-6, rtol=1e-6)

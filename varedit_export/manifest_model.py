@@ -15,7 +15,6 @@ from varedit_export.graphs.layout import (
     Restored,
     Unpacked,
     transformer_layout,
-    transformer_restorer,
 )
 from varedit_export.graphs.text import TextEncoderConfig, restore_text_encoder
 from varedit_export.plan import BundlePlan
@@ -91,7 +90,6 @@ def sources_of(bundle: Bundle) -> tuple[ModelConfig, Sources]:
     }
     config = _model_config(bundle, files["tokenizer"])
     layout = transformer_layout(config.transformer)
-    restore = transformer_restorer(config.transformer)
     text = None
     if "text_encoder" in files:
         model = bundle.manifest.model
@@ -101,7 +99,7 @@ def sources_of(bundle: Bundle) -> tuple[ModelConfig, Sources]:
         )
         encoder = TextEncoderConfig.from_json(settings)
         text = TextSource(encoder, settings, state, bundle.tokenizer_json())
-    transformer = Restored(layout, files["transformer"], restore)
+    transformer = Restored(layout, files["transformer"])
     weights = bundle.manifest.model.weights
     return config, Sources(transformer, files["tokenizer"], text, weights, bundle.digest)
 

@@ -10,7 +10,7 @@ reference's parameters. What changes on the way, so that no graph has to do it a
 - a self-attention's learned scale is exp(min(s, ln 100)), an AdaLN scale is 1 + scale.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,10 +24,14 @@ from varedit_runtime.precision import Format, Precision, Storage, product_of
 
 @dataclass(frozen=True)
 class GraphWeight:
-    """A graph's weight: the reference's parameters that it is made from, and the function."""
+    """A graph's weight: the reference's parameters that it is made from, and both directions.
+
+    make: makes it from those parameters; restore: makes them from it. Both are in fp32.
+    """
 
     sources: tuple[str, ...]
     make: Callable[..., Tensor]
+    restore: Callable[[Tensor], Sequence[Tensor]]
 
 
 def transformer_layout(config: TransformerConfig) -> dict[str, GraphWeight]:
@@ -39,7 +43,7 @@ def transformer_layout(config: TransformerConfig) -> dict[str, GraphWeight]:
         "text_norm": same("text_norm.weight"),
         "text_pool.query": same("text_pool.query"),
         "text_pool.kv.weight": transposed("text_pool.kv.weight"),
-        "text_pool.kv.bias": GraphWeight(("text_pool.value_bias",), _after_zeros),
+        "text_pool.kv.bias": _after_zeros("text_pool.value_bias"),
         **_linear("token_embedding"),
         **_linear("text_pool.projection"),
         **_linear("text_memory.0"),
@@ -48,7 +52,11 @@ def transformer_layout(config: TransformerConfig) -> dict[str, GraphWeight]:
         "shared_modulation.weight": transposed("shared_modulation.weight"),
         "shared_modulation.bias": same("shared_modulation.bias"),
         "head_modulation.weight": transposed("head_modulation.weight"),
-        "head_modulation.bias": GraphWeight(("head_modulation.bias",), _one_plus_first_half),
+        "head_modulation.bias": GraphWeight(
+            ("head_modulation.bias",),
+            lambda bias: _first_half_plus(1, bias),
+            lambda made: [_first_half_plus(-1, made)],
+        ),
     }
     for i in range(config.depth):
         block = f"blocks.{i}"
@@ -60,27 +68,42 @@ def _block(block: str, config: TransformerConfig) -> dict[str, GraphWeight]:
     attention = f"{block}.self_attention"
     cross = f"{block}.cross_attention"
     halves = _pairs_to_halves(config)
+    pairs = halves.argsort()
 
     def qkv(weight: Tensor) -> Tensor:
         query, key, value = weight.chunk(3)
         return torch.cat((query[halves], key[halves], value)).T
 
+    def restore_qkv(made: Tensor) -> list[Tensor]:
+        query, key, value = made.T.chunk(3)
+        return [torch.cat((query[pairs], key[pairs], value))]
+
     def qkv_bias(query: Tensor, value: Tensor) -> Tensor:
         return torch.cat((query[halves], torch.zeros_like(value), value))
 
+    def restore_biases(made: Tensor) -> list[Tensor]:
+        query, _, value = made.chunk(3)
+        return [query[pairs], value]
+
     return {
-        f"{block}.modulation": GraphWeight((f"{block}.modulation",), _one_plus_scales),
-        f"{block}.qkv.weight": GraphWeight((f"{attention}.qkv.weight",), qkv),
-        f"{block}.qkv.bias": GraphWeight(
-            (f"{attention}.query_bias", f"{attention}.value_bias"), qkv_bias
+        f"{block}.modulation": GraphWeight(
+            (f"{block}.modulation",),
+            lambda modulation: _scales_plus(1, modulation),
+            lambda made: [_scales_plus(-1, made)],
         ),
-        f"{block}.attention_scale": GraphWeight((f"{attention}.log_scale",), _attention_scale),
+        f"{block}.qkv.weight": GraphWeight((f"{attention}.qkv.weight",), qkv, restore_qkv),
+        f"{block}.qkv.bias": GraphWeight(
+            (f"{attention}.query_bias", f"{attention}.value_bias"), qkv_bias, restore_biases
+        ),
+        f"{block}.attention_scale": GraphWeight(
+            (f"{attention}.log_scale",), _attention_scale, lambda made: [made.log()]
+        ),
         **_linear(f"{attention}.projection", f"{block}.projection"),
         f"{block}.cross_norm.weight": same(f"{block}.cross_norm.weight"),
         f"{block}.cross_norm.bias": same(f"{block}.cross_norm.bias"),
         **_linear(f"{cross}.query", f"{block}.cross_query"),
         f"{block}.cross_kv.weight": transposed(f"{cross}.kv.weight"),
-        f"{block}.cross_kv.bias": GraphWeight((f"{cross}.value_bias",), _after_zeros),
+        f"{block}.cross_kv.bias": _after_zeros(f"{cross}.value_bias"),
         **_linear(f"{cross}.projection", f"{block}.cross_projection"),
         **_linear(f"{block}.mlp.0", f"{block}.mlp_up"),
         **_linear(f"{block}.mlp.2", f"{block}.mlp_down"),
@@ -153,11 +176,11 @@ def round_weight(storage: Storage, weight: Tensor) -> Tensor:
 
 
 def same(source: str) -> GraphWeight:
-    return GraphWeight((source,), lambda x: x)
+    return GraphWeight((source,), lambda x: x, lambda x: [x])
 
 
 def transposed(source: str) -> GraphWeight:
-    return GraphWeight((source,), lambda x: x.T)
+    return GraphWeight((source,), lambda x: x.T, lambda x: [x.T])
 
 
 def _linear(source: str, name: str | None = None) -> dict[str, GraphWeight]:
@@ -168,21 +191,26 @@ def _linear(source: str, name: str | None = None) -> dict[str, GraphWeight]:
     }
 
 
-def _after_zeros(value_bias: Tensor) -> Tensor:
-    return torch.cat((torch.zeros_like(value_bias), value_bias))
+def _after_zeros(source: str) -> GraphWeight:
+    return GraphWeight(
+        (source,),
+        lambda bias: torch.cat((torch.zeros_like(bias), bias)),
+        lambda made: [made.chunk(2)[1]],
+    )
 
 
-def _one_plus_first_half(bias: Tensor) -> Tensor:
+def _first_half_plus(one: int, bias: Tensor) -> Tensor:
     scale, shift = bias.chunk(2)
-    return torch.cat((1 + scale, shift))
+    return torch.cat((scale + one, shift))
 
 
-def _one_plus_scales(modulation: Tensor) -> Tensor:
+def _scales_plus(one: int, modulation: Tensor) -> Tensor:
     gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
-    return torch.stack((gamma1, gamma2, 1 + scale1, 1 + scale2, shift1, shift2))
+    return torch.stack((gamma1, gamma2, scale1 + one, scale2 + one, shift1, shift2))
 
 
 def _attention_scale(log_scale: Tensor) -> Tensor:
+    """Return the scale as it acts; it is restored clamped."""
     return log_scale.clamp(max=MAX_LOG_SCALE).exp()
 
 
@@ -191,54 +219,20 @@ def _pairs_to_halves(config: TransformerConfig) -> Tensor:
     return torch.arange(config.width).view(config.heads, -1, 2).transpose(1, 2).flatten()
 
 
-# (name of a graph's weight, how it was made, the weight in fp32) -> what it was made from
-Restorer = Callable[[str, GraphWeight, Tensor], dict[str, Tensor]]
-
-
 class Restored(Mapping[str, Tensor]):
     """The parameters that a bundle's weights were made from, each restored when looked up."""
 
-    def __init__(
-        self, layout: Mapping[str, GraphWeight], weights: Mapping[str, Tensor], restore: Restorer
-    ) -> None:
-        self._layout, self._weights, self._restore = layout, weights, restore
+    def __init__(self, layout: Mapping[str, GraphWeight], weights: Mapping[str, Tensor]) -> None:
+        self._layout, self._weights = layout, weights
         self._made = {source: name for name, w in layout.items() for source in w.sources}
 
     def __getitem__(self, source: str) -> Tensor:
         name = self._made[source]
-        return self._restore(name, self._layout[name], self._weights[name].float())[source]
+        weight = self._layout[name]
+        return weight.restore(self._weights[name].float())[weight.sources.index(source)]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._made)
 
     def __len__(self) -> int:
         return len(self._made)
-
-
-def transformer_restorer(config: TransformerConfig) -> Restorer:
-    """Return what undoes `transformer_layout`, in fp32.
-
-    A self-attention's learned scale comes back clamped, as it acts.
-    """
-    pairs, width = _pairs_to_halves(config).argsort(), config.width
-
-    def restore(name: str, weight: GraphWeight, made: Tensor) -> dict[str, Tensor]:
-        first = weight.sources[0]
-        if name.endswith("qkv.weight"):
-            query, key, value = made.T.chunk(3)
-            return {first: torch.cat((query[pairs], key[pairs], value))}
-        if name.endswith("qkv.bias"):
-            return {first: made[:width][pairs], weight.sources[1]: made[2 * width :]}
-        if weight.make is _after_zeros:
-            return {first: made[len(made) // 2 :]}
-        if weight.make is _one_plus_first_half:
-            ones = torch.cat((torch.ones(width), torch.zeros(width)))
-            return {first: made - ones}
-        if weight.make is _one_plus_scales:
-            ones = torch.tensor([0.0, 0.0, 1.0, 1.0, 0.0, 0.0])
-            return {first: made - ones[:, None]}
-        if weight.make is _attention_scale:
-            return {first: made.log()}
-        return {first: weight.make(made)}  # a transpose, or nothing
-
-    return restore

@@ -136,10 +136,10 @@ def text_encoder_layout(config: TextEncoderConfig) -> dict[str, GraphWeight]:
         gate_up = tuple(f"{mlp}.DenseReluDense.{name}.weight" for name in ("wi_0", "wi_1"))
         weights |= {
             f"blocks.{i}.attention_norm": same(f"{attention_}.layer_norm.weight"),
-            f"blocks.{i}.qkv": GraphWeight(qkv, _fused),
+            f"blocks.{i}.qkv": _fused(qkv),
             f"blocks.{i}.projection": transposed(f"{attention_}.SelfAttention.o.weight"),
             f"blocks.{i}.mlp_norm": same(f"{mlp}.layer_norm.weight"),
-            f"blocks.{i}.gate_up": GraphWeight(gate_up, _fused),
+            f"blocks.{i}.gate_up": _fused(gate_up),
             f"blocks.{i}.down": transposed(f"{mlp}.DenseReluDense.wo.weight"),
         }
     return weights
@@ -167,13 +167,7 @@ def restore_text_encoder(
         "layer_norm_epsilon": epsilon,
     }
     layout = text_encoder_layout(TextEncoderConfig.from_json(settings))
-    return settings, Restored(layout, weights, _restore)
-
-
-def _restore(name: str, weight: GraphWeight, made: Tensor) -> dict[str, Tensor]:
-    fused = weight.make is _fused
-    parts = made.T.chunk(len(weight.sources)) if fused else [weight.make(made)]
-    return dict(zip(weight.sources, parts, strict=True))
+    return settings, Restored(layout, weights)
 
 
 def relative_buckets(tokens: int, config: TextEncoderConfig) -> Tensor:
@@ -188,8 +182,12 @@ def relative_buckets(tokens: int, config: TextEncoderConfig) -> Tensor:
     return bucket + half * (distance > 0)
 
 
-def _fused(*weights: Tensor) -> Tensor:
-    return torch.cat(weights).T
+def _fused(sources: tuple[str, ...]) -> GraphWeight:
+    return GraphWeight(
+        sources,
+        lambda *weights: torch.cat(weights).T,
+        lambda made: made.T.chunk(len(sources)),
+    )
 
 
 def _rms_norm(x: Tensor, weight: Tensor, config: TextEncoderConfig) -> Tensor:
