@@ -134,7 +134,7 @@ def verify(
     for line in chain(compare_bundle(opened, *sources_of(opened)), recorded, others):
         measured(line)
         lines.append(line)
-    return gate(iter(lines))
+    return gate(lines)
 
 
 def _opened(bundle: Bundle | AnyPath) -> Bundle:

@@ -70,9 +70,8 @@ def _models(options: BuildOptions) -> list[tuple[ModelConfig, int]]:
 def _recorded(config: Path) -> tuple[ModelConfig, int]:
     try:
         settings = json.loads(config.read_text())
-        return recorded_config(config.resolve().parent.name, settings), PIXEL_BUDGETS[
-            settings["pn"]
-        ]
+        model = recorded_config(config.resolve().parent.name, settings)
+        return model, PIXEL_BUDGETS[settings["pn"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{config} does not describe a recording: give its config.json"

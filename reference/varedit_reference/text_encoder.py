@@ -68,9 +68,8 @@ class TextEncoder:
 
 def t5_layout(own: NamedShape) -> NamedShape:
     """Return a parameter of the encoder as a T5 file names it (a `checkpoint.Layout`)."""
-    return NamedShape(
-        SHARED if own.name == "embed_tokens.weight" else f"encoder.{own.name}", own.shape
-    )
+    name = SHARED if own.name == "embed_tokens.weight" else f"encoder.{own.name}"
+    return NamedShape(name, own.shape)
 
 
 def text_encoder_weights(folder: Path, config: TransformerConfig) -> dict[str, Tensor]:

@@ -29,10 +29,9 @@ from varedit_runtime.backends.onnxruntime.options import OnnxRuntimeOptions
 from varedit_runtime.backends.wiring import Step, wire
 from varedit_runtime.bench import INSTRUCTION, synthetic_picture
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.editor import Editor
+from varedit_runtime.editor import Editor, read_instructions
 from varedit_runtime.errors import BackendError, ConfigError, needs_extra
 from varedit_runtime.manifest import Variant
-from varedit_runtime.text import Instructions, read_tokenizer
 
 if TYPE_CHECKING:
     from polygraphy.backend.base import BaseRunner
@@ -143,7 +142,7 @@ def _without_infinities(outputs: Any) -> Any:
 def stage_inputs(bundle: Bundle, variant: Variant, stage: str) -> dict[str, np.ndarray]:
     """Edit a picture of noise on ONNX Runtime; return what a stage's static graph reads in it."""
     recorder = _Recorder(bundle, variant, stage)
-    instructions = Instructions(read_tokenizer(bundle.tokenizer_json()), variant.text_tokens)
+    instructions = read_instructions(bundle, variant.text_tokens)
     with Editor(bundle, variant, recorder, instructions) as editor:
         editor.edit([synthetic_picture(variant)] * variant.batch, INSTRUCTION, seed=0)
     if recorder.inputs is None:
