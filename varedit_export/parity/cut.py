@@ -17,12 +17,15 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 import torch
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+from onnx_ir.tensor_adapters import to_torch_dtype
 from torch import Tensor
 
 from varedit_engines.network import external_weights
@@ -36,14 +39,7 @@ Arrays = dict[str, np.ndarray]
 
 PAST = ("past_", "reference_")  # inputs that are keys and values of earlier tokens
 NARROW = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
-TORCH_TYPES = {
-    TensorProto.FLOAT: torch.float32,
-    TensorProto.FLOAT16: torch.float16,
-    TensorProto.BFLOAT16: torch.bfloat16,
-    TensorProto.INT8: torch.int8,
-    TensorProto.UINT8: torch.uint8,
-    TensorProto.FLOAT8E4M3FN: torch.float8_e4m3fn,
-}
+Message = TypeVar("Message", NodeProto, TensorProto, ValueInfoProto)
 
 
 class WeightFiles:
@@ -151,10 +147,16 @@ class CutGraph:
                 if name in self._readers:
                     self._readers[name].add(node.output[0])
         self.blocks = sorted({b for b in self._block_of.values() if b is not None})
-        before, after = self._outer()
-        self.before, self.after = self._piece(before), self._piece(after)
-        carried = {block: self._carried(block) for block in self.blocks}
-        self.carried = {block: name for block, name in carried.items() if name}
+        late = _descendants(self._nodes, {v for v, b in self._block_of.items() if b is not None})
+        outer = [node for node in self._nodes if _block(node) is None]
+        self.before = self._piece([node for node in outer if node.output[0] not in late])
+        self.after = self._piece([node for node in outer if node.output[0] in late])
+        self.carried: dict[int, str] = {}
+        for value, block in self._block_of.items():
+            following = block + 1 if block is not None and block + 1 in self.blocks else None
+            readers = {self._block_of[reader] for reader in self._readers[value]}
+            if block is not None and following in readers:
+                self.carried.setdefault(block, value)
 
     def block(self, number: int) -> CutBlock:
         nodes = [node for node in self._nodes if _block(node) == number]
@@ -187,41 +189,19 @@ class CutGraph:
         """Return the input of a block that the previous one, or the part before, hands to it."""
         if number != self.blocks[0]:
             return self.carried[number - 1]
-        first = self.block(number)
         left = self.carried.get(number)
-        alike = [
+        return next(
             name
-            for piece in (first.first, first.rest)
-            if piece is not None
-            for name in piece.inputs.values()
+            for node in self._nodes
+            if _block(node) == number
+            for name in node.input
             if self._block_of.get(name, number) is None
             and (left is None or self.shapes[name] == self.shapes[left])
-        ]
-        return alike[0]
+        )
 
     def part(self, nodes: slice) -> Piece:
         """Return a slice of the nodes, in the graph's order, as a piece."""
         return self._piece(self._nodes[nodes])
-
-    def _outer(self) -> tuple[list[NodeProto], list[NodeProto]]:
-        """Return the nodes outside blocks: those that depend on no block, and the others."""
-        before, after, late = [], [], set[str]()
-        for node in self._nodes:
-            if _block(node) is not None or late.intersection(node.input):
-                late.update(node.output)
-                if _block(node) is None:
-                    after.append(node)
-            else:
-                before.append(node)
-        return before, after
-
-    def _carried(self, block: int) -> str:
-        """Return the value that the next block, or the part after the last, reads; "" if none."""
-        following = [n for n in self._nodes if _block(n) == block + 1]
-        if not following:
-            following = [n for n in self._nodes if _block(n) is None]
-        reads = {name for node in following for name in node.input}
-        return next((v for v, b in self._block_of.items() if b == block and v in reads), "")
 
     def _piece(
         self,
@@ -260,7 +240,7 @@ class CutGraph:
                 "piece",
                 [self._info(name, names[name], name in any_length) for name in inputs],
                 [self._info(name, names[name], name in any_length) for name in outputs],
-                [_renamed_tensor(self._constants[name], names[name]) for name in constants],
+                [_named(self._constants[name], names[name]) for name in constants],
             ),
             opset_imports=opset,
             ir_version=ir_version,
@@ -287,9 +267,7 @@ class CutGraph:
         if name in self.places:
             shape = self.places[name].shape
             return helper.make_tensor_value_info(alias, TensorProto.FLOAT, shape)
-        info = ValueInfoProto()
-        info.CopyFrom(self._infos[name])
-        info.name = alias
+        info = _named(self._infos[name], alias)
         if any_length:
             info.type.tensor_type.shape.dim[2].dim_param = "any"
         return info
@@ -299,7 +277,8 @@ class CutCoder:
     """An image coder's graph for smaller pictures; the part after its last convolution is kept.
 
     In a coder only the shapes that maps are given back after a norm depend on the picture's size.
-    Raises ExportError if those are not the shapes that the maps had before it.
+    Raises ExportError if those are not the shapes that the maps had before it. maps: the name of
+    the last convolution's output.
     """
 
     def __init__(self, name: str, content: bytes, factor: int) -> None:
@@ -310,12 +289,8 @@ class CutCoder:
         _shrink(model.graph, last, factor)
         self.small = CutGraph(name, model.SerializeToString())
         self.small.before = self.small.part(slice(last + 1))
+        (self.maps,) = self.small.before.outputs.values()
         self.tail = self.whole.part(slice(last + 1, None))
-
-    @property
-    def maps(self) -> str:
-        """The name of the last convolution's output."""
-        return next(iter(self.small.before.outputs.values()))
 
 
 class Runner:
@@ -353,7 +328,7 @@ class Runner:
 
 def _typed(place: StoredWeight, tensor: TensorProto) -> StoredTensor:
     """Return a weight's place with the type and shape that the graph gives it."""
-    dtype = TORCH_TYPES[tensor.data_type]  # type: ignore[index]
+    dtype = to_torch_dtype(ir.DataType(tensor.data_type))
     if place.length != prod(tensor.dims) * dtype.itemsize:
         raise ExportError(f"the weight {tensor.name} has another length than its shape and type")
     return StoredTensor(place, dtype, tuple(tensor.dims))
@@ -390,12 +365,12 @@ def _ancestors(nodes: Sequence[NodeProto], names: Iterable[str]) -> set[str]:
 
 
 def _descendants(nodes: Sequence[NodeProto], names: Collection[str]) -> set[str]:
-    """Return the first outputs of the nodes that depend on these values."""
+    """Return these values and all that depend on them."""
     reached = set(names)
     for node in nodes:
         if reached.intersection(node.input):
             reached.update(node.output)
-    return {node.output[0] for node in nodes if reached.intersection(node.output)}
+    return reached
 
 
 def _shrink(graph: onnx.GraphProto, last: int, factor: int) -> None:
@@ -446,16 +421,15 @@ def _shape(info: ValueInfoProto) -> tuple[int | str, ...]:
 
 
 def _renamed_node(node: NodeProto, names: Mapping[str, str]) -> NodeProto:
-    renamed = NodeProto()
-    renamed.CopyFrom(node)
-    renamed.name = ""
+    renamed = _named(node, "")
     renamed.input[:] = [names.get(name, name) for name in node.input]
     renamed.output[:] = [names[name] for name in node.output]
     return renamed
 
 
-def _renamed_tensor(tensor: TensorProto, name: str) -> TensorProto:
-    renamed = TensorProto()
-    renamed.CopyFrom(tensor)
-    renamed.name = name
-    return renamed
+def _named(message: Message, name: str) -> Message:
+    """Copy a message under another name."""
+    copy = type(message)()
+    copy.CopyFrom(message)
+    copy.name = name
+    return copy

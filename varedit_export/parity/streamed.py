@@ -116,7 +116,8 @@ class CoderComparison:
         self._tokenizer = tokenizer_of(config, sources.tokenizer)
         # In positions of the tokenizer, so that all sides divide.
         sides = [side // config.tokenizer.downsampling for side in variant.picture]
-        self._factor = max(f for f in _divisors(gcd(*sides)) if min(sides) // f >= POSITIONS)
+        fitting = range(1, min(sides) // POSITIONS + 1)
+        self._factor = max(factor for factor in fitting if gcd(*sides) % factor == 0)
 
     def lines(self) -> Iterator[ParityLine]:
         generator = torch.Generator().manual_seed(3)
@@ -147,10 +148,6 @@ class CoderComparison:
             yield line(stage, "order of tokens", found.reshape(ordered.shape), ordered, 0.0)
         else:
             yield from picture_lines(from_decoder(made[0]), from_decoder(expected[0].numpy()))
-
-
-def _divisors(number: int) -> list[int]:
-    return [i for i in range(1, number + 1) if number % i == 0]
 
 
 class TextComparison:
