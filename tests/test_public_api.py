@@ -20,7 +20,7 @@ def test_verifying_is_silent_and_gives_all_measures(capfd: pytest.CaptureFixture
 def test_options_are_checked_before_anything_is_done() -> None:
     with pytest.raises(ConfigError, match="all are compared"):
         varedit_export.verify("nowhere", VerifyOptions(variant="512-b1"))
-    with pytest.raises(ConfigError, match="give --size and --res"):
+    with pytest.raises(ConfigError, match="give both --size and --res"):
         varedit_export.build(BuildOptions())
     with pytest.raises(ConfigError, match="only tensorrt-rtx compiles for named architectures"):
         varedit_export.compile_engines("nowhere", EngineOptions(architectures=("sm89",)))

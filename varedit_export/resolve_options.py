@@ -63,7 +63,7 @@ def _models(options: BuildOptions) -> list[tuple[ModelConfig, int]]:
             f"no size is called {size!r}; there are {NANO_SIZE}, {', '.join(PRESETS)}"
         )
     if size is None or not resolutions:
-        raise ConfigError("give --size and --res, such as --size 2b --res 512, or --config")
+        raise ConfigError("give both --size and --res, such as --size 2b --res 512, or --config")
     return [(preset(size, resolution, options.aspect), resolution) for resolution in resolutions]
 
 

@@ -10,7 +10,7 @@ import os
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from varedit_runtime.errors import BundleError
@@ -95,7 +95,7 @@ class Bundle:
     """An opened bundle. digest: sha256 of its manifest, which lists those of all other files."""
 
     path: Path
-    manifest: Manifest
+    manifest: Manifest = field(repr=False)  # which fills pages
     digest: str
 
     @classmethod

@@ -14,7 +14,7 @@ import shlex
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -107,7 +107,7 @@ class EngineSet:
     """An opened set. digest: sha256 of its manifest, which lists those of its plans."""
 
     path: Path
-    manifest: EngineSetManifest
+    manifest: EngineSetManifest = field(repr=False)  # which fills pages
     digest: str
 
     @classmethod
