@@ -35,3 +35,10 @@ def test_options_cannot_be_changed() -> None:
 
 def test_the_door_names_what_it_offers() -> None:
     assert [name for name in varedit_export.__all__ if not hasattr(varedit_export, name)] == []
+
+
+@pytest.mark.parametrize("name", ("no\nwhere", "no\x1b[31mwhere", "no\udcffwhere"))
+def test_an_error_is_one_printable_line(name: str) -> None:
+    with pytest.raises(BundleError, match=r"no.*where") as told:
+        varedit_export.verify(name)
+    assert str(told.value).isprintable()

@@ -1,8 +1,9 @@
 """A backend in one file, registered by one line: everything that runs bundles knows it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -21,9 +22,10 @@ from varedit_runtime.backends.onnxruntime.options import OnnxRuntimeOptions
 from varedit_runtime.backends.spec import BackendOptions, BackendSpec, Verdict, option
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.cli import main as run_main
+from varedit_runtime.detect import detect_machine
 from varedit_runtime.editor import Editor
 from varedit_runtime.errors import BackendError, ConfigError
-from varedit_runtime.machine import Machine
+from varedit_runtime.machine import Machine, ProbeResult
 from varedit_runtime.manifest import Variant
 
 # The toy backend: ONNX Runtime on one thread, which says what it is made of.
@@ -162,3 +164,40 @@ def test_a_backend_that_cannot_be_imported_stays_listed_and_says_why(
     with pytest.raises(BackendError, match="broken cannot be used: it cannot be imported"):
         Editor.open(small_bundle(), backend="broken")
     assert find_backend("toy") is TOY  # the others are found all the same
+
+
+class FaultySpec(ToySpec):
+    """A backend at fault whatever it is asked."""
+
+    name = "faulty"
+
+    def probe(self) -> ProbeResult:
+        raise AttributeError("module 'toys' has no attribute 'make'")
+
+    def report(self, machine: Machine) -> Iterator[tuple[str, str]]:
+        raise AttributeError("no \n report")
+
+    def verdicts(self, machine: Machine) -> tuple[Verdict, ...]:
+        raise KeyError
+
+
+FAULTY = FaultySpec()
+
+
+def test_a_backend_at_fault_does_not_end_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = report(LAPTOP).splitlines()
+    monkeypatch.setitem(BACKENDS, "faulty", f"{__name__}:FAULTY")
+    after = report(LAPTOP).splitlines()
+    assert [line for line in after if line not in before] == [
+        "faulty            its report failed (no report)",
+        "faulty            cannot: its check failed (KeyError)",
+    ]
+    assert set(before) < set(after)
+    problem = detect_machine().probe("faulty").problem
+    assert problem == "module 'toys' has no attribute 'make'"
+
+
+@pytest.mark.parametrize("name", (None, 3, ["toy"], {}))
+def test_what_is_no_name_is_no_backend(name: Any) -> None:
+    with pytest.raises(ConfigError, match="no backend is called"):
+        choose(name)

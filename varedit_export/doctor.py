@@ -1,11 +1,13 @@
 """What `doctor` reports about a machine: what is there, and what every backend says it can do."""
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from varedit_runtime.backends import BACKENDS, find_backend, specs
 from varedit_runtime.backends.engines.spec import EngineSpec, unfit
 from varedit_runtime.backends.spec import (
+    BackendSpec,
     Verdict,
     commands_hint,
     install_command,
@@ -13,6 +15,7 @@ from varedit_runtime.backends.spec import (
     report_line,
     too_little,
 )
+from varedit_runtime.errors import reason
 from varedit_runtime.machine import BundleFacts, EngineSetFacts, Machine, cpu_bytes
 
 EXPORT = ("torch", "transformers", "safetensors", "onnx", "onnxscript", "tqdm")
@@ -20,7 +23,14 @@ EXPORT = ("torch", "transformers", "safetensors", "onnx", "onnxscript", "tqdm")
 
 def verdicts(machine: Machine) -> tuple[Verdict, ...]:
     """Return what every backend says about a machine, and its bundle if it has one."""
-    return tuple(verdict for spec in specs() for verdict in spec.verdicts(machine))
+    return tuple(verdict for spec in specs() for verdict in _verdicts(spec, machine))
+
+
+def _verdicts(spec: BackendSpec[Any], machine: Machine) -> Sequence[Verdict]:
+    try:
+        return spec.verdicts(machine)
+    except Exception as error:  # a backend at fault must not hide what the others say
+        return (Verdict(spec.name, "cannot", f"its check failed ({reason(error)})"),)
 
 
 def can_edit(machine: Machine) -> bool:
@@ -45,8 +55,10 @@ def _installed(machine: Machine) -> Iterator[str]:
         text = f"{gpu.name}, {gpu.architecture}, free memory {free}"
         yield report_line(f"GPU {number}", text)
     for spec in specs():
-        for name, text in spec.report(machine):
-            yield report_line(name, text)
+        try:
+            yield from [report_line(name, text) for name, text in spec.report(machine)]
+        except Exception as error:  # as for verdicts
+            yield report_line(spec.name, f"its report failed ({reason(error)})")
     missing = [name for name in EXPORT if name not in packages]
     absent = f"without {', '.join(missing)}{commands_hint((install_command('export'),))}"
     yield report_line("extra export", absent if missing else f"complete, torch {packages['torch']}")

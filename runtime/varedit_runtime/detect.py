@@ -4,14 +4,23 @@ import platform
 import shutil
 from importlib.metadata import distributions
 from pathlib import Path
+from typing import Any
 
 from varedit_runtime.backends import specs
 from varedit_runtime.backends.engines.engine_set import EngineSet, EngineSets
 from varedit_runtime.backends.engines.memory import budget
+from varedit_runtime.backends.spec import BackendSpec
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.errors import BundleError, one_line
+from varedit_runtime.errors import BundleError, one_line, reason
 from varedit_runtime.locate import default_root
-from varedit_runtime.machine import BundleFacts, EngineSetFacts, Machine, available_memory, nvidia
+from varedit_runtime.machine import (
+    BundleFacts,
+    EngineSetFacts,
+    Machine,
+    ProbeResult,
+    available_memory,
+    nvidia,
+)
 from varedit_runtime.manifest import weights_file
 
 
@@ -22,11 +31,18 @@ def detect_machine(bundle: Path | None = None) -> Machine:
         python=platform.python_version(),
         nvidia=nvidia(),
         packages=installed(),
-        probes={spec.name: spec.probe() for spec in specs()},
+        probes={spec.name: _probe(spec) for spec in specs()},
         memory=available_memory(),
         disk=shutil.disk_usage(next(p for p in (root, *root.parents) if p.exists())).free,
         bundle=None if bundle is None else _bundle_facts(Bundle.open(bundle)),
     )
+
+
+def _probe(spec: BackendSpec[Any]) -> ProbeResult:
+    try:
+        return spec.probe()
+    except Exception as error:  # a library may be half removed: it imports and offers nothing
+        return ProbeResult(reason(error))
 
 
 def installed() -> dict[str, str]:

@@ -7,6 +7,11 @@ from contextlib import contextmanager
 class VareditError(Exception):
     """Base class of all errors below."""
 
+    def __str__(self) -> str:
+        """Return the text on one line; escape what a terminal would obey or cannot show."""
+        text = " ".join(super().__str__().splitlines())
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
 
 class ConfigError(VareditError, ValueError):
     """An unusable argument, such as a wrong size or an unknown name (known ones are listed)."""
@@ -47,6 +52,11 @@ class MissingExtraError(VareditError):
 def one_line(error: object) -> str:
     """Return an error's text, or another one, without line breaks and repeated spaces."""
     return " ".join(str(error).split())
+
+
+def reason(error: Exception) -> str:
+    """Return an error's text as `one_line` does; the name of its type if it has none."""
+    return one_line(error) or type(error).__name__
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from varedit_runtime.backends.spec import BackendOptions, BackendSpec, BrokenBackend
-from varedit_runtime.errors import ConfigError, one_line
+from varedit_runtime.errors import ConfigError, reason
 
 if TYPE_CHECKING:
     from varedit_runtime.backends.base import Backend
@@ -45,13 +45,13 @@ def find_backend(name: str) -> BackendSpec[Any]:
     A backend that cannot be imported has one too, which says why. Raises ConfigError on an unknown
     name.
     """
-    if name not in BACKENDS:
+    if not isinstance(name, str) or name not in BACKENDS:
         raise ConfigError(f"no backend is called {name!r}; there are {', '.join(BACKENDS)}")
     module, _, variable = BACKENDS[name].partition(":")
     try:
         return getattr(importlib.import_module(module), variable)
     except Exception as error:  # whatever an optional library raises must not hide the others
-        return BrokenBackend(name, one_line(error) or type(error).__name__)
+        return BrokenBackend(name, reason(error))
 
 
 def specs() -> Iterator[BackendSpec[Any]]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
-from varedit_runtime.errors import BackendError, one_line
+from varedit_runtime.errors import BackendError, one_line, reason
 from varedit_runtime.machine import Machine, ProbeResult
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def try_import(name: str) -> ModuleType | str:
     except ModuleNotFoundError as error:
         return "" if error.name == name else one_line(error)
     except Exception as error:  # libraries that are missing or of another version
-        return one_line(error) or type(error).__name__
+        return reason(error)
 
 
 def too_little(free: int | None, needed: int, of: str) -> str | None:
