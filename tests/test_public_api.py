@@ -1,6 +1,7 @@
 """The public functions of `varedit_export`: what a program that imports them gets."""
 
 from dataclasses import FrozenInstanceError
+from typing import Any
 
 import pytest
 from bundles import small_bundle
@@ -42,3 +43,32 @@ def test_an_error_is_one_printable_line(name: str) -> None:
     with pytest.raises(BundleError, match=r"no.*where") as told:
         varedit_export.verify(name)
     assert str(told.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("size", 3),
+        ("resolutions", 256),
+        ("resolutions", (256.0,)),
+        ("aspect", ["1:1"]),
+        ("precision", None),
+        ("batch", "1"),
+        ("text_tokens", 4.5),
+        ("guided", "no"),
+        ("random_weights", True),
+        ("output", b"bundle"),
+    ],
+)
+def test_options_of_a_wrong_type_are_named(option: str, value: object) -> None:
+    given = {"size": "tiny-2b", "resolutions": (256,), "random_weights": 0, option: value}
+    with pytest.raises(ConfigError, match=f"{option} is .*; its type must be "):
+        varedit_export.build(BuildOptions(**given))  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    "flags", ({"optimisation": 6}, {"optimisation": "3"}, {"workspace": 0}, {"workspace": 1.5})
+)
+def test_a_compilers_numbers_are_checked(flags: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"{next(iter(flags))} is "):
+        EngineOptions("tensorrt-rtx", architectures=("sm89",), **flags).compiler()

@@ -5,9 +5,10 @@ An option has the meaning of the command's option of that name. None leaves the 
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args, get_origin, get_type_hints
 
 from varedit_runtime.backends import DEFAULT, ChosenBackend
+from varedit_runtime.errors import ConfigError
 
 if TYPE_CHECKING:
     from varedit_engines.engine_compiler import EngineCompiler, Hardware
@@ -42,6 +43,20 @@ class BuildOptions:
 
     # The bundle's folder; by default SIZE-RESOLUTIONS[-PRECISION] among the user's own bundles.
     output: AnyPath | None = None
+
+    def check_types(self) -> None:
+        """Raise ConfigError if an option is not of its type."""
+        for name, hint in get_type_hints(BuildOptions).items():
+            value = getattr(self, name)
+            kinds = tuple(get_origin(kind) or kind for kind in get_args(hint) or (hint,))
+            values = [value]
+            if get_origin(hint) is tuple:
+                kinds, values = (int,), value if isinstance(value, list | tuple) else [None]
+            for one in values:
+                odd = isinstance(one, bool) and bool not in kinds
+                if odd or not isinstance(one, kinds):
+                    wanted = getattr(hint, "__name__", hint) if kinds == (hint,) else hint
+                    raise ConfigError(f"{name} is {value!r}; its type must be {wanted}")
 
 
 @dataclass(frozen=True)

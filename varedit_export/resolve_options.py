@@ -29,6 +29,7 @@ def plan_of(options: BuildOptions) -> BundlePlan:
     Raises ConfigError on options that are impossible or contradict each other, CheckpointError on
     weights that are missing, cannot be read or do not fit.
     """
+    options.check_types()
     models = _models(options)
     (config, _), *_ = models
     sources = _sources(config, options)

@@ -38,7 +38,7 @@ class Flags:
     only): let later minor versions run the engines, not just the one that compiled them.
     hardware_compatible (TensorRT only): let all GPUs since Ampere, or all of this compute
     capability, run them, not just this model. Compatible engines may be slower. Raises ConfigError
-    on an unknown hardware_compatible.
+    on an unknown hardware_compatible and on numbers that are out of range.
     """
 
     workspace: int | None = None
@@ -53,6 +53,14 @@ class Flags:
                 f"engines cannot be compatible with {self.hardware_compatible!r}; there are "
                 f"{', '.join(HARDWARE)}"
             )
+        if self.workspace is not None and not _within(self.workspace, 1, 2**60):
+            raise ConfigError(f"workspace is {self.workspace!r}; give bytes, at least 1")
+        if self.optimisation is not None and not _within(self.optimisation, 0, 5):
+            raise ConfigError(f"optimisation is {self.optimisation!r}; give an integer from 0 to 5")
+
+
+def _within(value: object, least: int, most: int) -> bool:
+    return isinstance(value, int) and least <= value <= most
 
 
 class EngineCompiler:
