@@ -7,6 +7,7 @@ import pytest
 from bundles import small_bundle
 
 import varedit_export
+from varedit_engines.publish import Staging
 from varedit_export import BuildOptions, EngineOptions, VerifyOptions
 from varedit_runtime.errors import BundleError, ConfigError
 
@@ -72,3 +73,11 @@ def test_options_of_a_wrong_type_are_named(option: str, value: object) -> None:
 def test_a_compilers_numbers_are_checked(flags: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"{next(iter(flags))} is "):
         EngineOptions("tensorrt-rtx", architectures=("sm89",), **flags).compiler()
+
+
+@pytest.mark.parametrize("path", (None, 3, [], b"x", "a\0b"))
+def test_what_is_no_path_is_no_bundle(path: Any) -> None:
+    with pytest.raises(BundleError, match="is not the path of a bundle"):
+        varedit_export.verify(path)
+    with pytest.raises(BundleError, match="cannot be written"):
+        Staging("a\0b")

@@ -70,7 +70,10 @@ class Staging:
         check: Callable[[Path], object] = Bundle.open,
         journal: Path | None = None,
     ) -> None:
-        self.target = Path(os.path.realpath(target))
+        try:
+            self.target = Path(os.path.realpath(target))
+        except ValueError as error:  # such as a NUL in it
+            raise BundleError(f"{str(target)!r} cannot be written: {error}") from error
         self.path = work_folder(self.target) / "folder"
         self.files: dict[str, FileEntry] = {}
         self._check = check

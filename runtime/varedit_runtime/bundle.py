@@ -105,7 +105,10 @@ class Bundle:
         digest: the bundle's digest as its publisher states it; no other bundle is then accepted.
         Raises BundleError if it is another, is damaged or incomplete, or is not a bundle.
         """
-        place = Path(os.path.realpath(path))
+        try:
+            place = Path(os.path.realpath(path))
+        except (TypeError, ValueError) as error:  # such as a NUL in it
+            raise BundleError(f"{path!r} is not the path of a bundle: {error}") from error
         while True:
             folder = standing_folder(place)
             before = _identity(folder)
