@@ -1,6 +1,7 @@
 """One comparison of any two backends: a fault is found in the stage that has it, and no other."""
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +24,9 @@ from varedit_export.parity.edit import (
     random_edit,
     scale_sampling,
 )
+from varedit_export.parity.measures import share_line
 from varedit_export.parity.reference_backend import Reference, ReferenceBackend
+from varedit_export.parity.static_backend import StaticBackend
 from varedit_runtime.backends.base import Sampling, ScaleOutput
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.manifest import ParityLine
@@ -159,3 +162,29 @@ def broken(
         return fault(output, sampling) if scale == BROKEN else output
 
     monkeypatch.setattr(backend, "predict", other)
+
+
+def test_a_flipped_bit_counts_the_same_in_every_batch() -> None:
+    """A batch repeats one picture, so one flip is in all rows; the first scales have few bits."""
+    for batch in (1, 2, 4):
+        differs = np.zeros((batch, 1, 1, 24), np.bool_)
+        differs[..., :2] = True
+        line = share_line("scale_00", "share", differs)
+        assert line.value <= line.tolerance
+        differs[..., :3] = True
+        line = share_line("scale_00", "share", differs)
+        assert not line.value <= line.tolerance
+
+
+def test_a_static_graph_with_another_shape_than_its_manifest_is_refused() -> None:
+    bundle = Bundle.open(small_bundle())
+    (variant,) = bundle.manifest.variants
+    with closing(StaticBackend(bundle, variant)) as static:
+        step = static.steps["image_encoder"]
+        (name, view), *_ = step.outputs.items()
+        rows, *rest = view.shape
+        longer = replace(view, shape=(rows, *rest[:-1], rest[-1] + 1))
+        static._shapes[view.value] = longer
+        pictures = np.random.default_rng(0).random((variant.batch, 3, *variant.picture), np.float32)
+        with pytest.raises(ParityError, match=r"image_encoder: .* manifest says"):
+            static._run(replace(step, outputs={name: longer}), {"pictures": pictures})

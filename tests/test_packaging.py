@@ -93,7 +93,7 @@ def test_the_source_archive_has_the_tests_without_the_recordings(built: Path):
 def test_the_runtime_imports_neither_torch_nor_the_other_packages(tmp_path: Path):
     code = """if True:
         import importlib, pkgutil, sys, varedit_runtime
-        for module in pkgutil.iter_modules(varedit_runtime.__path__, "varedit_runtime."):
+        for module in pkgutil.walk_packages(varedit_runtime.__path__, "varedit_runtime."):
             importlib.import_module(module.name)
         print(*sorted({name.split(".")[0] for name in sys.modules}))
         """

@@ -280,11 +280,13 @@ def verify(bundle: Path, report: Path | None, options: VerifyOptions) -> None:
         write_report(msgspec.to_builtins(lines), report)
     if failure is not None:
         backend = choose(options.backend).spec
-        if backend.compiles:
-            wrong = (line.stage for line in lines if not line.value <= line.tolerance)
+        failed = (line for line in lines if not line.value <= line.tolerance)
+        of_engines = (line.stage for line in failed if "against ONNX Runtime" in line.measure)
+        if backend.compiles and (stage := next(of_engines, None)):
+            named = f" --variant {shlex.quote(options.variant)}" if options.variant else ""
             _say(
                 "to find the layer that goes wrong first: varedit-export layers "
-                f"{shlex.quote(str(bundle))} {next(wrong, 'STAGE')} --backend {backend.name}"
+                f"{shlex.quote(str(bundle))} {stage} --backend {backend.name}{named}"
             )
         raise failure
 

@@ -18,7 +18,16 @@ from varedit_runtime.backends.spec import (
 from varedit_runtime.errors import reason
 from varedit_runtime.machine import BundleFacts, EngineSetFacts, Machine, cpu_bytes
 
-EXPORT = ("torch", "transformers", "safetensors", "onnx", "onnxscript", "tqdm")
+EXPORT = (
+    "torch",
+    "transformers",
+    "safetensors",
+    "onnx",
+    "onnx-ir",
+    "onnxscript",
+    "protobuf",
+    "tqdm",
+)
 
 
 def verdicts(machine: Machine) -> tuple[Verdict, ...]:

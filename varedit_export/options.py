@@ -77,7 +77,7 @@ class EngineOptions:
     optimisation: int | None = None  # 0 compiles fast, 5 gives fast engines; None: the library's
     tf32: bool = False  # whether factors in fp32 may be rounded to TF32
     version_compatible: bool = False  # engines for later versions of TensorRT too
-    hardware_compatible: "Hardware | None" = None  # for other GPUs too: see builder.Flags
+    hardware_compatible: "Hardware | None" = None  # for other GPUs too: see engine_compiler.Flags
 
     again: bool = False  # whether to recompile engines that were built on this machine
 

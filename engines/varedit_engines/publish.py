@@ -8,7 +8,7 @@ A build writes beside its target NAME, in hidden places, and renames at the end:
     .NAME.partial/previous/      the replaced bundle, until it is deleted
 
 Two renames replace a bundle: NAME to previous, folder to NAME. A process killed between them leaves
-no NAME; readers then use previous (`bundle.standing`), and the next build puts it back.
+no NAME; readers then use previous (`bundle.standing_folder`), and the next build puts it back.
 """
 
 import errno

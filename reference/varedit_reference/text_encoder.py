@@ -67,7 +67,7 @@ class TextEncoder:
 
 
 def t5_layout(own: NamedShape) -> NamedShape:
-    """Return a parameter of the encoder as a T5 file names it (a `checkpoint.Layout`)."""
+    """Return a parameter of the encoder as a T5 file names it (a `checkpoint.FileLayout`)."""
     name = SHARED if own.name == "embed_tokens.weight" else f"encoder.{own.name}"
     return NamedShape(name, own.shape)
 

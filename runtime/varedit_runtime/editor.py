@@ -131,7 +131,7 @@ class Editor:
         accepted, and weights are hashed too. variant: its name; by default the bundle's first.
 
         provider, threads: see `OnnxRuntimeOptions`; no other backend takes them. engines_digest,
-        trust_engines: see `EngineOptions`; only backends that run engines take them.
+        trust_engines: see `EngineBackendOptions`; only backends that run engines take them.
 
         Raises BundleError if the folder is no bundle, is damaged, has another digest, or has no
         such variant or no engines for this GPU; BackendError if the provider or a GPU is missing, a

@@ -260,7 +260,7 @@ class Manifest(FolderManifest, frozen=True):
         if self.precision not in PRECISIONS:
             raise BundleError(
                 f"its precision is {self.precision}, and this program knows only "
-                f"{', '.join(PRECISIONS)}: upgrade varedit-export, or register {self.precision}"
+                f"{', '.join(PRECISIONS)}: upgrade varedit-export"
             )
         for component in _COMPONENTS:
             if (file := weights_file(component)) not in self.files:

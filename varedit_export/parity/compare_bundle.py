@@ -98,13 +98,15 @@ def compare_graphs(bundle: Bundle, model: Reference) -> Iterator[ParityLine]:
     for variant in bundle.manifest.variants:
         reference = ReferenceBackend(model.of(variant), variant)
         edit, inputs = _random(variant, reference.reference.config, model.text)
-        expected = run_edit(reference, edit, inputs)
-        static = StaticBackend(bundle, variant)
+        with closing(reference):  # keys and values of a whole edit, which are not needed again
+            expected = run_edit(reference, edit, inputs)
         if not precision.onnxruntime:  # but for its coders, which are fp32
             coded = {stage: out for stage, out in expected.coded.items() if stage != TEXT}
+            static = StaticBackend(bundle, variant)
             yield from compare_run(static, Expected((), coded), edit, inputs, Rules())
         else:
-            yield from compare_run(static, expected, edit, inputs, rules)
+            with closing(StaticBackend(bundle, variant)) as static:
+                yield from compare_run(static, expected, edit, inputs, rules)
             outputs = (LOGITS_OUT, SUM_OUT) if exact else (SUM_OUT,)
             with closing(_onnx(bundle, variant)) as twin:
                 scales = Expected(expected.scales)

@@ -70,6 +70,9 @@ class ReferenceBackend(Backend):
         self._text: TextCondition | None = None
         self._loop: ScaleLoop | None = None
 
+    def close(self) -> None:
+        self._text, self._loop = None, None
+
     @cached_property
     def text_encoder(self) -> "T5Stack":
         """The T5 encoder of transformers. Raises BackendError if the model has none."""

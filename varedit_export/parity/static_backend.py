@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 from onnxruntime import InferenceSession
 
+from varedit_export.errors import ParityError
 from varedit_export.parity.measures import check_output
 from varedit_runtime.backends.graph_backend import GraphBackend
 from varedit_runtime.backends.onnxruntime.backend import load_graph
@@ -42,8 +43,17 @@ class StaticBackend(GraphBackend):
         for name, array in zip(step.outputs, session.run(list(step.outputs), inputs), strict=True):
             output = np.asarray(array)
             check_output(step.stage, name, output)
-            self._part(step.outputs[name])[...] = output
+            part = self._part(step.outputs[name])
+            if (output.shape, output.dtype) != (part.shape, part.dtype):  # NumPy would convert it
+                raise ParityError(
+                    f"{step.stage}: {name} is {output.dtype} {output.shape}, and its graph's "
+                    f"manifest says {part.dtype} {part.shape}"
+                )
+            part[...] = output
         return {name: self._values[name].copy() for name in step.read}
+
+    def close(self) -> None:
+        self._values, self._loaded = {}, None
 
     def _session(self, stage: str) -> InferenceSession:
         if self._loaded is None or self._loaded[0] != stage:

@@ -13,8 +13,8 @@ the rest:
     predict          noise, parameters, forced bits -> logits, bits, running sum     once per scale
     decode           running sum -> pictures                    once
 
-A backend that runs a bundle's graphs extends `graphs.GraphBackend`, and gets all of these for one
-method that runs a graph. Any other implements `Backend`.
+A backend that runs a bundle's graphs extends `graph_backend.GraphBackend`, and gets all of these
+for one method that runs a graph. Any other implements `Backend`.
 """
 
 from abc import abstractmethod

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from varedit_runtime.backends.engines.engine_set import why_unusable
 from varedit_runtime.backends.engines.import_tensorrt import MODULES, RTX, EngineKind
 from varedit_runtime.backends.spec import (
     BackendOptions,
@@ -19,12 +18,12 @@ from varedit_runtime.backends.spec import (
     too_little,
     try_import,
 )
-from varedit_runtime.bundle import Bundle
 from varedit_runtime.machine import EngineSetFacts, Gpu, Machine, ProbeResult
-from varedit_runtime.manifest import Variant
 
 if TYPE_CHECKING:
     from varedit_runtime.backends.engines.backend import EngineBackend
+    from varedit_runtime.bundle import Bundle
+    from varedit_runtime.manifest import Variant
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class EngineSpec(BackendSpec[EngineBackendOptions]):
         return (self._absent(machine) or self._verdict(machine),)
 
     def open(
-        self, bundle: Bundle, variant: Variant, options: EngineBackendOptions
+        self, bundle: "Bundle", variant: "Variant", options: EngineBackendOptions
     ) -> "EngineBackend":
         from varedit_runtime.backends.engines.backend import open_engines
 
@@ -156,6 +155,8 @@ class TensorRTForRTX(EngineSpec):
 
 def unfit(machine: Machine, engines: EngineSetFacts) -> str | None:
     """Return why engines are not for this machine; None where they are."""
+    from varedit_runtime.backends.engines.engine_set import why_unusable
+
     if engines.recipe is None:
         return engines.problem
     gpus = [f"{gpu.architecture} {gpu.name}" for gpu in machine.nvidia.gpus[:1]]  # which is used

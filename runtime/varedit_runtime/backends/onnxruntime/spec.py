@@ -11,14 +11,14 @@ from varedit_runtime.backends.spec import (
     too_little,
     try_import,
 )
-from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import VareditError, one_line
 from varedit_runtime.locate import embedded
 from varedit_runtime.machine import PEAK, Machine, ProbeResult, cpu_bytes
-from varedit_runtime.manifest import Variant
 
 if TYPE_CHECKING:
     from varedit_runtime.backends.onnxruntime.backend import OnnxBackend
+    from varedit_runtime.bundle import Bundle
+    from varedit_runtime.manifest import Variant
 
 CPU, CUDA = "onnxruntime cpu", "onnxruntime cuda"
 TO_GPU = ("pip uninstall onnxruntime", "pip install --force-reinstall onnxruntime-gpu")
@@ -50,7 +50,9 @@ class OnnxRuntime(BackendSpec[OnnxRuntimeOptions]):
     def verdicts(self, machine: Machine) -> Sequence[Verdict]:
         return self._cpu(machine), self._cuda(machine)
 
-    def open(self, bundle: Bundle, variant: Variant, options: OnnxRuntimeOptions) -> "OnnxBackend":
+    def open(
+        self, bundle: "Bundle", variant: "Variant", options: OnnxRuntimeOptions
+    ) -> "OnnxBackend":
         from varedit_runtime.backends.onnxruntime.backend import OnnxBackend
 
         return OnnxBackend(bundle, variant, options)
@@ -108,6 +110,7 @@ def failed_providers(available: Sequence[str]) -> dict[str, str]:
     Return those of "cpu" and "cuda" that are available and load no graph, and why.
     """
     from varedit_runtime.backends.onnxruntime.backend import Session
+    from varedit_runtime.bundle import Bundle
 
     nano = Bundle.open(embedded())
     (variant,) = nano.manifest.variants
