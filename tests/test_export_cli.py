@@ -8,6 +8,8 @@ from bundles import small_bundle
 from click.testing import CliRunner, Result
 
 from varedit_export.cli import main
+from varedit_runtime.bundle import Bundle
+from varedit_runtime.errors import BundleError
 from varedit_runtime.locate import find_bundle
 
 RECORDINGS = Path(__file__).parent / "golden"
@@ -48,7 +50,7 @@ def test_a_recordings_bundle_agrees_with_the_recording(
     verified = run("verify", bundle, "--golden", recording_folder, "--report", report)
     assert verified.exit_code == 0, verified.output
     lines = json.loads(report.read_text())
-    recorded = [line for line in lines if "recorded" in line["measure"]]
+    recorded = [line for line in lines if "against the recording, largest" in line["measure"]]
     settings = json.loads((recording_folder / "config.json").read_text())
     assert len(recorded) == {"0.06M": 7, "0.25M": 10}[settings["pn"]]
     assert all(line["value"] <= line["tolerance"] for line in lines)
@@ -57,6 +59,19 @@ def test_a_recordings_bundle_agrees_with_the_recording(
 def test_another_recordings_numbers_do_not_pass() -> None:
     other = RECORDINGS / "tiny2b-256"
     assert one_line_error(run("verify", small_bundle(), "--golden", other))
+
+
+def test_a_whole_bundle_that_cannot_become_the_default_is_no_failure(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(_: Path) -> None:
+        raise BundleError("last-built cannot be written (No space left on device)")
+
+    monkeypatch.setattr("varedit_export.cli.remember", full)
+    monkeypatch.setattr("varedit_export.build", lambda *_: Bundle.open(small_bundle()))
+    built = run("build", "--size", "nano")
+    assert built.exit_code == 0 and built.stdout == f"{small_bundle()}\n"
+    assert "last-built cannot be written" in built.stderr
 
 
 def test_inspect_says_what_is_in_a_bundle() -> None:
@@ -91,7 +106,7 @@ def test_without_weights_the_error_names_the_files() -> None:
         ),
         (
             ("build", "--size", "2b", "--res", "256", "--random-weights", "0", "--checkpoint", "x"),
-            "takes the place",
+            "replaces all checkpoints",
         ),
         (
             ("build", "--size", "tiny-2b", "--res", "256", "--random-weights", "0", "--batch", "0"),

@@ -26,7 +26,7 @@ from varedit_runtime.command import (
     backend_option,
     debug_option,
 )
-from varedit_runtime.errors import CheckpointError, ConfigError, needs_extra
+from varedit_runtime.errors import BundleError, CheckpointError, ConfigError, needs_extra
 from varedit_runtime.locate import remember
 from varedit_runtime.manifest import ParityLine
 from varedit_runtime.precision import PRECISIONS
@@ -159,7 +159,10 @@ def build(
     with _progress() as on_step:
         bundle = varedit_export.build(options, on_step, _say)
     folder = Path(options.output or bundle.path)
-    remember(folder)
+    try:
+        remember(folder)
+    except BundleError as error:  # the bundle is whole all the same
+        _say(str(error))
     _say(_summary(bundle.manifest.parity))
     click.echo(folder)
     if engines is not None:

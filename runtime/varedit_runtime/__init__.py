@@ -17,11 +17,16 @@
 - `files.py`: reading files that may change or disappear; `errors.py`: the errors to catch.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from varedit_runtime.editor import Editor, EditResult, Progress
+
+# ONNX Runtime reads this when it is imported. Unset, it writes a device ID to the user's home and
+# reports to its makers. Whoever wants that sets the variable to 0.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __all__ = ["EditResult", "Editor", "Progress"]
 

@@ -126,9 +126,18 @@ def _compare_rounding(
 
 
 def compare_recording(bundle: Bundle, recording: Recording) -> Iterator[ParityLine]:
-    """Compare a bundle, built from a recording's checkpoints, with the recording's own numbers."""
+    """Compare a bundle, built from a recording's checkpoints, with the recording's own numbers.
+
+    Raises ParityError if the recording is of another model.
+    """
     (variant,) = bundle.manifest.variants
-    count = len(variant.grids)
+    count, channels = len(variant.grids), bundle.manifest.model.token_channels
+    sizes = [height * width * channels for height, width in variant.grids]
+    if (recorded := [bits.numel() for bits in recording.forced_bits]) != sizes:
+        raise ParityError(
+            f"the recording has scales of {recorded} bits and {bundle.path} of {sizes}: give the "
+            "recording whose checkpoints the bundle was built from"
+        )
     edit = ComparedEdit(
         recording["in.text_features"],
         recording.tensors.get("in.negative_text_features"),

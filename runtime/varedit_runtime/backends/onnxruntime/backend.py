@@ -21,6 +21,7 @@ from varedit_runtime.backends.wiring import Step, View, constants, values_of
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import BackendError, one_line
 from varedit_runtime.manifest import Variant
+from varedit_runtime.precision import PRECISIONS
 
 
 class Buffer:
@@ -155,10 +156,13 @@ class OnnxBackend(GraphBackend):
         check_provider(provider)
         super().__init__(variant, bundle.manifest.model, provider, symbolic=True)
         views = (view for step in self.steps.values() for view in step.views)
-        if not bundle.manifest.policy.onnxruntime or any(v.dtype == "bfloat16" for v in views):
+        precision = bundle.manifest.policy
+        if any(view.dtype == "bfloat16" for view in views):  # whatever the manifest calls it
+            precision = PRECISIONS["bf16"]
+        if not precision.onnxruntime:
             raise BackendError(
-                f"the bundle is {bundle.manifest.precision}, which ONNX Runtime cannot run: build "
-                "with --precision fp32 for a CPU or fp16 for a GPU, or run engines"
+                f"the bundle is {precision.name}, which ONNX Runtime cannot run: build with "
+                "--precision fp32 for a CPU or fp16 for a GPU, or run engines"
             )
         stages = dict.fromkeys(step.stage for step in self.steps.values())
         self._sessions = {
