@@ -24,7 +24,7 @@ from typing import Any
 
 import click
 
-from varedit_runtime.machine import nvidia
+from varedit_runtime.backends.machine import nvidia
 
 MODELS = {
     "nano": ("--size", "nano", "--precision", "fp16"),

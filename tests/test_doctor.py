@@ -17,16 +17,12 @@ from test_engine_set import OF_A_MACHINE, STAGES, compile_set
 from varedit_engines.engine_cache import EngineCache
 from varedit_export.cli import main
 from varedit_export.doctor import EXPORT, can_edit, report, verdicts
-from varedit_runtime import detect
+from varedit_runtime.backends import detect
+from varedit_runtime.backends.detect import detect_machine
 from varedit_runtime.backends.engines import engine_set
 from varedit_runtime.backends.engines.engine_set import EngineRecipe
 from varedit_runtime.backends.engines.memory import Budget
-from varedit_runtime.backends.onnxruntime import backend as onnx_backend
-from varedit_runtime.backends.onnxruntime.spec import failed_providers
-from varedit_runtime.bundle import Bundle
-from varedit_runtime.detect import detect_machine
-from varedit_runtime.errors import BackendError, BundleError
-from varedit_runtime.machine import (
+from varedit_runtime.backends.machine import (
     BundleFacts,
     EngineSetFacts,
     Gpu,
@@ -36,6 +32,10 @@ from varedit_runtime.machine import (
     available_memory,
     nvidia,
 )
+from varedit_runtime.backends.onnxruntime import backend as onnx_backend
+from varedit_runtime.backends.onnxruntime.spec import failed_providers
+from varedit_runtime.bundle import Bundle
+from varedit_runtime.errors import BackendError, BundleError
 from varedit_runtime.precision import named
 
 ADA = Gpu("NVIDIA RTX 4090", "sm89", 24 * 10**9, 20 * 10**9)

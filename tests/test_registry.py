@@ -17,15 +17,15 @@ from varedit_export.cli import main as export_main
 from varedit_export.doctor import report
 from varedit_export.parity.compare_bundle import compare_chosen
 from varedit_runtime.backends import BACKENDS, choose, find_backend
+from varedit_runtime.backends.detect import detect_machine
+from varedit_runtime.backends.machine import Machine, ProbeResult
 from varedit_runtime.backends.onnxruntime.backend import OnnxBackend
 from varedit_runtime.backends.onnxruntime.options import OnnxRuntimeOptions
 from varedit_runtime.backends.spec import BackendOptions, BackendSpec, Verdict, option
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.cli import main as run_main
-from varedit_runtime.detect import detect_machine
 from varedit_runtime.editor import Editor
 from varedit_runtime.errors import BackendError, ConfigError
-from varedit_runtime.machine import Machine, ProbeResult
 from varedit_runtime.manifest import Variant
 
 # The toy backend: ONNX Runtime on one thread, which says what it is made of.

@@ -28,7 +28,7 @@ ARROWS = {
     "varedit_nano": {"varedit_export", "varedit_reference", "varedit_engines", "varedit_runtime"},
     "varedit_runtime": set(),
 }
-FILE_LINES, FUNCTION_LINES, FILES = 500, 50, 20
+FILE_LINES, FUNCTION_LINES, FILES = 500, 50, 18
 
 
 @cache

@@ -367,7 +367,7 @@ def doctor(context: click.Context, bundle: Path | None) -> None:
     varedit-export doctor bundles/2b-512
     """
     from varedit_export.doctor import can_edit, report
-    from varedit_runtime.detect import detect_machine
+    from varedit_runtime.backends.detect import detect_machine
 
     machine = detect_machine(bundle)
     click.echo(report(machine))

@@ -6,6 +6,7 @@ from typing import Any
 
 from varedit_runtime.backends import BACKENDS, find_backend, specs
 from varedit_runtime.backends.engines.spec import EngineSpec, unfit
+from varedit_runtime.backends.machine import BundleFacts, EngineSetFacts, Machine, cpu_bytes
 from varedit_runtime.backends.spec import (
     BackendSpec,
     Verdict,
@@ -16,7 +17,6 @@ from varedit_runtime.backends.spec import (
     too_little,
 )
 from varedit_runtime.errors import reason
-from varedit_runtime.machine import BundleFacts, EngineSetFacts, Machine, cpu_bytes
 
 EXPORT = (
     "torch",

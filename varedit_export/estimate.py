@@ -12,7 +12,7 @@ from varedit_export.errors import ExportError
 from varedit_export.graphs.stages import Shapes
 from varedit_export.parity.compare_bundle import is_large
 from varedit_export.plan import BundlePlan
-from varedit_runtime.machine import available_memory
+from varedit_runtime.backends.machine import available_memory
 
 GRAPH = 2 * 10**6  # bytes of the largest graph; most have less than one million
 # Bytes of the program with PyTorch, onnxscript and transformers, and of what tracing leaves behind.

@@ -9,7 +9,7 @@
 - `editor.py`: edits, as a library; `arguments.py` checks their arguments.
 - `cli.py`, `command.py`: the `varedit-run` command; `bench.py`: how fast a backend is.
 - `backends/`: the registry of what can run the stages of an edit: ONNX Runtime, or compiled engines
-  on a GPU. `machine.py`, `detect.py`: what a machine has for them.
+  on a GPU; and what a machine has for them.
 - `bundle.py`, `manifest.py`, `locate.py`: opening bundles, checking them, finding them.
 - `pictures.py`: pictures in and out, exactly as the released models see them.
 - `text.py`, `noise.py`, `settings.py`, `grids.py`, `geometry.py`: what the reference and the graphs

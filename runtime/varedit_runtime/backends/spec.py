@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
+from varedit_runtime.backends.machine import Machine, ProbeResult
 from varedit_runtime.errors import BackendError, one_line, reason
-from varedit_runtime.machine import Machine, ProbeResult
 
 if TYPE_CHECKING:
     from varedit_runtime.backends.base import Backend

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from varedit_runtime.backends.engines.import_tensorrt import MODULES, RTX, EngineKind
+from varedit_runtime.backends.machine import EngineSetFacts, Gpu, Machine, ProbeResult
 from varedit_runtime.backends.spec import (
     BackendOptions,
     BackendSpec,
@@ -18,7 +19,6 @@ from varedit_runtime.backends.spec import (
     too_little,
     try_import,
 )
-from varedit_runtime.machine import EngineSetFacts, Gpu, Machine, ProbeResult
 
 if TYPE_CHECKING:
     from varedit_runtime.backends.engines.backend import EngineBackend

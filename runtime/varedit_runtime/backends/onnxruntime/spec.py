@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from varedit_runtime.backends.machine import PEAK, Machine, ProbeResult, cpu_bytes
 from varedit_runtime.backends.onnxruntime.options import PROVIDERS, OnnxRuntimeOptions
 from varedit_runtime.backends.spec import (
     BackendSpec,
@@ -13,7 +14,6 @@ from varedit_runtime.backends.spec import (
 )
 from varedit_runtime.errors import VareditError, one_line
 from varedit_runtime.locate import embedded
-from varedit_runtime.machine import PEAK, Machine, ProbeResult, cpu_bytes
 
 if TYPE_CHECKING:
     from varedit_runtime.backends.onnxruntime.backend import OnnxBackend

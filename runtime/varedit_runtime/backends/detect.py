@@ -9,11 +9,7 @@ from typing import Any
 from varedit_runtime.backends import specs
 from varedit_runtime.backends.engines.engine_set import EngineSet, EngineSets
 from varedit_runtime.backends.engines.memory import budget
-from varedit_runtime.backends.spec import BackendSpec
-from varedit_runtime.bundle import Bundle
-from varedit_runtime.errors import BundleError, one_line, reason
-from varedit_runtime.locate import default_root
-from varedit_runtime.machine import (
+from varedit_runtime.backends.machine import (
     BundleFacts,
     EngineSetFacts,
     Machine,
@@ -21,6 +17,10 @@ from varedit_runtime.machine import (
     available_memory,
     nvidia,
 )
+from varedit_runtime.backends.spec import BackendSpec
+from varedit_runtime.bundle import Bundle
+from varedit_runtime.errors import BundleError, one_line, reason
+from varedit_runtime.locate import default_root
 from varedit_runtime.manifest import weights_file
 
 
