@@ -1,8 +1,9 @@
 """Small models and edits that several tests share."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
 
 import onnx_ir as ir
 import pytest
@@ -13,6 +14,26 @@ from varedit_export.graphs import trace
 from varedit_export.graphs.stages import Stage
 
 RECORDINGS = Path(__file__).parent / "golden"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let fuzzing run longer than in CI: `pytest -k fuzz --fuzz 100`."""
+    parser.addoption("--fuzz", type=int, default=1, help="Run N times as many random cases.")
+
+
+@pytest.fixture
+def cases(pytestconfig: pytest.Config) -> Callable[[int], Iterator[Random]]:
+    """Return a function that yields sources of randomness, one a case: `for random in cases(300)`.
+
+    Case n is the same in every run; the report of a failure ends with its number.
+    """
+
+    def numbered(count: int) -> Iterator[Random]:
+        for number in range(count * pytestconfig.getoption("--fuzz")):
+            print(f"case {number}")
+            yield Random(number)
+
+    return numbered
 
 
 @pytest.fixture(autouse=True, scope="session")
