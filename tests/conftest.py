@@ -28,8 +28,10 @@ def cases(pytestconfig: pytest.Config) -> Callable[[int], Iterator[Random]]:
     Case n is the same in every run; the report of a failure ends with its number.
     """
 
+    times = int(pytestconfig.getoption("--fuzz") or 1)
+
     def numbered(count: int) -> Iterator[Random]:
-        for number in range(count * pytestconfig.getoption("--fuzz")):
+        for number in range(count * times):
             print(f"case {number}")
             yield Random(number)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, get_args, get_origin, get_type_hints
 
 from varedit_runtime.backends import DEFAULT, ChosenBackend
-from varedit_runtime.errors import ConfigError
+from varedit_runtime.errors import ConfigError, shown
 
 if TYPE_CHECKING:
     from varedit_engines.engine_compiler import EngineCompiler, Hardware
@@ -56,7 +56,7 @@ class BuildOptions:
                 odd = isinstance(one, bool) and bool not in kinds
                 if odd or not isinstance(one, kinds):
                     wanted = getattr(hint, "__name__", hint) if kinds == (hint,) else hint
-                    raise ConfigError(f"{name} is {value!r}; its type must be {wanted}")
+                    raise ConfigError(f"{name} is {shown(value)}; its type must be {wanted}")
 
 
 @dataclass(frozen=True)

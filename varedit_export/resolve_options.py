@@ -17,7 +17,7 @@ from varedit_export.sources import (
 from varedit_reference.config import PRESETS, ModelConfig, preset
 from varedit_reference.golden import PIXEL_BUDGETS, recorded_config
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.errors import CheckpointError, ConfigError
+from varedit_runtime.errors import CheckpointError, ConfigError, shown
 from varedit_runtime.locate import default_root, embedded
 
 TEXT_TOKENS = 128
@@ -61,7 +61,7 @@ def _models(options: BuildOptions) -> list[tuple[ModelConfig, int]]:
         return [_nano_model(options)]
     if size is not None and size not in PRESETS:
         raise ConfigError(
-            f"no size is called {size!r}; there are {NANO_SIZE}, {', '.join(PRESETS)}"
+            f"no size is called {shown(size)}; there are {NANO_SIZE}, {', '.join(PRESETS)}"
         )
     if size is None or not resolutions:
         raise ConfigError("give both --size and --res, such as --size 2b --res 512, or --config")

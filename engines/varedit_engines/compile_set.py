@@ -34,7 +34,7 @@ from varedit_runtime.backends.engines.memory import transformers, weights_on_gpu
 from varedit_runtime.backends.engines.packing import pack_into, unpacked_size
 from varedit_runtime.backends.wiring import PREFILL, scale_profiles, sized
 from varedit_runtime.bundle import Bundle, Folder
-from varedit_runtime.errors import BundleError, ConfigError
+from varedit_runtime.errors import BundleError, ConfigError, shown
 from varedit_runtime.manifest import Variant, scale_name
 
 # A set and a stage in it.
@@ -46,7 +46,7 @@ TWIN = ("scale", "references")  # graphs of symbolic lengths, for prefill and al
 def stages_of(variant: Variant, layout: EngineLayout) -> list[str]:
     """Return the graphs that a layout compiles. Raises ConfigError on an unknown layout."""
     if layout not in LAYOUTS:
-        raise ConfigError(f"there is no layout {layout!r}; there are {', '.join(LAYOUTS)}")
+        raise ConfigError(f"there is no layout {shown(layout)}; there are {', '.join(LAYOUTS)}")
     static = [stage for stage in variant.graphs if stage not in TWIN]
     if layout != "profiles":
         return static

@@ -23,7 +23,7 @@ from varedit_runtime.backends.engines.import_tensorrt import (
     import_tensorrt,
     quiet_logger,
 )
-from varedit_runtime.errors import BackendError, ConfigError
+from varedit_runtime.errors import BackendError, ConfigError, shown
 
 Hardware = Literal["ampere-plus", "same-compute-capability"]
 HARDWARE: tuple[Hardware, ...] = get_args(Hardware)
@@ -50,13 +50,15 @@ class Flags:
     def __post_init__(self) -> None:
         if self.hardware_compatible not in (None, *HARDWARE):
             raise ConfigError(
-                f"engines cannot be compatible with {self.hardware_compatible!r}; there are "
+                f"engines cannot be compatible with {shown(self.hardware_compatible)}; there are "
                 f"{', '.join(HARDWARE)}"
             )
         if self.workspace is not None and not _within(self.workspace, 1, 2**60):
-            raise ConfigError(f"workspace is {self.workspace!r}; give bytes, at least 1")
+            raise ConfigError(f"workspace is {shown(self.workspace)}; give bytes, at least 1")
         if self.optimisation is not None and not _within(self.optimisation, 0, 5):
-            raise ConfigError(f"optimisation is {self.optimisation!r}; give an integer from 0 to 5")
+            raise ConfigError(
+                f"optimisation is {shown(self.optimisation)}; give an integer from 0 to 5"
+            )
 
 
 def _within(value: object, least: int, most: int) -> bool:
@@ -77,7 +79,7 @@ class EngineCompiler:
     ) -> None:
         if backend not in ENGINE_KINDS:
             raise ConfigError(
-                f"there is no backend {backend!r}; there are {', '.join(ENGINE_KINDS)}"
+                f"there is no backend {shown(backend)}; there are {', '.join(ENGINE_KINDS)}"
             )
         if architectures and backend != RTX:
             raise ConfigError(
@@ -194,7 +196,7 @@ def _architectures(trt: ModuleType, named: Sequence[str], here: str) -> list[Any
     known = {name.lower(): member for name, member in members if name.startswith("SM")}
     names = ", ".join(known)
     if unknown := [name for name in named if name not in known]:
-        raise ConfigError(f"no architecture is called {unknown[0]!r}; there are {names}")
+        raise ConfigError(f"no architecture is called {shown(unknown[0])}; there are {names}")
     if not named and here not in known:
         raise ConfigError(
             f"{RTX} does not compile for this machine's GPU, {here}; it does for {names}: name one "

@@ -4,7 +4,7 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import helper
 
-from varedit_runtime.errors import BundleError
+from varedit_runtime.errors import BundleError, shown
 from varedit_runtime.manifest import GRAPHS, StoredWeight
 
 
@@ -49,6 +49,6 @@ def _stored(tensor: onnx.TensorProto) -> StoredWeight:
         return StoredWeight(tensor.name, file, int(entries["offset"]), int(entries["length"]))
     except (KeyError, ValueError) as error:
         raise BundleError(
-            f"a graph does not say where its weight {tensor.name[:80]!r} lies: build the bundle "
+            f"a graph does not say where its weight {shown(tensor.name)} lies: build the bundle "
             "again"
         ) from error

@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 
 from varedit_runtime.backends.engines.engine_set import EngineSets, sets_in
 from varedit_runtime.bundle import Bundle, digest_line, file_digest, set_aside, work_folder
-from varedit_runtime.errors import BundleError
+from varedit_runtime.errors import BundleError, shown
 from varedit_runtime.files import atomic_file
 from varedit_runtime.manifest import (
     DIGEST,
@@ -73,7 +73,7 @@ class Staging:
         try:
             self.target = Path(os.path.realpath(target))
         except ValueError as error:  # such as a NUL in it
-            raise BundleError(f"{str(target)!r} cannot be written: {error}") from error
+            raise BundleError(f"{shown(str(target))} cannot be written: {error}") from error
         self.path = work_folder(self.target) / "folder"
         self.files: dict[str, FileEntry] = {}
         self._check = check

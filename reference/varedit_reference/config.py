@@ -8,7 +8,7 @@ sequence, C width, H heads, D = C/H, d the tokenizer's bits per position, c the 
 from dataclasses import dataclass
 from typing import Literal
 
-from varedit_runtime.errors import ConfigError
+from varedit_runtime.errors import ConfigError, shown
 from varedit_runtime.grids import Grid, scale_grids
 
 Conditioning = Literal["sar", "finest", "full"]
@@ -213,7 +213,7 @@ def preset(name: str, resolution: int = 512, aspect: str = "1:1") -> ModelConfig
     ConfigError on an unknown name, resolution or aspect; the message lists the known ones.
     """
     if name not in _SIZES:
-        raise ConfigError(f"no size is called {name!r}; choose one of {', '.join(PRESETS)}")
+        raise ConfigError(f"no size is called {shown(name)}; choose one of {', '.join(PRESETS)}")
     size = _SIZES[name]
     transformer = TransformerConfig(
         depth=size.depth,

@@ -31,7 +31,7 @@ from varedit_reference.sampling import bit_probability, distance_to_cut, nucleus
 from varedit_reference.scale_loop import forced, predict_scales
 from varedit_reference.tokenizer import Tokenizer
 from varedit_reference.transformer import VAR
-from varedit_runtime.errors import CheckpointError, VareditError
+from varedit_runtime.errors import CheckpointError, VareditError, shown
 from varedit_runtime.grids import scale_grids
 from varedit_runtime.pictures import from_decoder, restore, to_square
 from varedit_runtime.settings import per_scale, temperature_per_scale
@@ -75,7 +75,7 @@ class Recording:
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.tensors:
             raise CheckpointError(
-                f"{self.folder}/golden.safetensors lacks {name!r}: record it again"
+                f"{self.folder}/golden.safetensors lacks {shown(name)}: record it again"
             )
         return self.tensors[name]
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint
 from tqdm import tqdm
 
-from varedit_runtime.errors import CheckpointError, one_line
+from varedit_runtime.errors import CheckpointError, one_line, shown
 from varedit_runtime.files import atomic_file
 from varedit_runtime.manifest import StoredWeight
 
@@ -88,7 +88,7 @@ def _open_pickled(path: Path) -> dict[str, Tensor]:
         start = file.read(24)
     if not start.startswith(b"PK"):  # the old format is a bare pickle, a download error often text
         raise CheckpointError(
-            f"{path} is not what torch.save writes, a zip archive: it starts with {start!r}; "
+            f"{path} is not what torch.save writes, a zip archive: it starts with {shown(start)}; "
             "fetch the weights themselves, or save them again with torch.save"
         )
     try:
@@ -130,8 +130,8 @@ def _tensors_only(path: Path, content: Any) -> dict[str, Tensor]:
     for name, value in content.items():
         if not (isinstance(name, str) and _is_plain(value)):
             raise CheckpointError(
-                f"{path} holds more than tensors ({name!r} is a {type(value).__name__}): expected "
-                "a state dict of dense tensors"
+                f"{path} holds more than tensors ({shown(name)} is a {type(value).__name__}): "
+                "expected a state dict of dense tensors"
             )
     return {name: tensor.detach() for name, tensor in content.items()}
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from varedit_runtime.errors import ConfigError
+from varedit_runtime.errors import ConfigError, shown
 from varedit_runtime.manifest import Manifest, Variant
 from varedit_runtime.pictures import Source, open_picture
 from varedit_runtime.settings import PerScale, per_scale, temperature_per_scale
@@ -75,7 +75,9 @@ def choose_pictures(
     TextError and PictureError as `tokenise` and `open_picture` do.
     """
     if not isinstance(copies, int) or copies < 1:
-        raise ConfigError(f"num_images_per_prompt is {copies!r}; give an integer of at least 1")
+        raise ConfigError(
+            f"num_images_per_prompt is {shown(copies)}; give an integer of at least 1"
+        )
     count = _common_length(image=image, prompt=prompt, negative_prompt=negative_prompt)
     seeds = _seeds(seed, count * copies)
     prompts = [tokenise(_text(p)) for p in _listed(prompt)]
@@ -113,7 +115,7 @@ def _common_length(**arguments: object) -> int:
 
 def _text(value: object) -> str:
     if not isinstance(value, str):
-        raise ConfigError(f"a prompt is {value!r}; give a string")
+        raise ConfigError(f"a prompt is {shown(value)}; give a string")
     return value
 
 
@@ -126,7 +128,9 @@ def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
         else:
             seeds = [index(first) + i for i in range(count)]  # type: ignore[arg-type]
     except TypeError as error:
-        raise ConfigError(f"seed is {seed!r}; give an integer, or one for each result") from error
+        raise ConfigError(
+            f"seed is {shown(seed)}; give an integer, or one for each result"
+        ) from error
     if len(seeds) != count:
         raise ConfigError(f"there are {len(seeds)} seeds for {count} results; give one for each")
     for value in seeds:

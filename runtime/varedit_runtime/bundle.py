@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from varedit_runtime.errors import BundleError
+from varedit_runtime.errors import BundleError, shown
 from varedit_runtime.manifest import (
     DIGEST,
     GRAPHS,
@@ -108,7 +108,7 @@ class Bundle:
         try:
             place = Path(os.path.realpath(path))
         except (TypeError, ValueError) as error:  # such as a NUL in it
-            raise BundleError(f"{path!r} is not the path of a bundle: {error}") from error
+            raise BundleError(f"{shown(path)} is not the path of a bundle: {error}") from error
         while True:
             folder = standing_folder(place)
             before = _identity(folder)
@@ -213,7 +213,9 @@ def open_manifest(
             "copy or build the folder again"
         )
     if digest not in (None, found):
-        raise BundleError(f"{path} is not the one asked for: its digest is {found}, not {digest!r}")
+        raise BundleError(
+            f"{path} is not the one asked for: its digest is {found}, not {shown(digest)}"
+        )
     try:
         return decode_manifest(data, kind), found
     except BundleError as error:

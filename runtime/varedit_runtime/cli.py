@@ -13,7 +13,7 @@ from click.shell_completion import CompletionItem
 
 from varedit_runtime.backends import ChosenBackend
 from varedit_runtime.command import BackendCommand, CommandGroup, backend_option, debug_option
-from varedit_runtime.errors import ConfigError, PictureError
+from varedit_runtime.errors import ConfigError, PictureError, shown
 from varedit_runtime.grids import ASPECT_RATIOS, RESOLUTIONS, is_trained, picture_size, scale_grids
 
 if TYPE_CHECKING:
@@ -94,8 +94,8 @@ def _numbers(
         numbers = [float(part) for part in text.split(",")]
     except ValueError as error:
         raise ConfigError(
-            f"{parameter.opts[0]} is {text!r}; give a number, or one per scale with commas between "
-            "them"
+            f"{parameter.opts[0]} is {shown(text)}; give a number, or one per scale with commas "
+            "between them"
         ) from error
     return numbers if len(numbers) > 1 else numbers[0]
 

@@ -42,6 +42,7 @@ from varedit_runtime.errors import (
     ConfigError,
     EditCancelled,
     EditorError,
+    shown,
 )
 from varedit_runtime.manifest import TOKENIZER, Variant, scale_name, scale_of
 from varedit_runtime.noise import uniform_noise
@@ -245,7 +246,7 @@ class Editor:
             image, prompt, negative_prompt, num_images_per_prompt, seed, self._tokenise
         )
         if on_scale is not None and not callable(on_scale):
-            raise ConfigError(f"on_scale is {on_scale!r}; give a function")
+            raise ConfigError(f"on_scale is {shown(on_scale)}; give a function")
         places, size, cancelled = range(len(wanted)), self.variant.batch, Event()
         results: list[EditResult] = []
         with self._my_turn():

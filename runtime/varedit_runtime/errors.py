@@ -1,16 +1,18 @@
 """The errors that this project raises on purpose; `str(error)` is one line for a person."""
 
+import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+LONGEST = 2000  # characters of a message
+_CUT, _END = " [...] ", 700  # a longer one keeps its end, where advice stands
+
 
 class VareditError(Exception):
-    """Base class of all errors below."""
+    """Base class of all errors below. Messages are made `printable`."""
 
-    def __str__(self) -> str:
-        """Return the text on one line; escape what a terminal would obey or cannot show."""
-        text = " ".join(super().__str__().splitlines())
-        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable(message))
 
 
 class ConfigError(VareditError, ValueError):
@@ -49,9 +51,35 @@ class MissingExtraError(VareditError):
     """An optional package is not installed; the message gives the command that installs it."""
 
 
+def printable(text: str) -> str:
+    """Return text on one line of bounded length, without what a terminal obeys or cannot show."""
+    line = " ".join(text.splitlines())
+    if not line.isprintable():
+        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+    if len(line) > LONGEST:
+        line = f"{line[: LONGEST - len(_CUT) - _END]}{_CUT}{line[-_END:]}"
+    return line
+
+
+def shown(value: object) -> str:
+    """Return the start and end of a value's repr, for a message; its type's name if that fails."""
+    try:
+        return _SHORT.repr(value)
+    except Exception:  # a caller's object may raise anything, and an int be too long to convert
+        return f"of type {type(value).__name__}"
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+
+
 def one_line(error: object) -> str:
-    """Return an error's text, or another one, without line breaks and repeated spaces."""
-    return " ".join(str(error).split())
+    """Return an error's text, or another one, `printable` and without repeated spaces."""
+    try:
+        text = str(error)
+    except Exception:  # another library's error may not even have a text
+        text = type(error).__name__
+    return printable(" ".join(text.split()))
 
 
 def reason(error: Exception) -> str:

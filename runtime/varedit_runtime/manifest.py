@@ -12,7 +12,7 @@ from typing import Annotated, Literal, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
-from varedit_runtime.errors import BundleError
+from varedit_runtime.errors import BundleError, shown
 from varedit_runtime.precision import PRECISIONS, Precision
 
 SCHEMA_VERSION = 1
@@ -165,7 +165,7 @@ class Variant(Struct, frozen=True, forbid_unknown_fields=True):
         """Return a stage's graph. Raises BundleError, listing the stages, if there is none."""
         if stage not in self.graphs:
             raise BundleError(
-                f"variant {self.name} has no graph {stage!r}; it has {', '.join(self.graphs)}"
+                f"variant {self.name} has no graph {shown(stage)}; it has {', '.join(self.graphs)}"
             )
         return self.graphs[stage]
 
@@ -223,7 +223,7 @@ class FolderManifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         for file in self.files:
             if not _INSIDE.fullmatch(file):
                 raise ValueError(
-                    f"{file!r} is not the plain, relative path of a file in the folder"
+                    f"{shown(file)} is not the plain, relative path of a file in the folder"
                 )
             if file in (MANIFEST, DIGEST) or file.startswith(f"{ENGINES}/"):
                 raise ValueError(f"{file} cannot be one of the files that a manifest lists")
@@ -297,7 +297,7 @@ class Manifest(FolderManifest, frozen=True):
             if name in (None, variant.name):
                 return variant
         known = ", ".join(variant.name for variant in self.variants)
-        raise BundleError(f"bundle {self.name} has no variant {name!r}; it has {known}")
+        raise BundleError(f"bundle {self.name} has no variant {shown(name)}; it has {known}")
 
 
 AnyManifest = TypeVar("AnyManifest", bound=FolderManifest)
@@ -326,17 +326,10 @@ def decode_manifest(data: bytes, kind: type[AnyManifest]) -> AnyManifest:
     except RecursionError as error:
         raise BundleError("it is nested too deeply to be a manifest") from error
     except (msgspec.MsgspecError, ValueError) as error:
-        raise BundleError(
-            f"it is not a valid manifest, copy or build it again: {_printable(error)}"
-        ) from error
+        raise BundleError(f"it is not a valid manifest, copy or build it again: {error}") from error
 
 
 def _refuse_repeated(what: str, names: Iterable[str]) -> None:
     repeated = [name for name, count in Counter(names).items() if count > 1]
     if repeated:
         raise ValueError(f"several {what} have the same name: {repeated}")
-
-
-def _printable(error: Exception) -> str:
-    """Return the message in one short, printable line, as it may quote the file."""
-    return "".join(c if c.isprintable() else "?" for c in str(error)[:300])

@@ -16,7 +16,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
-from varedit_runtime.errors import PictureError, one_line
+from varedit_runtime.errors import PictureError, one_line, shown
 from varedit_runtime.files import atomic_file
 
 Source = str | os.PathLike[str] | bytes | BinaryIO | Image.Image
@@ -133,7 +133,7 @@ def check_target(path: Path) -> str:
     """
     if path.suffix.lower() not in WRITE_FORMATS:
         known = ", ".join(WRITE_FORMATS)
-        raise PictureError(f"{path}: pictures are written as {known}, not {path.suffix!r}")
+        raise PictureError(f"{path}: pictures are written as {known}, not {shown(path.suffix)}")
     if not path.parent.is_dir():
         raise PictureError(f"{path} cannot be written: there is no folder {path.parent}; make it")
     return WRITE_FORMATS[path.suffix.lower()]

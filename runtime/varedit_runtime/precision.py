@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from varedit_runtime.errors import ConfigError
+from varedit_runtime.errors import ConfigError, shown
 
 FLOAT32 = "float32"
 Tensor = Any  # torch's, which the runtime does not import
@@ -147,7 +147,7 @@ def named(name: str) -> Precision:
     """Return the precision of a name. Raises ConfigError naming those that exist."""
     if name not in PRECISIONS:
         known = ", ".join(PRECISIONS)
-        raise ConfigError(f"no precision is called {name[:40]!r}; there are {known}")
+        raise ConfigError(f"no precision is called {shown(name)}; there are {known}")
     return PRECISIONS[name]
 
 

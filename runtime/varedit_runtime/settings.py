@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from math import inf, isfinite
 from numbers import Real
 
-from varedit_runtime.errors import ConfigError
+from varedit_runtime.errors import ConfigError, shown
 
 PerScale = float | Sequence[float]
 
@@ -21,7 +21,7 @@ def per_scale(value: PerScale, scales: int, name: str) -> tuple[float, ...]:
     for entry in given:
         if not isinstance(entry, Real):
             raise ConfigError(
-                f"{name} is {entry!r}; give a number, or one for each of {scales} scales"
+                f"{name} is {shown(entry)}; give a number, or one for each of {scales} scales"
             )
     values = tuple(map(_float, given))
     if len(values) != scales:

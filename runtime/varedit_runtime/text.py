@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import msgspec
 from tokenizers import Tokenizer
 
-from varedit_runtime.errors import TextError
+from varedit_runtime.errors import TextError, shown
 
 END_TOKEN = "</s>"
 
@@ -103,7 +103,7 @@ def _checked(tokenizer_json: bytes) -> str:
     file = msgspec.json.decode(tokenizer_json)
     model = file["model"]
     if model["type"] not in MODELS:
-        raise ValueError(f"a model of type {model['type']!r}, not {' or '.join(MODELS)}")
+        raise ValueError(f"a model of type {shown(model['type'])}, not {' or '.join(MODELS)}")
     for affix in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(affix):
             raise ValueError(f"a model with {affix}")

@@ -22,7 +22,7 @@ from varedit_export.graphs.model import (
     weight_parameter,
 )
 from varedit_reference.weights_file import torch_dtype
-from varedit_runtime.errors import ConfigError
+from varedit_runtime.errors import ConfigError, shown
 from varedit_runtime.precision import Precision
 
 
@@ -45,8 +45,8 @@ class TextEncoderConfig:
         """Read a T5 folder's config.json. Raises ConfigError on another kind of encoder."""
         if config.get("feed_forward_proj") != "gated-gelu":
             raise ConfigError(
-                f"the text encoder's MLP is {config.get('feed_forward_proj')!r}; only T5 encoders "
-                "with 'gated-gelu', such as Flan-T5, can be exported"
+                f"the text encoder's MLP is {shown(config.get('feed_forward_proj'))}; only T5 "
+                "encoders with 'gated-gelu', such as Flan-T5, can be exported"
             )
         return cls(
             vocabulary=config["vocab_size"],

@@ -30,7 +30,7 @@ from varedit_runtime.backends.wiring import Step, wire
 from varedit_runtime.bench import INSTRUCTION, synthetic_picture
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.editor import Editor, read_instructions
-from varedit_runtime.errors import BackendError, ConfigError, needs_extra
+from varedit_runtime.errors import BackendError, ConfigError, needs_extra, shown
 from varedit_runtime.manifest import Variant
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def first_wrong_layer(
     """
     chosen = bundle.manifest.variant(variant)
     if stage not in (known := stages_of(chosen, "external")):
-        raise ConfigError(f"no stage is called {stage!r}; there are {', '.join(known)}")
+        raise ConfigError(f"no stage is called {shown(stage)}; there are {', '.join(known)}")
     if not (precision := bundle.manifest.policy).onnxruntime:
         raise ConfigError(
             f"{bundle.path} is in {precision.name}, which ONNX Runtime does not compute on CPUs: "

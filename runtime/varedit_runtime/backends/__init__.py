@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from varedit_runtime.backends.spec import BackendOptions, BackendSpec, BrokenBackend
-from varedit_runtime.errors import ConfigError, reason
+from varedit_runtime.errors import ConfigError, reason, shown
 
 if TYPE_CHECKING:
     from varedit_runtime.backends.base import Backend
@@ -46,7 +46,7 @@ def find_backend(name: str) -> BackendSpec[Any]:
     name.
     """
     if not isinstance(name, str) or name not in BACKENDS:
-        raise ConfigError(f"no backend is called {name!r}; there are {', '.join(BACKENDS)}")
+        raise ConfigError(f"no backend is called {shown(name)}; there are {', '.join(BACKENDS)}")
     module, _, variable = BACKENDS[name].partition(":")
     try:
         return getattr(importlib.import_module(module), variable)

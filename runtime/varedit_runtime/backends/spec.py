@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 from varedit_runtime.backends.machine import Machine, ProbeResult
-from varedit_runtime.errors import BackendError, one_line, reason
+from varedit_runtime.errors import BackendError, one_line, printable, reason
 
 if TYPE_CHECKING:
     from varedit_runtime.backends.base import Backend
@@ -142,8 +142,8 @@ def commands_hint(commands: Sequence[str]) -> str:
 
 
 def report_line(name: str, text: str) -> str:
-    """Return a line of `doctor`: two columns."""
-    return f"{name:<18}{text}"
+    """Return a line of `doctor` in two columns, printable whatever a library calls itself."""
+    return printable(f"{name:<18}{text}")
 
 
 def readable_size(count: int) -> str:

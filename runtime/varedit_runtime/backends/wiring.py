@@ -21,7 +21,7 @@ from math import prod
 
 import numpy as np
 
-from varedit_runtime.errors import BundleError
+from varedit_runtime.errors import BundleError, shown
 from varedit_runtime.geometry import Sizes, scale_inputs, scale_sizes
 from varedit_runtime.manifest import Model, TensorSpec, Variant, scale_name
 
@@ -142,7 +142,7 @@ def _check_step(step: Step, known: set[str], ever: set[str]) -> None:
 def _refuse(step: Step, what: str, names: Iterable[str]) -> None:
     if names := sorted(names):
         raise BundleError(
-            f"the bundle's graph {step.stage} {what} {names[0][:80]!r} (for step {step.name}): "
+            f"the bundle's graph {step.stage} {what} {shown(names[0])} (for step {step.name}): "
             "build the bundle again"
         )
 

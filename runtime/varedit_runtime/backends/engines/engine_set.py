@@ -23,7 +23,7 @@ from msgspec import Meta, Struct
 
 from varedit_runtime.backends.engines.packing import unpack
 from varedit_runtime.bundle import Bundle, Folder, open_manifest
-from varedit_runtime.errors import BundleError
+from varedit_runtime.errors import BundleError, shown
 from varedit_runtime.locate import cache_folder, data_folder
 from varedit_runtime.manifest import (
     ENGINES,
@@ -97,7 +97,7 @@ class EngineSetManifest(FolderManifest, frozen=True):
             raise ValueError(f"plans of {sorted(self.plans)}, where {expected} were expected")
         for stage, plan in self.plans.items():
             if plan.file not in self.files:
-                raise ValueError(f"{stage}'s {plan.file!r} is not in files")
+                raise ValueError(f"{stage}'s {shown(plan.file)} is not in files")
         if unknown := self.weights.keys() - self.plans.keys():
             raise ValueError(f"weights of {sorted(unknown)}, which have no plan")
 
@@ -138,7 +138,7 @@ class EngineSet:
         """
         if stage not in self.manifest.plans:
             known = ", ".join(self.manifest.plans)
-            raise BundleError(f"{self.path} has no engine for {stage!r}; it has {known}")
+            raise BundleError(f"{self.path} has no engine for {shown(stage)}; it has {known}")
         plan = self.manifest.plans[stage]
         chunks = self.packed_plan(stage)
         try:
@@ -303,9 +303,9 @@ class EngineSets:
                 if weight.offset + weight.length > sizes.get(weight.file, -1):
                     there = ", ".join(f"{file} of {size}" for file, size in sizes.items())
                     raise BundleError(
-                        f"{engines.path}: {stage}'s weight {weight.name!r} is to be "
-                        f"{weight.length} bytes at {weight.offset} of {weight.file!r}, and the "
-                        f"bundle's weights are {there}; compile the engines again"
+                        f"{engines.path}: {stage}'s weight {shown(weight.name)} is to be "
+                        f"{weight.length} bytes at {weight.offset} of {shown(weight.file)}, and "
+                        f"the bundle's weights are {there}; compile the engines again"
                     )
 
     @property

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from varedit_runtime.backends.spec import BackendOptions, option
-from varedit_runtime.errors import BackendError, ConfigError
+from varedit_runtime.errors import BackendError, ConfigError, shown
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -22,6 +22,8 @@ class OnnxRuntimeOptions(BackendOptions):
     def __post_init__(self) -> None:
         if self.provider not in PROVIDERS:
             known = ", ".join(PROVIDERS)
-            raise BackendError(f"no provider is called {self.provider!r}; there are {known}")
+            raise BackendError(f"no provider is called {shown(self.provider)}; there are {known}")
         if self.threads is not None and (not isinstance(self.threads, int) or self.threads < 1):
-            raise ConfigError(f"threads is {self.threads!r}; it must be an integer of at least 1")
+            raise ConfigError(
+                f"threads is {shown(self.threads)}; it must be an integer of at least 1"
+            )
