@@ -8,10 +8,12 @@ import shutil
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_bundles import COMPONENTS, FILES, STAGES, content, publish, rewrite_manifest
 
+from varedit_runtime import bundle as bundle_module
 from varedit_runtime.bundle import Bundle, set_aside
 from varedit_runtime.errors import BundleError
 from varedit_runtime.manifest import DIGEST, MANIFEST, MAX_MANIFEST_BYTES
@@ -171,6 +173,8 @@ def test_a_file_that_grows_while_it_is_read_is_refused(
 
     monkeypatch.setattr(Path, "open", grown)
     assert "too large" in refusal(lambda: bundle.graph_bytes("64", "scale"))
+    with unchanged(folder / FILES[-1], "ab") as file:
+        file.write(b"more")
     assert "damaged" in refusal(bundle.verify_weights)
 
 
@@ -200,7 +204,7 @@ def test_a_link_that_appears_after_opening_is_refused(folder: Path):
         (folder / name).symlink_to(folder / "elsewhere")
     assert "is a link" in refusal(lambda: bundle.graph_bytes("64", "scale"))
     assert "is a link" in refusal(lambda: bundle.weights_path("transformer"))
-    assert "is a link" in refusal(bundle.verify_weights)
+    assert not bundle.stands()
 
 
 def test_a_link_to_nothing_or_itself_is_no_bundle(tmp_path: Path):
@@ -272,23 +276,26 @@ def test_the_earlier_bundle_stands_in_when_replacing_it_was_cut_short(folder: Pa
     assert str(folder) in refusal(lambda: Bundle.open(folder))
 
 
+@pytest.mark.parametrize("name", [MANIFEST, DIGEST, *FILES[-2:]])
 def test_a_bundle_replaced_while_it_is_opened_is_opened_again(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ):
-    newer = publish(tmp_path / "newer", seed=1)
+    """It lands just before a file is opened; only the manifests differ, so that all sizes fit."""
+    newer = publish(tmp_path / "newer", seed=1, changed=())
     expected = Bundle.open(newer).digest
     unchanged = Path.open
 
-    def replaced(path: Path, mode: str):
-        """Replace the folder after its manifest was read and before the digest beside it."""
-        if path == folder / DIGEST and newer.exists():
+    def replaced(path: Path, mode: str, **other: Any):
+        if path == folder / name and newer.exists():
             folder.rename(tmp_path / "older")
             newer.rename(folder)
-        return unchanged(path, mode)
+        return unchanged(path, mode, **other)
 
     monkeypatch.setattr(Path, "open", replaced)
-    assert Bundle.open(folder).digest == expected
-    assert not newer.exists()
+    bundle = Bundle.open(folder)
+    assert bundle.digest == expected
+    assert not newer.exists() and bundle.stands()
+    bundle.verify_weights()
 
 
 def test_a_bundle_set_aside_while_it_is_opened_is_opened_there(
@@ -298,10 +305,42 @@ def test_a_bundle_set_aside_while_it_is_opened_is_opened_there(
     aside.parent.mkdir()
     unchanged = Path.open
 
-    def moved(path: Path, mode: str):
+    def moved(path: Path, mode: str, **other: Any):
         if path == folder / DIGEST:
             folder.rename(aside)
-        return unchanged(path, mode)
+        return unchanged(path, mode, **other)
 
     monkeypatch.setattr(Path, "open", moved)
     assert Bundle.open(folder).path == aside
+
+
+def test_a_bundle_that_is_replaced_at_every_attempt_is_an_error(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    unchanged = Path.open
+
+    def replaced(path: Path, mode: str, **other: Any):
+        if path == folder / FILES[-1]:
+            shutil.copytree(folder, folder.with_name("newer"))
+            folder.rename(folder.with_name("older"))
+            folder.with_name("newer").rename(folder)
+            shutil.rmtree(folder.with_name("older"))
+        return unchanged(path, mode, **other)
+
+    monkeypatch.setattr(Path, "open", replaced)
+    monkeypatch.setattr(bundle_module, "ATTEMPTS", 3)
+    assert "replaced whenever it was opened" in refusal(lambda: Bundle.open(folder))
+
+
+@pytest.mark.parametrize("how", ["folder", "file"])
+def test_weights_are_those_that_were_opened_whatever_takes_their_place(folder: Path, how: str):
+    bundle = Bundle.open(folder)
+    newer = publish(folder.with_name("newer"), seed=1)
+    if how == "folder":
+        folder.rename(folder.with_name("older"))
+        newer.rename(folder)
+    else:
+        (newer / FILES[-1]).rename(folder / FILES[-1])
+    bundle.verify_weights()
+    assert bundle.held[FILES[-1]].read(10**6) == content(FILES[-1])
+    assert "was replaced while it was used" in refusal(bundle.check_stands)

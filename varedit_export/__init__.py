@@ -134,6 +134,7 @@ def verify(
     for line in chain(compare_bundle(opened, *sources_of(opened)), recorded, others):
         measured(line)
         lines.append(line)
+    opened.check_stands()  # its files were read by their path
     return gate(lines)
 
 

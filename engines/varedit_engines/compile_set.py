@@ -192,6 +192,8 @@ def _compile(job: CompileJob, stage: str, graph: bytes, path: Path, on_step: OnS
     """Compile a graph and write the plan to a file; return the plan's size."""
     folder, shapes = job.bundle.graphs_folder, _profiles(job, stage)
     plan = job.compiler.compile(stage, graph, folder, shapes, on_step)
+    if job.layout != "external":  # the compiler read weights by their path
+        job.bundle.check_stands()
     pack_into(path, plan)
     return len(plan)
 

@@ -3,6 +3,10 @@
 Opening checks the manifest and the sizes of all files. Graphs and the tokenizer are hashed when
 they are read; weights, which take seconds per gigabyte, only on request. Digests find damage.
 Against tampering, give the bundle's own digest: it covers the manifest, and so all files.
+
+Another bundle may be published in the folder's place at any time. So an opened bundle holds its
+weights files open and reads no others. Libraries that open weights by their path may have read the
+newer bundle's: whoever uses one asks `Bundle.stands` afterwards.
 """
 
 import hashlib
@@ -14,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from varedit_runtime.errors import BundleError, shown
+from varedit_runtime.files import HeldFile
 from varedit_runtime.manifest import (
     DIGEST,
     GRAPHS,
@@ -28,14 +33,19 @@ from varedit_runtime.manifest import (
 )
 
 CHUNK = 2**18
+ATTEMPTS = 100  # at a folder that is replaced while it is opened
 
 
 @dataclass(frozen=True)
 class Folder:
-    """Files of known size and digest below a folder. Links are refused: they may lead anywhere."""
+    """Files of known size and digest below a folder. Links are refused: they may lead anywhere.
+
+    held: those that are read from open files, whatever lies at their paths by now.
+    """
 
     path: Path
     files: Mapping[str, FileEntry]
+    held: Mapping[str, HeldFile] = field(default_factory=dict)
 
     def check_sizes(self) -> None:
         """Raise BundleError if a file is missing, is a link, or has another size."""
@@ -61,63 +71,82 @@ class Folder:
         """Return a file's content: exactly the bytes whose digest was checked."""
         path = self.locate(name)
         data = read_at_most(path, self.files[name].size)
-        self._compare(path, name, hashlib.sha256(data).hexdigest())
+        self._compare(name, hashlib.sha256(data).hexdigest())
         return data
+
+    def hold(self, name: str) -> HeldFile:
+        """Open a listed file, after checking its size but not its digest."""
+        if name in self.held:
+            return self.held[name]
+        with readable(path := self.locate(name)):
+            return HeldFile(path)
 
     def chunks(self, name: str) -> Iterator[bytes]:
         """Yield a file's content, reading it once; raise BundleError at the end if it is damaged.
 
         Do not use what is made from the chunks before that.
         """
-        path, left, digest = self.locate(name), self.files[name].size, hashlib.sha256()
-        with readable(path), path.open("rb") as file:
-            while chunk := file.read(min(CHUNK, left + 1)):  # one more: it must not have grown
-                left -= len(chunk)
+        file, size, digest = self.hold(name), self.files[name].size, hashlib.sha256()
+        done = 0
+        with readable(file.path):
+            # One byte more than expected: it must not have grown.
+            while chunk := file.read(min(CHUNK, size + 1 - done), done):
+                done += len(chunk)
                 digest.update(chunk)
                 yield chunk
-        self._compare(path, name, digest.hexdigest())
+        self._compare(name, digest.hexdigest())
 
     def verify(self, name: str) -> None:
         """Hash a file in pieces. Raises BundleError if it is damaged."""
         for _ in self.chunks(name):
             pass
 
-    def _compare(self, path: Path, name: str, digest: str) -> None:
+    def _compare(self, name: str, digest: str) -> None:
         if digest != self.files[name].sha256:
             raise BundleError(
-                f"{path} is damaged, or was replaced after the bundle was opened: its sha256 is "
-                f"{digest} instead of {self.files[name].sha256}; copy or build the folder again"
+                f"{self.path / name} is damaged, or was replaced after the bundle was opened: its "
+                f"sha256 is {digest} instead of {self.files[name].sha256}; copy or build the "
+                "folder again"
             )
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle. digest: sha256 of its manifest, which lists those of all other files."""
+    """An opened bundle. digest: sha256 of its manifest, which lists those of all other files.
+
+    held: its manifest and weights files, open.
+    """
 
     path: Path
     manifest: Manifest = field(repr=False)  # which fills pages
     digest: str
+    held: Mapping[str, HeldFile] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], digest: str | None = None) -> "Bundle":
         """Open a folder, checking the manifest and the sizes of all files.
 
         digest: the bundle's digest as its publisher states it; no other bundle is then accepted.
-        Raises BundleError if it is another, is damaged or incomplete, or is not a bundle.
+        Raises BundleError if it is another, is damaged or incomplete, is not a bundle, or is
+        replaced at every attempt.
         """
         try:
             place = Path(os.path.realpath(path))
         except (TypeError, ValueError) as error:  # such as a NUL in it
             raise BundleError(f"{shown(path)} is not the path of a bundle: {error}") from error
-        while True:
+        for _ in range(ATTEMPTS):
             folder = standing_folder(place)
             before = _identity(folder)
             try:
-                return cls._open(folder, digest)
+                bundle = cls._open(folder, digest)
             except BundleError:
                 # A newer bundle may have taken the folder's place while it was read.
                 if _identity(standing_folder(place)) == before:
                     raise
+            else:
+                if bundle.stands():
+                    return bundle
+        raise always_replaced(place)
 
     @classmethod
     def _open(cls, path: Path, digest: str | None) -> "Bundle":
@@ -126,14 +155,25 @@ class Bundle:
                 f"there is no bundle at {path}: build one with `varedit-export build`, or name "
                 "another"
             )
-        manifest, digest = open_manifest(path, Manifest, digest)
-        bundle = cls(path, manifest, digest)
-        bundle._folder.check_sizes()
-        return bundle
+        held = {MANIFEST: hold_manifest(path)}
+        manifest, digest = read_manifest(held[MANIFEST], Manifest, digest)
+        folder = Folder(path, manifest.files)
+        folder.check_sizes()
+        held |= {file: folder.hold(file) for file in manifest.files if _component(file)}
+        return cls(path, manifest, digest, held)
+
+    def stands(self) -> bool:
+        """Return whether nothing has replaced the bundle, or its weights, since it was opened."""
+        return all(file.stands() for file in self.held.values())
+
+    def check_stands(self) -> None:
+        """Raise BundleError if the bundle, or its weights, were replaced since it was opened."""
+        if not self.stands():
+            raise BundleError(f"{self.path} was replaced while it was used: run the command again")
 
     @property
     def _folder(self) -> Folder:
-        return Folder(self.path, self.manifest.files)
+        return Folder(self.path, self.manifest.files, self.held)
 
     def graph_bytes(self, variant: str, stage: str) -> bytes:
         """Return a graph's ONNX file, digest checked; it names weights from `graphs_folder`."""
@@ -151,8 +191,11 @@ class Bundle:
     @property
     def components(self) -> tuple[str, ...]:
         """The model's components; each has one weights file."""
-        files = self.manifest.files
-        return tuple(stem for name in files if weights_file(stem := Path(name).stem) == name)
+        return tuple(filter(None, map(_component, self.manifest.files)))
+
+    def hold(self, name: str) -> HeldFile:
+        """Return a listed file, open: of weights, the one that was opened with the bundle."""
+        return self._folder.hold(name)
 
     def weights_path(self, component: str) -> Path:
         """Return the path of a component's safetensors file; `verify_weights` checks its digest."""
@@ -162,6 +205,17 @@ class Bundle:
         """Hash all weights files. Raises BundleError if one is damaged."""
         for component in self.components:
             self._folder.verify(weights_file(component))
+
+
+def _component(file: str) -> str | None:
+    """Return the component whose weights a file of a bundle holds; None for other files."""
+    name = Path(file).stem
+    return name if weights_file(name) == file else None
+
+
+def always_replaced(path: Path) -> BundleError:
+    """Return the error of a bundle that was replaced at every attempt to open it."""
+    return BundleError(f"{path} was replaced whenever it was opened: try again when it stays")
 
 
 def work_folder(target: Path) -> Path:
@@ -193,18 +247,34 @@ def _identity(path: Path) -> tuple[Path, int, int] | None:
 def open_manifest(
     path: Path, kind: type[AnyManifest], digest: str | None = None
 ) -> tuple[AnyManifest, str]:
-    """Open a folder's manifest; return it with its digest.
+    """Open a folder's manifest; return it with its digest. See `read_manifest`."""
+    return read_manifest(hold_manifest(path), kind, digest)
 
-    The digest must equal the one in manifest.sha256 and the one given. Raises BundleError, naming
-    the folder, if they differ or it holds no manifest of this kind.
-    """
+
+def hold_manifest(path: Path) -> HeldFile:
+    """Open the file of a folder's manifest. Raises BundleError if there is none."""
     with readable(path):
         names = {entry.name for entry in path.iterdir()}
     if MANIFEST not in names:
         raise BundleError(
             f"{path} is not a bundle: it has no {MANIFEST}; build one, or name another"
         )
-    data = read_at_most(regular_file(path, MANIFEST), MAX_MANIFEST_BYTES)
+    with readable(path / MANIFEST):
+        return HeldFile(regular_file(path, MANIFEST))
+
+
+def read_manifest(
+    file: HeldFile, kind: type[AnyManifest], digest: str | None = None
+) -> tuple[AnyManifest, str]:
+    """Read a manifest; return it with its digest.
+
+    The digest must equal the one in manifest.sha256 and the one given. Raises BundleError, naming
+    the folder, if they differ or it holds no manifest of this kind.
+    """
+    path = file.path.parent
+    with readable(file.path):
+        data = file.read(MAX_MANIFEST_BYTES + 1)
+    _refuse_longer(file.path, data, MAX_MANIFEST_BYTES)
     found = hashlib.sha256(data).hexdigest()
     beside = read_at_most(regular_file(path, DIGEST), len(digest_line(found)))
     if beside != digest_line(found):
@@ -245,9 +315,13 @@ def read_at_most(path: Path, size: int) -> bytes:
     """Read a whole file. Raises BundleError, without reading on, if it has more bytes than size."""
     with readable(path), path.open("rb") as file:
         data = file.read(size + 1)
+    _refuse_longer(path, data, size)
+    return data
+
+
+def _refuse_longer(path: Path, data: bytes, size: int) -> None:
     if len(data) > size:
         raise BundleError(f"{path} is too large: at most {size} bytes were expected")
-    return data
 
 
 def file_digest(path: Path) -> str:

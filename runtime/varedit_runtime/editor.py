@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from threading import Event, RLock
 from time import perf_counter
 from typing import Literal, overload
@@ -35,13 +36,14 @@ from varedit_runtime.backends.base import (
     edit_by_stages,
 )
 from varedit_runtime.backends.wiring import DECODER, ENCODER, TEXT
-from varedit_runtime.bundle import Bundle
+from varedit_runtime.bundle import ATTEMPTS, Bundle, always_replaced
 from varedit_runtime.errors import (
     BackendError,
     BundleError,
     ConfigError,
     EditCancelled,
     EditorError,
+    VareditError,
     shown,
 )
 from varedit_runtime.manifest import TOKENIZER, Variant, scale_name, scale_of
@@ -146,14 +148,27 @@ class Editor:
             engines_digest=engines_digest,
             trust_engines=trust_engines,
         )
-        opened = Bundle.open(bundle, digest)
-        if digest is not None:
-            opened.verify_weights()
-        chosen = opened.manifest.variant(variant)
+        for _ in range(ATTEMPTS):
+            opened = Bundle.open(bundle, digest)
+            if digest is not None:
+                opened.verify_weights()
+            try:
+                editor = cls._load(opened, opened.manifest.variant(variant), chosen_backend)
+            except VareditError:
+                if opened.stands():
+                    raise
+            else:
+                if opened.stands():
+                    return editor
+                editor.close()  # it may have loaded weights of the bundle that came instead
+        raise always_replaced(Path(bundle))
+
+    @classmethod
+    def _load(cls, bundle: Bundle, variant: Variant, backend: ChosenBackend) -> "Editor":
         instructions = None
-        if "text_encoder" in chosen.graphs:
-            instructions = read_instructions(opened, chosen.text_tokens)
-        return cls(opened, chosen, chosen_backend.open(opened, chosen), instructions)
+        if "text_encoder" in variant.graphs:
+            instructions = read_instructions(bundle, variant.text_tokens)
+        return cls(bundle, variant, backend.open(bundle, variant), instructions)
 
     def __enter__(self) -> "Editor":
         return self

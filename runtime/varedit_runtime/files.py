@@ -1,9 +1,49 @@
-"""Write files whole or not at all, and keep files that only save time."""
+"""Read files that others may replace, write files whole, and keep files that only save time."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Lock
+from weakref import finalize
+
+
+class HeldFile:
+    """A file that stays open, so that a file that takes its path later is never read instead."""
+
+    def __init__(self, path: Path) -> None:
+        """Open a file to read it. Raises OSError."""
+        self.path = path
+        # Without a buffer, which could return what the file held before.
+        self._file = path.open("rb", buffering=0)
+        self._turn = Lock()  # threads share its position
+        finalize(self, self._file.close)
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return os.fstat(self._file.fileno()).st_size
+
+    def read_into(self, buffer: bytearray | memoryview, offset: int) -> int:
+        """Fill a buffer from a byte on; return how many bytes there were. Raises OSError."""
+        view, done = memoryview(buffer), 0
+        with self._turn:
+            self._file.seek(offset)
+            while count := self._file.readinto(view[done:]):
+                done += count
+        return done
+
+    def read(self, size: int, offset: int = 0) -> bytes:
+        """Return at most size bytes from a byte on. Raises OSError."""
+        data = bytearray(min(size, max(0, self.size - offset)))
+        return bytes(memoryview(data)[: self.read_into(data, offset)])
+
+    def stands(self) -> bool:
+        """Return whether the path still leads to this file, and not through a link."""
+        with suppress(OSError):
+            return os.path.samestat(os.fstat(self._file.fileno()), self.path.lstat())
+        return False
 
 
 def plain_name(text: str) -> str:

@@ -5,7 +5,7 @@ from itertools import groupby
 
 from varedit_runtime.backends.engines.device import Device, address_of
 from varedit_runtime.backends.engines.memory import lay_out
-from varedit_runtime.bundle import Bundle, Folder, readable
+from varedit_runtime.bundle import Bundle, readable
 from varedit_runtime.errors import BundleError
 from varedit_runtime.manifest import StoredWeight
 
@@ -48,16 +48,16 @@ class EngineWeights:
         weights = self._distinct.values()
         self._start = device.allocate(self.size)
         staged = device.allocate_host(min(CHUNK, max(weight.length for weight in weights)))
-        folder = Folder(bundle.path, bundle.manifest.files)
-        for file, stored in groupby(weights, key=lambda weight: weight.file):
-            path = folder.locate(file)
-            with readable(path), open(path, "rb") as stream:
+        for name, stored in groupby(weights, key=lambda weight: weight.file):
+            file = bundle.hold(name)
+            with readable(file.path):
                 for weight in stored:
-                    stream.seek(weight.offset)
-                    target = self._start + self._arena.offsets[file, weight.offset]
+                    target = self._start + self._arena.offsets[name, weight.offset]
                     for done in range(0, weight.length, len(staged)):
                         part = staged[: min(len(staged), weight.length - done)]
-                        if stream.readinto(part.data) != len(part):
-                            raise BundleError(f"{path} ends early: copy or build the bundle again")
+                        if file.read_into(part.data, weight.offset + done) != len(part):
+                            raise BundleError(
+                                f"{file.path} ends early: copy or build the bundle again"
+                            )
                         device.copy(target + done, address_of(staged), len(part))
                         device.wait()  # before the next part takes its place
