@@ -7,11 +7,12 @@ and parameters. Unlike the real ones they notice calls from a thread that no GPU
 import hashlib
 import json
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial, wraps
 from itertools import count
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 from weakref import ReferenceType, WeakSet, ref
 
@@ -26,7 +27,7 @@ from varedit_runtime.backends.engines.import_tensorrt import MODULES, EngineKind
 RTX: Any = tensorrt_rtx
 driver: Any = cuda.bindings.driver
 DTYPES = {"float32": "FLOAT", "float16": "HALF", "int64": "INT64", "bool": "BOOL"}
-STREAM = 7
+STREAM, CONTEXT = 7, 8
 
 
 @dataclass
@@ -34,9 +35,9 @@ class Machine:
     """A machine with a simulated GPU, and what happened on it.
 
     failing: names of calls that fail. messages: what TensorRT logs at a call, by name. graphs:
-    captured and not destroyed, by handle. loaded: engines and contexts. orphans: contexts freed
-    after their engine. compiled: kernels that TensorRT for RTX compiled. threads: with a current
-    GPU.
+    captured and not destroyed, by handle. loaded: engines and contexts. orphans: those freed
+    without a current GPU, or after what they use. compiled: kernels that TensorRT for RTX compiled.
+    current: the contexts of GPUs that each thread pushed. streams: open ones.
     """
 
     gpu: SimulatedGpu
@@ -46,9 +47,10 @@ class Machine:
     graphs: dict[int, Launch] = field(default_factory=dict)
     handles: Iterator[int] = field(default_factory=partial(count, 1))
     compiled: list[str] = field(default_factory=list)
-    threads: set[int] = field(default_factory=set)
+    current: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
+    streams: int = 0
     loaded: WeakSet[Any] = field(default_factory=WeakSet)
-    orphans: list["Context"] = field(default_factory=list)
+    orphans: list[Any] = field(default_factory=list)
     logger: Any = None
     capture_mode: Any = None
     spoilt: bool = False
@@ -63,13 +65,23 @@ class Machine:
         return {
             "cuda.core": SimpleNamespace(Device=partial(Device, self)),
             "cuda.bindings.driver": Driver(self),
-            MODULES[self.kind]: SimpleNamespace(
+            MODULES[self.kind]: self._tensorrt(
                 __version__=VERSION, Runtime=partial(Runtime, self), **own
             ),
         }
 
+    def _tensorrt(self, **names: Any) -> ModuleType:
+        module = ModuleType(MODULES[self.kind])
+        vars(module).update(names)
+        return module
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the GPU is current in this thread."""
+        return bool(self.current[threading.get_ident()])
+
     def check(self, call: str) -> None:
-        assert threading.get_ident() in self.threads, f"{call}: no GPU is current"
+        assert self.is_current, f"{call}: no GPU is current"
         if call in self.messages:
             self.logger.log(RTX.ILogger.Severity.ERROR, self.messages[call])
         if call in self.failing:
@@ -110,6 +122,20 @@ class Of:
 
 class Driver(Of):
     CUresult, CUstreamCaptureMode = driver.CUresult, driver.CUstreamCaptureMode
+
+    def cuCtxGetCurrent(self) -> tuple[Any, ...]:
+        contexts = self.machine.current[threading.get_ident()]
+        return driver.CUresult.CUDA_SUCCESS, contexts[-1] if contexts else 0
+
+    def cuCtxPushCurrent(self, ctx: Any) -> tuple[Any]:
+        assert ctx == CONTEXT
+        if "cuCtxPushCurrent" in self.machine.failing:
+            return (driver.CUresult.CUDA_ERROR_UNKNOWN,)
+        self.machine.current[threading.get_ident()].append(ctx)
+        return (driver.CUresult.CUDA_SUCCESS,)
+
+    def cuCtxPopCurrent(self) -> tuple[Any, ...]:
+        return driver.CUresult.CUDA_SUCCESS, self.machine.current[threading.get_ident()].pop()
 
     @answered
     def cuMemGetInfo(self) -> tuple[int, int]:
@@ -204,11 +230,12 @@ class Device(Of):
     compute_capability = ComputeCapability(9, 0)
 
     def set_current(self, ctx: Any = None) -> None:
-        self.machine.threads.add(threading.get_ident())
+        self.machine.current[threading.get_ident()][:] = [CONTEXT]
         self.machine.check("set_current")
 
     @called
     def create_stream(self, obj: Any = None, options: Any = None) -> "Stream":
+        self.machine.streams += 1
         return Stream(self.machine)
 
 
@@ -220,14 +247,53 @@ class Stream(Of):
         assert self.gpu.recording is None, "a stream that is captured cannot be waited for"
         self.gpu.wait()
 
+    @called
+    def record(self, event: Any = None, options: Any = None) -> "Event":
+        return Event(self.machine, self.gpu.mark())
 
-class Runtime(Of):
-    engine_host_code_allowed = False
+    @called
+    def close(self) -> None:
+        self.machine.streams -= 1
+
+
+class Event(Of):
+    def __init__(self, machine: Machine, wait: Launch) -> None:
+        super().__init__(machine)
+        self._wait = wait
+
+    @called
+    def sync(self) -> None:
+        self._wait()
+
+
+class Loaded(Of):
+    """What TensorRT frees on its GPU. Unlike the real one it can be freed anywhere: see orphans."""
+
+    def __init__(self, machine: Machine) -> None:
+        super().__init__(machine)
+        machine.loaded.add(self)
+
+    def __del__(self) -> None:
+        if not self.machine.is_current:
+            self.machine.orphans.append(self)
+
+
+class Runtime(Loaded):
+    _allowed = False
 
     def __init__(self, machine: Machine, logger: Any) -> None:
         super().__init__(machine)
-        machine.check("Runtime")
         machine.logger = self._logger = logger
+        machine.check("Runtime")
+
+    @property
+    def engine_host_code_allowed(self) -> bool:
+        return self._allowed
+
+    @engine_host_code_allowed.setter
+    def engine_host_code_allowed(self, allowed: bool) -> None:
+        assert "Runtime" not in self.machine.messages, "the real one would kill the process"
+        self._allowed = allowed
 
     @called
     def deserialize_cuda_engine(self, serialized_engine: bytes | bytearray) -> "Engine | None":
@@ -240,12 +306,11 @@ class Runtime(Of):
         return Engine(self.machine, simulated, kernels)
 
 
-class Engine(Of):
+class Engine(Loaded):
     """An engine; kernels: the name of those that it needs."""
 
     def __init__(self, machine: Machine, simulated: SimulatedEngine, kernels: str) -> None:
         super().__init__(machine)
-        machine.loaded.add(self)
         self.simulated, self.kernels = simulated, kernels
 
     @property
@@ -320,15 +385,11 @@ class RtxConfig(RuntimeConfig):
         return True
 
 
-class Context(Of):
-    """An IExecutionContext: as the real one it forgets shapes with every new profile.
-
-    Unlike the real one it can be freed whenever that may be, and is then an orphan.
-    """
+class Context(Loaded):
+    """An IExecutionContext: as the real one it forgets shapes with every new profile."""
 
     def __init__(self, engine: Engine, config: RuntimeConfig) -> None:
         super().__init__(engine.machine)
-        self.machine.loaded.add(self)
         self._engine, self._config = engine, config
         self._profile, self._scratch = 0, (0, 0)
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -337,8 +398,9 @@ class Context(Of):
     def __del__(self) -> None:
         addresses = [*self._addresses.values(), *self._scratch[:1]]
         config = self._config
-        whole = threading.get_ident() in self.machine.threads
-        whole &= all(self.gpu.on_gpu(address) for address in addresses if address)
+        whole = self.machine.is_current and all(
+            self.gpu.on_gpu(address) for address in addresses if address
+        )
         whole &= not isinstance(config, RtxConfig) or config.cache() is not None
         if not whole:
             self.machine.orphans.append(self)

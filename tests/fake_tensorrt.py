@@ -35,13 +35,18 @@ class TimingCache:
 
 
 class BuilderConfig:
-    """A builder's configuration; gpu: the one that this machine has."""
+    """A builder's configuration.
+
+    gpu: the one that this machine has. refused: architectures that it does not take.
+    """
 
     gpu = "H100"
+    refused: tuple[Any, ...] = ()
 
     def __init__(self) -> None:
         self.flags = 1 << int(RTX.BuilderFlag.TF32)
         self.hardware_compatibility_level = RTX.HardwareCompatibilityLevel.NONE
+        self.max_aux_streams = -1
         self.num_compute_capabilities = 0
         self.progress_monitor: Any = None
         self._timings: TimingCache | None = None
@@ -56,9 +61,12 @@ class BuilderConfig:
     def get_flag(self, flag: Any) -> bool:
         return bool(self.flags & 1 << int(flag))
 
-    def set_compute_capability(self, compute_capability: Any, index: int) -> None:
+    def set_compute_capability(self, compute_capability: Any, index: int) -> bool:
         assert index < self.num_compute_capabilities
-        self._capabilities[index] = compute_capability
+        taken = compute_capability not in self.refused
+        if taken:
+            self._capabilities[index] = compute_capability
+        return taken
 
     def get_compute_capability(self, index: int) -> Any:
         return self._capabilities[index]

@@ -36,6 +36,8 @@ class SimulatedGpu:
     queue: list[Launch] = field(default_factory=list)
     recording: list[Launch] | None = None
     launches: int = 0
+    submitted: int = 0
+    done: int = 0
     closed: bool = False
 
     def free_memory(self) -> int:
@@ -90,17 +92,29 @@ class SimulatedGpu:
         def launch() -> None:
             assert not self.closed
             self.launches += 1
-            self.queue += work
+            self._submit(*work)
 
         return launch
 
     def settle(self) -> None:
         assert not self.queue, "engines settle once they have run"
 
+    def mark(self) -> Launch:
+        until = self.submitted
+        return lambda: self._finish(until)
+
     def wait(self) -> None:
-        work, self.queue = self.queue, []
-        for one in work:
-            one()
+        self._finish(self.submitted)
+
+    def _submit(self, *work: Launch) -> None:
+        self.queue += work
+        self.submitted += len(work)
+
+    def _finish(self, until: int) -> None:
+        """Do the work that was submitted up to here, and no more."""
+        while self.done < until:
+            self.done += 1
+            self.queue.pop(0)()
 
     def close(self) -> None:
         self.closed = True
@@ -126,7 +140,10 @@ class SimulatedGpu:
         return any(0 <= address - address_of(b) < len(b) for b in self.allocated)
 
     def _do(self, work: Launch) -> None:
-        (self.queue if self.recording is None else self.recording).append(work)
+        if self.recording is None:
+            self._submit(work)
+        else:
+            self.recording.append(work)
 
 
 @dataclass

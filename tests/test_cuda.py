@@ -15,6 +15,7 @@ import cuda.core
 import fake_cuda
 import numpy as np
 import pytest
+import tensorrt_lean_bindings
 from click.testing import CliRunner, Result
 from editing import picture, small_bundle
 from fake_cuda import RTX, Machine
@@ -43,6 +44,7 @@ from varedit_runtime.editor import Editor
 from varedit_runtime.errors import BackendError, BundleError
 
 CORE: Any = cuda.core
+LEAN: Any = tensorrt_lean_bindings
 SIZE = 512
 
 
@@ -80,6 +82,7 @@ def edited(editor: Editor, seed: int = 1) -> np.ndarray:
         (fake_cuda.Driver, fake_cuda.driver),
         (fake_cuda.Device, CORE.Device),
         (fake_cuda.Stream, CORE.Stream),
+        (fake_cuda.Event, CORE.Event),
     ],
 )
 def test_what_is_called_of_cuda_exists_with_these_parameters(fake: Any, real: Any) -> None:
@@ -98,6 +101,10 @@ def test_what_is_called_of_cuda_exists_with_these_parameters(fake: Any, real: An
         (fake_cuda.Context, RTX.IExecutionContext),
         (fake_cuda.RtxConfig, RTX.IRuntimeConfig),
         (fake_cuda.RuntimeCache, RTX.IRuntimeCache),
+        (fake_cuda.Runtime, LEAN.Runtime),  # of the real TensorRT
+        (fake_cuda.Engine, LEAN.ICudaEngine),
+        (fake_cuda.Context, LEAN.IExecutionContext),
+        (fake_cuda.RuntimeConfig, LEAN.IRuntimeConfig),
     ],
 )
 def test_what_is_called_of_tensorrt_exists_with_these_parameters(fake: Any, real: Any) -> None:
@@ -107,6 +114,12 @@ def test_what_is_called_of_tensorrt_exists_with_these_parameters(fake: Any, real
             overloads = re.findall(rf"{name}\(self: .*", member.__doc__)
             theirs = [re.findall(r"(?:\(|, )(\w+): ", text)[1:] for text in overloads]
             assert parameters(fake, name) in theirs
+
+
+@pytest.mark.parametrize("library", [RTX, LEAN])
+def test_both_libraries_have_the_types_and_strategies_that_are_used(library: Any) -> None:
+    assert set(cuda_device.TYPES) <= set(library.DataType.__members__)
+    assert "USER_MANAGED" in library.ExecutionContextAllocationStrategy.__members__
 
 
 def public(fake: Any) -> list[str]:
@@ -154,15 +167,41 @@ def test_another_thread_can_edit(machine: Machine) -> None:
         thread.start()
         thread.join()
         assert np.array_equal(images[0], edited(editor))
-    assert len(machine.threads) == 2
+    assert len(machine.current) == 2
+
+
+def in_another_thread(work: Callable[[], object]) -> None:
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
 
 
 def test_another_thread_can_close(machine: Machine) -> None:
     editor = opened()
-    thread = threading.Thread(target=editor.close)
-    thread.start()
-    thread.join()
-    assert not held(machine)
+    in_another_thread(editor.close)
+    assert not held(machine) and not machine.loaded and not machine.orphans
+
+
+def test_an_editor_that_is_not_closed_is_freed_on_its_gpu_by_any_thread(machine: Machine) -> None:
+    editors = [opened()]
+    gc.collect()
+
+    def forget() -> None:
+        editors.clear()
+        gc.collect()
+
+    in_another_thread(forget)
+    assert not held(machine) and not machine.loaded and not machine.orphans
+
+
+def test_threads_keep_their_own_gpu(machine: Machine) -> None:
+    """Another library in this process may use another GPU."""
+    ident, other = threading.get_ident(), 99
+    with opened() as editor:
+        machine.current[ident] = [other]
+        edited(editor)
+        assert machine.current[ident] == [other]
+    assert machine.current[ident] == [other]
 
 
 # Capture
@@ -265,7 +304,7 @@ def captured(device: CudaDevice) -> Launch:
 
 
 OPERATIONS: list[tuple[str, Callable[[CudaDevice], object]]] = [
-    ("set_current", CudaDevice.wait),
+    ("cuCtxPushCurrent", CudaDevice.wait),
     ("cuMemGetInfo", CudaDevice.free_memory),
     ("cuMemAlloc", lambda device: device.allocate(SIZE)),
     ("cuMemAllocHost", lambda device: device.allocate_host(SIZE)),
@@ -273,6 +312,8 @@ OPERATIONS: list[tuple[str, Callable[[CudaDevice], object]]] = [
     ("cuMemcpyAsync", lambda device: device.capture(lambda: device.copy(0, 0, SIZE))),
     ("cuMemsetD8Async", lambda device: device.clear(0, SIZE)),
     ("sync", CudaDevice.wait),
+    ("record", CudaDevice.mark),
+    ("sync", lambda device: device.mark()()),
     ("cuStreamBeginCapture", captured),
     ("cuStreamEndCapture", captured),
     ("cuGraphInstantiate", captured),
@@ -306,6 +347,16 @@ def test_a_gpu_that_cannot_be_used_is_an_error(machine: Machine, call: str) -> N
     machine.failing = {call}
     with pytest.raises(BackendError, match=r"the GPU cannot be used .*: run `varedit-export doc"):
         CudaDevice("tensorrt-rtx")
+
+
+def test_a_runtime_that_cannot_use_cuda_is_an_error_and_not_touched(machine: Machine) -> None:
+    """TensorRT logs it, returns an object, and kills the process when that is used or freed."""
+    machine.messages = {"Runtime": "CUDA initialization failure\nwith error: 35"}
+    said = r"tensorrt_rtx cannot be used here \(CUDA initialization failure with error: 35\): run"
+    with pytest.raises(BackendError, match=said):
+        CudaDevice("tensorrt-rtx")
+    gc.collect()
+    assert machine.loaded and not machine.streams
 
 
 @pytest.mark.parametrize("refused", ["context", "execute"])
@@ -412,7 +463,8 @@ def test_tensorrt_keeps_no_kernels(
 
 
 def held(machine: Machine) -> list[Any]:
-    return [*machine.gpu.allocated, *machine.gpu.host, *machine.graphs]
+    streams = [fake_cuda.STREAM] * machine.streams
+    return [*machine.gpu.allocated, *machine.gpu.host, *machine.graphs, *streams]
 
 
 def test_closing_frees_everything(machine: Machine) -> None:

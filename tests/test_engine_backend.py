@@ -18,6 +18,7 @@ from varedit_export.errors import ParityError
 from varedit_export.parity.compare_bundle import compare_backend
 from varedit_export.parity.measures import gate
 from varedit_runtime.backends.base import Prompts, Sampling, ScaleOutput, WholeEdit
+from varedit_runtime.backends.engines import weights
 from varedit_runtime.backends.engines.backend import EngineBackend
 from varedit_runtime.backends.engines.engine_set import (
     LAYOUTS,
@@ -27,6 +28,7 @@ from varedit_runtime.backends.engines.engine_set import (
     why_unusable,
 )
 from varedit_runtime.backends.engines.memory import budget, lay_out
+from varedit_runtime.backends.engines.weights import EngineWeights
 from varedit_runtime.backends.wiring import sized
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.editor import Editor, Progress, read_instructions
@@ -173,6 +175,26 @@ def test_too_little_memory_is_said_before_any_is_taken(layout: EngineLayout) -> 
         assert not gpu.allocated
 
 
+def test_weights_are_read_while_those_before_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting: list[int] = []  # copies, whenever one more is submitted
+
+    class Watched(SimulatedGpu):
+        def copy(self, target: int, source: int, size: int) -> None:
+            waiting.append(len(self.queue))
+            super().copy(target, source, size)
+
+    monkeypatch.setattr(weights, "CHUNK", 5000)
+    bundle, engines = compiled(small_bundle())
+    gpu, filled = Watched(bundle.graphs_folder), EngineWeights(engines.manifest.weights)
+    filled.fill(bundle, gpu)
+    assert waiting[0] == 0 and set(waiting[1:]) == {1} and not gpu.queue
+    for stage, stored in engines.manifest.weights.items():
+        addresses = filled.addresses(stage)
+        for weight in stored:
+            data = (bundle.path / weight.file).read_bytes()[weight.offset :][: weight.length]
+            assert gpu.memory(addresses[weight.name], weight.length).tobytes() == data
+
+
 def test_a_plan_of_another_graph_is_refused_before_it_is_run() -> None:
     bundle, engines = compiled(small_bundle())
     (variant,) = bundle.manifest.variants
@@ -256,10 +278,10 @@ def test_a_useless_set_hides_no_other_and_is_told(how: str) -> None:
 
 
 def test_engines_with_fewer_settings_are_preferred() -> None:
-    bundle, plain = compiled(small_bundle())
+    bundle, plain = compiled(small_bundle(), settings={"other": "None", "aux_streams": "0"})
     (variant,) = bundle.manifest.variants
-    for name in ("tf32", "version_compatible", "workspace"):
-        compiled(small_bundle(), settings={name: "True", "other": "None"})
+    for name in ("tf32", "version_compatible", "workspace", "aux_streams"):
+        compiled(small_bundle(), settings={"other": "None", "aux_streams": "0", name: "4"})
     found = EngineSets(bundle).find(variant.name, "tensorrt-rtx", {"tensorrt-rtx": "1.7"}, HERE)
     assert found.path == plain.path
 

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 import fake_tensorrt
 import pytest
+import tensorrt_lean_bindings
 from click.testing import CliRunner
 from fake_bundles import publish
 from fake_tensorrt import RTX, BuilderConfig, TimingCache
@@ -21,6 +22,8 @@ from varedit_export.cli import main
 from varedit_runtime.backends.engines.import_tensorrt import EngineKind
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import BackendError, ConfigError
+
+LEAN: Any = tensorrt_lean_bindings
 
 
 @pytest.fixture(autouse=True)
@@ -40,11 +43,24 @@ def compile_graph(kernel: str, *flags: Flags) -> memoryview:
 
 @pytest.mark.parametrize(
     ("fake", "real"),
-    [(BuilderConfig(), RTX.IBuilderConfig), (TimingCache("", {}), RTX.ITimingCache)],
+    [
+        (BuilderConfig(), RTX.IBuilderConfig),
+        (TimingCache("", {}), RTX.ITimingCache),
+        (TimingCache("", {}), LEAN.ITimingCache),
+    ],
 )
 def test_the_fake_has_no_name_that_the_real_one_lacks(fake: Any, real: Any) -> None:
     names = {name for name in dir(fake) if name[0] != "_"}
-    assert names - {"gpu", "timings"} <= set(dir(real))
+    assert names - {"gpu", "refused", "timings"} <= set(dir(real))
+
+
+@pytest.mark.parametrize(
+    "name", ["BuilderFlag", "HardwareCompatibilityLevel", "MemoryPoolType", "ProfilingVerbosity"]
+)
+def test_the_real_tensorrt_has_the_settings_under_the_same_names(name: str) -> None:
+    """All but the flag that only TensorRT for RTX is given."""
+    names = set(getattr(RTX, name).__members__) - {"REQUIRE_USER_ALLOCATION"}
+    assert names == set(getattr(LEAN, name).__members__)
 
 
 # Flags
@@ -78,9 +94,23 @@ def test_engines_are_compiled_with_the_flags_asked_for(
     assert config.hardware_compatibility_level == hardware
 
 
+@pytest.mark.parametrize("flags", [Flags(), Flags(aux_streams=3)])
+def test_engines_run_on_one_stream_unless_asked(trt: Any, flags: Flags) -> None:
+    compile_graph("a", flags)
+    (config,) = trt.Builder.configs
+    assert config.max_aux_streams == flags.aux_streams
+
+
+@pytest.mark.parametrize("count", [-1, 65, 1.0, None, True])
+def test_a_number_of_streams_that_is_none_is_refused(count: Any) -> None:
+    with pytest.raises(ConfigError, match="give an integer from 0 to 64"):
+        Flags(aux_streams=count)
+
+
 def test_engines_with_other_flags_are_other_engines(tmp_path: Path) -> None:
     asked = [
         *(Flags(), Flags(tf32=True), Flags(version_compatible=True), Flags(optimisation=3)),
+        Flags(aux_streams=2),
         *(Flags(hardware_compatible=level) for level in HARDWARE),
     ]
     bundle = Bundle.open(publish(tmp_path / "bundle"))
@@ -111,6 +141,7 @@ def test_an_unknown_compatibility_is_refused() -> None:
         (("--tf32", "--version-compatible"), {"tf32": "True", "version_compatible": "True"}),
         (("--hardware-compatible", "ampere-plus"), {"hardware_compatible": "ampere-plus"}),
         (("--workspace", "2", "--optimisation", "1"), {"workspace": "2000000"}),
+        (("--aux-streams", "2"), {"aux_streams": "2"}),
     ],
 )
 def test_the_command_records_the_flags(
@@ -237,6 +268,18 @@ def test_tensorrt_for_rtx_is_asked_for_no_timings(monkeypatch: pytest.MonkeyPatc
     compiler.compile("graph", b"a", Path(), [], lambda *progress: None)
     (config,) = module.Builder.configs
     assert config.get_timing_cache() is None
+
+
+def test_an_architecture_that_is_not_taken_is_an_error(
+    trt: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT returns False, and would compile for architectures of its own choice."""
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", trt)
+    monkeypatch.setattr(BuilderConfig, "refused", (RTX.ComputeCapability.SM120,))
+    compiler = EngineCompiler("tensorrt-rtx", ["sm89", "sm120"])
+    with pytest.raises(BackendError, match=r"tensorrt-rtx 11.0 does not compile for sm120: no rea"):
+        compiler.compile("graph", b"a", Path(), [], lambda *progress: None)
+    assert trt.Builder.configs == []
 
 
 @pytest.mark.parametrize(("kind", "required"), [("tensorrt-rtx", True), ("tensorrt", False)])

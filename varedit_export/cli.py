@@ -210,6 +210,13 @@ def _engine_options(
 @click.option(
     "--optimisation", type=click.IntRange(0, 5), help="0 compiles fast, 5 makes fast engines."
 )
+@click.option(
+    "--aux-streams",
+    type=click.IntRange(0, 64),
+    default=0,
+    show_default=True,
+    help="Streams besides its own that an engine may use, each with scratch memory.",
+)
 @click.option("--tf32", is_flag=True, help="Round fp32 factors to TF32, for speed.")
 @click.option(
     "--version-compatible",

@@ -79,6 +79,8 @@ class EngineOptions:
     version_compatible: bool = False  # engines for later versions of TensorRT too
     hardware_compatible: "Hardware | None" = None  # for other GPUs too: see engine_compiler.Flags
 
+    aux_streams: int = 0  # streams besides its own that an engine may use
+
     again: bool = False  # whether to recompile engines that were built on this machine
 
     def compiler(self) -> "EngineCompiler":
@@ -95,6 +97,7 @@ class EngineOptions:
             self.tf32,
             self.version_compatible,
             self.hardware_compatible,
+            self.aux_streams,
         )
         return EngineCompiler(self.backend, self.architectures, flags)
 

@@ -20,8 +20,10 @@ from varedit_runtime.backends.engines.import_tensorrt import (
     ENGINE_KINDS,
     RTX,
     EngineKind,
+    create,
     import_tensorrt,
-    quiet_logger,
+    listening,
+    the_logger,
 )
 from varedit_runtime.errors import BackendError, ConfigError, shown
 
@@ -34,11 +36,13 @@ class Flags:
     """Settings of the compiler; None leaves one to the library.
 
     workspace: bytes of GPU memory that a layer may use for itself. optimisation: 0 (compiles fast)
-    to 5 (runs fast). tf32: allow fp32 factors to be rounded to TF32. version_compatible (TensorRT
-    only): let later minor versions run the engines, not just the one that compiled them.
-    hardware_compatible (TensorRT only): let all GPUs since Ampere, or all of this compute
-    capability, run them, not just this model. Compatible engines may be slower. Raises ConfigError
-    on an unknown hardware_compatible and on numbers that are out of range.
+    to 5 (runs fast). aux_streams: streams besides its own that an engine may use, each with scratch
+    memory; by default none, as the captured graphs of our runtime are one sequence. tf32: allow
+    fp32 factors to be rounded to TF32. version_compatible (TensorRT only): let later minor versions
+    run the engines, not just the one that compiled them. hardware_compatible (TensorRT only): let
+    all GPUs since Ampere, or all of this compute capability, run them, not just this model.
+    Compatible engines may be slower. Raises ConfigError on an unknown hardware_compatible and on
+    numbers that are out of range.
     """
 
     workspace: int | None = None
@@ -46,6 +50,7 @@ class Flags:
     tf32: bool = False
     version_compatible: bool = False
     hardware_compatible: Hardware | None = None
+    aux_streams: int = 0
 
     def __post_init__(self) -> None:
         if self.hardware_compatible not in (None, *HARDWARE):
@@ -59,10 +64,14 @@ class Flags:
             raise ConfigError(
                 f"optimisation is {shown(self.optimisation)}; give an integer from 0 to 5"
             )
+        if not _within(self.aux_streams, 0, 64):
+            raise ConfigError(
+                f"aux_streams is {shown(self.aux_streams)}; give an integer from 0 to 64"
+            )
 
 
 def _within(value: object, least: int, most: int) -> bool:
-    return isinstance(value, int) and least <= value <= most
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 class EngineCompiler:
@@ -122,11 +131,10 @@ class EngineCompiler:
         static. Ctrl-C stops it. Raises BackendError if the graph cannot be parsed or compiled.
         """
         trt = self._trt
-        messages = quiet_logger(trt)
-        builder = trt.Builder(messages)
+        builder = create(trt, "Builder")
         flag = trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED
         network = builder.create_network(1 << int(flag))
-        parser = trt.OnnxParser(network, messages)
+        parser = trt.OnnxParser(network, the_logger(trt))
         # Parse the bytes that were checked; the path only says where the weights are.
         if not parser.parse(graph, str(folder / f"{name}.onnx")):
             errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
@@ -134,14 +142,16 @@ class EngineCompiler:
         config = self._config(builder)
         for shapes in profiles:
             config.add_optimization_profile(_fixed_profile(builder, shapes))
-        with self._timings(config), _monitored(trt, config, name, on_step) as stopped:
+        with (
+            self._timings(config),
+            _monitored(trt, config, name, on_step) as stopped,
+            listening(trt) as log,
+        ):
             plan = builder.build_serialized_network(network, config)
         if stopped.is_set():
             raise KeyboardInterrupt
         if plan is None:
-            raise BackendError(
-                f"{self.backend} cannot compile graph {name}: {messages.worst or 'no reason given'}"
-            )
+            raise BackendError(f"{self.backend} cannot compile graph {name}: {log.reason()}")
         return memoryview(plan).cast("B")  # TensorRT's memory claims to hold floats
 
     def _timings(self, config: Any) -> AbstractContextManager[None]:
@@ -152,6 +162,7 @@ class EngineCompiler:
     def _config(self, builder: Any) -> Any:
         trt, flags = self._trt, self._flags
         config = builder.create_builder_config()
+        config.max_aux_streams = flags.aux_streams
         if not flags.tf32:  # TensorRT allows it by default
             config.clear_flag(trt.BuilderFlag.TF32)
         if self.backend == RTX:  # a CUDA graph cannot capture memory allocated during a run
@@ -169,8 +180,17 @@ class EngineCompiler:
         if self._architectures:
             config.num_compute_capabilities = len(self._architectures)
             for i, architecture in enumerate(self._architectures):
-                config.set_compute_capability(architecture, i)
+                self._target(config, architecture, i)
         return config
+
+    def _target(self, config: Any, architecture: Any, index: int) -> None:
+        """Compile for an architecture. Otherwise the library would silently choose some itself."""
+        with listening(self._trt) as log:
+            if not config.set_compute_capability(architecture, index):
+                raise BackendError(
+                    f"{self.backend} {self._trt.__version__} does not compile for "
+                    f"{architecture.name.lower()}: {log.reason()}"
+                )
 
 
 def this_gpu(backend: EngineKind) -> str:

@@ -1,23 +1,27 @@
 """An NVIDIA GPU with TensorRT or TensorRT for RTX, driven through cuda-python.
 
 Calls are prepared for three facts: the current GPU is a setting of each thread, so every call sets
-it; TensorRT reports why it failed to a logger only; and no object can be freed after what it runs
-on, so all are freed in one place, the latest first.
+it, and restores it; TensorRT reports why it failed to a logger only; and no object can be freed
+after what it runs on, so all are freed in one place, the latest first, on the GPU they are on.
 """
 
 import ctypes
 import importlib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any
+from weakref import finalize
 
 import numpy as np
 
 from varedit_runtime.backends.engines.device import Launch
 from varedit_runtime.backends.engines.import_tensorrt import (
     EngineKind,
+    Log,
+    create,
     import_tensorrt,
-    quiet_logger,
+    listening,
 )
 from varedit_runtime.errors import BackendError, needs_extra, one_line
 from varedit_runtime.files import keep, plain_name, read_kept
@@ -28,72 +32,77 @@ TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
 
 
 class CudaDevice:
-    """This process's current GPU, and one stream on it. See `device.Device`."""
+    """This process's current GPU, and one stream on it. See `device.Device`.
+
+    One that is not closed frees everything when Python collects it, in whatever thread.
+    """
 
     def __init__(self, backend: EngineKind) -> None:
         """Raise MissingExtraError without the backend's library, BackendError without a GPU."""
         self._trt: Any = import_tensorrt(backend)
         with needs_extra(backend):
             cuda: Any = importlib.import_module("cuda.core")
-            self._driver: Any = importlib.import_module("cuda.bindings.driver")
+            functions: Any = importlib.import_module("cuda.bindings.driver")
         self.tools = {backend: str(self._trt.__version__)}
-        self._logger = quiet_logger(self._trt)
         self._held = ExitStack()  # callbacks that free everything, the latest first
         with _explained("be used"):
-            self._gpu = cuda.Device()
-            self._gpu.set_current()
-            major, minor = self._gpu.compute_capability
-            self._stream = self._gpu.create_stream()
-            self._runtime = self._trt.Runtime(self._logger)
+            gpu = cuda.Device()
+            gpu.set_current()
+            major, minor = gpu.compute_capability
+            self._stream = gpu.create_stream()
+            self._held.callback(self._stream.close)
+            self._driver = _Driver(functions)
+            self._free = finalize(self, _free, self._driver, self._stream, self._held)
+            self._runtime = self.hold(create(self._trt, "Runtime"))
             # Version-compatible plans contain a library. Only trusted plans get here: `EngineSets`.
-            self._runtime.engine_host_code_allowed = True
+            self._runtime[0].engine_host_code_allowed = True
             version = f"{backend}-{self._trt.__version__}"
-            self._kernels = _Kernels(self._trt, f"{version}-{self._gpu.name}")
-        self.gpu = f"sm{major}{minor} {self._gpu.name}"
+            self._kernels = self.hold(_Kernels(self._trt, f"{version}-{gpu.name}"))
+        self.gpu = f"sm{major}{minor} {gpu.name}"
 
     def free_memory(self) -> int:
         with self.current("tell its free memory"):
-            free, _ = self._ask("cuMemGetInfo")
+            free, _ = self._driver.ask("cuMemGetInfo")
         return int(free)
 
     # Memory comes from the driver, not from a pool, which keeps freed memory and counts it as used.
 
     def allocate(self, size: int) -> int:
         with self.current(f"allocate {size} bytes"):
-            (block,) = self._ask("cuMemAlloc", size)
-            self._held.callback(self._ask, "cuMemFree", block)
+            (block,) = self._driver.ask("cuMemAlloc", size)
+            self._held.callback(self._driver.ask, "cuMemFree", block)
         return int(block)
 
     def allocate_host(self, size: int) -> np.ndarray:
         with self.current(f"allocate {size} bytes of the host's memory"):
-            (block,) = self._ask("cuMemAllocHost", size)
-            self._held.callback(self._ask, "cuMemFreeHost", block)
+            (block,) = self._driver.ask("cuMemAllocHost", size)
+            self._held.callback(self._driver.ask, "cuMemFreeHost", block)
         return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(int(block)))
 
     def copy(self, target: int, source: int, size: int) -> None:
         with self.current("copy"):
-            self._ask("cuMemcpyAsync", target, source, size, self._stream.handle)
+            self._driver.ask("cuMemcpyAsync", target, source, size, self._stream.handle)
 
     def clear(self, address: int, size: int) -> None:
         with self.current("clear memory"):
-            self._ask("cuMemsetD8Async", address, 0, size, self._stream.handle)
+            self._driver.ask("cuMemsetD8Async", address, 0, size, self._stream.handle)
 
     def load(self, name: str, plan: bytes | bytearray) -> "CudaEngine":
-        with self.asking(f"load the engine {name}"):
-            engine = self._runtime.deserialize_cuda_engine(plan)
-            if engine is None:
+        with self.asking(f"load the engine {name}") as log:
+            engine = self.hold(_still(self._runtime).deserialize_cuda_engine(plan))
+            if engine[0] is None:
                 raise BackendError(
-                    f"the engine {name} cannot be loaded ({self.reason()}): compile it again with "
+                    f"the engine {name} cannot be loaded ({log.reason()}): compile it again with "
                     "`varedit-export engines --again`"
                 )
-            return CudaEngine(self, name, engine, self._config(engine))
+            return CudaEngine(self, name, engine, self.hold(self._config(engine[0])))
 
     def _config(self, engine: Any) -> Any:
         """Configure an engine to run in scratch memory that we give it, shared by all engines."""
         config = engine.create_runtime_config()
         strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
         config.set_execution_context_allocation_strategy(strategy)
-        self._kernels.serve(config)
+        self._kernels[0].serve(config)
         return config
 
     # The driver captures: cuda.core's GraphBuilder crashes the process if a capture was invalidated
@@ -104,15 +113,16 @@ class CudaDevice:
         with self.current("capture a graph"):
             graph = self._recorded(record)
             try:
-                held = self._ask("cuGraphInstantiate", graph, 0)
-                self._held.callback(lambda: self._ask("cuGraphExecDestroy", held.pop()))
+                held = self._driver.ask("cuGraphInstantiate", graph, 0)
+                destroy = partial(self._driver.ask, "cuGraphExecDestroy")
+                self._held.callback(lambda: destroy(held.pop()))
             finally:
-                self._ask("cuGraphDestroy", graph)
-            self._ask("cuGraphUpload", held[0], stream)
+                self._driver.ask("cuGraphDestroy", graph)
+            self._driver.ask("cuGraphUpload", held[0], stream)
 
         def launch() -> None:
             with self.current("launch a graph"):
-                self._ask("cuGraphLaunch", _still(held), stream)
+                self._driver.ask("cuGraphLaunch", _still(held), stream)
 
         return launch
 
@@ -120,30 +130,40 @@ class CudaDevice:
         """Capture the work that `record` submits as a graph, without running it."""
         stream = self._stream.handle
         # Relaxed: otherwise memory of another editor that Python frees meanwhile invalidates it.
-        mode = self._driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
-        self._ask("cuStreamBeginCapture", stream, mode)
+        mode = self._driver.functions.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+        self._driver.ask("cuStreamBeginCapture", stream, mode)
         try:
             record()
         except BaseException:
             with suppress(RuntimeError):  # it only repeats that the capture is invalid
-                self._ask("cuGraphDestroy", *self._ask("cuStreamEndCapture", stream))
+                self._driver.ask("cuGraphDestroy", *self._driver.ask("cuStreamEndCapture", stream))
             raise
-        (graph,) = self._ask("cuStreamEndCapture", stream)
+        (graph,) = self._driver.ask("cuStreamEndCapture", stream)
         return graph
 
-    def hold(self, context: Any) -> list[Any]:
-        """Put an engine's context in a list, which is emptied before what it runs on is freed.
+    def hold(self, made: Any) -> list[Any]:
+        """Put an object of TensorRT in a list, which is emptied before what it uses is freed.
 
         Nothing else may refer to it, not even a traceback: it cannot be freed later, without a
         current GPU, its memory and the kernels' cache.
         """
-        held = [context]
+        held = [made]
         self._held.callback(held.clear)
         return held
 
     def settle(self) -> None:
         with self.current("tell its kernels"):
-            self._kernels.keep()
+            _still(self._kernels).keep()
+
+    def mark(self) -> Launch:
+        with self.current("mark its work"):
+            event = self._stream.record()
+
+        def wait() -> None:
+            with self.current("finish its work"):
+                event.sync()
+
+        return wait
 
     def wait(self) -> None:
         with self.current("finish its work"):
@@ -151,48 +171,65 @@ class CudaDevice:
 
     def close(self) -> None:
         """Free everything; if the GPU has failed, which was reported, the process's end does."""
-        with suppress(BackendError), self.current("free its memory"), self._held:
-            self._stream.sync()
+        self._free()
 
     @property
     def stream(self) -> int:
         return int(self._stream.handle)
 
-    def reason(self, otherwise: object = "no reason given") -> str:
-        """Return why TensorRT failed since the last `asking`, by its logger or else otherwise."""
-        return self._logger.worst or one_line(otherwise)
-
     @contextmanager
     def current(self, what: str) -> Iterator[None]:
         """Make the GPU current in this thread; turn any exception into a BackendError."""
-        with _explained(what):
-            self._gpu.set_current()
+        with _explained(what), self._driver.current():
             yield
 
     @contextmanager
-    def asking(self, what: str) -> Iterator[None]:
-        """Do as `current`, and forget TensorRT's earlier errors, which explain nothing here."""
-        with self.current(what):
-            self._logger.worst = ""
-            yield
+    def asking(self, what: str) -> Iterator[Log]:
+        """Do as `current`, and collect TensorRT's errors."""
+        with self.current(what), listening(self._trt) as log:
+            yield log
 
-    def _ask(self, function: str, *arguments: Any) -> list[Any]:
-        """Call a function of the driver; return its results, without the error code."""
-        error, *answer = getattr(self._driver, function)(*arguments)
-        if error != self._driver.CUresult.CUDA_SUCCESS:
+
+class _Driver:
+    """The driver's functions, and the context of the GPU that is current now."""
+
+    def __init__(self, functions: Any) -> None:
+        self.functions = functions
+        (self._context,) = self.ask("cuCtxGetCurrent")
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """Make the GPU current in this thread; afterwards, the one that was."""
+        self.ask("cuCtxPushCurrent", self._context)
+        try:
+            yield
+        finally:
+            with suppress(RuntimeError):  # a GPU that failed repeats its error
+                self.ask("cuCtxPopCurrent")
+
+    def ask(self, function: str, *arguments: Any) -> list[Any]:
+        """Call a function; return its results, without the error code."""
+        error, *answer = getattr(self.functions, function)(*arguments)
+        if error != self.functions.CUresult.CUDA_SUCCESS:
             raise RuntimeError(f"{function}: {error.name}")
         return answer
 
 
-class CudaEngine:
-    """A loaded engine. See `device.Engine`."""
+def _free(driver: _Driver, stream: Any, held: ExitStack) -> None:
+    """Free what is held; a GPU that failed has reported it already."""
+    with suppress(Exception), driver.current(), held:  # cuda-python's errors have no common base
+        stream.sync()
 
-    def __init__(self, device: CudaDevice, name: str, engine: Any, config: Any) -> None:
+
+class CudaEngine:
+    """A loaded engine. See `device.Engine`. engine, config: lists that hold them."""
+
+    def __init__(self, device: CudaDevice, name: str, engine: list[Any], config: list[Any]) -> None:
         self._device, self._name, self._engine, self._config = device, name, engine, config
 
     @property
     def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        engine = self._engine
+        engine = _still(self._engine)
         names = map(engine.get_tensor_name, range(engine.num_io_tensors))
         return {
             name: (_type(engine.get_tensor_dtype(name)), tuple(engine.get_tensor_shape(name)))
@@ -200,7 +237,7 @@ class CudaEngine:
         }
 
     def scratch(self, profile: int) -> int:
-        return int(self._engine.get_device_memory_size_for_profile_v2(profile))
+        return int(_still(self._engine).get_device_memory_size_for_profile_v2(profile))
 
     def bind(
         self,
@@ -210,25 +247,25 @@ class CudaEngine:
         scratch: tuple[int, int],
     ) -> Launch:
         device, stream = self._device, self._device.stream
-        with device.asking(f"prepare the engine {self._name}"):
-            held = device.hold(self._engine.create_execution_context(self._config))
+        with device.asking(f"prepare the engine {self._name}") as log:
+            held = device.hold(_still(self._engine).create_execution_context(*self._config))
             if held[0] is None:
-                raise RuntimeError(device.reason())
+                raise RuntimeError(log.reason())
             # Profile first: it resets shapes. Its copies run on the stream, before the engine.
             try:
                 taken = [held[0].set_optimization_profile_async(profile, stream)]
             except RuntimeError as error:  # unlike the setters below, which return False
-                raise self._refused(device.reason(error)) from error
+                raise self._refused(log.reason(error)) from error
             taken += [held[0].set_input_shape(name, shape) for name, shape in shapes.items()]
             taken += [held[0].set_tensor_address(name, at) for name, at in addresses.items()]
             held[0].set_device_memory(*scratch)
             if not all(taken):
-                raise self._refused(device.reason())
+                raise self._refused(log.reason())
 
         def run() -> None:
-            with device.asking(f"run the engine {self._name}"):
+            with device.asking(f"run the engine {self._name}") as log:
                 if not _still(held).execute_async_v3(stream):
-                    raise RuntimeError(device.reason())
+                    raise RuntimeError(log.reason())
 
         return run
 

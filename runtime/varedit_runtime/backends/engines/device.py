@@ -81,6 +81,10 @@ class Device(Protocol):
         """Keep the kernels that were compiled for the engines, all of which have run once."""
         ...
 
+    def mark(self) -> Launch:
+        """Return a function that waits until all work that was submitted so far is done."""
+        ...
+
     def wait(self) -> None:
         """Wait until all work is done."""
         ...

@@ -343,7 +343,8 @@ class EngineSets:
 
 def _preference(engines: EngineSet) -> tuple[int, int, str]:
     recipe = engines.manifest.recipe
-    settings = sum(value not in (str(None), str(False)) for value in recipe.flags.values())
+    defaults = {(name, str(value)) for name in recipe.flags for value in (None, False)}
+    settings = len(recipe.flags.items() - defaults - {("aux_streams", "0")})
     return LAYOUTS.index(recipe.layout), settings, engines.path.name
 
 

@@ -1,15 +1,22 @@
-"""Import TensorRT or TensorRT for RTX, which have the same interface."""
+"""Import TensorRT or TensorRT for RTX, which have the same interface, and hear what they log."""
 
+import ctypes
 import importlib
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
 from types import ModuleType
 from typing import Any, Literal, get_args
 
-from varedit_runtime.errors import needs_extra, one_line
+from varedit_runtime.errors import BackendError, needs_extra, one_line
 
 EngineKind = Literal["tensorrt", "tensorrt-rtx"]
 ENGINE_KINDS: tuple[EngineKind, ...] = get_args(EngineKind)
 RTX: EngineKind = "tensorrt-rtx"
 MODULES: dict[EngineKind, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+TOLD = 3  # errors of a failure that are shown: the first ones say why
 
 
 def import_tensorrt(kind: EngineKind) -> ModuleType:
@@ -18,16 +25,66 @@ def import_tensorrt(kind: EngineKind) -> ModuleType:
         return importlib.import_module(MODULES[kind])
 
 
-def quiet_logger(trt: ModuleType) -> Any:
-    """Return a logger that prints nothing and keeps the last error as `worst`."""
+@dataclass
+class Log:
+    """What a library logged while a `listening` lasted. thread: the one that listens."""
 
-    class Messages(trt.ILogger):
+    thread: int = field(default_factory=threading.get_ident)
+    errors: list[str] = field(default_factory=list)
+
+    def reason(self, otherwise: object = None) -> str:
+        """Return the first errors on one line; without any, otherwise, if it is given."""
+        return "; ".join(self.errors[:TOLD]) or one_line(otherwise or "no reason given")
+
+
+@contextmanager
+def listening(trt: ModuleType) -> Iterator[Log]:
+    """Collect what a library logs in this thread, and in threads of its own."""
+    log, logs = Log(), the_logger(trt).logs
+    logs.append(log)
+    try:
+        yield log
+    finally:
+        logs[:] = [other for other in logs if other is not log]
+
+
+@cache
+def the_logger(trt: ModuleType) -> Any:
+    """Return a library's logger, which prints nothing: see `listening`.
+
+    It lives as long as the process: a library calls the logger of its first object for all others.
+    """
+
+    class Logger(trt.ILogger):
         def __init__(self) -> None:
             super().__init__()
-            self.worst = ""
+            self.logs: list[Log] = []
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-                self.worst = one_line(message)
+                logs = tuple(self.logs)
+                own = [log for log in logs if log.thread == threading.get_ident()]
+                for log in own or logs:  # the library's own threads work for anybody
+                    log.errors.append(one_line(message))
 
-    return Messages()
+    return Logger()
+
+
+def create(trt: ModuleType, name: Literal["Builder", "Runtime"]) -> Any:
+    """Create a library's Builder or Runtime.
+
+    Raises BackendError if the library logs an error, as it does where it cannot use CUDA.
+    """
+    made = error = None
+    with listening(trt) as log:
+        try:
+            made = getattr(trt, name)(the_logger(trt))
+        except TypeError as refused:  # which says only that nothing was made
+            error = refused
+    if made is None or log.errors:
+        # What TensorRT makes without CUDA kills the process when it is used, and when it is freed.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(made))
+        raise BackendError(
+            f"{trt.__name__} cannot be used here ({log.reason(error)}): run `varedit-export doctor`"
+        ) from error
+    return made

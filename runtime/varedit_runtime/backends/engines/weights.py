@@ -1,15 +1,26 @@
 """Weights that are inputs of engines, on the GPU: one copy of each, whatever engines share it."""
 
 from collections.abc import Mapping, Sequence
-from itertools import groupby
+from dataclasses import dataclass
+from itertools import cycle, groupby
 
-from varedit_runtime.backends.engines.device import Device, address_of
+import numpy as np
+
+from varedit_runtime.backends.engines.device import Device, Launch, address_of
 from varedit_runtime.backends.engines.memory import lay_out
 from varedit_runtime.bundle import Bundle, readable
 from varedit_runtime.errors import BundleError
 from varedit_runtime.manifest import StoredWeight
 
-CHUNK = 64 * 2**20  # bytes copied to the GPU at a time
+CHUNK = 16 * 2**20  # bytes copied to the GPU at a time
+
+
+@dataclass
+class _Staged:
+    """Page-locked memory with a part of a file. copied: waits until the GPU has it."""
+
+    memory: np.ndarray
+    copied: Launch = lambda: None
 
 
 class EngineWeights:
@@ -42,22 +53,29 @@ class EngineWeights:
         }
 
     def fill(self, bundle: Bundle, device: Device) -> None:
-        """Copy all weights from the bundle. Raises BundleError if a file ends early."""
+        """Copy all weights from the bundle, reading one part while the GPU copies the one before.
+
+        Raises BundleError if a file ends early.
+        """
         if not self._distinct:
             return
         weights = self._distinct.values()
         self._start = device.allocate(self.size)
-        staged = device.allocate_host(min(CHUNK, max(weight.length for weight in weights)))
+        chunk = min(CHUNK, max(weight.length for weight in weights))
+        both = cycle([_Staged(device.allocate_host(chunk)) for _ in range(2)])
         for name, stored in groupby(weights, key=lambda weight: weight.file):
             file = bundle.hold(name)
             with readable(file.path):
                 for weight in stored:
                     target = self._start + self._arena.offsets[name, weight.offset]
-                    for done in range(0, weight.length, len(staged)):
-                        part = staged[: min(len(staged), weight.length - done)]
+                    for done in range(0, weight.length, chunk):
+                        staged = next(both)
+                        staged.copied()
+                        part = staged.memory[: min(chunk, weight.length - done)]
                         if file.read_into(part.data, weight.offset + done) != len(part):
                             raise BundleError(
                                 f"{file.path} ends early: copy or build the bundle again"
                             )
-                        device.copy(target + done, address_of(staged), len(part))
-                        device.wait()  # before the next part takes its place
+                        device.copy(target + done, address_of(part), len(part))
+                        staged.copied = device.mark()
+        device.wait()
