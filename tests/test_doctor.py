@@ -33,6 +33,7 @@ from varedit_runtime.backends.machine import (
     nvidia,
 )
 from varedit_runtime.backends.onnxruntime import backend as onnx_backend
+from varedit_runtime.backends.onnxruntime.backend import Session
 from varedit_runtime.backends.onnxruntime.spec import failed_providers
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import BackendError, BundleError
@@ -91,7 +92,9 @@ def with_engines(backend: str, gpu: str = "", needing: int = 5) -> Machine:
     return with_bundle(SERVER, engines=(engines,))
 
 
-SWAP = "`pip uninstall onnxruntime` and `pip install --force-reinstall onnxruntime-gpu`"
+SWAP = (
+    '`pip uninstall onnxruntime` and `pip install --force-reinstall "onnxruntime-gpu[cuda,cudnn]"`'
+)
 SWAP_BACK = "`pip uninstall onnxruntime-gpu` and `pip install --force-reinstall onnxruntime`"
 
 
@@ -387,11 +390,13 @@ def test_without_nvidia_smi_there_is_a_statement(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_provider_that_loads_no_graph_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(name: str, graph: bytes, folder: Path, provider: str, threads: int) -> None:
+    def load(name: str, graph: bytes, folder: Path, provider: str, threads: int) -> Session:
         if provider == "cuda":
             raise BackendError("no\ncuDNN")
+        return Session(name, graph, folder, provider, threads)
 
     assert failed_providers((CPU,)) == {}
+    monkeypatch.setattr(onnx_backend, "check_provider", lambda _: None)
     monkeypatch.setattr(onnx_backend, "Session", load)
     assert failed_providers((CUDA, CPU)) == {"cuda": "no cuDNN"}
 

@@ -42,10 +42,11 @@ def pressed_after(seconds: float) -> Iterator[None]:
 
 
 def test_a_running_graph_is_stopped(long_session: Session) -> None:
-    end = Buffer((SIZE, SIZE), "float32", "cpu")
+    start, end = (Buffer((SIZE, SIZE), "float32", "cpu") for _ in range(2))
+    start.write(np.eye(SIZE, dtype=np.float32))
     end.fill(7)
     with pressed_after(0.5), pytest.raises(KeyboardInterrupt):
-        long_session.run({"start": np.eye(SIZE, dtype=np.float32)}, {"end": end.part()})
+        long_session.run({"start": start.part()}, {"end": end.part()})
     assert (end.read() == 7).all()  # it never came to its end
     assert signal.set_wakeup_fd(-1) == -1
 

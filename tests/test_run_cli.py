@@ -471,9 +471,11 @@ def test_the_yardstick_is_a_matrix_product() -> None:
     onnx.checker.check_model(onnx.load_from_string(graph), full_check=True)
     session = Session("product", graph, Path(), "cpu", 1)
     a, b = np.random.default_rng(0).normal(size=(2, 300, 300)).astype(np.float32)
-    result = Buffer((300, 300), "float32", "cpu")
-    session.run({"a": a, "b": b}, {"c": result.part()})
-    np.testing.assert_allclose(result.read(), a @ b, atol=1e-3)
+    buffers = {name: Buffer((300, 300), "float32", "cpu") for name in "abc"}
+    buffers["a"].write(a)
+    buffers["b"].write(b)
+    session.run({name: buffers[name].part() for name in "ab"}, {"c": buffers["c"].part()})
+    np.testing.assert_allclose(buffers["c"].read(), a @ b, atol=1e-3)
     assert bench.product_rate("cpu", 1) > 1e8
 
 

@@ -161,12 +161,10 @@ class _Recorder(OnnxBackend):
 
     def _run(self, step: Step, given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         if step.name == self._wanted.name and self.inputs is None:
-            known = {**self._constants, **given}
             self.inputs = {}
             for name, view in self._wanted.inputs.items():
-                array = (
-                    known[view.value] if view.value in known else self._values[view.value].read()
-                )
+                value = view.value
+                array = given[value] if value in given else self._values[value].read()
                 start = view.first * prod(view.shape[1:])
                 flat = array.reshape(-1)[start : start + prod(view.shape)]
                 self.inputs[name] = flat.reshape(view.shape)

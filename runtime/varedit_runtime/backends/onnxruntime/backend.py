@@ -5,8 +5,9 @@ own packed copy of the weights.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,21 @@ import onnxruntime as ort
 
 from varedit_runtime.backends.graph_backend import GraphBackend
 from varedit_runtime.backends.interrupt import stopped_by_interrupt
+from varedit_runtime.backends.onnxruntime import cuda
 from varedit_runtime.backends.onnxruntime.options import PROVIDERS, OnnxRuntimeOptions
-from varedit_runtime.backends.wiring import Step, View, constants, values_of
+from varedit_runtime.backends.wiring import SYMBOLIC, Step, View, constants, values_of
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import BackendError, one_line
 from varedit_runtime.manifest import Variant
 from varedit_runtime.precision import PRECISIONS
+
+ARENAS = {"cpu": "cpu:0", "cuda": "gpu:0"}
+# By the provider that a graph is loaded on.
+ADVICE = {
+    "cpu": "run `varedit-export verify` on the bundle, or build it again",
+    "cuda": "check the driver, install the libraries of CUDA and cuDNN by `pip install "
+    '"varedit-export[gpu]"`, or use provider cpu',
+}
 
 
 class Buffer:
@@ -50,10 +60,19 @@ class Buffer:
         """Copy the buffer to the host."""
         return self._value.numpy().reshape(-1)[: prod(self.shape)].reshape(self.shape).copy()
 
+    def write(self, array: np.ndarray) -> None:
+        """Copy an array to the buffer. Raises ValueError if its shape or type is another."""
+        if (array.shape, array.dtype) != (self.shape, self.dtype):  # ONNX Runtime compares sizes
+            raise ValueError(
+                f"an array is {array.dtype} {array.shape}; it must be {self.dtype} {self.shape}"
+            )
+        if array.size:
+            self._value.update_inplace(np.ascontiguousarray(array))
+
     def fill(self, value: float) -> None:
         """Set all elements. Raises BackendError if the host lacks memory for a copy."""
         with self._fitting():
-            self._value.update_inplace(np.full(self.shape, value, self.dtype))
+            self.write(np.full(self.shape, value, self.dtype))
 
     @contextmanager
     def _fitting(self) -> Iterator[None]:
@@ -80,12 +99,17 @@ class Part:
 
 
 def load_graph(
-    graph: bytes, folder: Path, provider: str = "cpu", threads: int = 0, arena: bool = True
+    graph: bytes,
+    folder: Path,
+    provider: str = "cpu",
+    threads: int = 0,
+    arena: bool = True,
+    captured: bool = False,
 ) -> ort.InferenceSession:
     """Load the bytes of an ONNX file, whose weights lie in a folder, into ONNX Runtime.
 
-    threads: 0 for one per core. arena: keep freed memory for the next run. Raises ONNX Runtime's
-    own errors, which have no common base.
+    threads: 0 for one per core. arena: keep freed memory for the next run. captured: see
+    `Session`. Raises ONNX Runtime's own errors, which have no common base.
     """
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = threads
@@ -101,45 +125,69 @@ def load_graph(
         # Nor must idle ones keep other programs', or their own session's: where a core is
         # shared, spinning for the default of some 20 ms costs a tenth of an edit.
         "session.intra_op.spin_duration_us": "50",
+        "session.record_ep_graph_assignment_info": "1" if provider == "cuda" else "0",
     }.items():
         settings.add_session_config_entry(key, value)
-    return ort.InferenceSession(graph, settings, providers=[PROVIDERS[provider]])
+    options = cuda.provider_options(captured) if provider == "cuda" else {}
+    chosen = (PROVIDERS[provider], options)
+    # Without our leave ONNX Runtime would print why a provider fails, and go on with another.
+    return ort.InferenceSession(graph, settings, providers=[chosen], enable_fallback=0)
 
 
 class Session:
-    """One graph, loaded. Inputs are arrays or parts of buffers, outputs parts of buffers."""
+    """One graph, loaded. Inputs and outputs are parts of buffers."""
 
-    def __init__(self, name: str, graph: bytes, folder: Path, provider: str, threads: int) -> None:
-        """Load a graph; see `load_graph`. Raises BackendError."""
-        self._name = name
-        self._options = ort.RunOptions()
-        # Activations are freed after a run: graphs run in turn, and the largest decides the peak.
-        self._options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-        with _explained(f"load graph {name}"):
-            self._session = load_graph(graph, folder, provider, threads)
+    def __init__(
+        self,
+        name: str,
+        graph: bytes,
+        folder: Path,
+        provider: str,
+        threads: int,
+        captured: bool = False,
+    ) -> None:
+        """Load a graph; see `load_graph`. Raises BackendError.
+
+        captured: launch every run of this session as one CUDA graph, which is captured in the
+        first run of its number and has the addresses of that run; on provider cuda alone.
+        """
+        self._name, self._provider, self._captured = name, provider, captured
+        missing = cuda.preload_libraries() if provider == "cuda" else ""
+        with _explained(f"load graph {name}", provider):
+            self._session = load_graph(graph, folder, provider, threads, captured=captured)
         if PROVIDERS[provider] not in self._session.get_providers():
             raise BackendError(
                 f"ONNX Runtime could not start {PROVIDERS[provider]} and would have gone on with "
-                "the CPU: check the driver and the CUDA and cuDNN libraries, or use provider cpu"
+                f"the CPU{missing and f' ({missing})'}: {ADVICE[provider]}"
             )
+        if provider == "cuda":
+            cuda.check_placement(name, self._session)
 
-    def run(self, inputs: Mapping[str, np.ndarray | Part], outputs: Mapping[str, Part]) -> None:
-        """Write the outputs where they belong. Ctrl-C stops the graph at its next node."""
-        self._options.terminate = False
+    def run(self, inputs: Mapping[str, Part], outputs: Mapping[str, Part], number: int = 0) -> None:
+        """Write the outputs where they belong.
+
+        number: of the captured run; one number, always the same parts. Ctrl-C stops the graph at
+        its next node, except a captured one, which takes milliseconds.
+        """
+        options = ort.RunOptions()
+        for key, value in self._run_settings(number).items():
+            options.add_run_config_entry(key, value)
         binding = self._session.io_binding()
-        with _explained(f"run graph {self._name}"):
-            for name, value in inputs.items():
-                if isinstance(value, Part):
-                    binding.bind_input(name, *value.binding())
-                else:
-                    binding.bind_cpu_input(name, np.ascontiguousarray(value))
+        with _explained(f"run graph {self._name}", self._provider):
+            for name, part in inputs.items():
+                binding.bind_input(name, *part.binding())
             for name, part in outputs.items():
                 binding.bind_output(name, *part.binding())
-            with stopped_by_interrupt(self._stop):
-                self._session.run_with_iobinding(binding, self._options)
+            # Stopped in a capture, the session could not capture again.
+            stop = None if self._captured else partial(setattr, options, "terminate", True)
+            with nullcontext() if stop is None else stopped_by_interrupt(stop):
+                self._session.run_with_iobinding(binding, options)
 
-    def _stop(self) -> None:
-        self._options.terminate = True
+    def _run_settings(self, number: int) -> dict[str, str]:
+        if self._captured:  # the graphs contain addresses of the arena, which must stay as it is
+            return {"gpu_graph_id": str(number + 1)}  # 0 is ONNX Runtime's own
+        # Activations are freed after a run: graphs run in turn, and the largest decides the peak.
+        return {"memory.enable_memory_arena_shrinkage": ARENAS[self._provider]}
 
 
 class OnnxBackend(GraphBackend):
@@ -172,10 +220,10 @@ class OnnxBackend(GraphBackend):
                 bundle.graphs_folder,
                 provider,
                 threads,
+                captured=provider == "cuda" and stage == SYMBOLIC,
             )
             for stage in stages
         }
-        self._constants = constants(variant, self.model)
         self._values = self._allocate(list(self.steps.values()))
 
     @property
@@ -186,27 +234,29 @@ class OnnxBackend(GraphBackend):
         self._sessions, self._values = {}, {}
 
     def _run(self, step: Step, given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        arrays = {**self._constants, **given}
+        with _explained(f"run graph {step.stage}", self.provider):
+            for name, array in given.items():
+                self._values[name].write(array)
         self._sessions[step.stage].run(
-            {
-                name: arrays[view.value] if view.value in arrays else self._part(view)
-                for name, view in step.inputs.items()
-            },
+            {name: self._part(view) for name, view in step.inputs.items()},
             {name: self._part(view) for name, view in step.outputs.items()},
+            number=step.profile,
         )
         return {name: self._values[name].read() for name in step.read}
 
     def _allocate(self, steps: Sequence[Step]) -> dict[str, Buffer]:
-        """Allocate the values between graphs; those that only the host writes stay there."""
+        """Allocate all values where the graphs run, and set those that no graph writes."""
         written = {view.value for step in steps for view in step.outputs.values()}
-        given = {name for step in steps for name in step.fed} | self._constants.keys()
+        known = constants(self.variant, self.model)
         values = {
             name: Buffer(value.shape, value.dtype, self.provider)
             for name, value in values_of(steps).items()
-            if name in written or name not in given
         }
         for name in values.keys() - written:
-            values[name].fill(0)
+            if name in known:
+                values[name].write(known[name])
+            else:
+                values[name].fill(0)
         return values
 
     def _part(self, view: View) -> Part:
@@ -214,21 +264,23 @@ class OnnxBackend(GraphBackend):
 
 
 def check_provider(provider: str) -> None:
-    """Raise BackendError unless the installed onnxruntime has the provider."""
+    """Raise BackendError unless the installed onnxruntime has the provider, and is new enough."""
     available = ort.get_available_providers()
     if PROVIDERS[provider] not in available:
         raise BackendError(
             f"the installed onnxruntime has no {PROVIDERS[provider]}, only {', '.join(available)}: "
-            "run `pip uninstall onnxruntime` and `pip install --force-reinstall onnxruntime-gpu`"
+            "run `pip uninstall onnxruntime` and "
+            '`pip install --force-reinstall "onnxruntime-gpu[cuda,cudnn]"`'
         )
+    if provider == "cuda":
+        cuda.check_version()
 
 
 @contextmanager
-def _explained(what: str) -> Iterator[None]:
+def _explained(what: str, provider: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # onnxruntime's errors have no other common base
         raise BackendError(
-            f"ONNX Runtime cannot {what} ({one_line(error)}): run `varedit-export verify` on the "
-            "bundle, or build it again"
+            f"ONNX Runtime cannot {what} ({one_line(error)}): {ADVICE[provider]}"
         ) from error

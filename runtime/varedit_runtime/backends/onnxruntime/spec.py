@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from varedit_runtime.manifest import Variant
 
 CPU, CUDA = "onnxruntime cpu", "onnxruntime cuda"
-TO_GPU = ("pip uninstall onnxruntime", "pip install --force-reinstall onnxruntime-gpu")
+TO_GPU = (
+    "pip uninstall onnxruntime",
+    'pip install --force-reinstall "onnxruntime-gpu[cuda,cudnn]"',
+)
 TO_CPU = ("pip uninstall onnxruntime-gpu", "pip install --force-reinstall onnxruntime")
 
 
@@ -105,24 +108,39 @@ class OnnxRuntime(BackendSpec[OnnxRuntimeOptions]):
 
 
 def failed_providers(available: Sequence[str]) -> dict[str, str]:
-    """Load one of nano's graphs on each provider: one that is named may lack its libraries.
+    """Encode a picture with nano on each provider: one that is named may lack its libraries.
 
-    Return those of "cpu" and "cuda" that are available and load no graph, and why.
+    Return those of "cpu" and "cuda" that are available and cannot, and why.
     """
-    from varedit_runtime.backends.onnxruntime.backend import Session
     from varedit_runtime.bundle import Bundle
 
     nano = Bundle.open(embedded())
-    (variant,) = nano.manifest.variants
-    graph = nano.graph_bytes(variant.name, "references")  # the one without weights
     failed: dict[str, str] = {}
     for provider, name in PROVIDERS.items():
         if name in available:
             try:
-                Session("references", graph, nano.graphs_folder, provider, threads=1)
+                _encode_picture(nano, provider)
             except VareditError as error:
                 failed[provider] = one_line(error)
     return failed
+
+
+def _encode_picture(bundle: "Bundle", provider: str) -> None:
+    """Run the image encoder: cuDNN is looked for by the first convolution, not by a session."""
+    from varedit_runtime.backends.onnxruntime.backend import Buffer, Session, check_provider
+    from varedit_runtime.backends.wiring import ENCODER, sized
+
+    check_provider(provider)
+    variant = bundle.manifest.variants[0]
+    graph = variant.graph(ENCODER)
+    data = bundle.graph_bytes(variant.name, ENCODER)
+    session = Session(ENCODER, data, bundle.graphs_folder, provider, threads=1)
+    (picture,), (tokens,) = (
+        [Buffer(sized(spec, {}), spec.dtype, provider) for spec in specs]
+        for specs in (graph.inputs, graph.outputs)
+    )
+    picture.fill(0)
+    session.run({"pictures": picture.part()}, {"source_tokens": tokens.part()})
 
 
 def _both(machine: Machine) -> bool:
