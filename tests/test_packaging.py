@@ -6,11 +6,13 @@ import struct
 import subprocess
 import sys
 import tarfile
+import tomllib
 from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
 from click.testing import CliRunner
+from packaging.requirements import Requirement
 from PIL import Image
 
 from varedit_runtime import pictures
@@ -113,6 +115,24 @@ def test_starting_a_command_is_light(module: str, tmp_path: Path):
     loaded = set(done.stdout.split())
     assert module in loaded
     assert not loaded & {"torch", "PIL", "onnxruntime", "numpy", "tokenizers", "transformers"}
+
+
+# What CI and the demo install
+
+
+def test_locked_versions_are_in_the_declared_ranges_and_name_no_registry():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    installed = ("export", "train", "tensorrt-rtx", "dev", "audit")
+    declared = [*project["dependencies"], *(line for extra in installed for line in extras[extra])]
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    locked = [Requirement(line.partition(" #")[0]) for line in lines if line[:1] not in ("#", "")]
+    versions = {pin.name: str(pin.specifier).removeprefix("==") for pin in locked}
+    for wanted in map(Requirement, declared):
+        if wanted.name != project["name"]:
+            assert wanted.specifier.contains(versions[wanted.name]), wanted
+    assert "://" not in "".join(lines)
+    assert versions["torch"] == "2.13.0"  # whose exporter writes nano's graphs byte for byte
 
 
 # Editors find the packages as this type checker does: through the editable install.
