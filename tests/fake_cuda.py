@@ -345,10 +345,10 @@ class Engine(Loaded):
 class RuntimeConfig:
     """TensorRT's."""
 
-    allocation: Any = None
+    _strategy: Any = None
 
     def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
-        self.allocation = strategy
+        self._strategy = strategy
 
 
 class RuntimeCache:
@@ -423,7 +423,7 @@ class Context(Loaded):
 
     def set_device_memory(self, memory: int, size: int) -> None:
         strategies = RTX.ExecutionContextAllocationStrategy
-        assert self._config.allocation == strategies.USER_MANAGED
+        assert self._config._strategy == strategies.USER_MANAGED
         self._scratch = memory, size
 
     @called
