@@ -514,6 +514,14 @@ def test_numbers_that_are_not_finite_never_become_a_picture(
         editor.edit(PHOTO, "red")
 
 
+def test_nor_does_a_single_colour(editor: Editor, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = editor.backend.decode
+    black = np.array([-1, -1.2, -1], np.float32)[:, None, None]
+    monkeypatch.setattr(editor.backend, "decode", lambda total: decode(total) * 0 + black)
+    with pytest.raises(BackendError, match="image_decoder computed the same colour for all pixels"):
+        editor.edit(PHOTO, "red")
+
+
 def test_nor_do_logits_that_are_not_finite(editor: Editor, monkeypatch: pytest.MonkeyPatch) -> None:
     prefill = editor.backend.prefill
     monkeypatch.setattr(editor.backend, "prefill", lambda tokens: prefill(tokens * np.nan))

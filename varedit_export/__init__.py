@@ -105,9 +105,9 @@ def verify(
     The reference takes the bundle's own weights. `measured` is called with every measure, failed
     ones too.
 
-    Raises ParityError at the end if a measure exceeds its tolerance or is not finite; ConfigError
-    if a variant is given without a backend to run it; what `backend.open` raises if the backend
-    cannot run here.
+    Raises ParityError at once if a weight is not finite, at the end if a measure exceeds its
+    tolerance or is not finite; ConfigError if a variant is given without a backend to run it; what
+    `backend.open` raises if the backend cannot run here.
     """
     backend = choose(options.backend)
     always = backend == choose()
@@ -116,6 +116,7 @@ def verify(
     with needs_extra("export"):
         from varedit_export.manifest_model import sources_of
         from varedit_export.parity.compare_bundle import (
+            check_weights,
             compare_bundle,
             compare_chosen,
             compare_recording,
@@ -127,6 +128,7 @@ def verify(
     if not always:  # opened first, so that it fails before the long comparison
         others = compare_chosen(opened, backend, options.variant)
     opened.verify_weights()
+    check_weights(opened)
     recorded = iter(())
     if options.golden is not None:
         recorded = compare_recording(opened, open_recording(Path(options.golden)))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from varedit_reference.config import PRESETS, TokenizerConfig, TransformerConfig, preset
 from varedit_reference.tokenizer import Tokenizer
 from varedit_reference.transformer import VAR
-from varedit_reference.weights_file import check_float, open_weights
+from varedit_reference.weights_file import check_finite, check_float, open_weights
 from varedit_runtime.errors import CheckpointError
 
 Shape = tuple[int, ...]
@@ -214,16 +214,20 @@ def load(
 ) -> Module:
     """Give a model on the meta device its weights, converted to its parameters' types.
 
-    Returns the model in eval mode, without gradients. Raises CheckpointError, naming path,
-    unless names and shapes are exactly the model's.
+    Returns the model in eval mode, without gradients. Raises CheckpointError as `fit` and `assign`.
     """
     return assign(model, fit(model, weights, layout, path)).requires_grad_(False).eval()
 
 
 def assign(model: Module, weights: Mapping[str, Tensor]) -> Module:
-    """Give a model its weights, by its own names; those in their final type are not copied."""
+    """Give a model its weights, by its own names; those in their final type are not copied.
+
+    Raises CheckpointError, naming the weight, on numbers that are not finite in that type.
+    """
     types = {name: parameter.dtype for name, parameter in model.state_dict().items()}
-    state = {name: weights[name].to(dtype) for name, dtype in types.items()}
+    state = {
+        name: check_finite(name, weights[name], dtype).to(dtype) for name, dtype in types.items()
+    }
     model.load_state_dict(state, strict=True, assign=True)
     return model
 

@@ -16,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -264,13 +265,14 @@ def write_tensors(
 
     layout: types and shapes by name, on the meta device or not; make: the tensor of a name, which
     is dropped once written; watch: wraps the names in the order of writing, as tqdm does. Raises
-    OSError if the file cannot be written, CheckpointError if a tensor is of no accepted float type.
+    OSError if the file cannot be written, CheckpointError if a tensor is of no accepted float type
+    or has numbers that are not finite.
     Format: https://huggingface.co/docs/safetensors#format.
     """
     # Wide types first, so that every tensor is aligned to its own type.
     names = sorted(layout, key=lambda name: -layout[name].itemsize)
     header = _safetensors_header([(name, layout[name]) for name in names], metadata)
-    made = _ahead(lambda name: make(name).contiguous(), names)
+    made = _ahead(lambda name: check_finite(name, make(name).contiguous()), names)
     with path.open("wb") as file:
         file.write(header)
         for name in watch(names):
@@ -316,6 +318,35 @@ def check_float(name: str, tensor: Tensor) -> Tensor:
             f"{accepted}; convert the checkpoint to one of them"
         )
     return tensor
+
+
+def check_finite(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return the tensor. Raises CheckpointError, naming a number, unless all are finite.
+
+    dtype: the type that the tensor will be converted to, in which they must be finite as well.
+    """
+    dtype = dtype or tensor.dtype
+    if tensor.numel():
+        # float8 has no minimum. NaN makes both bounds NaN, and rounding keeps their order.
+        ordered = tensor.float() if tensor.itemsize == 1 else tensor
+        bounds = torch.stack(ordered.aminmax())
+        if not (bounds.isfinite().all() and bounds.to(dtype).double().isfinite().all()):
+            raise CheckpointError(_not_finite(name, tensor, dtype))
+    return tensor
+
+
+def _not_finite(name: str, tensor: Tensor, dtype: torch.dtype) -> str:
+    index = tensor.to(dtype).double().isfinite().logical_not().nonzero()[0].tolist()
+    number = tensor[tuple(index)].item()
+    if isfinite(number):
+        return (
+            f"the weight {name} is {number:g} at {index}, past the range of {_dtype_name(dtype)} "
+            f"(at most {torch.finfo(dtype).max:g}): choose a precision of wider range"
+        )
+    return (
+        f"the weight {name} is {number} at {index}: expected finite numbers; the weights are "
+        "damaged, or their training diverged: use others"
+    )
 
 
 @contextmanager

@@ -252,7 +252,8 @@ class Editor:
 
         Raises ConfigError, TextError or PictureError on arguments that cannot be used;
         EditCancelled if on_scale cancelled; EditorError if the editor is closed, or called by
-        on_scale; BackendError if a graph fails or computes numbers that are not finite.
+        on_scale; BackendError if a graph fails, or computes numbers that are not finite or a
+        picture of a single colour.
         """
         sampling = choose_sampling(
             self.bundle.manifest, self.variant, guidance_scale, temperature, negative_prompt
@@ -306,8 +307,8 @@ class Editor:
             samplings = [self._sampling(batch, scale) for scale in range(len(self.variant.grids))]
             edited = edit(self._prompts(batch.rows), self._squares(batch.rows), samplings)
             for scale, logits in enumerate(edited.logits):
-                _finite(scale_name(scale), logits)
-            _finite(DECODER, edited.pictures)
+                _sound(scale_name(scale), logits)
+            _sound(DECODER, edited.pictures)
             return self._restored(edited.pictures, batch.wanted)
 
     def _edit_by_stages(self, batch: "_PictureBatch") -> list[Image.Image]:
@@ -320,7 +321,7 @@ class Editor:
         decoded = np.empty(0)
         for output in timings.of_each(edit_by_stages(self.backend, prompts, squares, samplings)):
             for array in output.arrays.values():
-                _finite(output.stage, array)
+                _sound(output.stage, array)
             decoded = output.arrays.get("pictures", decoded)
             if batch.on_scale is not None and (scale := scale_of(output.stage)) is not None:
                 batch.on_scale(self._progress(batch, scale, output.arrays["running_sum"]))
@@ -372,7 +373,7 @@ class Editor:
     def _progress(self, batch: "_PictureBatch", scale: int, total: np.ndarray) -> Progress:
         def draw() -> list[Image.Image]:
             with self._turn:  # a preview from another thread waits for the edit to end
-                decoded = _finite(DECODER, self.backend.decode(total))
+                decoded = _sound(DECODER, self.backend.decode(total))
                 return self._restored(decoded, batch.wanted)
 
         return Progress(
@@ -433,10 +434,19 @@ def read_instructions(bundle: Bundle, limit: int) -> Instructions:
         raise BundleError(f"{bundle.path / TOKENIZER} {error}: build the bundle again") from error
 
 
-def _finite(stage: str, array: np.ndarray) -> np.ndarray:
+def _sound(stage: str, array: np.ndarray) -> np.ndarray:
+    """Return a stage's output. Raises BackendError if the arithmetic failed on the way to it.
+
+    Where fp16 overflows, TensorRT can give zeros in place of NaN, and the decoder a single colour.
+    """
+    wrong = None
     if not np.isfinite(array).all():
+        wrong = "numbers that are not finite"
+    elif stage == DECODER and not np.ptp(array, (-2, -1)).any(axis=-1).all():
+        wrong = "the same colour for all pixels"
+    if wrong is not None:
         raise BackendError(
-            f"{stage} computed numbers that are not finite, so there is no picture: run "
-            "`varedit-export verify` on the bundle"
+            f"{stage} computed {wrong}, so there is no picture: run `varedit-export verify` on "
+            "the bundle"
         )
     return array

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from varedit_reference.config import TransformerConfig
 from varedit_reference.transformer import MAX_LOG_SCALE, Linear
-from varedit_reference.weights_file import torch_dtype
+from varedit_reference.weights_file import check_finite, torch_dtype
 from varedit_runtime.precision import Format, Precision, Storage, product_of
 
 
@@ -113,9 +113,11 @@ def _block(block: str, config: TransformerConfig) -> dict[str, GraphWeight]:
 def make_weight(weight: GraphWeight, state: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
     """Make one weight from the reference's parameters, which may be views of a memory map.
 
-    It is made in fp32, whatever the checkpoint's type, and rounded once.
+    It is made in fp32, whatever the checkpoint's type, and rounded once. Raises CheckpointError,
+    naming the parameter, on numbers that are not finite in the checkpoint or once rounded.
     """
-    return weight.make(*(state[source].float() for source in weight.sources)).to(dtype)
+    parameters = (check_finite(source, state[source], dtype) for source in weight.sources)
+    return weight.make(*(parameter.float() for parameter in parameters)).to(dtype)
 
 
 def pack(storage: Storage, weight: Tensor) -> dict[str, Tensor]:

@@ -50,12 +50,14 @@ from varedit_export.parity.streamed import compare_streamed
 from varedit_export.sources import Sources, TextSource
 from varedit_reference.config import ModelConfig
 from varedit_reference.golden import Recording
+from varedit_reference.weights_file import check_finite, open_weights
 from varedit_runtime.backends import ChosenBackend
 from varedit_runtime.backends.base import Backend, ScaleOutput
 from varedit_runtime.backends.onnxruntime.backend import OnnxBackend
 from varedit_runtime.backends.onnxruntime.options import OnnxRuntimeOptions
 from varedit_runtime.backends.wiring import TEXT
 from varedit_runtime.bundle import Bundle
+from varedit_runtime.errors import CheckpointError
 from varedit_runtime.manifest import ParityLine, Variant, weights_file
 from varedit_runtime.pictures import from_decoder
 from varedit_runtime.precision import Precision
@@ -73,6 +75,16 @@ def compare_bundle(bundle: Bundle, config: ModelConfig, sources: Sources) -> Ite
     if is_large(count_parameters(bundle)):
         return compare_streamed(bundle, config, sources)
     return compare_graphs(bundle, Reference.from_sources(config, sources))
+
+
+def check_weights(bundle: Bundle) -> None:
+    """Raise ParityError, naming a weight, on numbers in a bundle's files that are not finite."""
+    for component in bundle.components:
+        for name, tensor in open_weights(bundle.weights_path(component)).items():
+            try:
+                check_finite(name, tensor)
+            except CheckpointError as error:
+                raise ParityError(f"{bundle.path}, {component}: {error}") from error
 
 
 def is_large(parameters: int) -> bool:

@@ -41,7 +41,7 @@ from varedit_export.parity.blockwise import (
 )
 from varedit_export.parity.cut import Arrays, CutCoder, Runner, WeightFiles
 from varedit_export.parity.edit import with_grids
-from varedit_export.parity.measures import FEATURES, SUMS, line, picture_lines
+from varedit_export.parity.measures import FEATURES, SUMS, check_output, line, picture_lines
 from varedit_export.parity.reference_backend import tokenizer_of
 from varedit_export.parity.streamed_transformer import TransformerComparison
 from varedit_export.sources import Sources, TextSource
@@ -136,6 +136,7 @@ class CoderComparison:
     ) -> Iterator[ParityLine]:
         cut = CutCoder(stage, self._bundle.graph_bytes(self._variant.name, stage), self._factor)
         made = self._runner.run(cut.small, cut.small.before, {name: given.numpy()})[cut.maps]
+        check_output(stage, cut.maps, made)
         height, width = given.shape[2:]
         yield line(
             stage, f"maps of {height} x {width}, largest error", made, expected.numpy(), SUMS
