@@ -3,11 +3,11 @@
 import io
 import resource
 import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+from picture_files import encoded, png, tiff
 from PIL import Image, ImageCms
 from safetensors.numpy import load_file
 
@@ -30,12 +30,6 @@ STEPS = np.arange(6, dtype=np.uint8).reshape(2, 3) * 40
 BLOCKS = Image.fromarray(STEPS.repeat(16, 0).repeat(16, 1)).convert("RGB")
 
 
-def encoded(image: Image.Image, written_as: str, **options: object) -> bytes:
-    file = io.BytesIO()
-    image.save(file, written_as, **options)
-    return file.getvalue()
-
-
 def pixels(source: Image.Image | bytes) -> list[list[int]]:
     return np.asarray(open_picture(source)).reshape(-1, 3).tolist()
 
@@ -47,16 +41,6 @@ def grey(*levels: int) -> list[list[int]]:
 def noise_picture(height: int, width: int) -> Image.Image:
     samples = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(samples)
-
-
-def png(width: int, height: int, *, depth: int = 8, colour: int = 0, data: bytes = b"") -> bytes:
-    def chunk(name: bytes, content: bytes) -> bytes:
-        checksum = zlib.crc32(name + content)
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", checksum)
-
-    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + body
 
 
 # As released
@@ -97,7 +81,9 @@ def test_a_decoded_picture_that_is_not_finite_never_passes(value: float):
 # Canvases that are not square
 
 
-@pytest.mark.parametrize(("height", "width"), [(40, 60), (60, 40), (50, 50), (1, 7)])
+@pytest.mark.parametrize(
+    ("height", "width"), [(40, 60), (60, 40), (50, 50), (1, 7), (1500, 900), (900, 1500)]
+)
 def test_a_square_canvas_is_the_released_one(height: int, width: int):
     picture = noise_picture(height, width)
     side = max(height, width)
@@ -127,6 +113,14 @@ def test_restoring_gives_back_size_and_content(size: tuple[int, int], original: 
     restored = restore(np.asarray(pad_and_resize(picture, size)), original)
     assert restored.size == original
     assert restored.getpixel((0, 0)) == (10, 200, 30)
+
+
+@pytest.mark.parametrize("original", [(1500, 900), (900, 1500), (7, 1), (1300, 1300)])
+def test_restoring_is_resizing_the_whole_canvas_and_cropping(original: tuple[int, int]):
+    edited, side = noise_picture(64, 64), max(original)
+    canvas = edited.resize((side, side), Image.Resampling.LANCZOS)
+    expected = canvas.crop((0, 0, *original))
+    assert restore(np.asarray(edited), original).tobytes() == expected.tobytes()
 
 
 def test_a_picture_too_long_and_thin_is_refused():
@@ -195,11 +189,8 @@ def test_many_float_samples_are_scaled_alike():
 
 def tiled_tiff(side: int) -> bytes:
     """Return a TIFF of 16 x 16 grey px in one tile of this side, which is cut short."""
-    pixels = bytes(range(256))
-    entries = {256: 16, 257: 16, 258: 8, 259: 1, 262: 1, 322: side, 323: side, 324: 8, 325: 256}
-    tags = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries.items())
-    ifd = struct.pack("<H", len(entries)) + tags + bytes(4)
-    return b"II*\0" + struct.pack("<I", 8 + len(pixels)) + pixels + ifd
+    layout = {"_322": side, "_323": side, "_324": 8, "_325": 256}
+    return tiff(bytes(range(256)), _256=16, _257=16, _258=8, _259=1, _262=1, **layout)
 
 
 def test_tiles_larger_than_allowed_are_not_decoded():

@@ -11,18 +11,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
+from threading import Lock
 from typing import BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms, ImageOps, TiffImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image
 
+from varedit_runtime.decoding.limits import MAX_MEMORY, MAX_PIXELS, Limits, picture_memory
+from varedit_runtime.decoding.picture_file import READ_FORMATS, open_file
+from varedit_runtime.decoding.to_rgb import WHITE, to_rgb
 from varedit_runtime.errors import PictureError, one_line, shown
 from varedit_runtime.files import atomic_file
 
 Source = str | os.PathLike[str] | bytes | BinaryIO | Image.Image
-
-# Only these decoders see untrusted files; Pillow's rarer ones are less tested against attacks.
-READ_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 WRITE_FORMATS = {
     ".png": "PNG",
@@ -34,37 +35,45 @@ WRITE_FORMATS = {
     ".tiff": "TIFF",
 }
 
-MAX_PIXELS = 89_478_485  # Pillow warns of a decompression bomb from here, and refuses twice this
-MAX_CANVAS_PIXELS = 2**28  # 1 GiB in Pillow's memory; a square of 16384 px
+MAX_CANVAS_PIXELS = 2**28  # a square of 16384 px
 
-_WHITE = (255, 255, 255)
-_PIECE = 2**20  # samples that are scaled to 8 bits at a time
+_PIECE = 2**20  # bytes or pixels that are handled at a time
+_READ_AGAIN = (*READ_FORMATS, "MPO")  # MPO is what Pillow calls a JPEG of several pictures
+_ONE_AT_A_TIME = Lock()  # for what threads may share: open files, and Pillow images
 
 
-def open_picture(source: Source, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def open_picture(
+    source: Source, max_pixels: int = MAX_PIXELS, max_memory: int = MAX_MEMORY
+) -> Image.Image:
     """Open a path, a file's bytes, a binary file or a Pillow image as a plain RGB picture.
 
-    The size is checked against max_pixels before anything is decoded. Then:
+    The size is checked against max_pixels before anything is decoded, and so is the memory that
+    this takes (the file, the decoder, the pixels) against max_memory, in bytes. Then:
 
     - the first frame of an animation or page of a document is taken (of a Pillow image the
       current one) and turned upright by its EXIF orientation;
     - 16-bit grey is scaled to 8 bits (in colour, Pillow keeps the high byte); 32-bit integers and
       floats, whose white is not defined, are scaled from their darkest to their brightest sample;
-    - colours are converted to sRGB by the embedded ICC profile; a profile that is broken or of
-      another colour space is ignored, and without one Pillow's formulas convert grey, CMYK, YCbCr;
+    - colours are converted to sRGB by the embedded ICC profile; a profile that is broken, larger
+      than 1 MB in a PNG, or of another colour space is ignored, and without one Pillow's formulas
+      convert grey, CMYK, YCbCr;
     - alpha, a transparent palette entry and a transparent colour are composited on white.
 
-    The result carries no EXIF, GPS, XMP, ICC profile or comment. Raises PictureError if the source
-    is no picture in one of READ_FORMATS, is damaged, or has no pixels or too many.
+    Optional parts of a PNG that are damaged or huge are left out. The result carries no EXIF, GPS,
+    XMP, ICC profile or comment. The source stays as it is, so that threads may share it: a Pillow
+    image that was not loaded is read from its file again.
+
+    Raises PictureError if the source is no picture in one of READ_FORMATS, is damaged or costly to
+    decode (such as a JPEG of hundreds of scans), or has no pixels, too many, or takes too much
+    memory.
     """
-    if isinstance(source, Image.Image):
-        with _explained("the picture"):
-            return _plain_rgb(source, max_pixels)
+    limits = Limits(max_pixels, max_memory)
     name = str(source) if isinstance(source, str | os.PathLike) else "the picture"
     with _explained(name):
-        file = BytesIO(source) if isinstance(source, bytes) else source
-        with Image.open(file, formats=READ_FORMATS) as image:
-            return _plain_rgb(image, max_pixels)
+        if isinstance(source, Image.Image):
+            return _from_pillow(source, limits)
+        image = open_file(_read(source, limits), limits).decode()
+        return to_rgb(image, _orientation(image), limits, reuse=True)
 
 
 def pad_and_resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -75,9 +84,16 @@ def pad_and_resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     the picture is so long and thin that its canvas would not fit in memory.
     """
     height, width = size
-    canvas = Image.new("RGB", _canvas_size(image.size, size), _WHITE)
-    canvas.paste(image, (0, 0))
-    return canvas.resize((width, height), Image.Resampling.LANCZOS)
+    canvas_width, canvas_height = _canvas_size(image.size, size)
+    # As Pillow resizes: first all rows, then all columns. So the canvas is never there as a whole.
+    narrow = Image.new("RGB", (width, canvas_height), WHITE)
+    rows = max(1, _PIECE // canvas_width)
+    for top in range(0, image.height, rows):
+        part = image.crop((0, top, image.width, min(top + rows, image.height)))
+        canvas = Image.new("RGB", (canvas_width, part.height), WHITE)
+        canvas.paste(part, (0, 0))
+        narrow.paste(canvas.resize((width, part.height), Image.Resampling.LANCZOS), (0, top))
+    return narrow.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def to_square(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
@@ -112,15 +128,24 @@ def restore(pixels: np.ndarray, original_size: tuple[int, int]) -> Image.Image:
     Undoes `pad_and_resize`: resizes to the canvas (Lanczos), then crops the padding off. Raises
     PictureError as it does.
     """
-    canvas_size = _canvas_size(original_size, pixels.shape[:2])
-    canvas = Image.fromarray(pixels).resize(canvas_size, Image.Resampling.LANCZOS)
-    return canvas.crop((0, 0, *original_size))
+    canvas_width, canvas_height = _canvas_size(original_size, pixels.shape[:2])
+    width, height = original_size
+    # As Pillow resizes: first all rows, then all columns. So the canvas is never there as a whole.
+    edited = Image.fromarray(pixels)
+    wide = edited.resize((canvas_width, edited.height), Image.Resampling.LANCZOS)
+    restored = Image.new("RGB", original_size)
+    columns = max(1, _PIECE // canvas_height)
+    for left in range(0, width, columns):
+        part = wide.crop((left, 0, min(left + columns, width), wide.height))
+        tall = part.resize((part.width, canvas_height), Image.Resampling.LANCZOS)
+        restored.paste(tall.crop((0, 0, part.width, height)), (left, 0))
+    return restored
 
 
 def side_by_side(left: Image.Image, right: Image.Image) -> Image.Image:
     """Return two RGB pictures side by side, with white below the lower one."""
     size = left.width + right.width, max(left.height, right.height)
-    both = Image.new("RGB", size, _WHITE)
+    both = Image.new("RGB", size, WHITE)
     both.paste(left, (0, 0))
     both.paste(right, (left.width, 0))
     return both
@@ -163,9 +188,6 @@ def _explained(name: str) -> Iterator[None]:
     """Turn any exception of reading into a PictureError, whose one line starts with the name."""
     try:
         yield
-    except UnidentifiedImageError as error:
-        known = ", ".join(READ_FORMATS)
-        raise PictureError(f"{name} is not a picture in a known format: give {known}") from error
     except Exception as error:  # decoders raise errors of every kind on damaged files
         raise PictureError(f"{name} cannot be read: {_reason(error)}") from error
 
@@ -175,29 +197,60 @@ def _reason(error: Exception) -> str:
     return one_line(text) or type(error).__name__
 
 
-def _plain_rgb(image: Image.Image, max_pixels: int) -> Image.Image:
-    width, height = image.size
-    if not 0 < width * height <= max_pixels:
-        raise PictureError(
-            f"it is {width} x {height}; a picture must have 1 to {max_pixels} pixels"
-        )
-    _check_tiles(image, max_pixels)
-    image.load()  # decodes; from here on size, mode and info can be trusted
-    colours, alpha = _split_alpha(_eight_bit(image))
-    rgb = Image.new("RGB", image.size, _WHITE)
-    rgb.paste(_to_srgb(colours, image.info.get("icc_profile")), mask=alpha)
-    rgb.getexif()[ExifTags.Base.Orientation] = _orientation(image)
-    return ImageOps.exif_transpose(rgb)
+def _read(source: str | os.PathLike[str] | bytes | BinaryIO, limits: Limits) -> bytes:
+    if isinstance(source, bytes):
+        return source
+    if isinstance(source, str | os.PathLike):
+        with open(source, "rb") as file:
+            return _content(file, limits)
+    with _ONE_AT_A_TIME:
+        return _content(source, limits)
 
 
-def _check_tiles(image: Image.Image, max_pixels: int) -> None:
-    """Refuse a TIFF with huge tiles: they may exceed the picture, and are decoded whole."""
-    tags = getattr(image, "tag_v2", {})
-    sides = (tags.get(TiffImagePlugin.TILEWIDTH, 1), tags.get(TiffImagePlugin.TILELENGTH, 1))
-    if sides[0] * sides[1] > max_pixels:
-        raise PictureError(
-            f"its tiles are {sides[0]} x {sides[1]}; a tile may have up to {max_pixels} pixels"
-        )
+def _content(file: BinaryIO, limits: Limits) -> bytes:
+    """Read a whole file, from its start if it has one; leave its position as it was."""
+    try:
+        position = file.tell()
+        file.seek(0)
+    except (AttributeError, OSError):  # a pipe
+        position = None
+    content = BytesIO()
+    try:
+        while piece := file.read(_PIECE):
+            content.write(piece)
+            limits.check_memory(content.tell())
+    finally:
+        if position is not None:
+            file.seek(position)
+    return content.getvalue()
+
+
+def _from_pillow(image: Image.Image, limits: Limits) -> Image.Image:
+    """Convert a Pillow image, whose own decoding is not safe in several threads.
+
+    One that was opened but not loaded is decoded from its file again, and stays as it is; only
+    after changes to it, or in a format or frame that is not read from files, it is loaded.
+    """
+    limits.check_pixels(image.size)
+    ours = _decoded_again(image, limits)
+    if ours is not None:
+        return to_rgb(ours, _orientation(ours), limits, reuse=True)
+    with _ONE_AT_A_TIME:
+        if getattr(image, "fp", None) is not None:
+            limits.check_memory(picture_memory(image.size, image.mode))
+        image.load()
+        orientation = _orientation(image)
+    return to_rgb(image, orientation, limits, reuse=False)
+
+
+def _decoded_again(image: Image.Image, limits: Limits) -> Image.Image | None:
+    with _ONE_AT_A_TIME:
+        file: BinaryIO | None = getattr(image, "fp", None)
+        if file is None or image.format not in _READ_AGAIN or image.tell() != 0:
+            return None
+        content = _content(file, limits)
+    opened = open_file(content, limits)
+    return opened.decode() if opened.shows(image) else None
 
 
 def _orientation(image: Image.Image) -> int:
@@ -207,57 +260,11 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """Scale samples of 16 or 32 bits to 8 bits; leave other pictures as they are."""
-    if image.mode.startswith("I;16"):
-        samples = np.asarray(image).astype(np.uint32)
-        grey = Image.fromarray(((samples + 128) // 257).astype(np.uint8))
-        if "transparency" not in image.info:
-            return grey
-        opaque = Image.fromarray(samples != image.info["transparency"])
-        return Image.merge("LA", (grey, opaque.convert("L")))
-    if image.mode in ("I", "F"):
-        samples = np.asarray(image).reshape(-1)
-        darkest, brightest = float(samples.min()), float(samples.max())
-        if not (math.isfinite(darkest) and math.isfinite(brightest)):
-            raise PictureError("it has samples that are not finite")
-        levels = np.empty(samples.shape, np.uint8)
-        # In pieces: all at once would take 20 bytes a pixel.
-        for first in range(0, samples.size, _PIECE):
-            piece = samples[first : first + _PIECE].astype(np.float64)
-            scaled = (piece - darkest) / ((brightest - darkest) or 1) * 255
-            levels[first : first + _PIECE] = scaled.round()
-        return Image.fromarray(levels.reshape(image.height, image.width))
-    return image
-
-
-def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """Split off the 8-bit alpha channel, if there is one; a grey picture's colours stay grey."""
-    if not image.has_transparency_data:
-        return image, None
-    if image.mode == "La":
-        image = image.convert("LA")
-    rgba = image.convert("RGBA")
-    colours = image.convert("L") if image.mode in ("L", "LA") else rgba.convert("RGB")
-    return colours, rgba.getchannel("A")
-
-
-def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    if image.mode not in ("L", "CMYK"):
-        image = image.convert("RGB")
-    if profile:
-        try:
-            embedded = ImageCms.ImageCmsProfile(BytesIO(profile))
-            srgb = ImageCms.createProfile("sRGB")
-            return ImageCms.buildTransform(embedded, srgb, image.mode, "RGB").apply(image)
-        except (ImageCms.PyCMSError, OSError):
-            pass
-    return image.convert("RGB")
-
-
 def _pixels_only(image: Image.Image) -> Image.Image:
     """Copy a picture's pixels to RGB, without the metadata that Pillow carries along."""
-    return Image.fromarray(np.asarray(image.convert("RGB")))
+    plain = Image.new("RGB", image.size)
+    plain.paste(image)
+    return plain
 
 
 def _canvas_size(picture: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:

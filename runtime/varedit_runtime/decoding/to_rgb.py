@@ -1,0 +1,129 @@
+"""Convert decoded pictures to upright 8-bit sRGB on white, piece by piece."""
+
+import math
+from collections.abc import Callable
+from functools import cache, partial
+from io import BytesIO
+
+import numpy as np
+from PIL import Image, ImageCms
+
+from varedit_runtime.decoding.limits import Limits, picture_memory, pieces
+from varedit_runtime.errors import PictureError
+
+WHITE = (255, 255, 255)
+
+# How a picture with this EXIF orientation is turned upright; 1 is upright.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def to_rgb(image: Image.Image, orientation: int, limits: Limits, *, reuse: bool) -> Image.Image:
+    """Convert a decoded picture as `pictures.open_picture` says.
+
+    orientation: as in EXIF. reuse: whether the picture is no one else's and may be overwritten.
+
+    Raises PictureError if its samples are not finite, or this takes more memory than allowed.
+    """
+    turn = _TURNS.get(orientation)
+    memory = picture_memory(image.size)
+    width, height = image.size
+    upright = (height, width) if orientation > 4 else (width, height)
+    turned = picture_memory(upright) if turn is not None else 0
+    if reuse and image.mode == "RGB" and not image.has_transparency_data:
+        limits.check_memory(memory + turned)
+        rgb = _overwritten(image)
+    else:
+        own = picture_memory(image.size, image.mode) if reuse else 0
+        limits.check_memory(memory + own + turned)
+        rgb = _converted(image)
+    return rgb if turn is None else rgb.transpose(turn)
+
+
+def _overwritten(image: Image.Image) -> Image.Image:
+    """Convert an RGB picture where it is."""
+    to_srgb = _srgb_transform(image.info.get("icc_profile"), "RGB")
+    if to_srgb is not None:
+        to_srgb.apply_in_place(image)
+    plain = image._new(image.im)  # with no metadata but the information, and the same pixels
+    plain.info.clear()
+    return plain
+
+
+def _converted(image: Image.Image) -> Image.Image:
+    """Convert a picture to another one."""
+    eight_bit = _eight_bit(image)
+    transform = cache(partial(_srgb_transform, image.info.get("icc_profile")))
+    rgb = Image.new("RGB", image.size, WHITE)
+    for box in pieces(image.size):
+        colours, alpha = _split_alpha(eight_bit(image.crop(box)))
+        if colours.mode not in ("L", "CMYK"):
+            colours = colours.convert("RGB")
+        to_srgb = transform(colours.mode)
+        rgb.paste(to_srgb.apply(colours) if to_srgb else colours.convert("RGB"), box[:2], alpha)
+    return rgb
+
+
+def _eight_bit(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
+    """Return what scales a piece's samples of 16 or 32 bits to 8 bits."""
+    if image.mode.startswith("I;16"):
+        return _from_16_bit
+    if image.mode in ("I", "F"):
+        return _stretch(image)
+    return lambda piece: piece
+
+
+def _from_16_bit(piece: Image.Image) -> Image.Image:
+    samples = np.asarray(piece).astype(np.uint32)
+    grey = Image.fromarray(((samples + 128) // 257).astype(np.uint8))
+    if "transparency" not in piece.info:
+        return grey
+    opaque = Image.fromarray(samples != piece.info["transparency"])
+    return Image.merge("LA", (grey, opaque.convert("L")))
+
+
+def _stretch(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
+    """Return what scales a piece's samples from the picture's darkest to its brightest."""
+    ends = [
+        (float(samples.min()), float(samples.max()))
+        for samples in (np.asarray(image.crop(box)) for box in pieces(image.size))
+    ]
+    darkest, brightest = min(end[0] for end in ends), max(end[1] for end in ends)
+    if not all(math.isfinite(end) for pair in ends for end in pair):
+        raise PictureError("it has samples that are not finite")
+
+    def stretched(piece: Image.Image) -> Image.Image:
+        samples = np.asarray(piece).astype(np.float64)
+        scaled = (samples - darkest) / ((brightest - darkest) or 1) * 255
+        return Image.fromarray(scaled.round().astype(np.uint8))
+
+    return stretched
+
+
+def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """Split off the 8-bit alpha channel, if there is one; a grey picture's colours stay grey."""
+    if not image.has_transparency_data:
+        return image, None
+    if image.mode == "La":
+        image = image.convert("LA")
+    rgba = image.convert("RGBA")
+    colours = image.convert("L") if image.mode in ("L", "LA") else rgba.convert("RGB")
+    return colours, rgba.getchannel("A")
+
+
+def _srgb_transform(profile: bytes | None, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """Return what converts a mode's colours to sRGB; None without a usable profile."""
+    if not profile:
+        return None
+    try:
+        embedded = ImageCms.ImageCmsProfile(BytesIO(profile))
+        return ImageCms.buildTransform(embedded, ImageCms.createProfile("sRGB"), mode, "RGB")
+    except (ImageCms.PyCMSError, OSError):
+        return None

@@ -1,0 +1,84 @@
+"""Build picture files that no encoder writes."""
+
+import io
+import struct
+import zlib
+
+from PIL import Image
+
+
+def encoded(image: Image.Image, written_as: str, **options: object) -> bytes:
+    """Return a picture as a file's bytes."""
+    file = io.BytesIO()
+    image.save(file, written_as, **options)
+    return file.getvalue()
+
+
+def chunk(kind: bytes, content: bytes, checksum: int | None = None) -> bytes:
+    """Return a PNG chunk, by default with the right checksum."""
+    if checksum is None:
+        checksum = zlib.crc32(kind + content)
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
+
+
+def png(
+    width: int,
+    height: int,
+    *,
+    depth: int = 8,
+    colour: int = 0,
+    data: bytes = b"",
+    before: bytes = b"",
+    after: bytes = b"",
+) -> bytes:
+    """Return a PNG of rows that each begin with a filter. before, after: chunks around pixels."""
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    pixels = chunk(b"IDAT", zlib.compress(data))
+    body = chunk(b"IHDR", header) + before + pixels + after + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def many_scans(scans: int, size: tuple[int, int] = (64, 64)) -> bytes:
+    """Return a progressive JPEG with this many scans, most of them repeating one of 10 bytes."""
+    file = encoded(Image.new("L", size, 77), "JPEG", progressive=True)
+    last = file.rindex(b"\xff\xda")
+    wanted = scans - file.count(b"\xff\xda")
+    return file[:-2] + file[last:-2] * wanted + b"\xff\xd9"
+
+
+def with_segments(jpeg: bytes, *segments: tuple[int, bytes]) -> bytes:
+    """Return a JPEG with segments, each a marker and its content, behind its start."""
+    added = [struct.pack(">BBH", 0xFF, marker, 2 + len(data)) + data for marker, data in segments]
+    return jpeg[:2] + b"".join(added) + jpeg[2:]
+
+
+def tiff(pixels: bytes, **tags: int | list[int]) -> bytes:
+    """Return a TIFF; pixels are at offset 8. tags: _256=width and so on, numbers or lists."""
+    entries, values = [], b""
+    start = 8 + len(pixels)
+    for tag, value in sorted((int(name[1:]), value) for name, value in tags.items()):
+        numbers = value if isinstance(value, list) else [value]
+        place = struct.pack("<I", numbers[0])
+        if len(numbers) > 1:
+            place = struct.pack("<I", start + len(values))
+            values += struct.pack(f"<{len(numbers)}I", *numbers)
+        entries.append(struct.pack("<HHI", tag, 4, len(numbers)) + place)
+    header = b"II*\0" + struct.pack("<I", start + len(values))
+    return header + pixels + values + struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4)
+
+
+def jpeg_tiff(jpeg: bytes, size: tuple[int, int]) -> bytes:
+    """Return a TIFF of one grey strip, compressed as a JPEG."""
+    width, height = size
+    return tiff(
+        jpeg,
+        _256=width,
+        _257=height,
+        _258=8,
+        _259=7,
+        _262=1,
+        _273=8,
+        _277=1,
+        _278=height,
+        _279=len(jpeg),
+    )
