@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from varedit_runtime.backends.interrupt import stopped_by_interrupt
+from varedit_runtime.backends.interrupt import exit_on_signals, stopped_by_interrupt
 from varedit_runtime.backends.onnxruntime.backend import Buffer, Session
 
 SIZE, NODES = 512, 20000  # a minute or more of matrix products
@@ -34,8 +34,8 @@ def long_session() -> Session:
 
 
 @contextmanager
-def pressed_after(seconds: float) -> Iterator[None]:
-    timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT))
+def sent_after(seconds: float, number: int = signal.SIGINT) -> Iterator[None]:
+    timer = threading.Timer(seconds, os.kill, (os.getpid(), number))
     timer.start()
     yield
     timer.join()
@@ -45,10 +45,22 @@ def test_a_running_graph_is_stopped(long_session: Session) -> None:
     start, end = (Buffer((SIZE, SIZE), "float32", "cpu") for _ in range(2))
     start.write(np.eye(SIZE, dtype=np.float32))
     end.fill(7)
-    with pressed_after(0.5), pytest.raises(KeyboardInterrupt):
+    with sent_after(0.5), pytest.raises(KeyboardInterrupt):
         long_session.run({"start": start.part()}, {"end": end.part()})
     assert (end.read() == 7).all()  # it never came to its end
     assert signal.set_wakeup_fd(-1) == -1
+
+
+@pytest.mark.parametrize("sent", (signal.SIGINT, signal.SIGTERM))
+def test_a_running_graph_is_stopped_where_signals_end_the_program(
+    long_session: Session, sent: signal.Signals
+) -> None:
+    start, end = (Buffer((SIZE, SIZE), "float32", "cpu") for _ in range(2))
+    start.write(np.eye(SIZE, dtype=np.float32))
+    arrived: list[int] = []
+    with pytest.raises(SystemExit) as ended, exit_on_signals(arrived), sent_after(0.5, sent):
+        long_session.run({"start": start.part()}, {"end": end.part()})
+    assert ended.value.code == 128 + sent and arrived == [sent]
 
 
 def test_a_program_that_watches_its_signals_keeps_them() -> None:

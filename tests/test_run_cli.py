@@ -34,7 +34,6 @@ from varedit_runtime.errors import ConfigError
 
 COMMAND = Path(sys.executable).with_name("varedit-run")
 SCALES = len(bundle_config().transformer.grids)
-INTERRUPTED = 130
 
 
 @pytest.fixture
@@ -205,12 +204,18 @@ def test_a_shell_can_complete(words: str, number: int, expected: set[str]) -> No
 
 
 REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
-    "the source": (("-o", "photo.png"), "photo.png is the picture to edit"),
-    "the source compared": (("--compare", "photo.png"), "photo.png is the picture to edit"),
+    "the source": (("-o", "photo.png"), "photo.png is the source picture"),
+    "the source compared": (("--compare", "photo.png"), "photo.png is the source picture"),
     "twice": (("-o", "a.png", "--compare", "a.png"), "a.png is where the result goes"),
-    "format": (("-o", "out.gif"), r"out.gif: pictures are written as .png, .jpg.*not '.gif'"),
-    "no format": (("--compare", "out"), "out: pictures are written as"),
-    "folder": (("-o", "missing/out.png"), "there is no folder missing"),
+    "format": (
+        ("-o", "out.gif"),
+        r"out.gif .*: its format must be .png, .jpg.*not '.gif'",
+    ),
+    "no format": (("--compare", "out"), "out cannot be written: its format must be"),
+    "no folder": (("-o", "missing/out.png"), "there is no folder missing"),
+    "a folder": (("-o", ".."), r"\.\. cannot be written: it is a folder; name a file in it"),
+    "a new folder for previews": (("--previews", "new", "--seed", "-1"), "the seed is -1"),
+    "previews nowhere": (("--previews", "no/new"), "no/new cannot be made a folder: No such file"),
     "the result among previews": (
         ("-o", "scale-01.png", "--previews", "."),
         "scale-01.png could be overwritten by a preview",
@@ -266,10 +271,36 @@ def test_what_engines_need_is_named(
 def test_a_link_to_the_source_is_the_source(photo: Path) -> None:
     link = photo.with_name("link.png")
     link.symlink_to(photo)
-    fails(edit(photo, "-o", link), "is the picture to edit")
     twin = photo.with_name("twin.png")
     twin.hardlink_to(photo)
-    fails(edit(photo, "-o", twin), "is the picture to edit")
+    before = photo.read_bytes()
+    for same in (link, twin, photo, photo.parent / ".." / photo.parent.name / "photo.png"):
+        fails(edit(photo, "-o", same), "is the source picture")
+        fails(run("prepare", photo, "-o", same), "is the source picture")
+    assert photo.read_bytes() == before and link.is_symlink()
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_the_edit(
+    photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != photo.parent)
+    said = f"the folder {photo.parent} cannot be written to"
+    fails(edit(photo), said)
+    fails(run("prepare", photo, "-o", photo.with_name("out.png")), said)
+    fails(run("bench", small_bundle(), "--json", photo.with_name("b.json")), said)
+    fails(edit(photo, "-o", "/tmp/out.png", "--previews", photo.parent), said)
+
+
+def test_wrong_usage_is_told_as_of_the_command_that_was_typed() -> None:
+    for words in (["photo.png", "red", "--seeed", "1"], ["edit", "photo.png"], ["--nonsense"]):
+        result = CliRunner().invoke(main, words, prog_name="varedit-run")
+        assert result.exit_code == 2 and result.stdout == ""
+        usage, hint, empty, error = result.stderr.splitlines()
+        assert usage == "Usage: varedit-run [OPTIONS] IMAGE INSTRUCTION"
+        assert hint == "Try 'varedit-run --help' for help."
+        assert empty == "" and error.startswith("Error: ")
+    result = run("grids", "one\n\x1b[31mtwo")
+    assert result.stderr.splitlines()[-1].endswith(r"(one \x1b[31mtwo)")
 
 
 def test_wrong_pictures_and_instructions_are_one_line(photo: Path) -> None:
@@ -284,9 +315,12 @@ def test_wrong_pictures_and_instructions_are_one_line(photo: Path) -> None:
 
 
 def test_debug_shows_a_traceback_wherever_it_is_said(photo: Path) -> None:
-    assert edit(photo, "--debug", prompt="").exception.__class__.__name__ == "TextError"
-    result = run("--debug", photo, "", "--bundle", small_bundle())
-    assert result.exception.__class__.__name__ == "TextError"
+    for result in (
+        edit(photo, "--debug", prompt=""),
+        run("--debug", photo, "", "--bundle", small_bundle()),
+    ):
+        assert result.exit_code == 1
+        assert "Traceback" in result.stderr and "errors.TextError: " in result.stderr
     fails(edit(photo, prompt=""), "empty")
 
 
@@ -328,18 +362,20 @@ SLOW = """if True:
     """
 
 
-def test_an_interrupt_leaves_nothing(photo: Path) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_leaves_nothing(photo: Path, sent: signal.Signals) -> None:
+    words = [photo, "red", "--bundle", small_bundle(), "--threads", "1"]
     process = subprocess.Popen(
-        [sys.executable, "-c", SLOW, photo, "red", "--bundle", small_bundle(), "--threads", "1"],
+        [sys.executable, "-c", SLOW, *words, "--previews", photo.with_name("previews")],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "under way\n"
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == INTERRUPTED
+    assert process.returncode == 128 + sent
     assert stderr.splitlines()[1:] == ["Interrupted."]
     assert [path.name for path in photo.parent.iterdir()] == ["photo.png"]
 

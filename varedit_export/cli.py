@@ -19,22 +19,22 @@ from varedit_export.errors import ParityError
 from varedit_export.options import BuildOptions, EngineOptions, VerifyOptions
 from varedit_runtime.backends import choose, find_backend, specs
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.command import (
+from varedit_runtime.errors import BundleError, CheckpointError, ConfigError, needs_extra
+from varedit_runtime.locate import remember
+from varedit_runtime.manifest import ParityLine
+from varedit_runtime.precision import PRECISIONS
+from varedit_runtime.terminal.command import (
     BackendCommand,
     CommandGroup,
     Registered,
     backend_option,
     debug_option,
 )
-from varedit_runtime.errors import BundleError, CheckpointError, ConfigError, needs_extra
-from varedit_runtime.locate import remember
-from varedit_runtime.manifest import ParityLine
-from varedit_runtime.precision import PRECISIONS
 
 if TYPE_CHECKING:
     from varedit_runtime.backends.engines.engine_set import EngineLayout
 
-_PATH = click.Path(path_type=Path)
+_PATH = click.Path(path_type=Path, readable=False)  # whatever opens it says what is wrong
 _checkpoint = click.option(
     "--checkpoint",
     type=_PATH,

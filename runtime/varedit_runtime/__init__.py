@@ -7,7 +7,7 @@
     result.image.save("edited.png")
 
 - `editor.py`: edits, as a library; `arguments.py` checks their arguments.
-- `cli.py`, `command.py`: the `varedit-run` command; `bench.py`: how fast a backend is.
+- `cli.py`, `terminal/`: the `varedit-run` command; `bench.py`: how fast a backend is.
 - `backends/`: the registry of what can run the stages of an edit: ONNX Runtime, or compiled engines
   on a GPU; and what a machine has for them.
 - `bundle.py`, `manifest.py`, `locate.py`: opening bundles, checking them, finding them.

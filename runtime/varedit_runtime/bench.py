@@ -27,7 +27,7 @@ from varedit_runtime.backends.onnxruntime.backend import Buffer, Session
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.editor import WHOLE_EDIT, Editor, OnScale
 from varedit_runtime.errors import ConfigError
-from varedit_runtime.files import atomic_file
+from varedit_runtime.files import atomic_file, unwritable
 from varedit_runtime.geometry import scale_sizes
 from varedit_runtime.manifest import DIGEST, MANIFEST, Model, Variant, scale_of
 
@@ -240,8 +240,8 @@ def memory_lines(memory: MemoryUse) -> list[str]:
 
 def check_report(path: Path) -> None:
     """Raise ConfigError, before work is spent, if a report could not be written there."""
-    if not path.parent.is_dir():
-        raise ConfigError(f"{path} cannot be written: there is no folder {path.parent}; make it")
+    if why := unwritable(path):
+        raise ConfigError(f"{path} cannot be written: {why}")
 
 
 def write_report(report: Any, path: Path) -> None:

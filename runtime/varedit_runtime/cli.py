@@ -1,9 +1,10 @@
 """The `varedit-run` command."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,16 +13,22 @@ import click
 from click.shell_completion import CompletionItem
 
 from varedit_runtime.backends import ChosenBackend
-from varedit_runtime.command import BackendCommand, CommandGroup, backend_option, debug_option
 from varedit_runtime.errors import ConfigError, PictureError, shown
+from varedit_runtime.files import same_file, unwritable
 from varedit_runtime.grids import ASPECT_RATIOS, RESOLUTIONS, is_trained, picture_size, scale_grids
+from varedit_runtime.terminal.command import (
+    BackendCommand,
+    CommandGroup,
+    backend_option,
+    debug_option,
+)
 
 if TYPE_CHECKING:
     from varedit_runtime.editor import Editor, EditResult, OnScale, Progress
     from varedit_runtime.locate import Found
     from varedit_runtime.settings import PerScale
 
-_PATH = click.Path(path_type=Path)
+_PATH = click.Path(path_type=Path, readable=False)  # whatever opens it says what is wrong
 _backend = backend_option("What runs the graphs; engines must have been compiled.")
 _EDIT = "edit"
 
@@ -54,6 +61,20 @@ class EditGroup(CommandGroup):
             *options,
             CompletionItem(incomplete, type="file"),
         ]
+
+
+class _Unnamed(click.Context):
+    """The context of a command whose name nobody has to type: messages leave it out."""
+
+    @property
+    def command_path(self) -> str:
+        return self.parent.command_path if self.parent else super().command_path
+
+
+class EditCommand(BackendCommand):
+    """The command that edits a picture."""
+
+    context_class = _Unnamed
 
 
 def _option_rows(command: click.Command, ctx: click.Context) -> Iterator[tuple[str, str]]:
@@ -104,7 +125,7 @@ def _per_scale(name: str, help: str) -> Callable[[Callable[..., None]], Callable
     return click.option(name, metavar="X", callback=_numbers, help=help)
 
 
-@main.command(_EDIT, hidden=True, cls=BackendCommand)
+@main.command(_EDIT, hidden=True, cls=EditCommand)
 @click.argument("image", type=_PATH)
 @click.argument("instruction")
 @click.option(
@@ -150,9 +171,8 @@ def edit(
     output = _output(image, output)
     _check_targets(image, output, compare, previews)
     source, found = open_picture(image), _find_bundle(bundle)
-    if previews is not None:
-        _make_folder(previews)
     with (
+        nullcontext() if previews is None else _folder(previews),
         Editor.open(found.path, backend=backend, variant=variant) as editor,
         _watching(editor, previews) as on_scale,
     ):
@@ -245,6 +265,7 @@ def prepare(image: Path, output: Path, res: int, aspect: str) -> None:
     """
     from varedit_runtime.pictures import open_picture, pad_and_resize, save_picture
 
+    _check_targets(image, output)
     size = picture_size(res, aspect)
     source = open_picture(image)
     save_picture(pad_and_resize(source, size), output)
@@ -279,19 +300,21 @@ def _find_bundle(named: Path | None) -> "Found":
     return found
 
 
-def _check_targets(image: Path, output: Path, compare: Path | None, previews: Path | None) -> None:
+def _check_targets(
+    image: Path, output: Path, compare: Path | None = None, previews: Path | None = None
+) -> None:
     """Refuse what could not be written, or would overwrite the source, before work is spent."""
     from varedit_runtime.pictures import check_target
 
     targets = [output] if compare is None else [output, compare]
     for target in targets:
         check_target(target)
-        if _same_file(target, image):
-            raise ConfigError(f"{target} is the picture to edit: choose another file to write")
-    if compare is not None and _same_file(compare, output):
+        if same_file(target, image):
+            raise ConfigError(f"{target} is the source picture: choose another file to write")
+    if compare is not None and same_file(compare, output):
         raise ConfigError(f"{compare} is where the result goes: choose another file for --compare")
     for path in (image, *targets):
-        if previews and _same_file(path.parent, previews) and path.match(_preview("*")):
+        if previews and same_file(path.parent, previews) and path.match(_preview("*")):
             raise ConfigError(f"{path} could be overwritten by a preview: choose another folder")
 
 
@@ -299,19 +322,22 @@ def _preview(scale: str) -> str:
     return f"scale-{scale}.png"
 
 
-def _same_file(one: Path, other: Path) -> bool:
-    """Return whether two paths are one file, also through links or by case-insensitive names."""
+@contextmanager
+def _folder(path: Path) -> Iterator[None]:
+    """Make a folder for previews; delete it at the end if nothing was written to it."""
+    made = not os.path.lexists(path)
     try:
-        return one.samefile(other)
-    except OSError:  # not both are there
-        return one.resolve() == other.resolve()
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{folder} cannot be made a folder: {error.strerror}") from error
+        try:
+            path.mkdir(exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be made a folder: {error.strerror}") from error
+        if why := unwritable(path / _preview("*")):
+            raise ConfigError(f"previews cannot be written: {why}")
+        yield
+    finally:
+        if made:
+            with suppress(OSError):  # previews are in it
+                path.rmdir()
 
 
 @contextmanager
@@ -326,7 +352,9 @@ def _watching(editor: "Editor", previews: Path | None) -> Iterator["OnScale | No
     with ExitStack() as stack:
         bar = None
         if sys.stderr.isatty():
-            bar = click.progressbar(length=sum(tokens), label="editing", file=sys.stderr)
+            bar = click.progressbar(
+                length=sum(tokens), label="editing", file=sys.stderr, show_eta=False
+            )
             stack.enter_context(bar)
 
         def on_scale(progress: "Progress") -> None:

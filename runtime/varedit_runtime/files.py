@@ -1,10 +1,11 @@
 """Read files that others may replace, write files whole, and keep files that only save time."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from secrets import token_hex
 from threading import Lock
 from weakref import finalize
 
@@ -51,6 +52,25 @@ def plain_name(text: str) -> str:
     return "".join(c if c.isalnum() or c in ".-" else "_" for c in text)
 
 
+def unwritable(path: Path) -> str | None:
+    """Return why a file cannot be written there; None if nothing speaks against it."""
+    if os.path.isdir(path):
+        return "it is a folder; name a file in it"
+    if not os.path.isdir(path.parent):
+        return f"there is no folder {path.parent}; make it"
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        return f"the folder {path.parent} cannot be written to; choose another"
+    return None
+
+
+def same_file(one: Path, other: Path) -> bool:
+    """Return whether two paths are one file, also through links or by case-insensitive names."""
+    try:
+        return one.samefile(other)
+    except OSError:  # not both are there
+        return os.path.realpath(one) == os.path.realpath(other)
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a path to write to; rename it to `path` on success, delete it on any failure.
@@ -58,10 +78,17 @@ def atomic_file(path: Path) -> Iterator[Path]:
     It lies in a new folder beside `path`: nobody else knows its name, so no link planted under
     that name can be written through, and two writers never share it. Raises OSError.
     """
-    with TemporaryDirectory(prefix=".", dir=path.parent, ignore_cleanup_errors=True) as folder:
-        whole = Path(folder, path.name)
-        yield whole
-        whole.replace(path)
+    # Named before it is made: wherever Ctrl-C comes, what is there can be deleted.
+    folder = path.parent / f".{token_hex(16)}"
+    try:
+        folder.mkdir(mode=0o700)
+        yield folder / path.name
+        (folder / path.name).replace(path)
+    finally:
+        try:
+            shutil.rmtree(folder, ignore_errors=True)
+        finally:  # again, if Ctrl-C came in the middle
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def read_kept(path: Path) -> bytes:

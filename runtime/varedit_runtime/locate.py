@@ -68,7 +68,7 @@ def find_bundle(explicit: Path | None) -> Found:
     if named := os.environ.get(VARIABLE):
         return Found(Path(named), f"named by the environment variable {VARIABLE}")
     last = _last_built()
-    if last and standing_folder(last).exists():
+    if last and os.path.exists(standing_folder(last)):
         return Found(last, "the last one built")
     reason = f"the last one built, {last}, is gone" if last else "no bundle was named or built"
     nano = "the embedded nano, a small demonstration model for drawn scenes"

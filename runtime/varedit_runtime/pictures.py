@@ -21,7 +21,7 @@ from varedit_runtime.decoding.limits import MAX_MEMORY, MAX_PIXELS, Limits, pict
 from varedit_runtime.decoding.picture_file import READ_FORMATS, open_file
 from varedit_runtime.decoding.to_rgb import WHITE, to_rgb
 from varedit_runtime.errors import PictureError, one_line, shown
-from varedit_runtime.files import atomic_file
+from varedit_runtime.files import atomic_file, unwritable
 
 Source = str | os.PathLike[str] | bytes | BinaryIO | Image.Image
 
@@ -154,13 +154,14 @@ def side_by_side(left: Image.Image, right: Image.Image) -> Image.Image:
 def check_target(path: Path) -> str:
     """Return the format that `save_picture` writes for a path's extension.
 
-    Raises PictureError if the extension is not in WRITE_FORMATS, or the folder does not exist.
+    Raises PictureError if the extension is not in WRITE_FORMATS, the path is a folder, or its
+    folder does not exist or cannot be written to.
     """
-    if path.suffix.lower() not in WRITE_FORMATS:
-        known = ", ".join(WRITE_FORMATS)
-        raise PictureError(f"{path}: pictures are written as {known}, not {shown(path.suffix)}")
-    if not path.parent.is_dir():
-        raise PictureError(f"{path} cannot be written: there is no folder {path.parent}; make it")
+    why = unwritable(path)
+    if why is None and path.suffix.lower() not in WRITE_FORMATS:
+        why = f"its format must be {', '.join(WRITE_FORMATS)}, not {shown(path.suffix)}"
+    if why is not None:
+        raise PictureError(f"{path} cannot be written: {why}")
     return WRITE_FORMATS[path.suffix.lower()]
 
 

@@ -1,10 +1,42 @@
-"""Ctrl-C while native code runs."""
+"""End what runs when a signal arrives, native code too."""
 
 import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
+
+from varedit_runtime.terminal.start import SIGNALS
+
+
+class _Exit:
+    """A handler of signals that ends a program as `sys.exit` does, so that its blocks clean up."""
+
+    def __init__(self, arrived: list[int]) -> None:
+        self._arrived = arrived
+
+    def __call__(self, number: int, _: FrameType | None) -> None:
+        self._arrived.append(number)
+        raise SystemExit(128 + number)
+
+
+@contextmanager
+def exit_on_signals(arrived: list[int]) -> Iterator[None]:
+    """Raise SystemExit when Ctrl-C is pressed or SIGTERM comes while the block runs.
+
+    arrived: gets the signals' numbers; libraries may turn the exception into another one. For the
+    main thread; signals that are ignored stay so.
+    """
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    handled = [number for number in SIGNALS if handlers[number] != signal.SIG_IGN]
+    try:
+        for number in handled:
+            signal.signal(number, _Exit(arrived))
+        yield
+    finally:
+        for number in handled:
+            signal.signal(number, handlers[number])
 
 
 @contextmanager
@@ -13,7 +45,8 @@ def stopped_by_interrupt(stop: Callable[[], None]) -> Iterator[None]:
 
     Python raises KeyboardInterrupt only when native code returns, which may take minutes for a
     graph. Signals reach only the main thread: in other threads, and if the program handles or
-    watches its signals itself (as asyncio does), the block just runs.
+    watches its signals itself (as asyncio does), the block just runs. Within `exit_on_signals`,
+    SIGTERM stops it too.
     """
     told, telling = socket.socketpair()
     with told, telling:
@@ -36,7 +69,7 @@ def _take_wakeup(telling: socket.socket) -> bool:
     """Have signals written to the socket, unless the program handles them; return whether."""
     if threading.current_thread() is not threading.main_thread():
         return False
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    if not _ends(signal.SIGINT):
         return False
     previous = signal.set_wakeup_fd(telling.fileno(), warn_on_full_buffer=False)
     if previous == -1:
@@ -46,7 +79,13 @@ def _take_wakeup(telling: socket.socket) -> bool:
 
 
 def _watch(told: socket.socket, stop: Callable[[], None]) -> None:
-    """Read the numbers of arriving signals until the other end closes; call stop on SIGINT."""
+    """Read the numbers of arriving signals until the other end closes; call stop if one ends us."""
     while numbers := told.recv(1):
-        if numbers[0] == signal.SIGINT:
+        if _ends(numbers[0]):
             stop()
+
+
+def _ends(number: int) -> bool:
+    """Return whether a signal ends the program, instead of being handled by it."""
+    handler = signal.getsignal(number)
+    return handler is signal.default_int_handler or isinstance(handler, _Exit)

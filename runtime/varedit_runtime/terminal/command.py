@@ -1,27 +1,36 @@
 """The behaviour that all commands share: one-line errors, `--debug`, exit codes, `--backend`."""
 
+import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import Field, fields
-from typing import Any
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, NoReturn
 
 import click
 from click.shell_completion import CompletionItem
 
 from varedit_runtime.backends import BACKENDS, DEFAULT, choose, specs
-from varedit_runtime.errors import VareditError, one_line
+from varedit_runtime.backends.interrupt import exit_on_signals
+from varedit_runtime.errors import VareditError, printable, reason
+from varedit_runtime.terminal.streams import OutputError, dependable_streams
 
-_DEBUG, _OPTIONS = "varedit.debug", "varedit.backends"
+_OPTIONS = "varedit.backends"
+_FAILED = 1
+
+
+@dataclass
+class _Run:
+    """One run of a command. debug: show tracebacks. signals: those that ended it."""
+
+    debug: bool = False
+    signals: list[int] = field(default_factory=list)
 
 
 def _remember(context: click.Context, _: click.Parameter, debug: bool) -> None:
-    context.meta[_DEBUG] = debug or _debugging(context)
     if debug:
+        context.ensure_object(_Run).debug = True
         warnings.simplefilter("default")
-
-
-def _debugging(context: click.Context) -> bool:
-    return context.meta.get(_DEBUG, False)
 
 
 debug_option = click.option(
@@ -34,28 +43,47 @@ debug_option = click.option(
 
 
 class CommandGroup(click.Group):
-    """A group of commands that exits with 1 and one line on a VareditError, 130 on an interrupt.
+    """A group of commands that says on one line why it fails.
 
-    `--debug` shows tracebacks instead. It may stand before a command's name or, if the command has
-    the option too, after it.
+    It exits with 1 on an error, also if its output cannot be written, with 2 on wrong usage, with
+    130 on Ctrl-C and 143 on SIGTERM. `--debug` shows tracebacks too. It may stand before a
+    command's name or, if the command has the option too, after it.
     """
 
-    def invoke(self, ctx: click.Context) -> object:
-        with warnings.catch_warnings():
-            if not _debugging(ctx):
+    def main(self, *args: Any, **extra: Any) -> NoReturn:
+        """Run a command line and end the process."""
+        with dependable_streams():
+            sys.exit(self._run(*args, **extra))
+
+    def _run(self, *args: Any, **extra: Any) -> int | None:
+        """Run a command line; return the exit code."""
+        run = _Run()
+        try:
+            with exit_on_signals(run.signals), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-            try:
-                return super().invoke(ctx)
-            except VareditError as error:
-                if _debugging(ctx):
-                    raise
-                click.echo(f"Error: {one_line(error)}", err=True)
-                ctx.exit(1)
-            except KeyboardInterrupt:
-                if _debugging(ctx):
-                    raise
-                click.echo("Interrupted.", err=True)
-                ctx.exit(130)
+                return super().main(*args, **extra, standalone_mode=False, obj=run)
+        except BaseException as error:
+            if run.debug and not isinstance(error, click.ClickException):
+                traceback.print_exception(error)
+            return _exit_code(error, run)
+
+
+def _exit_code(error: BaseException, run: _Run) -> int:
+    """Tell an error on stderr; return the exit code. Raises it if nobody could have expected it."""
+    if run.signals:  # whatever a library has made of it
+        click.echo("Interrupted.", err=True)
+        return 128 + run.signals[0]
+    if isinstance(error, click.UsageError):
+        if not isinstance(error, click.exceptions.NoArgsIsHelpError):
+            error = click.UsageError(printable(error.format_message()), error.ctx)
+        error.show()
+        return error.exit_code
+    if isinstance(error, OutputError) and isinstance(error.__cause__, BrokenPipeError):
+        return _FAILED  # `| head` has read enough, and wants no message
+    if isinstance(error, VareditError | OSError | MemoryError):
+        click.echo(f"Error: {reason(error)}", err=True)
+        return _FAILED
+    raise error
 
 
 class Registered(click.ParamType):

@@ -1,0 +1,1 @@
+"""How commands start, end and speak: signals, standard streams, errors on one line, exit codes."""
