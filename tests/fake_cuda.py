@@ -60,7 +60,7 @@ class Machine:
         """The fake modules by name."""
         names = ["ILogger", "ExecutionContextAllocationStrategy"]
         if self.kind == "tensorrt-rtx":
-            names.append("DynamicShapesKernelSpecializationStrategy")
+            names += ["ComputeCapability", "DynamicShapesKernelSpecializationStrategy"]
         own = {name: getattr(RTX, name) for name in names}
         return {
             "cuda.core": SimpleNamespace(Device=partial(Device, self)),
@@ -227,7 +227,7 @@ class ComputeCapability(NamedTuple):
 
 class Device(Of):
     name = "Simulated GPU"
-    compute_capability = ComputeCapability(9, 0)
+    compute_capability = ComputeCapability(8, 9)
 
     def set_current(self, ctx: Any = None) -> None:
         self.machine.current[threading.get_ident()][:] = [CONTEXT]

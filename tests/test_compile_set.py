@@ -21,6 +21,7 @@ import pytest
 from bundles import bundle_config, half_bundle, random_weights, request, small_bundle
 from click.testing import CliRunner
 from fake_bundles import rewrite_manifest
+from onnx import helper
 
 from varedit_engines import compile_set, engine_cache
 from varedit_engines.compile_set import CompileJob, compile_engine_set, stages_of
@@ -28,11 +29,11 @@ from varedit_engines.engine_cache import EngineCache
 from varedit_engines.engine_compiler import EngineCompiler
 from varedit_engines.network import external_inputs
 from varedit_engines.publish import Staging
-from varedit_export import assemble
+from varedit_export import EngineOptions, assemble, compile_engines
 from varedit_export.cli import main
 from varedit_export.graphs.trace import Tracer
 from varedit_export.plan import BundlePlan
-from varedit_runtime.backends.engines import engine_set
+from varedit_runtime.backends.engines import engine_set, import_tensorrt
 from varedit_runtime.backends.engines.engine_set import (
     LAYOUTS,
     EngineLayout,
@@ -50,6 +51,7 @@ from varedit_runtime.manifest import (
     canonical_json,
     weights_file,
 )
+from varedit_runtime.precision import FLOAT32, PRECISIONS
 
 ADA = ("sm89",)
 EXTERNAL_BYTES, PROFILE_BYTES = 8 * 10**6, 3 * 10**6
@@ -536,7 +538,7 @@ def test_rtx_refuses_to_compile_for_a_gpu_that_it_cannot_compile_for(
     machine_of: Callable[[int, int], None],
 ) -> None:
     machine_of(9, 0)
-    with pytest.raises(ConfigError, match=r"this machine's GPU, sm90; it does for sm75, .*sm121"):
+    with pytest.raises(ConfigError, match=r"no engines for 'sm90', only for sm80, .*sm121: use"):
         EngineCompiler("tensorrt-rtx")
     assert EngineCompiler("tensorrt-rtx", ADA).gpu == "sm89"
 
@@ -548,8 +550,13 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_what_cannot_be_is_refused(without_gpu: None) -> None:
-    with pytest.raises(ConfigError, match=r"there are .*sm120"):
-        EngineCompiler("tensorrt-rtx", ["sm1"])
+    for gpu in ("sm1", "sm87", "sm90", "sm100", "sm103", "sm110"):
+        with pytest.raises(
+            ConfigError, match=rf"no engines for '{gpu}', only for .*: use tensorrt,"
+        ):
+            EngineCompiler("tensorrt-rtx", ["sm89", gpu])
+    with pytest.raises(ConfigError, match=r"'sm75' \(no matrix products in fp32, "):
+        EngineCompiler("tensorrt-rtx", ["sm75"])
     with pytest.raises(ConfigError, match="only tensorrt-rtx"):
         EngineCompiler("tensorrt", ADA)
     with pytest.raises(ConfigError, match="no backend"):
@@ -567,6 +574,31 @@ def test_a_backend_that_is_not_installed_is_named(
     monkeypatch.setitem(sys.modules, backend.replace("-", "_"), None)
     with pytest.raises(MissingExtraError, match=rf"varedit-export\[{backend}\]"):
         EngineCompiler(backend)
+
+
+def test_turing_really_has_no_matrix_products_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise it would be refused for no reason; every precision keeps the head in fp32."""
+    x, y = (helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [4, 4]) for name in "xy")
+    graph = helper.make_graph([helper.make_node("MatMul", ["x", "x"], ["y"])], "g", [x], [y])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    monkeypatch.setattr(import_tensorrt, "TURING", "none")
+    compiler = EngineCompiler("tensorrt-rtx", ["sm75"])
+    with pytest.raises(BackendError, match="FP32 GEMM is not supported"):
+        compiler.compile("head", model.SerializeToString(), Path(), [], quiet)
+    assert all(p.format("transformer", "head").type == FLOAT32 for p in PRECISIONS.values())
+
+
+@pytest.mark.parametrize(("precision", "slow"), [("fp32", True), ("fp16", False), ("bf16", False)])
+def test_the_cost_of_fp32_is_said_before_compiling(
+    bundle: Bundle, precision: str, slow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    changed = msgspec.structs.replace(bundle.manifest, precision=precision)
+    monkeypatch.setattr(compile_set, "compile_engine_set", lambda *job: _none())
+    options = EngineOptions("tensorrt-rtx", architectures=ADA)
+    with pytest.raises(BackendError):
+        compile_engines(replace(bundle, manifest=changed), options, notice=said.append)
+    assert ["do not fuse attention" in line for line in said] == [False] + [True] * slow
 
 
 def test_the_command(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

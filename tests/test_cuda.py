@@ -349,6 +349,20 @@ def test_a_gpu_that_cannot_be_used_is_an_error(machine: Machine, call: str) -> N
         CudaDevice("tensorrt-rtx")
 
 
+@pytest.mark.parametrize("gpu", [(7, 5), (8, 7), (9, 0), (10, 0), (10, 3), (11, 0)])
+def test_a_gpu_that_rtx_does_not_run_on_is_an_error_before_anything_is_loaded(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, gpu: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(fake_cuda.Device, "compute_capability", gpu)
+    said = rf"tensorrt-rtx has no engines for 'sm{gpu[0]}{gpu[1]}'.*, only for sm80, .*: use"
+    with pytest.raises(BackendError, match=said):
+        CudaDevice("tensorrt-rtx")
+    assert not machine.loaded and not held(machine)
+    machine.kind = "tensorrt"
+    install(machine, monkeypatch)
+    assert CudaDevice("tensorrt").gpu == f"sm{gpu[0]}{gpu[1]} Simulated GPU"
+
+
 def test_a_runtime_that_cannot_use_cuda_is_an_error_and_not_touched(machine: Machine) -> None:
     """TensorRT logs it, returns an object, and kills the process when that is used or freed."""
     machine.messages = {"Runtime": "CUDA initialization failure\nwith error: 35"}

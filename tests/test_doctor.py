@@ -216,7 +216,7 @@ SWAP_BACK = "`pip uninstall onnxruntime-gpu` and `pip install --force-reinstall 
             replace(SERVER, nvidia=Nvidia("570.1", (HOPPER,))),
             "tensorrt-rtx",
             "can compile",
-            "sm75, sm89, not sm90: name one",
+            "sm75, sm89, not sm90, for which there is tensorrt: name one",
         ),
         (
             with_bundle(SERVER),

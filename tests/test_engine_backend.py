@@ -42,7 +42,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     keep_engines_in(tmp_path, monkeypatch)
 
 
-HERE = "sm90 NVIDIA H200"
+HERE = "sm89 NVIDIA L4"
 
 
 def editor_on(gpu: SimulatedGpu, bundle: Bundle, engines: EngineSet) -> Editor:
@@ -229,7 +229,7 @@ def test_engines_are_found_for_their_gpu_and_tools() -> None:
     assert found.path == engines.path  # the one with the smallest plans
     for tools, gpu, said in (
         ({"tensorrt-rtx": "1.8"}, HERE, "of tensorrt-rtx 1.7, and 1.8 is installed"),
-        ({"tensorrt-rtx": "1.7"}, "sm89 X", "for sm90, and this machine has sm89 X"),
+        ({"tensorrt-rtx": "1.7"}, "sm120 X", "for sm89, and this machine has sm120 X"),
     ):
         with pytest.raises(BundleError, match=said) as caught:
             sets.find(variant.name, "tensorrt-rtx", tools, gpu)

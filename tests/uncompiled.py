@@ -14,7 +14,7 @@ from varedit_runtime.backends.engines import engine_set
 from varedit_runtime.backends.engines.engine_set import EngineLayout, EngineSet
 from varedit_runtime.bundle import Bundle
 
-GPU = "sm90"
+GPU = "sm89"
 VERSION = "1.7"
 
 

@@ -81,7 +81,7 @@ def compile_engines(
     """Compile a variant's graphs to TensorRT engines, or open those that were compiled before.
 
     An interrupted compilation continues at the graph it had reached. `notice` is called with what
-    the GPU will have to hold, and with why existing engines are compiled again.
+    the GPU will have to hold, what to consider first, and why existing engines are compiled again.
 
     Raises what `options.compiler()` raises, ConfigError on an unknown layout, BackendError if a
     graph does not compile, BundleError if existing engines were built on another machine.
@@ -92,6 +92,8 @@ def compile_engines(
 
     job = compile_set.CompileJob(_opened(bundle), options.layout, compiler, options.variant)
     notice(str(job))
+    if job.advice:
+        notice(job.advice)
     return compile_set.compile_engine_set(job, on_step, notice, options.again)
 
 

@@ -15,6 +15,7 @@ from click.core import ParameterSource
 
 import varedit_export
 from varedit_engines import OnStep
+from varedit_engines.engine_compiler import slow_precision
 from varedit_export.errors import ParityError
 from varedit_export.options import BuildOptions, EngineOptions, VerifyOptions
 from varedit_runtime.backends import choose, find_backend, specs
@@ -22,7 +23,7 @@ from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import BundleError, CheckpointError, ConfigError, needs_extra
 from varedit_runtime.locate import remember
 from varedit_runtime.manifest import ParityLine
-from varedit_runtime.precision import PRECISIONS
+from varedit_runtime.precision import PRECISIONS, named
 from varedit_runtime.terminal.command import (
     BackendCommand,
     CommandGroup,
@@ -155,7 +156,7 @@ def build(
     varedit-export build --size nano --precision fp16 --backend tensorrt-rtx \\
         --architecture sm89
     """
-    engines = _engine_options(context, backend, layout, architectures)
+    engines = _engine_options(context, backend, layout, architectures, options.precision)
     with _progress() as on_step:
         bundle = varedit_export.build(options, on_step, _say)
     folder = Path(options.output or bundle.path)
@@ -171,7 +172,11 @@ def build(
 
 
 def _engine_options(
-    context: click.Context, backend: Any, layout: "EngineLayout", architectures: tuple[str, ...]
+    context: click.Context,
+    backend: Any,
+    layout: "EngineLayout",
+    architectures: tuple[str, ...],
+    precision: str,
 ) -> EngineOptions | None:
     """Return what to compile for a backend; None for one without engines.
 
@@ -180,6 +185,8 @@ def _engine_options(
     if find_backend(backend).compiles:
         engines = EngineOptions(backend, layout=layout, architectures=architectures)
         engines.compiler()
+        if advice := slow_precision(named(precision)):
+            _say(advice)
         return engines
     given = [
         parameter.opts[0]

@@ -18,7 +18,7 @@ from msgspec import structs
 
 from varedit_engines import OnStep
 from varedit_engines.engine_cache import EngineCache
-from varedit_engines.engine_compiler import EngineCompiler
+from varedit_engines.engine_compiler import EngineCompiler, slow_precision
 from varedit_engines.network import external_inputs
 from varedit_engines.publish import Staging
 from varedit_runtime.backends.engines.engine_set import (
@@ -79,6 +79,11 @@ class CompileJob:
             flags=self.compiler.flags,
             baked=() if self.layout == "external" else self.bundle.components,
         )
+
+    @property
+    def advice(self) -> str | None:
+        """What to consider before compiling, in one line; None if there is nothing."""
+        return slow_precision(self.bundle.manifest.policy)
 
     def __str__(self) -> str:
         """Say what will be compiled, and what the GPU will have to hold."""

@@ -23,9 +23,12 @@ from varedit_runtime.backends.engines.import_tensorrt import (
     create,
     import_tensorrt,
     listening,
+    no_engines_for,
+    rtx_architectures,
     the_logger,
 )
 from varedit_runtime.errors import BackendError, ConfigError, shown
+from varedit_runtime.precision import FLOAT32, Precision
 
 Hardware = Literal["ampere-plus", "same-compute-capability"]
 HARDWARE: tuple[Hardware, ...] = get_args(Hardware)
@@ -210,19 +213,22 @@ def this_gpu(backend: EngineKind) -> str:
     return f"sm{major}{minor}{model}"
 
 
+def slow_precision(precision: Precision) -> str | None:
+    """Say what engines of fp32 cost, in one line; None for other precisions."""
+    if precision.type != FLOAT32:
+        return None
+    return (
+        f"engines of {precision.name} do not fuse attention, and move about five times the bytes "
+        "that fp16 does: build with --precision fp16 or bf16 for speed"
+    )
+
+
 def _architectures(trt: ModuleType, named: Sequence[str], here: str) -> list[Any]:
     """Return RTX's constants for the named architectures, or for this machine's if none is."""
-    members = trt.ComputeCapability.__members__.items()
-    known = {name.lower(): member for name, member in members if name.startswith("SM")}
-    names = ", ".join(known)
-    if unknown := [name for name in named if name not in known]:
-        raise ConfigError(f"no architecture is called {shown(unknown[0])}; there are {names}")
-    if not named and here not in known:
-        raise ConfigError(
-            f"{RTX} does not compile for this machine's GPU, {here}; it does for {names}: name one "
-            "of these for another machine (--architecture), or use tensorrt here"
-        )
-    return [known[name] for name in named or [here]]
+    known, wanted = rtx_architectures(trt), named or [here]
+    if unknown := [name for name in wanted if name not in known]:
+        raise ConfigError(no_engines_for(unknown[0], known))
+    return [known[name] for name in wanted]
 
 
 def _fixed_profile(builder: Any, shapes: Mapping[str, tuple[int, ...]]) -> Any:

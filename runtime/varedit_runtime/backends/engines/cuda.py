@@ -17,11 +17,14 @@ import numpy as np
 
 from varedit_runtime.backends.engines.device import Launch
 from varedit_runtime.backends.engines.import_tensorrt import (
+    RTX,
     EngineKind,
     Log,
     create,
     import_tensorrt,
     listening,
+    no_engines_for,
+    rtx_architectures,
 )
 from varedit_runtime.errors import BackendError, needs_extra, one_line
 from varedit_runtime.files import keep, plain_name, read_kept
@@ -38,7 +41,7 @@ class CudaDevice:
     """
 
     def __init__(self, backend: EngineKind) -> None:
-        """Raise MissingExtraError without the backend's library, BackendError without a GPU."""
+        """Raise MissingExtraError without the library, BackendError without a GPU it runs on."""
         self._trt: Any = import_tensorrt(backend)
         with needs_extra(backend):
             cuda: Any = importlib.import_module("cuda.core")
@@ -49,6 +52,8 @@ class CudaDevice:
             gpu = cuda.Device()
             gpu.set_current()
             major, minor = gpu.compute_capability
+            if backend == RTX:
+                _check_supported(self._trt, f"sm{major}{minor}")
             self._stream = gpu.create_stream()
             self._held.callback(self._stream.close)
             self._driver = _Driver(functions)
@@ -298,6 +303,12 @@ class _Kernels:
     def keep(self) -> None:
         if self._cache is not None:
             keep(self._file, bytes(self._cache.serialize()))
+
+
+def _check_supported(trt: Any, gpu: str) -> None:
+    """Raise BackendError if TensorRT for RTX has no engines for a GPU; it would say so late."""
+    if gpu not in (known := rtx_architectures(trt)):
+        raise BackendError(no_engines_for(gpu, known))
 
 
 def _still(held: list[Any]) -> Any:

@@ -3,19 +3,20 @@
 import ctypes
 import importlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from types import ModuleType
 from typing import Any, Literal, get_args
 
-from varedit_runtime.errors import BackendError, needs_extra, one_line
+from varedit_runtime.errors import BackendError, needs_extra, one_line, shown
 
 EngineKind = Literal["tensorrt", "tensorrt-rtx"]
 ENGINE_KINDS: tuple[EngineKind, ...] = get_args(EngineKind)
 RTX: EngineKind = "tensorrt-rtx"
 MODULES: dict[EngineKind, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+TURING = "sm75"  # which TensorRT for RTX names, and has no matrix products in fp32 for
 TOLD = 3  # errors of a failure that are shown: the first ones say why
 
 
@@ -23,6 +24,24 @@ def import_tensorrt(kind: EngineKind) -> ModuleType:
     """Import a library. Raises MissingExtraError if it is not installed."""
     with needs_extra(kind):
         return importlib.import_module(MODULES[kind])
+
+
+def rtx_architectures(trt: ModuleType) -> dict[str, Any]:
+    """Return the GPUs that TensorRT for RTX compiles a model for, by names such as "sm89"."""
+    names = getattr(trt, "ComputeCapability", None)
+    members = {} if names is None else names.__members__
+    known = {name.lower(): member for name, member in members.items() if name.startswith("SM")}
+    known.pop(TURING, None)
+    return known
+
+
+def no_engines_for(gpu: str, known: Collection[str]) -> str:
+    """Say that TensorRT for RTX has no engines for a GPU, such as "sm90", and what has."""
+    why = " (no matrix products in fp32, which all models have)" if gpu == TURING else ""
+    return (
+        f"{RTX} has no engines for {shown(gpu)}{why}, only for {', '.join(known)}: use tensorrt, "
+        "which compiles on a machine with that GPU"
+    )
 
 
 @dataclass

@@ -8,7 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from varedit_runtime.backends.engines.import_tensorrt import MODULES, RTX, EngineKind
+from varedit_runtime.backends.engines.import_tensorrt import (
+    MODULES,
+    RTX,
+    EngineKind,
+    rtx_architectures,
+)
 from varedit_runtime.backends.machine import EngineSetFacts, Gpu, Machine, ProbeResult
 from varedit_runtime.backends.spec import (
     BackendOptions,
@@ -50,13 +55,11 @@ class EngineSpec(BackendSpec[EngineBackendOptions]):
     kind: EngineKind
 
     def probe(self) -> ProbeResult:
-        """Import the library and return the architectures that it names."""
+        """Import the library and return the architectures that TensorRT for RTX compiles for."""
         module = try_import(MODULES[self.kind])
         if isinstance(module, str):
             return ProbeResult(module)
-        names = getattr(module, "ComputeCapability", None)
-        members = () if names is None else names.__members__
-        return ProbeResult(offers=tuple(name.lower() for name in members if name.startswith("SM")))
+        return ProbeResult(offers=tuple(rtx_architectures(module)) if self.kind == RTX else ())
 
     def verdicts(self, machine: Machine) -> Sequence[Verdict]:
         return (self._absent(machine) or self._verdict(machine),)
@@ -149,7 +152,8 @@ class TensorRTForRTX(EngineSpec):
 
     def _elsewhere(self, machine: Machine) -> Verdict:
         known = ", ".join(machine.probe(self.name).offers)
-        here = "".join(f", not {gpu.architecture}" for gpu in machine.nvidia.gpus)
+        gpus = machine.nvidia.gpus
+        here = "".join(f", not {gpu.architecture}, for which there is tensorrt" for gpu in gpus)
         return self._compiles(machine, f"{known}{here}: name one with --architecture")
 
 
