@@ -702,7 +702,7 @@ def test_replacing_a_bundle_killed_anywhere_loses_no_bundle_and_harms_no_engines
     left, step, killed = set(), 60, True
     while killed:
         killed = killed_at(step, partial(publish, path, step, [WEIGHTS]))
-        Bundle.open(path).verify_weights()
+        Bundle.open(path).verify()
         left.add(sum(is_set_aside(path, recipe) for recipe in recipes))
         step += 1
     assert left == {0, 1, 2}

@@ -73,7 +73,7 @@ def test_the_installed_bundle_opens_where_nothing_can_be_written(built: Path, tm
         sys.path.insert(0, sys.argv[1])
         from varedit_runtime import bundle, locate
         opened = bundle.Bundle.open(locate.embedded())
-        opened.verify_weights()
+        opened.verify()
         print(opened.path)
         """
     done = python(code, str(tmp_path / "site"), cwd=tmp_path)

@@ -34,7 +34,7 @@ def target(tmp_path: Path) -> Path:
 def seed_of(folder: Path) -> int:
     """Return the seed of a bundle, checking all of its bytes."""
     bundle = Bundle.open(folder)
-    bundle.verify_weights()
+    bundle.verify()
     seed = int(bundle.manifest.model.weights.split()[-1])
     held = {path.relative_to(bundle.path).as_posix() for path in bundle.path.rglob("*.*")}
     assert held == {*FILES, MANIFEST, "manifest.sha256"}

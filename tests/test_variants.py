@@ -48,7 +48,7 @@ def picture(size: int) -> Image.Image:
 
 def test_variants_have_one_copy_of_the_weights(bundle: Path) -> None:
     opened = Bundle.open(bundle)
-    opened.verify_weights()
+    opened.verify()
     names = [variant.name for variant in opened.manifest.variants]
     assert names == ["96-b1", "64-b1", "64-b2"]
     shared = {"transformer", "tokenizer", "text_encoder"}

@@ -129,7 +129,7 @@ def verify(
     opened, others = _opened(bundle), iter(())
     if not always:  # opened first, so that it fails before the long comparison
         others = compare_chosen(opened, backend, options.variant)
-    opened.verify_weights()
+    opened.verify()
     check_weights(opened)
     recorded = iter(())
     if options.golden is not None:

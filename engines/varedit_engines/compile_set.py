@@ -32,6 +32,7 @@ from varedit_runtime.backends.engines.engine_set import (
 )
 from varedit_runtime.backends.engines.memory import transformers, weights_on_gpu
 from varedit_runtime.backends.engines.packing import pack_into, unpacked_size
+from varedit_runtime.backends.graph_file import read_graph
 from varedit_runtime.backends.wiring import PREFILL, scale_profiles, sized
 from varedit_runtime.bundle import Bundle, Folder
 from varedit_runtime.errors import BundleError, ConfigError, shown
@@ -117,7 +118,7 @@ def compile_engine_set(
             return found
         cache.check_replaceable(found)
     if job.layout != "external":
-        job.bundle.verify_weights()
+        job.bundle.verify()
     with cache.create(recipe) as staging:
         # Another process may have compiled them while this one waited for the lock.
         if again or _whole(cache, recipe, lambda line: None) is None:
@@ -164,7 +165,7 @@ def _compile_all(
     plans, weights = {}, {}
     for stage, digest in recipe.graphs.items():
         file = f"{stage}.plan.gz"
-        graph = job.bundle.graph_bytes(job.variant.name, stage)
+        graph = read_graph(job.bundle, job.variant, stage)
         if job.layout == "external":
             graph, weights[stage] = external_inputs(graph)
         if staging.kept(file, recipe.key):

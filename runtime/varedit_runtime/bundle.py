@@ -33,6 +33,7 @@ from varedit_runtime.manifest import (
 )
 
 CHUNK = 2**18
+MAX_READ_BYTES = 2**26  # of a graph or a tokenizer; those of the models take a tenth
 ATTEMPTS = 100  # at a folder that is replaced while it is opened
 
 
@@ -70,6 +71,8 @@ class Folder:
     def read(self, name: str) -> bytes:
         """Return a file's content: exactly the bytes whose digest was checked."""
         path = self.locate(name)
+        if self.files[name].size > MAX_READ_BYTES:
+            raise BundleError(f"{path} is too large: at most {MAX_READ_BYTES} bytes were expected")
         data = read_at_most(path, self.files[name].size)
         self._compare(name, hashlib.sha256(data).hexdigest())
         return data
@@ -198,13 +201,13 @@ class Bundle:
         return self._folder.hold(name)
 
     def weights_path(self, component: str) -> Path:
-        """Return the path of a component's safetensors file; `verify_weights` checks its digest."""
+        """Return the path of a component's safetensors file; `verify` checks its digest."""
         return self._folder.locate(weights_file(component))
 
-    def verify_weights(self) -> None:
-        """Hash all weights files. Raises BundleError if one is damaged."""
-        for component in self.components:
-            self._folder.verify(weights_file(component))
+    def verify(self) -> None:
+        """Hash all files that the manifest lists. Raises BundleError if one is damaged."""
+        for file in self.manifest.files:
+            self._folder.verify(file)
 
 
 def _component(file: str) -> str | None:

@@ -131,7 +131,7 @@ class Editor:
         backend: a backend's name, such as "onnxruntime", or "tensorrt" or "tensorrt-rtx" for
         compiled engines; or the result of `backends.choose`, for options that are not arguments
         here. digest: the bundle's digest as its publisher states it; with it no other bundle is
-        accepted, and weights are hashed too. variant: its name; by default the bundle's first.
+        accepted, and all files are hashed. variant: its name; by default the bundle's first.
 
         provider, threads: see `OnnxRuntimeOptions`; no other backend takes them. engines_digest,
         trust_engines: see `EngineBackendOptions`; only backends that run engines take them.
@@ -151,7 +151,7 @@ class Editor:
         for _ in range(ATTEMPTS):
             opened = Bundle.open(bundle, digest)
             if digest is not None:
-                opened.verify_weights()
+                opened.verify()
             try:
                 editor = cls._load(opened, opened.manifest.variant(variant), chosen_backend)
             except VareditError:

@@ -51,6 +51,7 @@ Bytes = Annotated[int, Meta(ge=0, lt=2**60)]
 CheckedGrid = tuple[Side, Side]
 
 _SCALE = re.compile(r"scale_(\d{2,})")
+_KEYS_OR_VALUES = re.compile(r"(past|new|source|cross|reference)_(key|value)(\.\d+)?")
 _INSIDE = re.compile(rf"{_PLAIN}(?:/{_PLAIN})*")
 _COMPONENTS = ("tokenizer", "transformer")  # every bundle has their weights
 _STAGES = {"image_encoder", "condition", "prefill", "scale", "image_decoder"}
@@ -282,6 +283,9 @@ class Manifest(FolderManifest, frozen=True):
                 f"variant {variant.name} draws {variant.picture[0]} x {variant.picture[1]} px, "
                 f"where its finest grid makes {height} x {width}"
             )
+        for stage, graph in variant.graphs.items():
+            for tensor in (*graph.inputs, *graph.outputs):
+                self._check_type(stage, tensor)
         if "references" in variant.graphs and self.model.conditioning != "sar":
             raise ValueError(f"variant {variant.name} has references, which only sar uses")
         needed = {stage: graph.file for stage, graph in variant.graphs.items()}
@@ -290,6 +294,17 @@ class Manifest(FolderManifest, frozen=True):
         for stage, file in needed.items():
             if file not in self.files:
                 raise ValueError(f"variant {variant.name}: {stage}'s {file} is not in files")
+
+    def _check_type(self, stage: str, tensor: TensorSpec) -> None:
+        if _KEYS_OR_VALUES.fullmatch(tensor.name):
+            fits = tensor.dtype == self.policy.type
+        else:
+            fits = self.policy.has(tensor.dtype)
+        if not fits:
+            raise ValueError(
+                f"{stage}'s {tensor.name} is {tensor.dtype}, and the bundle's precision is "
+                f"{self.precision}"
+            )
 
     def variant(self, name: str | None) -> Variant:
         """Return the named variant, or the first. Raises BundleError, listing them, if unknown."""

@@ -24,6 +24,7 @@ from typing import Any
 from varedit_runtime.errors import ConfigError, shown
 
 FLOAT32 = "float32"
+_SIXTEEN_BITS = ("float16", "bfloat16")
 Tensor = Any  # torch's, which the runtime does not import
 
 
@@ -122,6 +123,10 @@ class Precision:
     def fp32_exceptions(self) -> tuple[str, ...]:
         """What stays in fp32, as the manifest lists it; nothing where all is fp32."""
         return () if self.exact else tuple(map(str, (*KEPT, *self.kept)))
+
+    def has(self, dtype: str) -> bool:
+        """Return whether a graph may compute or store this type: 16 bits only where meant."""
+        return dtype not in _SIXTEEN_BITS or dtype == self.type or bool(self.stored)
 
     def format(self, component: str, product: str) -> Format:
         """Return how a component's product is computed and its weight stored."""

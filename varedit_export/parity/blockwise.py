@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from varedit_export.errors import ParityError
 from varedit_export.graphs.layout import GraphWeight, round_weight
 from varedit_export.parity.cut import Arrays, CutGraph, WeightFiles
+from varedit_runtime.backends.graph_file import read_graph
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.manifest import ParityLine, Variant, weights_file
 from varedit_runtime.precision import Precision, product_of
@@ -94,7 +95,7 @@ class ComparedGraph:
 
 
 def open_cut_graph(bundle: Bundle, variant: Variant, stage: str) -> CutGraph:
-    return CutGraph(stage, bundle.graph_bytes(variant.name, stage))
+    return CutGraph(stage, read_graph(bundle, variant, stage))
 
 
 def blocks_line(stage: ComparedGraph, count: int) -> ParityLine:

@@ -24,6 +24,7 @@ from varedit_engines.compile_set import stages_of
 from varedit_engines.engine_compiler import EngineCompiler
 from varedit_export.errors import ExportError
 from varedit_runtime.backends.engines.import_tensorrt import RTX
+from varedit_runtime.backends.graph_file import read_graph
 from varedit_runtime.backends.onnxruntime.backend import OnnxBackend, load_graph
 from varedit_runtime.backends.onnxruntime.options import OnnxRuntimeOptions
 from varedit_runtime.backends.wiring import Step, wire
@@ -71,7 +72,7 @@ def first_wrong_layer(
             f"{bundle.path} is in {precision.name}, which ONNX Runtime does not compute on CPUs: "
             "compare the layers of the same model in fp16"
         )
-    graph = with_all_outputs(bundle.graph_bytes(chosen.name, stage))
+    graph = with_all_outputs(read_graph(bundle, chosen, stage))
     with needs_extra("polygraphy"):
         from polygraphy import config
         from polygraphy.backend.onnxrt import OnnxrtRunner

@@ -14,6 +14,7 @@ from onnxruntime import InferenceSession
 from varedit_export.errors import ParityError
 from varedit_export.parity.measures import check_output
 from varedit_runtime.backends.graph_backend import GraphBackend
+from varedit_runtime.backends.graph_file import read_graph
 from varedit_runtime.backends.onnxruntime.backend import load_graph
 from varedit_runtime.backends.wiring import Step, View, values_of
 from varedit_runtime.bundle import Bundle
@@ -58,7 +59,7 @@ class StaticBackend(GraphBackend):
     def _session(self, stage: str) -> InferenceSession:
         if self._loaded is None or self._loaded[0] != stage:
             self._loaded = None  # frees the last one before the next takes its memory
-            graph = self._bundle.graph_bytes(self.variant.name, stage)
+            graph = read_graph(self._bundle, self.variant, stage)
             self._loaded = stage, load_graph(graph, self._bundle.graphs_folder)
         return self._loaded[1]
 

@@ -47,6 +47,7 @@ from varedit_export.parity.streamed_transformer import TransformerComparison
 from varedit_export.sources import Sources, TextSource
 from varedit_reference.config import ModelConfig
 from varedit_reference.quantisation import to_tokens
+from varedit_runtime.backends.graph_file import read_graph
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.manifest import ParityLine, Variant, scale_of
 from varedit_runtime.pictures import from_decoder
@@ -134,7 +135,7 @@ class CoderComparison:
     def _compare(
         self, stage: str, name: str, given: Tensor, expected: Tensor
     ) -> Iterator[ParityLine]:
-        cut = CutCoder(stage, self._bundle.graph_bytes(self._variant.name, stage), self._factor)
+        cut = CutCoder(stage, read_graph(self._bundle, self._variant, stage), self._factor)
         made = self._runner.run(cut.small, cut.small.before, {name: given.numpy()})[cut.maps]
         check_output(stage, cut.maps, made)
         height, width = given.shape[2:]

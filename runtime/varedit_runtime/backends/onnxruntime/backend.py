@@ -16,6 +16,7 @@ import numpy as np
 import onnxruntime as ort
 
 from varedit_runtime.backends.graph_backend import GraphBackend
+from varedit_runtime.backends.graph_file import read_graph
 from varedit_runtime.backends.interrupt import stopped_by_interrupt
 from varedit_runtime.backends.onnxruntime import cuda
 from varedit_runtime.backends.onnxruntime.options import PROVIDERS, OnnxRuntimeOptions
@@ -23,7 +24,6 @@ from varedit_runtime.backends.wiring import SYMBOLIC, Step, View, constants, val
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import BackendError, one_line
 from varedit_runtime.manifest import Variant
-from varedit_runtime.precision import PRECISIONS
 
 ARENAS = {"cpu": "cpu:0", "cuda": "gpu:0"}
 # By the provider that a graph is loaded on.
@@ -122,6 +122,8 @@ def load_graph(
         "session.model_external_initializers_file_folder_path": str(folder),
         # Sessions run in turn: the threads of one must not keep the next one's from the cores.
         "session.force_spinning_stop": "1",
+        # The checks read ONNX: bytes may be a model in ONNX Runtime's own format as well.
+        "session.load_model_format": "ONNX",
         # Nor must idle ones keep other programs', or their own session's: where a core is
         # shared, spinning for the default of some 20 ms costs a tenth of an edit.
         "session.intra_op.spin_duration_us": "50",
@@ -203,26 +205,24 @@ class OnnxBackend(GraphBackend):
         provider, threads = options.provider, options.threads or 0
         check_provider(provider)
         super().__init__(variant, bundle.manifest.model, provider, symbolic=True)
-        views = (view for step in self.steps.values() for view in step.views)
-        precision = bundle.manifest.policy
-        if any(view.dtype == "bfloat16" for view in views):  # whatever the manifest calls it
-            precision = PRECISIONS["bf16"]
-        if not precision.onnxruntime:
+        if not (precision := bundle.manifest.policy).onnxruntime:
             raise BackendError(
                 f"the bundle is {precision.name}, which ONNX Runtime cannot run: build with "
                 "--precision fp32 for a CPU or fp16 for a GPU, or run engines"
             )
         stages = dict.fromkeys(step.stage for step in self.steps.values())
+        # All graphs are checked before any of them makes a library open files.
+        graphs = {stage: read_graph(bundle, variant, stage) for stage in stages}
         self._sessions = {
             stage: Session(
                 stage,
-                bundle.graph_bytes(variant.name, stage),
+                graph,
                 bundle.graphs_folder,
                 provider,
                 threads,
                 captured=provider == "cuda" and stage == SYMBOLIC,
             )
-            for stage in stages
+            for stage, graph in graphs.items()
         }
         self._values = self._allocate(list(self.steps.values()))
 
