@@ -15,7 +15,16 @@ from random import Random
 
 import numpy as np
 import pytest
-from picture_files import chunk, encoded, jpeg_tiff, many_scans, png, tiff, with_segments
+from picture_files import (
+    chunk,
+    encoded,
+    jpeg_tiff,
+    many_scans,
+    png,
+    tiff,
+    with_checksums,
+    with_segments,
+)
 from PIL import Image, ImageCms
 from PIL.ImageFile import ImageFile
 
@@ -123,6 +132,31 @@ def test_damaged_optional_chunks_of_a_png_are_left_out(kind: bytes, content: byt
     assert pixels(png(2, 1, colour=2, data=row, after=damaged)) == [[0, 1, 2], [3, 4, 5]]
 
 
+def test_pngs_of_too_many_chunks_are_refused():
+    with pytest.raises(PictureError, match="over 200000 PNG chunks"):
+        open_picture(png(1, 1, data=b"\0\0", before=chunk(b"prVt", b"") * 200_000))
+
+
+def test_a_packed_chunk_is_unpacked_once(monkeypatch: pytest.MonkeyPatch):
+    unpacked: list[int] = []
+    original = zlib.decompressobj
+    monkeypatch.setattr(zlib, "decompressobj", lambda: unpacked.append(1) or original())
+    large = chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(bytes(2**21)))
+    profile = chunk(b"iCCP", b"ICC\0\0" + zlib.compress(bytes(2**21)))
+    assert pixels(png(1, 1, data=b"\0\7", before=(large + profile) * 50)) == [[7] * 3]
+    assert len(unpacked) == 2
+
+
+def test_exif_data_in_a_text_turn_a_picture_upright():
+    data = b"Exif\0\0II*\0\x08\0\0\0\1\0" + struct.pack("<HHII", 274, 3, 1, 6) + bytes(4)
+    text = b"\nexif\n%8d\n%s\n" % (len(data), data.hex().encode())
+    for stored in (
+        chunk(b"tEXt", b"Raw profile type exif\0" + text),
+        chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(text)),
+    ):
+        assert open_picture(png(2, 1, data=b"\0\1\2", after=stored)).size == (1, 2)
+
+
 def test_used_optional_chunks_are_kept_beside_damaged_ones():
     profile = chunk(b"iCCP", b"ICC\0\0" + zlib.compress(srgb_profile()))
     turned = chunk(b"eXIf", b"II*\0\x08\0\0\0\1\0" + struct.pack("<HHII", 274, 3, 1, 6) + bytes(4))
@@ -195,6 +229,17 @@ def test_jpegs_of_too_many_segments_are_refused():
         open_picture(with_segments(file, *[(0xDB, bytes(2**15))] * 3))
 
 
+def test_jpegs_in_a_tiff_have_as_few_segments():
+    file = with_segments(encoded(smooth(8, 8).convert("L"), "JPEG"), *[(0xFE, b"")] * 10_001)
+    with pytest.raises(PictureError, match="over 10000 JPEG segments"):
+        open_picture(jpeg_tiff(file, (8, 8)))
+    file = with_segments(encoded(smooth(8, 8).convert("L"), "JPEG"), *[(0xFE, b"")] * 9_000)
+    places = {"_273": [8, 8 + len(file)], "_279": [len(file)] * 2}
+    two = tiff(file * 2, _256=8, _257=16, _258=8, _259=7, _262=1, _277=1, _278=8, **places)
+    with pytest.raises(PictureError, match="too many JPEG segments"):
+        open_picture(two)
+
+
 def test_a_jpeg_needs_one_supported_frame():
     file = encoded(smooth(64, 64), "JPEG")
     frame = file.index(b"\xff\xc0")
@@ -205,6 +250,18 @@ def test_a_jpeg_needs_one_supported_frame():
     ):
         with pytest.raises(PictureError, match="cannot be read: it"):
             open_picture(damaged)
+
+
+# GIFs
+
+
+def test_gifs_of_too_many_blocks_before_the_picture_are_refused():
+    file = encoded(smooth(8, 8).convert("P"), "GIF", comment=b"x" * 1000)
+    start = file.index(b"!\xfe")
+    comment = b"!\xfe" + b"\1x" * 1000 + b"\0"
+    assert pixels(file[:start] + comment * 99 + file[start:]) == pixels(file)
+    with pytest.raises(PictureError, match="over 100000 GIF blocks"):
+        open_picture(file[:start] + comment * 101 + file[start:])
 
 
 # TIFFs
@@ -480,7 +537,7 @@ def damaged(file: bytes, random: Random) -> bytes:
             del data[max(place, 8) :]
         if not data:
             return b""
-    return bytes(data)
+    return bytes(data) if random.random() < 0.5 else with_checksums(data)
 
 
 def test_fuzz_damaged_files_give_a_picture_or_an_error(

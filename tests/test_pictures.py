@@ -420,6 +420,14 @@ def test_pictures_are_written_in_the_format_of_the_extension(tmp_path: Path, suf
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "RGBa", "CMYK", "LAB"])
+def test_pictures_of_any_mode_are_written_as_rgb(tmp_path: Path, mode: str):
+    picture = Image.new(mode, (1, 1))
+    picture.putpixel((0, 0), (77, 100, 99, 55)[: len(picture.getbands())])
+    save_picture(picture, tmp_path / "out.png")
+    assert open_picture(tmp_path / "out.png").tobytes() == picture.convert("RGB").tobytes()
+
+
 @pytest.mark.parametrize("name", ["out", "out.xyz", "out.gif"])
 def test_an_unknown_extension_is_refused(tmp_path: Path, name: str):
     with pytest.raises(PictureError, match=r"\.png, \.jpg"):

@@ -264,7 +264,7 @@ def _orientation(image: Image.Image) -> int:
 def _pixels_only(image: Image.Image) -> Image.Image:
     """Copy a picture's pixels to RGB, without the metadata that Pillow carries along."""
     plain = Image.new("RGB", image.size)
-    plain.paste(image)
+    plain.paste(image if image.mode == "RGB" else image.convert("RGB"))
     return plain
 
 

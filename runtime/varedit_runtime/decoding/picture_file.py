@@ -7,7 +7,7 @@ from functools import cache
 from io import BytesIO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from varedit_runtime.decoding.exif import only_orientation
 from varedit_runtime.decoding.jpeg import read_jpeg
@@ -93,7 +93,10 @@ def open_file(data: bytes, limits: Limits) -> PictureFile:
     limits.check_memory(needed)
     if written_as == "TIFF":
         _silence_libtiff()
-    image = Image.open(BytesIO(checked.data), formats=[written_as])
+    try:
+        image = Image.open(BytesIO(checked.data), formats=[written_as])
+    except UnidentifiedImageError as error:
+        raise PictureError(f"its {written_as} header is damaged or of a rare kind") from error
     limits.check_pixels(image.size)
     limits.check_memory(needed + picture_memory(image.size, image.mode))
     if "exif" in image.info:

@@ -64,7 +64,7 @@ def _converted(image: Image.Image) -> Image.Image:
     rgb = Image.new("RGB", image.size, WHITE)
     for box in pieces(image.size):
         colours, alpha = _split_alpha(eight_bit(image.crop(box)))
-        if colours.mode not in ("L", "CMYK"):
+        if colours.mode not in ("L", "CMYK", "LAB"):
             colours = colours.convert("RGB")
         to_srgb = transform(colours.mode)
         rgb.paste(to_srgb.apply(colours) if to_srgb else colours.convert("RGB"), box[:2], alpha)
@@ -119,11 +119,14 @@ def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
 
 
 def _srgb_transform(profile: bytes | None, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """Return what converts a mode's colours to sRGB; None without a usable profile."""
+    """Return what converts a mode's colours to sRGB; None if Pillow's formulas are to do it."""
+    srgb = ImageCms.createProfile("sRGB")
+    if mode == "LAB":  # is absolute; Pillow would build this for every piece
+        return ImageCms.buildTransform(ImageCms.createProfile("LAB"), srgb, "LAB", "RGB")
     if not profile:
         return None
     try:
         embedded = ImageCms.ImageCmsProfile(BytesIO(profile))
-        return ImageCms.buildTransform(embedded, ImageCms.createProfile("sRGB"), mode, "RGB")
+        return ImageCms.buildTransform(embedded, srgb, mode, "RGB")
     except (ImageCms.PyCMSError, OSError):
         return None
