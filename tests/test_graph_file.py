@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -17,9 +18,9 @@ from onnx import AttributeProto, ModelProto, TensorProto, helper
 from varedit_runtime.backends.graph_file import read_graph
 from varedit_runtime.backends.onnxruntime import backend as onnx_backend
 from varedit_runtime.backends.wiring import wire
-from varedit_runtime.bundle import Bundle
+from varedit_runtime.bundle import Bundle, file_digest
 from varedit_runtime.editor import Editor
-from varedit_runtime.errors import BundleError
+from varedit_runtime.errors import BackendError, BundleError
 from varedit_runtime.files import HeldFile
 from varedit_runtime.locate import embedded
 from varedit_runtime.manifest import (
@@ -27,6 +28,7 @@ from varedit_runtime.manifest import (
     Manifest,
     canonical_json,
     decode_manifest,
+    scale_of,
     weights_file,
 )
 
@@ -316,17 +318,16 @@ def with_graph(folder: Path, stage: str, change: Callable[[ModelProto], None]) -
     model, file = model_of(stage), VARIANT.graph(stage).file
     change(model)
     (bundle / file).write_bytes(model.SerializeToString())
-    entry = entry_of(bundle / file)
-    files = {**NANO.manifest.files, file: entry}
-    rewrite_manifest(bundle, canonical_json(structs.replace(NANO.manifest, files=files)))
+    listed(bundle, file)
     return bundle
 
 
-def entry_of(path: Path) -> FileEntry:
-    import hashlib
-
-    data = path.read_bytes()
-    return FileEntry(hashlib.sha256(data).hexdigest(), len(data))
+def listed(bundle: Path, file: str) -> None:
+    """Make the manifest list a file as it is."""
+    path = bundle / file
+    entry = FileEntry(file_digest(path), path.stat().st_size)
+    files = {**NANO.manifest.files, file: entry}
+    rewrite_manifest(bundle, canonical_json(structs.replace(NANO.manifest, files=files)))
 
 
 def test_a_digest_vouches_for_all_that_an_editor_reads(tmp_path: Path):
@@ -435,6 +436,23 @@ def test_fuzz_damaged_headers_of_weights_are_refused_or_agree_with_the_graph(
         except BundleError:
             refused += 1
     assert refused > 100
+
+
+def test_fuzz_a_strangers_bundle_is_refused_or_opened(
+    cases: Callable[[int], Iterator[Random]], tmp_path: Path
+):
+    """Its files are damaged, and listed as they are: the checks of digests find nothing."""
+    bundle = Path(shutil.copytree(embedded(), tmp_path / "bundle"))
+    opened = [stage for stage in VARIANT.graphs if scale_of(stage) is None and stage != "prefill"]
+    names = ["tokenizer.json", POSITIONS, *(VARIANT.graph(stage).file for stage in opened)]
+    for random in cases(40):
+        name = random.choice(names)
+        whole = (embedded() / name).read_bytes()
+        (bundle / name).write_bytes(damaged(random, whole))
+        listed(bundle, name)
+        with suppress(BundleError, BackendError):
+            Editor.open(bundle, threads=1).close()
+        (bundle / name).write_bytes(whole)
 
 
 def place(random: Random, value: Any) -> tuple[Any, Any]:

@@ -115,6 +115,24 @@ def test_a_pinned_bundle_that_is_replaced_while_it_is_opened_is_refused(
         Editor.open(target, threads=1, digest=Bundle.open(target).digest)
 
 
+def test_a_pinned_bundle_that_is_published_again_while_it_is_hashed_is_opened(
+    sources: tuple[Path, Path], target: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Between the two renames of a publication there is nothing to hash."""
+    original, landed = Bundle.verify, iter([republish])
+
+    def verify(bundle: Bundle) -> None:
+        for land in landed:
+            land(sources[0], target)
+            raise BundleError("no such file")
+        original(bundle)
+
+    monkeypatch.setattr(Bundle, "verify", verify)
+    digest = Bundle.open(target).digest
+    with Editor.open(target, threads=1, digest=digest) as editor:
+        assert editor.bundle.digest == digest
+
+
 def test_a_bundle_that_is_replaced_whenever_it_is_opened_is_an_error(
     sources: tuple[Path, Path], target: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -150,9 +150,9 @@ class Editor:
         )
         for _ in range(ATTEMPTS):
             opened = Bundle.open(bundle, digest)
-            if digest is not None:
-                opened.verify()
             try:
+                if digest is not None:
+                    opened.verify()
                 editor = cls._load(opened, opened.manifest.variant(variant), chosen_backend)
             except VareditError:
                 if opened.stands():
