@@ -32,7 +32,7 @@ from varedit_runtime.backends.engines.weights import EngineWeights
 from varedit_runtime.backends.wiring import sized
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.editor import Editor, Progress, read_instructions
-from varedit_runtime.errors import BackendError, BundleError
+from varedit_runtime.errors import BackendError, BundleError, readable_size
 from varedit_runtime.locate import embedded
 from varedit_runtime.manifest import MANIFEST
 
@@ -154,7 +154,7 @@ def test_memory_is_as_the_budget_says(small: tuple[Editor, SimulatedGpu]) -> Non
     inside = said.weights if layout == "baked" else 0  # in the engines, which simulated ones ignore
     assert said.total - inside == pytest.approx(taken, rel=0.2)
     assert said.caches > 0 and said.between > 0 and said.scratch
-    assert "GB of GPU memory" in str(said)
+    assert f"{readable_size(said.total)} of GPU memory" in str(said)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

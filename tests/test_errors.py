@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 
 from varedit_runtime.backends.spec import report_line
-from varedit_runtime.errors import LONGEST, ConfigError, VareditError, one_line, reason, shown
+from varedit_runtime.errors import (
+    LONGEST,
+    ConfigError,
+    VareditError,
+    one_line,
+    readable_size,
+    reason,
+    shown,
+)
 from varedit_runtime.pictures import open_picture
 
 
@@ -92,3 +100,18 @@ def test_fuzz_any_text_gives_a_well_formed_message(
         told = str(VareditError(text))
         assert well_formed(told) and well_formed(shown(text))
         assert str(VareditError(told)) == told
+
+
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (15_100, "15.1 kB"),
+        (450 * 10**6, "450 MB"),
+        (16_940_000_000, "16.9 GB"),
+        (2**60, "1152921505 GB"),
+    ],
+)
+def test_sizes_of_any_magnitude_can_be_read(count: int, said: str) -> None:
+    assert readable_size(count) == said

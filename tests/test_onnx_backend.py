@@ -246,7 +246,7 @@ def test_a_node_that_fails_is_told_once(capfd: pytest.CaptureFixture[str]) -> No
 
 @pytest.mark.parametrize("shape", [(2**20, 2**30), (2**31 - 1,) * 8, (2**62, 2**20)])
 def test_a_buffer_that_is_too_large_is_a_typed_error(shape: tuple[int, ...]) -> None:
-    said = f"no memory on the cpu for the {prod(shape) * 4 / 1e9:.2f} GB of a buffer .*--batch"
+    said = f"no memory on the cpu for the {prod(shape) * 4 / 1e9:.0f} GB of a buffer .*--batch"
     with pytest.raises(BackendError, match=said) as caught:
         Buffer(shape, "float32", "cpu")
     assert "\n" not in str(caught.value)
@@ -260,7 +260,7 @@ def test_too_little_memory_to_fill_a_buffer_is_a_typed_error(
 
     buffer = Buffer((2, 3), "float32", "cpu")
     monkeypatch.setattr(np, "full", full)
-    with pytest.raises(BackendError, match=r"0\.00 GB of a buffer \(Unable to allocate\)"):
+    with pytest.raises(BackendError, match=r"the 24 bytes of a buffer \(Unable to allocate\)"):
         buffer.fill(0)
 
 
@@ -301,5 +301,5 @@ def test_a_tensor_that_no_memory_holds_is_found_on_opening(
 ) -> None:
     """Its graph says so too."""
     monkeypatch.setattr(graph_file, "_compare", lambda *_: None)
-    with pytest.raises(BackendError, match=r"no memory on the cpu for the \d+\.\d\d GB"):
+    with pytest.raises(BackendError, match=r"no memory on the cpu for the \d+ GB"):
         Editor.open(changed_nano(tmp_path, start(shape=(2**31 - 1,) * 6)))

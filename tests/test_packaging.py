@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -235,7 +236,7 @@ def test_without_torch_convert_names_the_extra_to_install(tmp_path: Path):
 
 def test_an_interrupt_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def interrupted(source: Path) -> None:
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(pictures, "open_picture", interrupted)
     result = CliRunner().invoke(run_main, ["prepare", "in.png", "-o", str(tmp_path / "out.png")])

@@ -464,7 +464,7 @@ def test_memory_is_left_out_where_the_system_does_not_tell(
     assert report.memory.peak is report.memory.activations is report.memory.held_ratio is None
     memory = replace(report.memory, weights=10**6, buffers=2 * 10**6)
     table = bench.report_table(replace(report, memory=memory))
-    assert "weights 1 MB, caches 2 MB; this system does not report" in table
+    assert "weights 1.0 MB, caches 2.0 MB; this system does not report" in table
     assert "disk" in table
 
 

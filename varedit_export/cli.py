@@ -20,7 +20,13 @@ from varedit_export.errors import ParityError
 from varedit_export.options import BuildOptions, EngineOptions, VerifyOptions
 from varedit_runtime.backends import choose, find_backend, specs
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.errors import BundleError, CheckpointError, ConfigError, needs_extra
+from varedit_runtime.errors import (
+    BundleError,
+    CheckpointError,
+    ConfigError,
+    needs_extra,
+    readable_size,
+)
 from varedit_runtime.locate import remember
 from varedit_runtime.manifest import ParityLine
 from varedit_runtime.precision import PRECISIONS, named
@@ -256,7 +262,7 @@ def _compile(bundle: Bundle | Path, options: EngineOptions) -> Path:
     with _progress() as on_step:
         found = varedit_export.compile_engines(bundle, options, on_step, _say)
     for file, entry in found.manifest.files.items():
-        _say(f"  {file:<24} {entry.size / 1e6:8.1f} MB")
+        _say(f"  {file:<24} {readable_size(entry.size):>8}")
     return found.path
 
 
@@ -362,7 +368,7 @@ def inspect(bundle: Path) -> None:
         )
         click.echo(f"             on a GPU: {budget(opened, variant, 'external')}")
     for name, entry in sorted(manifest.files.items()):
-        click.echo(f"  {name:<52} {entry.size / 1e6:10.2f} MB")
+        click.echo(f"  {name:<52} {readable_size(entry.size):>8}")
     click.echo(f"  built with {', '.join(f'{k} {v}' for k, v in manifest.tools.items())}")
     click.echo(_summary(manifest.parity))
 

@@ -12,11 +12,10 @@ from varedit_runtime.backends.spec import (
     Verdict,
     commands_hint,
     install_command,
-    readable_size,
     report_line,
     too_little,
 )
-from varedit_runtime.errors import reason
+from varedit_runtime.errors import readable_size, reason
 
 EXPORT = (
     "torch",

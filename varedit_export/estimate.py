@@ -13,6 +13,7 @@ from varedit_export.graphs.stages import Shapes
 from varedit_export.parity.compare_bundle import is_large
 from varedit_export.plan import BundlePlan
 from varedit_runtime.backends.machine import available_memory
+from varedit_runtime.errors import readable_size
 
 GRAPH = 2 * 10**6  # bytes of the largest graph; most have less than one million
 # Bytes of the program with PyTorch, onnxscript and transformers, and of what tracing leaves behind.
@@ -37,7 +38,7 @@ class Needs:
 
     def __str__(self) -> str:
         return (
-            f"{self.disk / 1e9:.1f} GB of disk, {self.memory / 1e9:.1f} GB of memory, about "
+            f"{readable_size(self.disk)} of disk, {readable_size(self.memory)} of memory, about "
             f"{max(self.seconds / 60, 1):.0f} min"
         )
 
@@ -83,8 +84,8 @@ def check_memory(needed: int) -> None:
     available = available_memory()
     if available is not None and available < needed:
         raise ExportError(
-            f"{available / 1e9:.1f} GB of memory are available and the build needs "
-            f"{needed / 1e9:.1f} GB: end other programs, or build on a larger machine"
+            f"{readable_size(available)} of memory are available and the build needs "
+            f"{readable_size(needed)}: end other programs, or build on a larger machine"
         )
 
 

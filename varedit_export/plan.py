@@ -41,7 +41,7 @@ from varedit_export.graphs.trace import fake_tensors
 from varedit_export.sources import Sources
 from varedit_reference.config import ModelConfig
 from varedit_reference.tokenizer import Tokenizer
-from varedit_runtime.errors import ConfigError
+from varedit_runtime.errors import ConfigError, readable_size
 from varedit_runtime.manifest import GRAPHS, LARGEST_BATCH
 from varedit_runtime.precision import Precision, named
 
@@ -165,7 +165,7 @@ class BundlePlan:
         lines = [f"{self.request.target}: {variants}, {self.request.precision}"]
         for component in self.components:
             file = component.file.removeprefix(f"{GRAPHS}/")
-            lines.append(f"  {file:<44} {component.size / 1e6:10.1f} MB")
+            lines.append(f"  {file:<44} {readable_size(component.size):>8}")
         lines += [f"  {self.graph_count} graphs", f"  weights: {self.sources.description}"]
         return "\n".join(lines)
 

@@ -35,7 +35,7 @@ from varedit_runtime.backends.engines.packing import pack_into, unpacked_size
 from varedit_runtime.backends.graph_file import read_graph
 from varedit_runtime.backends.wiring import PREFILL, scale_profiles, sized
 from varedit_runtime.bundle import Bundle, Folder
-from varedit_runtime.errors import BundleError, ConfigError, shown
+from varedit_runtime.errors import BundleError, ConfigError, readable_size, shown
 from varedit_runtime.manifest import Variant, scale_name
 
 # A set and a stage in it.
@@ -92,7 +92,7 @@ class CompileJob:
         copies = transformers(self.variant, self.layout)
         return (
             f"{len(self.recipe.graphs)} engines for {self.compiler.gpu}, weights {self.layout}: "
-            f"{size / 1e9:.2f} GB of weights on the GPU, {copies}x the transformer's"
+            f"{readable_size(size)} of weights on the GPU, {copies}x the transformer's"
         )
 
 

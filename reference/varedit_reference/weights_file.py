@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint
 from tqdm import tqdm
 
-from varedit_runtime.errors import CheckpointError, one_line, shown
+from varedit_runtime.errors import CheckpointError, one_line, readable_size, shown
 from varedit_runtime.files import atomic_file
 from varedit_runtime.manifest import StoredWeight
 
@@ -375,7 +375,7 @@ def check_room(folder: Path, size: int) -> None:
         ) from error
     if free < size:
         raise CheckpointError(
-            f"{folder} has {free / 1e9:.1f} GB free and {size / 1e9:.1f} GB are to be written: "
+            f"{folder} has {readable_size(free)} free and {readable_size(size)} are to be written: "
             "free some room or choose another folder"
         )
 

@@ -26,7 +26,7 @@ from varedit_runtime.backends import DEFAULT, ChosenBackend, choose
 from varedit_runtime.backends.onnxruntime.backend import Buffer, Session
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.editor import WHOLE_EDIT, Editor, OnScale
-from varedit_runtime.errors import ConfigError
+from varedit_runtime.errors import ConfigError, readable_size
 from varedit_runtime.files import atomic_file, unwritable
 from varedit_runtime.geometry import scale_sizes
 from varedit_runtime.manifest import DIGEST, MANIFEST, Model, Variant, scale_of
@@ -222,7 +222,9 @@ def report_table(report: BenchReport) -> str:
         lines.append(f"matrix product   {report.product_rate / 1e9:.1f} GFLOP/s in fp32")
     lines += memory_lines(report.memory)
     if report.gpu_memory is not None:
-        lines.append(f"GPU memory       {_megabytes(report.gpu_memory)}, and what the driver takes")
+        lines.append(
+            f"GPU memory       {readable_size(report.gpu_memory)}, and what the driver takes"
+        )
     return "\n".join(lines)
 
 
@@ -234,7 +236,9 @@ def memory_lines(memory: MemoryUse) -> list[str]:
             f"                 peak {memory.peak_ratio:.2f} x weights, without caches and "
             f"activations {memory.held_ratio:.2f} x"
         )
-    lines.append(f"disk             {_megabytes(memory.disk)}, {memory.disk_ratio:.3f} x weights")
+    lines.append(
+        f"disk             {readable_size(memory.disk)}, {memory.disk_ratio:.3f} x weights"
+    )
     return lines
 
 
@@ -371,16 +375,12 @@ def _memory(
 
 
 def _process(memory: MemoryUse) -> str:
-    parts = f"weights {_megabytes(memory.weights)}, caches {_megabytes(memory.buffers)}"
+    parts = f"weights {readable_size(memory.weights)}, caches {readable_size(memory.buffers)}"
     if memory.peak is None or memory.activations is None or memory.before is None:
         return f"{parts}; this system does not report the process's memory"
-    parts += f", activations {_megabytes(memory.activations)}"
+    parts += f", activations {readable_size(memory.activations)}"
     known = memory.before + memory.weights + memory.buffers + memory.activations
     return (
-        f"peak {_megabytes(memory.peak)}: before opening {_megabytes(memory.before)}, {parts}, "
-        f"all else {_megabytes(max(memory.peak - known, 0))}"
+        f"peak {readable_size(memory.peak)}: before opening {readable_size(memory.before)}, "
+        f"{parts}, all else {readable_size(max(memory.peak - known, 0))}"
     )
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:.0f} MB"

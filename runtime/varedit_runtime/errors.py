@@ -73,6 +73,14 @@ _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
 
 
+def readable_size(count: int) -> str:
+    """Return a number of bytes for a person to read."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.{0 if count >= 100 * size else 1}f} {unit}"
+    return f"{count} bytes"
+
+
 def one_line(error: object) -> str:
     """Return an error's text, or another one, `printable` and without repeated spaces."""
     try:

@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 from varedit_runtime.backends.machine import Machine, ProbeResult
-from varedit_runtime.errors import BackendError, one_line, printable, reason
+from varedit_runtime.errors import BackendError, one_line, printable, readable_size, reason
 
 if TYPE_CHECKING:
     from varedit_runtime.backends.base import Backend
@@ -144,8 +144,3 @@ def commands_hint(commands: Sequence[str]) -> str:
 def report_line(name: str, text: str) -> str:
     """Return a line of `doctor` in two columns, printable whatever a library calls itself."""
     return printable(f"{name:<18}{text}")
-
-
-def readable_size(count: int) -> str:
-    """Return a number of bytes for a person to read."""
-    return f"{count / 1e9:.1f} GB" if count >= 10**9 else f"{count / 1e6:.0f} MB"

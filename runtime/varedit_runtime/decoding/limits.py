@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from varedit_runtime.errors import PictureError
+from varedit_runtime.errors import PictureError, readable_size
 
 MAX_PIXELS = 89_478_485  # Pillow warns of a decompression bomb from here, and refuses twice this
 MAX_MEMORY = 2**29  # bytes
@@ -39,8 +39,8 @@ class Limits:
         """Raise PictureError if reading a picture takes too many bytes."""
         if needed > self.memory:
             raise PictureError(
-                f"reading it takes {needed / 1e6:.0f} MB of memory, of at most "
-                f"{self.memory / 1e6:.0f} MB: make the picture smaller"
+                f"reading it takes {readable_size(needed)} of memory, of at most "
+                f"{readable_size(self.memory)}: make the picture smaller"
             )
 
 

@@ -14,7 +14,7 @@ from varedit_runtime.backends.engines.device import ALIGNMENT
 from varedit_runtime.backends.engines.engine_set import EngineLayout
 from varedit_runtime.backends.wiring import values_of, wire
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.errors import BackendError
+from varedit_runtime.errors import BackendError, readable_size
 from varedit_runtime.manifest import Variant, weights_file
 
 Key = TypeVar("Key", bound=Hashable)
@@ -60,20 +60,21 @@ class Budget:
         return self.weights + self.caches + self.between + (self.scratch or 0)
 
     def __str__(self) -> str:
-        scratch = "the engines' scratch" if self.scratch is None else f"{_gb(self.scratch)} scratch"
-        return (
-            f"{_gb(self.total)} of GPU memory ({_gb(self.weights)} weights, {_gb(self.caches)} "
-            f"caches, {_gb(self.between)} between graphs{' and' if self.scratch is None else ','} "
-            f"{scratch}), and what the driver takes"
-        )
+        known = {"weights": self.weights, "caches": self.caches, "between graphs": self.between}
+        if self.scratch is not None:
+            known["scratch"] = self.scratch
+        parts = ", ".join(f"{readable_size(size)} {name}" for name, size in known.items())
+        unknown = " and the engines' scratch" if self.scratch is None else ""
+        total = readable_size(self.total)
+        return f"{total} of GPU memory ({parts}{unknown}), and what the driver takes"
 
     def check(self, rest: int, free: int) -> None:
         """Raise BackendError if rest, the bytes not yet allocated, is more than the free bytes."""
         if rest > free:
             raise BackendError(
-                f"the engines need {self}; {_gb(rest)} of it are yet to be taken and {_gb(free)} "
-                "are free: end other programs on this GPU, or use a bundle of a smaller --res or "
-                "--batch"
+                f"the engines need {self}; {readable_size(rest)} of it are yet to be taken and "
+                f"{readable_size(free)} are free: end other programs on this GPU, or use a bundle "
+                "of a smaller --res or --batch"
             )
 
 
@@ -96,7 +97,3 @@ def weights_on_gpu(bundle: Bundle, variant: Variant, layout: EngineLayout) -> in
 def transformers(variant: Variant, layout: EngineLayout) -> int:
     """Return how many copies of the transformer's weights a layout has on the GPU."""
     return len(variant.grids) + 1 if layout == "baked" else 1
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.2f} GB"

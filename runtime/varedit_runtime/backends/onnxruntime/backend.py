@@ -22,7 +22,7 @@ from varedit_runtime.backends.onnxruntime import cuda
 from varedit_runtime.backends.onnxruntime.options import PROVIDERS, OnnxRuntimeOptions
 from varedit_runtime.backends.wiring import SYMBOLIC, Step, View, constants, values_of
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.errors import BackendError, one_line
+from varedit_runtime.errors import BackendError, one_line, readable_size
 from varedit_runtime.manifest import Variant
 
 ARENAS = {"cpu": "cpu:0", "cuda": "gpu:0"}
@@ -80,7 +80,7 @@ class Buffer:
             yield
         except Exception as error:  # NumPy, ONNX Runtime and CUDA each raise errors of their own
             raise BackendError(
-                f"no memory on the {self.device} for the {self.size / 1e9:.2f} GB of a buffer "
+                f"no memory on the {self.device} for the {readable_size(self.size)} of a buffer "
                 f"({one_line(error)}): end other programs, or use a bundle of a smaller --res or "
                 "--batch"
             ) from error
