@@ -136,6 +136,24 @@ def test_a_wrong_size_or_component_writes_nothing(
     assert not output.exists()
 
 
+def test_weights_are_not_written_over_those_that_are_read(
+    released: dict[str, Path], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    convert("tiny-2b", **released, output=output)
+    before = {name: (output / name).read_bytes() for name in FILES}
+    link = tmp_path / "link.safetensors"
+    link.hardlink_to(output / "transformer.safetensors")
+    for own in (
+        {"transformer": output / "transformer.safetensors"},
+        {"transformer": link},
+        {"text_encoder": output / "text_encoder"},
+    ):
+        with pytest.raises(CheckpointError, match="choose another folder"):
+            convert("tiny-2b", **{**released, **own}, output=output)
+    assert {name: (output / name).read_bytes() for name in FILES} == before
+
+
 def test_too_small_a_disk_is_noticed_before_anything_is_written(
     released: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,7 @@
 """The `varedit-export` command: build, verify, inspect."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,11 @@ from bundles import small_bundle
 from click.testing import CliRunner, Result
 
 from varedit_export.cli import main
+from varedit_export.options import BuildOptions
+from varedit_export.resolve_options import plan_of
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import BundleError
-from varedit_runtime.locate import find_bundle
+from varedit_runtime.locate import embedded, find_bundle
 
 RECORDINGS = Path(__file__).parent / "golden"
 
@@ -44,7 +47,8 @@ def test_a_recordings_bundle_agrees_with_the_recording(
     assert built.exit_code == 0, built.output
     assert built.stdout == f"{bundle}\n"
     assert "parity with the reference" in built.stderr
-    assert find_bundle(None).path == bundle
+    assert "does not become varedit-run's default (it has no text encoder)" in built.stderr
+    assert find_bundle(None).path == embedded()
 
     report = tmp_path / "report.json"
     verified = run("verify", bundle, "--golden", recording_folder, "--report", report)
@@ -64,7 +68,7 @@ def test_another_recordings_numbers_do_not_pass() -> None:
 def test_a_whole_bundle_that_cannot_become_the_default_is_no_failure(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def full(_: Path) -> None:
+    def full(*_: object) -> None:
         raise BundleError("last-built cannot be written (No space left on device)")
 
     monkeypatch.setattr("varedit_export.cli.remember", full)
@@ -72,6 +76,23 @@ def test_a_whole_bundle_that_cannot_become_the_default_is_no_failure(
     built = run("build", "--size", "nano")
     assert built.exit_code == 0 and built.stdout == f"{small_bundle()}\n"
     assert "last-built cannot be written" in built.stderr
+
+
+def test_random_weights_do_not_become_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[BuildOptions] = []
+
+    def build(options: BuildOptions, *_: object) -> Bundle:
+        asked.append(options)
+        return Bundle.open(small_bundle())
+
+    monkeypatch.setattr("varedit_export.build", build)
+    built = run("build", "--size", "2b", "--res", "512", "--random-weights", "0")
+    assert built.exit_code == 0 and find_bundle(None).path == embedded()
+    assert "does not become varedit-run's default (its weights are random)" in built.stderr
+    # Nor do they take the place of the real ones, where no folder is named.
+    assert plan_of(asked[0]).request.target.name == "2b-512-random"
+    assert run("build", "--size", "nano").exit_code == 0
+    assert find_bundle(None).path == small_bundle()
 
 
 def test_inspect_says_what_is_in_a_bundle() -> None:
@@ -85,8 +106,24 @@ def test_without_weights_the_error_names_the_files() -> None:
     error = one_line_error(run("build", "--size", "2b", "--res", "512"))
     assert "infinity_vae_d32reg.pth" in error
     assert "Hugging Face" in error
-    error = one_line_error(run("build", "--size", "8b", "--res", "512"))
-    assert "infinity_vae_d56_f8_14_patchify.pth" in error
+    error = one_line_error(run("build", "--size", "8b", "--res", "512", "--checkpoint", "8B.pth"))
+    assert "needs --tokenizer (infinity_vae_d56_f8_14_patchify.pth) and --text-encoder" in error
+    error = one_line_error(run("convert", "--size", "2b", "--tokenizer", "vae.pth", "-o", "out"))
+    assert error == "Error: convert needs --checkpoint and --text-encoder too\n"
+    paths = ("--checkpoint", "a.pth", "--tokenizer", "b.pth", "--text-encoder", "c")
+    for words in (("build", "--res", "512"), ("convert", "-o", "out")):
+        error = one_line_error(run(*words, "--size", "2b", *paths))
+        assert "there is no a.pth and no b.pth and no c: " in error
+
+
+@pytest.mark.parametrize("command", ("engines", "build"))
+def test_all_extras_that_compiling_needs_are_named(
+    command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    words = ["--size", "nano"] if command == "build" else [small_bundle()]
+    error = one_line_error(run(command, *words, "--backend", "tensorrt"))
+    assert 'pip install "varedit-export[export,tensorrt]"' in error
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,17 @@ def test_a_record_that_cannot_be_written_says_how_else_to_name_the_bundle(home: 
     assert find_bundle(None).path == home / "nano"
 
 
+def test_an_unfit_bundle_does_not_become_the_default_nor_stays_it(home: Path):
+    remember(bundle(home, "real"))
+    said = r"random does not become .* default \(its weights are random\): name it with --bundle"
+    with pytest.raises(BundleError, match=said):
+        remember(bundle(home, "random"), "its weights are random")
+    assert find_bundle(None).path == home / "real"
+    with pytest.raises(BundleError, match="it has no text encoder"):
+        remember(home / "real", "it has no text encoder")
+    assert find_bundle(None).path == home / "nano"
+
+
 def test_the_packages_own_folders_are_used_by_default(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.undo()
     assert default_root().name == "bundles" and default_root().is_absolute()

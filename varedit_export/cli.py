@@ -28,7 +28,7 @@ from varedit_runtime.errors import (
     readable_size,
 )
 from varedit_runtime.locate import remember
-from varedit_runtime.manifest import ParityLine
+from varedit_runtime.manifest import TOKENIZER, ParityLine
 from varedit_runtime.precision import PRECISIONS, named
 from varedit_runtime.terminal.command import (
     BackendCommand,
@@ -167,7 +167,7 @@ def build(
         bundle = varedit_export.build(options, on_step, _say)
     folder = Path(options.output or bundle.path)
     try:
-        remember(folder)
+        remember(folder, _unfit(options, bundle))
     except BundleError as error:  # the bundle is whole all the same
         _say(str(error))
     _say(_summary(bundle.manifest.parity))
@@ -175,6 +175,13 @@ def build(
     if engines is not None:
         for variant in bundle.manifest.variants:
             _say(str(_compile(bundle, replace(engines, variant=variant.name))))
+
+
+def _unfit(options: BuildOptions, bundle: Bundle) -> str | None:
+    """Return why a bundle is not what `varedit-run` should take by default; None if it may."""
+    if options.random_weights is not None:
+        return "its weights are random"
+    return None if TOKENIZER in bundle.manifest.files else "it has no text encoder"
 
 
 def _engine_options(
@@ -446,8 +453,10 @@ def convert(
     with needs_extra("export"):
         from varedit_reference.convert import convert as convert_checkpoints
 
+    given = {"checkpoint": checkpoint, "tokenizer": tokenizer, "text-encoder": text_encoder}
     if checkpoint is None or tokenizer is None or text_encoder is None:
-        raise CheckpointError("convert needs --checkpoint, --tokenizer and --text-encoder")
+        missing = " and ".join(f"--{name}" for name, path in given.items() if path is None)
+        raise CheckpointError(f"convert needs {missing} too")
     for path in convert_checkpoints(size, checkpoint, tokenizer, text_encoder, output):
         click.echo(path)
 

@@ -113,13 +113,17 @@ def _sources(config: ModelConfig, options: BuildOptions) -> Sources:
         return random_sources(config, options.random_weights)
     if options.size == NANO_SIZE and not (checkpoint or tokenizer or text_encoder):
         return sources_of(_nano())[1]
-    needs_text = options.config is None
-    if not (checkpoint and tokenizer and (text_encoder or not needs_text)):
-        raise CheckpointError(missing_weights(config.name))
+    needed = {"--checkpoint": checkpoint, "--tokenizer": tokenizer}
+    if options.config is None:
+        needed["--text-encoder"] = text_encoder
+    missing = [name for name, path in needed.items() if path is None]
+    if checkpoint is None or tokenizer is None or missing:
+        raise CheckpointError(missing_weights(config.name, missing))
     return checkpoint_sources(config, checkpoint, tokenizer, text_encoder)
 
 
 def _name(config: ModelConfig, options: BuildOptions, resolutions: list[int]) -> str:
     """Return the name of a bundle's default folder, such as 2b-256-512-fp16."""
     precision = [] if options.precision == "fp32" else [options.precision]
-    return "-".join([config.name, *map(str, resolutions), *precision])
+    random = [] if options.random_weights is None else ["random"]  # never in the real one's place
+    return "-".join([config.name, *map(str, resolutions), *precision, *random])

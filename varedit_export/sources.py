@@ -5,7 +5,7 @@ time.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from math import prod
@@ -28,6 +28,7 @@ from varedit_reference.checkpoint import (
 from varedit_reference.config import ModelConfig
 from varedit_reference.initialise import RandomWeights, random_weights
 from varedit_reference.text_encoder import SHARED, t5_layout, t5_stack, text_encoder_weights
+from varedit_reference.weights_file import check_there
 from varedit_runtime.text import END_TOKEN
 
 NANO_SIZE = "nano"  # the size whose weights come with the package, in the embedded bundle
@@ -70,8 +71,9 @@ def checkpoint_sources(
     config: ModelConfig, transformer: Path, tokenizer: Path, text_encoder: Path | None
 ) -> Sources:
     """Open weights in files. Raises CheckpointError if they cannot be read or do not fit."""
-    text = None if text_encoder is None else _text_source(text_encoder, config)
     paths = [transformer, tokenizer, *([] if text_encoder is None else [text_encoder])]
+    check_there(paths)
+    text = None if text_encoder is None else _text_source(text_encoder, config)
     return Sources(
         transformer_weights(transformer, config.transformer),
         tokenizer_weights(tokenizer, config.tokenizer),
@@ -128,18 +130,23 @@ def byte_tokenizer() -> bytes:
     return vocabulary.to_str().encode()
 
 
-def missing_weights(size: str) -> str:
-    """Say which weights a build of this size must be given."""
+def missing_weights(size: str, missing: Collection[str]) -> str:
+    """Say which weights a build of this size must still be given. missing: names of options."""
     if size == NANO_SIZE:
         return (
             "size nano has its own weights: give none, or all of --checkpoint, --tokenizer and "
             "--text-encoder"
         )
     transformer, tokenizer = PUBLISHED.get(size, ("its transformer", "its picture tokenizer"))
+    described = {
+        "--checkpoint": transformer,
+        "--tokenizer": tokenizer,
+        "--text-encoder": "a flan-t5-xl folder",
+    }
+    listed = " and ".join(f"{name} ({what})" for name, what in described.items() if name in missing)
     return (
-        f"size {size} needs --checkpoint ({transformer}), --tokenizer ({tokenizer}) and "
-        f"--text-encoder (a flan-t5-xl folder): {PUBLISHERS}; or --random-weights SEED for "
-        "structure and speed alone"
+        f"size {size} needs {listed}: {PUBLISHERS}; or --random-weights SEED for structure and "
+        "speed alone"
     )
 
 

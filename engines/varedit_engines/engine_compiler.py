@@ -103,7 +103,7 @@ class EngineCompiler:
                 f"{RTX} has no version- or hardware-compatible engines: leave that out, and name "
                 "all architectures that they are for (--architecture sm86 --architecture sm89)"
             )
-        self._trt = import_tensorrt(backend)
+        self._trt = import_tensorrt(backend, compiling=True)
         self.backend: EngineKind = backend
         named = [name.lower() for name in architectures]
         self.gpu = "+".join(named) or this_gpu(backend)

@@ -2,13 +2,16 @@
 
 A build writes beside its target NAME, in hidden places, and renames at the end:
 
-    .NAME.lock                   held by the process that builds
+    .NAME.lock                   held by the process that builds; an empty file, which stays
     .NAME.partial/folder/        the new bundle
     .NAME.partial/journal.json   its finished files, which a resumed build does not make again
     .NAME.partial/previous/      the replaced bundle, until it is deleted
 
 Two renames replace a bundle: NAME to previous, folder to NAME. A process killed between them leaves
 no NAME; readers then use previous (`bundle.standing_folder`), and the next build puts it back.
+
+The lock's file is not deleted: a process that waits for it would then lock a file that nobody else
+sees, and on network file systems it cannot tell.
 """
 
 import errno

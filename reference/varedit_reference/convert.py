@@ -8,14 +8,24 @@ The weights keep the float type of the released files.
 """
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from varedit_reference.checkpoint import tokenizer_weights, transformer_weights
 from varedit_reference.config import preset
 from varedit_reference.text_encoder import text_encoder_weights
-from varedit_reference.weights_file import check_room, whole_file, write_safetensors
+from varedit_reference.weights_file import (
+    check_room,
+    check_there,
+    whole_file,
+    write_safetensors,
+)
+from varedit_runtime.errors import CheckpointError
+from varedit_runtime.files import same_file
 
-TEXT_ENCODER_FILES = ("config.json", "tokenizer.json")
+TRANSFORMER, TOKENIZER = "transformer.safetensors", "tokenizer.safetensors"
+TEXT_ENCODER = "text_encoder"
+WEIGHTS, COPIED = "model.safetensors", ("config.json", "tokenizer.json")  # of the text encoder
 
 
 def convert(
@@ -29,24 +39,36 @@ def convert(
 
     size: the preset that the weights must fit. Every file appears whole or not at all; memory holds
     about one tensor at a time. Raises ConfigError on an unknown size, CheckpointError if weights
-    cannot be read or do not fit, or the disk has no room for all of them.
+    cannot be read, do not fit or would be overwritten, or the disk has no room for all of them.
     """
     output, text_encoder = Path(output), Path(text_encoder)
-    config = preset(size)
+    config, sources = preset(size), (Path(transformer), Path(tokenizer), text_encoder)
+    check_there(sources)
     components = {
-        "transformer.safetensors": transformer_weights(transformer, config.transformer),
-        "tokenizer.safetensors": tokenizer_weights(tokenizer, config.tokenizer),
-        "text_encoder/model.safetensors": text_encoder_weights(text_encoder, config.transformer),
+        output / TRANSFORMER: transformer_weights(transformer, config.transformer),
+        output / TOKENIZER: tokenizer_weights(tokenizer, config.tokenizer),
+        output / TEXT_ENCODER / WEIGHTS: text_encoder_weights(text_encoder, config.transformer),
     }
+    copies = {output / TEXT_ENCODER / name: text_encoder / name for name in COPIED}
+    _check_apart([*components, *copies], sources)
     tensors = [tensor for weights in components.values() for tensor in weights.values()]
     check_room(output, sum(tensor.nbytes for tensor in tensors))
-    for name, weights in components.items():
-        component = name.removesuffix(".safetensors").removesuffix("/model")
+    for path, weights in components.items():
+        component = path.stem if path.parent == output else path.parent.name
         metadata = {"format": "varedit_reference", "component": component, "size": size}
-        write_safetensors(output / name, weights, metadata)
-    for name in TEXT_ENCODER_FILES:
-        source = text_encoder / name
-        with whole_file(output / "text_encoder" / name, source.stat().st_size) as partial:
+        write_safetensors(path, weights, metadata)
+    for path, source in copies.items():
+        with whole_file(path, source.stat().st_size) as partial:
             shutil.copyfile(source, partial)
-    names = [*components, *(f"text_encoder/{name}" for name in TEXT_ENCODER_FILES)]
-    return [output / name for name in names]
+    return [*components, *copies]
+
+
+def _check_apart(targets: Iterable[Path], sources: Iterable[Path]) -> None:
+    """Raise CheckpointError if a file to write is one to read, or in a folder to read."""
+    for target in targets:
+        for source in sources:
+            if same_file(target, source) or same_file(target.parent, source):
+                raise CheckpointError(
+                    f"{target} would be written over, or among, the weights of {source}: choose "
+                    "another folder"
+                )

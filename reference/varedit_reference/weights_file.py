@@ -8,6 +8,7 @@ loaded: a pickle that names any other class is refused before anything in it run
 """
 
 import json
+import os
 import shutil
 import zipfile
 from collections import deque
@@ -362,6 +363,13 @@ def whole_file(path: Path, size: int) -> Iterator[Path]:
             yield whole
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def check_there(paths: Iterable[Path]) -> None:
+    """Raise CheckpointError, which names all of them, if files or folders do not exist."""
+    missing = [str(path) for path in paths if not os.path.exists(path)]
+    if missing:
+        raise CheckpointError(f"there is no {' and no '.join(missing)}: name where weights are")
 
 
 def check_room(folder: Path, size: int) -> None:

@@ -44,18 +44,27 @@ def embedded() -> Path:
     return Path(__file__).with_name("nano")
 
 
-def remember(path: Path) -> None:
-    """Record a bundle as the last one built. Raises BundleError if the record cannot be written."""
-    record = data_folder() / RECORD
+def remember(path: Path, unfit: str | None = None) -> None:
+    """Record a bundle as the last one built, which makes it the default.
+
+    unfit: why it must not become the default. Raises BundleError if there is such a reason, or if
+    the record cannot be written.
+    """
+    record, place = data_folder() / RECORD, Path(os.path.abspath(path))
     try:
-        record.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(record) as whole:
-            whole.write_bytes(os.fsencode(os.path.abspath(path)))
+        if unfit is None:
+            record.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_file(record) as whole:
+                whole.write_bytes(os.fsencode(place))
+        elif _last_built() == place:  # it has taken the place of one that was fit
+            record.unlink()
     except OSError as error:
+        unfit = f"{record} cannot be written, {error.strerror}"
+    if unfit is not None:
         raise BundleError(
-            f"{record} cannot be written ({error.strerror}), so {path} does not become the "
-            f"default: name it with --bundle or {VARIABLE}"
-        ) from error
+            f"{path} does not become varedit-run's default ({unfit}): name it with --bundle or "
+            f"{VARIABLE}"
+        )
 
 
 def find_bundle(explicit: Path | None) -> Found:

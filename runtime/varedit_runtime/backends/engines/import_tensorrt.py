@@ -20,9 +20,9 @@ TURING = "sm75"  # which TensorRT for RTX names, and has no matrix products in f
 TOLD = 3  # errors of a failure that are shown: the first ones say why
 
 
-def import_tensorrt(kind: EngineKind) -> ModuleType:
-    """Import a library. Raises MissingExtraError if it is not installed."""
-    with needs_extra(kind):
+def import_tensorrt(kind: EngineKind, compiling: bool = False) -> ModuleType:
+    """Import a library. Raises MissingExtraError, which names all extras, if it is not there."""
+    with needs_extra(f"export,{kind}" if compiling else kind):
         return importlib.import_module(MODULES[kind])
 
 
