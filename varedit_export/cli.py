@@ -16,6 +16,7 @@ from click.core import ParameterSource
 import varedit_export
 from varedit_engines import OnStep
 from varedit_engines.engine_compiler import slow_precision
+from varedit_export.describe import described, parity_row, parity_summary
 from varedit_export.errors import ParityError
 from varedit_export.options import BuildOptions, EngineOptions, VerifyOptions
 from varedit_runtime.backends import choose, find_backend, specs
@@ -170,7 +171,7 @@ def build(
         remember(folder, _unfit(options, bundle))
     except BundleError as error:  # the bundle is whole all the same
         _say(str(error))
-    _say(_summary(bundle.manifest.parity))
+    _say(parity_summary(bundle.manifest.parity))
     click.echo(folder)
     if engines is not None:
         for variant in bundle.manifest.variants:
@@ -298,7 +299,7 @@ def verify(bundle: Path, report: Path | None, options: VerifyOptions) -> None:
     lines: list[ParityLine] = []
 
     def show(line: ParityLine) -> None:
-        click.echo(_parity_row(line))
+        click.echo(parity_row(line))
         lines.append(line)
 
     failure = None
@@ -353,31 +354,7 @@ def inspect(bundle: Path) -> None:
     \b
     varedit-export inspect bundles/2b-512
     """
-    from varedit_runtime.backends.engines.memory import budget
-
-    opened = Bundle.open(bundle)
-    manifest, model = opened.manifest, opened.manifest.model
-    click.echo(f"{manifest.name}  {opened.digest}")
-    click.echo(f"  model      {model.size}: {model.depth} blocks of width {model.width}")
-    click.echo(f"  weights    {model.weights}")
-    click.echo(
-        f"  precision  {manifest.precision}; in fp32: "
-        f"{'; '.join(manifest.fp32_exceptions) or 'everything'}"
-    )
-    click.echo(
-        f"  defaults   guidance {manifest.guidance_scale}, temperature {manifest.temperature}"
-    )
-    for variant in manifest.variants:
-        click.echo(
-            f"  variant    {variant.name}: {variant.picture[0]} x {variant.picture[1]} px, "
-            f"{len(variant.grids)} scales, batch {variant.batch}, rows {variant.rows}, "
-            f"{variant.text_tokens} text tokens"
-        )
-        click.echo(f"             on a GPU: {budget(opened, variant, 'external')}")
-    for name, entry in sorted(manifest.files.items()):
-        click.echo(f"  {name:<52} {readable_size(entry.size):>8}")
-    click.echo(f"  built with {', '.join(f'{k} {v}' for k, v in manifest.tools.items())}")
-    click.echo(_summary(manifest.parity))
+    click.echo(described(Bundle.open(bundle)))
 
 
 @main.command()
@@ -482,22 +459,3 @@ def _progress() -> Iterator[OnStep]:
             bar.set_description(what)
 
         yield show
-
-
-def _summary(parity: tuple[ParityLine, ...] | list[ParityLine]) -> str:
-    """Return the worst line of each measure."""
-    worst: dict[str, ParityLine] = {}
-    for line in parity:
-        kind = f"{line.stage.split('_0')[0].split('_1')[0]} {line.measure.split(' of scale')[0]}"
-        kind = kind.split(" after scale")[0]
-        if kind not in worst or line.value > worst[kind].value:
-            worst[kind] = line
-    return "\n".join(
-        ["parity with the reference, worst of each:", *map(_parity_row, worst.values())]
-    )
-
-
-def _parity_row(line: ParityLine) -> str:
-    verdict = "ok" if line.value <= line.tolerance else "EXCEEDED"
-    measure = f"{line.stage}: {line.measure}"
-    return f"  {measure:<76} {line.value:9.2e} <= {line.tolerance:7.1e}  {verdict}"

@@ -1,0 +1,54 @@
+"""Describe a bundle and its parity in lines for a person."""
+
+from collections.abc import Iterator, Sequence
+
+from varedit_runtime.bundle import Bundle
+from varedit_runtime.errors import readable_size
+from varedit_runtime.manifest import ParityLine
+
+
+def described(bundle: Bundle) -> str:
+    """Return what is in a bundle: model, variants, files, precision, parity."""
+    return "\n".join(_lines(bundle))
+
+
+def _lines(bundle: Bundle) -> Iterator[str]:
+    from varedit_runtime.backends.engines.memory import budget
+
+    manifest, model = bundle.manifest, bundle.manifest.model
+    yield f"{manifest.name}  {bundle.digest}"
+    yield f"  model      {model.size}: {model.depth} blocks of width {model.width}"
+    yield f"  weights    {model.weights}"
+    exceptions = "; ".join(manifest.fp32_exceptions) or "everything"
+    yield f"  precision  {manifest.precision}; in fp32: {exceptions}"
+    yield f"  defaults   guidance {manifest.guidance_scale}, temperature {manifest.temperature}"
+    for variant in manifest.variants:
+        yield (
+            f"  variant    {variant.name}: {variant.picture[0]} x {variant.picture[1]} px, "
+            f"{len(variant.grids)} scales, batch {variant.batch}, rows {variant.rows}, "
+            f"{variant.text_tokens} text tokens"
+        )
+        yield f"             on a GPU: {budget(bundle, variant, 'external')}"
+    for name, entry in sorted(manifest.files.items()):
+        yield f"  {name:<52} {readable_size(entry.size):>8}"
+    yield f"  built with {', '.join(f'{k} {v}' for k, v in manifest.tools.items())}"
+    yield parity_summary(manifest.parity)
+
+
+def parity_summary(parity: Sequence[ParityLine]) -> str:
+    """Return the worst line of each measure."""
+    worst: dict[str, ParityLine] = {}
+    for line in parity:
+        kind = f"{line.stage.split('_0')[0].split('_1')[0]} {line.measure.split(' of scale')[0]}"
+        kind = kind.split(" after scale")[0]
+        if kind not in worst or line.value > worst[kind].value:
+            worst[kind] = line
+    rows = map(parity_row, worst.values())
+    return "\n".join(["parity with the reference, worst of each:", *rows])
+
+
+def parity_row(line: ParityLine) -> str:
+    """Return a measure, its value and tolerance, and whether it is within it."""
+    verdict = "ok" if line.value <= line.tolerance else "EXCEEDED"
+    measure = f"{line.stage}: {line.measure}"
+    return f"  {measure:<76} {line.value:9.2e} <= {line.tolerance:7.1e}  {verdict}"
