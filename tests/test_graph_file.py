@@ -15,6 +15,7 @@ from google.protobuf.message import DecodeError
 from msgspec import structs
 from onnx import AttributeProto, ModelProto, TensorProto, helper
 
+from varedit_runtime.backends import graph_file
 from varedit_runtime.backends.graph_file import read_graph
 from varedit_runtime.backends.onnxruntime import backend as onnx_backend
 from varedit_runtime.backends.wiring import wire
@@ -275,23 +276,18 @@ def test_sixteen_bits_are_refused_where_the_precision_has_none(kind: str):
     assert f"condition's start is {kind}, and the bundle's precision is fp32" in said
 
 
-def test_weights_of_sixteen_bits_are_refused_where_the_precision_has_none(
-    replaced: Callable[[bytes], bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", ["float16", "bfloat16", "int8"])
+def test_weights_of_types_that_the_precision_has_not_are_refused(
+    replaced: Callable[[bytes], bytes], monkeypatch: pytest.MonkeyPatch, kind: str
 ):
     """The file's header says so too."""
-    data = (embedded() / POSITIONS).read_bytes().replace(b'"F32"', b'"F16"')
-    (tmp_path / "positions").write_bytes(data)
-    monkeypatch.setattr(Bundle, "hold", lambda *_: HeldFile(tmp_path / "positions"))
+    monkeypatch.setattr(graph_file._Weights, "_holds", lambda *_: True)
     model = model_of(STAGE)
-    lies_in = {"cos": 0, "sin": 0}
-    for tensor in list(model.graph.initializer):
-        if tensor.external_data:
-            model.graph.initializer.remove(tensor)
-            if tensor.name in lies_in:
-                tensor.data_type = TensorProto.FLOAT16
-                model.graph.initializer.append(tensor)
+    for tensor in model.graph.initializer:
+        if tensor.name == "cos":
+            tensor.data_type = TensorProto.DataType.Value(kind.upper())
     said = refusal(lambda: replaced(model.SerializeToString()))
-    assert "has float16 'cos', which fp32 does not have" in said
+    assert f"has {kind} 'cos', and fp32 has no such weights" in said
 
 
 def msgspec_json(manifest: Manifest) -> Any:

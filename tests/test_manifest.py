@@ -4,7 +4,7 @@ import json
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -193,19 +193,19 @@ def test_deep_nesting_is_refused(data: bytes):
     refusal(data)
 
 
-def test_a_truncated_manifest_is_refused():
+def test_fuzz_a_truncated_manifest_is_refused(cases: Callable[[int], Iterator[random.Random]]):
     data = canonical_json(decode(valid_manifest()))
-    numbers = random.Random(1)
-    for _ in range(300):
+    for numbers in cases(300):
         refusal(data[: numbers.randrange(len(data))])
 
 
-def test_a_damaged_manifest_is_refused_or_still_a_manifest():
+def test_fuzz_a_damaged_manifest_is_refused_or_still_a_manifest(
+    cases: Callable[[int], Iterator[random.Random]],
+):
     """Digests find the rest: a flipped bit in a name leaves a manifest like any other."""
     data = canonical_json(decode(valid_manifest()))
-    numbers = random.Random(2)
     refused = 0
-    for _ in range(500):
+    for numbers in cases(500):
         damaged = bytearray(data)
         damaged[numbers.randrange(len(data))] ^= 1 << numbers.randrange(8)
         try:

@@ -17,6 +17,7 @@ import varedit_export
 from varedit_engines.compile_set import CompileJob, compile_engine_set
 from varedit_engines.network import external_inputs
 from varedit_engines.publish import Staging
+from varedit_export import bench
 from varedit_export.parity import compare_bundle
 from varedit_runtime import editor as editor_module
 from varedit_runtime.backends.engines.engine_set import EngineLayout
@@ -249,6 +250,15 @@ def test_a_bundle_that_is_replaced_while_it_is_verified_is_not_verified(
     monkeypatch.setattr(compare_bundle, "compare_bundle", compared)
     with pytest.raises(BundleError, match="was replaced while it was used"):
         varedit_export.verify(target)
+
+
+def test_a_bundle_that_is_replaced_while_it_is_measured_is_not_reported(
+    sources: tuple[Path, Path], target: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(bench, "measure_memory", lambda *_: None)
+    monkeypatch.setattr(bench, "_turns", lambda *_: [republish(sources[1], target)])
+    with pytest.raises(BundleError, match="was replaced while it was used"):
+        bench.measure_both(target, repeat=1, threads=1)
 
 
 @pytest.fixture

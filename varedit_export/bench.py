@@ -91,6 +91,7 @@ def measure_both(
     memory = measure_memory(path, count, chosen.name)
     with Editor.open(path, threads=count, variant=chosen.name) as editor, torch_threads(count):
         turns = list(_turns(editor, repeat))
+    bundle.check_stands()  # it was opened several times, and read by its path
     warm, *timed = turns
     return ComparisonReport(
         bundle=str(bundle.path),

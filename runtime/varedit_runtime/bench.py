@@ -24,12 +24,12 @@ from PIL import Image
 
 from varedit_runtime.backends import DEFAULT, ChosenBackend, choose
 from varedit_runtime.backends.onnxruntime.backend import Buffer, Session
-from varedit_runtime.bundle import Bundle
+from varedit_runtime.bundle import Bundle, digest_line
 from varedit_runtime.editor import WHOLE_EDIT, Editor, OnScale
 from varedit_runtime.errors import ConfigError, readable_size
 from varedit_runtime.files import atomic_file, unwritable
 from varedit_runtime.geometry import scale_sizes
-from varedit_runtime.manifest import DIGEST, MANIFEST, Model, Variant, scale_of
+from varedit_runtime.manifest import MANIFEST, Model, Variant, scale_of, weights_file
 
 INSTRUCTION = "add a hat"
 PRODUCT_SIZES = {"cpu": 1024, "cuda": 8192}
@@ -354,9 +354,9 @@ def _memory(
     bundle: Bundle, before: int | None, opened: int | None, runs: _Runs, buffers: int
 ) -> MemoryUse:
     files = bundle.manifest.files
-    weights = sum(bundle.weights_path(name).stat().st_size for name in bundle.components)
+    weights = sum(files[weights_file(name)].size for name in bundle.components)
     disk = sum(entry.size for entry in files.values())
-    disk += sum((bundle.path / name).stat().st_size for name in (MANIFEST, DIGEST))
+    disk += bundle.held[MANIFEST].size + len(digest_line(bundle.digest))
     peak = max(runs.samples, default=None)
     activations = None if peak is None or runs.after is None else max(peak - runs.after, 0)
     held = None if peak is None or activations is None else peak - buffers - activations

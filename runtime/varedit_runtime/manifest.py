@@ -299,7 +299,7 @@ class Manifest(FolderManifest, frozen=True):
         if _KEYS_OR_VALUES.fullmatch(tensor.name):
             fits = tensor.dtype == self.policy.type
         else:
-            fits = self.policy.has(tensor.dtype)
+            fits = self.policy.passes(tensor.dtype)
         if not fits:
             raise ValueError(
                 f"{stage}'s {tensor.name} is {tensor.dtype}, and the bundle's precision is "

@@ -124,9 +124,13 @@ class Precision:
         """What stays in fp32, as the manifest lists it; nothing where all is fp32."""
         return () if self.exact else tuple(map(str, (*KEPT, *self.kept)))
 
-    def has(self, dtype: str) -> bool:
-        """Return whether a graph may compute or store this type: 16 bits only where meant."""
-        return dtype not in _SIXTEEN_BITS or dtype == self.type or bool(self.stored)
+    def passes(self, dtype: str) -> bool:
+        """Return whether graphs may hand on tensors of this type."""
+        return dtype not in _SIXTEEN_BITS or dtype == self.type
+
+    def stores(self, dtype: str) -> bool:
+        """Return whether graphs may have weights of this type."""
+        return dtype in (FLOAT32, self.type) or bool(self.stored)
 
     def format(self, component: str, product: str) -> Format:
         """Return how a component's product is computed and its weight stored."""

@@ -85,6 +85,7 @@ def first_wrong_layer(
     engine = TrtRunner(EngineFromBytes(bytes(plan)), allocation_strategy="profile")
     session = load_graph(graph, bundle.graphs_folder)
     inputs = stage_inputs(bundle, chosen, stage)
+    bundle.check_stands()  # its weights were read by their path
     try:
         least = EXACT_SNR if precision.exact else ROUNDED_SNR
         return first_wrong(graph, inputs, OnnxrtRunner(session), engine, least)

@@ -179,8 +179,8 @@ class _Weights:
                 "has no such tensor there"
             )
         manifest = self._bundle.manifest
-        if not manifest.policy.has(kind):
-            raise ValueError(f"has {kind} {name}, which {manifest.precision} does not have")
+        if not manifest.policy.stores(kind):
+            raise ValueError(f"has {kind} {name}, and {manifest.precision} has no such weights")
 
     def _holds(self, file: str, first: int, end: int, kind: str) -> bool:
         """Return whether a file holds a tensor of a safetensors type that has these bytes."""
