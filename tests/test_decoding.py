@@ -204,6 +204,15 @@ def test_jpegs_of_too_many_scans_are_not_decoded(inside: str):
         open_picture(file)
 
 
+@pytest.mark.parametrize("inside", ["JPEG", "TIFF"])
+def test_large_jpegs_may_have_fewer_scans(inside: str):
+    file = bytearray(many_scans(25))  # of 2 * 10^9 pixels at most
+    struct.pack_into(">HH", file, file.index(b"\xff\xc2") + 5, 9000, 9000)
+    data = bytes(file) if inside == "JPEG" else jpeg_tiff(bytes(file), (9000, 9000))
+    with pytest.raises(PictureError, match="has 25 JPEG scans, of at most 24"):
+        open_picture(data)
+
+
 def test_a_jpeg_in_a_tiff_is_read():
     file = jpeg_tiff(encoded(smooth(64, 64).convert("L"), "JPEG", quality=100), (64, 64))
     assert np.allclose(np.asarray(open_picture(file)), np.asarray(smooth(64, 64)), atol=20)
@@ -285,6 +294,13 @@ def test_a_tiff_of_too_many_or_overlapping_pieces_is_refused():
     places = {"_273": [8, 9], "_279": [len(jpeg)] * 2}
     file = tiff(jpeg, _256=64, _257=128, _258=8, _259=7, _262=1, _277=1, _278=64, **places)
     with pytest.raises(PictureError, match="overlap"):
+        open_picture(file)
+
+
+def test_a_tiff_with_both_strips_and_tiles_is_refused():
+    places = {"_273": 8, "_279": 64, "_324": 8, "_325": 64}
+    file = tiff(bytes(64), _256=8, _257=8, _258=8, _259=7, _262=1, **places)
+    with pytest.raises(PictureError, match="not both"):
         open_picture(file)
 
 
@@ -485,10 +501,36 @@ def test_changes_to_a_pillow_image_before_it_is_loaded_count():
     image = Image.open(io.BytesIO(file))
     image.draft("RGB", (16, 16))
     assert open_picture(image).size == (16, 16)
-    animation = encoded(smooth(8, 8), "PNG", save_all=True, append_images=[noise(8, 8)])
-    image = Image.open(io.BytesIO(animation))
+
+
+@pytest.mark.parametrize("written_as", ["PNG", "WEBP", "GIF", "TIFF", "MPO"])
+def test_the_current_frame_of_a_pillow_image_is_taken(written_as: str):
+    second, third = noise(97, 101), Image.new("RGB", (101, 97), (1, 2, 3))
+    lossless = {"lossless": True} if written_as == "WEBP" else {}
+    frames = {"save_all": True, "append_images": [second, third], **lossless}
+    image = Image.open(SlowFile(encoded(smooth(97, 101), written_as, **frames)))
     image.seek(1)
-    assert pixels(image) == pixels(noise(8, 8))
+    with ThreadPoolExecutor(8) as pool:
+        results = set(pool.map(lambda _: open_picture(image).tobytes(), range(16)))
+    image.seek(1)
+    assert results == {image.convert("RGB").tobytes()}
+
+
+@pytest.mark.parametrize("written_as", ["MPO", "TIFF"])
+def test_a_frame_of_too_many_scans_is_not_decoded(written_as: str):
+    jpeg, grey = many_scans(1000), Image.new("L", (64, 64))
+    if written_as == "MPO":
+        file = encoded(grey, "MPO", save_all=True, append_images=[grey])
+        file = file[: file.rindex(b"\xff\xd8")] + jpeg
+    else:
+        page = {"_256": 64, "_257": 64, "_258": 8, "_262": 1, "_277": 1, "_278": 64}
+        first = tiff(bytes(4096) + jpeg, _259=1, _273=8, _279=4096, **page)
+        second = tiff(b"", _259=7, _273=8 + 4096, _279=len(jpeg), **page)[8:]
+        file = first[:-4] + struct.pack("<I", len(first)) + second
+    image = Image.open(io.BytesIO(file))
+    image.seek(1)
+    with pytest.raises(PictureError, match="1000 JPEG scans"):
+        open_picture(image)
 
 
 # Any file

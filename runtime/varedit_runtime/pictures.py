@@ -11,14 +11,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from threading import Lock
+from threading import RLock
 from typing import BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image
+from PIL.MpoImagePlugin import MpoImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 
 from varedit_runtime.decoding.limits import MAX_MEMORY, MAX_PIXELS, Limits, picture_memory
 from varedit_runtime.decoding.picture_file import READ_FORMATS, open_file
+from varedit_runtime.decoding.tiff_directory import beginning_at
 from varedit_runtime.decoding.to_rgb import WHITE, to_rgb
 from varedit_runtime.errors import PictureError, one_line, shown
 from varedit_runtime.files import atomic_file, unwritable
@@ -39,7 +42,7 @@ MAX_CANVAS_PIXELS = 2**28  # a square of 16384 px
 
 _PIECE = 2**20  # bytes or pixels that are handled at a time
 _READ_AGAIN = (*READ_FORMATS, "MPO")  # MPO is what Pillow calls a JPEG of several pictures
-_ONE_AT_A_TIME = Lock()  # for what threads may share: open files, and Pillow images
+_ONE_AT_A_TIME = RLock()  # for what threads may share: open files, and Pillow images
 
 
 def open_picture(
@@ -245,13 +248,27 @@ def _from_pillow(image: Image.Image, limits: Limits) -> Image.Image:
 
 
 def _decoded_again(image: Image.Image, limits: Limits) -> Image.Image | None:
+    """Decode a Pillow image that is not loaded from its file, if it can be done without it."""
     with _ONE_AT_A_TIME:
         file: BinaryIO | None = getattr(image, "fp", None)
-        if file is None or image.format not in _READ_AGAIN or image.tell() != 0:
+        if file is None or image.format not in _READ_AGAIN:
             return None
-        content = _content(file, limits)
+        content = _from_frame(image, _content(file, limits))
+    if content is None:
+        return None
     opened = open_file(content, limits)
     return opened.decode() if opened.shows(image) else None
+
+
+def _from_frame(image: Image.Image, content: bytes) -> bytes | None:
+    """Return a file that begins with the image's frame; None if that builds on earlier ones."""
+    if image.tell() == 0:
+        return content
+    if isinstance(image, TiffImageFile):
+        return beginning_at(content, image.tag_v2.offset)
+    if isinstance(image, MpoImageFile):
+        return content[image.offset :]
+    return None
 
 
 def _orientation(image: Image.Image) -> int:

@@ -10,9 +10,11 @@ from varedit_runtime.decoding.exif import EXIF, only_orientation
 from varedit_runtime.decoding.limits import Checked
 from varedit_runtime.errors import PictureError
 
-# A scan of a progressive JPEG goes over the whole picture, even if it is a few bytes long. libjpeg
-# writes 10 scans, and optimisers up to about 20.
+# A scan of a progressive JPEG goes over the whole picture, even if it is a few bytes long: 100
+# scans of 88 megapixels take 6 s. libjpeg writes 10 scans, and optimisers up to about 20.
 MAX_SCANS = 100
+_MAX_SCANS_OF_LARGEST = 22
+_MAX_SCANNED = 2 * 10**9  # pixels in all scans
 MAX_SEGMENTS = 10_000  # a profile may take 255
 _MAX_TABLES = 2**16  # bytes of quantisation tables, which Pillow parses; four of them take 520
 
@@ -48,11 +50,13 @@ class Segment:
 class Stream:
     """One picture's JPEG stream.
 
-    size: (width, height). coefficients: bytes of those that decoding keeps, all or none.
+    size: (width, height). scans: their number. coefficients: bytes of those that decoding keeps,
+    all or none.
     """
 
     segments: list[Segment]
     size: tuple[int, int]
+    scans: int
     coefficients: int
 
 
@@ -62,6 +66,7 @@ def read_jpeg(data: bytes) -> Checked:
     Raises PictureError if it is damaged, coded in a rare way, or has too many scans or segments.
     """
     stream = check_stream(data, 0, len(data))
+    check_scans(stream.scans, stream.size)
     first_scan = next(s for s in stream.segments if s.marker == _SOS)
     head = [s for s in stream.segments if s.start < first_scan.start]
     if sum(s.end - s.begin for s in head if s.marker == _DQT) > _MAX_TABLES:
@@ -70,10 +75,20 @@ def read_jpeg(data: bytes) -> Checked:
     return Checked(b"".join([SOI, *_kept(data, head), picture]), stream.size, stream.coefficients)
 
 
+def check_scans(scans: int, size: tuple[int, int]) -> None:
+    """Raise PictureError if a picture (width, height) has too many scans for its size."""
+    by_size = _MAX_SCANNED // max(1, size[0] * size[1])
+    allowed = max(_MAX_SCANS_OF_LARGEST, min(MAX_SCANS, by_size))
+    if scans > allowed:
+        raise PictureError(
+            f"it has {scans} JPEG scans, of at most {allowed}: save it as a baseline JPEG"
+        )
+
+
 def check_stream(data: bytes, start: int, end: int) -> Stream:
     """Check one JPEG stream in a file's bytes.
 
-    Raises PictureError if it is damaged, coded in a rare way, or has too many scans or segments.
+    Raises PictureError if it is damaged, coded in a rare way, or has too many segments.
     """
     segments = []
     for segment in _segments(data, start, end):
@@ -81,17 +96,13 @@ def check_stream(data: bytes, start: int, end: int) -> Stream:
         if len(segments) > MAX_SEGMENTS:
             raise PictureError(f"it has over {MAX_SEGMENTS} JPEG segments: save it again")
     scans = [s for s in segments if s.marker == _SOS]
-    if len(scans) > MAX_SCANS:
-        raise PictureError(
-            f"it has {len(scans)} JPEG scans, of at most {MAX_SCANS}: save it as a baseline JPEG"
-        )
     frames = [s for s in segments if s.marker in _FRAMES]
     if len(frames) != 1 or not scans:
         raise PictureError("it is damaged: a JPEG must have one frame and its scans")
     size, sampling = _frame(data, frames[0])
     in_first_scan = (scans[0].end - scans[0].begin - 4) // 2  # components
     whole = frames[0].marker == _PROGRESSIVE or in_first_scan < len(sampling)
-    return Stream(segments, size, _coefficients(size, sampling) if whole else 0)
+    return Stream(segments, size, len(scans), _coefficients(size, sampling) if whole else 0)
 
 
 def _segments(data: bytes, start: int, end: int) -> Iterator[Segment]:

@@ -4,7 +4,7 @@ So neither Pillow nor libtiff sees private tags, further pictures or nested meta
 """
 
 from varedit_runtime.decoding.exif import ORIENTATION
-from varedit_runtime.decoding.jpeg import MAX_SEGMENTS, check_stream
+from varedit_runtime.decoding.jpeg import MAX_SEGMENTS, check_scans, check_stream
 from varedit_runtime.decoding.limits import Checked, picture_memory
 from varedit_runtime.decoding.tiff_directory import Directory
 from varedit_runtime.errors import PictureError
@@ -48,6 +48,9 @@ def read_tiff(data: bytes) -> Checked:
             f"its TIFF compression {compression} is not supported: use LZW, deflate or none"
         )
     size = directory.one(_WIDTH, 0), directory.one(_HEIGHT, 0)
+    for strips, tiles in (_OFFSETS, _LENGTHS):
+        if strips in directory and tiles in directory:  # libtiff takes either
+            raise PictureError("it is damaged: a TIFF has strips or tiles, not both")
     pieces = max(directory.count(tag) for tag in (*_OFFSETS, *_LENGTHS))
     if pieces > _MAX_PIECES:
         raise PictureError(f"it has {pieces} strips or tiles; a TIFF may have {_MAX_PIECES}")
@@ -59,7 +62,7 @@ def read_tiff(data: bytes) -> Checked:
     if directory.one(ORIENTATION, 1) != 1:  # Pillow turns it
         decoder += picture_memory(size)
     if compression == _JPEG:
-        decoder += _check_jpegs(data, directory)
+        decoder += _check_jpegs(data, directory, size)
     return Checked(directory.only(_SINGLE | _FEW | _LONG | _BYTES), size, decoder, tile)
 
 
@@ -71,16 +74,19 @@ def _tile(directory: Directory, size: tuple[int, int]) -> tuple[int, int]:
     return width, min(height, directory.one(_ROWS, height))
 
 
-def _check_jpegs(data: bytes, directory: Directory) -> int:
+def _check_jpegs(data: bytes, directory: Directory, size: tuple[int, int]) -> int:
     """Check the JPEG streams of strips or tiles; return the bytes of the largest's coefficients."""
-    kind = _TILE_WIDTH in directory
-    offsets, lengths = directory.integers(_OFFSETS[kind]), directory.integers(_LENGTHS[kind])
+    offsets, lengths = (
+        next((directory.integers(tag) for tag in tags if tag in directory), ())
+        for tags in (_OFFSETS, _LENGTHS)
+    )
     streams = set(zip(offsets, lengths, strict=False))
     if len(offsets) != len(lengths) or sum(length for _, length in streams) > len(data):
         raise PictureError("it is damaged: its strips or tiles overlap")
     left, largest = MAX_SEGMENTS + 16 * len(streams), 0
     for offset, length in streams:
         stream = check_stream(data, offset, min(offset + length, len(data)))
+        check_scans(stream.scans, size)
         left -= len(stream.segments)
         if left < 0:
             raise PictureError("it has too many JPEG segments: save it again")

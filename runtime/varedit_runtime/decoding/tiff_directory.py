@@ -17,6 +17,14 @@ _SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 7: 1, 16: 8}  # bytes of a value, by typ
 _MAX_TAGS = 1000  # a picture has some tens
 
 
+def beginning_at(data: bytes, start: int, end: bytes = b"") -> bytes:
+    """Return a TIFF file whose first directory is the one at an offset. end: is added to it."""
+    order, offset, *_ = _LAYOUTS[data[:4]]
+    word = struct.calcsize(offset)
+    place = struct.pack(order + offset, start)
+    return b"".join([data[:word], place, memoryview(data)[2 * word :], end])
+
+
 class Directory:
     """The first directory of a TIFF file. Of a repeated tag the first counts, as in libtiff.
 
@@ -75,11 +83,9 @@ class Directory:
         size = struct.calcsize(self._order + self._entry)
         entries = [self._data[self._places[tag] : self._places[tag] + size] for tag in kept]
         padding = bytes(-len(self._data) % 8)
-        start = struct.pack(self._order + self._offset, len(self._data) + len(padding))
         length = struct.pack(self._order + self._length, len(kept))
-        head = self._data[: self._word]
-        rest = memoryview(self._data)[2 * self._word :]
-        return b"".join([head, start, rest, padding, length, *entries, bytes(self._word)])
+        end = b"".join([padding, length, *entries, bytes(self._word)])
+        return beginning_at(self._data, len(self._data) + len(padding), end)
 
     def _value(self, tag: int) -> tuple[int, int]:
         """Return where a tag's values begin and end."""
