@@ -14,7 +14,7 @@ RTX: Any = tensorrt_rtx
 VERSION = "11.0"
 REAL = (
     *("BuilderFlag", "ComputeCapability", "HardwareCompatibilityLevel", "ILogger"),
-    *("IProgressMonitor", "MemoryPoolType", "NetworkDefinitionCreationFlag"),
+    *("IProgressMonitor", "MemoryPoolType", "NetworkDefinitionCreationFlag", "ProfilingVerbosity"),
 )
 
 
@@ -47,6 +47,7 @@ class BuilderConfig:
         self.flags = 1 << int(RTX.BuilderFlag.TF32)
         self.hardware_compatibility_level = RTX.HardwareCompatibilityLevel.NONE
         self.max_aux_streams = -1
+        self.profiling_verbosity = RTX.ProfilingVerbosity.LAYER_NAMES_ONLY
         self.num_compute_capabilities = 0
         self.progress_monitor: Any = None
         self._timings: TimingCache | None = None

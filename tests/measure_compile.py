@@ -43,7 +43,7 @@ def compile_one(bundle: Path, stage: str, architecture: str) -> dict[str, float]
     job = CompileJob(Bundle.open(bundle), "external", compiler)
     graph, _ = external_inputs(job.bundle.graph_bytes(job.variant.name, stage))
     start = perf_counter()
-    plan = compiler.compile(stage, graph, job.bundle.graphs_folder, [], lambda *_: None)
+    plan, _ = compiler.compile(stage, graph, job.bundle.graphs_folder, [], lambda *_: None)
     seconds = perf_counter() - start
     with TemporaryDirectory() as folder:
         file = Path(folder, "plan.gz")

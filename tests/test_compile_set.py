@@ -26,7 +26,8 @@ from onnx import helper
 from varedit_engines import compile_set, engine_cache
 from varedit_engines.compile_set import CompileJob, compile_engine_set, stages_of
 from varedit_engines.engine_cache import EngineCache
-from varedit_engines.engine_compiler import EngineCompiler
+from varedit_engines.engine_compiler import Compiled, EngineCompiler
+from varedit_engines.engine_report import EngineReport, Kernel, engine_reports
 from varedit_engines.network import external_inputs
 from varedit_engines.publish import Staging
 from varedit_export import EngineOptions, assemble, compile_engines
@@ -74,10 +75,10 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     original = EngineCompiler.compile
 
-    def recorded(compiler: EngineCompiler, name: str, *rest: Any) -> memoryview:
-        plan = original(compiler, name, *rest)
+    def recorded(compiler: EngineCompiler, name: str, *rest: Any) -> Compiled:
+        made = original(compiler, name, *rest)
         names.append(name)
-        return plan
+        return made
 
     monkeypatch.setattr(EngineCompiler, "compile", recorded)
     return names
@@ -107,6 +108,10 @@ def test_every_graph_compiles(
     assert set(compiled) == set(sizes) == set(engines.manifest.plans)
     stored = {stage: engines.manifest.files[p.file] for stage, p in engines.manifest.plans.items()}
     assert {stage: p.size for stage, p in engines.manifest.plans.items()} == sizes
+    reports = dict(engine_reports(engines))
+    assert {stage: report.plan for stage, report in reports.items()} == sizes
+    assert all(report.kernels and report.scratch for report in reports.values())
+    assert engines.manifest.scratch == max(report.scratch or 0 for report in reports.values())
     if layout == "external":
         assert all(stored[stage].size < size / 2 for stage, size in sizes.items())
     if layout == "profiles":
@@ -239,13 +244,20 @@ def test_an_interrupted_compilation_goes_on_where_it_was(
     assert all(engines.plan_bytes(stage) for stage in first)
 
 
+SOFTMAX = Kernel("_softmax_0", "kgen", ("blocks.0/Softmax",), (("float16",), ("float16",)), 4, 2, 0)
+
+
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Record the graphs to compile, and write their names as plans, which takes no time."""
     names: list[str] = []
-    monkeypatch.setattr(
-        EngineCompiler, "compile", lambda compiler, name, *rest: names.append(name) or name.encode()
-    )
+
+    def pretend(compiler: EngineCompiler, name: str, *rest: Any) -> Compiled:
+        names.append(name)
+        report = EngineReport(len(name), scratch=len(name), kernels=(SOFTMAX,))
+        return Compiled(memoryview(name.encode()), report)
+
+    monkeypatch.setattr(EngineCompiler, "compile", pretend)
     return names
 
 
@@ -610,6 +622,43 @@ def test_the_command(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 1 and "not compiled" in result.output
     assert "weights external" in result.output and len(shown) == 1
+
+
+def test_the_command_reports_kernels_also_of_engines_that_are_there(
+    bundle: Bundle, pretended: list[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "kernels.json"
+    arguments = ["engines", str(bundle.path), "--backend", "tensorrt-rtx", "--architecture", "sm89"]
+    told = []
+    for _ in range(2):
+        done = CliRunner().invoke(main, [*arguments, "--report", str(file)])
+        assert done.exit_code == 0, done.output
+        assert "1 kernels move 6 bytes, 0 fused attentions, 8 bytes of scratch" in done.stderr
+        assert Path(done.stdout.strip()).is_dir()
+        told.append(json.loads(file.read_text()))
+        file.unlink()
+    assert told[0] == told[1] and set(told[0]) == set(pretended)
+    assert len(pretended) == len(set(pretended))
+    (kernel,) = told[0]["scale_00"]["kernels"]
+    assert msgspec.convert(kernel, Kernel) == SOFTMAX and told[0]["scale_00"]["scratch"] == 8
+    missing = CliRunner().invoke(main, [*arguments, "--report", str(tmp_path / "no" / "file")])
+    assert missing.exit_code == 1 and "there is no folder" in missing.stderr
+
+
+def test_engines_of_an_earlier_version_have_no_report(bundle: Bundle, pretended: list[str]) -> None:
+    engines = compile_small(bundle)
+    manifest = msgspec.json.decode((engines.path / MANIFEST).read_bytes())
+    for plan in manifest["plans"].values():
+        del plan["report"], plan["scratch"]
+    data = msgspec.json.encode(manifest)
+    rewrite_manifest(engines.path, data)
+    engine_set.built_here(sha256(data).hexdigest()).touch()
+    earlier = compile_small(bundle)
+    assert earlier.manifest.scratch is None and not list(engine_reports(earlier))
+    arguments = ["engines", str(bundle.path), "--backend", "tensorrt-rtx", "--architecture", "sm89"]
+    assert "compiled by an earlier version: --again" in CliRunner().invoke(main, arguments).stderr
+    again = compile_engine_set(job_of(bundle, earlier.manifest.recipe.variant), quiet, again=True)
+    assert again.manifest.scratch and list(engine_reports(again))
 
 
 def _none() -> EngineSet:

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from editing import pair_bundle, picture, plain_bundle, small_bundle
 from fake_bundles import rewrite_manifest
 from PIL import Image
@@ -14,6 +15,7 @@ from simulated_gpu import SimulatedGpu
 from uncompiled import Uncompiled, compiled, keep_engines_in, near
 
 from varedit_engines.compile_set import CompileJob
+from varedit_export.cli import main
 from varedit_export.errors import ParityError
 from varedit_export.parity.compare_bundle import compare_backend
 from varedit_export.parity.measures import gate
@@ -152,7 +154,7 @@ def test_memory_is_as_the_budget_says(small: tuple[Editor, SimulatedGpu]) -> Non
     said = backend.budget
     taken = sum(map(len, gpu.allocated))
     inside = said.weights if layout == "baked" else 0  # in the engines, which simulated ones ignore
-    assert said.total - inside == pytest.approx(taken, rel=0.2)
+    assert said.total - inside == taken
     assert said.caches > 0 and said.between > 0 and said.scratch
     assert f"{readable_size(said.total)} of GPU memory" in str(said)
 
@@ -161,18 +163,33 @@ def test_memory_is_as_the_budget_says(small: tuple[Editor, SimulatedGpu]) -> Non
 def test_too_little_memory_is_said_before_any_is_taken(layout: EngineLayout) -> None:
     bundle, engines = compiled(small_bundle(), layout)
     (variant,) = bundle.manifest.variants
-    needed = budget(bundle, variant, layout)
+    needed = budget(bundle, variant, layout, engines.manifest)
     for free in (needed.total - 1, 0):
         gpu = SimulatedGpu(bundle.graphs_folder, free=free)
         with pytest.raises(BackendError, match=r"engines need .* are free: end other programs"):
             EngineBackend(bundle, variant, engines, gpu)
         assert not gpu.allocated
-    # The scratch is known only once engines are loaded, and counts as well.
+    # Scratch that the set does not tell is known once engines are loaded, and counts as well.
     gpu = SimulatedGpu(bundle.graphs_folder, free=needed.total + 10_000, scratch=20_000)
     if layout == "external":
         with pytest.raises(BackendError, match="scratch"):
             EngineBackend(bundle, variant, engines, gpu)
         assert not gpu.allocated
+
+
+def test_the_budget_is_exact_before_engines_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle, engines = compiled(small_bundle(), scratch=20_000)
+    (variant,) = bundle.manifest.variants
+    needed = budget(bundle, variant, engines=engines.manifest)
+    gpu = SimulatedGpu(bundle.graphs_folder, free=needed.total, scratch=20_000)
+    with editor_on(gpu, bundle, engines):
+        assert gpu.free == 0
+    monkeypatch.setattr(SimulatedGpu, "load", None)
+    gpu = SimulatedGpu(bundle.graphs_folder, free=needed.total - 1, scratch=20_000)
+    with pytest.raises(BackendError, match=r"20\.2 kB scratch\), and what the driver takes"):
+        EngineBackend(bundle, variant, engines, gpu)
+    told = CliRunner().invoke(main, ["inspect", str(bundle.path)]).output
+    assert f"on a GPU, tensorrt-rtx for sm89, weights external: {needed}" in told
 
 
 def test_weights_are_read_while_those_before_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:

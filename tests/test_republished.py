@@ -15,6 +15,7 @@ from uncompiled import Uncompiled, keep_engines_in
 
 import varedit_export
 from varedit_engines.compile_set import CompileJob, compile_engine_set
+from varedit_engines.engine_compiler import Compiled
 from varedit_engines.network import external_inputs
 from varedit_engines.publish import Staging
 from varedit_export import bench
@@ -220,11 +221,11 @@ def test_engines_are_not_compiled_with_the_weights_of_a_newer_bundle(
     compiled: list[str] = []
 
     class Replacing(Uncompiled):
-        def compile(self, name: str, graph: bytes, *rest: object) -> bytes:
+        def compile(self, name: str, graph: bytes, *rest: object) -> Compiled:
             compiled.append(name)
             if name == "image_encoder":
                 republish(sources[1], target)
-            return graph
+            return super().compile(name, graph)
 
     def compile_all() -> None:
         compiled.clear()

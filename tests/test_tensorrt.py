@@ -38,7 +38,7 @@ def trt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def compile_graph(kernel: str, *flags: Flags) -> memoryview:
     compiler = EngineCompiler("tensorrt", (), *flags)
-    return compiler.compile("graph", kernel.encode(), Path(), [], lambda *progress: None)
+    return compiler.compile("graph", kernel.encode(), Path(), [], lambda *progress: None).plan
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ from PIL import Image
 
 from varedit_engines import engine_cache
 from varedit_engines.compile_set import CompileJob, compile_engine_set
+from varedit_engines.engine_compiler import Compiled
+from varedit_engines.engine_report import EngineReport
 from varedit_runtime.backends.engines import engine_set
 from varedit_runtime.backends.engines.engine_set import EngineLayout, EngineSet
 from varedit_runtime.bundle import Bundle
@@ -25,6 +27,7 @@ class Uncompiled:
     backend: str = "tensorrt-rtx"
     gpu: str = GPU
     settings: dict[str, str] = field(default_factory=dict)
+    scratch: int | None = None
 
     @property
     def tools(self) -> dict[str, str]:
@@ -34,8 +37,8 @@ class Uncompiled:
     def flags(self) -> dict[str, str]:
         return self.settings
 
-    def compile(self, name: str, graph: bytes, *rest: Any) -> bytes:
-        return graph
+    def compile(self, name: str, graph: bytes, *rest: Any) -> Compiled:
+        return Compiled(memoryview(graph), EngineReport(len(graph), scratch=self.scratch))
 
 
 def keep_engines_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,10 +52,11 @@ def compiled(
     layout: EngineLayout = "external",
     backend: str = "tensorrt-rtx",
     settings: dict[str, str] | None = None,
+    scratch: int | None = None,
 ) -> tuple[Bundle, EngineSet]:
     """Make the bundle read-only, so that engines go to the user's cache: all tests share it."""
     bundle = Bundle.open(path)
-    job = CompileJob(bundle, layout, Uncompiled(backend, settings=settings or {}))  # type: ignore[arg-type]
+    job = CompileJob(bundle, layout, Uncompiled(backend, settings=settings or {}, scratch=scratch))  # type: ignore[arg-type]
     with pytest.MonkeyPatch.context() as read_only:
         read_only.setattr(engine_cache, "_writable", lambda folder: False)
         return bundle, compile_engine_set(job, lambda *_: None)

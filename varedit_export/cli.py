@@ -40,6 +40,7 @@ from varedit_runtime.terminal.command import (
 )
 
 if TYPE_CHECKING:
+    from varedit_engines.engine_report import EngineReport
     from varedit_runtime.backends.engines.engine_set import EngineLayout
 
 _PATH = click.Path(path_type=Path, readable=False)  # whatever opens it says what is wrong
@@ -175,7 +176,8 @@ def build(
     click.echo(folder)
     if engines is not None:
         for variant in bundle.manifest.variants:
-            _say(str(_compile(bundle, replace(engines, variant=variant.name))))
+            path, _ = _compile(bundle, replace(engines, variant=variant.name))
+            _say(str(path))
 
 
 def _unfit(options: BuildOptions, bundle: Bundle) -> str | None:
@@ -250,28 +252,45 @@ def _engine_options(
     help="Make engines for other GPUs too. Not with tensorrt-rtx: give architectures.",
 )
 @click.option("--again", is_flag=True, help="Recompile existing engines built on this machine.")
+@click.option("--report", type=_PATH, help="Write every kernel of every engine here, as JSON.")
 @_with(EngineOptions)
-def engines(bundle: Path, options: EngineOptions) -> None:
+def engines(bundle: Path, report: Path | None, options: EngineOptions) -> None:
     """Compile a bundle's graphs to TensorRT engines, kept with the bundle or in your cache.
 
     Engines of the same graphs and settings that were compiled before are used again. Damaged
-    ones are recompiled, unless they were built elsewhere.
+    ones are recompiled, unless they were built elsewhere. For each engine it shows how many kernels
+    it has, which bytes they move, and whether they fuse attention.
 
     \b
     varedit-export engines bundles/2b-512
     varedit-export engines bundles/2b-512 --backend tensorrt-rtx --architecture sm89
     varedit-export engines bundles/2b-512 --hardware-compatible ampere-plus
+    varedit-export engines bundles/2b-512 --report kernels.json
     """
-    click.echo(_compile(bundle, options))
+    from varedit_runtime.bench import check_report, write_report
+
+    if report is not None:
+        check_report(report)
+    path, reports = _compile(bundle, options)
+    if report is not None:
+        write_report(msgspec.to_builtins(reports), report)
+    click.echo(path)
 
 
-def _compile(bundle: Bundle | Path, options: EngineOptions) -> Path:
-    """Compile a variant's engines, show the progress, and return their folder."""
+def _compile(
+    bundle: Bundle | Path, options: EngineOptions
+) -> tuple[Path, "dict[str, EngineReport]"]:
+    """Compile a variant's engines, show the progress, and return their folder and reports."""
     with _progress() as on_step:
         found = varedit_export.compile_engines(bundle, options, on_step, _say)
-    for file, entry in found.manifest.files.items():
-        _say(f"  {file:<24} {readable_size(entry.size):>8}")
-    return found.path
+    from varedit_engines.engine_report import engine_reports
+
+    reports, files = dict(engine_reports(found)), found.manifest.files
+    for stage, plan in found.manifest.plans.items():
+        size = readable_size(files[plan.file].size)
+        told = reports.get(stage, "compiled by an earlier version: --again lists its kernels")
+        _say(f"  {stage:<16} {size:>8}  {told}")
+    return found.path, reports
 
 
 @main.command(cls=BackendCommand)

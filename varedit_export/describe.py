@@ -13,7 +13,7 @@ def described(bundle: Bundle) -> str:
 
 
 def _lines(bundle: Bundle) -> Iterator[str]:
-    from varedit_runtime.backends.engines.memory import budget
+    from varedit_runtime.backends.engines.memory import budget, set_budgets
 
     manifest, model = bundle.manifest, bundle.manifest.model
     yield f"{manifest.name}  {bundle.digest}"
@@ -28,7 +28,9 @@ def _lines(bundle: Bundle) -> Iterator[str]:
             f"{len(variant.grids)} scales, batch {variant.batch}, rows {variant.rows}, "
             f"{variant.text_tokens} text tokens"
         )
-        yield f"             on a GPU: {budget(bundle, variant, 'external')}"
+        yield f"             on a GPU: {budget(bundle, variant)}"
+        for name, needed in set_budgets(bundle, variant):
+            yield f"             on a GPU, {name}: {needed}"
     for name, entry in sorted(manifest.files.items()):
         yield f"  {name:<52} {readable_size(entry.size):>8}"
     yield f"  built with {', '.join(f'{k} {v}' for k, v in manifest.tools.items())}"

@@ -19,6 +19,7 @@ from msgspec import structs
 from varedit_engines import OnStep
 from varedit_engines.engine_cache import EngineCache
 from varedit_engines.engine_compiler import EngineCompiler, slow_precision
+from varedit_engines.engine_report import packed, unpacked
 from varedit_engines.network import external_inputs
 from varedit_engines.publish import Staging
 from varedit_runtime.backends.engines.engine_set import (
@@ -31,7 +32,7 @@ from varedit_runtime.backends.engines.engine_set import (
     built_here,
 )
 from varedit_runtime.backends.engines.memory import transformers, weights_on_gpu
-from varedit_runtime.backends.engines.packing import pack_into, unpacked_size
+from varedit_runtime.backends.engines.packing import pack_into
 from varedit_runtime.backends.graph_file import read_graph
 from varedit_runtime.backends.wiring import PREFILL, scale_profiles, sized
 from varedit_runtime.bundle import Bundle, Folder
@@ -164,44 +165,49 @@ def _compile_all(
 ) -> None:
     plans, weights = {}, {}
     for stage, digest in recipe.graphs.items():
-        file = f"{stage}.plan.gz"
+        plan, report = files = f"{stage}.plan.gz", f"{stage}.report.json.gz"
         graph = read_graph(job.bundle, job.variant, stage)
         if job.layout == "external":
             graph, weights[stage] = external_inputs(graph)
-        if staging.kept(file, recipe.key):
-            size = unpacked_size(Folder(staging.path, staging.files).chunks(file))
-        else:
-            size = _copied(earlier.get(digest), staging.file(file))
-            if size is None:
-                size = _compile(job, stage, graph, staging.file(file), on_step)
-            staging.record(file, recipe.key)
-        plans[stage] = PlanFile(file, size)
+        if not all([staging.kept(file, recipe.key) for file in files]):
+            paths = staging.file(plan), staging.file(report)
+            if not _copied(earlier.get(digest), *paths):
+                _compile(job, stage, graph, *paths, on_step)
+            for file in files:
+                staging.record(file, recipe.key)
+        told = unpacked(Folder(staging.path, staging.files).chunks(report))
+        plans[stage] = PlanFile(plan, told.plan, told.scratch, report)
     staging.publish(
         EngineSetManifest(files=staging.files, recipe=recipe, plans=plans, weights=weights)
     )
 
 
-def _copied(earlier: EarlierPlan | None, path: Path) -> int | None:
-    """Copy an earlier plan to a file; return the plan's size, None if there is none or damaged."""
+def _copied(earlier: EarlierPlan | None, plan: Path, report: Path) -> bool:
+    """Copy an earlier plan and its report; return False if there is none, or one is damaged."""
     if earlier is None:
-        return None
+        return False
     engines, stage = earlier
+    if engines.manifest.plans[stage].report is None:  # compiled by an earlier version
+        return False
     try:
-        with path.open("wb") as file:
-            file.writelines(engines.packed_plan(stage))
+        for path, chunks in (plan, engines.packed_plan), (report, engines.packed_report):
+            with path.open("wb") as file:
+                file.writelines(chunks(stage))
     except BundleError:
-        return None
-    return engines.manifest.plans[stage].size
+        return False
+    return True
 
 
-def _compile(job: CompileJob, stage: str, graph: bytes, path: Path, on_step: OnStep) -> int:
-    """Compile a graph and write the plan to a file; return the plan's size."""
+def _compile(
+    job: CompileJob, stage: str, graph: bytes, plan: Path, report: Path, on_step: OnStep
+) -> None:
+    """Compile a graph; write the plan and its report to files."""
     folder, shapes = job.bundle.graphs_folder, _profiles(job, stage)
-    plan = job.compiler.compile(stage, graph, folder, shapes, on_step)
+    compiled = job.compiler.compile(stage, graph, folder, shapes, on_step)
     if job.layout != "external":  # the compiler read weights by their path
         job.bundle.check_stands()
-    pack_into(path, plan)
-    return len(plan)
+    pack_into(plan, compiled.plan)
+    report.write_bytes(packed(compiled.report))
 
 
 def _profiles(job: CompileJob, stage: str) -> list[Mapping[str, tuple[int, ...]]]:

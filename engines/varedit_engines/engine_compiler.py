@@ -12,9 +12,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from varedit_engines import OnStep
+from varedit_engines.engine_report import EngineReport, engine_report
 from varedit_engines.timing_cache import kept_timings, timings_file
 from varedit_runtime.backends.engines.import_tensorrt import (
     ENGINE_KINDS,
@@ -77,6 +78,13 @@ def _within(value: object, least: int, most: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
+class Compiled(NamedTuple):
+    """A compiled engine: its plan, and what it consists of."""
+
+    plan: memoryview
+    report: EngineReport
+
+
 class EngineCompiler:
     """A compiler for one backend, one or several architectures, and some flags.
 
@@ -127,8 +135,8 @@ class EngineCompiler:
         folder: Path,
         profiles: Sequence[Mapping[str, tuple[int, ...]]],
         on_step: OnStep,
-    ) -> memoryview:
-        """Compile an ONNX graph, whose weights are in the folder; return the plan.
+    ) -> Compiled:
+        """Compile an ONNX graph, whose weights are in the folder.
 
         profiles: the shapes of all inputs, one mapping per fixed profile; none if shapes are
         static. Ctrl-C stops it. Raises BackendError if the graph cannot be parsed or compiled.
@@ -148,14 +156,15 @@ class EngineCompiler:
         with (
             self._timings(config),
             _monitored(trt, config, name, on_step) as stopped,
-            listening(trt) as log,
+            listening(trt, to_all=True) as log,
         ):
             plan = builder.build_serialized_network(network, config)
         if stopped.is_set():
             raise KeyboardInterrupt
         if plan is None:
             raise BackendError(f"{self.backend} cannot compile graph {name}: {log.reason()}")
-        return memoryview(plan).cast("B")  # TensorRT's memory claims to hold floats
+        whole = memoryview(plan).cast("B")  # TensorRT's memory claims to hold floats
+        return Compiled(whole, engine_report(len(whole), log.messages or ()))
 
     def _timings(self, config: Any) -> AbstractContextManager[None]:
         if self.backend == RTX:  # measures nothing while it compiles
@@ -166,6 +175,7 @@ class EngineCompiler:
         trt, flags = self._trt, self._flags
         config = builder.create_builder_config()
         config.max_aux_streams = flags.aux_streams
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the log lists the kernels
         if not flags.tf32:  # TensorRT allows it by default
             config.clear_flag(trt.BuilderFlag.TF32)
         if self.backend == RTX:  # a CUDA graph cannot capture memory allocated during a run

@@ -80,7 +80,7 @@ def first_wrong_layer(
 
         config.USE_TENSORRT_RTX = compiler.backend == RTX  # before its TensorRT part is imported
         from polygraphy.backend.trt import EngineFromBytes, TrtRunner
-    plan = compiler.compile(stage, graph, bundle.graphs_folder, [], lambda *_: None)
+    plan, _ = compiler.compile(stage, graph, bundle.graphs_folder, [], lambda *_: None)
     # TensorRT for RTX is compiled to leave the memory of activations to its caller.
     engine = TrtRunner(EngineFromBytes(bytes(plan)), allocation_strategy="profile")
     session = load_graph(graph, bundle.graphs_folder)

@@ -70,13 +70,15 @@ def _bundle_facts(bundle: Bundle) -> BundleFacts:
 def _engines(sets: EngineSets, path: Path) -> EngineSetFacts:
     bundle = sets.bundle
     try:
-        recipe = EngineSet.open(path).manifest.recipe
+        engines = EngineSet.open(path).manifest
+        recipe = engines.recipe
         if not sets.of_this_bundle(recipe):
             return EngineSetFacts(
                 path, None, "they are of other graphs or weights than the bundle's"
             )
         sets.open(recipe)  # says whether they were built here
-        needed = budget(bundle, bundle.manifest.variant(recipe.variant), recipe.layout)
+        variant = bundle.manifest.variant(recipe.variant)
+        needed = budget(bundle, variant, recipe.layout, engines)
     except BundleError as error:
         return EngineSetFacts(path, None, one_line(error))
     return EngineSetFacts(path, recipe, gpu_memory=needed.total)

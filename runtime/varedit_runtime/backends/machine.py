@@ -48,7 +48,7 @@ class EngineSetFacts:
     """A set of compiled engines of a bundle.
 
     problem: why no machine can use it; without one it has a recipe. gpu_memory: bytes that the
-    engines take, without their scratch.
+    engines take, without what the driver needs for their code.
     """
 
     path: Path

@@ -13,10 +13,16 @@ import numpy as np
 
 from varedit_runtime.backends.base import EditWhole, Prompts, Sampling, WholeEdit
 from varedit_runtime.backends.engines.cuda import CudaDevice
-from varedit_runtime.backends.engines.device import ALIGNMENT, Device, Engine, Launch, address_of
+from varedit_runtime.backends.engines.device import Device, Engine, Launch, address_of
 from varedit_runtime.backends.engines.engine_set import EngineSet, EngineSets
 from varedit_runtime.backends.engines.import_tensorrt import EngineKind
-from varedit_runtime.backends.engines.memory import aligned, budget, lay_out
+from varedit_runtime.backends.engines.memory import (
+    aligned,
+    budget,
+    landing,
+    lay_out,
+    unaligned,
+)
 from varedit_runtime.backends.engines.weights import EngineWeights
 from varedit_runtime.backends.graph_backend import GraphBackend
 from varedit_runtime.backends.wiring import (
@@ -49,7 +55,7 @@ class EngineBackend(GraphBackend):
         symbolic = recipe.layout == "profiles"
         super().__init__(variant, bundle.manifest.model, recipe.backend, symbolic)
         self._device, self._weights = device, EngineWeights(engines.manifest.weights)
-        self.budget = budget(bundle, variant, recipe.layout)
+        self.budget = budget(bundle, variant, recipe.layout, engines.manifest)
         self.budget.check(self.budget.total, device.free_memory())
         self._engines = self._load(engines)
         self._values = values_of(list(self.steps.values()))
@@ -132,10 +138,10 @@ class EngineBackend(GraphBackend):
         rest = [name for name in self._values if name not in (*given, *taken)]
         sizes = {name: self._values[name].size for name in (*given, *taken, *rest)}
         scratch = max(self._engines[step.stage].scratch(step.profile) for step in steps)
-        landing = max(sum(aligned(view.size) for view in _unaligned(step)) for step in steps)
         self._arena = lay_out(sizes)
-        whole = lay_out({"values": self._arena.size, "landing": landing, "scratch": scratch})
-        self.budget = replace(self.budget, scratch=scratch)
+        parts = {"values": self._arena.size, "landing": landing(steps), "scratch": scratch}
+        whole = lay_out(parts)
+        self.budget = replace(self.budget, scratch=aligned(scratch))
         # Weights inside engines are loaded by now: only the rest must still fit.
         self.budget.check(whole.size + self._weights.size, self._device.free_memory())
         self._start = self._device.allocate(whole.size)
@@ -172,13 +178,13 @@ class EngineBackend(GraphBackend):
         tensors = {**step.inputs, **step.outputs}
         addresses = {name: self._address(view) for name, view in tensors.items()}
         addresses |= self._weights.addresses(step.stage)
-        landing = self._landing
+        free = self._landing
         copies: list[tuple[int, int, int]] = []
         for name, view in step.outputs.items():
-            if view in _unaligned(step):
-                copies.append((addresses[name], landing, view.size))
-                addresses[name] = landing
-                landing += aligned(view.size)
+            if view in unaligned(step):
+                copies.append((addresses[name], free, view.size))
+                addresses[name] = free
+                free += aligned(view.size)
         shapes = {name: view.shape for name, view in step.inputs.items()}
         engine = self._engines[step.stage]
         execute = engine.bind(step.profile, shapes, addresses, self._scratch)
@@ -279,8 +285,3 @@ def _different(
     both = {*views, *weights} & tensors.keys()
     alone = {*views, *weights} ^ tensors.keys()
     return sorted(alone | {name for name in both if not same(name)})
-
-
-def _unaligned(step: Step) -> list[View]:
-    """Return outputs at addresses an engine refuses, which only small models have (few bytes)."""
-    return [view for view in step.outputs.values() if view.offset % ALIGNMENT]

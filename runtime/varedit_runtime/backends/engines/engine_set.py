@@ -73,10 +73,16 @@ class EngineRecipe(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class PlanFile(Struct, frozen=True, forbid_unknown_fields=True):
-    """A compiled engine. file: its packed file in the set. size: unpacked, in bytes."""
+    """A compiled engine. file: its packed file in the set. size: unpacked, in bytes.
+
+    scratch: bytes that a run needs, as the compiler said; None if it did not. report: the file that
+    lists its kernels; sets of earlier versions have none.
+    """
 
     file: str
     size: Bytes
+    scratch: Bytes | None = None
+    report: str | None = None
 
 
 class EngineSetManifest(FolderManifest, frozen=True):
@@ -96,10 +102,17 @@ class EngineSetManifest(FolderManifest, frozen=True):
             expected = sorted(self.recipe.graphs)
             raise ValueError(f"plans of {sorted(self.plans)}, where {expected} were expected")
         for stage, plan in self.plans.items():
-            if plan.file not in self.files:
-                raise ValueError(f"{stage}'s {shown(plan.file)} is not in files")
+            for file in (plan.file, plan.report):
+                if file is not None and file not in self.files:
+                    raise ValueError(f"{stage}'s {shown(file)} is not in files")
         if unknown := self.weights.keys() - self.plans.keys():
             raise ValueError(f"weights of {sorted(unknown)}, which have no plan")
+
+    @property
+    def scratch(self) -> int | None:
+        """The bytes of scratch that all engines share; None if one's are not known."""
+        known = [plan.scratch for plan in self.plans.values() if plan.scratch is not None]
+        return max(known, default=None) if len(known) == len(self.plans) else None
 
 
 @dataclass(frozen=True)
@@ -130,6 +143,12 @@ class EngineSet:
     def packed_plan(self, stage: str) -> Iterator[bytes]:
         """Yield a stage's packed plan in pieces; raise BundleError at its end if it is damaged."""
         return self._folder.chunks(self.manifest.plans[stage].file)
+
+    def packed_report(self, stage: str) -> Iterator[bytes]:
+        """Yield a stage's packed report as `packed_plan` does; the set must have one."""
+        file = self.manifest.plans[stage].report
+        assert file is not None
+        return self._folder.chunks(file)
 
     def plan_bytes(self, stage: str) -> bytearray:
         """Return a stage's compiled engine, made from exactly the bytes whose digest was checked.

@@ -46,8 +46,12 @@ def no_engines_for(gpu: str, known: Collection[str]) -> str:
 
 @dataclass
 class Log:
-    """What a library logged while a `listening` lasted. thread: the one that listens."""
+    """What a library logged while a `listening` lasted.
 
+    thread: the one that listens. messages: all, errors too; None where only errors are kept.
+    """
+
+    messages: list[str] | None = None
     thread: int = field(default_factory=threading.get_ident)
     errors: list[str] = field(default_factory=list)
 
@@ -57,9 +61,12 @@ class Log:
 
 
 @contextmanager
-def listening(trt: ModuleType) -> Iterator[Log]:
-    """Collect what a library logs in this thread, and in threads of its own."""
-    log, logs = Log(), the_logger(trt).logs
+def listening(trt: ModuleType, to_all: bool = False) -> Iterator[Log]:
+    """Collect the errors that a library logs in this thread, and in threads of its own.
+
+    to_all: collect all its messages too.
+    """
+    log, logs = Log([] if to_all else None), the_logger(trt).logs
     logs.append(log)
     try:
         yield log
@@ -74,17 +81,22 @@ def the_logger(trt: ModuleType) -> Any:
     It lives as long as the process: a library calls the logger of its first object for all others.
     """
 
+    severities = trt.ILogger.Severity
+
     class Logger(trt.ILogger):
         def __init__(self) -> None:
             super().__init__()
             self.logs: list[Log] = []
 
         def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-                logs = tuple(self.logs)
-                own = [log for log in logs if log.thread == threading.get_ident()]
-                for log in own or logs:  # the library's own threads work for anybody
+            failed = severity in (severities.ERROR, severities.INTERNAL_ERROR)
+            logs = tuple(self.logs)
+            own = [log for log in logs if log.thread == threading.get_ident()]
+            for log in own or logs:  # the library's own threads work for anybody
+                if failed:
                     log.errors.append(one_line(message))
+                if log.messages is not None:
+                    log.messages.append(message)
 
     return Logger()
 

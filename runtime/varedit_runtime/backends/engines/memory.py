@@ -6,16 +6,22 @@ tensors between graphs by their lifetimes too would save one percent, as the cac
 through a whole edit, are nearly all of it.
 """
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from varedit_runtime.backends.engines.device import ALIGNMENT
-from varedit_runtime.backends.engines.engine_set import EngineLayout
-from varedit_runtime.backends.wiring import values_of, wire
+from varedit_runtime.backends.engines.engine_set import (
+    EngineLayout,
+    EngineSet,
+    EngineSetManifest,
+    EngineSets,
+)
+from varedit_runtime.backends.wiring import Step, View, values_of, wire
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.errors import BackendError, readable_size
-from varedit_runtime.manifest import Variant, weights_file
+from varedit_runtime.errors import BackendError, BundleError, readable_size
+from varedit_runtime.manifest import StoredWeight, Variant, weights_file
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -47,7 +53,8 @@ def aligned(size: int) -> int:
 class Budget:
     """Bytes of GPU memory that an editor takes, by use.
 
-    between: tensors between graphs. scratch: None until the engines, which know it, are loaded.
+    between: tensors between graphs. scratch: None until the engines, which know it, are compiled or
+    loaded.
     """
 
     weights: int
@@ -78,13 +85,66 @@ class Budget:
             )
 
 
-def budget(bundle: Bundle, variant: Variant, layout: EngineLayout) -> Budget:
-    """Estimate what a variant's engines take, from the manifest; their code is not counted."""
+def budget(
+    bundle: Bundle,
+    variant: Variant,
+    layout: EngineLayout = "external",
+    engines: EngineSetManifest | None = None,
+) -> Budget:
+    """Return what a variant's engines take, without what the driver needs for their code.
+
+    engines: the compiled set, of this layout. Without it, scratch is not counted, and weights are
+    estimated from the sizes of the bundle's files.
+    """
     symbolic = layout == "profiles"
-    values = values_of(wire(variant, bundle.manifest.model, symbolic))
-    sizes = {name: aligned(view.size) for name, view in values.items()}
+    steps = wire(variant, bundle.manifest.model, symbolic)
+    sizes = {name: aligned(view.size) for name, view in values_of(steps).items()}
     caches = sum(size for name, size in sizes.items() if name.startswith("cache_"))
-    return Budget(weights_on_gpu(bundle, variant, layout), caches, sum(sizes.values()) - caches)
+    between = sum(sizes.values()) - caches + landing(steps)
+    weights, scratch = weights_on_gpu(bundle, variant, layout), None
+    if engines is not None:
+        scratch = None if engines.scratch is None else aligned(engines.scratch)
+        if layout == "external":
+            inputs = distinct(engines.weights)
+            weights = lay_out({place: weight.length for place, weight in inputs.items()}).size
+    return Budget(weights, caches, between, scratch)
+
+
+def set_budgets(bundle: Bundle, variant: Variant) -> Iterator[tuple[str, Budget]]:
+    """Yield what each set of a variant's engines takes, with the GPU and layout it is for.
+
+    Sets that are damaged, or of other graphs or weights, are left out.
+    """
+    sets = EngineSets(bundle)
+    for folder in sets.folders:
+        with suppress(BundleError):
+            engines = EngineSet.open(folder).manifest
+            recipe = engines.recipe
+            if recipe.variant == variant.name and sets.of_this_bundle(recipe):
+                name = f"{recipe.backend} for {recipe.gpu}, weights {recipe.layout}"
+                yield name, budget(bundle, variant, recipe.layout, engines)
+
+
+def distinct(weights: Mapping[str, Sequence[StoredWeight]]) -> dict[tuple[str, int], StoredWeight]:
+    """Return the weights that engines have as inputs, given by stage: each once, by its place.
+
+    They are in the order of the files, in which they are read. A place is a file and an offset.
+    """
+    every = [weight for of_stage in weights.values() for weight in of_stage]
+    # A table and a row of it may start at one byte: the longest of such weights comes last and is
+    # kept, and holds the others.
+    every.sort(key=lambda weight: (weight.file, weight.offset, weight.length))
+    return {(weight.file, weight.offset): weight for weight in every}
+
+
+def landing(steps: Iterable[Step]) -> int:
+    """Return the bytes where the outputs of a step land whose own places are not aligned."""
+    return max(sum(aligned(view.size) for view in unaligned(step)) for step in steps)
+
+
+def unaligned(step: Step) -> list[View]:
+    """Return outputs at addresses an engine refuses, which only small models have (few bytes)."""
+    return [view for view in step.outputs.values() if view.offset % ALIGNMENT]
 
 
 def weights_on_gpu(bundle: Bundle, variant: Variant, layout: EngineLayout) -> int:

@@ -60,11 +60,6 @@ def unpack(chunks: Iterable[bytes], packed: int, size: int) -> bytearray:
     return plan
 
 
-def unpacked_size(chunks: Iterable[bytes]) -> int:
-    """Return the bytes that a file unpacks to. Raises ValueError if it was not packed."""
-    return sum(map(len, _parts(chunks)))
-
-
 def _parts(chunks: Iterable[bytes]) -> Iterator[bytes]:
     unpacker = None
     for chunk in chunks:

@@ -7,7 +7,7 @@ from itertools import cycle, groupby
 import numpy as np
 
 from varedit_runtime.backends.engines.device import Device, Launch, address_of
-from varedit_runtime.backends.engines.memory import lay_out
+from varedit_runtime.backends.engines.memory import distinct, lay_out
 from varedit_runtime.bundle import Bundle, readable
 from varedit_runtime.errors import BundleError
 from varedit_runtime.manifest import StoredWeight
@@ -28,11 +28,7 @@ class EngineWeights:
 
     def __init__(self, by_stage: Mapping[str, Sequence[StoredWeight]]) -> None:
         self._by_stage = by_stage
-        every = [weight for weights in by_stage.values() for weight in weights]
-        # In the order of the files, in which they are read. A table and a row of it may start at
-        # one byte: the longest of such weights comes last and is kept, and holds the others.
-        every.sort(key=lambda weight: (weight.file, weight.offset, weight.length))
-        self._distinct = {(weight.file, weight.offset): weight for weight in every}
+        self._distinct = distinct(by_stage)
         self._arena = lay_out({place: w.length for place, w in self._distinct.items()})
         self._start = 0
 

@@ -1,0 +1,95 @@
+"""What engines consist of, read from the log of real compilations with TensorRT for RTX."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from test_compile_set import ADA, deep_graph, quiet
+
+from varedit_engines.engine_compiler import EngineCompiler
+from varedit_engines.engine_report import EngineReport, engine_report, packed, unpacked
+from varedit_engines.network import external_inputs
+
+BLOCKS = 4
+# Kernels of a four-block graph, as TensorRT for RTX 1.7 compiled them and a few more.
+MOST = {"scale_01": 90, "prefill": 85}
+LINEAR = "(Linear) Row major linear format"
+KERNEL = (
+    "Name: _gemm_mha_v2_myl0_61, LayerType: kgen, Inputs: [ "
+    "{ Name: q, Dimensions: [6,4,32], Strides: [32,192,1], StrideOrder: [1,2,0], Datatype: Half, "
+    "Format: (Arbitrary) Format with stride order = [1,2,0] }, "
+    "{ Name: q, Dimensions: [6,2,32], Strides: [32,192,1], StrideOrder: [1,2,0], Datatype: Half, "
+    f"Format: {LINEAR} }}, "
+    "{ Name: bias, Dimensions: [], Strides: [], StrideOrder: [], Datatype: Float, "
+    f"Format: {LINEAR} }}], Constants: [], Outputs: [ "
+    "{ Name: y, Dimensions: [6,4,32], Strides: [32,192,1], StrideOrder: [1,2,0], "
+    f"Datatype: BFloat16, Format: {LINEAR} }}], TacticName: _gemm_mha_v2_0x2a, StreamId: 0, "
+    "Metadata: [ONNX Layer: blocks.3/MatMul_4][ONNX Layer: blocks.3/Softmax_2]"
+    "[ONNX Layer: blocks.3/MatMul_3]"
+)
+
+
+def compiled(stage: str, compiler: EngineCompiler) -> EngineReport:
+    graph, _ = external_inputs(deep_graph(stage, BLOCKS))
+    return compiler.compile(stage, graph, Path(), [], quiet).report
+
+
+@pytest.mark.parametrize(
+    ("stage", "fused"), [("scale_01", 2 * BLOCKS), ("prefill", 2 * BLOCKS - 2)]
+)
+def test_attention_is_fused_and_kernels_are_few(stage: str, fused: int) -> None:
+    """Both attentions of every block; the prefill's last block computes keys and values alone."""
+    report = compiled(stage, EngineCompiler("tensorrt-rtx", ADA))
+    assert report.kernels is not None
+    assert sum(kernel.attends for kernel in report.kernels) == fused
+    assert len(report.kernels) <= MOST[stage]
+    assert {kernel.stream for kernel in report.kernels} == {0}
+    assert report.scratch and report.profiles == 1
+    products = [kernel for kernel in report.kernels if kernel.kind == "gemm"]
+    halves = [kernel for kernel in products if kernel.types == (("float16",), ("float16",))]
+    assert len(halves) >= 4 * (BLOCKS - 1)
+    assert {kernel.types[0] for kernel in products} == {("float16",), ("float32",)}  # the head
+
+
+def test_a_kernel_is_read_from_the_log() -> None:
+    report = engine_report(7, [f"Layers:\n{KERNEL}\n\nI/O Tensors:\n Name: q"])
+    assert report.kernels
+    (kernel,) = report.kernels
+    assert (kernel.name, kernel.kind, kernel.stream) == ("_gemm_mha_v2_myl0_61", "kgen", 0)
+    assert kernel.types == (("float16", "float32"), ("bfloat16",))
+    assert (kernel.read, kernel.written) == (6 * 4 * 32 * 2 + 4, 6 * 4 * 32 * 2)  # q counts once
+    assert kernel.nodes == ("blocks.3/MatMul_4", "blocks.3/Softmax_2", "blocks.3/MatMul_3")
+    assert kernel.attends
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        KERNEL.replace("Datatype: Half", "Datatype: Quarter"),
+        KERNEL.replace("Dimensions: [6,4,32]", "Dimensions: [6,-1,32]"),
+        KERNEL.replace("StreamId", "Stream"),
+        "Layer(Myelin): {ForeignNode[a...b]}, Tactic: 0x0, x (Half[1]) -> y (Half[1])",
+    ],
+)
+def test_kernels_that_are_listed_in_another_form_are_unknown(line: str) -> None:
+    report = engine_report(7, [line, KERNEL] if line.startswith("Name") else [line])
+    assert report == EngineReport(7) and str(report) == "kernels unknown"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "scratch", "profiles"), [((), None, 1), ((5,), 5, 1), ((5, 9, 7), 9, 3)]
+)
+def test_scratch_is_that_of_the_largest_profile(
+    sizes: Sequence[int], scratch: int | None, profiles: int
+) -> None:
+    lines = [f"Total Activation Memory: {size} bytes" for size in sizes]
+    report = engine_report(7, lines)
+    assert (report.scratch, report.profiles) == (scratch, profiles)
+
+
+def test_a_report_is_kept_as_it_was() -> None:
+    report = engine_report(7, [KERNEL, "Total Activation Memory: 5 bytes"])
+    assert unpacked([packed(report)]) == report and packed(report) == packed(report)
+    assert str(report) == (
+        "1 kernels move 3.1 kB, 1 fused attentions, 5 bytes of scratch; bfloat16, float16, float32"
+    )
