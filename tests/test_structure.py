@@ -11,6 +11,7 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = {
@@ -90,13 +91,13 @@ def test_packages_import_each_other_as_the_architecture_says() -> None:
 def test_every_library_that_is_imported_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     lists = [project["dependencies"], *project["optional-dependencies"].values()]
-    declared = {re.split(r"[^\w-]", line)[0].lower() for of in lists for line in of}
+    declared = {re.split(r"[^\w-]", line)[0] for of in lists for line in of}
     installed = packages_distributions()
     missing = {
         f"{module} imports {name}"
         for module in sources()
         for name in libraries(module)
-        if not declared & {distribution.lower() for distribution in installed.get(name, [name])}
+        if not declared & set(map(canonicalize_name, installed.get(name, [name])))
     }
     assert missing == set()
 

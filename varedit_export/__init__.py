@@ -29,6 +29,7 @@ from varedit_runtime.errors import ConfigError, VareditError, needs_extra
 from varedit_runtime.manifest import ParityLine
 
 if TYPE_CHECKING:
+    from varedit_export.published import Download
     from varedit_runtime.backends.engines.engine_set import EngineSet
 
 __all__ = [
@@ -49,16 +50,21 @@ def _ignore(*_: object) -> None:
 
 
 def build(
-    options: BuildOptions, on_step: OnStep = _ignore, notice: Callable[[str], None] = _ignore
+    options: BuildOptions,
+    on_step: OnStep = _ignore,
+    notice: Callable[[str], None] = _ignore,
+    accept: Callable[["Download"], None] = _ignore,
 ) -> Bundle:
     """Build a bundle, prove its parity with the reference, publish it, and return it opened.
 
     The next build continues an interrupted one. `notice` is called with what will be built and what
-    that needs. The bundle's measures are `bundle.manifest.parity`.
+    that needs. `accept` is called before weights are downloaded, with what is downloaded from
+    where; it raises an error of its own to refuse. The bundle's measures are
+    `bundle.manifest.parity`.
 
     Raises ConfigError on options that are impossible or contradict each other, CheckpointError if
-    weights cannot be read or do not fit, or the disk has no room, ExportError if memory is too
-    small or a graph is not as expected, ParityError if a measure exceeds its tolerance. Then
+    weights cannot be fetched or read or do not fit, or the disk has no room, ExportError if memory
+    is too small or a graph is not as expected, ParityError if a measure exceeds its tolerance. Then
     nothing is published, and an earlier bundle of that name stays.
     """
     with needs_extra("export"):
@@ -66,7 +72,7 @@ def build(
         from varedit_export.estimate import needs
         from varedit_export.resolve_options import plan_of
 
-    plan = plan_of(options)
+    plan = plan_of(options, accept)
     notice(f"{plan}\n  needs {needs(plan)}")
     assemble(plan, on_step)
     return Bundle.open(plan.request.target)

@@ -1,11 +1,9 @@
 """The `varedit-export` command."""
 
 import shlex
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, fields, replace
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +12,8 @@ import msgspec
 from click.core import ParameterSource
 
 import varedit_export
-from varedit_engines import OnStep
 from varedit_engines.engine_compiler import slow_precision
+from varedit_export.console import accept, progress, say
 from varedit_export.describe import described, parity_row, parity_summary
 from varedit_export.errors import ParityError
 from varedit_export.options import BuildOptions, EngineOptions, VerifyOptions
@@ -44,15 +42,19 @@ if TYPE_CHECKING:
     from varedit_runtime.backends.engines.engine_set import EngineLayout
 
 _PATH = click.Path(path_type=Path, readable=False)  # whatever opens it says what is wrong
+_PLACE = "PATH|hf://..."  # a file or folder here, or one on the Hugging Face hub
 _checkpoint = click.option(
     "--checkpoint",
-    type=_PATH,
+    metavar=_PLACE,
     help="The transformer: a .pth or .safetensors file, or a folder of shards.",
 )
 _tokenizer = click.option(
-    "--tokenizer", type=_PATH, help="The picture tokenizer: infinity_vae_*.pth."
+    "--tokenizer", metavar=_PLACE, help="The picture tokenizer: infinity_vae_*.pth."
 )
-_text_encoder = click.option("--text-encoder", type=_PATH, help="The flan-t5-xl folder.")
+_text_encoder = click.option(
+    "--text-encoder", metavar=_PLACE, help="The flan-t5-xl folder, or OWNER/REPOSITORY."
+)
+_yes = click.option("--yes", is_flag=True, help="Download weights without asking.")
 _architectures = click.option(
     "--architecture",
     "architectures",
@@ -97,8 +99,7 @@ def main() -> None:
 
     \b
     varedit-export build --size nano
-    varedit-export build --size 2b --res 512 --checkpoint 2B-512.pth \\
-        --tokenizer infinity_vae_d32reg.pth --text-encoder flan-t5-xl
+    varedit-export build --size 8b --res 512 --precision fp16
     varedit-export build --size tiny-2b --res 256 --random-weights 0
     """
 
@@ -118,6 +119,13 @@ def main() -> None:
 @_checkpoint
 @_tokenizer
 @_text_encoder
+@click.option(
+    "--from",
+    "source",
+    metavar="OWNER/REPOSITORY|FOLDER",
+    help="Where the published weights of 2b and 8b are taken from; by default their authors'.",
+)
+@_yes
 @click.option("--random-weights", type=int, help="Seed of random weights, instead of checkpoints.")
 @click.option(
     "--config", type=_PATH, help="A recording's config.json, instead of --size and --res."
@@ -150,34 +158,40 @@ def build(
     backend: Any,
     layout: "EngineLayout",
     architectures: tuple[str, ...],
+    yes: bool,
 ) -> None:
     """Build a bundle, prove its parity with the reference, and publish it.
+
+    The published weights of 2b and 8b are downloaded, once, unless they are given: as paths, or as
+    hf://OWNER/REPOSITORY/PATH[@REVISION] on the Hugging Face hub. HF_TOKEN, HF_HOME, HF_ENDPOINT
+    and HF_HUB_OFFLINE are obeyed.
 
     The next build continues an interrupted one. Engines are compiled after the bundle
     is published; if that is interrupted, `varedit-export engines` continues it.
 
     \b
+    varedit-export build --size 8b --res 512 --precision fp16 -o bundles/8b-512
     varedit-export build --size 2b --res 512 --checkpoint 2B-512.pth \\
-        --tokenizer infinity_vae_d32reg.pth --text-encoder flan-t5-xl \\
-        -o bundles/2b-512
+        --tokenizer hf://FoundationVision/Infinity/infinity_vae_d32reg.pth \\
+        --text-encoder google/flan-t5-xl
     varedit-export build --size 125m --res 256 --random-weights 0
     varedit-export build --size nano --precision fp16 --backend tensorrt-rtx \\
         --architecture sm89
     """
     engines = _engine_options(context, backend, layout, architectures, options.precision)
-    with _progress() as on_step:
-        bundle = varedit_export.build(options, on_step, _say)
+    with progress() as on_step:
+        bundle = varedit_export.build(options, on_step, say, partial(accept, yes))
     folder = Path(options.output or bundle.path)
     try:
         remember(folder, _unfit(options, bundle))
     except BundleError as error:  # the bundle is whole all the same
-        _say(str(error))
-    _say(parity_summary(bundle.manifest.parity))
+        say(str(error))
+    say(parity_summary(bundle.manifest.parity))
     click.echo(folder)
     if engines is not None:
         for variant in bundle.manifest.variants:
             path, _ = _compile(bundle, replace(engines, variant=variant.name))
-            _say(str(path))
+            say(str(path))
 
 
 def _unfit(options: BuildOptions, bundle: Bundle) -> str | None:
@@ -202,7 +216,7 @@ def _engine_options(
         engines = EngineOptions(backend, layout=layout, architectures=architectures)
         engines.compiler()
         if advice := slow_precision(named(precision)):
-            _say(advice)
+            say(advice)
         return engines
     given = [
         parameter.opts[0]
@@ -281,15 +295,15 @@ def _compile(
     bundle: Bundle | Path, options: EngineOptions
 ) -> tuple[Path, "dict[str, EngineReport]"]:
     """Compile a variant's engines, show the progress, and return their folder and reports."""
-    with _progress() as on_step:
-        found = varedit_export.compile_engines(bundle, options, on_step, _say)
+    with progress() as on_step:
+        found = varedit_export.compile_engines(bundle, options, on_step, say)
     from varedit_engines.engine_report import engine_reports
 
     reports, files = dict(engine_reports(found)), found.manifest.files
     for stage, plan in found.manifest.plans.items():
         size = readable_size(files[plan.file].size)
         told = reports.get(stage, "compiled by an earlier version: --again lists its kernels")
-        _say(f"  {stage:<16} {size:>8}  {told}")
+        say(f"  {stage:<16} {size:>8}  {told}")
     return found.path, reports
 
 
@@ -334,7 +348,7 @@ def verify(bundle: Path, report: Path | None, options: VerifyOptions) -> None:
         of_engines = (line.stage for line in failed if "against ONNX Runtime" in line.measure)
         if backend.compiles and (stage := next(of_engines, None)):
             named = f" --variant {shlex.quote(options.variant)}" if options.variant else ""
-            _say(
+            say(
                 "to find the layer that goes wrong first: varedit-export layers "
                 f"{shlex.quote(str(bundle))} {stage} --backend {backend.name}{named}"
             )
@@ -431,12 +445,14 @@ def bench(
 @_checkpoint
 @_tokenizer
 @_text_encoder
+@_yes
 @click.option("-o", "--output", type=_PATH, required=True, help="The folder to write into.")
 def convert(
     size: str,
-    checkpoint: Path | None,
-    tokenizer: Path | None,
-    text_encoder: Path | None,
+    checkpoint: str | None,
+    tokenizer: str | None,
+    text_encoder: str | None,
+    yes: bool,
     output: Path,
 ) -> None:
     """Write one safetensors file per component of the released checkpoints.
@@ -447,34 +463,14 @@ def convert(
         -o converted/2b-512
     """
     with needs_extra("export"):
+        from varedit_export.published import bring
         from varedit_reference.convert import convert as convert_checkpoints
 
     given = {"checkpoint": checkpoint, "tokenizer": tokenizer, "text-encoder": text_encoder}
     if checkpoint is None or tokenizer is None or text_encoder is None:
         missing = " and ".join(f"--{name}" for name, path in given.items() if path is None)
         raise CheckpointError(f"convert needs {missing} too")
-    for path in convert_checkpoints(size, checkpoint, tokenizer, text_encoder, output):
+    files = bring([checkpoint, tokenizer, text_encoder], partial(accept, yes))
+    transformer, picture_tokenizer, text_folder = files.paths
+    for path in convert_checkpoints(size, transformer, picture_tokenizer, text_folder, output):
         click.echo(path)
-
-
-def _say(line: str) -> None:
-    """Show a line on stderr, above a bar if there is one."""
-    with needs_extra("export"):
-        from tqdm import tqdm
-
-    tqdm.write(line, file=sys.stderr)
-
-
-@contextmanager
-def _progress() -> Iterator[OnStep]:
-    """Show a bar on a terminal, nothing elsewhere."""
-    with needs_extra("export"):
-        from tqdm import tqdm
-
-    with tqdm(total=1, disable=None, bar_format="{l_bar}{bar}| {elapsed}") as bar:
-
-        def show(what: str, done: int, steps: int) -> None:
-            bar.total, bar.n = steps, done
-            bar.set_description(what)
-
-        yield show

@@ -19,6 +19,8 @@ def _lines(bundle: Bundle) -> Iterator[str]:
     yield f"{manifest.name}  {bundle.digest}"
     yield f"  model      {model.size}: {model.depth} blocks of width {model.width}"
     yield f"  weights    {model.weights}"
+    for origin in model.origins or ():
+        yield f"             {origin.file} of {origin.repository} at {origin.commit}"
     exceptions = "; ".join(manifest.fp32_exceptions) or "everything"
     yield f"  precision  {manifest.precision}; in fp32: {exceptions}"
     yield f"  defaults   guidance {manifest.guidance_scale}, temperature {manifest.temperature}"

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from math import log2
 
+from msgspec import UNSET
 from torch import Tensor
 
 from varedit_export.graphs.layout import (
@@ -75,6 +76,7 @@ def _model_of(whole: ModelConfig, sources: Sources) -> Model:
         norm_groups=tokenizer.groups,
         text_distance=text and text.max_distance,
         text_epsilon=text and text.epsilon,
+        origins=sources.origins or UNSET,
     )
 
 

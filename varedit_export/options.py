@@ -30,9 +30,12 @@ class BuildOptions:
 
     # The weights: all checkpoints, or a seed. nano needs neither. With `config`, text_encoder may
     # be left out: the bundle then starts at text features.
+    # Each is a path, or hf://OWNER/REPOSITORY/PATH[@REVISION]. 2b and 8b are published: what is not
+    # given is looked for in the repository or folder `source`, by default their authors'.
     checkpoint: AnyPath | None = None  # the transformer: a .pth, a .safetensors, a folder of shards
     tokenizer: AnyPath | None = None  # the picture tokenizer: infinity_vae_*.pth
-    text_encoder: AnyPath | None = None  # the folder of flan-t5-xl
+    text_encoder: AnyPath | None = None  # the folder or repository of flan-t5-xl
+    source: str | None = None  # OWNER/REPOSITORY or a folder
     random_weights: int | None = None  # the seed of random weights, for structure, speed and size
 
     # What is compiled into the graphs.

@@ -1,12 +1,16 @@
 """Turn the options of a build into its plan: model, grids, weights, names, folder."""
 
 import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 from varedit_export.manifest_model import sources_of
 from varedit_export.options import BuildOptions
 from varedit_export.plan import BundlePlan, VariantRequest
+from varedit_export.published import PUBLISHED, Download, Places, bring, find_weights
 from varedit_export.sources import (
     NANO_SIZE,
     Sources,
@@ -23,16 +27,20 @@ from varedit_runtime.locate import default_root, embedded
 TEXT_TOKENS = 128
 
 
-def plan_of(options: BuildOptions) -> BundlePlan:
-    """Return the plan of a build.
+def plan_of(
+    options: BuildOptions, accept: Callable[[Download], None] = lambda download: None
+) -> BundlePlan:
+    """Return the plan of a build, after downloading the weights that it needs from the hub.
+
+    accept: called before that, if anything has to be downloaded; it raises to refuse.
 
     Raises ConfigError on options that are impossible or contradict each other, CheckpointError on
-    weights that are missing, cannot be read or do not fit.
+    weights that are missing, cannot be fetched or read, or do not fit.
     """
     options.check_types()
     models = _models(options)
     (config, _), *_ = models
-    sources = _sources(config, options)
+    sources = _sources(config, options, accept)
     target = default_root() / _name(config, options, [resolution for _, resolution in models])
     requests = [
         VariantRequest(
@@ -102,24 +110,36 @@ def _text_tokens(options: BuildOptions) -> int:
     return _nano().manifest.variant(None).text_tokens if options.size == NANO_SIZE else TEXT_TOKENS
 
 
-def _sources(config: ModelConfig, options: BuildOptions) -> Sources:
-    checkpoint, tokenizer, text_encoder = (
-        None if path is None else Path(path)
-        for path in (options.checkpoint, options.tokenizer, options.text_encoder)
+def _sources(
+    config: ModelConfig, options: BuildOptions, accept: Callable[[Download], None]
+) -> Sources:
+    given = Places(
+        *(
+            None if place is None else os.fspath(place)
+            for place in (options.checkpoint, options.tokenizer, options.text_encoder)
+        )
     )
     if options.random_weights is not None:
-        if checkpoint or tokenizer or text_encoder:
+        if given != Places() or options.source is not None:
             raise ConfigError("--random-weights replaces all checkpoints: give it or them")
         return random_sources(config, options.random_weights)
-    if options.size == NANO_SIZE and not (checkpoint or tokenizer or text_encoder):
+    if options.size == NANO_SIZE and given == Places() and options.source is None:
         return sources_of(_nano())[1]
-    needed = {"--checkpoint": checkpoint, "--tokenizer": tokenizer}
-    if options.config is None:
-        needed["--text-encoder"] = text_encoder
-    missing = [name for name, path in needed.items() if path is None]
-    if checkpoint is None or tokenizer is None or missing:
+    if options.size in PUBLISHED:
+        given = find_weights(options.size, options.resolutions, given, options.source)
+    elif options.source is not None:
+        raise ConfigError(f"--from: only {' and '.join(PUBLISHED)} are published")
+    needed = {"--checkpoint": given.transformer, "--tokenizer": given.tokenizer}
+    if options.config is None or given.text_encoder:
+        needed["--text-encoder"] = given.text_encoder
+    places = [place for place in needed.values() if place]
+    if len(places) < len(needed):
+        missing = [name for name, place in needed.items() if not place]
         raise CheckpointError(missing_weights(config.name, missing))
-    return checkpoint_sources(config, checkpoint, tokenizer, text_encoder)
+    files = bring(places, accept)
+    transformer, tokenizer, *text_encoder = files.paths
+    sources = checkpoint_sources(config, transformer, tokenizer, *text_encoder)
+    return replace(sources, description=files.description, origins=files.origins)
 
 
 def _name(config: ModelConfig, options: BuildOptions, resolutions: list[int]) -> str:

@@ -29,17 +29,10 @@ from varedit_reference.config import ModelConfig
 from varedit_reference.initialise import RandomWeights, random_weights
 from varedit_reference.text_encoder import SHARED, t5_layout, t5_stack, text_encoder_weights
 from varedit_reference.weights_file import check_there
+from varedit_runtime.manifest import HubOrigin
 from varedit_runtime.text import END_TOKEN
 
 NANO_SIZE = "nano"  # the size whose weights come with the package, in the embedded bundle
-PUBLISHED = {
-    "2b": ("a VAREdit 2B transformer (.pth)", "infinity_vae_d32reg.pth"),
-    "8b": ("8B-512.pth or 8B-1024.pth", "infinity_vae_d56_f8_14_patchify.pth"),
-}
-PUBLISHERS = (
-    "their authors publish the transformers as HiDream-ai/VAREdit, the picture tokenizers as "
-    "FoundationVision/Infinity and the text encoder as google/flan-t5-xl, on Hugging Face"
-)
 
 
 @dataclass(frozen=True)
@@ -57,7 +50,8 @@ class Sources:
     """All weights of a build.
 
     text: None for a bundle that starts at text features. description: where the weights come from,
-    for people. identity: changes when the weights do, so that a resumed build notices.
+    for people. identity: changes when the weights do, so that a resumed build notices. origins: of
+    the files that came from the hub.
     """
 
     transformer: Mapping[str, Tensor]
@@ -65,10 +59,11 @@ class Sources:
     text: TextSource | None
     description: str
     identity: str
+    origins: tuple[HubOrigin, ...] = ()
 
 
 def checkpoint_sources(
-    config: ModelConfig, transformer: Path, tokenizer: Path, text_encoder: Path | None
+    config: ModelConfig, transformer: Path, tokenizer: Path, text_encoder: Path | None = None
 ) -> Sources:
     """Open weights in files. Raises CheckpointError if they cannot be read or do not fit."""
     paths = [transformer, tokenizer, *([] if text_encoder is None else [text_encoder])]
@@ -137,16 +132,9 @@ def missing_weights(size: str, missing: Collection[str]) -> str:
             "size nano has its own weights: give none, or all of --checkpoint, --tokenizer and "
             "--text-encoder"
         )
-    transformer, tokenizer = PUBLISHED.get(size, ("its transformer", "its picture tokenizer"))
-    described = {
-        "--checkpoint": transformer,
-        "--tokenizer": tokenizer,
-        "--text-encoder": "a flan-t5-xl folder",
-    }
-    listed = " and ".join(f"{name} ({what})" for name, what in described.items() if name in missing)
     return (
-        f"size {size} needs {listed}: {PUBLISHERS}; or --random-weights SEED for structure and "
-        "speed alone"
+        f"size {size} needs {' and '.join(missing)}, each a path or hf://OWNER/REPOSITORY/PATH; or "
+        "--random-weights SEED for structure and speed alone"
     )
 
 

@@ -205,9 +205,10 @@ def _check_shards(folder: Path, index: Path, shards: set[str]) -> None:
         )
     # In the Hugging Face cache a snapshot's files are links into the same repository's blobs.
     root = folder.resolve()
-    root = root.parents[1] if root.parent.name == "snapshots" else root
+    snapshots = (path.parent for path in (root, *root.parents) if path.parent.name == "snapshots")
+    roots = [root, *(path.parent / "blobs" for path in snapshots)]
     for shard in sorted(shards):
-        if not (folder / shard).resolve().is_relative_to(root):
+        if not any((folder / shard).resolve().is_relative_to(path) for path in roots):
             raise CheckpointError(
                 f"{folder / shard} links to a file outside the folder: refused; copy it there"
             )

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Annotated, Literal, TypeVar
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from varedit_runtime.errors import BundleError, shown
 from varedit_runtime.precision import PRECISIONS, Precision
@@ -171,13 +171,25 @@ class Variant(Struct, frozen=True, forbid_unknown_fields=True):
         return self.graphs[stage]
 
 
+class HubOrigin(Struct, frozen=True, forbid_unknown_fields=True):
+    """A file of weights that came from the Hugging Face hub.
+
+    repository: OWNER/NAME. commit: the commit it was taken from. file: its path there.
+    """
+
+    repository: PrintableText
+    commit: PrintableText
+    file: PrintableText
+    sha256: Digest
+
+
 class Model(Struct, frozen=True, forbid_unknown_fields=True):
     """The exported model's sizes; see the reference's `config.py`.
 
     weights: where they came from, such as "random, seed 0". norm_groups: groups of the image
     coders' GroupNorms; None for the released rule. text_distance: distance in tokens from which on
     the text encoder treats all as equally far. text_epsilon: eps of its norms. Both are None
-    without a text encoder.
+    without a text encoder. origins: of the files that came from the hub; unset if none did.
     """
 
     size: Name
@@ -195,6 +207,7 @@ class Model(Struct, frozen=True, forbid_unknown_fields=True):
     norm_groups: Count | None
     text_distance: Count | None
     text_epsilon: Annotated[float, Meta(gt=0, lt=1)] | None
+    origins: tuple[HubOrigin, ...] | UnsetType = UNSET
 
     def __post_init__(self) -> None:
         if self.token_channels != self.bits * self.patch**2:

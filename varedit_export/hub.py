@@ -1,0 +1,292 @@
+"""Weights by name: files on the Hugging Face hub, fetched through its own library.
+
+The library keeps every file that it fetched whole in its cache, continues a file whose connection
+was cut, shows progress, and obeys HF_TOKEN, HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE. A download has
+two steps, so that a person can be asked in between: `look_up` tells which files are needed and
+which of them are missing, `fetch` brings them. Where the hub cannot be reached, the cache's files
+are used.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from glob import escape
+from hashlib import file_digest
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from varedit_runtime.errors import CheckpointError, ConfigError, needs_extra, reason
+from varedit_runtime.manifest import HubOrigin
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelInfo
+
+SCHEME = "hf://"
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+_REPOSITORY = re.compile(f"{_NAME}/{_NAME}")
+_ADDRESS = re.compile(
+    rf"{SCHEME}(?P<repository>{_NAME}/{_NAME})"
+    r"(@(?P<before>[^@/]+))?(/(?P<path>[^@]*))?(@(?P<after>[^@]+))?"
+)
+
+Choice = Sequence[str]  # patterns of files, such as "*.safetensors"; the first one has to match
+
+
+@dataclass(frozen=True)
+class HubAddress:
+    """A place on the hub: a model repository, a path in it, and a branch, tag or commit.
+
+    path: "" for the whole repository. revision: None for the main branch.
+    """
+
+    repository: str
+    path: str = ""
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        """Return the text that `parse` reads as this address."""
+        path = f"/{self.path}" if self.path else ""
+        revision = f"@{self.revision}" if self.revision else ""
+        return f"{SCHEME}{self.repository}{path}{revision}"
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A file of a repository.
+
+    path: its path there. size: its bytes. cached: whether it is in the cache already. sha256: of
+    its content, as the hub states it; None for a small file that git keeps.
+    """
+
+    path: str
+    size: int
+    cached: bool
+    sha256: str | None
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The files that an address stands for, at one commit.
+
+    commit, licence, files: None and empty where the hub cannot be reached. licence: its name as the
+    repository states it, or None.
+    """
+
+    address: HubAddress
+    choices: Sequence[Choice]
+    commit: str | None = None
+    licence: str | None = None
+    files: tuple[HubFile, ...] = ()
+
+    @property
+    def missing(self) -> int:
+        """Bytes that have to be downloaded."""
+        return sum(file.size for file in self.files if not file.cached)
+
+
+def parse(text: str) -> HubAddress:
+    """Return the address that hf://OWNER/REPOSITORY[/PATH][@REVISION] stands for.
+
+    The library's own order, hf://OWNER/REPOSITORY@REVISION/PATH, is read too. Raises ConfigError
+    for any other text.
+    """
+    match = _ADDRESS.fullmatch(text)
+    path = "" if match is None else (match["path"] or "").strip("/")
+    if match is None or (match["before"] and match["after"]) or {".", ".."} & {*path.split("/")}:
+        raise ConfigError(
+            f"{text!r} is no address on the hub: give hf://OWNER/REPOSITORY/PATH or, for another "
+            "revision than main, hf://OWNER/REPOSITORY/PATH@REVISION"
+        )
+    return HubAddress(match["repository"], path, match["before"] or match["after"])
+
+
+def is_repository(text: str) -> bool:
+    """Return whether a text has the form OWNER/REPOSITORY."""
+    return _REPOSITORY.fullmatch(text) is not None
+
+
+def cache() -> Path:
+    """Return the folder of the hub's cache."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
+def list_files(address: HubAddress) -> list[str]:
+    """Return the paths of all files of a repository, or those in the cache without a connection.
+
+    Raises CheckpointError if the repository or the revision is not there or may not be read.
+    """
+    try:
+        return sorted(sibling.rfilename for sibling in _information(address).siblings or [])
+    except _UnreachableError:
+        pass
+    try:
+        return sorted(_files(_snapshot(address, [""], offline=True)))  # no file has to be there
+    except _UnreachableError as error:
+        raise _absent(address) from error
+
+
+def look_up(address: HubAddress, choices: Sequence[Choice]) -> Wanted:
+    """Find the files of the first choice whose first pattern matches a file of the repository.
+
+    Raises CheckpointError if the repository, the revision or such files are not there, or may not
+    be read.
+    """
+    try:
+        found = _information(address)
+    except _UnreachableError:
+        return Wanted(address, choices)
+    from huggingface_hub import try_to_load_from_cache
+
+    siblings = {sibling.rfilename: sibling for sibling in found.siblings or []}
+    choice = next((choice for choice in choices if _matching(siblings, choice[:1])), None)
+    if choice is None:
+        raise CheckpointError(
+            f"{address.repository} on the hub has no {' or '.join(c[0] for c in choices)}; it has "
+            + ", ".join(sorted(siblings))
+        )
+    commit = str(found.sha)
+    files = tuple(
+        HubFile(
+            name,
+            siblings[name].size or 0,
+            isinstance(try_to_load_from_cache(address.repository, name, revision=commit), str),
+            None if (large := siblings[name].lfs) is None else large.sha256,
+        )
+        for name in _matching(siblings, choice)
+    )
+    return Wanted(address, (choice,), commit, _licence(found.tags or []), files)
+
+
+def fetch(wanted: Wanted) -> tuple[Path, list[HubOrigin]]:
+    """Download what the cache lacks; return the local file or folder, and where all came from.
+
+    Raises CheckpointError if the download fails, a file is not the one that the hub has, or the hub
+    cannot be reached and the cache lacks a file.
+    """
+    folder, choice = _download(wanted)
+    stated = {file.path: file.sha256 for file in wanted.files}
+    origins = []
+    for name in sorted(_matching(_files(folder), choice)):
+        with open(folder / name, "rb") as file:
+            sha256 = file_digest(file, "sha256").hexdigest()
+        if sha256 != (stated.get(name) or sha256):
+            raise CheckpointError(
+                f"{name} of {wanted.address.repository} is not the file that the hub has: delete "
+                f"{(folder / name).resolve()} and download it again"
+            )
+        origins.append(HubOrigin(wanted.address.repository, folder.name, name, sha256))
+    return folder / wanted.address.path, origins
+
+
+def _information(address: HubAddress) -> "ModelInfo":
+    """Ask the hub for a repository's commit, licence, and files with their sizes."""
+    with _library_errors(address):
+        from huggingface_hub import HfApi
+
+        return HfApi().model_info(
+            address.repository, revision=address.revision, files_metadata=True
+        )
+
+
+def _download(wanted: Wanted) -> tuple[Path, Choice]:
+    """Return the repository's folder in the cache and the choice of files that it has."""
+    address, unreachable = wanted.address, None
+    for choice in wanted.choices:
+        patterns = [escape(file.path) for file in wanted.files] or choice
+        try:
+            folder = _snapshot(address, patterns, offline=wanted.commit is None)
+        except _UnreachableError as error:
+            unreachable = error
+            continue
+        if folder.name != (wanted.commit or folder.name):
+            raise CheckpointError(f"{address} changed on the hub just now: try again")
+        if any(folder.glob(choice[0])):
+            return folder, choice
+    raise _absent(address) from unreachable
+
+
+def _snapshot(address: HubAddress, patterns: Sequence[str], offline: bool) -> Path:
+    """Download what the cache lacks of a repository; return its folder, named by its commit."""
+    with _library_errors(address):
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.utils import tqdm
+
+        class Bar(tqdm):
+            """A progress bar that is quiet where the output is no terminal."""
+
+            def __init__(self, *arguments: Any, **options: Any) -> None:
+                super().__init__(*arguments, **{"disable": None, **options})
+
+        folder = snapshot_download(
+            address.repository,
+            revision=address.revision,
+            allow_patterns=list(patterns),
+            local_files_only=offline,
+            tqdm_class=Bar,
+        )
+    return Path(folder)
+
+
+def _absent(address: HubAddress) -> CheckpointError:
+    return CheckpointError(
+        f"cannot reach the hub for {address}, and its cache on this machine lacks it: check the "
+        "connection and HF_HUB_OFFLINE, and try again; files that were fetched whole are kept"
+    )
+
+
+def _files(folder: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+
+
+def _matching(names: Iterable[str], patterns: Choice) -> list[str]:
+    """Return the names that match a pattern, in the pattern's own folder alone."""
+    return [
+        name
+        for name in names
+        if any(fnmatchcase(name, p) and name.count("/") == p.count("/") for p in patterns)
+    ]
+
+
+def _licence(tags: Sequence[str]) -> str | None:
+    marked = (tag.partition(":")[2] for tag in tags if tag.startswith("license:"))
+    return next(marked, None)
+
+
+class _UnreachableError(Exception):
+    """The hub cannot be reached, or may not be asked."""
+
+
+@contextmanager
+def _library_errors(address: HubAddress) -> Iterator[None]:
+    """Turn the library's errors into CheckpointError, or _UnreachableError without a connection."""
+    with needs_extra("export"):
+        from huggingface_hub import errors
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise CheckpointError(
+            f"{address.repository} on the hub is for those who accepted its terms: accept them on "
+            "its page, and set HF_TOKEN to your access token"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"the hub has no repository {address.repository}, or you may not read it: check its "
+            "name, and set HF_TOKEN if it is private"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise CheckpointError(
+            f"{address.repository} on the hub has no revision {address.revision}"
+        ) from error
+    except errors.HfHubHTTPError as error:
+        raise CheckpointError(f"the hub refused {address}: {reason(error)}") from error
+    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
+        raise _UnreachableError from error
+    except OSError as error:  # a full disk, a file that is not as long as it was told
+        raise CheckpointError(f"cannot fetch {address}: {reason(error)}") from error
+    except Exception as error:
+        # A lost connection: its type belongs to the HTTP client, which differs between versions.
+        raise _UnreachableError from error

@@ -1,0 +1,227 @@
+"""Find the weights of a build: files given by path or by name, and the published ones, as data.
+
+A build takes a transformer, a picture tokenizer and a text encoder. Each is a path, or a name on
+the Hugging Face hub. What a build is not given is looked for in the table below, in the repository
+or folder that `--from` names. `find_weights` says where all are; `bring` downloads those on the hub
+after it has told what that takes.
+"""
+
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from glob import escape
+from pathlib import Path
+
+from varedit_export import hub
+from varedit_export.hub import SCHEME, Choice, HubAddress, Wanted
+from varedit_runtime.errors import CheckpointError, ConfigError, readable_size
+from varedit_runtime.manifest import HubOrigin
+
+
+@dataclass(frozen=True)
+class Published:
+    """The published weights of a size: a repository, and its files.
+
+    transformers: by resolution in px. tokenizer: the picture tokenizer.
+    """
+
+    repository: str
+    transformers: Mapping[int, str]
+    tokenizer: str
+
+
+PUBLISHED = {
+    "2b": Published("HiDream-ai/VAREdit", {}, "infinity_vae_d32reg.pth"),
+    "8b": Published(
+        "HiDream-ai/VAREdit",
+        {512: "8B-512.pth", 1024: "8B-1024.pth"},
+        "infinity_vae_d56_f8_14_patchify.pth",
+    ),
+}
+TOKENIZERS = "FoundationVision/Infinity"  # has the picture tokenizers that a repository lacks
+TEXT_ENCODER = "flan-t5-xl"  # folder of a repository
+TEXT_ENCODERS = f"google/{TEXT_ENCODER}"  # has the text encoder that a repository lacks
+WEIGHTS = (".safetensors", ".pth", ".pt", ".bin")
+VOCABULARY = ("config.json", "tokenizer.json")
+
+
+@dataclass(frozen=True)
+class Places:
+    """Places of a build's weights: paths, or addresses on the hub. None: not given."""
+
+    transformer: str | None = None
+    tokenizer: str | None = None
+    text_encoder: str | None = None
+
+
+@dataclass(frozen=True)
+class Files:
+    """The weights of a build on this machine.
+
+    paths: in the order in which places were given. description: their names. origins: of the files
+    that came from the hub.
+    """
+
+    paths: Sequence[Path]
+    description: str
+    origins: tuple[HubOrigin, ...]
+
+
+@dataclass(frozen=True)
+class Download:
+    """The files that a build needs from the hub, before anything is downloaded."""
+
+    wanted: tuple[Wanted, ...]
+
+    @property
+    def size(self) -> int:
+        """Return the bytes that are not in the cache yet."""
+        return sum(one.missing for one in self.wanted)
+
+    @property
+    def free(self) -> int:
+        """Return the free bytes of the disk that the hub's cache is on."""
+        cache = hub.cache()
+        return shutil.disk_usage(next(p for p in (cache, *cache.parents) if p.exists())).free
+
+    def __str__(self) -> str:
+        """Return the lines that a person reads before saying yes."""
+        lines = [
+            f"  {one.address}: {readable_size(one.missing)}, licence {one.licence or 'not stated'}"
+            for one in self.wanted
+        ]
+        free = f"{readable_size(self.free)} are free in {hub.cache()}"
+        return "\n".join([f"{readable_size(self.size)} to download; {free}", *lines])
+
+
+def find_weights(
+    size: str, resolutions: Sequence[int], given: Places, source: str | None
+) -> Places:
+    """Add the published weights of a model to the places that are given.
+
+    source: another repository, as OWNER/REPOSITORY or an address, or a folder, that has them in the
+    same layout. Raises CheckpointError, with what is there, if it has no such transformer;
+    ConfigError if there is one for each of several resolutions.
+    """
+    table = PUBLISHED[size]
+    shelf = _shelf(source or table.repository)
+    transformer = given.transformer or shelf.at(_transformer(shelf, size, resolutions))
+    tokenizer = given.tokenizer
+    if tokenizer is None:
+        inside = table.tokenizer in shelf.names
+        tokenizer = (shelf if inside else _Shelf(HubAddress(TOKENIZERS))).at(table.tokenizer)
+    text_encoder = given.text_encoder
+    if text_encoder is None:
+        inside = f"{TEXT_ENCODER}/{VOCABULARY[0]}" in shelf.names
+        text_encoder = shelf.at(TEXT_ENCODER) if inside else f"{SCHEME}{TEXT_ENCODERS}"
+    return Places(transformer, tokenizer, text_encoder)
+
+
+@dataclass(frozen=True)
+class _Shelf:
+    """A repository, or a folder laid out as one, and the paths of its files."""
+
+    root: HubAddress | Path
+    names: Sequence[str] = ()
+
+    def at(self, name: str) -> str:
+        """Return the place of a file, as a path or an address."""
+        if isinstance(self.root, Path):
+            return str(self.root / name)
+        return str(replace(self.root, path=f"{self.root.path}/{name}".strip("/")))
+
+
+def _shelf(source: str) -> _Shelf:
+    folder = Path(source)
+    if folder.is_dir():
+        files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+        return _Shelf(folder, sorted(map(Path.as_posix, files)))
+    if not (source.startswith(SCHEME) or hub.is_repository(source)):
+        raise CheckpointError(f"there is no folder {source}, and no repository has such a name")
+    address = hub.parse(SCHEME + source.removeprefix(SCHEME))
+    return _Shelf(address, hub.list_files(address))
+
+
+def _transformer(shelf: _Shelf, size: str, resolutions: Sequence[int]) -> str:
+    """Return the file of a size's transformer: the table's, or one that is named for both."""
+    if len(resolutions) > 1:
+        raise ConfigError(
+            "each resolution has a transformer of its own: build one bundle for each, or say with "
+            "--checkpoint which one all resolutions take"
+        )
+    [resolution] = resolutions
+    if (known := PUBLISHED[size].transformers.get(resolution)) in shelf.names:
+        return str(known)
+    named = re.compile(rf"(?i).*(?<![0-9a-z]){size}(?![0-9a-z]).*(?<!\d){resolution}(?!\d).*")
+    found = [name for name in shelf.names if name.endswith(WEIGHTS) and named.fullmatch(name)]
+    if len(found) != 1:
+        problem = f"has {len(found)} files" if found else "has no transformer"
+        raise CheckpointError(
+            f"{shelf.root} {problem} for {size} at {resolution} px; it has "
+            f"{', '.join(shelf.names) or 'no files'}: give --checkpoint, or another repository or "
+            "folder with --from"
+        )
+    return found[0]
+
+
+def bring(places: Sequence[str], accept: Callable[[Download], None]) -> Files:
+    """Download the weights that are on the hub; return where all are on this machine.
+
+    places: of the transformer, the picture tokenizer and, if there is one, the text encoder.
+    accept: called before anything is downloaded, if anything has to be; it raises to refuse. Raises
+    CheckpointError if weights are not there, cannot be fetched, or do not fit on the disk.
+    """
+    kinds = (_weight_files, _weight_files, _text_encoder_files)
+    wanted = [_look_up(place, files) for place, files in zip(places, kinds, strict=False)]
+    download = Download(tuple(one for one in wanted if one is not None and one.missing))
+    if download.size > download.free:
+        raise CheckpointError(f"the disk has no room: {download}")
+    if download.size:
+        accept(download)
+    paths: list[Path] = []
+    origins: list[HubOrigin] = []
+    for place, one in zip(places, wanted, strict=True):
+        path, fetched = (Path(place), []) if one is None else hub.fetch(one)
+        paths.append(path)
+        origins += fetched
+    return Files(paths, ", ".join(map(_name, places)), tuple(origins))
+
+
+def _look_up(place: str, files: Callable[[str], list[Choice]]) -> Wanted | None:
+    """Find what a place on the hub stands for; None for a path."""
+    address = _address(place)
+    return None if address is None else hub.look_up(address, files(address.path))
+
+
+def _address(place: str) -> HubAddress | None:
+    """Return a place's address on the hub; OWNER/REPOSITORY is one if no such path exists."""
+    if place.startswith(SCHEME):
+        return hub.parse(place)
+    if hub.is_repository(place) and not Path(place).exists():
+        return HubAddress(place)
+    return None
+
+
+def _name(place: str) -> str:
+    """Return what a place is called in a bundle."""
+    address = _address(place)
+    return (
+        Path(place).name if address is None else (address.path or address.repository).split("/")[-1]
+    )
+
+
+def _weight_files(path: str) -> list[Choice]:
+    """Return the choices of files for a checkpoint: itself, or a folder's shards of one format."""
+    inside = f"{escape(path)}/" if path else ""
+    shards = [(f"{inside}*{s}", f"{inside}*{s}.index.json") for s in WEIGHTS]
+    return [*([(escape(path),)] if path else []), *shards]
+
+
+def _text_encoder_files(path: str) -> list[Choice]:
+    """Return the choices for a text encoder's folder: weights of one format, and vocabulary."""
+    inside = f"{escape(path)}/" if path else ""
+    vocabulary = [inside + name for name in VOCABULARY]
+    return [
+        (f"{inside}*{s}", f"{inside}*{s}.index.json", *vocabulary) for s in (".safetensors", ".bin")
+    ]
