@@ -30,6 +30,10 @@ def precompiled(charsmap: str) -> dict[str, str]:
     return {"type": "Precompiled", "precompiled_charsmap": charsmap}
 
 
+def removing(character: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {"String": character}, "content": ""}
+
+
 def instructions(tokenizer: bytes, limit: int = 48) -> Instructions:
     return Instructions(read_tokenizer(tokenizer), limit)
 
@@ -107,6 +111,20 @@ def test_of_a_key_given_twice_what_was_checked_is_read() -> None:
 def test_a_tokenizer_that_fails_on_an_instruction_is_a_typed_error(content: bytes) -> None:
     with pytest.raises(TextError, match="tokenizer fails on the instruction"):
         instructions(content).tokenise("a z é")
+
+
+@pytest.mark.parametrize("prompt", ["\u200b", "\ufeff", "\x1b", "▁", " ▁ ", "\xa0", "中"])
+@pytest.mark.parametrize("truncate", [False, True])
+def test_what_the_tokenizer_knows_nothing_of_is_no_instruction(prompt: str, truncate: bool) -> None:
+    with pytest.raises(TextError, match="say what to change in the picture"):
+        instructions(nano()).tokenise(prompt, truncate=truncate)
+
+
+def test_nor_is_what_has_no_tokens() -> None:
+    without = instructions(tokenizer_json(UNIGRAM, normalizer=removing("\u200b")))
+    assert without.tokenise("\u200ba") == [2, 1]
+    with pytest.raises(TextError, match="nothing that the model can read"):
+        without.tokenise("\u200b")
 
 
 class Stub:

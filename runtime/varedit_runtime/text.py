@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from varedit_runtime.errors import TextError, shown
 
 END_TOKEN = "</s>"
+NOTHING = ("▁", "<unk>")  # tokens of a space, and of what the tokenizer does not know
 
 MODELS = ("Unigram", "BPE")  # T5's and nano's kinds of tokenizer
 
@@ -29,12 +30,14 @@ class Instructions:
     def __init__(self, tokenizer: Tokenizer, limit: int) -> None:
         self._tokenizer, self.limit = tokenizer, limit
         self._end = _end_token(tokenizer)
+        self._nothing = set(map(tokenizer.token_to_id, NOTHING))
 
     def tokenise(self, prompt: str, *, truncate: bool = False) -> list[int]:
         """Return an instruction's token ids, end token included.
 
-        truncate: cut an instruction that is too long. Raises TextError on an empty instruction, on
-        a long one unless truncate, on invalid Unicode, and if the tokenizer fails.
+        truncate: cut an instruction that is too long. Raises TextError on an instruction that is
+        empty or has nothing that the tokenizer knows, on a long one unless truncate, on invalid
+        Unicode, and if the tokenizer fails.
         """
         most = self.limit * CHARACTERS_PER_TOKEN
         if len(prompt) > most and not truncate:
@@ -46,6 +49,11 @@ class Instructions:
         if not prompt.strip():
             raise TextError("the instruction is empty: say what to change in the picture")
         ids = self._encode(prompt)
+        if self._nothing.issuperset(ids):
+            raise TextError(
+                "the instruction has nothing that the model can read, such as a word: say what to "
+                "change in the picture"
+            )
         if len(ids) >= self.limit and not truncate:
             raise TextError(
                 f"the instruction has {len(ids) + 1} tokens, end token included, of at most "
