@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from io import BytesIO
-from itertools import groupby
+from itertools import count, groupby
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +187,13 @@ def test_a_negative_prompt_may_be_left_out_of_a_list() -> None:
     assert both[0].image != both[1].image
 
 
+@pytest.mark.parametrize("none", ["", " ", [None], [""]])
+def test_an_empty_negative_prompt_is_none(none: Any) -> None:
+    with Editor.open(plain_bundle(), threads=1) as editor:  # which takes none
+        asked = PHOTO if isinstance(none, str) else [PHOTO]
+        assert editor.edit(asked, "red", seed=1, negative_prompt=none)
+
+
 def test_a_picture_depends_on_its_own_seed_and_not_on_the_batch() -> None:
     with Editor.open(pair_bundle(), threads=1) as editor:
         alone = [editor.edit(p, t, seed=30 + i) for i, (p, t) in enumerate(given())]
@@ -205,6 +212,24 @@ def agreeing(one: EditResult, other: EditResult) -> float:
     """Return the share of values that differ by at most one level."""
     difference = np.asarray(one.image).astype(int) - np.asarray(other.image)
     return float((abs(difference) <= 1).mean())
+
+
+def test_arrays_and_ranges_are_numbers_and_lists_too(shared: Editor) -> None:
+    plain = shared.edit(PHOTO, "red", seed=[5, 6], num_images_per_prompt=2, temperature=0.5)
+    asked: list[dict[str, Any]] = [
+        {
+            "seed": np.array([5, 6]),
+            "num_images_per_prompt": np.int64(2),
+            "temperature": np.array(0.5),
+        },
+        {
+            "seed": range(5, 7),
+            "num_images_per_prompt": np.array(2),
+            "temperature": [0.5] * SCALES,
+        },
+    ]
+    for given in asked:
+        assert all(map(same, shared.edit(PHOTO, "red", **given), plain))
 
 
 def test_a_random_seed_is_told(shared: Editor) -> None:
@@ -443,7 +468,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[VareditError], str]] = {
     "negatives": ({"negative_prompt": ["a"], "prompt": ["a", "b"]}, ConfigError, "equally long"),
     "no text": ({"prompt": 3}, ConfigError, "a prompt is 3; give a string"),
     "none": ({"prompt": None}, ConfigError, "a prompt is None"),
-    "negative type": ({"negative_prompt": 3}, ConfigError, "a prompt is 3"),
+    "negative type": ({"negative_prompt": 3}, ConfigError, "a negative prompt is 3"),
     "empty": ({"prompt": " "}, TextError, "empty"),
     "long": ({"prompt": "x" * TEXT_TOKENS}, TextError, f"{TEXT_TOKENS + 1} tokens.*{TEXT_TOKENS}"),
     "long negative": ({"negative_prompt": "x" * 99}, TextError, "100 tokens"),
@@ -458,21 +483,35 @@ REFUSED: dict[str, tuple[dict[str, Any], type[VareditError], str]] = {
     "one cold": ({"temperature": [1, 1, -1, 1]}, ConfigError, "over 0"),
     "infinite": ({"temperature": float("inf")}, ConfigError, "must be finite"),
     "copies": ({"num_images_per_prompt": 0}, ConfigError, "at least 1"),
-    "half a copy": ({"num_images_per_prompt": 1.5}, ConfigError, "at least 1"),
+    "half a copy": ({"num_images_per_prompt": 1.5}, ConfigError, "is 1.5; give an integer"),
     "seed type": ({"seed": "7"}, ConfigError, "seed is '7'; give an integer"),
     "seed float": ({"seed": [1.0]}, ConfigError, "give an integer"),
     "seed": ({"seed": -1}, ConfigError, "at least 0 and less than 2\\^64"),
-    "endless seed": ({"seed": 10**5000}, ConfigError, "the seed is far off; it must be at least 0"),
+    "endless seed": ({"seed": 10**5000}, ConfigError, "seed is of type int; give an integer"),
     "last seed": (
         {"seed": 2**64 - 1, "num_images_per_prompt": 2},
         ConfigError,
         "18446744073709551",
     ),
     "seeds": ({"seed": [1, 2]}, ConfigError, "2 seeds for 1 results"),
+    "many": (
+        {"num_images_per_prompt": 10**9},
+        ConfigError,
+        "num_images_per_prompt is 1000000000; give .* at most 10000 results",
+    ),
+    "many seeds": ({"seed": range(10**9)}, ConfigError, "give a list of at most 10000"),
+    "endless seeds": ({"seed": count()}, ConfigError, "seed is count"),
+    "many scales": ({"temperature": range(10**9)}, ConfigError, "give a list of at most 10000"),
+    "an array": (
+        {"image": np.zeros((8, 8, 3), np.uint8)},
+        PictureError,
+        r"give a path, the bytes of a file, a binary file, or .* Image.fromarray\(array\)",
+    ),
+    "a NUL": ({"image": "a\0b"}, PictureError, r"the picture is 'a\\x00b'; give a path"),
     "callback": ({"on_scale": 3}, ConfigError, "on_scale is 3; give a function"),
     "picture": ({"image": b"no picture"}, PictureError, "not a picture"),
     "one picture": ({"image": [PHOTO, "missing.png"]}, PictureError, "missing.png cannot be read"),
-    "no picture": ({"image": None}, PictureError, "cannot be read"),
+    "no picture": ({"image": None}, PictureError, "is None; give a path"),
 }
 
 
@@ -534,7 +573,7 @@ def test_nor_do_logits_that_are_not_finite(editor: Editor, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("threads", [0, -1, 1.5, "2"])
 def test_threads_are_counted_from_one(threads: Any) -> None:
-    with pytest.raises(ConfigError, match=r"threads is .*; it must be an integer of at least 1"):
+    with pytest.raises(ConfigError, match=r"threads is .*; give "):
         Editor.open(small_bundle(), threads=threads)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from varedit_export.cli import main
+from varedit_export.graphs.layout import pack
+from varedit_export.graphs.model import Packed
 from varedit_export.parity.measures import gate
 from varedit_export.parity.streamed import compare_streamed
 from varedit_export.plan import BundlePlan
@@ -119,6 +122,42 @@ def test_a_program_without_it_says_so(bundle: Bundle, monkeypatch: pytest.Monkey
         Bundle.open(bundle.path)
     with pytest.raises(ConfigError, match="'int8'; there are fp32, fp16, bf16"):
         request(Path("x"), "int8")
+
+
+# Storages that break the rules
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"": (FLOAT32, (4,))},
+        {"a.b": (FLOAT32, (4,))},
+        {"a\n": (FLOAT32, (4,))},
+        {3: (FLOAT32, (4,))},
+        {"storage": (FLOAT32, (4,))},
+        {"a": ("float33", (4,))},
+        {"a": ("save", (4,))},
+        {"a": (FLOAT32, (-4,))},
+        {"a": FLOAT32},
+        None,
+    ],
+    ids=str,
+)
+def test_parts_that_no_file_can_hold_are_refused(
+    parts: dict[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Int8Columns, "parts", lambda storage, shape: parts)
+    with pytest.raises(ConfigError, match=r"Int8Columns cannot keep a weight of shape \(4, 4\): "):
+        Packed(Int8Columns(), (4, 4))
+
+
+@pytest.mark.parametrize("packed", [{}, {"values": torch.ones(4)}, {"other": torch.ones(4, 4)}])
+def test_what_is_packed_must_be_the_parts(
+    packed: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Int8Columns, "pack", lambda storage, weight: packed)
+    with pytest.raises(ConfigError, match="Int8Columns packs other tensors than its parts say"):
+        pack(Int8Columns(), torch.ones(4, 4))
 
 
 # The entries

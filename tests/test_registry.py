@@ -1,7 +1,10 @@
 """A backend in one file, registered by one line: everything that runs bundles knows it."""
 
+import re
+import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, make_dataclass, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +19,25 @@ from test_doctor import LAPTOP
 from varedit_export.cli import main as export_main
 from varedit_export.doctor import report
 from varedit_export.parity.compare_bundle import compare_chosen
-from varedit_runtime.backends import BACKENDS, choose, find_backend
+from varedit_runtime.backends import BACKENDS, choose, find_backend, option_names, specs
 from varedit_runtime.backends.detect import detect_machine
 from varedit_runtime.backends.machine import Machine, ProbeResult
 from varedit_runtime.backends.onnxruntime.backend import OnnxBackend
 from varedit_runtime.backends.onnxruntime.options import OnnxRuntimeOptions
-from varedit_runtime.backends.spec import BackendOptions, BackendSpec, Verdict, option
+from varedit_runtime.backends.spec import (
+    RESERVED,
+    BackendOptions,
+    BackendSpec,
+    Verdict,
+    option,
+)
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.cli import main as run_main
 from varedit_runtime.editor import Editor
 from varedit_runtime.errors import BackendError, ConfigError
+from varedit_runtime.locate import embedded
 from varedit_runtime.manifest import Variant
+from varedit_runtime.terminal.command import BackendCommand
 
 # The toy backend: ONNX Runtime on one thread, which says what it is made of.
 
@@ -38,6 +49,7 @@ class ToyOptions(BackendOptions):
     material: str = option("wood", "What the toy is made of.", "STUFF")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.material == "lead":
             raise ConfigError("material is 'lead'; toys are made of something else")
 
@@ -152,18 +164,107 @@ def test_its_options_are_checked_and_are_its_own(photo: Path) -> None:
         choose("toy", size=2)
 
 
+@pytest.mark.parametrize(
+    ("module", "text", "problem"),
+    [
+        ("unloadable", "raise OSError('libtoy.so: cannot open')", "libtoy.so: cannot open"),
+        ("ending", "import sys; sys.exit('no toys')", "no toys"),
+        ("empty", "", "module 'empty' has no attribute 'SPEC'"),
+        ("wrong", "SPEC =", "invalid syntax (wrong.py, line 1)"),
+    ],
+)
 def test_a_backend_that_cannot_be_imported_stays_listed_and_says_why(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    module: str, text: str, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "broken_backend.py").write_text("raise OSError('libtoy.so: cannot open')")
+    (tmp_path / f"{module}.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(BACKENDS, "broken", "broken_backend:SPEC")
-    why = "it cannot be imported (libtoy.so: cannot open)"
+    monkeypatch.setitem(BACKENDS, "broken", f"{module}:SPEC")
+    why = f"it cannot be imported ({problem})"
     assert f"broken            cannot: {why}" in report(LAPTOP).splitlines()
     assert "|broken]" in run("bench", "--help").output
     with pytest.raises(BackendError, match="broken cannot be used: it cannot be imported"):
-        Editor.open(small_bundle(), backend="broken")
+        Editor.open(embedded(), backend="broken")
     assert find_backend("toy") is TOY  # the others are found all the same
+
+
+# Specs that break the rules: their backends are listed, say what is wrong, and break nothing else.
+
+
+def options_of(name: str, kind: Any = str, **given: Any) -> type[BackendOptions]:
+    made = field(**given) if given else option("wood", "What the toy is made of.")
+    return make_dataclass("Made", [(name, kind, made)], bases=(BackendOptions,), frozen=True)
+
+
+class Bare(BackendOptions):
+    material: str = "wood"
+
+
+class Plain:
+    """Options of nothing."""
+
+
+MALFORMED: dict[str, tuple[dict[str, Any], str]] = {
+    "no dataclass": ({"options": Plain}, "Plain is no dataclass below BackendOptions"),
+    "undecorated": ({"options": Bare}, "Bare is no dataclass below BackendOptions"),
+    "an instance": ({"options": BackendOptions()}, r"options is BackendOptions\(\); give type"),
+    "none": ({"options": None}, "options is None; give type"),
+    **{
+        name: ({"options": options_of(name)}, f"no option can be called '{name}'")
+        for name in ("backend", "variant", "bundle", "json", "Material", "_material", "a__b")
+    },
+    "type": ({"options": options_of("x", float)}, "option x is of no type that an option can"),
+    "unknown type": ({"options": options_of("x", "Missing")}, "name 'Missing' is not defined"),
+    "default": ({"options": options_of("x", int)}, "x is 'wood'; give an integer"),
+    "no option": ({"options": options_of("x", default="")}, "option x is not made with option"),
+    "name": ({"name": "doll"}, "its name is 'doll'"),
+    "long name": ({"name": "\x1b" * 10**6}, r"its name is '\\x1b"),
+    "packages": ({"packages": "toys"}, "packages is 'toys'; give a list"),
+    "compiles": ({"compiles": None}, "compiles is None; give True or False"),
+}
+
+
+@pytest.mark.parametrize(("change", "problem"), MALFORMED.values(), ids=MALFORMED)
+def test_a_spec_that_breaks_the_rules_is_listed_and_breaks_nothing(
+    change: dict[str, Any], problem: str, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in change.items():
+        monkeypatch.setattr(ToySpec, name, value)
+    (line,) = (line for line in report(LAPTOP).splitlines() if line.startswith("toy "))
+    assert re.search(rf"cannot: its spec is wrong \(.*{problem}", line) and line.isprintable()
+    assert_commands_work(photo)
+
+
+class NoSpec:
+    """Is no spec."""
+
+
+@pytest.mark.parametrize("value", [None, 3, NoSpec, ToySpec])
+def test_what_is_no_spec_is_listed_and_breaks_nothing(
+    value: object, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "TOY", value)
+    assert "is no BackendSpec)" in report(LAPTOP)
+    assert_commands_work(photo)
+
+
+def assert_commands_work(photo: Path) -> None:
+    for command in ("bench", "edit"):
+        assert run(command, "--help").exit_code == 0
+    refused = run(photo, "add a hat", "--bundle", embedded(), "--backend", "toy")
+    assert refused.exit_code == 1 and refused.stderr.count("\n") == 2
+    assert refused.stderr.splitlines()[-1].startswith("Error: backend toy cannot be used: its spec")
+
+
+def test_options_are_never_called_like_what_commands_and_functions_take() -> None:
+    names = {"help", *signature(Editor.open).parameters}
+    names -= {name for spec in specs() for name in option_names(spec)}
+    commands = [*run_main.commands.values(), *export_main.commands.values()]
+    for command in commands:
+        if isinstance(command, BackendCommand):
+            names |= {option.name or "" for option in command.params}
+            flags = (flag for option in command.params for flag in option.opts)
+            names |= {flag.lstrip("-").replace("-", "_") for flag in flags if len(flag) > 2}
+    assert names <= RESERVED
 
 
 class FaultySpec(ToySpec):
@@ -178,7 +279,10 @@ class FaultySpec(ToySpec):
         raise AttributeError("no \n report")
 
     def verdicts(self, machine: Machine) -> tuple[Verdict, ...]:
-        raise KeyError
+        sys.exit()
+
+    def open(self, bundle: Bundle, variant: Variant, options: ToyOptions) -> OnnxBackend:
+        raise KeyError("toy")
 
 
 FAULTY = FaultySpec()
@@ -190,14 +294,16 @@ def test_a_backend_at_fault_does_not_end_doctor(monkeypatch: pytest.MonkeyPatch)
     after = report(LAPTOP).splitlines()
     assert [line for line in after if line not in before] == [
         "faulty            its report failed (no report)",
-        "faulty            cannot: its check failed (KeyError)",
+        "faulty            cannot: its check failed (SystemExit)",
     ]
     assert set(before) < set(after)
     problem = detect_machine().probe("faulty").problem
     assert problem == "module 'toys' has no attribute 'make'"
+    with pytest.raises(BackendError, match="backend faulty cannot be opened: 'toy'"):
+        Editor.open(embedded(), backend="faulty")
 
 
 @pytest.mark.parametrize("name", (None, 3, ["toy"], {}))
 def test_what_is_no_name_is_no_backend(name: Any) -> None:
-    with pytest.raises(ConfigError, match="no backend is called"):
+    with pytest.raises(ConfigError, match=r"backend is .*; give one of onnxruntime, "):
         choose(name)

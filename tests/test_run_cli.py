@@ -311,7 +311,7 @@ def test_wrong_pictures_and_instructions_are_one_line(photo: Path) -> None:
     photo.write_bytes(data[: len(data) // 2])
     fails(edit(photo), r"photo.png cannot be read")
     photo.write_bytes(b"no picture")
-    fails(edit(photo), r"photo.png is not a picture")
+    fails(edit(photo), r"photo.png cannot be read: it is not a picture")
 
 
 def test_debug_shows_a_traceback_wherever_it_is_said(photo: Path) -> None:

@@ -4,7 +4,7 @@ import errno
 import sys
 from pathlib import Path
 from threading import Thread
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import fake_tensorrt
 import pytest
@@ -16,7 +16,7 @@ from filelock import FileLock
 
 from varedit_engines import compile_set, engine_compiler, timing_cache
 from varedit_engines.compile_set import CompileJob
-from varedit_engines.engine_compiler import HARDWARE, EngineCompiler, Flags
+from varedit_engines.engine_compiler import EngineCompiler, Flags, Hardware
 from varedit_engines.timing_cache import kept_timings, timings_file
 from varedit_export.cli import main
 from varedit_runtime.backends.engines.import_tensorrt import EngineKind
@@ -103,7 +103,7 @@ def test_engines_run_on_one_stream_unless_asked(trt: Any, flags: Flags) -> None:
 
 @pytest.mark.parametrize("count", [-1, 65, 1.0, None, True])
 def test_a_number_of_streams_that_is_none_is_refused(count: Any) -> None:
-    with pytest.raises(ConfigError, match="give an integer from 0 to 64"):
+    with pytest.raises(ConfigError, match=r"aux_streams is .*; give an integer"):
         Flags(aux_streams=count)
 
 
@@ -111,7 +111,7 @@ def test_engines_with_other_flags_are_other_engines(tmp_path: Path) -> None:
     asked = [
         *(Flags(), Flags(tf32=True), Flags(version_compatible=True), Flags(optimisation=3)),
         Flags(aux_streams=2),
-        *(Flags(hardware_compatible=level) for level in HARDWARE),
+        *(Flags(hardware_compatible=level) for level in get_args(Hardware)),
     ]
     bundle = Bundle.open(publish(tmp_path / "bundle"))
     keys = {
@@ -130,7 +130,7 @@ def test_rtx_has_architectures_in_place_of_compatibility(flags: Flags) -> None:
 
 
 def test_an_unknown_compatibility_is_refused() -> None:
-    with pytest.raises(ConfigError, match="there are ampere-plus, same-compute-capability"):
+    with pytest.raises(ConfigError, match="give one of ampere-plus, same-compute-capability"):
         Flags(hardware_compatible="turing-plus")  # type: ignore[arg-type]
 
 

@@ -22,11 +22,12 @@ from typing import TYPE_CHECKING
 
 from varedit_engines import OnStep
 from varedit_export.errors import ExportError, ParityError
-from varedit_export.options import AnyPath, BuildOptions, EngineOptions, VerifyOptions
+from varedit_export.options import BuildOptions, EngineOptions, VerifyOptions
 from varedit_runtime.backends import choose
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import ConfigError, VareditError, needs_extra
 from varedit_runtime.manifest import ParityLine
+from varedit_runtime.values import AnyPath, checked
 
 if TYPE_CHECKING:
     from varedit_export.published import Download
@@ -67,6 +68,8 @@ def build(
     is too small or a graph is not as expected, ParityError if a measure exceeds its tolerance. Then
     nothing is published, and an earlier bundle of that name stays.
     """
+    options = checked("options", options, BuildOptions)
+    on_step, notice = checked("on_step", on_step, Callable), checked("notice", notice, Callable)
     with needs_extra("export"):
         from varedit_export.assemble import assemble
         from varedit_export.estimate import needs
@@ -92,7 +95,8 @@ def compile_engines(
     Raises what `options.compiler()` raises, ConfigError on an unknown layout, BackendError if a
     graph does not compile, BundleError if existing engines were built on another machine.
     """
-    compiler = options.compiler()
+    compiler = checked("options", options, EngineOptions).compiler()
+    on_step, notice = checked("on_step", on_step, Callable), checked("notice", notice, Callable)
     with needs_extra("export"):
         from varedit_engines import compile_set
 
@@ -117,6 +121,8 @@ def verify(
     tolerance or is not finite; ConfigError if a variant is given without a backend to run it; what
     `backend.open` raises if the backend cannot run here.
     """
+    options = checked("options", options, VerifyOptions)
+    measured = checked("measured", measured, Callable)
     backend = choose(options.backend)
     always = backend == choose()
     if always and options.variant:
@@ -149,4 +155,5 @@ def verify(
 
 
 def _opened(bundle: Bundle | AnyPath) -> Bundle:
+    bundle = checked("bundle", bundle, Bundle | AnyPath)
     return bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)

@@ -15,7 +15,8 @@ from varedit_runtime.backends.spec import (
     report_line,
     too_little,
 )
-from varedit_runtime.errors import readable_size, reason
+from varedit_runtime.errors import ANY_FAILURE, readable_size, reason
+from varedit_runtime.values import checked
 
 EXPORT = (
     "torch",
@@ -36,8 +37,8 @@ def verdicts(machine: Machine) -> tuple[Verdict, ...]:
 
 def _verdicts(spec: BackendSpec[Any], machine: Machine) -> Sequence[Verdict]:
     try:
-        return spec.verdicts(machine)
-    except Exception as error:  # a backend at fault must not hide what the others say
+        return checked("its answer", spec.verdicts(machine), tuple[Verdict, ...])
+    except ANY_FAILURE as error:  # a backend at fault must not hide what the others say
         return (Verdict(spec.name, "cannot", f"its check failed ({reason(error)})"),)
 
 
@@ -65,7 +66,7 @@ def _installed(machine: Machine) -> Iterator[str]:
     for spec in specs():
         try:
             yield from [report_line(name, text) for name, text in spec.report(machine)]
-        except Exception as error:  # as for verdicts
+        except ANY_FAILURE as error:  # as for verdicts
             yield report_line(spec.name, f"its report failed ({reason(error)})")
     missing = [name for name in EXPORT if name not in packages]
     absent = f"without {', '.join(missing)}{commands_hint((install_command('export'),))}"

@@ -1,25 +1,20 @@
 """The options of `build`, `verify` and `compile_engines`: one frozen class each.
 
-An option has the meaning of the command's option of that name. None leaves the choice to us.
+An option has the meaning of the command's option of that name. None leaves the choice to us. A
+value of another type is a ConfigError.
 """
 
-import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, get_args, get_origin, get_type_hints
 
+from varedit_engines.engine_compiler import EngineCompiler, Flags, Hardware
 from varedit_runtime.backends import DEFAULT, ChosenBackend
-from varedit_runtime.errors import ConfigError, shown
-
-if TYPE_CHECKING:
-    from varedit_engines.engine_compiler import EngineCompiler, Hardware
-    from varedit_runtime.backends.engines.engine_set import EngineLayout
-    from varedit_runtime.backends.engines.import_tensorrt import EngineKind
-
-AnyPath = str | os.PathLike[str]
+from varedit_runtime.backends.engines.engine_set import EngineLayout
+from varedit_runtime.backends.engines.import_tensorrt import EngineKind
+from varedit_runtime.values import AnyPath, CheckedOptions
 
 
 @dataclass(frozen=True)
-class BuildOptions:
+class BuildOptions(CheckedOptions):
     """The bundle to build, its weights, and its folder."""
 
     # The model: a size and resolutions, or instead of them the config.json of a recording.
@@ -47,31 +42,17 @@ class BuildOptions:
     # The bundle's folder; by default SIZE-RESOLUTIONS[-PRECISION] among the user's own bundles.
     output: AnyPath | None = None
 
-    def check_types(self) -> None:
-        """Raise ConfigError if an option is not of its type."""
-        for name, hint in get_type_hints(BuildOptions).items():
-            value = getattr(self, name)
-            kinds = tuple(get_origin(kind) or kind for kind in get_args(hint) or (hint,))
-            values = [value]
-            if get_origin(hint) is tuple:
-                kinds, values = (int,), value if isinstance(value, list | tuple) else [None]
-            for one in values:
-                odd = isinstance(one, bool) and bool not in kinds
-                if odd or not isinstance(one, kinds):
-                    wanted = getattr(hint, "__name__", hint) if kinds == (hint,) else hint
-                    raise ConfigError(f"{name} is {shown(value)}; its type must be {wanted}")
-
 
 @dataclass(frozen=True)
-class EngineOptions:
+class EngineOptions(CheckedOptions):
     """The engines to compile from a bundle, and the compiler's settings."""
 
-    backend: "EngineKind" = "tensorrt"  # or tensorrt-rtx, which compiles without a GPU
+    backend: EngineKind = "tensorrt"  # or tensorrt-rtx, which compiles without a GPU
     variant: str | None = None  # whose graphs; by default the bundle's first variant
 
     # Where the weights are: external, as inputs of the engines; profiles, inside one engine with a
     # profile per scale; baked, inside one engine per scale.
-    layout: "EngineLayout" = "external"
+    layout: EngineLayout = "external"
 
     # GPUs to compile for, as in "sm89"; tensorrt-rtx alone. By default this machine's GPU.
     architectures: tuple[str, ...] = ()
@@ -80,20 +61,18 @@ class EngineOptions:
     optimisation: int | None = None  # 0 compiles fast, 5 gives fast engines; None: the library's
     tf32: bool = False  # whether factors in fp32 may be rounded to TF32
     version_compatible: bool = False  # engines for later versions of TensorRT too
-    hardware_compatible: "Hardware | None" = None  # for other GPUs too: see engine_compiler.Flags
+    hardware_compatible: Hardware | None = None  # for other GPUs too: see engine_compiler.Flags
 
     aux_streams: int = 0  # streams besides its own that an engine may use
 
     again: bool = False  # whether to recompile engines that were built on this machine
 
-    def compiler(self) -> "EngineCompiler":
+    def compiler(self) -> EngineCompiler:
         """Check all options and return the compiler for them.
 
         Raises MissingExtraError if the backend is not installed, ConfigError on options that the
         backend does not have, BackendError if there is no GPU and no architecture was named.
         """
-        from varedit_engines.engine_compiler import EngineCompiler, Flags
-
         flags = Flags(
             self.workspace,
             self.optimisation,
@@ -106,7 +85,7 @@ class EngineOptions:
 
 
 @dataclass(frozen=True)
-class VerifyOptions:
+class VerifyOptions(CheckedOptions):
     """The things to compare a bundle with."""
 
     golden: AnyPath | None = None  # a recording that the bundle was built from

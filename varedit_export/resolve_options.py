@@ -37,7 +37,6 @@ def plan_of(
     Raises ConfigError on options that are impossible or contradict each other, CheckpointError on
     weights that are missing, cannot be fetched or read, or do not fit.
     """
-    options.check_types()
     models = _models(options)
     (config, _), *_ = models
     sources = _sources(config, options, accept)

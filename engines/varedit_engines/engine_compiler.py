@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 from varedit_engines import OnStep
 from varedit_engines.engine_report import EngineReport, engine_report
@@ -30,13 +30,13 @@ from varedit_runtime.backends.engines.import_tensorrt import (
 )
 from varedit_runtime.errors import BackendError, ConfigError, shown
 from varedit_runtime.precision import FLOAT32, Precision
+from varedit_runtime.values import CheckedOptions
 
 Hardware = Literal["ampere-plus", "same-compute-capability"]
-HARDWARE: tuple[Hardware, ...] = get_args(Hardware)
 
 
 @dataclass(frozen=True)
-class Flags:
+class Flags(CheckedOptions):
     """Settings of the compiler; None leaves one to the library.
 
     workspace: bytes of GPU memory that a layer may use for itself. optimisation: 0 (compiles fast)
@@ -46,7 +46,7 @@ class Flags:
     run the engines, not just the one that compiled them. hardware_compatible (TensorRT only): let
     all GPUs since Ampere, or all of this compute capability, run them, not just this model.
     Compatible engines may be slower. Raises ConfigError on an unknown hardware_compatible and on
-    numbers that are out of range.
+    what are no numbers or out of range.
     """
 
     workspace: int | None = None
@@ -57,25 +57,17 @@ class Flags:
     aux_streams: int = 0
 
     def __post_init__(self) -> None:
-        if self.hardware_compatible not in (None, *HARDWARE):
-            raise ConfigError(
-                f"engines cannot be compatible with {shown(self.hardware_compatible)}; there are "
-                f"{', '.join(HARDWARE)}"
-            )
-        if self.workspace is not None and not _within(self.workspace, 1, 2**60):
+        super().__post_init__()
+        if self.workspace is not None and not 1 <= self.workspace <= 2**60:
             raise ConfigError(f"workspace is {shown(self.workspace)}; give bytes, at least 1")
-        if self.optimisation is not None and not _within(self.optimisation, 0, 5):
+        if self.optimisation is not None and not 0 <= self.optimisation <= 5:
             raise ConfigError(
                 f"optimisation is {shown(self.optimisation)}; give an integer from 0 to 5"
             )
-        if not _within(self.aux_streams, 0, 64):
+        if not 0 <= self.aux_streams <= 64:
             raise ConfigError(
                 f"aux_streams is {shown(self.aux_streams)}; give an integer from 0 to 64"
             )
-
-
-def _within(value: object, least: int, most: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 class Compiled(NamedTuple):

@@ -34,7 +34,7 @@ from varedit_reference.transformer import VAR
 from varedit_runtime.errors import CheckpointError, VareditError, shown
 from varedit_runtime.grids import scale_grids
 from varedit_runtime.pictures import from_decoder, restore, to_square
-from varedit_runtime.settings import per_scale, temperature_per_scale
+from varedit_runtime.values import per_scale, temperature_per_scale
 
 # Sides of square pictures by the released code's names of pixel counts.
 PIXEL_BUDGETS = {"0.06M": 256, "0.25M": 512, "1M": 1024}

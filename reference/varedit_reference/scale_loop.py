@@ -21,7 +21,7 @@ from varedit_reference.quantisation import add_scale, from_tokens, next_tokens, 
 from varedit_reference.sampling import bit_probability, draw, guide, nucleus
 from varedit_reference.transformer import VAR, TextCondition
 from varedit_runtime.noise import uniform_noise
-from varedit_runtime.settings import PerScale, per_scale, temperature_per_scale
+from varedit_runtime.values import PerScale, per_scale, temperature_per_scale
 
 # (scale, P(bit = 1) [B, L, c]) -> bits [B, L, c]
 ChooseBits = Callable[[int, Tensor], Tensor]

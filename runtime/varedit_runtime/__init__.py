@@ -13,7 +13,7 @@
 - `bundle.py`, `manifest.py`, `locate.py`: opening bundles, checking them, finding them.
 - `pictures.py`: pictures in and out, exactly as the released models see them; `decoding/`: files
   from strangers.
-- `text.py`, `noise.py`, `settings.py`, `grids.py`, `geometry.py`: what the reference and the graphs
+- `text.py`, `noise.py`, `values.py`, `grids.py`, `geometry.py`: what the reference and the graphs
   must compute in the same way.
 - `files.py`: reading files that may change or disappear; `errors.py`: the errors to catch.
 """

@@ -1,17 +1,25 @@
 """Check the arguments of `Editor.edit`, and spread them over the pictures to make."""
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from operator import index
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
 
 from varedit_runtime.errors import ConfigError, shown
 from varedit_runtime.manifest import Manifest, Variant
 from varedit_runtime.pictures import Source, open_picture
-from varedit_runtime.settings import PerScale, per_scale, temperature_per_scale
+from varedit_runtime.values import (
+    MOST_ENTRIES,
+    PerScale,
+    checked,
+    entries,
+    per_scale,
+    temperature_per_scale,
+)
+
+T = TypeVar("T")
 
 SEEDS = 2**64
 DRAWN_SEEDS = 2**32  # drawn seeds are below this, short enough to be typed again
@@ -40,18 +48,18 @@ def choose_sampling(
     variant: Variant,
     guidance_scale: PerScale | None,
     temperature: PerScale | None,
-    negative_prompt: object,
+    negative: bool,
 ) -> ScaleSettings:
     """Return guidance and temperature per scale; None stands for the bundle's own.
 
-    Raises ConfigError if they are not one number or one per scale, and on guidance or a negative
-    prompt if the bundle was built without guidance.
+    negative: whether there is a negative prompt. Raises ConfigError if they are not one number or
+    one per scale, and on guidance or a negative prompt if the bundle was built without guidance.
     """
     guided, scales = variant.guided, len(variant.grids)
     if guidance_scale is None:
         guidance_scale = manifest.guidance_scale if guided else 1.0
     guidance = per_scale(guidance_scale, scales, "guidance_scale")
-    if not guided and (set(guidance) != {1.0} or negative_prompt is not None):
+    if not guided and (set(guidance) != {1.0} or negative):
         raise ConfigError(
             "this bundle was built without guidance: leave out negative_prompt and any "
             "guidance_scale but 1, or build a bundle with guidance"
@@ -71,70 +79,60 @@ def choose_pictures(
 ) -> list[Wanted]:
     """Return all pictures to make, in order: the copies of the first picture and prompt come first.
 
-    Raises ConfigError on lists of unequal lengths and on values that are no text, count or seed,
-    TextError and PictureError as `tokenise` and `open_picture` do.
+    Raises ConfigError on lists of unequal lengths, on more than MOST_ENTRIES results, and on values
+    that are no text, count or seed, TextError and PictureError as `tokenise` and `open_picture` do.
     """
-    if not isinstance(copies, int) or copies < 1:
+    copies = checked("num_images_per_prompt", copies, int)
+    given = {"image": image, "prompt": prompt, "negative_prompt": negative_prompt}
+    listed = {name: entries(name, value) for name, value in given.items()}
+    count = _common_length(listed)
+    if copies < 1 or count * copies > MOST_ENTRIES:
+        told = shown(copies)
         raise ConfigError(
-            f"num_images_per_prompt is {shown(copies)}; give an integer of at least 1"
+            f"num_images_per_prompt is {told}; give at least 1, for at most {MOST_ENTRIES} results"
         )
-    count = _common_length(image=image, prompt=prompt, negative_prompt=negative_prompt)
     seeds = _seeds(seed, count * copies)
-    prompts = [tokenise(_text(p)) for p in _listed(prompt)]
-    negatives = [None if p is None else tokenise(_text(p)) for p in _listed(negative_prompt)]
-    pictures = [open_picture(source) for source in _listed(image)]
-    entries = zip(
-        _spread(pictures, count), _spread(prompts, count), _spread(negatives, count), strict=True
-    )
-    repeated = [entry for entry in entries for _ in range(copies)]
+
+    def each(name: str, convert: Callable[[Any], T]) -> list[T]:
+        values = listed[name]
+        return [convert(given[name])] * count if values is None else list(map(convert, values))
+
+    prompts = each("prompt", lambda text: tokenise(checked("a prompt", text, str)))
+    negatives = each("negative_prompt", lambda text: _negative(text, tokenise))
+    pictures = each("image", open_picture)
+    wanted = zip(pictures, prompts, negatives, strict=True)
+    repeated = [entry for entry in wanted for _ in range(copies)]
     return [Wanted(*entry, seed) for entry, seed in zip(repeated, seeds, strict=True)]
 
 
-def is_list(value: object) -> bool:
-    """Return whether an argument has one value per entry, rather than one for all of them."""
-    return isinstance(value, list | tuple)
-
-
-def _listed(value: Any) -> list[Any]:
-    return list(value) if is_list(value) else [value]
-
-
-def _spread(values: list[Any], count: int) -> list[Any]:
-    """Repeat a single value for all entries."""
-    return values * count if len(values) == 1 else values
-
-
-def _common_length(**arguments: object) -> int:
+def _common_length(listed: Mapping[str, list[Any] | None]) -> int:
     """Return the length of the arguments that are lists; 1 if none is."""
-    lengths = {name: len(_listed(value)) for name, value in arguments.items() if is_list(value)}
+    lengths = {name: len(values) for name, values in listed.items() if values is not None}
     if len(set(lengths.values())) > 1:
         told = ", ".join(f"{name} has {length}" for name, length in lengths.items())
         raise ConfigError(f"{told} entries: lists must be equally long")
     return next(iter(lengths.values()), 1)
 
 
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise ConfigError(f"a prompt is {shown(value)}; give a string")
-    return value
+def _negative(prompt: object, tokenise: Callable[[str], list[int]]) -> list[int] | None:
+    """Return a negative prompt's token ids; None, as for none, where it is empty."""
+    text = checked("a negative prompt", prompt, str | None)
+    return tokenise(text) if text and text.strip() else None
 
 
 def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
     """Return a seed for each picture to make; without one, successive seeds from a random one."""
-    first = secrets.randbelow(DRAWN_SEEDS) if seed is None else seed
-    try:
-        if is_list(first):
-            seeds = [index(s) for s in _listed(first)]
-        else:
-            seeds = [index(first) + i for i in range(count)]  # type: ignore[arg-type]
-    except TypeError as error:
-        raise ConfigError(
-            f"seed is {shown(seed)}; give an integer, or one for each result"
-        ) from error
+    wanted = "an integer, or one for each result"
+    given = entries("seed", seed)
+    if given is None:
+        drawn = secrets.randbelow(DRAWN_SEEDS) if seed is None else seed
+        first = checked("seed", drawn, int, wanted)
+        seeds = [first + i for i in range(count)]
+    else:
+        seeds = [checked("seed", value, int, wanted) for value in given]
     if len(seeds) != count:
         raise ConfigError(f"there are {len(seeds)} seeds for {count} results; give one for each")
     for value in seeds:
         if not 0 <= value < SEEDS:
-            told = value if abs(value) < SEEDS**2 else "far off"
-            raise ConfigError(f"the seed is {told}; it must be at least 0 and less than 2^64")
+            raise ConfigError(f"the seed is {value}; it must be at least 0 and less than 2^64")
     return seeds

@@ -31,6 +31,7 @@ from varedit_runtime.manifest import (
     decode_manifest,
     weights_file,
 )
+from varedit_runtime.values import AnyPath, checked
 
 CHUNK = 2**18
 MAX_READ_BYTES = 2**26  # of a graph or a tokenizer; those of the models take a tenth
@@ -126,17 +127,15 @@ class Bundle:
     held: Mapping[str, HeldFile] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], digest: str | None = None) -> "Bundle":
+    def open(cls, path: AnyPath, digest: str | None = None) -> "Bundle":
         """Open a folder, checking the manifest and the sizes of all files.
 
         digest: the bundle's digest as its publisher states it; no other bundle is then accepted.
         Raises BundleError if it is another, is damaged or incomplete, is not a bundle, or is
-        replaced at every attempt.
+        replaced at every attempt; ConfigError if the path or the digest is none.
         """
-        try:
-            place = Path(os.path.realpath(path))
-        except (TypeError, ValueError) as error:  # such as a NUL in it
-            raise BundleError(f"{shown(path)} is not the path of a bundle: {error}") from error
+        place = Path(os.path.realpath(checked("bundle", path, AnyPath)))
+        digest = checked("digest", digest, str | None)
         for _ in range(ATTEMPTS):
             folder = standing_folder(place)
             before = _identity(folder)

@@ -26,7 +26,7 @@ from varedit_runtime.terminal.command import (
 if TYPE_CHECKING:
     from varedit_runtime.editor import Editor, EditResult, OnScale, Progress
     from varedit_runtime.locate import Found
-    from varedit_runtime.settings import PerScale
+    from varedit_runtime.values import PerScale
 
 _PATH = click.Path(path_type=Path, readable=False)  # whatever opens it says what is wrong
 _backend = backend_option("What runs the graphs; engines must have been compiled.")

@@ -6,7 +6,6 @@
 All arguments of a call are checked before anything is computed.
 """
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,7 +22,6 @@ from varedit_runtime.arguments import (
     Wanted,
     choose_pictures,
     choose_sampling,
-    is_list,
 )
 from varedit_runtime.backends import DEFAULT, ChosenBackend, choose
 from varedit_runtime.backends.base import (
@@ -40,17 +38,15 @@ from varedit_runtime.bundle import ATTEMPTS, Bundle, always_replaced
 from varedit_runtime.errors import (
     BackendError,
     BundleError,
-    ConfigError,
     EditCancelled,
     EditorError,
     VareditError,
-    shown,
 )
 from varedit_runtime.manifest import TOKENIZER, Variant, scale_name, scale_of
 from varedit_runtime.noise import uniform_noise
 from varedit_runtime.pictures import Source, from_decoder, restore, to_square
-from varedit_runtime.settings import PerScale
 from varedit_runtime.text import Instructions, read_tokenizer
+from varedit_runtime.values import AnyPath, PerScale, checked, is_list
 
 
 @dataclass(frozen=True)
@@ -116,7 +112,7 @@ class Editor:
     @classmethod
     def open(
         cls,
-        bundle: str | os.PathLike[str],
+        bundle: AnyPath,
         *,
         backend: str | ChosenBackend = DEFAULT,
         provider: str | None = None,
@@ -141,6 +137,7 @@ class Editor:
         graph cannot be loaded or memory is too small; MissingExtraError if the backend is not
         installed; ConfigError on other arguments that cannot be used.
         """
+        variant = checked("variant", variant, str | None)
         chosen_backend = choose(
             backend,
             provider=provider,
@@ -255,14 +252,14 @@ class Editor:
         on_scale; BackendError if a graph fails, or computes numbers that are not finite or a
         picture of a single colour.
         """
-        sampling = choose_sampling(
-            self.bundle.manifest, self.variant, guidance_scale, temperature, negative_prompt
-        )
+        on_scale = checked("on_scale", on_scale, OnScale | None)
         wanted = choose_pictures(
             image, prompt, negative_prompt, num_images_per_prompt, seed, self._tokenise
         )
-        if on_scale is not None and not callable(on_scale):
-            raise ConfigError(f"on_scale is {shown(on_scale)}; give a function")
+        negative = any(one.negative for one in wanted)
+        sampling = choose_sampling(
+            self.bundle.manifest, self.variant, guidance_scale, temperature, negative
+        )
         places, size, cancelled = range(len(wanted)), self.variant.batch, Event()
         results: list[EditResult] = []
         with self._my_turn():
@@ -272,7 +269,7 @@ class Editor:
                 rows = [wanted[min(i, own[-1])] for i in range(first, first + size)]
                 results += self._edit_batch(_PictureBatch(rows, own, sampling, on_scale, cancelled))
         lists = map(is_list, (image, prompt, negative_prompt, seed))
-        return results if any(lists) or num_images_per_prompt > 1 else results[0]
+        return results if any(lists) or len(results) > 1 else results[0]
 
     def _tokenise(self, text: str) -> list[int]:
         if self._instructions is None:

@@ -5,6 +5,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 LONGEST = 2000  # characters of a message
+# What code of others may raise while it is imported or asked: a module may even end the program.
+ANY_FAILURE = (Exception, SystemExit)
+
 _CUT, _END = " [...] ", 700  # a longer one keeps its end, where advice stands
 
 
@@ -90,7 +93,7 @@ def one_line(error: object) -> str:
     return printable(" ".join(text.split()))
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """Return an error's text as `one_line` does; the name of its type if it has none."""
     return one_line(error) or type(error).__name__
 

@@ -6,13 +6,12 @@ Sizes follow their library: Pillow's are (width, height), an array's are (height
 """
 
 import math
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 from threading import RLock
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -23,10 +22,11 @@ from varedit_runtime.decoding.limits import MAX_MEMORY, MAX_PIXELS, Limits, pict
 from varedit_runtime.decoding.picture_file import READ_FORMATS, open_file
 from varedit_runtime.decoding.tiff_directory import beginning_at
 from varedit_runtime.decoding.to_rgb import WHITE, to_rgb
-from varedit_runtime.errors import PictureError, one_line, shown
+from varedit_runtime.errors import PictureError, reason, shown
 from varedit_runtime.files import atomic_file, unwritable
+from varedit_runtime.values import AnyPath, checked
 
-Source = str | os.PathLike[str] | bytes | BinaryIO | Image.Image
+Source = AnyPath | bytes | bytearray | memoryview | BinaryIO | Image.Image
 
 WRITE_FORMATS = {
     ".png": "PNG",
@@ -71,8 +71,8 @@ def open_picture(
     memory.
     """
     limits = Limits(max_pixels, max_memory)
-    name = str(source) if isinstance(source, str | os.PathLike) else "the picture"
-    with _explained(name):
+    source = _known(source)
+    with _explained(str(source) if isinstance(source, Path) else "the picture"):
         if isinstance(source, Image.Image):
             return _from_pillow(source, limits)
         image = open_file(_read(source, limits), limits).decode()
@@ -168,23 +168,24 @@ def check_target(path: Path) -> str:
     return WRITE_FORMATS[path.suffix.lower()]
 
 
-def save_picture(image: Image.Image, path: str | os.PathLike[str]) -> None:
+def save_picture(image: Image.Image, path: AnyPath) -> None:
     """Write a picture, without any metadata, in the format of the path's extension.
 
     The file appears whole or not at all, and replaces an existing one. Raises PictureError if the
-    extension is not in WRITE_FORMATS, or the file cannot be written.
+    extension is not in WRITE_FORMATS, or the file cannot be written; ConfigError on arguments of
+    other types.
     """
-    path = Path(path)
-    written_as = check_target(path)
+    image, target = checked("image", image, Image.Image), checked("path", path, AnyPath)
+    written_as = check_target(target)
     # Encode in memory: Pillow does not notice when a full disk takes only part of a write.
     encoded = BytesIO()
     try:
         # quality is for JPEG and WebP; the other formats are lossless.
         _pixels_only(image).save(encoded, format=written_as, quality=95)
-        with atomic_file(path) as whole:
+        with atomic_file(target) as whole:
             whole.write_bytes(encoded.getbuffer())
     except (OSError, ValueError) as error:
-        raise PictureError(f"{path} cannot be written: {_reason(error)}") from error
+        raise PictureError(f"{target} cannot be written: {_reason(error)}") from error
 
 
 @contextmanager
@@ -197,15 +198,28 @@ def _explained(name: str) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return one_line(text) or type(error).__name__
+    return (error.strerror if isinstance(error, OSError) else "") or reason(error)
 
 
-def _read(source: str | os.PathLike[str] | bytes | BinaryIO, limits: Limits) -> bytes:
+def _known(source: Any) -> Path | bytes | BinaryIO | Image.Image:
+    """Return a source of a kind that can be read. Raises PictureError on all others."""
+    with suppress(Exception):  # a caller's object may raise anything
+        if isinstance(source, bytes | bytearray | memoryview):
+            return bytes(source)
+        if isinstance(source, Image.Image) or callable(getattr(source, "read", None)):
+            return source
+        return checked("image", source, AnyPath)
+    raise PictureError(
+        f"the picture is {shown(source)}; give a path, the bytes of a file, a binary file, or a "
+        "Pillow image, such as Image.fromarray(array)"
+    )
+
+
+def _read(source: Path | bytes | BinaryIO, limits: Limits) -> bytes:
     if isinstance(source, bytes):
         return source
-    if isinstance(source, str | os.PathLike):
-        with open(source, "rb") as file:
+    if isinstance(source, Path):
+        with source.open("rb") as file:
             return _content(file, limits)
     with _ONE_AT_A_TIME:
         return _content(source, limits)

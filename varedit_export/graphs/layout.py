@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from varedit_reference.config import TransformerConfig
 from varedit_reference.transformer import MAX_LOG_SCALE, Linear
 from varedit_reference.weights_file import check_finite, torch_dtype
+from varedit_runtime.errors import ConfigError
 from varedit_runtime.precision import Format, Precision, Storage, product_of
 
 
@@ -121,9 +122,16 @@ def make_weight(weight: GraphWeight, state: Mapping[str, Tensor], dtype: torch.d
 
 
 def pack(storage: Storage, weight: Tensor) -> dict[str, Tensor]:
-    """Store a weight [in, out] as several tensors, in the types that they are to have."""
-    types = {name: torch_dtype(kind) for name, (kind, _) in storage.parts(weight.shape).items()}
-    return {name: part.to(types[name]) for name, part in storage.pack(weight).items()}
+    """Store a weight [in, out] as several tensors, in the types that they are to have.
+
+    Raises ConfigError if they are not those that the storage announced.
+    """
+    parts, packed = storage.parts(weight.shape), storage.pack(weight)
+    if {n: (*part.shape,) for n, part in packed.items()} != {
+        n: (*s,) for n, (_, s) in parts.items()
+    }:
+        raise ConfigError(f"{type(storage).__name__} packs other tensors than its parts say")
+    return {name: packed[name].to(torch_dtype(kind)) for name, (kind, _) in parts.items()}
 
 
 class Unpacked(dict[str, Tensor]):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from varedit_reference.config import MAX_LEVELS, MAX_TEXT_TOKENS, TransformerConfig
 from varedit_reference.weights_file import torch_dtype
+from varedit_runtime.errors import ConfigError, reason, shown
 from varedit_runtime.precision import Format, Precision, Storage
 
 Formats = Callable[[str], Format]  # of the products of a component, by name
@@ -190,13 +191,23 @@ class Affine(nn.Module):
 
 
 class Packed(nn.Module):
-    """A weight W [in, out] that is kept as several tensors."""
+    """A weight W [in, out] that is kept as several tensors.
+
+    Raises ConfigError if these are not what tensors of a module can be.
+    """
 
     def __init__(self, storage: Storage, shape: tuple[int, ...]) -> None:
         super().__init__()
         self.storage = storage
-        for name, (kind, size) in storage.parts(shape).items():
-            self.register_parameter(name, parameter(*size, dtype=torch_dtype(kind)))
+        try:
+            for name, (kind, size) in storage.parts(shape).items():
+                if not name.isidentifier():
+                    raise ValueError(f"no part can be called {shown(name)}")
+                self.register_parameter(name, parameter(*size, dtype=torch_dtype(kind)))
+        except Exception as error:
+            raise ConfigError(
+                f"{type(storage).__name__} cannot keep a weight of shape {shape}: {reason(error)}"
+            ) from error
 
     def multiply(self, x: Tensor) -> Tensor:
         return self.storage.multiply(x, dict(self.named_parameters()))

@@ -7,11 +7,20 @@ The commands' `--backend`, `doctor`, `Editor.open` and `verify` then know it.
 
 import importlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from varedit_runtime.backends.spec import BackendOptions, BackendSpec, BrokenBackend
-from varedit_runtime.errors import ConfigError, reason, shown
+from varedit_runtime.backends.spec import BackendOptions, BackendSpec, BrokenBackend, check_spec
+from varedit_runtime.errors import (
+    ANY_FAILURE,
+    BackendError,
+    ConfigError,
+    VareditError,
+    reason,
+    shown,
+)
+from varedit_runtime.values import CheckedOptions, checked
 
 if TYPE_CHECKING:
     from varedit_runtime.backends.base import Backend
@@ -28,7 +37,7 @@ DEFAULT = "onnxruntime"
 
 
 @dataclass(frozen=True)
-class ChosenBackend:
+class ChosenBackend(CheckedOptions):
     """A backend with checked options; `choose` makes one."""
 
     spec: BackendSpec[Any]
@@ -36,22 +45,39 @@ class ChosenBackend:
 
     def open(self, bundle: "Bundle", variant: "Variant") -> "Backend":
         """Load a variant of a bundle; see `BackendSpec.open` for what it raises."""
-        return self.spec.open(bundle, variant, self.options)
+        with _faults(self.spec, "cannot be opened", BackendError):
+            return self.spec.open(bundle, variant, self.options)
+
+
+@contextmanager
+def _faults(spec: BackendSpec[Any], what: str, kind: type[VareditError]) -> Iterator[None]:
+    """Turn what a backend at fault raises into an error that names it."""
+    try:
+        yield
+    except VareditError:
+        raise
+    except ANY_FAILURE as error:
+        raise kind(f"backend {spec.name} {what}: {reason(error)}") from error
 
 
 def find_backend(name: str) -> BackendSpec[Any]:
     """Return a backend's spec.
 
-    A backend that cannot be imported has one too, which says why. Raises ConfigError on an unknown
-    name.
+    A backend that cannot be imported, or whose spec breaks the rules, has one too, which says why.
+    Raises ConfigError on an unknown name.
     """
-    if not isinstance(name, str) or name not in BACKENDS:
+    name = checked("backend", name, str, f"one of {', '.join(BACKENDS)}")
+    if name not in BACKENDS:
         raise ConfigError(f"no backend is called {shown(name)}; there are {', '.join(BACKENDS)}")
     module, _, variable = BACKENDS[name].partition(":")
     try:
-        return getattr(importlib.import_module(module), variable)
-    except Exception as error:  # whatever an optional library raises must not hide the others
-        return BrokenBackend(name, reason(error))
+        spec = getattr(importlib.import_module(module), variable)
+    except ANY_FAILURE as error:  # whatever an optional library raises must not hide the others
+        return BrokenBackend(name, f"it cannot be imported ({reason(error)})")
+    try:
+        return check_spec(name, spec)
+    except ANY_FAILURE as error:
+        return BrokenBackend(name, f"its spec is wrong ({reason(error)})")
 
 
 def specs() -> Iterator[BackendSpec[Any]]:
@@ -65,6 +91,7 @@ def choose(backend: str | ChosenBackend = DEFAULT, **options: object) -> ChosenB
     Raises ConfigError on an unknown backend, and on options that are not the backend's, naming
     the backends that have them; and what the backend's options raise on bad values.
     """
+    backend = checked("backend", backend, str | ChosenBackend, f"one of {', '.join(BACKENDS)}")
     given = {n: value for n, value in options.items() if value is not None and value is not False}
     if isinstance(backend, ChosenBackend):
         if given:
@@ -79,7 +106,8 @@ def choose(backend: str | ChosenBackend = DEFAULT, **options: object) -> ChosenB
             f"backend {backend} does not take {' and '.join(foreign)}{whose}: leave that out, or "
             "choose another backend"
         )
-    return ChosenBackend(spec, spec.options(**given))
+    with _faults(spec, "refuses its options", ConfigError):
+        return ChosenBackend(spec, spec.options(**given))
 
 
 def option_names(spec: BackendSpec[Any]) -> set[str]:

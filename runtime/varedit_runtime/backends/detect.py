@@ -19,9 +19,10 @@ from varedit_runtime.backends.machine import (
 )
 from varedit_runtime.backends.spec import BackendSpec
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.errors import BundleError, one_line, reason
+from varedit_runtime.errors import ANY_FAILURE, BundleError, one_line, reason
 from varedit_runtime.locate import default_root
 from varedit_runtime.manifest import weights_file
+from varedit_runtime.values import checked
 
 
 def detect_machine(bundle: Path | None = None) -> Machine:
@@ -40,8 +41,8 @@ def detect_machine(bundle: Path | None = None) -> Machine:
 
 def _probe(spec: BackendSpec[Any]) -> ProbeResult:
     try:
-        return spec.probe()
-    except Exception as error:  # a library may be half removed: it imports and offers nothing
+        return checked("what it found", spec.probe(), ProbeResult)
+    except ANY_FAILURE as error:  # a library may be half removed: it imports and offers nothing
         return ProbeResult(reason(error))
 
 

@@ -6,14 +6,25 @@ or optional (NumPy, ONNX Runtime, TensorRT) inside `probe` and `open` only.
 """
 
 import importlib
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import Field, dataclass, field, fields
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar, get_type_hints
 
 from varedit_runtime.backends.machine import Machine, ProbeResult
-from varedit_runtime.errors import BackendError, one_line, printable, readable_size, reason
+from varedit_runtime.errors import (
+    ANY_FAILURE,
+    BackendError,
+    ConfigError,
+    one_line,
+    printable,
+    readable_size,
+    reason,
+    shown,
+)
+from varedit_runtime.values import CheckedOptions, checked
 
 if TYPE_CHECKING:
     from varedit_runtime.backends.base import Backend
@@ -21,13 +32,22 @@ if TYPE_CHECKING:
     from varedit_runtime.manifest import Variant
 
 
+# Names of what else commands and `Editor.open` take.
+RESERVED = {
+    *("as_json", "backend", "bundle", "compare", "debug", "digest", "golden", "guidance_scale"),
+    *("help", "image", "instruction", "json", "json_file", "negative_prompt", "output"),
+    *("previews", "repeat", "report", "seed", "temperature", "variant", "version"),
+}
+
+
 @dataclass(frozen=True)
-class BackendOptions:
+class BackendOptions(CheckedOptions):
     """The options of a backend that takes none, and the base of all others.
 
     Subclasses are frozen dataclasses whose fields are made with `option`. Every field is an option
     of the commands too, by its own name: `engines_digest` is `--engines-digest`. Its type is bool,
-    int or str, the latter two also with None. `__post_init__` raises ConfigError on bad values.
+    int or str, the latter two also with None. `__post_init__`, which calls the one here, raises
+    ConfigError on bad values.
     """
 
 
@@ -95,19 +115,47 @@ class BackendSpec(ABC, Generic[Options]):
 
 
 class BrokenBackend(BackendSpec[BackendOptions]):
-    """A registered backend whose module cannot be imported: it stays listed and says why."""
+    """A registered backend that cannot be imported or described: it stays listed and says why."""
 
     options = BackendOptions
 
     def __init__(self, name: str, problem: str) -> None:
         self.name = name  # pyright: ignore[reportAttributeAccessIssue]: of this one alone
-        self._problem = f"it cannot be imported ({problem})"
+        self._problem = problem
 
     def verdicts(self, machine: Machine) -> Sequence[Verdict]:
         return (Verdict(self.name, "cannot", self._problem),)
 
     def open(self, bundle: "Bundle", variant: "Variant", options: BackendOptions) -> "Backend":
         raise BackendError(f"backend {self.name} cannot be used: {self._problem}")
+
+
+def check_spec(name: str, spec: object) -> BackendSpec[Any]:
+    """Return the spec that is registered by a name. Raises ConfigError if it breaks the rules."""
+    if not isinstance(spec, BackendSpec):
+        raise ConfigError(f"{shown(spec)} is no BackendSpec")
+    if spec.name != name:
+        raise ConfigError(f"its name is {shown(spec.name)}")
+    checked("packages", spec.packages, tuple[str, ...])
+    checked("compiles", spec.compiles, bool)
+    options = checked("options", spec.options, type)
+    if not issubclass(options, BackendOptions) or "__dataclass_fields__" not in vars(options):
+        raise ConfigError(f"{options.__name__} is no dataclass below BackendOptions")
+    hints = get_type_hints(options)
+    for own in fields(options):
+        _check_option(own, hints[own.name])
+    return spec
+
+
+def _check_option(option: Field[Any], hint: Any) -> None:
+    name = option.name
+    if name in RESERVED or not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name):
+        raise ConfigError(f"no option can be called {shown(name)}")
+    if hint not in (bool, int, str, int | None, str | None):
+        raise ConfigError(f"option {name} is of no type that an option can have")
+    if not option.metadata.keys() >= {"help", "metavar"}:
+        raise ConfigError(f"option {name} is not made with option()")
+    checked(name, option.default, hint)
 
 
 # Facts and sentences that several backends use
@@ -119,7 +167,7 @@ def try_import(name: str) -> ModuleType | str:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         return "" if error.name == name else one_line(error)
-    except Exception as error:  # libraries that are missing or of another version
+    except ANY_FAILURE as error:  # libraries that are missing or of another version
         return reason(error)
 
 

@@ -128,14 +128,13 @@ class BackendCommand(click.Command):
 def _backend_options(ctx: click.Context) -> dict[str, click.Option]:
     """Return the options of all backends by their fields' names.
 
-    Within one run they are the same objects, by which click knows the order they were given in.
+    Within one run they are the same objects, by which click knows the order they were given in. Of
+    a name that several backends use, the first one says what it means.
     """
     if _OPTIONS not in ctx.meta:
-        ctx.meta[_OPTIONS] = {
-            option.name: _click_option(option)
-            for spec in specs()
-            for option in fields(spec.options)
-        }
+        options = ctx.meta[_OPTIONS] = {}
+        for option in (option for spec in specs() for option in fields(spec.options)):
+            options.setdefault(option.name, _click_option(option))
     return ctx.meta[_OPTIONS]
 
 
