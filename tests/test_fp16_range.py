@@ -10,7 +10,7 @@ from small_t5 import write_t5
 from torch import nn
 
 from varedit_export.graphs.model import GraphTransformer
-from varedit_export.graphs.text import GraphTextEncoder, TextEncoderConfig
+from varedit_export.graphs.text import GraphTextEncoder
 from varedit_nano import fp16_range
 from varedit_nano.data import EVALUATION_SEEDS
 from varedit_nano.fp16_range import (
@@ -23,6 +23,7 @@ from varedit_nano.fp16_range import (
 )
 from varedit_nano.model import load_nano
 from varedit_nano.scenes import draw_edit
+from varedit_reference.config import TextEncoderConfig
 from varedit_reference.text_encoder import T5_PRODUCTS, TextEncoder
 from varedit_runtime.precision import named
 

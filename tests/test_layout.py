@@ -10,7 +10,8 @@ from varedit_export.graphs.layout import (
     make_weight,
     transformer_layout,
 )
-from varedit_export.graphs.text import TextEncoderConfig, relative_buckets
+from varedit_export.graphs.text import relative_buckets
+from varedit_reference.config import TextEncoderConfig
 from varedit_runtime.geometry import area_matrix, bilinear_matrix
 
 

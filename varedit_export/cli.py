@@ -472,5 +472,5 @@ def convert(
         raise CheckpointError(f"convert needs {missing} too")
     files = bring([checkpoint, tokenizer, text_encoder], partial(accept, yes))
     transformer, picture_tokenizer, text_folder = files.paths
-    for path in convert_checkpoints(size, transformer, picture_tokenizer, text_folder, output):
+    for path in convert_checkpoints(size, transformer, picture_tokenizer, text_folder, output, say):
         click.echo(path)

@@ -17,7 +17,7 @@ from varedit_export.graphs.layout import (
     Unpacked,
     transformer_layout,
 )
-from varedit_export.graphs.text import TextEncoderConfig, restore_text_encoder
+from varedit_export.graphs.text import restore_text_encoder
 from varedit_export.plan import BundlePlan
 from varedit_export.sources import Sources, TextSource
 from varedit_reference.config import ModelConfig, TokenizerConfig, TransformerConfig
@@ -96,11 +96,10 @@ def sources_of(bundle: Bundle) -> tuple[ModelConfig, Sources]:
     if "text_encoder" in files:
         model = bundle.manifest.model
         assert model.text_distance and model.text_epsilon
-        settings, state = restore_text_encoder(
+        encoder, state = restore_text_encoder(
             files["text_encoder"], model.text_distance, model.text_epsilon
         )
-        encoder = TextEncoderConfig.from_json(settings)
-        text = TextSource(encoder, settings, state, bundle.tokenizer_json())
+        text = TextSource(encoder, state, bundle.tokenizer_json())
     transformer = Restored(layout, files["transformer"])
     weights = bundle.manifest.model.weights
     return config, Sources(transformer, files["tokenizer"], text, weights, bundle.digest)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from msgspec import structs
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from varedit_export.components import (
@@ -36,10 +37,10 @@ from varedit_export.graphs.stages import (
     Stage,
     TextEncoderStage,
 )
-from varedit_export.graphs.text import GraphTextEncoder, TextEncoderConfig, text_encoder_layout
+from varedit_export.graphs.text import GraphTextEncoder, text_encoder_layout
 from varedit_export.graphs.trace import fake_tensors
 from varedit_export.sources import Sources
-from varedit_reference.config import ModelConfig
+from varedit_reference.config import ModelConfig, TextEncoderConfig
 from varedit_reference.tokenizer import Tokenizer
 from varedit_runtime.errors import ConfigError, readable_size
 from varedit_runtime.manifest import GRAPHS, LARGEST_BATCH
@@ -188,7 +189,7 @@ def _check_variants(requests: Sequence[VariantRequest]) -> None:
 def _text_graph(
     request: VariantRequest, config: TextEncoderConfig, fake: FakeTensorMode
 ) -> GraphPlan:
-    shallow_config = replace(config, depth=min(config.depth, TRACED_BLOCKS))
+    shallow_config = structs.replace(config, depth=min(config.depth, TRACED_BLOCKS))
     with fake:
         model = GraphTextEncoder(shallow_config, request.policy)
     return GraphPlan(TextEncoderStage(request.shapes, model), config.depth)

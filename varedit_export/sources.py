@@ -4,20 +4,18 @@ Both are mappings from the reference's parameter names to tensors, which are rea
 time.
 """
 
-import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 from tokenizers import Tokenizer as Vocabulary
 from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 
-from varedit_export.graphs.text import TextEncoderConfig
+from varedit_export.graphs.text import GATED
 from varedit_reference.checkpoint import (
     NamedShape,
     empty_tokenizer,
@@ -25,11 +23,18 @@ from varedit_reference.checkpoint import (
     tokenizer_weights,
     transformer_weights,
 )
-from varedit_reference.config import ModelConfig
+from varedit_reference.config import ModelConfig, TextEncoderConfig
 from varedit_reference.initialise import RandomWeights, random_weights
-from varedit_reference.text_encoder import SHARED, t5_layout, t5_stack, text_encoder_weights
-from varedit_reference.weights_file import check_there
-from varedit_runtime.manifest import HubOrigin
+from varedit_reference.text_encoder import (
+    SHARED,
+    read_config,
+    t5_layout,
+    t5_stack,
+    text_encoder_weights,
+)
+from varedit_reference.weights_file import Weights, check_there
+from varedit_runtime.errors import ConfigError, shown
+from varedit_runtime.manifest import TOKENIZER, HubOrigin
 from varedit_runtime.text import END_TOKEN
 
 NANO_SIZE = "nano"  # the size whose weights come with the package, in the embedded bundle
@@ -37,10 +42,9 @@ NANO_SIZE = "nano"  # the size whose weights come with the package, in the embed
 
 @dataclass(frozen=True)
 class TextSource:
-    """A text encoder: its sizes, its config.json, T5's tensors by name, and its tokenizer.json."""
+    """A text encoder: its sizes, T5's tensors by name, and its tokenizer.json."""
 
     config: TextEncoderConfig
-    json: Mapping[str, Any]
     state: Mapping[str, Tensor]
     tokenizer_json: bytes
 
@@ -65,16 +69,27 @@ class Sources:
 def checkpoint_sources(
     config: ModelConfig, transformer: Path, tokenizer: Path, text_encoder: Path | None = None
 ) -> Sources:
-    """Open weights in files. Raises CheckpointError if they cannot be read or do not fit."""
+    """Open weights in files.
+
+    Raises CheckpointError if they cannot be read or do not fit, ConfigError on a text encoder of a
+    kind that is not exported.
+    """
     paths = [transformer, tokenizer, *([] if text_encoder is None else [text_encoder])]
     check_there(paths)
-    text = None if text_encoder is None else _text_source(text_encoder, config)
+    files: dict[Path, Weights] = {
+        transformer: transformer_weights(transformer, config.transformer),
+        tokenizer: tokenizer_weights(tokenizer, config.tokenizer),
+    }
+    text = None
+    if text_encoder is not None:
+        files[text_encoder] = text_encoder_weights(text_encoder, config.transformer)
+        text = _text_source(text_encoder, files[text_encoder])
     return Sources(
-        transformer_weights(transformer, config.transformer),
-        tokenizer_weights(tokenizer, config.tokenizer),
+        files[transformer],
+        files[tokenizer],
         text,
-        ", ".join(path.name for path in paths),
-        sha256("\n".join(map(_stamp, paths)).encode()).hexdigest(),
+        ", ".join(_described(path, weights.notes) for path, weights in files.items()),
+        sha256("\n".join(map(_stamp, files)).encode()).hexdigest(),
     )
 
 
@@ -90,22 +105,18 @@ def random_sources(config: ModelConfig, seed: int) -> Sources:
 def _random_text_encoder(width: int, seed: int) -> TextSource:
     """Make an encoder of Flan-T5-XL's sizes if the width is its own, else a small one."""
     full = width == 2048
-    settings = {
-        "feed_forward_proj": "gated-gelu",
-        "vocab_size": 32128 if full else 384,
-        "d_model": width,
-        "d_kv": 64,
-        "num_heads": 32 if full else width // 64,
-        "d_ff": 5120 if full else 2 * width,
-        "num_layers": 24 if full else 2,
-        "relative_attention_num_buckets": 32,
-        "relative_attention_max_distance": 128,
-        "layer_norm_epsilon": 1e-6,
-    }
-    state = t5_stack(settings).state_dict()
+    config = TextEncoderConfig(
+        vocabulary=32128 if full else 384,
+        width=width,
+        heads=32 if full else width // 64,
+        mlp_width=5120 if full else 2 * width,
+        depth=24 if full else 2,
+        mlp=GATED,
+    )
+    state = t5_stack(config).state_dict()
     stored = [t5_layout(NamedShape(name, tuple(tensor.shape))) for name, tensor in state.items()]
     weights = RandomWeights(dict(stored), f"{seed} text", _text_weight)
-    return TextSource(TextEncoderConfig.from_json(settings), settings, weights, byte_tokenizer())
+    return TextSource(config, weights, byte_tokenizer())
 
 
 def _text_weight(name: str, normal: Tensor) -> Tensor:
@@ -138,11 +149,18 @@ def missing_weights(size: str, missing: Collection[str]) -> str:
     )
 
 
-def _text_source(folder: Path, config: ModelConfig) -> TextSource:
-    weights = text_encoder_weights(folder, config.transformer)
-    settings = json.loads((folder / "config.json").read_bytes())
-    tokenizer_json = (folder / "tokenizer.json").read_bytes()
-    return TextSource(TextEncoderConfig.from_json(settings), settings, weights, tokenizer_json)
+def _text_source(folder: Path, weights: Weights) -> TextSource:
+    config = read_config(folder)
+    if config.mlp != GATED:
+        raise ConfigError(
+            f"the text encoder's MLP is {shown(config.mlp)}; only T5 encoders with {GATED!r}, such "
+            "as Flan-T5, can be exported"
+        )
+    return TextSource(config, weights, (folder / TOKENIZER).read_bytes())
+
+
+def _described(path: Path, notes: Sequence[str]) -> str:
+    return f"{path.name} ({'; '.join(notes)})" if notes else path.name
 
 
 def _stamp(path: Path) -> str:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from varedit_reference.config import PRESETS, TokenizerConfig, TransformerConfig, preset
 from varedit_reference.tokenizer import Tokenizer
 from varedit_reference.transformer import VAR
-from varedit_reference.weights_file import check_finite, check_float, open_weights
+from varedit_reference.weights_file import Weights, check_finite, check_float, open_weights
 from varedit_runtime.errors import CheckpointError
 
 Shape = tuple[int, ...]
@@ -90,9 +90,14 @@ TOKENIZER_TABLE = {
     r"\.(down|up)sample\.": r".\1sample.conv.",
 }
 
-# Tensors that the released code stores besides parameters: zero key biases, and buffers.
-ZERO_BIAS = ".zero_k_bias"
-TOKENIZER_BUFFERS = ("quantizer.", "quantize.")
+# What the released code stores besides parameters: beside the bias of values that of keys, which is
+# zero, and buffers, which are not read.
+VALUE_BIAS, ZERO_BIAS = ".v_bias", ".zero_k_bias"
+BUFFERS = re.compile(
+    r"(quantizer|quantize)\..*"
+    r"|(.*\.)?(lvl_1L|attn_bias_for_masking|Infinity_visible_kvlen|Infinity_invisible_qlen)"
+)
+BUFFER_DIMENSIONS, BUFFER_ELEMENTS = 4, 2**30
 
 
 def own_layout(own: NamedShape) -> NamedShape:
@@ -164,7 +169,7 @@ def load_tokenizer(path: str | Path, config: TokenizerConfig) -> Tokenizer:
     return load(empty_tokenizer(config), weights, recognise_tokenizer_layout(weights), path)
 
 
-def transformer_weights(path: str | Path, config: TransformerConfig) -> dict[str, Tensor]:
+def transformer_weights(path: str | Path, config: TransformerConfig) -> Weights:
     """Open a checkpoint's transformer by this reference's names, in the file's types; see `fit`."""
     weights = open_weights(path)
     return fit(
@@ -172,7 +177,7 @@ def transformer_weights(path: str | Path, config: TransformerConfig) -> dict[str
     )
 
 
-def tokenizer_weights(path: str | Path, config: TokenizerConfig) -> dict[str, Tensor]:
+def tokenizer_weights(path: str | Path, config: TokenizerConfig) -> Weights:
     """Open a checkpoint's tokenizer by this reference's names, in the file's types; see `fit`."""
     weights = open_weights(path)
     return fit(empty_tokenizer(config), weights, recognise_tokenizer_layout(weights), path)
@@ -234,7 +239,7 @@ def assign(model: Module, weights: Mapping[str, Tensor]) -> Module:
 
 def fit(
     model: nn.Module, weights: Mapping[str, Tensor], layout: FileLayout, path: str | Path
-) -> dict[str, Tensor]:
+) -> Weights:
     """Return a file's weights under the model's own names and shapes, in the file's types.
 
     Raises CheckpointError, naming path, on missing, unexpected or misshapen tensors, on weights
@@ -243,27 +248,30 @@ def fit(
     """
     if differences := mismatch(model, weights, layout):
         raise CheckpointError(f"{path} does not fit: {differences}; {_advice(weights)}")
-    for name, tensor in weights.items():
-        if name.endswith(ZERO_BIAS) and tensor.count_nonzero():
+    places = _places(model, layout)
+    for name in _key_biases(dict(place for _, place in places)):
+        if name in weights and weights[name].count_nonzero():
             raise CheckpointError(
                 f"{path} has a key bias ({name}) that is not zero: expected zeros, as in every "
                 "VAREdit model; give another checkpoint"
             )
-    return {
+    fitting = {
         own.name: check_float(place.name, weights[place.name]).reshape(own.shape)
-        for own, place in _places(model, layout)
+        for own, place in places
     }
+    return Weights(fitting, weights.notes if isinstance(weights, Weights) else ())
 
 
 def mismatch(model: nn.Module, weights: Mapping[str, Tensor], layout: FileLayout) -> str:
     """Describe how a file's names and shapes differ from a model's; empty if they do not."""
     shapes = {place.name: place.shape for _, place in _places(model, layout)}
+    known = shapes | _key_biases(shapes)
     kinds = {
         "missing": [name for name in shapes if name not in weights],
-        "unexpected": [name for name in weights if name not in shapes and not _ignored(name)],
+        "unexpected": [n for n, t in weights.items() if n not in known and not _is_buffer(n, t)],
         "misshapen": [
             f"{name} {list(weights[name].shape)} for {list(shape)}"
-            for name, shape in shapes.items()
+            for name, shape in known.items()
             if name in weights and tuple(weights[name].shape) != shape
         ],
     }
@@ -279,8 +287,18 @@ def _places(model: nn.Module, layout: FileLayout) -> list[tuple[NamedShape, Name
     return [(own, layout(own)) for own in owns]
 
 
-def _ignored(name: str) -> bool:
-    return name.endswith(ZERO_BIAS) or name.startswith(TOKENIZER_BUFFERS)
+def _key_biases(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    """Return the zero key biases that a file may have, each shaped as the values' bias is."""
+    return {
+        name.removesuffix(VALUE_BIAS) + ZERO_BIAS: shape
+        for name, shape in shapes.items()
+        if name.endswith(VALUE_BIAS)
+    }
+
+
+def _is_buffer(name: str, tensor: Tensor) -> bool:
+    small = tensor.ndim <= BUFFER_DIMENSIONS and tensor.numel() <= BUFFER_ELEMENTS
+    return small and BUFFERS.fullmatch(name) is not None
 
 
 def _advice(weights: Mapping[str, Tensor]) -> str:

@@ -5,8 +5,11 @@ R = G·B rows (conditional rows of all pictures first), K scales, L tokens of a 
 sequence, C width, H heads, D = C/H, d the tokenizer's bits per position, c the token's channels.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct, ValidationError, convert, to_builtins
 
 from varedit_runtime.errors import ConfigError, shown
 from varedit_runtime.grids import Grid, scale_grids
@@ -16,6 +19,8 @@ RotaryLayout = Literal["released", "paper"]
 
 TEXT_HEAD_WIDTH = 128
 MAX_TEXT_TOKENS = 512  # rows of the learned unconditional text
+MAX_BLOCKS = 256  # of a transformer or text encoder: more are a mistake, or take for ever to build
+MAX_WIDTH = 2**20  # channels, heads, words
 MAX_LEVELS = 15  # rows of the level embedding; the released schedules use up to 13
 
 
@@ -102,10 +107,12 @@ class TransformerConfig:
     rotary: RotaryLayout = "released"
 
     def __post_init__(self) -> None:
-        if min(self.depth, self.width, self.heads, self.text_channels) < 1:
+        sizes = self.depth, self.width, self.heads, self.text_channels
+        if min(sizes) < 1 or self.depth > MAX_BLOCKS or max(sizes) > MAX_WIDTH:
             raise ConfigError(
                 f"depth {self.depth}, width {self.width}, heads {self.heads} and text_channels "
-                f"{self.text_channels} must all be at least 1"
+                f"{self.text_channels} must all be at least 1, depth at most {MAX_BLOCKS} and the "
+                f"others at most {MAX_WIDTH}"
             )
         if self.width % self.heads or self.head_width % 4:
             raise ConfigError(
@@ -149,6 +156,59 @@ class TransformerConfig:
     def lengths(self) -> tuple[int, ...]:
         """L of every scale: h_k·w_k tokens."""
         return tuple(rows * columns for rows, columns in self.grids)
+
+
+Size = Annotated[int, Meta(ge=1, le=MAX_WIDTH)]
+T5_NAMES = {
+    "vocabulary": "vocab_size",
+    "width": "d_model",
+    "head_width": "d_kv",
+    "heads": "num_heads",
+    "mlp_width": "d_ff",
+    "depth": "num_layers",
+    "buckets": "relative_attention_num_buckets",
+    "max_distance": "relative_attention_max_distance",
+    "epsilon": "layer_norm_epsilon",
+    "mlp": "feed_forward_proj",
+}
+
+
+class TextEncoderConfig(Struct, frozen=True, rename=T5_NAMES):
+    """Sizes of a T5 encoder; those that a config.json leaves out are transformers' defaults.
+
+    head_width: D of each of the heads. buckets: of relative positions, up to max_distance tokens
+    apart. epsilon: of all norms. mlp: its kind, "gated-gelu" in T5 v1.1 and Flan-T5.
+    """
+
+    vocabulary: Size = 32128
+    width: Size = 512
+    head_width: Size = 64
+    heads: Size = 8
+    mlp_width: Size = 2048
+    depth: Annotated[int, Meta(ge=1, le=MAX_BLOCKS)] = 6
+    buckets: Annotated[int, Meta(ge=4, le=MAX_WIDTH)] = 32
+    max_distance: Size = 128
+    epsilon: Annotated[float, Meta(gt=0, le=1)] = 1e-6
+    mlp: str = "relu"
+
+    @classmethod
+    def from_json(cls, settings: Mapping[str, Any]) -> "TextEncoderConfig":
+        """Read what a T5 folder's config.json holds. Raises ConfigError on impossible sizes."""
+        try:
+            config = convert(settings, cls)
+        except ValidationError as error:
+            raise ConfigError(f"the sizes of a text encoder: {error}") from error
+        if config.max_distance <= config.buckets // 4:
+            raise ConfigError(
+                f"a text encoder whose {config.buckets} buckets end at {config.max_distance} "
+                f"tokens: more than {config.buckets // 4} are expected"
+            )
+        return config
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """The sizes as a config.json holds them."""
+        return to_builtins(self)
 
 
 def _positions(grids: tuple[Grid, ...]) -> int:

@@ -8,7 +8,7 @@ The weights keep the float type of the released files.
 """
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from varedit_reference.checkpoint import tokenizer_weights, transformer_weights
@@ -34,12 +34,14 @@ def convert(
     tokenizer: str | Path,
     text_encoder: str | Path,
     output: str | Path,
+    notice: Callable[[str], None] = lambda _: None,
 ) -> list[Path]:
     """Convert a transformer, a tokenizer and a T5 folder; return the files written to output.
 
-    size: the preset that the weights must fit. Every file appears whole or not at all; memory holds
-    about one tensor at a time. Raises ConfigError on an unknown size, CheckpointError if weights
-    cannot be read, do not fit or would be overwritten, or the disk has no room for all of them.
+    size: the preset that the weights must fit. notice: called with what was left out of names, or
+    chosen from a file. Every file appears whole or not at all; memory holds about one tensor at a
+    time. Raises ConfigError on an unknown size, CheckpointError if weights cannot be read, do not
+    fit or would be overwritten, or the disk has no room for all of them.
     """
     output, text_encoder = Path(output), Path(text_encoder)
     config, sources = preset(size), (Path(transformer), Path(tokenizer), text_encoder)
@@ -51,6 +53,9 @@ def convert(
     }
     copies = {output / TEXT_ENCODER / name: text_encoder / name for name in COPIED}
     _check_apart([*components, *copies], sources)
+    for path, weights in components.items():
+        for note in weights.notes:
+            notice(f"{path}: {note}")
     tensors = [tensor for weights in components.values() for tensor in weights.values()]
     check_room(output, sum(tensor.nbytes for tensor in tensors))
     for path, weights in components.items():

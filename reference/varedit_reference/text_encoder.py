@@ -4,9 +4,9 @@ An instruction is used as it is, without a template, followed by T5's end token.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from tokenizers import Tokenizer as Vocabulary
@@ -14,16 +14,19 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from varedit_reference.checkpoint import NamedShape, fit, load
-from varedit_reference.config import MAX_TEXT_TOKENS, TransformerConfig
-from varedit_reference.weights_file import open_weights, torch_dtype
-from varedit_runtime.errors import CheckpointError, MissingExtraError, needs_extra
+from varedit_reference.config import MAX_TEXT_TOKENS, TextEncoderConfig, TransformerConfig
+from varedit_reference.weights_file import Weights, open_weights, read_header_file, torch_dtype
+from varedit_runtime.errors import CheckpointError, needs_extra, reason, shown
 from varedit_runtime.precision import named
 from varedit_runtime.text import Instructions, read_tokenizer
 
 if TYPE_CHECKING:
     from transformers.models.t5.modeling_t5 import T5Stack
 
-SHARED, EMBEDDING = "shared.weight", "encoder.embed_tokens.weight"
+SHARED = "shared.weight"
+# The names of one token embedding, of which a file stores some.
+EMBEDDINGS = (SHARED, "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+LARGEST_TOKENIZER = 2**25  # bytes; T5's has 2.4 million
 # T5's name of the product that transformers lets differ in type.
 T5_PRODUCTS = {"wo": "blocks.down"}
 
@@ -43,7 +46,7 @@ class TextEncoder:
         Raises CheckpointError if the folder is no T5 model, MissingExtraError without transformers.
         """
         vocabulary = read_vocabulary(folder)
-        model = empty_encoder(folder, precision)
+        model = empty_encoder(read_config(folder), precision)
         return cls(load(model, encoder_weights(folder), t5_layout, folder), vocabulary)
 
     @torch.inference_mode()
@@ -72,14 +75,14 @@ def t5_layout(own: NamedShape) -> NamedShape:
     return NamedShape(name, own.shape)
 
 
-def text_encoder_weights(folder: Path, config: TransformerConfig) -> dict[str, Tensor]:
+def text_encoder_weights(folder: Path, config: TransformerConfig) -> Weights:
     """Open the encoder that a transformer reads by T5's names, in the file's types.
 
     Raises CheckpointError if the folder is no whole T5 model, or of another width.
     """
     read_vocabulary(folder)
     weights = encoder_weights(folder)
-    fit(empty_encoder(folder), weights, t5_layout, folder)
+    fit(empty_encoder(read_config(folder)), weights, t5_layout, folder)
     width = weights[SHARED].shape[1]
     if width != config.text_channels:
         raise CheckpointError(
@@ -89,51 +92,65 @@ def text_encoder_weights(folder: Path, config: TransformerConfig) -> dict[str, T
     return weights
 
 
-def encoder_weights(folder: str | Path) -> dict[str, Tensor]:
+def encoder_weights(folder: str | Path) -> Weights:
     """Return the weights of a T5 folder's encoder by T5's names, without decoder and language head.
 
-    The token embedding, which T5 stores under one name or two, is returned as `shared.weight`.
+    The token embedding, which T5 stores under one name or several, is returned as `shared.weight`.
     Raises CheckpointError on unreadable weights or a folder without a T5 encoder.
     """
     weights = open_weights(folder)
-    encoder = {name: t for name, t in weights.items() if name.startswith("encoder.")}
-    embedding = encoder.pop(EMBEDDING, weights.get(SHARED))
-    if embedding is None or not encoder:
+    blocks = {
+        name: tensor
+        for name, tensor in weights.items()
+        if name.startswith("encoder.") and name not in EMBEDDINGS
+    }
+    embedding = next((weights[name] for name in EMBEDDINGS if name in weights), None)
+    if embedding is None or not blocks:
         raise CheckpointError(
-            f"{folder} holds no T5 encoder: expected tensors named {SHARED} and encoder.*; give a "
-            "Flan-T5 folder"
+            f"{folder} holds no T5 encoder: expected tensors named encoder.* and one of "
+            f"{', '.join(EMBEDDINGS)}; give a Flan-T5 folder"
         )
-    return {SHARED: embedding, **encoder}
+    return Weights({SHARED: embedding, **blocks}, weights.notes)
 
 
-def empty_encoder(folder: str | Path, precision: str = "fp32") -> "T5Stack":
-    """Build the encoder that a T5 folder's config.json describes, on the meta device.
-
-    Raises CheckpointError on a folder without a T5 configuration, MissingExtraError without
-    transformers.
-    """
-    path, policy = Path(folder) / "config.json", named(precision)
+def read_config(folder: str | Path) -> TextEncoderConfig:
+    """Read a T5 folder's config.json. Raises CheckpointError if it is absent or not a T5's."""
+    path = Path(folder) / "config.json"
     try:
-        encoder = t5_stack(json.loads(path.read_bytes())).type(torch_dtype(policy.type))
-    except MissingExtraError:
-        raise
-    except Exception as error:  # transformers raises whatever a wrong value happens to break
+        return TextEncoderConfig.from_json(json.loads(read_header_file(path)))
+    except (OSError, ValueError, RecursionError) as error:  # ConfigError is a ValueError
         raise CheckpointError(
-            f"{path} does not describe a T5 encoder: give a Flan-T5 folder with its config.json"
+            f"{path} does not describe a T5 encoder ({reason(error)}): give a Flan-T5 folder with "
+            "its config.json"
         ) from error
+
+
+def empty_encoder(config: TextEncoderConfig, precision: str = "fp32") -> "T5Stack":
+    """Build an encoder on the meta device, its products in the types of a precision.
+
+    Raises CheckpointError on a kind of MLP that T5 lacks, MissingExtraError without transformers.
+    """
+    policy = named(precision)
+    encoder = t5_stack(config).type(torch_dtype(policy.type))
     for name, module in encoder.named_modules():
         if product := T5_PRODUCTS.get(name.rpartition(".")[2]):
             module.type(torch_dtype(policy.format("text_encoder", product).type))
     return encoder
 
 
-def t5_stack(settings: Mapping[str, Any]) -> "T5Stack":
-    """Build the encoder that a T5 config.json describes, on the meta device."""
+def t5_stack(config: TextEncoderConfig) -> "T5Stack":
+    """Build an encoder on the meta device, in fp32. Raises as `empty_encoder`."""
     with needs_extra("export"):
         from transformers import T5Config, T5EncoderModel
 
-    with torch.device("meta"):
-        return T5EncoderModel(T5Config(**settings)).encoder
+    try:
+        with torch.device("meta"):
+            return T5EncoderModel(T5Config(**config.json)).encoder
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"the text encoder has an MLP of kind {shown(config.mlp)}, which T5 has not: give a "
+            "Flan-T5 folder"
+        ) from error
 
 
 def read_vocabulary(folder: str | Path) -> Vocabulary:
@@ -143,10 +160,11 @@ def read_vocabulary(folder: str | Path) -> Vocabulary:
         raise CheckpointError(f"there is no folder {folder}: give a Flan-T5 folder")
     if not path.is_file():
         raise CheckpointError(
-            f"{folder} has no tokenizer.json: download it, or make it from spiece.model with "
+            f"{folder} has no tokenizer.json: download it, or make it from spiece.model: run "
+            "pip install sentencepiece protobuf, then in Python "
             "transformers.AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
         )
     try:
-        return read_tokenizer(path.read_bytes())
+        return read_tokenizer(read_header_file(path, LARGEST_TOKENIZER))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} {error}: copy the one that came with Flan-T5") from error

@@ -3,14 +3,12 @@
 Tensors are views of a memory map, whatever the file: opening one reads no weights, and what is read
 is page cache that the system may drop. So a 34 GB checkpoint needs no 34 GB of memory.
 
-A .pth is a pickle, and unpickling runs code that the file names. Nothing but tensors is ever
-loaded: a pickle that names any other class is refused before anything in it runs.
+Nothing in a file is run, and no size in a header is trusted: `pickled.py` reads a .pth as data.
 """
 
 import json
 import os
 import shutil
-import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,9 +22,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.serialization import get_unsafe_globals_in_checkpoint
 from tqdm import tqdm
 
+from varedit_reference.pickled import LARGEST_HEADER, Named, open_pickled
 from varedit_runtime.errors import CheckpointError, one_line, readable_size, shown
 from varedit_runtime.files import atomic_file
 from varedit_runtime.manifest import StoredWeight
@@ -41,26 +39,41 @@ SAFETENSORS_DTYPES = {
 }
 # Of weights that a precision keeps as values and scales; no checkpoint may have them.
 PACKED_DTYPES = {torch.int8: "I8", torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3"}
+# What training code puts before or into the names of a model that it wraps.
+WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+PREFIXES = ("module.", "model.", "_forward_module.")  # left out where all names begin so
+MOST_PREFIXES = 4
+# Where a file keeps its state dict, if not at the top: the first of these that it has. The first of
+# all is the released tokenizers'.
+BRANCHES = (("vae",), ("state_dict",), ("module",), ("model",))
 
 
-def open_weights(path: str | Path) -> dict[str, Tensor]:
+class Weights(dict[str, Tensor]):
+    """Tensors by name. notes: what was chosen from the file, or left out of names, for people."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], notes: Sequence[str] = ()) -> None:
+        super().__init__(tensors)
+        self.notes = tuple(notes)
+
+
+def open_weights(path: str | Path) -> Weights:
     """Open a weights file or folder as tensors by name, memory-mapped.
 
     Reads .safetensors; .pth, .pt and .bin as torch.save writes them; and folders with one such
-    file, or with shards and an index. The file must not change while its tensors are in use.
-    Raises CheckpointError if it is missing, cut short, not of the format that its name says, or
-    holds anything but tensors.
+    file, or with shards and an index. What wraps a state dict or its names is left out, and noted.
+    The file must not change while its tensors are in use. Raises CheckpointError if it is missing,
+    cut short, not of the format that its name says, or holds anything but tensors.
     """
     path = Path(path)
     try:
-        return _open_folder(path) if path.is_dir() else _open_file(path)
+        return _unwrapped(_open_folder(path) if path.is_dir() else _open_file(path))
     except OSError as error:
         raise CheckpointError(
             f"cannot read {path} ({error.strerror or error}): give a readable file or folder"
         ) from error
 
 
-def _open_file(path: Path) -> dict[str, Tensor]:
+def _open_file(path: Path) -> Weights:
     if not path.is_file():
         raise CheckpointError(f"there are no weights at {path}: give an existing file or folder")
     if path.stat().st_size == 0:
@@ -68,93 +81,80 @@ def _open_file(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return _open_safetensors(path)
     if path.suffix in PICKLED:
-        return _open_pickled(path)
+        return _state_dict(path, open_pickled(path))
     raise CheckpointError(
         f"{path} is no known kind of weights: expected .safetensors, {', '.join(PICKLED)}, "
         "or a folder of such files"
     )
 
 
-def _open_safetensors(path: Path) -> dict[str, Tensor]:
+def _open_safetensors(path: Path) -> Weights:
     try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+        if LARGEST_HEADER < length < path.stat().st_size:
+            raise ValueError(f"names and shapes of more than {LARGEST_HEADER} bytes")
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return Weights({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     except (SafetensorError, ValueError) as error:
         raise CheckpointError(
             f"{path} is not a whole safetensors file ({one_line(error)}): fetch or copy it again"
         ) from error
 
 
-def _open_pickled(path: Path) -> dict[str, Tensor]:
-    with path.open("rb") as file:
-        start = file.read(24)
-    if not start.startswith(b"PK"):  # the old format is a bare pickle, a download error often text
+def _state_dict(path: Path, content: Any) -> Weights:
+    """Return the state dict in what was given to torch.save, from the branch that it is in."""
+    notes = []
+    for branch in BRANCHES:
+        found = content
+        for key in branch:
+            found = found.get(key) if isinstance(found, dict) else None
+        if isinstance(found, dict):
+            content, notes = found, [f"read from {'.'.join(branch)!r}"] * (branch != BRANCHES[0])
+            break
+    if not isinstance(content, dict):
         raise CheckpointError(
-            f"{path} is not what torch.save writes, a zip archive: it starts with {shown(start)}; "
-            "fetch the weights themselves, or save them again with torch.save"
-        )
-    try:
-        with zipfile.ZipFile(path) as archive:
-            compressed = any(r.compress_type != zipfile.ZIP_STORED for r in archive.infolist())
-        # A compressed archive is not scanned: it may unpack to far more than the file's size.
-        unsafe = [] if compressed else get_unsafe_globals_in_checkpoint(path)
-    except Exception as error:  # a damaged archive can fail in any way
-        raise CheckpointError(
-            f"{path} is cut short or damaged ({one_line(error)}): fetch or copy it again"
-        ) from error
-    if compressed:
-        raise CheckpointError(
-            f"{path} is compressed and cannot be memory-mapped: save it again with torch.save"
-        )
-    if unsafe:
-        raise CheckpointError(
-            f"{path} holds more than tensors ({', '.join(sorted(unsafe)[:3])}): refused, nothing "
-            "in it was run; use a file of tensors alone, such as safetensors"
-        )
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # a damaged pickle can fail in any way; it runs nothing
-        raise CheckpointError(
-            f"{path} is damaged or holds more than tensors: nothing in it was run; fetch it "
-            "again, or use safetensors"
-        ) from error
-    return _tensors_only(path, content)
-
-
-def _tensors_only(path: Path, content: Any) -> dict[str, Tensor]:
-    """Return the state dict in an unpickled file: all of it, or what it keeps under `vae`."""
-    if isinstance(content, Mapping) and isinstance(content.get("vae"), Mapping):
-        content = content["vae"]
-    if not isinstance(content, Mapping):
-        raise CheckpointError(
-            f"{path} holds a {type(content).__name__}, not tensors by name: expected a state dict"
+            f"{path} holds {_kind(content)}, not tensors by name: expected a state dict"
         )
     for name, value in content.items():
-        if not (isinstance(name, str) and _is_plain(value)):
+        if not isinstance(value, Tensor):
             raise CheckpointError(
-                f"{path} holds more than tensors ({shown(name)} is a {type(value).__name__}): "
-                "expected a state dict of dense tensors"
+                f"{path} holds more than tensors ({shown(name)} is {_kind(value)}): expected a "
+                "state dict of dense tensors; nothing in it was run"
             )
-    return {name: tensor.detach() for name, tensor in content.items()}
+    return Weights(content, notes)
 
 
-def _is_plain(value: Any) -> bool:
-    return (
-        isinstance(value, Tensor)
-        and value.layout is torch.strided
-        and value.device.type == "cpu"
-        and not value.is_quantized
-    )
+def _kind(value: object) -> str:
+    return f"a {value.name if isinstance(value, Named) else type(value).__name__}"
 
 
-def _open_folder(folder: Path) -> dict[str, Tensor]:
+def _unwrapped(weights: Weights) -> Weights:
+    """Leave out of names what training code adds to them, unless two would become one."""
+    names, left_out = {name: name for name in weights}, []
+    for wrapper in WRAPPERS:
+        if any(wrapper in name for name in names.values()):
+            names = {name: short.replace(wrapper, "") for name, short in names.items()}
+            left_out.append(wrapper)
+    for _ in range(MOST_PREFIXES):
+        for prefix in PREFIXES:
+            if names and all(name.startswith(prefix) for name in names.values()):
+                names = {name: short.removeprefix(prefix) for name, short in names.items()}
+                left_out.append(prefix)
+    if not left_out or len(set(names.values())) < len(names):
+        return weights
+    tensors = {short: weights[name] for name, short in names.items()}
+    return Weights(tensors, [*weights.notes, f"names without {', '.join(map(repr, left_out))}"])
+
+
+def _open_folder(folder: Path) -> Weights:
     index = next((found for kind in INDEXES for found in sorted(folder.glob(kind))), None)
     if index is not None:
         return _open_shards(folder, index)
     for suffix in (".safetensors", *PICKLED):
         match sorted(folder.glob(f"*{suffix}")):
             case [file]:
-                return open_weights(file)
+                return _open_file(file)
             case [_, _, *_]:
                 raise CheckpointError(
                     f"{folder} holds several {suffix} files and no index: name one of them, or "
@@ -166,22 +166,33 @@ def _open_folder(folder: Path) -> dict[str, Tensor]:
     )
 
 
-def _open_shards(folder: Path, index: Path) -> dict[str, Tensor]:
+def _open_shards(folder: Path, index: Path) -> Weights:
     weight_map = _read_index(index)
     _check_shards(folder, index, set(weight_map.values()))
-    shards = {shard: open_weights(folder / shard) for shard in sorted(set(weight_map.values()))}
+    shards = {shard: _open_file(folder / shard) for shard in sorted(set(weight_map.values()))}
     for name, shard in weight_map.items():
         if name not in shards[shard]:
             raise CheckpointError(
                 f"{index} places {name} in {shard}, which does not hold it: the index and the "
                 "shards belong to different checkpoints; fetch all of them again"
             )
-    return {name: shards[shard][name] for name, shard in weight_map.items()}
+    return Weights({name: shards[shard][name] for name, shard in weight_map.items()})
+
+
+def read_header_file(path: Path, most: int = LARGEST_HEADER) -> bytes:
+    """Return a small file's content. Raises CheckpointError if it is larger, OSError as reading."""
+    if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+        raise CheckpointError(f"{path} is not a file: copy it again")
+    with path.open("rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise CheckpointError(f"{path} has more than {most} bytes: copy it again")
+    return content
 
 
 def _read_index(index: Path) -> dict[str, str]:
     try:
-        content = json.loads(index.read_bytes())
+        content = json.loads(read_header_file(index))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{index} is not JSON: fetch or copy it again") from error
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
@@ -238,6 +249,11 @@ def read_header(folder: Path, file: str) -> dict[str, StoredTensor]:
     tensors = {}
     for name, entry in header.items():
         start, end = entry["data_offsets"]
+        if entry["dtype"] not in dtypes:
+            raise CheckpointError(
+                f"{path}: {shown(name)} is of type {entry['dtype']}: expected one of "
+                f"{', '.join(dtypes)}"
+            )
         place = StoredWeight(name, file, 8 + length + start, end - start)
         tensors[name] = StoredTensor(place, dtypes[entry["dtype"]], tuple(entry["shape"]))
     return tensors

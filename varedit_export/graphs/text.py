@@ -4,9 +4,7 @@ Relative positions are a table lookup with constant indices; norms and softmax a
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,44 +19,11 @@ from varedit_export.graphs.model import (
     split,
     weight_parameter,
 )
+from varedit_reference.config import TextEncoderConfig
 from varedit_reference.weights_file import torch_dtype
-from varedit_runtime.errors import ConfigError, shown
 from varedit_runtime.precision import Precision
 
-
-@dataclass(frozen=True)
-class TextEncoderConfig:
-    """The sizes of a T5 encoder with gated GELU (v1.1 and Flan)."""
-
-    vocabulary: int
-    width: int
-    head_width: int
-    heads: int
-    mlp_width: int
-    depth: int
-    buckets: int
-    max_distance: int
-    epsilon: float
-
-    @classmethod
-    def from_json(cls, config: Mapping[str, Any]) -> "TextEncoderConfig":
-        """Read a T5 folder's config.json. Raises ConfigError on another kind of encoder."""
-        if config.get("feed_forward_proj") != "gated-gelu":
-            raise ConfigError(
-                f"the text encoder's MLP is {shown(config.get('feed_forward_proj'))}; only T5 "
-                "encoders with 'gated-gelu', such as Flan-T5, can be exported"
-            )
-        return cls(
-            vocabulary=config["vocab_size"],
-            width=config["d_model"],
-            head_width=config["d_kv"],
-            heads=config["num_heads"],
-            mlp_width=config["d_ff"],
-            depth=config["num_layers"],
-            buckets=config["relative_attention_num_buckets"],
-            max_distance=config.get("relative_attention_max_distance", 128),
-            epsilon=config["layer_norm_epsilon"],
-        )
+GATED = "gated-gelu"  # the kind of MLP that is exported
 
 
 class GraphTextEncoder(nn.Module):
@@ -147,27 +112,25 @@ def text_encoder_layout(config: TextEncoderConfig) -> dict[str, GraphWeight]:
 
 def restore_text_encoder(
     weights: Mapping[str, Tensor], max_distance: int, epsilon: float
-) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
-    """Return T5's config.json and fp32 tensors from a bundle's weights, undoing the layout.
+) -> tuple[TextEncoderConfig, Mapping[str, Tensor]]:
+    """Return T5's sizes and fp32 tensors from a bundle's weights, undoing the layout.
 
     Each tensor is restored when it is looked up.
     """
-    depth = sum(name.endswith(".attention_norm") for name in weights)
     buckets, heads = weights["relative_attention_bias"].shape
-    settings = {
-        "feed_forward_proj": "gated-gelu",
-        "vocab_size": len(weights["embedding"]),
-        "d_model": len(weights["final_norm"]),
-        "d_kv": len(weights["blocks.0.projection"]) // heads,
-        "num_heads": heads,
-        "d_ff": len(weights["blocks.0.down"]),
-        "num_layers": depth,
-        "relative_attention_num_buckets": buckets,
-        "relative_attention_max_distance": max_distance,
-        "layer_norm_epsilon": epsilon,
-    }
-    layout = text_encoder_layout(TextEncoderConfig.from_json(settings))
-    return settings, Restored(layout, weights)
+    config = TextEncoderConfig(
+        vocabulary=len(weights["embedding"]),
+        width=len(weights["final_norm"]),
+        head_width=len(weights["blocks.0.projection"]) // heads,
+        heads=heads,
+        mlp_width=len(weights["blocks.0.down"]),
+        depth=sum(name.endswith(".attention_norm") for name in weights),
+        buckets=buckets,
+        max_distance=max_distance,
+        epsilon=epsilon,
+        mlp=GATED,
+    )
+    return config, Restored(text_encoder_layout(config), weights)
 
 
 def relative_buckets(tokens: int, config: TextEncoderConfig) -> Tensor:

@@ -153,7 +153,7 @@ def tokenizer_of(config: ModelConfig, state: Mapping[str, Tensor]) -> Tokenizer:
 
 def t5_encoder(text: TextSource) -> "T5Stack":
     """Load transformers' encoder with a bundle's text weights, in fp32."""
-    encoder = t5_stack(text.json)
+    encoder = t5_stack(text.config)
     state = {
         name: text.state[t5_layout(NamedShape(name, ())).name] for name in encoder.state_dict()
     }

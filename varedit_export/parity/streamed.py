@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 import torch.nn.functional as F
+from msgspec import structs
 from torch import Tensor, nn
 
 from varedit_export.graphs.text import text_encoder_layout
@@ -47,6 +48,7 @@ from varedit_export.parity.streamed_transformer import TransformerComparison
 from varedit_export.sources import Sources, TextSource
 from varedit_reference.config import ModelConfig
 from varedit_reference.quantisation import to_tokens
+from varedit_reference.text_encoder import t5_stack
 from varedit_runtime.backends.graph_file import read_graph
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.manifest import ParityLine, Variant, scale_of
@@ -160,8 +162,7 @@ class TextComparison:
     ) -> None:
         self._graph = open_cut_graph(bundle, variant, "text_encoder")
         self._runner = Runner(files, torch.get_num_threads())
-        self._json = text.json
-        self._depth = text.config.depth
+        self._config, self._depth = text.config, text.config.depth
         self._stored = RoundedWeights(
             text.state,
             text_encoder_layout(text.config),
@@ -200,10 +201,7 @@ class TextComparison:
 
     def _stack(self) -> "T5Stack":
         """Make an encoder of one block, without weights."""
-        from transformers import T5Config, T5EncoderModel
-
-        with torch.device("meta"):
-            encoder = T5EncoderModel(T5Config(**{**self._json, "num_layers": 1})).encoder
+        encoder = t5_stack(structs.replace(self._config, depth=1))
         encoder.set_input_embeddings(nn.Identity())
         return encoder.eval()
 
