@@ -44,6 +44,8 @@ def nano() -> bytes:
 
 def test_the_models_of_t5_and_nano_are_read() -> None:
     assert instructions(tokenizer_json(UNIGRAM)).tokenise("aa") == [2, 2, 1]
+    untyped = {name: value for name, value in UNIGRAM.items() if name != "type"}
+    assert instructions(tokenizer_json(untyped)).tokenise("aa") == [2, 2, 1]
     both = {"continuing_subword_prefix": "", "end_of_word_suffix": None}
     assert instructions(tokenizer_json(BPE | both)).tokenise("aé") == [1, 2, 0]
     assert len(instructions(nano()).tokenise("add a hat")) == 4

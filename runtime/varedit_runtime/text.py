@@ -110,7 +110,7 @@ def _checked(tokenizer_json: bytes) -> str:
     """
     file = msgspec.json.decode(tokenizer_json)
     model = file["model"]
-    model.setdefault("type", "BPE" if "merges" in model else "Unigram")  # t5-small's lacks it
+    model.setdefault("type", "Unigram")  # which t5-small's file leaves out
     if model["type"] not in MODELS:
         raise ValueError(f"a model of type {shown(model['type'])}, not {' or '.join(MODELS)}")
     for affix in ("continuing_subword_prefix", "end_of_word_suffix"):
