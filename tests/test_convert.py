@@ -34,7 +34,7 @@ FILES = [
 
 
 @pytest.fixture(params=[torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-def released(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Path]:
+def released(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
     folder = tmp_path / "released"
     write_released_transformer(CONFIG, 1, folder / "var.pth", request.param, chunks=2)
     write_released_tokenizer(CONFIG, 2, folder / "vae.pth", request.param)
@@ -51,7 +51,7 @@ def files_in(folder: Path) -> list[str]:
 
 
 def test_a_converted_model_is_the_released_one_bit_for_bit(
-    released: dict[str, Path], tmp_path: Path
+    released: dict[str, Any], tmp_path: Path
 ) -> None:
     output = tmp_path / "converted"
     assert convert("tiny-2b", **released, output=output) == [output / name for name in FILES]
@@ -77,7 +77,7 @@ def test_a_converted_model_is_the_released_one_bit_for_bit(
     assert torch.equal(features, expected_features)
 
 
-def test_the_command_writes_what_it_says(released: dict[str, Path], tmp_path: Path) -> None:
+def test_the_command_writes_what_it_says(released: dict[str, Any], tmp_path: Path) -> None:
     output = tmp_path / "converted"
     arguments = ["--size", "tiny-2b", "--checkpoint", released["transformer"], "--tokenizer"]
     arguments += [released["tokenizer"], "--text-encoder", released["text_encoder"], "-o", output]
@@ -88,7 +88,7 @@ def test_the_command_writes_what_it_says(released: dict[str, Path], tmp_path: Pa
 
 
 def test_converted_files_keep_the_float_type_and_say_what_they_are(
-    released: dict[str, Path], tmp_path: Path
+    released: dict[str, Any], tmp_path: Path
 ) -> None:
     convert("tiny-2b", **released, output=tmp_path / "out")
     stored = next(iter(open_weights(released["transformer"]).values())).dtype
@@ -106,23 +106,21 @@ def test_converted_files_keep_the_float_type_and_say_what_they_are(
 
 
 def test_a_conversion_is_quiet_where_nobody_watches(
-    released: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    released: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     capfd.readouterr()
     convert("tiny-2b", **released, output=tmp_path / "out")
     assert capfd.readouterr() == ("", "")
 
 
-def test_converting_again_replaces_the_files(released: dict[str, Path], tmp_path: Path) -> None:
+def test_converting_again_replaces_the_files(released: dict[str, Any], tmp_path: Path) -> None:
     convert("tiny-2b", **released, output=tmp_path / "out")
     (tmp_path / "out" / "transformer.safetensors").write_bytes(b"old")
     convert("tiny-2b", **released, output=tmp_path / "out")
     load_transformer(tmp_path / "out" / "transformer.safetensors", CONFIG.transformer)
 
 
-def test_a_wrong_size_or_component_writes_nothing(
-    released: dict[str, Path], tmp_path: Path
-) -> None:
+def test_a_wrong_size_or_component_writes_nothing(released: dict[str, Any], tmp_path: Path) -> None:
     output = tmp_path / "out"
     with pytest.raises(CheckpointError, match="pass --size tiny-2b"):
         convert("tiny-8b", **released, output=output)
@@ -137,7 +135,7 @@ def test_a_wrong_size_or_component_writes_nothing(
 
 
 def test_weights_are_not_written_over_those_that_are_read(
-    released: dict[str, Path], tmp_path: Path
+    released: dict[str, Any], tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
     convert("tiny-2b", **released, output=output)
@@ -155,7 +153,7 @@ def test_weights_are_not_written_over_those_that_are_read(
 
 
 def test_too_small_a_disk_is_noticed_before_anything_is_written(
-    released: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    released: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size = released["transformer"].stat().st_size + 1000  # room for the first file only
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": size}))
@@ -165,7 +163,7 @@ def test_too_small_a_disk_is_noticed_before_anything_is_written(
 
 
 def test_an_output_that_is_a_file_is_a_typed_error(
-    released: dict[str, Path], tmp_path: Path
+    released: dict[str, Any], tmp_path: Path
 ) -> None:
     (tmp_path / "out").touch()
     with pytest.raises(CheckpointError, match="cannot make the folder"):
