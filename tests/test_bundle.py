@@ -182,6 +182,14 @@ def test_weights_that_grow_after_opening_are_refused(folder: Path):
     assert f"{FILES[-1]} is damaged" in refusal(bundle.verify)
 
 
+def test_files_that_are_read_whole_are_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(bundle_module, "MAX_READ_BYTES", 199)
+    bundle = Bundle.open(folder)
+    for action in (lambda: bundle.graph_bytes("64", "scale"), bundle.tokenizer_json):
+        assert "too large: at most 199 bytes" in refusal(action)
+    bundle.verify()
+
+
 # Links
 
 

@@ -34,7 +34,7 @@ from varedit_runtime.manifest import (
 from varedit_runtime.values import AnyPath, checked
 
 CHUNK = 2**18
-MAX_READ_BYTES = 2**26  # of a graph or a tokenizer; those of the models take a tenth
+MAX_READ_BYTES = 2**25  # of a graph or a tokenizer; those of the models take a few megabytes
 ATTEMPTS = 100  # at a folder that is replaced while it is opened
 
 
