@@ -81,7 +81,7 @@ audit: $(INSTALLED)  ## look for known vulnerabilities, and for wheels for 64-bi
 		$$resolve -c constraints.txt --extra train --extra tensorrt-rtx --extra dev --extra audit \
 			-o $(AUDIT)/locked-$$python.txt; \
 		for which in "-c constraints.txt" "--resolution lowest-direct"; do \
-			$$resolve $$which --only-binary :all: --python-platform aarch64-manylinux_2_35 >/dev/null; \
+			$$resolve $$which --extra cuda --only-binary :all: --python-platform aarch64-manylinux_2_35 >/dev/null; \
 		done; \
 	done
 	set -e; for extra in train gpu tensorrt-rtx dev; do \

@@ -19,7 +19,7 @@ from weakref import ReferenceType, WeakSet, ref
 import cuda.bindings.driver
 import tensorrt_rtx
 from simulated_gpu import SimulatedEngine, SimulatedGpu
-from uncompiled import VERSION
+from uncompiled import VERSIONS
 
 from varedit_runtime.backends.engines.device import Launch, address_of
 from varedit_runtime.backends.engines.import_tensorrt import MODULES, EngineKind
@@ -37,7 +37,9 @@ class Machine:
     failing: names of calls that fail. messages: what TensorRT logs at a call, by name. graphs:
     captured and not destroyed, by handle. loaded: engines and contexts. orphans: those freed
     without a current GPU, or after what they use. compiled: kernels that TensorRT for RTX compiled.
-    current: the contexts of GPUs that each thread pushed. streams: open ones.
+    current: the contexts of GPUs that each thread pushed. streams: open ones. integrated: whether
+    the GPU has the system's memory. cached: bytes of it that CUDA counts as taken, though they
+    only hold files.
     """
 
     gpu: SimulatedGpu
@@ -49,6 +51,8 @@ class Machine:
     compiled: list[str] = field(default_factory=list)
     current: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
     streams: int = 0
+    integrated: bool = False
+    cached: int = 0
     loaded: WeakSet[Any] = field(default_factory=WeakSet)
     orphans: list[Any] = field(default_factory=list)
     logger: Any = None
@@ -66,7 +70,7 @@ class Machine:
             "cuda.core": SimpleNamespace(Device=partial(Device, self)),
             "cuda.bindings.driver": Driver(self),
             MODULES[self.kind]: self._tensorrt(
-                __version__=VERSION, Runtime=partial(Runtime, self), **own
+                __version__=VERSIONS[self.kind], Runtime=partial(Runtime, self), **own
             ),
         }
 
@@ -139,7 +143,7 @@ class Driver(Of):
 
     @answered
     def cuMemGetInfo(self) -> tuple[int, int]:
-        return self.gpu.free_memory(), 10**10
+        return self.gpu.free_memory() - self.machine.cached, 10**10
 
     @answered
     def cuMemAlloc(self, bytesize: int) -> tuple[Any]:
@@ -229,6 +233,10 @@ class Device(Of):
     name = "Simulated GPU"
     compute_capability = ComputeCapability(8, 9)
 
+    @property
+    def properties(self) -> Any:
+        return SimpleNamespace(integrated=self.machine.integrated)
+
     def set_current(self, ctx: Any = None) -> None:
         self.machine.current[threading.get_ident()][:] = [CONTEXT]
         self.machine.check("set_current")
@@ -303,11 +311,12 @@ class Runtime(Loaded):
             self._logger.log(RTX.ILogger.Severity.ERROR, str(error))
             return None
         kernels = hashlib.sha256(serialized_engine).hexdigest()
-        return Engine(self.machine, simulated, kernels)
+        old = VERSIONS[self.machine.kind].startswith("10.")
+        return (OldEngine if old else Engine)(self.machine, simulated, kernels)
 
 
-class Engine(Loaded):
-    """An engine; kernels: the name of those that it needs."""
+class OldEngine(Loaded):
+    """An engine of TensorRT 10.3; kernels: the name of those that it needs."""
 
     def __init__(self, machine: Machine, simulated: SimulatedEngine, kernels: str) -> None:
         super().__init__(machine)
@@ -332,6 +341,14 @@ class Engine(Loaded):
         return self.simulated.scratch(profile_index)
 
     @called
+    def create_execution_context(self, strategy: Any) -> "Context | None":
+        return Context(self, RuntimeConfig(strategy))
+
+
+class Engine(OldEngine):
+    """An engine of TensorRT since 10.11, or of TensorRT for RTX."""
+
+    @called
     def create_runtime_config(self) -> "RuntimeConfig":
         return RtxConfig() if self.machine.kind == "tensorrt-rtx" else RuntimeConfig()
 
@@ -345,7 +362,8 @@ class Engine(Loaded):
 class RuntimeConfig:
     """TensorRT's."""
 
-    _strategy: Any = None
+    def __init__(self, strategy: Any = None) -> None:
+        self._strategy = strategy
 
     def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
         self._strategy = strategy
@@ -374,6 +392,7 @@ class RtxConfig(RuntimeConfig):
     cache: ReferenceType[RuntimeCache]  # as the real one has a pointer
 
     def __init__(self) -> None:
+        super().__init__()
         strategies = RTX.DynamicShapesKernelSpecializationStrategy
         self.dynamic_shapes_kernel_specialization_strategy = strategies.LAZY
 
@@ -388,7 +407,7 @@ class RtxConfig(RuntimeConfig):
 class Context(Loaded):
     """An IExecutionContext: as the real one it forgets shapes with every new profile."""
 
-    def __init__(self, engine: Engine, config: RuntimeConfig) -> None:
+    def __init__(self, engine: OldEngine, config: RuntimeConfig) -> None:
         super().__init__(engine.machine)
         self._engine, self._config = engine, config
         self._profile, self._scratch = 0, (0, 0)

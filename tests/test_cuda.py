@@ -98,11 +98,13 @@ def test_what_is_called_of_cuda_exists_with_these_parameters(fake: Any, real: An
     [
         (fake_cuda.Runtime, RTX.Runtime),
         (fake_cuda.Engine, RTX.ICudaEngine),
+        (fake_cuda.OldEngine, RTX.ICudaEngine),
         (fake_cuda.Context, RTX.IExecutionContext),
         (fake_cuda.RtxConfig, RTX.IRuntimeConfig),
         (fake_cuda.RuntimeCache, RTX.IRuntimeCache),
         (fake_cuda.Runtime, LEAN.Runtime),  # of the real TensorRT
         (fake_cuda.Engine, LEAN.ICudaEngine),
+        (fake_cuda.OldEngine, LEAN.ICudaEngine),
         (fake_cuda.Context, LEAN.IExecutionContext),
         (fake_cuda.RuntimeConfig, LEAN.IRuntimeConfig),
     ],
@@ -118,6 +120,7 @@ def test_what_is_called_of_tensorrt_exists_with_these_parameters(fake: Any, real
 
 @pytest.mark.parametrize("library", [RTX, LEAN])
 def test_both_libraries_have_the_types_and_strategies_that_are_used(library: Any) -> None:
+    assert hasattr(CORE._device.DeviceProperties, "integrated")
     assert set(cuda_device.TYPES) <= set(library.DataType.__members__)
     assert "USER_MANAGED" in library.ExecutionContextAllocationStrategy.__members__
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import requires
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from varedit_engines.engine_cache import EngineCache
 from varedit_export.cli import main
 from varedit_export.doctor import EXPORT, can_edit, report, verdicts
 from varedit_runtime.backends import detect
+from varedit_runtime.backends import machine as machine_facts
 from varedit_runtime.backends.detect import detect_machine
 from varedit_runtime.backends.engines import engine_set
 from varedit_runtime.backends.engines.engine_set import EngineRecipe
@@ -361,6 +363,7 @@ def timed_out(command: list[str], timeout: float, **_: Any) -> Any:
     raise subprocess.TimeoutExpired(command, timeout)
 
 
+AVAILABLE = 6 << 30
 ROW = "570.1, NVIDIA RTX 4090, 8.9, 22888, 19073\n"
 
 
@@ -370,9 +373,13 @@ ROW = "570.1, NVIDIA RTX 4090, 8.9, 22888, 19073\n"
         (smi(ROW), Nvidia("570.1", (replace(ADA, memory=22888 << 20, free=19073 << 20),))),
         (
             smi("570.1, NVIDIA GB10, 12.1, [N/A], [N/A]\n"),
-            Nvidia("570.1", (Gpu("NVIDIA GB10", "sm121", None, None),)),
+            Nvidia("570.1", (Gpu("NVIDIA GB10", "sm121", None, AVAILABLE),)),
         ),
         (smi("couldn't talk to\nthe driver\n", 9), Nvidia(None, (), "couldn't talk to the driver")),
+        (
+            smi("540.4.0, Orin (nvgpu), [N/A], [N/A], [N/A]\n"),
+            Nvidia("540.4.0", (Gpu("Orin", "sm87", None, AVAILABLE),)),
+        ),
         (smi(""), Nvidia(None, (), "nvidia-smi names none")),
         (timed_out, Nvidia(None, (), "nvidia-smi gave no answer in 10 s")),
     ],
@@ -380,7 +387,19 @@ ROW = "570.1, NVIDIA RTX 4090, 8.9, 22888, 19073\n"
 def test_gpus_come_from_nvidia_smi(
     run: Any, found: Nvidia, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """An integrated GPU has the system's memory; the one of JetPack 6 is known to CUDA alone."""
+
+    class Device:
+        def __init__(self) -> None:
+            if not any(gpu.name == "Orin" for gpu in found.gpus):
+                raise RuntimeError("CUDA_ERROR_NO_DEVICE")
+
+        name, compute_capability = "Orin", (8, 7)
+        properties = SimpleNamespace(integrated=True)
+
     monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(machine_facts, "available_memory", lambda: AVAILABLE)
+    monkeypatch.setitem(sys.modules, "cuda.core", SimpleNamespace(Device=Device))
     assert nvidia() == found
 
 

@@ -17,7 +17,7 @@ from varedit_runtime.backends.engines.engine_set import EngineLayout, EngineSet
 from varedit_runtime.bundle import Bundle
 
 GPU = "sm89"
-VERSION = "1.7"
+VERSIONS = {"tensorrt": "11.4", "tensorrt-rtx": "1.7"}
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Uncompiled:
 
     @property
     def tools(self) -> dict[str, str]:
-        return {self.backend: VERSION}
+        return {self.backend: VERSIONS[self.backend]}
 
     @property
     def flags(self) -> dict[str, str]:

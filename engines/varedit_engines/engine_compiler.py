@@ -83,7 +83,8 @@ class EngineCompiler:
     architectures: those of the GPUs to compile for, as in "sm89" (RTX only); by default this
     machine's GPU. Raises MissingExtraError if the backend is not installed; ConfigError on an
     unknown backend, an architecture that RTX does not compile for (this machine's included) or
-    flags that the backend does not have; BackendError if there is no GPU and none was named.
+    flags that the backend or its version does not have; BackendError if there is no GPU and none
+    was named.
     """
 
     def __init__(
@@ -104,6 +105,8 @@ class EngineCompiler:
                 "all architectures that they are for (--architecture sm86 --architecture sm89)"
             )
         self._trt = import_tensorrt(backend, compiling=True)
+        if flags.hardware_compatible is not None:
+            _level(self._trt, flags.hardware_compatible)
         self.backend: EngineKind = backend
         named = [name.lower() for name in architectures]
         self.gpu = "+".join(named) or this_gpu(backend)
@@ -175,9 +178,7 @@ class EngineCompiler:
         if flags.version_compatible:
             config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
         if flags.hardware_compatible is not None:
-            level = flags.hardware_compatible.replace("-", "_").upper()
-            levels = trt.HardwareCompatibilityLevel.__members__
-            config.hardware_compatibility_level = levels[level]
+            config.hardware_compatibility_level = _level(trt, flags.hardware_compatible)
         if flags.workspace is not None:
             config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, flags.workspace)
         if flags.optimisation is not None:
@@ -196,6 +197,18 @@ class EngineCompiler:
                     f"{self.backend} {self._trt.__version__} does not compile for "
                     f"{architecture.name.lower()}: {log.reason()}"
                 )
+
+
+def _level(trt: ModuleType, name: Hardware) -> Any:
+    """Return TensorRT's constant for a level of compatibility; raise ConfigError if it has none."""
+    members = trt.HardwareCompatibilityLevel.__members__.items()
+    levels = {member.lower().replace("_", "-"): level for member, level in members}
+    if name not in levels:
+        known = ", ".join(other for other in HARDWARE if other in levels)
+        raise ConfigError(
+            f"TensorRT {trt.__version__} cannot compile engines for {name}, only for {known}"
+        )
+    return levels[name]
 
 
 def this_gpu(backend: EngineKind) -> str:

@@ -4,6 +4,7 @@ They are data without behaviour, so that a test can make up a machine. `detect.p
 Nothing here needs PyTorch, TensorRT or a GPU.
 """
 
+import importlib
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,7 +26,8 @@ SMI_FIELDS = "driver_version,name,compute_cap,memory.total,memory.free"
 class Gpu:
     """A GPU.
 
-    architecture: as in "sm89". memory, free: bytes, None where the driver does not say.
+    architecture: as in "sm89". memory, free: bytes, None where the driver does not say; what is
+    free of an integrated GPU is what programs can have of the system's memory.
     """
 
     name: str
@@ -109,7 +111,22 @@ def cpu_bytes(bundle: BundleFacts) -> int:
 
 
 def nvidia() -> Nvidia:
-    """Ask nvidia-smi, which comes with every driver."""
+    """Ask nvidia-smi for the GPUs; where it knows none, as on a Jetson, ask CUDA for the first."""
+    found = _by_smi()
+    return found if found.gpus else _by_cuda(found)
+
+
+def _by_cuda(otherwise: Nvidia) -> Nvidia:
+    try:
+        gpu = importlib.import_module("cuda.core").Device()
+        major, minor = gpu.compute_capability
+        free = available_memory() if gpu.properties.integrated else None
+        return Nvidia(otherwise.driver, (Gpu(gpu.name, f"sm{major}{minor}", None, free),))
+    except Exception:  # the driver's errors have no common base, and may lack a module
+        return otherwise
+
+
+def _by_smi() -> Nvidia:
     command = ["nvidia-smi", f"--query-gpu={SMI_FIELDS}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SMI_SECONDS)
@@ -118,12 +135,15 @@ def nvidia() -> Nvidia:
     except OSError as error:
         return Nvidia(None, (), f"nvidia-smi cannot be run: {error.strerror}")
     rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines()]
+    rows = [row for row in rows if len(row) == 5]
     gpus = tuple(
-        Gpu(name, f"sm{capability.replace('.', '')}", _mebibytes(total), _mebibytes(free))
-        for _, name, capability, total, free in (row for row in rows if len(row) == 5)
+        Gpu(name, f"sm{capability.replace('.', '')}", _mebibytes(total), _free(free))
+        for _, name, capability, total, free in rows
+        if capability[:1].isdecimal()
     )
     if done.returncode != 0 or not gpus:
-        return Nvidia(None, (), one_line(done.stdout + done.stderr) or "nvidia-smi names none")
+        said = one_line(done.stdout + done.stderr) or "nvidia-smi names none"
+        return Nvidia(rows[0][0] if rows else None, (), said)
     return Nvidia(rows[0][0], gpus)
 
 
@@ -135,6 +155,10 @@ def available_memory() -> int | None:
         return None
     sizes = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
     return 1024 * sizes[0] if sizes else None
+
+
+def _free(cell: str) -> int | None:
+    return available_memory() if (size := _mebibytes(cell)) is None else size
 
 
 def _mebibytes(cell: str) -> int | None:

@@ -26,6 +26,7 @@ from varedit_runtime.backends.engines.import_tensorrt import (
     no_engines_for,
     rtx_architectures,
 )
+from varedit_runtime.backends.machine import available_memory
 from varedit_runtime.errors import BackendError, needs_extra, one_line
 from varedit_runtime.files import keep, plain_name, read_kept
 from varedit_runtime.locate import cache_folder
@@ -43,7 +44,7 @@ class CudaDevice:
     def __init__(self, backend: EngineKind) -> None:
         """Raise MissingExtraError without the library, BackendError without a GPU it runs on."""
         self._trt: Any = import_tensorrt(backend)
-        with needs_extra(backend):
+        with needs_extra("cuda"):
             cuda: Any = importlib.import_module("cuda.core")
             functions: Any = importlib.import_module("cuda.bindings.driver")
         self.tools = {backend: str(self._trt.__version__)}
@@ -54,6 +55,7 @@ class CudaDevice:
             major, minor = gpu.compute_capability
             if backend == RTX:
                 _check_supported(self._trt, f"sm{major}{minor}")
+            self._integrated = bool(gpu.properties.integrated)
             self._stream = gpu.create_stream()
             self._held.callback(self._stream.close)
             self._driver = _Driver(functions)
@@ -66,6 +68,9 @@ class CudaDevice:
         self.gpu = f"sm{major}{minor} {gpu.name}"
 
     def free_memory(self) -> int:
+        # An integrated GPU has the system's memory, of which CUDA counts cached files as taken.
+        if self._integrated and (available := available_memory()) is not None:
+            return available
         with self.current("tell its free memory"):
             free, _ = self._driver.ask("cuMemGetInfo")
         return int(free)
@@ -104,8 +109,10 @@ class CudaDevice:
 
     def _config(self, engine: Any) -> Any:
         """Configure an engine to run in scratch memory that we give it, shared by all engines."""
-        config = engine.create_runtime_config()
         strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if not hasattr(engine, "create_runtime_config"):  # TensorRT before 10.11
+            return strategy  # which contexts are then created from
+        config = engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(strategy)
         self._kernels[0].serve(config)
         return config

@@ -1,16 +1,23 @@
-"""Import TensorRT or TensorRT for RTX, which have the same interface, and hear what they log."""
+"""Import TensorRT or TensorRT for RTX, which have the same interface, and hear what they log.
+
+What differs between versions of TensorRT: 10.3, which JetPack 6 has, lacks runtime configurations
+(`cuda.py`) and one level of hardware compatibility (`engine_compiler.py`).
+"""
 
 import ctypes
 import importlib
+import re
+import sys
 import threading
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, get_args
 
-from varedit_runtime.errors import BackendError, needs_extra, one_line, shown
+from varedit_runtime.errors import BackendError, MissingExtraError, needs_extra, one_line, shown
 
 EngineKind = Literal["tensorrt", "tensorrt-rtx"]
 ENGINE_KINDS: tuple[EngineKind, ...] = get_args(EngineKind)
@@ -18,12 +25,52 @@ RTX: EngineKind = "tensorrt-rtx"
 MODULES: dict[EngineKind, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 TURING = "sm75"  # which TensorRT for RTX names, and has no matrix products in fp32 for
 TOLD = 3  # errors of a failure that are shown: the first ones say why
+OLDEST = (10, 3)  # TensorRT's version in JetPack 6
+SYSTEM = Path("/usr/lib")  # where packages of Debian and JetPack have their Python modules
 
 
 def import_tensorrt(kind: EngineKind, compiling: bool = False) -> ModuleType:
-    """Import a library. Raises MissingExtraError, which names all extras, if it is not there."""
+    """Import a library.
+
+    Raises MissingExtraError, which names all extras, if it is not there; BackendError if it is too
+    old.
+    """
     with needs_extra(f"export,{kind}" if compiling else kind):
-        return importlib.import_module(MODULES[kind])
+        try:
+            library = importlib.import_module(MODULES[kind])
+        except ModuleNotFoundError as error:
+            if error.name == MODULES[kind] and (unseen := unseen_library(kind)):
+                raise MissingExtraError(unseen) from error
+            raise
+    if outdated := too_old(kind, library):
+        raise BackendError(outdated)
+    return library
+
+
+def too_old(kind: EngineKind, library: ModuleType) -> str:
+    """Return why a library is too old; "" if it is not."""
+    version = str(library.__version__)
+    if kind == RTX or tuple(map(int, re.findall(r"\d+", version)[:2])) >= OLDEST:
+        return ""
+    return f"TensorRT {version} is installed, and 10.3 or later is needed"
+
+
+def unseen_library(kind: EngineKind) -> str:
+    """Return how to reach the system's TensorRT, if only this environment does not see it."""
+    here = f"{sys.version_info.major}.{sys.version_info.minor}"
+    for module in sorted(SYSTEM.glob(f"python3*/dist-packages/{MODULES[kind]}/__init__.py")):
+        folder = module.parents[1]
+        version = folder.parent.name.removeprefix("python")
+        if version not in ("3", here):
+            return (
+                f"the TensorRT in {folder} is for Python {version}, and this is Python {here}: "
+                "docs/jetson.md says what to do"
+            )
+        return (
+            f"the TensorRT in {folder} is not seen by this environment: make one with "
+            "`/usr/bin/python3 -m venv --system-site-packages`"
+        )
+    return ""
 
 
 def rtx_architectures(trt: ModuleType) -> dict[str, Any]:

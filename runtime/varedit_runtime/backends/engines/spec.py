@@ -13,6 +13,8 @@ from varedit_runtime.backends.engines.import_tensorrt import (
     RTX,
     EngineKind,
     rtx_architectures,
+    too_old,
+    unseen_library,
 )
 from varedit_runtime.backends.machine import EngineSetFacts, Gpu, Machine, ProbeResult
 from varedit_runtime.backends.spec import (
@@ -58,7 +60,9 @@ class EngineSpec(BackendSpec[EngineBackendOptions]):
         """Import the library and return the architectures that TensorRT for RTX compiles for."""
         module = try_import(MODULES[self.kind])
         if isinstance(module, str):
-            return ProbeResult(module)
+            return ProbeResult(module or unseen_library(self.kind))
+        if outdated := too_old(self.kind, module):
+            return ProbeResult(outdated)
         return ProbeResult(offers=tuple(rtx_architectures(module)) if self.kind == RTX else ())
 
     def verdicts(self, machine: Machine) -> Sequence[Verdict]:
@@ -91,15 +95,13 @@ class EngineSpec(BackendSpec[EngineBackendOptions]):
         return Verdict(self.name, "cannot", why)
 
     def _absent(self, machine: Machine) -> Verdict | None:
-        if why := machine.probe(self.name).problem:
-            return Verdict(
-                self.name, "cannot", why, (f"pip install --force-reinstall {self.name}",)
-            )
-        if self.name not in machine.packages:
-            return Verdict(
-                self.name, "cannot", "it is not installed", (install_command(self.name),)
-            )
-        return None
+        why = machine.probe(self.name).problem
+        if self.name in machine.packages:
+            again = (f"pip install --force-reinstall {self.name}",)
+            return Verdict(self.name, "cannot", why, again) if why else None
+        if why:  # the system has it
+            return Verdict(self.name, "cannot", why)
+        return Verdict(self.name, "cannot", "it is not installed", (install_command(self.name),))
 
     def _verdict(self, machine: Machine) -> Verdict:
         gpu = self._gpu(machine)
