@@ -2,12 +2,15 @@
 
     python tests/check_gpu.py -o gpu-report            # some minutes, 25 GB of disk
     python tests/check_gpu.py -o gpu-report --model nano
+    python tests/check_gpu.py -o gpu-report --part device --part onnxruntime  # without TensorRT
 
-A bundle that an earlier call left there is used again.
+What an earlier call left there is kept: its bundles are used again, and its results stay in the
+report unless they are found anew. So the parts can be tried one by one.
 
-Every way to run a model is tried in a process of its own, beside eager PyTorch in the same run.
-What fails is a line of the report, with its reason and what was found before, and keeps nothing
-else from being tried.
+The part `device` tries the engines' device under engines that copy: see `check_device.py`. Every
+way to run a model is tried in a process of its own, beside eager PyTorch in the same run. What
+fails is a line of the report, with its reason and what was found before, and keeps nothing else
+from being tried.
 """
 
 import json
@@ -23,15 +26,18 @@ from time import perf_counter
 from typing import Any
 
 import click
+from check_device import CHECKS
 
 from varedit_runtime.backends.machine import nvidia
 
 MODELS = {
     "nano": ("--size", "nano", "--precision", "fp16"),
+    "nano-fp32": ("--size", "nano", "--precision", "fp32"),
     "nano-bf16": ("--size", "nano", "--precision", "bf16"),
     "2b-512": ("--size", "2b", "--res", "512", "--random-weights", "0", "--precision", "fp16"),
 }
-SECONDS = 1800  # after which a way is given up
+PROVIDERS = {"nano": ("cuda", "cpu"), "nano-fp32": ("cuda", "cpu"), "2b-512": ("cuda",)}
+PARTS = ("device", "onnxruntime", "tensorrt", "tensorrt-rtx")
 LAYOUTS = ("external", "profiles", "baked")
 REASON = 300  # characters of what a failure said
 EAGER = """\
@@ -72,53 +78,95 @@ class Way:
 @click.group(invoke_without_command=True)
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("gpu-report"))
 @click.option("--model", "models", type=click.Choice(list(MODELS)), multiple=True)
+@click.option("--part", "parts", type=click.Choice(PARTS), multiple=True, help="Only these.")
 @click.option("--repeat", default=20, show_default=True, help="Edits of each.")
+@click.option("--limit", default=1800, show_default=True, help="Seconds of one way at most.")
 @click.pass_context
-def main(context: click.Context, output: Path, models: tuple[str, ...], repeat: int) -> None:
+def main(
+    context: click.Context,
+    output: Path,
+    models: tuple[str, ...],
+    parts: tuple[str, ...],
+    repeat: int,
+    limit: int,
+) -> None:
     if context.invoked_subcommand is not None:
         return
     output.mkdir(parents=True, exist_ok=True)
-    ways: list[Way] = []
-    for model in models or MODELS:
-        for way in _ways(model, output, repeat):
-            click.echo(f"{way.model} {way.name}: {way.failed or f'{way.edit:.3f} s an edit'}")
-            ways.append(way)
-            _write(output, ways)  # whatever comes after
+    ways = {(way.model, way.name): way for way in _earlier(output)}
+    for way in _all(models or tuple(MODELS), parts or PARTS, Trial(output, repeat, limit)):
+        times = "holds" if way.edit is None else f"{way.edit:.3f} s an edit"
+        click.echo(f"{way.model} {way.name}: {way.failed or times}")
+        ways[way.model, way.name] = way
+        _write(output, list(ways.values()))  # whatever comes after
 
 
-def _ways(model: str, output: Path, repeat: int) -> Iterator[Way]:
-    bundle = output / model
+def _earlier(output: Path) -> list[Way]:
+    """Return the results that are in a folder; none if there is no report of this version."""
+    try:
+        return [Way(**way) for way in json.loads((output / "report.json").read_text())["ways"]]
+    except (OSError, ValueError, TypeError, KeyError):
+        return []
+
+
+def _all(models: Sequence[str], parts: Sequence[str], trial: "Trial") -> Iterator[Way]:
+    if "device" in parts:
+        script = str(Path(__file__).with_name("check_device.py"))
+        for name in CHECKS:
+            yield _found(Way("device", name), _run([sys.executable, script, name], trial.limit))
+    if parts != ("device",):
+        for model in models:
+            yield from _ways(model, parts, trial)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Where bundles and the report are, how many edits are timed, and seconds of one way."""
+
+    output: Path
+    repeat: int
+    limit: int
+
+
+def _ways(model: str, parts: Sequence[str], trial: Trial) -> Iterator[Way]:
+    bundle = trial.output / model
     if not bundle.exists():
         build = ("build", *MODELS[model], "-o", str(bundle))
-        if failed := _said(_export(*build)):
+        if failed := _said(_export(*build, limit=trial.limit)):
             yield Way(model, "build", failed=failed)
             return
-    providers = {"nano": ("cuda", "cpu"), "nano-bf16": ()}
-    for provider in providers.get(model, ("cuda",)):  # which computes no bf16
-        yield _tried(Way(model, f"onnxruntime {provider}"), bundle, repeat)
+    for provider in PROVIDERS.get(model, ()):  # which computes no bf16
+        if "onnxruntime" in parts:
+            yield _tried(Way(model, f"onnxruntime {provider}"), bundle, trial)
     for backend in ("tensorrt", "tensorrt-rtx"):
-        for layout in LAYOUTS:
-            yield _compiled(Way(model, f"{backend} {layout}"), bundle, repeat)
+        for layout in LAYOUTS if backend in parts else ():
+            yield _compiled(Way(model, f"{backend} {layout}"), bundle, trial)
 
 
-def _compiled(way: Way, bundle: Path, repeat: int) -> Way:
+def _compiled(way: Way, bundle: Path, trial: Trial) -> Way:
     backend, layout = way.name.split()
     start = perf_counter()
-    done = _export("engines", str(bundle), "--backend", backend, "--layout", layout)
+    options = ("--backend", backend, "--layout", layout)
+    done = _export("engines", str(bundle), *options, limit=trial.limit)
     way.compiling = perf_counter() - start
     if failed := _said(done):
         way.failed = failed
         return way
-    return _tried(way, bundle, repeat, Path(done.stdout.strip().splitlines()[-1]))
+    return _tried(way, bundle, trial, Path(done.stdout.strip().splitlines()[-1]))
 
 
-def _tried(way: Way, bundle: Path, repeat: int, engines: Path | None = None) -> Way:
+def _tried(way: Way, bundle: Path, trial: Trial, engines: Path | None = None) -> Way:
     """Run one way in its own process, and read what it found."""
     own = [] if engines is None else ["--engines", str(engines)]
     backend = way.name.split()[0]
     provider = ["--provider", way.name.split()[1]] if engines is None else []
     command = [sys.executable, __file__, "one", str(bundle), "--backend", backend]
-    done = _run([*command, *provider, *own, "--repeat", str(repeat)])
+    command += [*provider, *own, "--repeat", str(trial.repeat)]
+    return _found(way, _run(command, trial.limit))
+
+
+def _found(way: Way, done: "subprocess.CompletedProcess[str]") -> Way:
+    """Add what a process found to a way: its last whole line of JSON, and why it failed."""
     lines = done.stdout.rpartition("\n")[0].splitlines()
     found = [json.loads(line) for line in lines if line.startswith("{")]
     return Way(**{**asdict(way), **(found or [{}])[-1], "failed": _said(done)})
@@ -237,17 +285,18 @@ def _in_turns(edits: Sequence[Callable[[], Any]], repeat: int) -> Iterator[list[
             yield [statistics.median(own[1:]) for own in seconds]
 
 
-def _export(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    return _run([sys.executable, "-c", "from varedit_export.cli import main; main()", *arguments])
+def _export(*arguments: str, limit: int = 60) -> "subprocess.CompletedProcess[str]":
+    code = "from varedit_export.cli import main; main()"
+    return _run([sys.executable, "-c", code, *arguments], limit)
 
 
-def _run(command: Sequence[str]) -> "subprocess.CompletedProcess[str]":
+def _run(command: Sequence[str], limit: int) -> "subprocess.CompletedProcess[str]":
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+        return subprocess.run(command, capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired as late:
         said = late.stdout or b""  # bytes, though text was asked for
         said = said if isinstance(said, str) else said.decode(errors="replace")
-        return subprocess.CompletedProcess(command, 1, said, f"given up after {SECONDS} s")
+        return subprocess.CompletedProcess(command, 1, said, f"given up after {limit} s")
 
 
 def _said(done: "subprocess.CompletedProcess[str]") -> str:

@@ -124,6 +124,7 @@ class SimulatedGpu:
         for blocks in (self.allocated, self.host):
             for i, block in enumerate(blocks):
                 if address_of(block) == address:
+                    self.free += len(block) if blocks is self.allocated else 0
                     del blocks[i]
                     return
         raise AssertionError(f"{address} was never allocated")

@@ -10,7 +10,8 @@ from subprocess import CompletedProcess
 import check_gpu
 import pytest
 import torch
-from check_gpu import EAGER, Way
+from check_device import CHECKS
+from check_gpu import EAGER, Trial, Way
 from torch import nn
 
 from varedit_reference.transformer import Linear
@@ -21,12 +22,15 @@ def test_a_report_is_left_whatever_fails(tmp_path: Path) -> None:
     shutil.copytree(embedded(), tmp_path / "nano")
     script = Path(__file__).with_name("check_gpu.py")
     options = ["-o", str(tmp_path), "--model", "nano", "--repeat", "1"]
-    done = subprocess.run(
-        [sys.executable, str(script), *options], capture_output=True, text=True, check=True
-    )
+    told = 0
+    for chosen in (["device"], ["onnxruntime", "tensorrt", "tensorrt-rtx"]):
+        parts = [option for part in chosen for option in ("--part", part)]
+        command = [sys.executable, str(script), *options, *parts]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        told += len(done.stdout.splitlines())
     report = json.loads((tmp_path / "report.json").read_text())
     ways = {way["name"]: way for way in report["ways"]}
-    assert len(ways) == len(done.stdout.splitlines()) == 8
+    assert len(ways) == told == len(CHECKS) + 8  # what an earlier call found is kept
     cpu = ways["onnxruntime cpu"]
     assert cpu["verified"] and not cpu["failed"] and cpu["edit"] > 0 and cpu["opening_again"] > 0
     assert (cpu["eager"] is None) == (cpu["ratio"] is None) == (not torch.cuda.is_available())
@@ -42,18 +46,16 @@ def test_what_was_found_before_a_way_was_given_up_is_kept(
 ) -> None:
     lines = ['{"verified": true}', '{"verified": true, "edit": 0.5}', '{"verified": true, "e']
     done = CompletedProcess([], 1, "\n".join(lines), "given up")
-    monkeypatch.setattr(check_gpu, "_run", lambda command: done)
-    way = check_gpu._tried(Way("nano", "onnxruntime cuda", compiling=2), tmp_path, 1)
+    monkeypatch.setattr(check_gpu, "_run", lambda command, limit: done)
+    trial = Trial(tmp_path, repeat=1, limit=60)
+    way = check_gpu._tried(Way("nano", "onnxruntime cuda", compiling=2), tmp_path, trial)
     expected = Way("nano", "onnxruntime cuda", 2, verified=True, edit=0.5, failed="given up")
     assert way == expected
 
 
-def test_what_a_process_said_before_it_was_given_up_is_kept(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(check_gpu, "SECONDS", 5)
+def test_what_a_process_said_before_it_was_given_up_is_kept() -> None:
     slow = "import time; print('said', flush=True); time.sleep(600)"
-    done = check_gpu._run([sys.executable, "-c", slow])
+    done = check_gpu._run([sys.executable, "-c", slow], 5)
     assert (done.returncode, done.stdout) == (1, "said\n")
     assert check_gpu._said(done) == "given up after 5 s"
 

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import copying_tensorrt
 import fake_cuda
 import fake_tensorrt
 import numpy as np
@@ -90,6 +91,9 @@ def old(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[li
         (fake_cuda.Runtime, "Runtime"),
         (fake_cuda.OldEngine, "ICudaEngine"),
         (fake_cuda.Context, "IExecutionContext"),
+        (copying_tensorrt.Runtime, "Runtime"),
+        (copying_tensorrt.ICudaEngine, "ICudaEngine"),
+        (copying_tensorrt.IExecutionContext, "IExecutionContext"),
         (fake_tensorrt.TimingCache, "ITimingCache"),
         (fake_tensorrt.Builder, "Builder"),
         (fake_tensorrt.BuilderConfig, "IBuilderConfig"),
