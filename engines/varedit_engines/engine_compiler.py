@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from varedit_engines import OnStep
 from varedit_engines.engine_report import EngineReport, engine_report
@@ -204,7 +204,7 @@ def _level(trt: ModuleType, name: Hardware) -> Any:
     members = trt.HardwareCompatibilityLevel.__members__.items()
     levels = {member.lower().replace("_", "-"): level for member, level in members}
     if name not in levels:
-        known = ", ".join(other for other in HARDWARE if other in levels)
+        known = ", ".join(other for other in get_args(Hardware) if other in levels)
         raise ConfigError(
             f"TensorRT {trt.__version__} cannot compile engines for {name}, only for {known}"
         )
