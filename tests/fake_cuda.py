@@ -304,7 +304,7 @@ class Runtime(Loaded):
         self._allowed = allowed
 
     @called
-    def deserialize_cuda_engine(self, serialized_engine: bytes | bytearray) -> "Engine | None":
+    def deserialize_cuda_engine(self, serialized_engine: bytes | bytearray) -> "OldEngine | None":
         try:
             simulated = self.gpu.load("engine", serialized_engine)
         except Exception as error:
