@@ -37,7 +37,7 @@ from varedit_runtime.backends.engines import engine_set
 from varedit_runtime.backends.engines.cuda import CudaDevice
 from varedit_runtime.backends.engines.device import Launch, address_of
 from varedit_runtime.backends.engines.engine_set import LAYOUTS, EngineLayout, EngineSet, EngineSets
-from varedit_runtime.backends.engines.import_tensorrt import ENGINE_KINDS, EngineKind
+from varedit_runtime.backends.engines.import_tensorrt import ENGINE_KINDS, TYPES, EngineKind
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.cli import main as varedit_run
 from varedit_runtime.editor import Editor
@@ -121,7 +121,7 @@ def test_what_is_called_of_tensorrt_exists_with_these_parameters(fake: Any, real
 @pytest.mark.parametrize("library", [RTX, LEAN])
 def test_both_libraries_have_the_types_and_strategies_that_are_used(library: Any) -> None:
     assert hasattr(CORE._device.DeviceProperties, "integrated")
-    assert set(cuda_device.TYPES) <= set(library.DataType.__members__)
+    assert set(TYPES) <= set(library.DataType.__members__)
     assert "USER_MANAGED" in library.ExecutionContextAllocationStrategy.__members__
 
 

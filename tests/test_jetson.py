@@ -114,7 +114,7 @@ def test_what_is_called_exists_in_tensorrt_10_3(old: Any, fake: Any, real: str) 
     ("enumeration", "names"),
     [
         ("BuilderFlag", {"TF32", "VERSION_COMPATIBLE"}),
-        ("DataType", {*cuda_device.TYPES, "INT64", "BOOL"}),
+        ("DataType", {*tensorrt.TYPES, "INT64", "BOOL"}),
         ("ExecutionContextAllocationStrategy", {"USER_MANAGED"}),
         ("HardwareCompatibilityLevel", {"NONE", "AMPERE_PLUS"}),
         ("MemoryPoolType", {"WORKSPACE"}),

@@ -12,8 +12,8 @@ from math import prod
 import msgspec
 from msgspec import Struct
 
-from varedit_runtime.backends.engines.cuda import TYPES
 from varedit_runtime.backends.engines.engine_set import EngineSet
+from varedit_runtime.backends.engines.import_tensorrt import TYPES
 from varedit_runtime.errors import readable_size
 
 SCRATCH = re.compile(r"Total Activation Memory: (\d+) bytes")  # one line for each profile

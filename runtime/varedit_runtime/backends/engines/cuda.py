@@ -18,6 +18,7 @@ import numpy as np
 from varedit_runtime.backends.engines.device import Launch
 from varedit_runtime.backends.engines.import_tensorrt import (
     RTX,
+    TYPES,
     EngineKind,
     Log,
     create,
@@ -30,9 +31,6 @@ from varedit_runtime.backends.machine import available_memory
 from varedit_runtime.errors import BackendError, needs_extra, one_line
 from varedit_runtime.files import keep, plain_name, read_kept
 from varedit_runtime.locate import cache_folder
-
-# TensorRT's types that manifests name differently.
-TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
 
 
 class CudaDevice:
