@@ -101,14 +101,37 @@ def test_names_are_kept_where_two_would_become_one(tmp_path: Path) -> None:
     assert set(open_weights(tmp_path / "w.pth")) == set(state)
 
 
-@pytest.mark.parametrize("branch", ["state_dict", "model", "module"])
+BRANCHES = [
+    "state_dict",
+    "model",
+    "module",
+    "gpt",
+    "ema",
+    "trainer.gpt_fsdp",
+    "trainer.gpt_ema_fsdp",
+]
+
+
+@pytest.mark.parametrize("branch", BRANCHES)
 def test_a_state_dict_may_lie_beside_other_things(
     tmp_path: Path, transformer: State, expected: State, branch: str
 ) -> None:
     content = {"epoch": 3, "args": Namespace(lr=1), "optimizer": {0: {"step": torch.ones(1)}}}
-    torch.save({**content, branch: transformer}, tmp_path / "w.pth")
+    outer, _, inner = branch.partition(".")
+    kept = {outer: {inner: transformer, "step": 3} if inner else transformer}
+    torch.save(content | kept, tmp_path / "w.pth")
     assert same(load_transformer(tmp_path / "w.pth", CONFIG.transformer).state_dict(), expected)
     assert open_weights(tmp_path / "w.pth").notes == (f"read from '{branch}'",)
+
+
+def test_of_weights_and_their_average_the_weights_are_read(
+    tmp_path: Path, transformer: State
+) -> None:
+    average = {name: tensor * 0 for name, tensor in transformer.items()}
+    trainer = {"gpt_ema_fsdp": average, "gpt_fsdp": transformer}
+    torch.save({"epoch": 3, "trainer": trainer}, tmp_path / "w.pth")
+    weights = open_weights(tmp_path / "w.pth")
+    assert same(weights, transformer) and weights.notes == ("read from 'trainer.gpt_fsdp'",)
 
 
 def test_the_released_layouts_need_no_word() -> None:

@@ -45,7 +45,8 @@ PREFIXES = ("module.", "model.", "_forward_module.")  # left out where all names
 MOST_PREFIXES = 4
 # Where a file keeps its state dict, if not at the top: the first of these that it has. The first of
 # all is the released tokenizers'.
-BRANCHES = (("vae",), ("state_dict",), ("module",), ("model",))
+KEYS = ("gpt_fsdp", "gpt_ema_fsdp", "gpt", "ema", "state_dict", "module", "model")
+BRANCHES = (("vae",), *(("trainer", key) for key in KEYS), *((key,) for key in KEYS))
 
 
 class Weights(dict[str, Tensor]):
