@@ -53,10 +53,13 @@ def small_bundle() -> Path:
 
 @cache
 def half_bundle(precision: str) -> Path:
-    """Build the same bundle in fp16 or bf16."""
-    return built(
-        precision, lambda target: BundlePlan([request(target, precision)], random_weights())
-    )
+    """Build the same bundle in fp16, with the twin for CUDA, or in bf16, which has none."""
+
+    def plan(target: Path) -> BundlePlan:
+        wanted = replace(request(target, precision), fused_attention=precision == "fp16")
+        return BundlePlan([wanted], random_weights())
+
+    return built(precision, plan)
 
 
 def built(name: str, plan: Callable[[Path], BundlePlan]) -> Path:

@@ -82,7 +82,7 @@ def test_what_a_real_provider_leaves_to_the_cpu_is_counted(monkeypatch: pytest.M
     """The provider for Azure computes nothing itself."""
     monkeypatch.setitem(PROVIDERS, "cuda", AZURE)
     monkeypatch.setattr(cuda, "provider_options", lambda captured: {})
-    with pytest.raises(BackendError, match=rf"{AZURE} would leave 60 nodes of graph references"):
+    with pytest.raises(BackendError, match=rf"{AZURE} would leave 28 nodes of graph references"):
         load_references()
 
 

@@ -44,6 +44,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
     """Build an fp16 bundle that is verified block by block, as full sizes are."""
     target = tmp_path_factory.mktemp("deep") / "bundle"
     wanted = replace(request(target, "fp16"), config=deep_config(), resolution=64, batch=2)
+    wanted = replace(wanted, fused_attention=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parity, "LARGEST_WHOLE", 0)
         assemble(BundlePlan([wanted], deep_weights()), quiet)
@@ -76,7 +77,7 @@ def test_every_graph_was_compared(built: Bundle) -> None:
     assert measured["scale_01"].startswith(f"all {DEPTH} blocks")
     assert measured["text_encoder"].startswith("all 2 blocks")
     assert measured["prefill"].startswith("3 unlike blocks")
-    assert {"scale", "scale_00", "scale_02"} <= measured.keys()
+    assert {"scale", "fused_scale", "scale_00", "scale_02"} <= measured.keys()
     assert any("rounded to fp16" in line.measure for line in lines)
 
 
@@ -158,6 +159,8 @@ def swapped_scales(graph: onnx.GraphProto) -> None:
         ("scale_02", swapped_readers("cross_query.bias")),
         ("scale_02", swapped_scales),
         ("scale", swapped_readers("mlp_down.weight")),
+        ("fused_scale", swapped_readers("qkv.weight")),
+        ("fused_scale", swapped_readers("projection.weight")),
     ],
 )
 def test_a_graph_that_refers_to_other_weights_fails(

@@ -146,6 +146,11 @@ def main() -> None:
     callback=lambda context, option, given: not given,
     help="Leave out the unconditional rows: half of the work, no guidance.",
 )
+@click.option(
+    "--fused-attention",
+    is_flag=True,
+    help="Add a graph for onnxruntime on CUDA, which has fused kernels for its attention.",
+)
 @backend_option("Backend to build for; for the TensorRT ones, engines are compiled too.")
 @_layout("--engine-layout")
 @_architectures

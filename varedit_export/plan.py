@@ -16,10 +16,12 @@ from varedit_export.components import (
     positions_component,
     tokenizer_component,
 )
+from varedit_export.graphs.attention import OPERATOR
 from varedit_export.graphs.blocks import TRACED_BLOCKS
 from varedit_export.graphs.layout import transformer_layout
 from varedit_export.graphs.model import GraphTransformer
 from varedit_export.graphs.scales import (
+    FusedScaleStage,
     Kind,
     ScaleBinding,
     ScaleStage,
@@ -52,8 +54,9 @@ class VariantRequest:
     """A variant to build, and its target folder.
 
     config: the model, whose grids are those of resolution and aspect. batch: pictures per run.
-    guided: with unconditional rows. text_tokens: length that instructions are padded to. Raises
-    ConfigError on sizes that a bundle cannot have.
+    guided: with unconditional rows. text_tokens: length that instructions are padded to.
+    fused_attention: with the twin for ONNX Runtime's CUDA provider. Raises ConfigError on what a
+    bundle cannot have.
     """
 
     config: ModelConfig
@@ -64,6 +67,7 @@ class VariantRequest:
     guided: bool
     text_tokens: int
     target: Path
+    fused_attention: bool = False
 
     def __post_init__(self) -> None:
         named(self.precision)  # raises ConfigError if there is none of that name
@@ -73,6 +77,11 @@ class VariantRequest:
             raise ConfigError(
                 f"a bundle takes a batch of 1 to {LARGEST_BATCH} and 2 to 512 text tokens, not "
                 f"{self.batch} and {self.text_tokens}"
+            )
+        if self.fused_attention and not self.policy.onnxruntime:
+            raise ConfigError(
+                f"ONNX Runtime runs no {self.precision}: build with --precision fp16, or without "
+                "--fused-attention"
             )
 
     @property
@@ -216,13 +225,18 @@ def _graphs(
         table = PositionTable(shapes.config.transformer)
     scales = [scale_binding(full, index) for index in range(len(grids))]
     kinds: dict[Kind, ScaleStage] = {s.kind: ScaleStage(shapes, model, s.kind) for s in scales}
+    twins = [SymbolicScaleStage(shapes, model, table)]
+    if request.fused_attention:
+        with fake:
+            fused = GraphTransformer(shapes.config.transformer, shapes.precision, OPERATOR)
+        twins.append(FusedScaleStage(shapes, fused, table))
     references = ReferencesStage(shapes)
     return [
         *([] if text is None else [_text_graph(request, text, fake)]),
         GraphPlan(ImageEncoderStage(shapes, tokenizer)),
         GraphPlan(ConditionStage(shapes, model), depth),
         GraphPlan(PrefillStage(shapes, model, table), depth),
-        GraphPlan(SymbolicScaleStage(shapes, model, table), depth),
+        *(GraphPlan(twin, depth) for twin in twins),
         *([GraphPlan(references)] if full.config.transformer.conditioning == "sar" else []),
         *(GraphPlan(kinds[s.kind], depth, s) for s in scales),
         GraphPlan(ImageDecoderStage(shapes, tokenizer)),

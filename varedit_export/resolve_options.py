@@ -50,6 +50,7 @@ def plan_of(
             batch=options.batch,
             guided=options.guided,
             text_tokens=_text_tokens(options),
+            fused_attention=options.fused_attention,
             target=target if options.output is None else Path(options.output),
         )
         for config, resolution in models

@@ -34,7 +34,7 @@ from varedit_runtime.backends.engines.engine_set import (
 from varedit_runtime.backends.engines.memory import transformers, weights_on_gpu
 from varedit_runtime.backends.engines.packing import pack_into
 from varedit_runtime.backends.graph_file import read_graph
-from varedit_runtime.backends.wiring import PREFILL, scale_profiles, sized
+from varedit_runtime.backends.wiring import FUSED, PREFILL, scale_profiles, sized
 from varedit_runtime.bundle import Bundle, Folder
 from varedit_runtime.errors import BundleError, ConfigError, readable_size, shown
 from varedit_runtime.manifest import Variant, scale_name
@@ -49,11 +49,12 @@ def stages_of(variant: Variant, layout: EngineLayout) -> list[str]:
     """Return the graphs that a layout compiles. Raises ConfigError on an unknown layout."""
     if layout not in LAYOUTS:
         raise ConfigError(f"there is no layout {shown(layout)}; there are {', '.join(LAYOUTS)}")
-    static = [stage for stage in variant.graphs if stage not in TWIN]
+    stages = [stage for stage in variant.graphs if stage != FUSED]  # which no engine runs
+    static = [stage for stage in stages if stage not in TWIN]
     if layout != "profiles":
         return static
     scales = {PREFILL, *map(scale_name, range(len(variant.grids)))}
-    return [stage for stage in variant.graphs if stage not in scales]
+    return [stage for stage in stages if stage not in scales]
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ _KEYS_OR_VALUES = re.compile(r"(past|new|source|cross|reference)_(key|value)(\.\
 _INSIDE = re.compile(rf"{_PLAIN}(?:/{_PLAIN})*")
 _COMPONENTS = ("tokenizer", "transformer")  # every bundle has their weights
 _STAGES = {"image_encoder", "condition", "prefill", "scale", "image_decoder"}
-_OPTIONAL_STAGES = {"text_encoder", "references"}
+_OPTIONAL_STAGES = {"text_encoder", "references", "fused_scale"}
 
 
 def weights_file(component: str) -> str:

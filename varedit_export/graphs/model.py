@@ -1,14 +1,14 @@
 """The transformer as its graphs compute it: the reference, rewritten for ONNX.
 
-One set of weights, named as in `layout.py`, serves all stages. Attention is written
-out, key-value caches are explicit, weights need no work at run time.
+One set of weights, named as in `layout.py`, serves all stages. Key-value caches are explicit, and
+weights need no work at run time; attention has the forms of `attention.py`.
 
 Shape suffixes: R rows (conditional rows of all pictures first), T text tokens, L new tokens, S all
 tokens seen, C width, H heads, D = C/H.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import cast
 
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from varedit_export.graphs.attention import WRITTEN_OUT, WrittenOut, cast_to, softmax_attention
 from varedit_reference.config import MAX_LEVELS, MAX_TEXT_TOKENS, TransformerConfig
 from varedit_reference.weights_file import torch_dtype
 from varedit_runtime.errors import ConfigError, reason, shown
@@ -26,10 +27,13 @@ Formats = Callable[[str], Format]  # of the products of a component, by name
 
 @dataclass(frozen=True)
 class TextInputs:
-    """The text's part of all other stages' inputs; keys are laid out for the product."""
+    """The text's part of all other stages' inputs; keys are laid out for the product.
+
+    bias: [R, 1, 1, T], or as a form of attention prepares it.
+    """
 
     modulation_R6C: Tensor
-    bias_R11T: Tensor
+    bias: Tensor
     keys_RHDT: Sequence[Tensor]
     values_RHTD: Sequence[Tensor]
 
@@ -45,9 +49,14 @@ class Past:
 class GraphTransformer(nn.Module):
     """The weights of all stages, in a precision."""
 
-    def __init__(self, config: TransformerConfig, precision: Precision) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        precision: Precision,
+        attention: WrittenOut = WRITTEN_OUT,
+    ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.attention = config, attention
         formats = partial(precision.format, "transformer")
         width, text = config.width, config.text_channels
         self.unconditional_text = parameter(MAX_TEXT_TOKENS, text)
@@ -63,8 +72,8 @@ class GraphTransformer(nn.Module):
         self.shared_modulation = GraphLinear(width, 6 * width, formats("shared_modulation"))
         self.head_modulation = GraphLinear(width, 2 * width, formats("head_modulation"))
         self.head = GraphLinear(width, 2 * config.token_channels, formats("head"))
-        dtype = torch_dtype(precision.type)
-        blocks = (GraphBlock(config, formats, dtype) for _ in range(config.depth))
+        self.dtype = torch_dtype(precision.type)
+        blocks = (GraphBlock(config, formats, self.dtype, attention) for _ in range(config.depth))
         self.blocks = cast("Sequence[GraphBlock]", nn.ModuleList(blocks))
 
     def run(
@@ -72,6 +81,7 @@ class GraphTransformer(nn.Module):
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Run all blocks; return the stream, and each block's new keys and values [L, R, H, D]."""
         keys, values = [], []
+        text = replace(text, bias=self.attention.bias(text.bias, x_RLC, self.dtype))
         for i, block in enumerate(self.blocks):
             x_RLC, key, value = block(x_RLC, text, i, cos, sin, past[i])
             keys.append(key)
@@ -82,10 +92,16 @@ class GraphTransformer(nn.Module):
 class GraphBlock(nn.Module):
     """Self-attention, cross-attention to the text, MLP. dtype: of keys and values."""
 
-    def __init__(self, config: TransformerConfig, formats: Formats, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        formats: Formats,
+        dtype: torch.dtype,
+        attention: WrittenOut,
+    ) -> None:
         super().__init__()
         width = config.width
-        self.heads, self.dtype = config.heads, dtype
+        self.heads, self.dtype, self.attention = config.heads, dtype, attention
         self.modulation = parameter(6, width)
         self.qkv = GraphLinear(width, 3 * width, formats("blocks.qkv"))
         self.attention_scale = parameter(config.heads)
@@ -118,18 +134,13 @@ class GraphBlock(nn.Module):
         values = cast_to(v, self.dtype).transpose(0, 1)
         seen_keys = torch.cat((*past.keys, keys)) if past.keys else keys
         seen_values = torch.cat((*past.values, values)) if past.values else values
-        attended = softmax_attention(
-            q_RLHD.to(self.dtype).transpose(1, 2),
-            seen_keys.permute(1, 2, 3, 0),
-            seen_values.permute(1, 2, 0, 3),
-        )
+        attended = self.attention.over_tokens(q_RLHD.to(self.dtype), seen_keys, seen_values)
         return self.projection(attended).float(), keys, values
 
     def _attend_text(self, x_RLC: Tensor, text: TextInputs, index: int) -> Tensor:
         q_RLHD = self.cross_query(x_RLC).unflatten(-1, (self.heads, -1))
-        q_RHLD = q_RLHD.transpose(1, 2) * (q_RLHD.shape[-1] ** -0.5)
-        attended = softmax_attention(
-            q_RHLD, text.keys_RHDT[index], text.values_RHTD[index], text.bias_R11T
+        attended = self.attention.over_text(
+            q_RLHD, text.keys_RHDT[index], text.values_RHTD[index], text.bias
         )
         return self.cross_projection(attended).float()
 
@@ -223,20 +234,6 @@ def weight_parameter(channels_in: int, channels: int, format: Format) -> nn.Para
 def product(x: Tensor, weight: Tensor | Packed, dtype: torch.dtype) -> Tensor:
     """Compute x·W in a type."""
     return weight.multiply(x.to(dtype)) if isinstance(weight, Packed) else x.to(dtype) @ weight
-
-
-def softmax_attention(
-    q_RHLD: Tensor, keys_RHDS: Tensor, values_RHSD: Tensor, bias: Tensor | None = None
-) -> Tensor:
-    """Compute attention with an fp32 softmax; return [R, L, C], heads merged."""
-    scores_RHLS = (cast_to(q_RHLD, keys_RHDS.dtype) @ keys_RHDS).float()
-    weights = (scores_RHLS if bias is None else scores_RHLS + bias).softmax(-1)
-    return (weights.to(values_RHSD.dtype) @ values_RHSD).transpose(1, 2).flatten(2)
-
-
-def cast_to(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast, leaving no node in the graph where the type is the same."""
-    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _unit(x: Tensor) -> Tensor:

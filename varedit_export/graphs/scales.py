@@ -6,7 +6,8 @@ two scales needs the host. Two kinds of graphs compute that:
 - **static graphs**, one per scale, for engines: every length is known, and what differs between
   scales (`Geometry`) is constants and parts of weights;
 - **the twin** `scale` (`SymbolicScaleStage`), for backends that hold one session for all scales and
-  for the prefill: lengths are symbolic, and what differs comes in as inputs.
+  for the prefill: lengths are symbolic, and what differs comes in as inputs. `FusedScaleStage` is
+  the same for GPUs, with the other form of attention.
 
 Tracing takes seconds, and there are up to 13 scales. So three templates are traced, not 13 graphs:
 the first scale has no tokens, the last hands nothing on, and all others are alike but for lengths,
@@ -27,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from varedit_export.graphs.attention import OPERATOR_OPSET
 from varedit_export.graphs.model import GraphTransformer, Past, layer_norm
 from varedit_export.graphs.stages import (
     InputSpec,
@@ -41,6 +43,7 @@ from varedit_export.graphs.stages import (
     where_bool,
 )
 from varedit_reference.sampling import NUCLEUS
+from varedit_runtime.backends.wiring import FUSED, SYMBOLIC
 from varedit_runtime.geometry import LENGTHS, resizing_matrices, scale_sizes
 from varedit_runtime.manifest import scale_name
 
@@ -155,7 +158,7 @@ class SymbolicScaleStage(Stage):
     It is the prefill as well: source tokens in, with no reference and no past.
     """
 
-    name = "scale"
+    name = SYMBOLIC
 
     def __init__(self, shapes: Shapes, model: GraphTransformer, table: PositionTable) -> None:
         super().__init__()
@@ -185,6 +188,13 @@ class SymbolicScaleStage(Stage):
         grid = given["tokens"].shape[1], given["tokens"].shape[2]
         total = given["running_sum"]
         return _predict(self.shapes, model, x_RLC, geometry, grid, total, given)
+
+
+class FusedScaleStage(SymbolicScaleStage):
+    """The twin for ONNX Runtime's CUDA provider: its model's attention is one operator."""
+
+    name = FUSED
+    opset = OPERATOR_OPSET
 
 
 def _predict(

@@ -75,10 +75,11 @@ class Shapes:
 
 
 class Stage(nn.Module, ABC):
-    """A graph. Subclasses compute named outputs from named inputs."""
+    """A graph. Subclasses compute named outputs from named inputs. opset: of ONNX's operators."""
 
     name: str
     shapes: Shapes
+    opset: int = 20
 
     @abstractmethod
     def inputs(self) -> dict[str, InputSpec]:

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from varedit_export.graphs.attention import softmax_attention
 from varedit_export.graphs.layout import GraphWeight, Restored, same, transposed
 from varedit_export.graphs.model import (
     Formats,
     parameter,
     product,
-    softmax_attention,
     split,
     weight_parameter,
 )

@@ -26,7 +26,6 @@ from varedit_export.graphs.stages import InputSpec, Stage
 from varedit_runtime.geometry import LENGTHS
 from varedit_runtime.manifest import StoredWeight
 
-OPSET = 20
 LARGEST_CONSTANT = 2**20  # bytes of an input that is folded: resizing matrices, no weights
 # Sizes of symbolic dimensions while tracing. torch specialises 0, 1 and equal sizes: all differ.
 SAMPLE_SIZES: dict[str, int] = dict(zip(LENGTHS, (3, 5, 4, 6, 11, 13, 17), strict=True))
@@ -79,7 +78,7 @@ def trace(stage: Stage, fake: FakeTensorMode) -> ir.Model:
             dynamo=True,
             optimize=False,
             verbose=False,
-            opset_version=OPSET,
+            opset_version=stage.opset,
             input_names=list(specs),
             output_names=list(stage.output_names),
         )

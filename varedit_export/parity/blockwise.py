@@ -16,6 +16,7 @@ from varedit_export.errors import ParityError
 from varedit_export.graphs.layout import GraphWeight, round_weight
 from varedit_export.parity.cut import Arrays, CutGraph, WeightFiles
 from varedit_runtime.backends.graph_file import read_graph
+from varedit_runtime.backends.wiring import FUSED, SYMBOLIC
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.manifest import ParityLine, Variant, weights_file
 from varedit_runtime.precision import Precision, product_of
@@ -100,7 +101,7 @@ def open_cut_graph(bundle: Bundle, variant: Variant, stage: str) -> CutGraph:
 
 def blocks_line(stage: ComparedGraph, count: int) -> ParityLine:
     blocks = f"all {count} blocks" if stage.every else f"{count} unlike blocks"
-    at = f" at scale {stage.scale}" if stage.graph.name == "scale" else ""
+    at = f" at scale {stage.scale}" if stage.graph.name in (SYMBOLIC, FUSED) else ""
     measure = f"{blocks}{at}, largest error over what they add"
     return ParityLine(stage.graph.name, measure, stage.error, RELATIVE)
 

@@ -40,7 +40,7 @@ from varedit_runtime.backends.base import (
     ScaleOutput,
     edit_by_stages,
 )
-from varedit_runtime.backends.wiring import DECODER, ENCODER, SYMBOLIC, TEXT
+from varedit_runtime.backends.wiring import DECODER, ENCODER, TEXT
 from varedit_runtime.manifest import ParityLine, scale_name
 from varedit_runtime.pictures import from_decoder
 
@@ -67,8 +67,8 @@ class Rules:
     LOGITS, as a share of the largest one.
 
     against: names the expected run, where a report has lines against several, as " against the
-    reference". rounding: says of a share of bits what was rounded. twin: whether scales are runs
-    of the one symbolic graph, whose lines are the stage "scale".
+    reference". rounding: says of a share of bits what was rounded. twin: the symbolic graph that
+    all scales are runs of, whose stage the lines then have.
     """
 
     outputs: Collection[str] = (LOGITS_OUT, BITS_OUT, SUM_OUT)
@@ -79,7 +79,7 @@ class Rules:
     largest_logit: float = 0.0
     against: str = ""
     rounding: str = ""
-    twin: bool = False
+    twin: str = ""
 
 
 def run_edit(backend: Backend, edit: ComparedEdit, coder_inputs: CoderInputs) -> Expected:
@@ -190,7 +190,7 @@ def _scale_lines(
     against, own = rules.against, scale_name(scale)
     stage, of, after = own, "", ""
     if rules.twin:
-        stage, of, after = SYMBOLIC, f" of scale {scale}", f" after scale {scale}"
+        stage, of, after = rules.twin, f" of scale {scale}", f" after scale {scale}"
     for name in names:
         check_output(own, name, getattr(ours, name))
     if LOGITS_OUT in names:

@@ -44,6 +44,7 @@ from varedit_reference.sar import scale_aligned_references
 from varedit_reference.scale_loop import PredictedScale, predict_scales, seeded
 from varedit_reference.transformer import VAR, Block, Linear, TextCondition
 from varedit_reference.weights_file import torch_dtype
+from varedit_runtime.backends.wiring import FUSED, SYMBOLIC
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.geometry import scale_inputs, scale_sizes
 from varedit_runtime.manifest import ParityLine, Variant, scale_name, scale_of
@@ -114,7 +115,9 @@ class TransformerComparison:
         yield from self._condition()
         yield from self._prefill()
         yield from self._scales()
-        yield from self._twin()
+        for stage in (SYMBOLIC, FUSED):
+            if stage in self._variant.graphs:
+                yield from self._twin(stage)
         x_RLC = self._probe.seen[1 + self._thorough]
         self._text = self._text_condition(self._model)
         del self._model, self._probe
@@ -213,18 +216,18 @@ class TransformerComparison:
             graph = open_cut_graph(self._bundle, self._variant, scale_name(k))
             yield from self._without_blocks(graph, graph.name, k, {}, k == self._thorough)
 
-    def _twin(self) -> Iterator[ParityLine]:
-        """Compare the symbolic twin as the first scale and as a middle one, without blocks."""
+    def _twin(self, stage: str) -> Iterator[ParityLine]:
+        """Compare a symbolic twin as the first scale and as a middle one, without blocks."""
         batch = self._variant.batch
         channels, bits = self._config.transformer.token_channels, self._config.tokenizer.bits
         for k in sorted({0, self._thorough} - {len(self._variant.grids) - 1}):
-            graph = open_cut_graph(self._bundle, self._variant, "scale")
+            graph = open_cut_graph(self._bundle, self._variant, stage)
             given = {
                 "tokens": np.zeros((batch, 1, 1, channels), np.float32),
                 "running_sum": np.zeros((batch, bits, *self._shapes.positions), np.float32),
                 **scale_inputs(self._variant.grids, k, self._config.tokenizer.patch),
             }
-            yield from self._without_blocks(graph, f"scale as {k}", k, given, False)
+            yield from self._without_blocks(graph, f"{stage} as {k}", k, given, False)
 
     def _without_blocks(
         self, graph: CutGraph, called: str, k: int, given: Arrays, every: bool
@@ -318,8 +321,10 @@ class TransformerComparison:
             x_RLC = random_values((len(self._memory), length, self._config.transformer.width), i)
         values = stage.values | self._runner.run(graph, graph.before, stage.values)
         values[graph.entering(i)] = self._tiled(x_RLC)
-        values |= self._runner.run(graph, cut.first, values)
         new = None
+        if cut.attention is None:  # a block of the fused twin is one piece: only small scales
+            values |= self._past_arrays(self._past(stage, i))
+        values |= self._runner.run(graph, cut.first, values)
         if cut.attention is not None:
             new = self._attend(stage, i, values, cut.attention, chosen)
         given = x_RLC[:, chosen]
@@ -332,7 +337,9 @@ class TransformerComparison:
                     stage.compare(torch.from_numpy(values[name])[chosen][:, ::batch], own_SRHD)
         del context, new
         if cut.rest is not None:
-            leaving = self._runner.run(graph, cut.rest, values)[graph.carried[i]]
+            values |= self._runner.run(graph, cut.rest, values)
+        if graph.carried.get(i) in values:
+            leaving = values[graph.carried[i]]
             stage.compare(torch.from_numpy(leaving)[::batch][:, chosen], expected, given)
         if stage.x_RLC is not None:
             stage.x_RLC = expected

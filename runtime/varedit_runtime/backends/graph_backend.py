@@ -12,6 +12,7 @@ from varedit_runtime.backends.wiring import (
     ENCODER,
     PREFILL,
     REFERENCES,
+    SYMBOLIC,
     TEXT,
     Step,
     wire,
@@ -26,13 +27,22 @@ class GraphBackend(Backend):
     `_run` reads and writes those that a step names.
     """
 
-    def __init__(self, variant: Variant, model: Model, provider: str, symbolic: bool) -> None:
-        """symbolic: whether scales run on the one graph of symbolic lengths.
+    def __init__(
+        self,
+        variant: Variant,
+        model: Model,
+        provider: str,
+        symbolic: bool,
+        twin: str = SYMBOLIC,
+    ) -> None:
+        """symbolic: whether scales run on the one graph of symbolic lengths, the twin.
 
         Raises BundleError when the graphs are not those of an edit.
         """
         self.variant, self.model, self.provider = variant, model, provider
-        self.steps: dict[str, Step] = {step.name: step for step in wire(variant, model, symbolic)}
+        self.steps: dict[str, Step] = {
+            step.name: step for step in wire(variant, model, symbolic, twin)
+        }
 
     @abstractmethod
     def _run(self, step: Step, given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

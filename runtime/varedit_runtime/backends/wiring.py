@@ -31,6 +31,7 @@ CHOSEN = ("guidance_scale", "temperature", "noise", "forced_bits", "forced_mask"
 PREDICTED = ("logits", "bits")
 TEXT, NEGATIVE, CONDITION, PREFILL = "text_encoder", "negative_encoder", "condition", "prefill"
 ENCODER, DECODER, REFERENCES, SYMBOLIC = "image_encoder", "image_decoder", "references", "scale"
+FUSED = "fused_scale"  # what SYMBOLIC is, its attention in one operator, if a bundle has it
 
 
 def item_size(dtype: str) -> int:
@@ -105,14 +106,14 @@ def values_of(steps: Sequence[Step]) -> dict[str, View]:
     return values
 
 
-def wire(variant: Variant, model: Model, symbolic: bool) -> list[Step]:
+def wire(variant: Variant, model: Model, symbolic: bool, twin: str = SYMBOLIC) -> list[Step]:
     """Return the steps of an edit in order.
 
-    symbolic: run prefill and scales on the one graph of symbolic lengths, with one profile each.
-    Raises BundleError if a graph lacks a tensor that the host gives or takes, or has an input that
-    nothing writes.
+    symbolic: run prefill and scales on the one graph of symbolic lengths, the twin, with one
+    profile each. Raises BundleError if a graph lacks a tensor that the host gives or takes, or has
+    an input that nothing writes.
     """
-    wiring = _Wiring(variant, model)
+    wiring = _Wiring(variant, model, twin)
     steps = wiring.steps(symbolic)
     known = wiring.standing() if symbolic else set()
     ever = {view.value for step in steps for view in step.outputs.values()}
@@ -182,8 +183,8 @@ def sized(spec: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
 
 
 class _Wiring:
-    def __init__(self, variant: Variant, model: Model) -> None:
-        self.variant, self.model = variant, model
+    def __init__(self, variant: Variant, model: Model, twin: str) -> None:
+        self.variant, self.model, self.twin = variant, model, twin
         self.sar = model.conditioning == "sar"
         self.guided = variant.guided
         self.scales = range(len(variant.grids))
@@ -243,11 +244,11 @@ class _Wiring:
 
     def _symbolic_scales(self) -> Iterator[Step]:
         prefill, *profiles = scale_profiles(self.variant)
-        yield self._scale(PREFILL, SYMBOLIC, None, prefill, 0)
+        yield self._scale(PREFILL, self.twin, None, prefill, 0)
         if self.sar:
             yield self._coder(REFERENCES, REFERENCES, (), ())
         for k, sizes in enumerate(profiles):
-            yield self._scale(scale_name(k), SYMBOLIC, k, sizes, k + 1)
+            yield self._scale(scale_name(k), self.twin, k, sizes, k + 1)
 
     def _scale(
         self, name: str, stage: str, scale: int | None, sizes: Mapping[str, int], profile: int

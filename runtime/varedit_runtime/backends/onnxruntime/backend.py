@@ -20,7 +20,7 @@ from varedit_runtime.backends.graph_file import read_graph
 from varedit_runtime.backends.interrupt import stopped_by_interrupt
 from varedit_runtime.backends.onnxruntime import cuda
 from varedit_runtime.backends.onnxruntime.options import PROVIDERS, OnnxRuntimeOptions
-from varedit_runtime.backends.wiring import SYMBOLIC, Step, View, constants, values_of
+from varedit_runtime.backends.wiring import FUSED, SYMBOLIC, Step, View, constants, values_of
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import BackendError, one_line, readable_size
 from varedit_runtime.manifest import Variant
@@ -195,16 +195,25 @@ class Session:
 class OnnxBackend(GraphBackend):
     """All graphs of a variant on one provider, for one edit at a time."""
 
-    def __init__(self, bundle: Bundle, variant: Variant, options: OnnxRuntimeOptions) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        variant: Variant,
+        options: OnnxRuntimeOptions,
+        twin: str | None = None,
+    ) -> None:
         """Load all graphs and allocate their memory.
 
-        Raises BackendError if the installed onnxruntime lacks the provider, it does not run the
-        bundle's precision, a graph cannot be loaded or memory is too small; BundleError if a graph
-        is missing or damaged, or does not fit the others.
+        twin: the graph that runs prefill and scales; by default FUSED on provider cuda, where the
+        bundle has it, else SYMBOLIC. Raises BackendError if the installed onnxruntime lacks the
+        provider, it does not run the bundle's precision, a graph cannot be loaded or memory is too
+        small; BundleError if a graph is missing or damaged, or does not fit the others.
         """
         provider, threads = options.provider, options.threads or 0
         check_provider(provider)
-        super().__init__(variant, bundle.manifest.model, provider, symbolic=True)
+        if twin is None:
+            twin = FUSED if provider == "cuda" and FUSED in variant.graphs else SYMBOLIC
+        super().__init__(variant, bundle.manifest.model, provider, symbolic=True, twin=twin)
         if not (precision := bundle.manifest.policy).onnxruntime:
             raise BackendError(
                 f"the bundle is {precision.name}, which ONNX Runtime cannot run: build with "
@@ -220,7 +229,7 @@ class OnnxBackend(GraphBackend):
                 bundle.graphs_folder,
                 provider,
                 threads,
-                captured=provider == "cuda" and stage == SYMBOLIC,
+                captured=provider == "cuda" and stage == twin,
             )
             for stage, graph in graphs.items()
         }

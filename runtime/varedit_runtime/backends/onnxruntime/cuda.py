@@ -32,7 +32,7 @@ _SETTINGS = {
 # kernels of its own for all other uses of these operators, so that no arithmetic hides among them.
 SHAPES = {
     *("Shape", "Size", "Squeeze", "Unsqueeze", "Gather", "Slice", "Concat", "Cast", "Range"),
-    *("Add", "Sub", "Mul", "Div"),
+    *("Reshape", "Add", "Sub", "Mul", "Div"),
 }
 
 
