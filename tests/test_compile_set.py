@@ -112,6 +112,8 @@ def test_every_graph_compiles(
     assert {stage: report.plan for stage, report in reports.items()} == sizes
     assert all(report.kernels and report.scratch for report in reports.values())
     assert engines.manifest.scratch == max(report.scratch or 0 for report in reports.values())
+    inside = sum(size for name, size in weights.items() if layout != "external")
+    assert engines.manifest.resident and engines.manifest.resident > 0.9 * inside
     if layout == "external":
         assert all(stored[stage].size < size / 2 for stage, size in sizes.items())
     if layout == "profiles":
@@ -137,11 +139,11 @@ def test_a_plan_of_32_blocks_is_a_small_file(
     assert (engines.path / plan.file).stat().st_size <= EXTERNAL_BYTES < plan.size
 
 
-def deep_graph(stage: str, depth: int) -> bytes:
-    """Grow a stage of the fp16 bundle to more blocks; its weights have no bytes."""
+def deep_graph(stage: str, depth: int, precision: str = "fp16") -> bytes:
+    """Grow a stage of the small bundle to more blocks; its weights have no bytes."""
     config = bundle_config()
     config = replace(config, transformer=replace(config.transformer, depth=depth))
-    wanted = replace(request(Path("deep"), "fp16"), config=config)
+    wanted = replace(request(Path("deep"), precision), config=config)
     plan = BundlePlan([wanted], random_weights())
     stored = {
         f"{part.attribute}.{name}" if part.attribute else name: StoredWeight(name, part.file, 0, 0)
@@ -649,7 +651,7 @@ def test_engines_of_an_earlier_version_have_no_report(bundle: Bundle, pretended:
     engines = compile_small(bundle)
     manifest = msgspec.json.decode((engines.path / MANIFEST).read_bytes())
     for plan in manifest["plans"].values():
-        del plan["report"], plan["scratch"]
+        del plan["report"], plan["scratch"], plan["resident"]
     data = msgspec.json.encode(manifest)
     rewrite_manifest(engines.path, data)
     engine_set.built_here(sha256(data).hexdigest()).touch()

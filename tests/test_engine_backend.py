@@ -192,6 +192,16 @@ def test_the_budget_is_exact_before_engines_are_loaded(monkeypatch: pytest.Monke
     assert f"on a GPU, tensorrt-rtx for sm89, weights external: {needed}" in told
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_budget_counts_what_is_inside_the_engines(layout: EngineLayout) -> None:
+    bundle, engines = compiled(small_bundle(), layout, resident=10**6)
+    (variant,) = bundle.manifest.variants
+    inputs = EngineWeights(engines.manifest.weights).size
+    said = budget(bundle, variant, layout, engines.manifest)
+    assert said.weights == inputs + 10**6 * len(engines.manifest.plans)
+    assert (inputs > 0) == (layout == "external")
+
+
 def test_weights_are_read_while_those_before_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     waiting: list[int] = []  # copies, whenever one more is submitted
 

@@ -1,14 +1,17 @@
 """What engines consist of, read from the log of real compilations with TensorRT for RTX."""
 
+import gzip
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from test_compile_set import ADA, deep_graph, quiet
 
+from varedit_engines import engine_report as engine_report_module
 from varedit_engines.engine_compiler import EngineCompiler
 from varedit_engines.engine_report import EngineReport, engine_report, packed, unpacked
 from varedit_engines.network import external_inputs
+from varedit_runtime.errors import BundleError
 
 BLOCKS = 4
 # Kernels of a four-block graph, as TensorRT for RTX 1.7 compiled them and a few more.
@@ -29,9 +32,9 @@ KERNEL = (
 )
 
 
-def compiled(stage: str, compiler: EngineCompiler) -> EngineReport:
-    graph, _ = external_inputs(deep_graph(stage, BLOCKS))
-    return compiler.compile(stage, graph, Path(), [], quiet).report
+def compiled(stage: str, precision: str = "fp16") -> EngineReport:
+    graph, _ = external_inputs(deep_graph(stage, BLOCKS, precision))
+    return EngineCompiler("tensorrt-rtx", ADA).compile(stage, graph, Path(), [], quiet).report
 
 
 @pytest.mark.parametrize(
@@ -39,16 +42,23 @@ def compiled(stage: str, compiler: EngineCompiler) -> EngineReport:
 )
 def test_attention_is_fused_and_kernels_are_few(stage: str, fused: int) -> None:
     """Both attentions of every block; the prefill's last block computes keys and values alone."""
-    report = compiled(stage, EngineCompiler("tensorrt-rtx", ADA))
+    report = compiled(stage)
     assert report.kernels is not None
     assert sum(kernel.attends for kernel in report.kernels) == fused
     assert len(report.kernels) <= MOST[stage]
     assert {kernel.stream for kernel in report.kernels} == {0}
     assert report.scratch and report.profiles == 1
+    assert report.resident is not None and report.resident < 10**5  # constants: weights are inputs
     products = [kernel for kernel in report.kernels if kernel.kind == "gemm"]
     halves = [kernel for kernel in products if kernel.types == (("float16",), ("float16",))]
     assert len(halves) >= 4 * (BLOCKS - 1)
     assert {kernel.types[0] for kernel in products} == {("float16",), ("float32",)}  # the head
+
+
+def test_engines_of_fp32_fuse_no_attention() -> None:
+    """Which is why compiling them warns."""
+    report = compiled("scale_02", "fp32")
+    assert report.kernels and not any(kernel.attends for kernel in report.kernels)
 
 
 def test_a_kernel_is_read_from_the_log() -> None:
@@ -76,6 +86,12 @@ def test_kernels_that_are_listed_in_another_form_are_unknown(line: str) -> None:
     assert report == EngineReport(7) and str(report) == "kernels unknown"
 
 
+def test_what_an_engine_holds_is_its_weights_and_what_each_profile_keeps() -> None:
+    lines = [f"Total Device Persistent Memory: {size} bytes" for size in (2, 3)]
+    assert engine_report(7, lines).resident is None
+    assert engine_report(7, [*lines, "Total Weights Memory: 10 bytes"]).resident == 15
+
+
 @pytest.mark.parametrize(
     ("sizes", "scratch", "profiles"), [((), None, 1), ((5,), 5, 1), ((5, 9, 7), 9, 3)]
 )
@@ -85,6 +101,18 @@ def test_scratch_is_that_of_the_largest_profile(
     lines = [f"Total Activation Memory: {size} bytes" for size in sizes]
     report = engine_report(7, lines)
     assert (report.scratch, report.profiles) == (scratch, profiles)
+
+
+@pytest.mark.parametrize("data", [b"", b"no gzip", gzip.compress(b"{}"), gzip.compress(b"[")])
+def test_what_is_no_report_is_a_typed_error(data: bytes) -> None:
+    with pytest.raises(BundleError, match=r"a report of engines cannot be read \(.+\): compile"):
+        unpacked([data])
+
+
+def test_a_report_unpacks_to_a_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_report_module, "MOST", 100)
+    with pytest.raises(BundleError, match="cannot be read"):
+        unpacked([packed(engine_report(7, [KERNEL]))])
 
 
 def test_a_report_is_kept_as_it_was() -> None:

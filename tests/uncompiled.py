@@ -28,6 +28,7 @@ class Uncompiled:
     gpu: str = GPU
     settings: dict[str, str] = field(default_factory=dict)
     scratch: int | None = None
+    resident: int | None = None
 
     @property
     def tools(self) -> dict[str, str]:
@@ -38,7 +39,7 @@ class Uncompiled:
         return self.settings
 
     def compile(self, name: str, graph: bytes, *rest: Any) -> Compiled:
-        return Compiled(memoryview(graph), EngineReport(len(graph), scratch=self.scratch))
+        return Compiled(memoryview(graph), EngineReport(len(graph), 1, self.scratch, self.resident))
 
 
 def keep_engines_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,10 +54,12 @@ def compiled(
     backend: str = "tensorrt-rtx",
     settings: dict[str, str] | None = None,
     scratch: int | None = None,
+    resident: int | None = None,
 ) -> tuple[Bundle, EngineSet]:
     """Make the bundle read-only, so that engines go to the user's cache: all tests share it."""
     bundle = Bundle.open(path)
-    job = CompileJob(bundle, layout, Uncompiled(backend, settings=settings or {}, scratch=scratch))  # type: ignore[arg-type]
+    compiler = Uncompiled(backend, GPU, settings or {}, scratch, resident)
+    job = CompileJob(bundle, layout, compiler)  # type: ignore[arg-type]
     with pytest.MonkeyPatch.context() as read_only:
         read_only.setattr(engine_cache, "_writable", lambda folder: False)
         return bundle, compile_engine_set(job, lambda *_: None)

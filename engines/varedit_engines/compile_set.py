@@ -177,7 +177,7 @@ def _compile_all(
             for file in files:
                 staging.record(file, recipe.key)
         told = unpacked(Folder(staging.path, staging.files).chunks(report))
-        plans[stage] = PlanFile(plan, told.plan, told.scratch, report)
+        plans[stage] = PlanFile(plan, told.plan, told.scratch, told.resident, report)
     staging.publish(
         EngineSetManifest(files=staging.files, recipe=recipe, plans=plans, weights=weights)
     )

@@ -6,6 +6,7 @@ report is made from the log, and kept beside the plan.
 
 import gzip
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from math import prod
 
@@ -14,9 +15,13 @@ from msgspec import Struct
 
 from varedit_runtime.backends.engines.engine_set import EngineSet
 from varedit_runtime.backends.engines.import_tensorrt import TYPES
-from varedit_runtime.errors import readable_size
+from varedit_runtime.errors import BundleError, one_line, readable_size
 
+MOST = 2**28  # bytes of an unpacked report
 SCRATCH = re.compile(r"Total Activation Memory: (\d+) bytes")  # one line for each profile
+# What an engine holds while it is loaded: once, and for each profile that is in use.
+WEIGHTS = re.compile(r"Total Weights Memory: (\d+) bytes")
+PERSISTENT = re.compile(r"Total Device Persistent Memory: (\d+) bytes")
 KERNEL = re.compile(
     r"Name: (?P<name>.*?), LayerType: (?P<kind>\w+), Inputs: \[(?P<inputs>.*?)\], "
     r"Constants: \[(?P<constants>.*?)\], Outputs: \[(?P<outputs>.*?)\], "
@@ -58,13 +63,15 @@ class EngineReport(Struct, frozen=True):
     """An engine's report.
 
     plan: bytes of the plan. profiles: how many it has. scratch: bytes that a run needs, in the
-    profile that needs most; None if the log does not say. kernels: those of all profiles; None if
-    the log lists none, or in another form.
+    profile that needs most. resident: bytes of GPU memory that it holds while it is loaded, for
+    weights and constants inside. kernels: those of all profiles. What the log does not say, or
+    says in another form, is None.
     """
 
     plan: int
     profiles: int = 1
     scratch: int | None = None
+    resident: int | None = None
     kernels: tuple[Kernel, ...] | None = None
 
     def __str__(self) -> str:
@@ -85,13 +92,18 @@ class EngineReport(Struct, frozen=True):
 def engine_report(plan: int, messages: Iterable[str]) -> EngineReport:
     """Read a report from the messages of a compilation at its most verbose. plan: in bytes."""
     lines = [line for message in messages for line in message.splitlines()]
-    sizes = [int(found[1]) for line in lines if (found := SCRATCH.search(line))]
+    scratch, weights, persistent = (
+        [int(found[1]) for line in lines if (found := pattern.search(line))]
+        for pattern in (SCRATCH, WEIGHTS, PERSISTENT)
+    )
+    resident = sum(weights + persistent) if weights else None
     listed = [line for line in lines if line.startswith("Name: ") and ", LayerType: " in line]
     try:
         kernels = tuple(map(_kernel, listed)) or None
     except (KeyError, ValueError):  # a version that lists them in another form
         kernels = None
-    return EngineReport(plan, max(len(sizes), 1), max(sizes, default=None), kernels)
+    profiles, largest = max(len(scratch), 1), max(scratch, default=None)
+    return EngineReport(plan, profiles, largest, resident, kernels)
 
 
 def packed(report: EngineReport) -> bytes:
@@ -100,8 +112,15 @@ def packed(report: EngineReport) -> bytes:
 
 
 def unpacked(chunks: Iterable[bytes]) -> EngineReport:
-    """Read a report from its file. Raises BundleError if the chunks do."""
-    return msgspec.json.decode(gzip.decompress(b"".join(chunks)), type=EngineReport)
+    """Read a report from its file. Raises BundleError if it is none."""
+    data = b"".join(chunks)
+    try:
+        text = zlib.decompressobj(16 + zlib.MAX_WBITS).decompress(data, MOST)
+        return msgspec.json.decode(text, type=EngineReport)
+    except (zlib.error, msgspec.MsgspecError) as error:
+        raise BundleError(
+            f"a report of engines cannot be read ({one_line(error)}): compile them with --again"
+        ) from error
 
 
 def engine_reports(engines: EngineSet) -> Iterator[tuple[str, EngineReport]]:

@@ -75,13 +75,15 @@ class EngineRecipe(Struct, frozen=True, forbid_unknown_fields=True):
 class PlanFile(Struct, frozen=True, forbid_unknown_fields=True):
     """A compiled engine. file: its packed file in the set. size: unpacked, in bytes.
 
-    scratch: bytes that a run needs, as the compiler said; None if it did not. report: the file that
-    lists its kernels; sets of earlier versions have none.
+    scratch: bytes that a run needs. resident: bytes of GPU memory that it holds while it is loaded.
+    Both are None if the compiler did not tell. report: the file that lists its kernels; sets of
+    earlier versions have none.
     """
 
     file: str
     size: Bytes
     scratch: Bytes | None = None
+    resident: Bytes | None = None
     report: str | None = None
 
 
@@ -113,6 +115,12 @@ class EngineSetManifest(FolderManifest, frozen=True):
         """The bytes of scratch that all engines share; None if one's are not known."""
         known = [plan.scratch for plan in self.plans.values() if plan.scratch is not None]
         return max(known, default=None) if len(known) == len(self.plans) else None
+
+    @property
+    def resident(self) -> int | None:
+        """The bytes that all engines hold while they are loaded; None if one's are not known."""
+        known = [plan.resident for plan in self.plans.values() if plan.resident is not None]
+        return sum(known) if len(known) == len(self.plans) else None
 
 
 @dataclass(frozen=True)

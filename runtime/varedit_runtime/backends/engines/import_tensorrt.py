@@ -93,7 +93,7 @@ def no_engines_for(gpu: str, known: Collection[str]) -> str:
     )
 
 
-@dataclass
+@dataclass(eq=False)
 class Log:
     """What a library logged while a `listening` lasted.
 
@@ -120,7 +120,7 @@ def listening(trt: ModuleType, to_all: bool = False) -> Iterator[Log]:
     try:
         yield log
     finally:
-        logs[:] = [other for other in logs if other is not log]
+        logs.remove(log)
 
 
 @cache

@@ -94,7 +94,8 @@ def budget(
     """Return what a variant's engines take, without what the driver needs for their code.
 
     engines: the compiled set, of this layout. Without it, scratch is not counted, and weights are
-    estimated from the sizes of the bundle's files.
+    estimated from the sizes of the bundle's files, as are those inside engines of which the set
+    does not tell them.
     """
     symbolic = layout == "profiles"
     steps = wire(variant, bundle.manifest.model, symbolic)
@@ -104,9 +105,10 @@ def budget(
     weights, scratch = weights_on_gpu(bundle, variant, layout), None
     if engines is not None:
         scratch = None if engines.scratch is None else aligned(engines.scratch)
-        if layout == "external":
-            inputs = distinct(engines.weights)
-            weights = lay_out({place: weight.length for place, weight in inputs.items()}).size
+        places = distinct(engines.weights)
+        inputs = lay_out({place: weight.length for place, weight in places.items()}).size
+        if layout == "external" or engines.resident is not None:
+            weights = inputs + (engines.resident or 0)
     return Budget(weights, caches, between, scratch)
 
 
