@@ -347,7 +347,7 @@ LARGE: dict[str, Callable[[], bytes]] = {
 
 @pytest.mark.parametrize("kind", LARGE)
 def test_memory_is_estimated_before_anything_is_decoded(kind: str):
-    with pytest.raises(PictureError, match="MB of memory, of at most 537 MB"):
+    with pytest.raises(PictureError, match="of memory, of at most 537 MB"):
         open_picture(LARGE[kind]())
 
 
@@ -360,9 +360,12 @@ def test_the_limit_on_memory_can_be_set(tmp_path: Path):
         with pytest.raises(PictureError, match="make the picture smaller"):
             open_picture(source, max_memory=needed - 1000)
     loaded = noise(1000, 1000)
-    with pytest.raises(PictureError, match="MB of memory"):
+    with pytest.raises(PictureError, match="of memory, of at most"):
         open_picture(loaded, max_memory=4_000_000)
-    with open("/dev/zero", "rb") as endless, pytest.raises(PictureError, match="MB of memory"):
+    with (
+        open("/dev/zero", "rb") as endless,
+        pytest.raises(PictureError, match="of memory, of at most"),
+    ):
         open_picture(endless, max_memory=10**7)
 
 
@@ -424,7 +427,7 @@ def test_the_estimate_of_memory_is_what_decoding_takes(tmp_path: Path):
     measured = {path: (int(a), int(b)) for path, a, b in map(str.split, told.splitlines())}
     assert len(measured) == 15
     for path, (peak, estimate) in measured.items():
-        assert estimate / 2 < peak < estimate + 8e6, path
+        assert estimate / 2 < peak < estimate + 12e6, path
 
 
 def test_run_lengths_of_a_large_bmp_are_not_decoded():

@@ -84,7 +84,7 @@ def pad_and_resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
     The picture lies top left on the smallest canvas of that aspect ratio that holds it; for a
     square its side is the picture's longer one, as in the released code. Raises PictureError if
-    the picture is so long and thin that its canvas would not fit in memory.
+    the picture is so long and thin that its canvas would have over MAX_CANVAS_PIXELS.
     """
     height, width = size
     canvas_width, canvas_height = _canvas_size(image.size, size)
