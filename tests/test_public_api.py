@@ -1,6 +1,7 @@
 """The public functions of `varedit_export`: what a program that imports them gets."""
 
 from dataclasses import FrozenInstanceError
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -81,3 +82,9 @@ def test_what_is_no_path_is_no_bundle(path: Any) -> None:
         varedit_export.verify(path)
     with pytest.raises(BundleError, match="cannot be written"):
         Staging("a\0b")
+
+
+def test_a_folder_that_no_system_can_make_is_refused(tmp_path: Path) -> None:
+    asked = {"size": "tiny-2b", "resolutions": (256,), "random_weights": 0}
+    with pytest.raises(BundleError, match=r"l cannot be written: File name too long$"):
+        varedit_export.build(BuildOptions(**asked, output=tmp_path / ("l" * 300)))

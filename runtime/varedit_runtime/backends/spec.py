@@ -45,9 +45,9 @@ class BackendOptions(CheckedOptions):
     """The options of a backend that takes none, and the base of all others.
 
     Subclasses are frozen dataclasses whose fields are made with `option`. Every field is an option
-    of the commands too, by its own name: `engines_digest` is `--engines-digest`. Its type is bool,
-    int or str, the latter two also with None. `__post_init__`, which calls the one here, raises
-    ConfigError on bad values.
+    of the commands too, by its own name, which is none of RESERVED: `engines_digest` is
+    `--engines-digest`. Its type is bool, int or str, the latter two also with None. `__post_init__`
+    calls the one here, which checks types, and raises ConfigError on bad values.
     """
 
 
