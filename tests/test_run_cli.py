@@ -523,6 +523,8 @@ def test_what_cannot_be_measured_is_one_line(tmp_path: Path) -> None:
     fails(run("bench", small_bundle(), "--repeat", 0), "repeat is 0; it must be at least 1")
     fails(run("bench", tmp_path / "missing"), "there is no bundle at .*missing")
     fails(run("bench", small_bundle(), "--json", tmp_path / "no" / "b.json"), "there is no folder")
+    own = small_bundle() / "manifest.json"
+    fails(run("bench", small_bundle(), "--json", own), "it would lie in the bundle")
     with pytest.raises(ConfigError, match="cannot be written"):
         bench.write_report({}, tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -2,6 +2,7 @@
 
 import io
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from PIL import Image
 
 from varedit_runtime.cli import main
 from varedit_runtime.files import atomic_file
+from varedit_runtime.locate import embedded
 
 FULL = "Error: the output cannot be written: No space left on device\n"
 
@@ -227,3 +229,34 @@ def test_an_interrupt_at_any_time_leaves_no_folder(tmp_path: Path) -> None:
                 sys.setprofile(None)
         assert {path.name for path in tmp_path.iterdir()} <= {"file"}, places
     assert places > 50
+
+
+# Disks
+
+
+@pytest.mark.parametrize(
+    "words",
+    (
+        ("prepare", "photo.png", "-o", "out.png"),
+        ("photo.png", "add a hat", "--threads", "1"),
+        ("photo.png", "add a hat", "--threads", "1", "--previews", "previews"),
+        ("bench", embedded(), "--repeat", "1", "--threads", "1", "--json", "report.json"),
+    ),
+)
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    words: tuple[object, ...],
+    photo: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(photo.parent)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, hard))
+    try:
+        code = exit_code(*words)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert code == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("Error: ") and error.endswith(" cannot be written: File too large")
+    assert list(photo.parent.iterdir()) == [photo]

@@ -333,7 +333,7 @@ def verify(bundle: Path, report: Path | None, options: VerifyOptions) -> None:
     from varedit_runtime.bench import check_report, write_report
 
     if report is not None:
-        check_report(report)
+        check_report(report, bundle)
     lines: list[ParityLine] = []
 
     def show(line: ParityLine) -> None:
@@ -438,11 +438,13 @@ def bench(
     from varedit_runtime.bench import check_report, write_report
 
     if json_file is not None:
-        check_report(json_file)
+        check_report(json_file, bundle)
     report = measure_both(bundle, repeat, threads, variant)
-    click.echo(comparison_table(report))
-    if json_file is not None:
-        write_report(asdict(report), json_file)
+    try:
+        click.echo(comparison_table(report))
+    finally:  # also where the output cannot be written
+        if json_file is not None:
+            write_report(asdict(report), json_file)
 
 
 @main.command()

@@ -242,9 +242,12 @@ def memory_lines(memory: MemoryUse) -> list[str]:
     return lines
 
 
-def check_report(path: Path) -> None:
-    """Raise ConfigError, before work is spent, if a report could not be written there."""
-    if why := unwritable(path):
+def check_report(path: Path, bundle: Path) -> None:
+    """Raise ConfigError, before work is spent, if a report on a bundle cannot be written there."""
+    why = unwritable(path)
+    if why is None and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(bundle)):
+        why = "it would lie in the bundle, which never changes; choose another folder"
+    if why is not None:
         raise ConfigError(f"{path} cannot be written: {why}")
 
 

@@ -238,11 +238,13 @@ def bench(
     from varedit_runtime.bench import check_report, measure_bundle, report_table, write_report
 
     if json_file is not None:
-        check_report(json_file)
+        check_report(json_file, bundle)
     report = measure_bundle(bundle, repeat, backend, variant)
-    click.echo(report_table(report))
-    if json_file is not None:
-        write_report(asdict(report), json_file)
+    try:
+        click.echo(report_table(report))
+    finally:  # also where the output cannot be written
+        if json_file is not None:
+            write_report(asdict(report), json_file)
 
 
 @main.command()
