@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,6 +62,21 @@ def test_a_running_graph_is_stopped_where_signals_end_the_program(
     with pytest.raises(SystemExit) as ended, exit_on_signals(arrived), sent_after(0.5, sent):
         long_session.run({"start": start.part()}, {"end": end.part()})
     assert ended.value.code == 128 + sent and arrived == [sent]
+
+
+def test_a_signal_whose_exception_is_lost_comes_again(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Held:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    arrived: list[int] = []
+    with pytest.raises(SystemExit), exit_on_signals(arrived):
+        del [Held()][0]
+        time.sleep(60)
+    assert arrived == [signal.SIGTERM] * 2
+    assert capsys.readouterr().err == ""
 
 
 def test_a_program_that_watches_its_signals_keeps_them() -> None:

@@ -20,8 +20,9 @@
 
 import os
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
+# As in typing, which takes longer to import than a command that is interrupted may wait.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from varedit_runtime.editor import Editor, EditResult, Progress
 
@@ -32,7 +33,7 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 __all__ = ["EditResult", "Editor", "Progress"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Import the editor, and with it NumPy and ONNX Runtime, when it is first used."""
     if name in __all__:
         return getattr(import_module("varedit_runtime.editor"), name)

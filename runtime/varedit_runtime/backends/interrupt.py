@@ -1,7 +1,9 @@
 """End what runs when a signal arrives, native code too."""
 
+import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,13 +32,26 @@ def exit_on_signals(arrived: list[int]) -> Iterator[None]:
     """
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     handled = [number for number in SIGNALS if handlers[number] != signal.SIG_IGN]
+    hook = sys.unraisablehook
+
+    def again(lost: "sys.UnraisableHookArgs") -> None:
+        """Send a signal again whose exception was lost, such as in a destructor."""
+        if arrived and isinstance(lost.exc_value, SystemExit):
+            timer = threading.Timer(0.01, os.kill, (os.getpid(), arrived[-1]))
+            timer.daemon = True
+            timer.start()
+        else:
+            hook(lost)
+
     try:
+        sys.unraisablehook = again
         for number in handled:
             signal.signal(number, _Exit(arrived))
         yield
     finally:
         for number in handled:
             signal.signal(number, handlers[number])
+        sys.unraisablehook = hook
 
 
 @contextmanager
