@@ -289,7 +289,7 @@ def engines(bundle: Path, report: Path | None, options: EngineOptions) -> None:
     from varedit_runtime.bench import check_report, write_report
 
     if report is not None:
-        check_report(report)
+        check_report(report, bundle)
     path, reports = _compile(bundle, options)
     if report is not None:
         write_report(msgspec.to_builtins(reports), report)
