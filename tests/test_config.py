@@ -68,7 +68,7 @@ def test_impossible_tokenizers_are_refused() -> None:
         TokenizerConfig(8, 8, 30, (1, 1, 1, 2))
     with pytest.raises(ConfigError, match="groups"):
         TokenizerConfig(8, 8, 0, (1, 1, 1, 2))
-    with pytest.raises(ConfigError, match="at least one bit"):
+    with pytest.raises(ConfigError, match="bits is 0; a tokenizer has 1 to 256"):
         TokenizerConfig(0, 8, 32, (1, 1, 1, 2))
     with pytest.raises(ConfigError, match="bits a token"):
         replace(preset("tiny-2b"), tokenizer=preset("tiny-8b").tokenizer)

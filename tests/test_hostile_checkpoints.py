@@ -17,6 +17,8 @@ from safetensors.torch import save_file
 from small_t5 import write_t5
 from torch import Tensor
 
+from varedit_export.options import BuildOptions
+from varedit_export.resolve_options import plan_of
 from varedit_reference.checkpoint import load_transformer
 from varedit_reference.config import MAX_BLOCKS, TransformerConfig, preset
 from varedit_reference.pickled import LARGEST_HEADER
@@ -296,6 +298,31 @@ def test_impossible_sizes_of_a_text_encoder_are_refused(
 def test_a_model_of_a_million_blocks_is_refused() -> None:
     with pytest.raises(ConfigError, match=f"depth at most {MAX_BLOCKS}"):
         TransformerConfig(10**6, 64, 2, 8, 128, ((1, 1),), ((1, 1),) * 4)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"depth": 10**6},
+        {"depth": 1e999},
+        {"embed_dim": 2**62},
+        {"ch_mult": [1] * 10**5},
+        {"ch_mult": []},
+        {"base_ch": 2**40},
+        {"codebook_dim": 2**40},
+        {"text_channels": 2**40},
+        {"pn": ["0.06M"]},
+        {"patch": None},
+    ],
+)
+def test_a_recording_of_impossible_sizes_is_refused(
+    tmp_path: Path, change: dict[str, object]
+) -> None:
+    settings = json.loads((RECORDED / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | change))
+    options = BuildOptions(config=tmp_path / "config.json", random_weights=0)
+    with pytest.raises(ConfigError, match="does not describe a recording"):
+        plan_of(options)
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors.index.json"])

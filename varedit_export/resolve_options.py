@@ -20,8 +20,9 @@ from varedit_export.sources import (
 )
 from varedit_reference.config import PRESETS, ModelConfig, preset
 from varedit_reference.golden import PIXEL_BUDGETS, recorded_config
+from varedit_reference.weights_file import read_header_file
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.errors import CheckpointError, ConfigError, shown
+from varedit_runtime.errors import CheckpointError, ConfigError, reason, shown
 from varedit_runtime.locate import default_root, embedded
 
 TEXT_TOKENS = 128
@@ -78,12 +79,12 @@ def _models(options: BuildOptions) -> list[tuple[ModelConfig, int]]:
 
 def _recorded(config: Path) -> tuple[ModelConfig, int]:
     try:
-        settings = json.loads(config.read_text())
+        settings = json.loads(read_header_file(config))
         model = recorded_config(config.resolve().parent.name, settings)
         return model, PIXEL_BUDGETS[settings["pn"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ConfigError(
-            f"{config} does not describe a recording: give its config.json"
+            f"{config} does not describe a recording ({reason(error)}): give its config.json"
         ) from error
 
 

@@ -21,6 +21,7 @@ TEXT_HEAD_WIDTH = 128
 MAX_TEXT_TOKENS = 512  # rows of the learned unconditional text
 MAX_BLOCKS = 256  # of a transformer or text encoder: more are a mistake, or take for ever to build
 MAX_WIDTH = 2**20  # channels, heads, words
+MAX_BITS, MAX_TOKENIZER_LEVELS = 256, 8  # the released ones have at most 32 and 5
 MAX_LEVELS = 15  # rows of the level embedding; the released schedules use up to 13
 
 
@@ -43,6 +44,11 @@ class TokenizerConfig:
     groups: int | None = None
 
     def __post_init__(self) -> None:
+        if not 1 <= len(self.multipliers) <= MAX_TOKENIZER_LEVELS:
+            raise ConfigError(
+                f"a tokenizer has {len(self.multipliers)} multipliers; give 1 to "
+                f"{MAX_TOKENIZER_LEVELS}"
+            )
         if self.downsampling != 2 ** (len(self.multipliers) - 1):
             raise ConfigError(
                 f"a tokenizer with {len(self.multipliers)} multipliers downsamples by "
@@ -51,13 +57,14 @@ class TokenizerConfig:
             )
         for channels in (self.channels, *self.level_channels):
             groups = self.group_count(channels)
-            if channels < 1 or channels % groups:
+            if not 1 <= channels <= MAX_WIDTH or channels % groups:
                 raise ConfigError(
-                    f"a tokenizer level has {channels} channels, which do not divide into {groups} "
-                    "groups for GroupNorm: change channels, multipliers or groups"
+                    f"a tokenizer level has {channels} channels: at most {MAX_WIDTH} are expected, "
+                    f"which divide into {groups} groups for GroupNorm; change channels, "
+                    "multipliers or groups"
                 )
-        if self.bits < 1:
-            raise ConfigError(f"bits is {self.bits}; a tokenizer needs at least one bit a position")
+        if not 1 <= self.bits <= MAX_BITS:
+            raise ConfigError(f"bits is {self.bits}; a tokenizer has 1 to {MAX_BITS} a position")
 
     def group_count(self, channels: int) -> int:
         """Return the number of groups of a GroupNorm over this many channels."""
