@@ -276,6 +276,12 @@ def test_a_digest_file_of_another_form_is_refused(folder: Path, line: str):
     assert "manifest.sha256" in refusal(lambda: Bundle.open(folder))
 
 
+def test_a_digest_file_may_have_the_line_ends_of_windows(folder: Path):
+    digest = Bundle.open(folder).digest
+    (folder / DIGEST).write_bytes(f"{digest}  manifest.json\r\n".encode())
+    assert Bundle.open(folder).digest == digest
+
+
 # While it is replaced
 
 

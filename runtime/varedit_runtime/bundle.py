@@ -278,8 +278,9 @@ def read_manifest(
         data = file.read(MAX_MANIFEST_BYTES + 1)
     _refuse_longer(file.path, data, MAX_MANIFEST_BYTES)
     found = hashlib.sha256(data).hexdigest()
-    beside = read_at_most(regular_file(path, DIGEST), len(digest_line(found)))
-    if beside != digest_line(found):
+    line = digest_line(found)
+    beside = read_at_most(regular_file(path, DIGEST), len(line) + 1)
+    if beside.replace(b"\r\n", b"\n") != line:  # a copy through Windows may have changed it
         raise BundleError(
             f"{path / MANIFEST} is damaged: its sha256 is not the one in {DIGEST}; "
             "copy or build the folder again"
