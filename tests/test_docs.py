@@ -117,3 +117,11 @@ def test_where_to_look_names_files_that_are_there() -> None:
     assert len(names) > 20
     missing = [n for n in names if not any((ROOT / f / n).exists() for f in FOLDERS)]
     assert missing == []
+
+
+def test_the_security_page_names_tests_that_exist_and_every_fuzzer() -> None:
+    named = set(re.findall(r"`(tests/\w+\.py)`", (ROOT / "docs" / "security.md").read_text()))
+    assert named and all((ROOT / file).is_file() for file in named)
+    tests = {f"tests/{path.name}": path.read_text() for path in (ROOT / "tests").glob("test_*.py")}
+    fuzzers = {file for file, text in tests.items() if "\ndef test_fuzz_" in text}
+    assert fuzzers <= named
