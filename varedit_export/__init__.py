@@ -69,7 +69,7 @@ def build(
     nothing is published, and an earlier bundle of that name stays.
     """
     options = checked("options", options, BuildOptions)
-    on_step, notice = checked("on_step", on_step, Callable), checked("notice", notice, Callable)
+    _check_functions(on_step=on_step, notice=notice, accept=accept)
     with needs_extra("export"):
         from varedit_export.assemble import assemble
         from varedit_export.estimate import needs
@@ -96,7 +96,7 @@ def compile_engines(
     graph does not compile, BundleError if existing engines were built on another machine.
     """
     compiler = checked("options", options, EngineOptions).compiler()
-    on_step, notice = checked("on_step", on_step, Callable), checked("notice", notice, Callable)
+    _check_functions(on_step=on_step, notice=notice)
     with needs_extra("export"):
         from varedit_engines import compile_set
 
@@ -122,7 +122,7 @@ def verify(
     `backend.open` raises if the backend cannot run here.
     """
     options = checked("options", options, VerifyOptions)
-    measured = checked("measured", measured, Callable)
+    _check_functions(measured=measured)
     backend = choose(options.backend)
     always = backend == choose()
     if always and options.variant:
@@ -152,6 +152,11 @@ def verify(
         lines.append(line)
     opened.check_stands()  # its files were read by their path
     return gate(lines)
+
+
+def _check_functions(**given: object) -> None:
+    for name, value in given.items():
+        checked(name, value, Callable)
 
 
 def _opened(bundle: Bundle | AnyPath) -> Bundle:

@@ -175,7 +175,7 @@ def save_picture(image: Image.Image, path: AnyPath) -> None:
     extension is not in WRITE_FORMATS, or the file cannot be written; ConfigError on arguments of
     other types.
     """
-    image, target = checked("image", image, Image.Image), checked("path", path, AnyPath)
+    image, target = checked("image", image, Image.Image), Path(checked("path", path, AnyPath))
     written_as = check_target(target)
     # Encode in memory: Pillow does not notice when a full disk takes only part of a write.
     encoded = BytesIO()
@@ -208,7 +208,7 @@ def _known(source: Any) -> Path | bytes | BinaryIO | Image.Image:
             return bytes(source)
         if isinstance(source, Image.Image) or callable(getattr(source, "read", None)):
             return source
-        return checked("image", source, AnyPath)
+        return Path(checked("image", source, AnyPath))
     raise PictureError(
         f"the picture is {shown(source)}; give a path, the bytes of a file, a binary file, or a "
         "Pillow image, such as Image.fromarray(array)"

@@ -11,7 +11,6 @@ from dataclasses import dataclass, fields
 from itertools import islice
 from math import inf, isfinite
 from operator import index
-from pathlib import Path
 from types import NoneType, UnionType
 from typing import (
     Any,
@@ -54,9 +53,9 @@ class CheckedOptions:
 def checked(name: str, value: object, hint: Any, wanted: str = "") -> Any:
     """Return a caller's value as an annotation says: bool, int, float, str, a path, a class, ...
 
-    hint: one of these, a Literal, a tuple of any length, a Callable, or a union. Paths become
-    `Path`. wanted: what to ask for instead of what the annotation says. Raises ConfigError, naming
-    the argument.
+    hint: one of these, a Literal, a tuple of any length, a Callable, or a union. Paths become text.
+    wanted: what to ask for instead of what the annotation says. Raises ConfigError, naming the
+    argument.
     """
     kinds = _kinds(hint)
     cause = None
@@ -205,11 +204,11 @@ def _one_of(allowed: tuple[str, ...], value: str) -> str:
     return value
 
 
-def _path(value: AnyPath) -> Path:
+def _path(value: AnyPath) -> str:
     text = _text(os.fspath(value))
     if not text or b"\0" in os.fsencode(text):
         raise ValueError
-    return Path(text)
+    return text  # a Path would change what is no path here, such as hf://OWNER/REPOSITORY
 
 
 def _function(value: object) -> object:
