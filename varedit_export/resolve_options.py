@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -114,9 +115,9 @@ def _text_tokens(options: BuildOptions) -> int:
 def _sources(
     config: ModelConfig, options: BuildOptions, accept: Callable[[Download], None]
 ) -> Sources:
-    given = Places(
+    given = Places(  # of the two slashes of an address a Path keeps one
         *(
-            None if place is None else os.fspath(place)
+            None if place is None else re.sub(r"^hf:/+", "hf://", os.fspath(place))
             for place in (options.checkpoint, options.tokenizer, options.text_encoder)
         )
     )
