@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -115,9 +114,9 @@ def _text_tokens(options: BuildOptions) -> int:
 def _sources(
     config: ModelConfig, options: BuildOptions, accept: Callable[[Download], None]
 ) -> Sources:
-    given = Places(  # of the two slashes of an address a Path keeps one
+    given = Places(
         *(
-            None if place is None else re.sub(r"^hf:/+", "hf://", os.fspath(place))
+            None if place is None else os.fspath(place)
             for place in (options.checkpoint, options.tokenizer, options.text_encoder)
         )
     )
