@@ -68,9 +68,9 @@ def open_picture(
 
     Raises PictureError if the source is no picture in one of READ_FORMATS, is damaged or costly to
     decode (such as a JPEG of hundreds of scans), or has no pixels, too many, or takes too much
-    memory.
+    memory; ConfigError if a limit is no integer.
     """
-    limits = Limits(max_pixels, max_memory)
+    limits = Limits(checked("max_pixels", max_pixels, int), checked("max_memory", max_memory, int))
     source = _known(source)
     with _explained(str(source) if isinstance(source, Path) else "the picture"):
         if isinstance(source, Image.Image):
