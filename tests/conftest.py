@@ -15,6 +15,9 @@ from varedit_export.graphs.stages import Stage
 
 RECORDINGS = Path(__file__).parent / "golden"
 
+# Before the hub's library reads them: no test asks the real hub, or finds what a cache has.
+os.environ.update(HF_HUB_OFFLINE="1", HF_HOME="/nonexistent")
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Let fuzzing run longer than in CI: `pytest -k fuzz --fuzz 100`."""

@@ -102,12 +102,13 @@ def test_inspect_says_what_is_in_a_bundle() -> None:
         assert word in shown.output
 
 
-def test_without_weights_the_error_names_the_files() -> None:
+def test_without_weights_the_error_says_which() -> None:
     error = one_line_error(run("build", "--size", "2b", "--res", "512"))
-    assert "infinity_vae_d32reg.pth" in error
-    assert "Hugging Face" in error
-    error = one_line_error(run("build", "--size", "8b", "--res", "512", "--checkpoint", "8B.pth"))
-    assert "needs --tokenizer (infinity_vae_d56_f8_14_patchify.pth) and --text-encoder" in error
+    assert "cannot reach the hub for hf://HiDream-ai/VAREdit" in error
+    error = one_line_error(run("build", "--size", "125m", "--res", "512", "--checkpoint", "x.pth"))
+    assert "size 125m needs --tokenizer and --text-encoder, each a path or hf://" in error
+    error = one_line_error(run("build", "--size", "125m", "--res", "512", "--from", "me/x"))
+    assert "--from: only 2b and 8b are published" in error
     error = one_line_error(run("convert", "--size", "2b", "--tokenizer", "vae.pth", "-o", "out"))
     assert error == "Error: convert needs --checkpoint and --text-encoder too\n"
     paths = ("--checkpoint", "a.pth", "--tokenizer", "b.pth", "--text-encoder", "c")

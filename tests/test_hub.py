@@ -184,6 +184,7 @@ def test_a_killed_download_keeps_the_files_that_were_whole(tmp_path: Path) -> No
     files = {"first": WEIGHTS, "second": WEIGHTS[::-1]}
     with serve({REPOSITORY: Repository(files)}) as hub:
         environment = {**os.environ, "HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path)}
+        environment["HF_HUB_OFFLINE"] = "0"
         command = [sys.executable, "-c", script]
         hub.cuts, hub.hangs = [len(WEIGHTS), 100], True
         first = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
