@@ -66,6 +66,10 @@ def test_what_is_given_is_taken(hub: Hub) -> None:
     given = Places("mine.pth", None, "t5")
     found = find_weights("8b", [256], given, None)
     assert (found.transformer, found.text_encoder) == ("mine.pth", "t5")
+    hub.requests.clear()
+    given = Places("mine.pth", "vae.pth", "t5")
+    assert find_weights("8b", [256], given, None) == given
+    assert hub.requests == []
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,8 @@ def find_weights(
     same layout. Raises CheckpointError, with what is there, if it has no such transformer;
     ConfigError if there is one for each of several resolutions.
     """
+    if given.transformer and given.tokenizer and given.text_encoder:
+        return given
     table = PUBLISHED[size]
     shelf = _shelf(source or table.repository)
     transformer = given.transformer or shelf.at(_transformer(shelf, size, resolutions))
