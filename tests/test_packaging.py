@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import struct
 import subprocess
 import sys
 import tarfile
@@ -202,12 +201,21 @@ def test_an_error_is_one_line_and_a_traceback_comes_with_debug(tmp_path: Path):
 
 
 def test_warnings_of_libraries_do_not_add_to_the_line(tmp_path: Path):
-    huge = tmp_path / "huge.bmp"
-    size_and_depth = struct.pack("<IiiHH24x", 40, 10_000, 10_000, 1, 24)
-    huge.write_bytes(b"BM" + struct.pack("<8xI", 54) + size_and_depth)
-    arguments = ("prepare", huge, "-o", tmp_path / "out.png")
-    assert command("varedit-run", *arguments).stderr.count("\n") == 1
-    assert "DecompressionBombWarning" in command("varedit-run", "--debug", *arguments).stderr
+    code = """if True:
+        import warnings
+        from varedit_runtime import pictures
+        from varedit_runtime.cli import main
+        from varedit_runtime.errors import PictureError
+        def open_picture(source):
+            warnings.warn("a library's warning")
+            raise PictureError("no picture")
+        pictures.open_picture = open_picture
+        main()
+        """
+    arguments = ("prepare", "in.png", "-o", str(tmp_path / "out.png"))
+    assert python(code, *arguments, cwd=tmp_path).stderr == "Error: no picture\n"
+    debugged = python(code, "--debug", *arguments, cwd=tmp_path)
+    assert "a library's warning" in debugged.stderr
 
 
 CONVERT = ("--checkpoint", "v", "--tokenizer", "t", "--text-encoder", "e", "-o", "out")
