@@ -7,13 +7,14 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 
-from varedit_runtime.backends.interrupt import exit_on_signals, stopped_by_interrupt
+from varedit_runtime.backends.interrupt import exit_on_signals, held_signals, run_stoppable
 from varedit_runtime.backends.onnxruntime.backend import Buffer, Session
 
 SIZE, NODES = 512, 20000  # a minute or more of matrix products
@@ -62,6 +63,26 @@ def test_a_running_graph_is_stopped_where_signals_end_the_program(
     with pytest.raises(SystemExit) as ended, exit_on_signals(arrived), sent_after(0.5, sent):
         long_session.run({"start": start.part()}, {"end": end.part()})
     assert ended.value.code == 128 + sent and arrived == [sent]
+    assert signal.set_wakeup_fd(-1) == -1  # so that the next graph can be stopped too
+
+
+def test_signals_wait_for_native_code_that_exceptions_must_not_pass() -> None:
+    arrived: list[int] = []
+    with pytest.raises(SystemExit), exit_on_signals(arrived), held_signals() as held:
+        signal.raise_signal(signal.SIGTERM)
+        assert held == [signal.SIGTERM] and not arrived
+    assert arrived == [signal.SIGTERM]
+
+
+def test_work_in_a_shells_background_is_stopped() -> None:
+    stopped = threading.Event()
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as shells do for `command &`
+    try:
+        with pytest.raises(SystemExit), exit_on_signals([]):
+            run_stoppable(partial(signal.raise_signal, signal.SIGTERM), stopped.set)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    assert stopped.is_set()
 
 
 def test_a_signal_whose_exception_is_lost_comes_again(
@@ -86,11 +107,10 @@ def test_a_program_that_watches_its_signals_keeps_them() -> None:
         telling.setblocking(False)
         signal.set_wakeup_fd(telling.fileno())
         try:
-            with (
-                pytest.raises(KeyboardInterrupt),
-                stopped_by_interrupt(lambda: stopped.append(True)),
-            ):
-                signal.raise_signal(signal.SIGINT)
+            with pytest.raises(KeyboardInterrupt):
+                run_stoppable(
+                    partial(signal.raise_signal, signal.SIGINT), lambda: stopped.append(True)
+                )
             assert told.recv(1)[0] == signal.SIGINT and not stopped
         finally:
             signal.set_wakeup_fd(-1)
@@ -101,8 +121,7 @@ def test_a_program_that_handles_interrupts_itself_is_not_stopped() -> None:
     stopped: list[bool] = []
     previous = signal.signal(signal.SIGINT, lambda number, frame: handled.append(number))
     try:
-        with stopped_by_interrupt(lambda: stopped.append(True)):
-            signal.raise_signal(signal.SIGINT)
+        run_stoppable(partial(signal.raise_signal, signal.SIGINT), lambda: stopped.append(True))
     finally:
         signal.signal(signal.SIGINT, previous)
     assert handled == [signal.SIGINT] and not stopped
@@ -115,8 +134,8 @@ def test_an_interrupt_while_the_watcher_starts_leaves_nothing(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(threading.Thread, "start", interrupted)
-    with pytest.raises(KeyboardInterrupt), stopped_by_interrupt(lambda: None):
-        pytest.fail("the block ran")
+    with pytest.raises(KeyboardInterrupt):
+        run_stoppable(lambda: pytest.fail("the work ran"), lambda: None)
     assert signal.set_wakeup_fd(-1) == -1
 
 
@@ -124,8 +143,7 @@ def test_other_threads_just_run() -> None:
     done: list[bool] = []
 
     def work() -> None:
-        with stopped_by_interrupt(lambda: None):
-            done.append(True)
+        run_stoppable(lambda: done.append(True), lambda: None)
 
     thread = threading.Thread(target=work)
     thread.start()

@@ -5,8 +5,6 @@ time and without a GPU. Networks are strongly typed: the graph's types are the e
 """
 
 import importlib
-import signal
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -28,6 +26,7 @@ from varedit_runtime.backends.engines.import_tensorrt import (
     rtx_architectures,
     the_logger,
 )
+from varedit_runtime.backends.interrupt import held_signals
 from varedit_runtime.errors import BackendError, ConfigError, shown
 from varedit_runtime.precision import FLOAT32, Precision
 from varedit_runtime.values import CheckedOptions
@@ -149,12 +148,12 @@ class EngineCompiler:
         for shapes in profiles:
             config.add_optimization_profile(_fixed_profile(builder, shapes))
         with (
-            self._timings(config),
             _monitored(trt, config, name, on_step) as stopped,
+            self._timings(config),
             listening(trt, to_all=True) as log,
         ):
             plan = builder.build_serialized_network(network, config)
-        if stopped.is_set():
+        if stopped:  # and the program's own handler let it go on
             raise KeyboardInterrupt
         if plan is None:
             raise BackendError(f"{self.backend} cannot compile graph {name}: {log.reason()}")
@@ -254,36 +253,30 @@ def _fixed_profile(builder: Any, shapes: Mapping[str, tuple[int, ...]]) -> Any:
 
 
 @contextmanager
-def _monitored(
-    trt: ModuleType, config: Any, name: str, on_step: OnStep
-) -> Iterator[threading.Event]:
-    """Report the builder's progress, and let Ctrl-C stop it; the builder then returns nothing."""
-    stopped = threading.Event()
+def _monitored(trt: ModuleType, config: Any, name: str, on_step: OnStep) -> Iterator[list[int]]:
+    """Report the builder's progress, and let signals stop it; the builder then returns nothing.
 
-    class Monitor(trt.IProgressMonitor):
-        def __init__(self) -> None:
-            super().__init__()
-            self.steps: dict[str, int] = {}
+    Yields the signals that arrived.
+    """
+    with held_signals() as arrived:
 
-        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
-            if not parent:
-                self.steps[phase] = steps
+        class Monitor(trt.IProgressMonitor):
+            def __init__(self) -> None:
+                super().__init__()
+                self.steps: dict[str, int] = {}
 
-        def step_complete(self, phase: str, step: int) -> bool:
-            if phase in self.steps:
-                on_step(name, step + 1, self.steps[phase])
-            return not stopped.is_set()
+            def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+                if not parent:
+                    self.steps[phase] = steps
 
-        def phase_finish(self, phase: str) -> None:
-            self.steps.pop(phase, None)
+            def step_complete(self, phase: str, step: int) -> bool:
+                if phase in self.steps:
+                    on_step(name, step + 1, self.steps[phase])
+                return not arrived
 
-    config.progress_monitor = monitor = Monitor()
-    main = threading.current_thread() is threading.main_thread()
-    # An exception must not pass through the builder's native frames.
-    previous = signal.signal(signal.SIGINT, lambda *_: stopped.set()) if main else None
-    try:
-        yield stopped
-    finally:
-        if main:
-            signal.signal(signal.SIGINT, previous)
+            def phase_finish(self, phase: str) -> None:
+                self.steps.pop(phase, None)
+
+        config.progress_monitor = monitor = Monitor()
+        yield arrived
         del monitor

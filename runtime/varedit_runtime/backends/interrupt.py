@@ -55,36 +55,63 @@ def exit_on_signals(arrived: list[int]) -> Iterator[None]:
 
 
 @contextmanager
-def stopped_by_interrupt(stop: Callable[[], None]) -> Iterator[None]:
-    """Call `stop`, in another thread, as soon as Ctrl-C is pressed while the block runs.
+def held_signals() -> Iterator[list[int]]:
+    """Hold back Ctrl-C and SIGTERM while the block runs, as no exception may pass native frames.
+
+    Yields a list that gets their numbers. After the block the first one is handled as it would have
+    been. Nothing is held that Python does not handle, or in threads other than the main one.
+    """
+    arrived: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    held = [number for number in SIGNALS if callable(handlers[number])]
+    if threading.current_thread() is not threading.main_thread():
+        held = []
+    try:
+        for number in held:
+            signal.signal(number, lambda number, _: arrived.append(number))
+        yield arrived
+    finally:
+        for number in held:
+            signal.signal(number, handlers[number])
+        if arrived:
+            signal.raise_signal(arrived[0])
+
+
+def run_stoppable(work: Callable[[], object], stop: Callable[[], None]) -> None:
+    """Run native code; call `stop`, in another thread, as soon as Ctrl-C is pressed meanwhile.
 
     Python raises KeyboardInterrupt only when native code returns, which may take minutes for a
     graph. Signals reach only the main thread: in other threads, and if the program handles or
-    watches its signals itself (as asyncio does), the block just runs. Within `exit_on_signals`,
+    watches its signals itself (as asyncio does), the work just runs. Within `exit_on_signals`,
     SIGTERM stops it too.
+
+    It is no context manager: a signal's exception would be raised where `__exit__` begins, which
+    then would do nothing, and the next work could not be stopped.
     """
     told, telling = socket.socketpair()
     with told, telling:
         telling.setblocking(False)
         if not _take_wakeup(telling):
-            yield
+            work()
             return
         watcher = threading.Thread(target=_watch, args=(told, stop), daemon=True)
         try:
             watcher.start()
-            yield
+            work()
         finally:
-            signal.set_wakeup_fd(-1)
-            telling.shutdown(socket.SHUT_WR)
-            if watcher.ident is not None:  # Ctrl-C may come before it was started
-                watcher.join()
+            try:
+                signal.set_wakeup_fd(-1)
+            finally:  # a signal's exception may come here too
+                telling.shutdown(socket.SHUT_WR)
+                if watcher.ident is not None:  # Ctrl-C may come before it was started
+                    watcher.join()
 
 
 def _take_wakeup(telling: socket.socket) -> bool:
     """Have signals written to the socket, unless the program handles them; return whether."""
     if threading.current_thread() is not threading.main_thread():
         return False
-    if not _ends(signal.SIGINT):
+    if not any(map(_ends, SIGNALS)):  # Ctrl-C is ignored in a shell's background
         return False
     previous = signal.set_wakeup_fd(telling.fileno(), warn_on_full_buffer=False)
     if previous == -1:

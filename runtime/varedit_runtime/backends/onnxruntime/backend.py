@@ -5,7 +5,7 @@ own packed copy of the weights.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -17,7 +17,7 @@ import onnxruntime as ort
 
 from varedit_runtime.backends.graph_backend import GraphBackend
 from varedit_runtime.backends.graph_file import read_graph
-from varedit_runtime.backends.interrupt import stopped_by_interrupt
+from varedit_runtime.backends.interrupt import run_stoppable
 from varedit_runtime.backends.onnxruntime import cuda
 from varedit_runtime.backends.onnxruntime.options import PROVIDERS, OnnxRuntimeOptions
 from varedit_runtime.backends.wiring import FUSED, SYMBOLIC, Step, View, constants, values_of
@@ -180,10 +180,11 @@ class Session:
                 binding.bind_input(name, *part.binding())
             for name, part in outputs.items():
                 binding.bind_output(name, *part.binding())
-            # Stopped in a capture, the session could not capture again.
-            stop = None if self._captured else partial(setattr, options, "terminate", True)
-            with nullcontext() if stop is None else stopped_by_interrupt(stop):
-                self._session.run_with_iobinding(binding, options)
+            run = partial(self._session.run_with_iobinding, binding, options)
+            if self._captured:  # stopped in a capture, the session could not capture again
+                run()
+            else:
+                run_stoppable(run, partial(setattr, options, "terminate", True))
 
     def _run_settings(self, number: int) -> dict[str, str]:
         if self._captured:  # the graphs contain addresses of the arena, which must stay as it is
