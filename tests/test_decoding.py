@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
+from threading import Event
 
 import numpy as np
 import pytest
@@ -482,6 +483,29 @@ def test_threads_may_share_an_open_file():
     with ThreadPoolExecutor(8) as pool:
         results = list(pool.map(lambda _: open_picture(file).tobytes(), range(16)))
     assert set(results) == {noise(97, 101).tobytes()}
+
+
+def test_a_stream_that_has_not_arrived_stops_no_other_picture():
+    file = encoded(noise(97, 101), "PNG")
+    asked, arrived = Event(), Event()
+
+    class Stream(io.BytesIO):
+        def tell(self) -> int:
+            raise io.UnsupportedOperation
+
+        def read(self, size: int | None = -1, /) -> bytes:
+            asked.set()
+            arrived.wait(60)
+            return super().read(size)
+
+    with ThreadPoolExecutor(2) as pool:
+        try:
+            late = pool.submit(open_picture, Stream(file))
+            assert asked.wait(60)
+            pool.submit(open_picture, io.BytesIO(file)).result(timeout=10)
+        finally:
+            arrived.set()
+        assert late.result().tobytes() == noise(97, 101).tobytes()
 
 
 @pytest.mark.parametrize("kind", sorted(lazily_opened().keys() - {"PPM"}))

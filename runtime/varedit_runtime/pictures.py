@@ -221,25 +221,31 @@ def _read(source: Path | bytes | BinaryIO, limits: Limits) -> bytes:
     if isinstance(source, Path):
         with source.open("rb") as file:
             return _content(file, limits)
-    with _ONE_AT_A_TIME:
-        return _content(source, limits)
+    return _content(source, limits)
 
 
 def _content(file: BinaryIO, limits: Limits) -> bytes:
     """Read a whole file, from its start if it has one; leave its position as it was."""
-    try:
-        position = file.tell()
-        file.seek(0)
-    except (AttributeError, OSError):  # a pipe
-        position = None
+    with _ONE_AT_A_TIME:
+        try:
+            position = file.tell()
+            file.seek(0)
+        except (AttributeError, OSError):
+            position = None
+        else:
+            try:
+                return _rest(file, limits)
+            finally:
+                file.seek(position)
+    # A pipe or connection, which threads cannot share: waiting for it must not stop the others.
+    return _rest(file, limits)
+
+
+def _rest(file: BinaryIO, limits: Limits) -> bytes:
     content = BytesIO()
-    try:
-        while piece := file.read(_PIECE):
-            content.write(piece)
-            limits.check_memory(content.tell())
-    finally:
-        if position is not None:
-            file.seek(position)
+    while piece := file.read(_PIECE):
+        content.write(piece)
+        limits.check_memory(content.tell())
     return content.getvalue()
 
 
