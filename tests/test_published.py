@@ -1,7 +1,9 @@
 """Weights by name: the published ones, those on the hub, and the build that takes them."""
 
+import io
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -16,7 +18,8 @@ from small_t5 import write_t5
 
 from varedit_export import published
 from varedit_export.cli import main
-from varedit_export.published import Places, Published, find_weights
+from varedit_export.console import accept
+from varedit_export.published import Download, Places, Published, find_weights
 from varedit_reference.config import preset
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import CheckpointError, ConfigError, readable_size
@@ -194,3 +197,14 @@ def test_a_download_that_does_not_fit_is_refused(
     with pytest.raises(CheckpointError, match="the disk has no room"):
         published.bring(["hf://me/x/var.pth"], lambda _: pytest.fail("asked in vain"))
     assert not any("/blobs/" in request for request in hub.requests)
+
+
+@pytest.mark.parametrize("stdin", (None, io.StringIO()))
+def test_without_an_answer_nothing_is_downloaded(
+    monkeypatch: pytest.MonkeyPatch, stdin: io.StringIO | None
+) -> None:
+    if stdin is not None:  # a terminal, where the input was ended by Ctrl-D
+        monkeypatch.setattr(stdin, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stdin", stdin)
+    with pytest.raises(ConfigError, match="download"):
+        accept(False, Download(()))

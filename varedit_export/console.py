@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import click
@@ -42,7 +42,9 @@ def accept(yes: bool, download: "Download") -> None:
     say(str(download))
     if yes:
         return
-    if not sys.stdin.isatty():
+    if sys.stdin is None or not sys.stdin.isatty():
         raise ConfigError("weights have to be downloaded: give --yes to do so without being asked")
-    if not click.confirm("Download?", err=True):
-        raise ConfigError("not downloaded")
+    with suppress(click.Abort):  # the end of the input, such as by Ctrl-D
+        if click.confirm("Download?", err=True):
+            return
+    raise ConfigError("not downloaded")
