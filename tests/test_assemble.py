@@ -16,7 +16,7 @@ from varedit_engines.publish import Staging
 from varedit_export import assemble as assemble_module
 from varedit_export.assemble import assemble
 from varedit_export.errors import ParityError
-from varedit_export.manifest_model import sources_of
+from varedit_export.manifest_model import manifest_of, sources_of
 from varedit_export.parity.compare_bundle import compare_bundle
 from varedit_export.parity.measures import gate
 from varedit_export.plan import BundlePlan
@@ -25,6 +25,7 @@ from varedit_reference.initialise import RandomWeights
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.editor import Editor
 from varedit_runtime.errors import BackendError, ConfigError
+from varedit_runtime.manifest import Manifest, canonical_json, decode_manifest
 
 SCALES = len(bundle_config().transformer.grids)
 
@@ -57,6 +58,13 @@ def test_a_bundle_holds_every_stage_and_one_copy_of_the_weights(
     plan = BundlePlan([request(Path("unused"))], random_weights())
     assert plan.weight_bytes <= stored <= plan.weight_bytes + 100_000
     assert whole - stored < len(graphs) * 10**6
+
+
+def test_a_manifest_takes_names_of_all_files(bundle: Bundle) -> None:
+    odd = "a\nb\x1b\udcff" * 50
+    plan = BundlePlan([request(Path(odd))], replace(random_weights(), description=odd))
+    made = manifest_of(plan, bundle.manifest.variants, bundle.manifest.files, ())
+    assert decode_manifest(canonical_json(made), Manifest) == made
 
 
 def test_graphs_are_valid_standard_and_load_without_a_warning(

@@ -23,6 +23,7 @@ from varedit_export.sources import Sources, TextSource
 from varedit_reference.config import ModelConfig, TokenizerConfig, TransformerConfig
 from varedit_reference.weights_file import open_weights
 from varedit_runtime.bundle import Bundle
+from varedit_runtime.errors import printable
 from varedit_runtime.grids import scale_grids
 from varedit_runtime.manifest import FileEntry, Manifest, Model, ParityLine, Variant
 
@@ -44,7 +45,7 @@ def manifest_of(
     request = plan.request
     return Manifest(
         schema_version=1,
-        name=request.target.name,
+        name=_label(request.target.name),
         model=_model_of(request.config, plan.sources),
         precision=request.precision,
         fp32_exceptions=request.policy.fp32_exceptions,
@@ -55,6 +56,11 @@ def manifest_of(
         tools=tool_versions(),
         parity=parity,
     )
+
+
+def _label(text: str) -> str:
+    """Return names of files as a manifest can hold them, whatever characters they have."""
+    return printable(text)[:1000]
 
 
 def _model_of(whole: ModelConfig, sources: Sources) -> Model:
@@ -72,7 +78,7 @@ def _model_of(whole: ModelConfig, sources: Sources) -> Model:
         text_channels=config.text_channels,
         conditioning=config.conditioning,
         rotary=config.rotary,
-        weights=sources.description,
+        weights=_label(sources.description),
         norm_groups=tokenizer.groups,
         text_distance=text and text.max_distance,
         text_epsilon=text and text.epsilon,
