@@ -14,6 +14,8 @@ from small_t5 import write_t5
 from torch import Tensor
 
 from varedit_export.cli import main
+from varedit_export.options import BuildOptions
+from varedit_export.resolve_options import plan_of
 from varedit_export.sources import checkpoint_sources
 from varedit_reference.checkpoint import load_tokenizer, load_transformer
 from varedit_reference.config import TextEncoderConfig, preset
@@ -143,7 +145,10 @@ def test_what_was_left_out_is_in_the_plan_and_told_by_convert(
 ) -> None:
     torch.save({f"module.{n}": t for n, t in transformer.items()}, tmp_path / "w.pth")
     tokenizer = RECORDED / "vae.pth"
-    sources = checkpoint_sources(CONFIG, tmp_path / "w.pth", tokenizer, None)
+    options = BuildOptions(
+        config=RECORDED / "config.json", checkpoint=tmp_path / "w.pth", tokenizer=tokenizer
+    )
+    sources = plan_of(options).sources
     assert sources.description == "w.pth (names without 'module.'), vae.pth"
     write_t5(tmp_path / "t5")
     arguments = ["--size", "tiny-2b", "--checkpoint", tmp_path / "w.pth", "--tokenizer", tokenizer]

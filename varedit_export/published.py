@@ -59,12 +59,12 @@ class Places:
 class Files:
     """The weights of a build on this machine.
 
-    paths: in the order in which places were given. description: their names. origins: of the files
-    that came from the hub.
+    paths, names: in the order in which places were given. origins: of the files that came from the
+    hub.
     """
 
     paths: Sequence[Path]
-    description: str
+    names: Sequence[str]
     origins: tuple[HubOrigin, ...]
 
 
@@ -187,7 +187,7 @@ def bring(places: Sequence[str], accept: Callable[[Download], None]) -> Files:
         path, fetched = (Path(place), []) if one is None else hub.fetch(one)
         paths.append(path)
         origins += fetched
-    return Files(paths, ", ".join(map(_name, places)), tuple(origins))
+    return Files(paths, tuple(map(_name, places)), tuple(origins))
 
 
 def _look_up(place: str, files: Callable[[str], list[Choice]]) -> Wanted | None:

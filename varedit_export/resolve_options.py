@@ -139,8 +139,8 @@ def _sources(
         raise CheckpointError(missing_weights(config.name, missing))
     files = bring(places, accept)
     transformer, tokenizer, *text_encoder = files.paths
-    sources = checkpoint_sources(config, transformer, tokenizer, *text_encoder)
-    return replace(sources, description=files.description, origins=files.origins)
+    sources = checkpoint_sources(config, transformer, tokenizer, *text_encoder, names=files.names)
+    return replace(sources, origins=files.origins)
 
 
 def _name(config: ModelConfig, options: BuildOptions, resolutions: list[int]) -> str:

@@ -67,9 +67,14 @@ class Sources:
 
 
 def checkpoint_sources(
-    config: ModelConfig, transformer: Path, tokenizer: Path, text_encoder: Path | None = None
+    config: ModelConfig,
+    transformer: Path,
+    tokenizer: Path,
+    text_encoder: Path | None = None,
+    *,
+    names: Sequence[str] = (),
 ) -> Sources:
-    """Open weights in files.
+    """Open weights in files. names: what they are called; by default their own names.
 
     Raises CheckpointError if they cannot be read or do not fit, ConfigError on a text encoder of a
     kind that is not exported.
@@ -88,7 +93,7 @@ def checkpoint_sources(
         files[transformer],
         files[tokenizer],
         text,
-        ", ".join(_described(path, weights.notes) for path, weights in files.items()),
+        ", ".join(map(_described, names or [path.name for path in files], files.values())),
         sha256("\n".join(map(_stamp, files)).encode()).hexdigest(),
     )
 
@@ -159,8 +164,8 @@ def _text_source(folder: Path, weights: Weights) -> TextSource:
     return TextSource(config, weights, (folder / TOKENIZER).read_bytes())
 
 
-def _described(path: Path, notes: Sequence[str]) -> str:
-    return f"{path.name} ({'; '.join(notes)})" if notes else path.name
+def _described(name: str, weights: Weights) -> str:
+    return f"{name} ({'; '.join(weights.notes)})" if weights.notes else name
 
 
 def _stamp(path: Path) -> str:
