@@ -188,6 +188,15 @@ def test_size_and_resolution_alone_build_a_bundle(
     assert not any("tf_model" in request for request in hub.requests)
 
 
+def test_a_mistyped_path_is_not_looked_for_on_the_hub(hub: Hub) -> None:
+    files = published.bring(["weights/var.pth"], lambda _: None, ["loras/x.safetensors"])
+    assert (files.paths, files.adapters) == (
+        [Path("weights/var.pth")],
+        [Path("loras/x.safetensors")],
+    )
+    assert hub.requests == []
+
+
 def test_a_download_that_does_not_fit_is_refused(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -125,6 +125,13 @@ def main() -> None:
     metavar="OWNER/REPOSITORY|FOLDER",
     help="Where the published weights of 2b and 8b are taken from; by default their authors'.",
 )
+@click.option(
+    "--lora",
+    "loras",
+    metavar="PLACE[:SCALE]",
+    multiple=True,
+    help="A LoRA adapter to merge, of PEFT or kohya's naming; repeatable. SCALE is 1 by default.",
+)
 @_yes
 @click.option("--random-weights", type=int, help="Seed of random weights, instead of checkpoints.")
 @click.option(
@@ -179,6 +186,7 @@ def build(
     varedit-export build --size 2b --res 512 --checkpoint 2B-512.pth \\
         --tokenizer hf://FoundationVision/Infinity/infinity_vae_d32reg.pth \\
         --text-encoder google/flan-t5-xl
+    varedit-export build --size 8b --res 512 --lora style.safetensors:0.8 -o bundles/style
     varedit-export build --size 125m --res 256 --random-weights 0
     varedit-export build --size nano --precision fp16 --backend tensorrt-rtx \\
         --architecture sm89

@@ -21,6 +21,8 @@ def _lines(bundle: Bundle) -> Iterator[str]:
     yield f"  weights    {model.weights}"
     for origin in model.origins or ():
         yield f"             {origin.file} of {origin.repository} at {origin.commit}"
+    for lora in model.loras or ():
+        yield f"  lora       {lora.file} times {lora.scale:g}, sha256 {lora.sha256}"
     exceptions = "; ".join(manifest.fp32_exceptions) or "everything"
     yield f"  precision  {manifest.precision}; in fp32: {exceptions}"
     yield f"  defaults   guidance {manifest.guidance_scale}, temperature {manifest.temperature}"

@@ -83,6 +83,7 @@ def _model_of(whole: ModelConfig, sources: Sources) -> Model:
         text_distance=text and text.max_distance,
         text_epsilon=text and text.epsilon,
         origins=sources.origins or UNSET,
+        loras=sources.loras or UNSET,
     )
 
 

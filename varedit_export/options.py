@@ -31,6 +31,9 @@ class BuildOptions(CheckedOptions):
     tokenizer: AnyPath | None = None  # the picture tokenizer: infinity_vae_*.pth
     text_encoder: AnyPath | None = None  # the folder or repository of flan-t5-xl
     source: str | None = None  # OWNER/REPOSITORY or a folder
+    # LoRA adapters to merge into the transformer, each a place with or without a scale:
+    # style.safetensors, style.safetensors:0.8, hf://OWNER/REPOSITORY, a folder of PEFT's.
+    loras: tuple[AnyPath, ...] = ()
     random_weights: int | None = None  # the seed of random weights, for structure, speed and size
 
     # What is compiled into the graphs.

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from varedit_export import hub
 from varedit_export.hub import SCHEME, Choice, HubAddress, Wanted
+from varedit_export.lora import FILES, SETTINGS, SUFFIX
 from varedit_runtime.errors import CheckpointError, ConfigError, readable_size
 from varedit_runtime.manifest import HubOrigin
 
@@ -59,11 +60,12 @@ class Places:
 class Files:
     """The weights of a build on this machine.
 
-    paths, names: in the order in which places were given. origins: of the files that came from the
-    hub.
+    paths, adapters: in the order in which places were given. names: of paths. origins: of the files
+    that came from the hub.
     """
 
     paths: Sequence[Path]
+    adapters: Sequence[Path]
     names: Sequence[str]
     origins: tuple[HubOrigin, ...]
 
@@ -167,27 +169,32 @@ def _transformer(shelf: _Shelf, size: str, resolutions: Sequence[int]) -> str:
     return found[0]
 
 
-def bring(places: Sequence[str], accept: Callable[[Download], None]) -> Files:
+def bring(
+    places: Sequence[str], accept: Callable[[Download], None], adapters: Sequence[str] = ()
+) -> Files:
     """Download the weights that are on the hub; return where all are on this machine.
 
     places: of the transformer, the picture tokenizer and, if there is one, the text encoder.
-    accept: called before anything is downloaded, if anything has to be; it raises to refuse. Raises
-    CheckpointError if weights are not there, cannot be fetched, or do not fit on the disk.
+    adapters: places of LoRA adapters. accept: called before anything is downloaded, if anything has
+    to be; it raises to refuse. Raises CheckpointError if weights are not there, cannot be fetched,
+    or do not fit on the disk.
     """
     kinds = (_weight_files, _weight_files, _text_encoder_files)
-    wanted = [_look_up(place, files) for place, files in zip(places, kinds, strict=False)]
+    asked = [*zip(places, kinds, strict=False), *((place, _adapter_files) for place in adapters)]
+    wanted = [_look_up(place, files) for place, files in asked]
     download = Download(tuple(one for one in wanted if one is not None and one.missing))
-    if download.size > download.free:
-        raise CheckpointError(f"the disk has no room: {download}")
     if download.size:
+        if download.size > download.free:
+            raise CheckpointError(f"the disk has no room: {download}")
         accept(download)
     paths: list[Path] = []
     origins: list[HubOrigin] = []
-    for place, one in zip(places, wanted, strict=True):
+    for (place, _), one in zip(asked, wanted, strict=True):
         path, fetched = (Path(place), []) if one is None else hub.fetch(one)
         paths.append(path)
         origins += fetched
-    return Files(paths, tuple(map(_name, places)), tuple(origins))
+    count = len(places)
+    return Files(paths[:count], paths[count:], tuple(map(_name, places)), tuple(origins))
 
 
 def _look_up(place: str, files: Callable[[str], list[Choice]]) -> Wanted | None:
@@ -197,10 +204,14 @@ def _look_up(place: str, files: Callable[[str], list[Choice]]) -> Wanted | None:
 
 
 def _address(place: str) -> HubAddress | None:
-    """Return a place's address on the hub; OWNER/REPOSITORY is one if no such path exists."""
+    """Return a place's address on the hub; OWNER/REPOSITORY is one if no such path exists.
+
+    A name that ends as weights do is a path: a mistyped one is not looked for on the hub.
+    """
     if place.startswith(SCHEME):
         return hub.parse(place)
-    if hub.is_repository(place) and not Path(place).exists():
+    path = Path(place)
+    if hub.is_repository(place) and path.suffix not in WEIGHTS and not path.exists():
         return HubAddress(place)
     return None
 
@@ -218,6 +229,14 @@ def _weight_files(path: str) -> list[Choice]:
     inside = f"{escape(path)}/" if path else ""
     shards = [(f"{inside}*{s}", f"{inside}*{s}.index.json") for s in WEIGHTS]
     return [*([(escape(path),)] if path else []), *shards]
+
+
+def _adapter_files(path: str) -> list[Choice]:
+    """Return the choices for an adapter: the file, or that of a folder, with PEFT's settings."""
+    folder, _, _ = path.rpartition("/") if path.endswith(SUFFIX) else (path, "", "")
+    inside = f"{escape(folder)}/" if folder else ""
+    files = [escape(path)] if path.endswith(SUFFIX) else [inside + name for name in FILES]
+    return [(file, inside + SETTINGS) for file in files]
 
 
 def _text_encoder_files(path: str) -> list[Choice]:

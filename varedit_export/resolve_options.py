@@ -2,11 +2,12 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+from varedit_export.lora import merge_loras, parse, short_name
 from varedit_export.manifest_model import sources_of
 from varedit_export.options import BuildOptions
 from varedit_export.plan import BundlePlan, VariantRequest
@@ -20,12 +21,13 @@ from varedit_export.sources import (
 )
 from varedit_reference.config import PRESETS, ModelConfig, preset
 from varedit_reference.golden import PIXEL_BUDGETS, recorded_config
-from varedit_reference.weights_file import read_header_file
+from varedit_reference.weights_file import open_weights, read_header_file
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import CheckpointError, ConfigError, reason, shown
 from varedit_runtime.locate import default_root, embedded
 
 TEXT_TOKENS = 128
+MOST_NAMED = 3  # LoRA adapters in the name of a folder
 
 
 def plan_of(
@@ -114,18 +116,40 @@ def _text_tokens(options: BuildOptions) -> int:
 def _sources(
     config: ModelConfig, options: BuildOptions, accept: Callable[[Download], None]
 ) -> Sources:
+    loras = [parse(os.fspath(lora)) for lora in options.loras]
+    places = _places(config, options)
+    files = bring(places, accept, [place for place, _ in loras])
+    stored: Collection[str] = ()
+    if places:
+        transformer, tokenizer, *text_encoder = files.paths
+        sources = checkpoint_sources(
+            config, transformer, tokenizer, *text_encoder, names=files.names
+        )
+        stored = open_weights(transformer) if loras else ()
+    elif options.random_weights is not None:
+        sources = random_sources(config, options.random_weights)
+    else:
+        sources = sources_of(_nano())[1]
+    scaled = [(path, scale) for path, (_, scale) in zip(files.adapters, loras, strict=True)]
+    merged = merge_loras(sources, scaled, config.transformer, stored)
+    return replace(merged, origins=files.origins)
+
+
+def _places(config: ModelConfig, options: BuildOptions) -> list[str]:
+    """Return where the weights are; nothing for random ones and nano's own."""
     given = Places(
         *(
             None if place is None else os.fspath(place)
             for place in (options.checkpoint, options.tokenizer, options.text_encoder)
         )
     )
+    own = given == Places() and options.source is None
     if options.random_weights is not None:
-        if given != Places() or options.source is not None:
+        if not own:
             raise ConfigError("--random-weights replaces all checkpoints: give it or them")
-        return random_sources(config, options.random_weights)
-    if options.size == NANO_SIZE and given == Places() and options.source is None:
-        return sources_of(_nano())[1]
+        return []
+    if options.size == NANO_SIZE and own:
+        return []
     if options.size in PUBLISHED:
         given = find_weights(options.size, options.resolutions, given, options.source)
     elif options.source is not None:
@@ -137,14 +161,13 @@ def _sources(
     if len(places) < len(needed):
         missing = [name for name, place in needed.items() if not place]
         raise CheckpointError(missing_weights(config.name, missing))
-    files = bring(places, accept)
-    transformer, tokenizer, *text_encoder = files.paths
-    sources = checkpoint_sources(config, transformer, tokenizer, *text_encoder, names=files.names)
-    return replace(sources, origins=files.origins)
+    return places
 
 
 def _name(config: ModelConfig, options: BuildOptions, resolutions: list[int]) -> str:
-    """Return the name of a bundle's default folder, such as 2b-256-512-fp16."""
+    """Return the name of a bundle's default folder, such as 2b-256-512-fp16-lora-style."""
     precision = [] if options.precision == "fp32" else [options.precision]
     random = [] if options.random_weights is None else ["random"]  # never in the real one's place
-    return "-".join([config.name, *map(str, resolutions), *precision, *random])
+    loras = [short_name(parse(os.fspath(lora))[0]) for lora in options.loras]
+    named = ["lora", *loras][: 1 + MOST_NAMED] if loras else []
+    return "-".join([config.name, *map(str, resolutions), *precision, *random, *named])

@@ -34,7 +34,7 @@ from varedit_reference.text_encoder import (
 )
 from varedit_reference.weights_file import Weights, check_there
 from varedit_runtime.errors import ConfigError, shown
-from varedit_runtime.manifest import TOKENIZER, HubOrigin
+from varedit_runtime.manifest import TOKENIZER, HubOrigin, MergedLora
 from varedit_runtime.text import END_TOKEN
 
 NANO_SIZE = "nano"  # the size whose weights come with the package, in the embedded bundle
@@ -55,7 +55,7 @@ class Sources:
 
     text: None for a bundle that starts at text features. description: where the weights come from,
     for people. identity: changes when the weights do, so that a resumed build notices. origins: of
-    the files that came from the hub.
+    the files that came from the hub. loras: that are merged into the transformer.
     """
 
     transformer: Mapping[str, Tensor]
@@ -64,6 +64,7 @@ class Sources:
     description: str
     identity: str
     origins: tuple[HubOrigin, ...] = ()
+    loras: tuple[MergedLora, ...] = ()
 
 
 def checkpoint_sources(

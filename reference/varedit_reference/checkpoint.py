@@ -12,7 +12,7 @@ silently stays uninitialised or unread.
 """
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -275,8 +275,13 @@ def mismatch(model: nn.Module, weights: Mapping[str, Tensor], layout: FileLayout
             if name in weights and tuple(weights[name].shape) != shape
         ],
     }
+    return listed(kinds)
+
+
+def listed(kinds: Mapping[str, Sequence[str]], most: int = 3) -> str:
+    """Return how many names there are of each kind, and at most this many of them."""
     return ", ".join(
-        f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        f"{len(names)} {kind} ({', '.join(names[:most])}{', ...' if len(names) > most else ''})"
         for kind, names in kinds.items()
         if names
     )

@@ -183,13 +183,25 @@ class HubOrigin(Struct, frozen=True, forbid_unknown_fields=True):
     sha256: Digest
 
 
+class MergedLora(Struct, frozen=True, forbid_unknown_fields=True):
+    """A LoRA adapter that was merged into the transformer's weights.
+
+    file: its name. scale: what its change of the weights was multiplied with.
+    """
+
+    file: PrintableText
+    sha256: Digest
+    scale: float
+
+
 class Model(Struct, frozen=True, forbid_unknown_fields=True):
     """The exported model's sizes; see the reference's `config.py`.
 
     weights: where they came from, such as "random, seed 0". norm_groups: groups of the image
     coders' GroupNorms; None for the released rule. text_distance: distance in tokens from which on
     the text encoder treats all as equally far. text_epsilon: eps of its norms. Both are None
-    without a text encoder. origins: of the files that came from the hub; unset if none did.
+    without a text encoder. origins: of the files that came from the hub; unset if none did. loras:
+    in the order of merging; unset if there are none.
     """
 
     size: Name
@@ -208,6 +220,7 @@ class Model(Struct, frozen=True, forbid_unknown_fields=True):
     text_distance: Count | None
     text_epsilon: Annotated[float, Meta(gt=0, lt=1)] | None
     origins: tuple[HubOrigin, ...] | UnsetType = UNSET
+    loras: tuple[MergedLora, ...] | UnsetType = UNSET
 
     def __post_init__(self) -> None:
         if self.token_channels != self.bits * self.patch**2:
