@@ -96,6 +96,19 @@ def test_by_stages_and_as_a_whole_are_the_same_edit(small: tuple[Editor, Simulat
     assert gpu.launches - before == len(backend.steps) - 1 + len(previews)  # no negative
 
 
+def test_a_mask_is_kept_to(small: tuple[Editor, SimulatedGpu]) -> None:
+    editor, _ = small
+    source, mask = picture(40, 30), Image.new("L", (40, 30))
+    mask.paste(255, (0, 0, 24, 20))
+    with Editor.open(small_bundle(), threads=1) as other:
+        ours, theirs = (pixels(e, source, "red", seed=1, mask=mask) for e in (editor, other))
+    assert near(ours, theirs)
+    differs = (ours != np.asarray(source)).any(axis=2)
+    assert differs.any() and not differs[np.asarray(mask) == 0].any()
+    full = Image.new("L", source.size, 255)
+    assert list(editor.edit(source, "red", seed=1, mask=full).timings) == ["edit"]
+
+
 def test_an_edit_leaves_nothing_for_the_next(small: tuple[Editor, SimulatedGpu]) -> None:
     editor, _ = small
     first = pixels(editor, picture(40, 30), "add a hat", seed=1)

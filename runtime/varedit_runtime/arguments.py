@@ -9,7 +9,8 @@ from PIL import Image
 
 from varedit_runtime.errors import ConfigError, shown
 from varedit_runtime.manifest import Manifest, Variant
-from varedit_runtime.pictures import Source, open_picture
+from varedit_runtime.masks import fitted
+from varedit_runtime.pictures import Source, open_mask, open_picture
 from varedit_runtime.values import (
     MOST_ENTRIES,
     PerScale,
@@ -27,11 +28,15 @@ DRAWN_SEEDS = 2**32  # drawn seeds are below this, short enough to be typed agai
 
 @dataclass(frozen=True)
 class Wanted:
-    """One picture to make. prompt, negative (the negative prompt): token ids."""
+    """One picture to make.
+
+    prompt, negative (the negative prompt): token ids. mask: as `masks.fitted` returns it.
+    """
 
     picture: Image.Image
     prompt: list[int]
     negative: list[int] | None
+    mask: Image.Image | None
     seed: int
 
 
@@ -73,6 +78,7 @@ def choose_pictures(
     image: Source | Sequence[Source],
     prompt: str | Sequence[str],
     negative_prompt: str | Sequence[str | None] | None,
+    mask: Source | Sequence[Source | None] | None,
     copies: int,
     seed: int | Sequence[int] | None,
     tokenise: Callable[[str], list[int]],
@@ -83,7 +89,7 @@ def choose_pictures(
     that are no text, count or seed, TextError and PictureError as `tokenise` and `open_picture` do.
     """
     copies = checked("num_images_per_prompt", copies, int)
-    given = {"image": image, "prompt": prompt, "negative_prompt": negative_prompt}
+    given = {"image": image, "prompt": prompt, "negative_prompt": negative_prompt, "mask": mask}
     listed = {name: entries(name, value) for name, value in given.items()}
     count = _common_length(listed)
     if copies < 1 or count * copies > MOST_ENTRIES:
@@ -100,7 +106,9 @@ def choose_pictures(
     prompts = each("prompt", lambda text: tokenise(checked("a prompt", text, str)))
     negatives = each("negative_prompt", lambda text: _negative(text, tokenise))
     pictures = each("image", open_picture)
-    wanted = zip(pictures, prompts, negatives, strict=True)
+    opened = each("mask", lambda source: None if source is None else open_mask(source))
+    masks = list(map(fitted, opened, pictures))
+    wanted = zip(pictures, prompts, negatives, masks, strict=True)
     repeated = [entry for entry in wanted for _ in range(copies)]
     return [Wanted(*entry, seed) for entry, seed in zip(repeated, seeds, strict=True)]
 

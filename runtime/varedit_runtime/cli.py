@@ -94,6 +94,7 @@ def main() -> None:
     varedit-run photo.png "add a hat"
     varedit-run photo.jpg "make it night" -o night.jpg --seed 7
     varedit-run photo.png "add a hat" --bundle bundles/2b-512 --compare both.png
+    varedit-run photo.png "add a hat" --mask head.png
     varedit-run photo.png "add a hat" --guidance-scale 4 --temperature 1,1,1,.5,.5,.5,.5
     varedit-run bench bundles/2b-512 --repeat 5
 
@@ -137,6 +138,11 @@ def _per_scale(name: str, help: str) -> Callable[[Callable[..., None]], Callable
 @_per_scale("--guidance-scale", "How much the instruction counts.")
 @_per_scale("--temperature", "Sampling temperature (> 0); higher is more varied.")
 @click.option("--negative-prompt", metavar="TEXT", help="What the picture should not be like.")
+@click.option(
+    "--mask",
+    type=_PATH,
+    help="A picture of IMAGE's size: only what is white, or transparent, in it may change.",
+)
 @click.option("--compare", type=_PATH, help="Write source and result side by side here.")
 @click.option("--previews", type=_PATH, help="Write the picture after every scale to this folder.")
 @_backend
@@ -152,6 +158,7 @@ def edit(
     guidance_scale: "PerScale | None",
     temperature: "PerScale | None",
     negative_prompt: str | None,
+    mask: Path | None,
     compare: Path | None,
     previews: Path | None,
     backend: ChosenBackend,
@@ -159,18 +166,19 @@ def edit(
 ) -> None:
     """Edit IMAGE as INSTRUCTION says.
 
-    X is a number, or one per scale, coarse to fine, separated by commas; by default the bundle's
-    own.
+    X is a number, or one per scale with commas between; by default the bundle's own.
 
     \b
     varedit-run photo.png "add a hat" --seed 7
     """
     from varedit_runtime.editor import Editor
-    from varedit_runtime.pictures import open_picture, save_picture, side_by_side
+    from varedit_runtime.masks import fitted
+    from varedit_runtime.pictures import open_mask, open_picture, save_picture, side_by_side
 
     output = _output(image, output)
-    _check_targets(image, output, compare, previews)
+    _check_targets(image, output, compare, previews, mask)
     source, found = open_picture(image), _find_bundle(bundle)
+    marked = mask and fitted(open_mask(mask), source)
     with (
         nullcontext() if previews is None else _folder(previews),
         Editor.open(found.path, backend=backend, variant=variant) as editor,
@@ -180,6 +188,7 @@ def edit(
             source,
             instruction,
             negative_prompt=negative_prompt,
+            mask=marked,
             guidance_scale=guidance_scale,
             temperature=temperature,
             seed=seed,
@@ -303,9 +312,13 @@ def _find_bundle(named: Path | None) -> "Found":
 
 
 def _check_targets(
-    image: Path, output: Path, compare: Path | None = None, previews: Path | None = None
+    image: Path,
+    output: Path,
+    compare: Path | None = None,
+    previews: Path | None = None,
+    mask: Path | None = None,
 ) -> None:
-    """Refuse what could not be written, or would overwrite the source, before work is spent."""
+    """Refuse what could not be written, or would overwrite what is read, before work is spent."""
     from varedit_runtime.pictures import check_target
 
     targets = [output] if compare is None else [output, compare]
@@ -313,9 +326,11 @@ def _check_targets(
         check_target(target)
         if same_file(target, image):
             raise ConfigError(f"{target} is the source picture: choose another file to write")
+        if mask is not None and same_file(target, mask):
+            raise ConfigError(f"{target} is the mask: choose another file to write")
     if compare is not None and same_file(compare, output):
         raise ConfigError(f"{compare} is where the result goes: choose another file for --compare")
-    for path in (image, *targets):
+    for path in filter(None, (image, mask, *targets)):
         if previews and same_file(path.parent, previews) and path.match(_preview("*")):
             raise ConfigError(f"{path} could be overwritten by a preview: choose another folder")
 

@@ -43,6 +43,7 @@ from varedit_runtime.errors import (
     VareditError,
 )
 from varedit_runtime.manifest import TOKENIZER, Variant, scale_name, scale_of
+from varedit_runtime.masks import SourceKeeper, feather_width, put_back
 from varedit_runtime.noise import uniform_noise
 from varedit_runtime.pictures import Source, from_decoder, restore, to_square
 from varedit_runtime.text import Instructions, read_tokenizer
@@ -202,6 +203,7 @@ class Editor:
         prompt: str,
         *,
         negative_prompt: str | None = None,
+        mask: Source | None = None,
         guidance_scale: PerScale | None = None,
         temperature: PerScale | None = None,
         num_images_per_prompt: Literal[1] = 1,
@@ -216,6 +218,7 @@ class Editor:
         prompt: str | Sequence[str],
         *,
         negative_prompt: str | Sequence[str | None] | None = None,
+        mask: Source | Sequence[Source | None] | None = None,
         guidance_scale: PerScale | None = None,
         temperature: PerScale | None = None,
         num_images_per_prompt: int = 1,
@@ -229,6 +232,7 @@ class Editor:
         prompt: str | Sequence[str],
         *,
         negative_prompt: str | Sequence[str | None] | None = None,
+        mask: Source | Sequence[Source | None] | None = None,
         guidance_scale: PerScale | None = None,
         temperature: PerScale | None = None,
         num_images_per_prompt: int = 1,
@@ -242,6 +246,8 @@ class Editor:
         num_images_per_prompt: results per entry, which follow each other. Returns a list, or one
         result if nothing is a list and one picture was asked for.
 
+        mask: a picture of the image's size, or a list of these and None: only what is white, or
+        transparent, may change (see `pictures.open_mask`).
         guidance_scale, temperature: one number or one per scale, by default the bundle's own; with
         a guidance of 1 the negative prompt has no effect. seed: result i gets seed + i; or a list
         with one for each result; by default random, see the results. on_scale: called after every
@@ -254,7 +260,7 @@ class Editor:
         """
         on_scale = checked("on_scale", on_scale, OnScale | None)
         wanted = choose_pictures(
-            image, prompt, negative_prompt, num_images_per_prompt, seed, self._tokenise
+            image, prompt, negative_prompt, mask, num_images_per_prompt, seed, self._tokenise
         )
         negative = any(one.negative for one in wanted)
         sampling = choose_sampling(
@@ -268,7 +274,7 @@ class Editor:
                 # The graphs take batches of this size: a smaller one repeats its last picture.
                 rows = [wanted[min(i, own[-1])] for i in range(first, first + size)]
                 results += self._edit_batch(_PictureBatch(rows, own, sampling, on_scale, cancelled))
-        lists = map(is_list, (image, prompt, negative_prompt, seed))
+        lists = map(is_list, (image, prompt, negative_prompt, mask, seed))
         return results if any(lists) or len(results) > 1 else results[0]
 
     def _tokenise(self, text: str) -> list[int]:
@@ -292,7 +298,8 @@ class Editor:
                 self._editing = False
 
     def _edit_batch(self, batch: "_PictureBatch") -> list[EditResult]:
-        edit = self.backend.whole if batch.on_scale is None else None
+        # What a mask forces depends on every scale before: the host must see it.
+        edit = None if batch.on_scale or batch.masked else self.backend.whole
         images = self._edit_whole(batch, edit) if edit else self._edit_by_stages(batch)
         return [
             EditResult(image, one.seed, batch.timings.seconds)
@@ -309,23 +316,22 @@ class Editor:
             return self._restored(edited.pictures, batch.wanted)
 
     def _edit_by_stages(self, batch: "_PictureBatch") -> list[Image.Image]:
-        timings, scales = batch.timings, range(len(self.variant.grids))
+        timings, seen = batch.timings, dict[str, np.ndarray]()
         with timings.of(TEXT):
             prompts = self._prompts(batch.rows)
         with timings.of(ENCODER):
             squares = self._squares(batch.rows)
-        samplings = (self._sampling(batch, scale) for scale in scales)
-        decoded = np.empty(0)
+        samplings = self._samplings(batch, seen)
         for output in timings.of_each(edit_by_stages(self.backend, prompts, squares, samplings)):
             for array in output.arrays.values():
                 _sound(output.stage, array)
-            decoded = output.arrays.get("pictures", decoded)
+            seen.update(output.arrays)
             if batch.on_scale is not None and (scale := scale_of(output.stage)) is not None:
                 batch.on_scale(self._progress(batch, scale, output.arrays["running_sum"]))
             if output.stage != DECODER and batch.cancelled.is_set():
                 raise EditCancelled("the edit was cancelled")
         with timings.of(DECODER):
-            return self._restored(decoded, batch.wanted)
+            return self._restored(seen["pictures"], batch.wanted)
 
     def _squares(self, rows: Sequence[Wanted]) -> np.ndarray:
         """Return the pictures as the image encoder reads them, [B, 3, H, W]."""
@@ -360,12 +366,24 @@ class Editor:
             batch.sampling.temperature[scale],
         )
 
+    def _samplings(self, batch: "_PictureBatch", seen: dict[str, np.ndarray]) -> Iterator[Sampling]:
+        """Yield each scale's sampling in its turn. seen: what the stages before it put out."""
+        model, grids = self.bundle.manifest.model, self.variant.grids
+        keeper = SourceKeeper([row.mask for row in batch.rows], grids, model.patch)
+        for scale in range(len(grids)):
+            drawn = self._sampling(batch, scale)
+            yield keeper.force(drawn, seen["source_tokens"], seen.get("running_sum"))
+
     def _restored(self, decoded: np.ndarray, wanted: Sequence[Wanted]) -> list[Image.Image]:
         """Turn decoded pictures [B, 3, H, W] into pictures of their sources' sizes."""
-        return [
-            restore(from_decoder(pixels), one.picture.size)
-            for pixels, one in zip(decoded, wanted, strict=False)
-        ]
+        return [self._finished(*of) for of in zip(decoded, wanted, strict=False)]
+
+    def _finished(self, decoded: np.ndarray, one: Wanted) -> Image.Image:
+        edited = restore(from_decoder(decoded), one.picture.size)
+        if one.mask is None:
+            return edited
+        width = feather_width(one.picture.size, self.variant.grids[-1])
+        return put_back(one.picture, edited, one.mask, width)
 
     def _progress(self, batch: "_PictureBatch", scale: int, total: np.ndarray) -> Progress:
         def draw() -> list[Image.Image]:
@@ -422,6 +440,10 @@ class _PictureBatch:
     @property
     def wanted(self) -> Sequence[Wanted]:
         return self.rows[: len(self.places)]
+
+    @property
+    def masked(self) -> bool:
+        return any(row.mask is not None for row in self.rows)
 
 
 def read_instructions(bundle: Bundle, limit: int) -> Instructions:

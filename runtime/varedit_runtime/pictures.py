@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 from threading import RLock
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -21,7 +21,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from varedit_runtime.decoding.limits import MAX_MEMORY, MAX_PIXELS, Limits, picture_memory
 from varedit_runtime.decoding.picture_file import READ_FORMATS, open_file
 from varedit_runtime.decoding.tiff_directory import beginning_at
-from varedit_runtime.decoding.to_rgb import WHITE, to_rgb
+from varedit_runtime.decoding.to_rgb import WHITE, to_mask, to_rgb
 from varedit_runtime.errors import PictureError, reason, shown
 from varedit_runtime.files import atomic_file, unwritable
 from varedit_runtime.values import AnyPath, checked
@@ -71,12 +71,17 @@ def open_picture(
     memory; ConfigError if a limit is no integer.
     """
     limits = Limits(checked("max_pixels", max_pixels, int), checked("max_memory", max_memory, int))
-    source = _known(source)
-    with _explained(str(source) if isinstance(source, Path) else "the picture"):
-        if isinstance(source, Image.Image):
-            return _from_pillow(source, limits)
-        image = open_file(_read(source, limits), limits).decode()
-        return to_rgb(image, _orientation(image), limits, reuse=True)
+    return _opened("picture", source, limits, to_rgb)
+
+
+def open_mask(source: Source) -> Image.Image:
+    """Open what `open_picture` takes as a mask: mode L, 255 where it marks a pixel, else 0.
+
+    Marked is what is transparent. If nothing is, as in a picture without alpha, it is what is
+    white. Half transparent or grey pixels count as what they are nearer to. The mask is turned
+    upright by its own EXIF orientation. Files are checked, and refused, as by `open_picture`.
+    """
+    return _opened("mask", source, Limits(), to_mask)
 
 
 def pad_and_resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -87,7 +92,7 @@ def pad_and_resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     the picture is so long and thin that its canvas would have over MAX_CANVAS_PIXELS.
     """
     height, width = size
-    canvas_width, canvas_height = _canvas_size(image.size, size)
+    canvas_width, canvas_height = canvas_size(image.size, size)
     # As Pillow resizes: first all rows, then all columns. So the canvas is never there as a whole.
     narrow = Image.new("RGB", (width, canvas_height), WHITE)
     rows = max(1, _PIECE // canvas_width)
@@ -131,7 +136,7 @@ def restore(pixels: np.ndarray, original_size: tuple[int, int]) -> Image.Image:
     Undoes `pad_and_resize`: resizes to the canvas (Lanczos), then crops the padding off. Raises
     PictureError as it does.
     """
-    canvas_width, canvas_height = _canvas_size(original_size, pixels.shape[:2])
+    canvas_width, canvas_height = canvas_size(original_size, pixels.shape[:2])
     width, height = original_size
     # As Pillow resizes: first all rows, then all columns. So the canvas is never there as a whole.
     edited = Image.fromarray(pixels)
@@ -197,20 +202,36 @@ def _explained(name: str) -> Iterator[None]:
         raise PictureError(f"{name} cannot be read: {_reason(error)}") from error
 
 
+def _opened(what: str, source: Source, limits: Limits, convert: "_Convert") -> Image.Image:
+    """Read and decode a source and convert it. what: "picture" or "mask", for messages."""
+    known = _known(what, source)
+    with _explained(str(known) if isinstance(known, Path) else f"the {what}"):
+        if isinstance(known, Image.Image):
+            return _from_pillow(known, limits, convert)
+        image = open_file(_read(known, limits), limits).decode()
+        return convert(image, _orientation(image), limits, reuse=True)
+
+
+class _Convert(Protocol):
+    def __call__(
+        self, image: Image.Image, orientation: int, limits: Limits, *, reuse: bool
+    ) -> Image.Image: ...
+
+
 def _reason(error: Exception) -> str:
     return (error.strerror if isinstance(error, OSError) else "") or reason(error)
 
 
-def _known(source: Any) -> Path | bytes | BinaryIO | Image.Image:
+def _known(what: str, source: Any) -> Path | bytes | BinaryIO | Image.Image:
     """Return a source of a kind that can be read. Raises PictureError on all others."""
     with suppress(Exception):  # a caller's object may raise anything
         if isinstance(source, bytes | bytearray | memoryview):
             return bytes(source)
         if isinstance(source, Image.Image) or callable(getattr(source, "read", None)):
             return source
-        return Path(checked("image", source, AnyPath))
+        return Path(checked(what, source, AnyPath))
     raise PictureError(
-        f"the picture is {shown(source)}; give a path, the bytes of a file, a binary file, or a "
+        f"the {what} is {shown(source)}; give a path, the bytes of a file, a binary file, or a "
         "Pillow image, such as Image.fromarray(array)"
     )
 
@@ -249,7 +270,7 @@ def _rest(file: BinaryIO, limits: Limits) -> bytes:
     return content.getvalue()
 
 
-def _from_pillow(image: Image.Image, limits: Limits) -> Image.Image:
+def _from_pillow(image: Image.Image, limits: Limits, convert: _Convert) -> Image.Image:
     """Convert a Pillow image, whose own decoding is not safe in several threads.
 
     One that was opened but not loaded is decoded from its file again, and stays as it is; only
@@ -258,13 +279,13 @@ def _from_pillow(image: Image.Image, limits: Limits) -> Image.Image:
     limits.check_pixels(image.size)
     ours = _decoded_again(image, limits)
     if ours is not None:
-        return to_rgb(ours, _orientation(ours), limits, reuse=True)
+        return convert(ours, _orientation(ours), limits, reuse=True)
     with _ONE_AT_A_TIME:
         if getattr(image, "fp", None) is not None:
             limits.check_memory(picture_memory(image.size, image.mode))
         image.load()
         orientation = _orientation(image)
-    return to_rgb(image, orientation, limits, reuse=False)
+    return convert(image, orientation, limits, reuse=False)
 
 
 def _decoded_again(image: Image.Image, limits: Limits) -> Image.Image | None:
@@ -305,10 +326,10 @@ def _pixels_only(image: Image.Image) -> Image.Image:
     return plain
 
 
-def _canvas_size(picture: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+def canvas_size(picture: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
     """Return (width, height) of the smallest canvas of size's aspect ratio that holds the picture.
 
-    picture is (width, height), size is (height, width).
+    picture is (width, height), size is (height, width). Raises PictureError if it is too large.
     """
     width, height = picture
     if height * size[1] > width * size[0]:

@@ -1,4 +1,4 @@
-"""Convert decoded pictures to upright 8-bit sRGB on white, piece by piece."""
+"""Convert decoded pictures to upright 8-bit sRGB on white, or to masks, piece by piece."""
 
 import math
 from collections.abc import Callable
@@ -12,6 +12,8 @@ from varedit_runtime.decoding.limits import Limits, picture_memory, pieces
 from varedit_runtime.errors import PictureError
 
 WHITE = (255, 255, 255)
+
+_MORE = [0] * 128 + [255] * 128  # what is more white than black, or more opaque than not
 
 # How a picture with this EXIF orientation is turned upright; 1 is upright.
 _TURNS = {
@@ -45,6 +47,30 @@ def to_rgb(image: Image.Image, orientation: int, limits: Limits, *, reuse: bool)
         limits.check_memory(memory + own + turned)
         rgb = _converted(image)
     return rgb if turn is None else rgb.transpose(turn)
+
+
+def to_mask(image: Image.Image, orientation: int, limits: Limits, *, reuse: bool) -> Image.Image:
+    """Convert a decoded picture as `pictures.open_mask` says. Arguments and errors: as of `to_rgb`.
+
+    Colours of a mask with a hole are no matter: the hole is what is marked.
+    """
+    limits.check_memory(picture_memory(image.size) + 2 * picture_memory(image.size, "L"))
+    if not image.has_transparency_data:
+        return _halved(to_rgb(image, orientation, limits, reuse=reuse))
+    eight_bit, hole = _eight_bit(image), Image.new("L", image.size)
+    for box in pieces(image.size):
+        _, alpha = _split_alpha(eight_bit(image.crop(box)))
+        if alpha is not None:
+            hole.paste(alpha.point(_MORE[::-1]), box[:2])
+    if hole.getbbox() is None:
+        return _halved(to_rgb(image, orientation, limits, reuse=reuse))
+    turn = _TURNS.get(orientation)
+    return hole if turn is None else hole.transpose(turn)
+
+
+def _halved(image: Image.Image) -> Image.Image:
+    """Turn a picture into 255 where it is more white than black, and 0 elsewhere."""
+    return image.convert("L").point(_MORE)
 
 
 def _overwritten(image: Image.Image) -> Image.Image:
