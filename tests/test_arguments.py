@@ -25,7 +25,7 @@ from varedit_runtime.bundle import Bundle
 from varedit_runtime.editor import Editor, read_instructions
 from varedit_runtime.errors import LONGEST, VareditError
 from varedit_runtime.locate import embedded
-from varedit_runtime.pictures import open_picture, save_picture
+from varedit_runtime.pictures import open_mask, open_picture, save_picture
 
 PICTURE = Image.new("RGB", (8, 8))
 PNG = (Path(__file__).parent.parent / "docs/samples/person.png").read_bytes()
@@ -92,6 +92,7 @@ CALLS: dict[str, tuple[Callable[..., object], dict[str, Any]]] = {
     ),
     "Bundle.open": (Bundle.open, {"path": embedded()}),
     "open_picture": (open_picture, {"source": PNG}),
+    "open_mask": (open_mask, {"source": PNG}),
     "save_picture": (save_picture, {"image": PICTURE, "path": "missing/picture.png"}),
     "choose": (lambda backend: choose(backend), {"backend": "onnxruntime"}),
     "OnnxRuntimeOptions": (backend("onnxruntime"), {}),
