@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 # Names of what else commands and `Editor.open` take.
 RESERVED = {
     *("as_json", "backend", "bundle", "compare", "debug", "digest", "golden", "guidance_scale"),
-    *("help", "image", "instruction", "json", "json_file", "negative_prompt", "output"),
+    *("help", "image", "instruction", "json", "json_file", "mask", "negative_prompt", "output"),
     *("previews", "repeat", "report", "seed", "temperature", "variant", "version"),
 }
 
