@@ -202,7 +202,7 @@ def test_a_download_that_does_not_fit_is_refused(
 ) -> None:
     hub.repositories["me/x"] = Repository({"var.pth": b"0" * 5000})
     usage = shutil.disk_usage(tmp_path)._replace(free=4999)
-    monkeypatch.setattr("varedit_export.published.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
     with pytest.raises(CheckpointError, match="the disk has no room"):
         published.bring(["hf://me/x/var.pth"], lambda _: pytest.fail("asked in vain"))
     assert not any("/blobs/" in request for request in hub.requests)

@@ -7,7 +7,6 @@ after it has told what that takes.
 """
 
 import re
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from glob import escape
@@ -17,6 +16,7 @@ from varedit_export import hub
 from varedit_export.hub import SCHEME, Choice, HubAddress, Wanted
 from varedit_export.lora import FILES, SETTINGS, SUFFIX
 from varedit_runtime.errors import CheckpointError, ConfigError, readable_size
+from varedit_runtime.files import free_space
 from varedit_runtime.manifest import HubOrigin
 
 
@@ -84,8 +84,7 @@ class Download:
     @property
     def free(self) -> int:
         """Return the free bytes of the disk that the hub's cache is on."""
-        cache = hub.cache()
-        return shutil.disk_usage(next(p for p in (cache, *cache.parents) if p.exists())).free
+        return free_space(hub.cache())
 
     def __str__(self) -> str:
         """Return the lines that a person reads before saying yes."""

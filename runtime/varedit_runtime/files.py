@@ -63,6 +63,11 @@ def unwritable(path: Path) -> str | None:
     return None
 
 
+def free_space(folder: Path) -> int:
+    """Return the free bytes of the disk that a folder is on, or will be once it is made."""
+    return shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
+
+
 def same_file(one: Path, other: Path) -> bool:
     """Return whether two paths are one file, also through links or by case-insensitive names."""
     try:

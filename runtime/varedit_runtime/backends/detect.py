@@ -1,7 +1,6 @@
 """Collecting the facts about this machine and a bundle on it, without raising where they lack."""
 
 import platform
-import shutil
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from varedit_runtime.backends.machine import (
 from varedit_runtime.backends.spec import BackendSpec
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import ANY_FAILURE, BundleError, one_line, reason
+from varedit_runtime.files import free_space
 from varedit_runtime.locate import default_root
 from varedit_runtime.manifest import weights_file
 from varedit_runtime.values import checked
@@ -27,14 +27,13 @@ from varedit_runtime.values import checked
 
 def detect_machine(bundle: Path | None = None) -> Machine:
     """Return this machine as it is now. Raises BundleError when the bundle cannot be opened."""
-    root = default_root()  # which may be yet to be made, below a folder that is there
     return Machine(
         python=platform.python_version(),
         nvidia=nvidia(),
         packages=installed(),
         probes={spec.name: _probe(spec) for spec in specs()},
         memory=available_memory(),
-        disk=shutil.disk_usage(next(p for p in (root, *root.parents) if p.exists())).free,
+        disk=free_space(default_root()),
         bundle=None if bundle is None else _bundle_facts(Bundle.open(bundle)),
     )
 

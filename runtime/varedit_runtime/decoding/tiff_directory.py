@@ -11,7 +11,6 @@ _LAYOUTS = {
     b"MM\0*": (">", "I", "H", "HHI4x"),
     b"II+\0": ("<", "Q", "Q", "HHQ8x"),
 }
-SIGNATURES = tuple(_LAYOUTS)
 _INTEGERS = {1: "B", 3: "H", 4: "I", 16: "Q"}
 _SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 7: 1, 16: 8}  # bytes of a value, by type
 _MAX_TAGS = 1000  # a picture has some tens
@@ -69,11 +68,6 @@ class Directory:
     def one(self, tag: int, default: int) -> int:
         """Return a tag's first integer."""
         return self.integers(tag, (default,))[0]
-
-    def content(self, tag: int) -> bytes:
-        """Return a tag's values as they are stored."""
-        start, end = self._value(tag)
-        return self._data[start:end]
 
     def only(self, tags: Container[int]) -> bytes:
         """Return the file with these tags alone, and without further pictures."""

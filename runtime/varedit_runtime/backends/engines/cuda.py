@@ -28,7 +28,7 @@ from varedit_runtime.backends.engines.import_tensorrt import (
     rtx_architectures,
 )
 from varedit_runtime.backends.machine import available_memory
-from varedit_runtime.errors import BackendError, needs_extra, one_line
+from varedit_runtime.errors import BackendError, needs_extra, reason
 from varedit_runtime.files import keep, plain_name, read_kept
 from varedit_runtime.locate import cache_folder
 
@@ -336,6 +336,5 @@ def _explained(what: str) -> Iterator[None]:
         raise
     except Exception as error:  # cuda-python's errors have no common base
         raise BackendError(
-            f"the GPU cannot {what} ({one_line(error) or type(error).__name__}): run "
-            "`varedit-export doctor`"
+            f"the GPU cannot {what} ({reason(error)}): run `varedit-export doctor`"
         ) from error
