@@ -145,9 +145,6 @@ def test_what_is_no_tensor_is_never_made(tmp_path: Path, value: bytes) -> None:
 @pytest.mark.parametrize(
     "content",
     [
-        state_dict(tensor(), shared_tuples(100)),  # a key whose hash takes 2^100 steps
-        state_dict(tensor(), part(2**70)),
-        state_dict(tensor(), part(b"w" * 9)),
         b"\x80\x02" + part("x" * 300) + b"q\x00h\x00h\x00\x93.",
         b"\x80\x02}",
         b"\x80\x02.",
@@ -164,6 +161,32 @@ def test_what_is_no_tensor_is_never_made(tmp_path: Path, value: bytes) -> None:
 def test_a_pickle_that_is_none_of_a_state_dict_is_refused(tmp_path: Path, content: bytes) -> None:
     path = archive(tmp_path / "w.pth", content)
     assert "is cut short or damaged" in refusal(lambda: open_weights(path))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        shared_tuples(100),  # a key whose hash takes 2^100 steps
+        part(2**70),
+        part(b"w" * 9),
+        part(None),
+        part(True),
+    ],
+)
+def test_only_texts_and_numbers_name_weights(tmp_path: Path, name: bytes) -> None:
+    path = archive(tmp_path / "w.pth", state_dict(tensor(), name))
+    assert "holds more than tensors (a name is a " in refusal(lambda: open_weights(path))
+
+
+def test_other_names_may_stand_beside_the_state_dict(tmp_path: Path) -> None:
+    """A trainer's callbacks are named by their classes."""
+    path = tmp_path / "trainer.pth"
+    content = {
+        "trainer": {"gpt_fsdp": {"w": torch.ones(2)}},
+        "callbacks": {Path: 1, None: 2, (1, 2): 3},
+    }
+    torch.save(content, path)
+    assert torch.equal(open_weights(path)["w"], torch.ones(2))
 
 
 def test_a_pickle_that_would_fill_the_memory_is_not_read(tmp_path: Path) -> None:

@@ -287,6 +287,5 @@ def _library_errors(address: HubAddress) -> Iterator[None]:
         raise _UnreachableError from error
     except OSError as error:  # a full disk, a file that is not as long as it was told
         raise CheckpointError(f"cannot fetch {address}: {reason(error)}") from error
-    except Exception as error:
-        # A lost connection: its type belongs to the HTTP client, which differs between versions.
+    except errors.HTTPError as error:  # the HTTP client's: there is no connection, or no more
         raise _UnreachableError from error

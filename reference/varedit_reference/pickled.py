@@ -251,8 +251,8 @@ def _name(name: Any) -> str:
     return name
 
 
-def _key(key: Any) -> str:
-    """Return a dict's key as a text; no other kind names a weight.
+def _key(key: Any) -> str | Named:
+    """Return a dict's key as a text, or its type's name; no other kind names a weight.
 
     Hashing is what makes this matter: of texts alone it cannot be made slow.
     """
@@ -260,4 +260,4 @@ def _key(key: Any) -> str:
         return key
     if type(key) is int and key.bit_length() <= 64:
         return str(key)
-    raise ValueError(f"a key of type {type(key).__name__}")
+    return key if isinstance(key, Named) else Named(type(key).__name__)

@@ -118,10 +118,12 @@ def _state_dict(path: Path, content: Any) -> Weights:
             f"{path} holds {_kind(content)}, not tensors by name: expected a state dict"
         )
     for name, value in content.items():
-        if not isinstance(value, Tensor):
+        named = isinstance(name, str)
+        if not (named and isinstance(value, Tensor)):
+            odd = f"{shown(name)} is {_kind(value)}" if named else f"a name is {_kind(name)}"
             raise CheckpointError(
-                f"{path} holds more than tensors ({shown(name)} is {_kind(value)}): expected a "
-                "state dict of dense tensors; nothing in it was run"
+                f"{path} holds more than tensors ({odd}): expected a state dict of dense tensors; "
+                "nothing in it was run"
             )
     return Weights(content, notes)
 

@@ -56,12 +56,15 @@ class MissingExtraError(VareditError):
 
 def printable(text: str) -> str:
     """Return text on one line of bounded length, without what a terminal obeys or cannot show."""
-    line = " ".join(text.splitlines())
+    line = " ".join(_cut(text).splitlines())
     if not line.isprintable():
         line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
-    if len(line) > LONGEST:
-        line = f"{line[: LONGEST - len(_CUT) - _END]}{_CUT}{line[-_END:]}"
-    return line
+    return _cut(line)
+
+
+def _cut(text: str) -> str:
+    long = len(text) > LONGEST
+    return f"{text[: LONGEST - len(_CUT) - _END]}{_CUT}{text[-_END:]}" if long else text
 
 
 def shown(value: object) -> str:

@@ -83,8 +83,8 @@ def check_output(stage: str, name: str, array: np.ndarray) -> None:
         return
     if not np.isfinite(array).all():
         raise ParityError(f"{stage}: {name} is not finite")
-    within = (-2, -1) if stage == DECODER else None
-    if array.size > 1 and not np.ptp(array, within).any():
+    spread = np.ptp(array, (-2, -1)).any(-1) if stage == DECODER else np.ptp(array)
+    if array.size > 1 and not np.all(spread):
         raise ParityError(f"{stage}: {name} is constant")
 
 

@@ -1,5 +1,6 @@
 """The behaviour that all commands share: one-line errors, `--debug`, exit codes, `--backend`."""
 
+import signal
 import sys
 import traceback
 import warnings
@@ -70,9 +71,9 @@ class CommandGroup(click.Group):
 
 def _exit_code(error: BaseException, run: _Run) -> int:
     """Tell an error on stderr; return the exit code. Raises it if nobody could have expected it."""
-    if run.signals:  # whatever a library has made of it
-        click.echo("Interrupted.", err=True)
-        return 128 + run.signals[0]
+    if run.signals or isinstance(error, click.Abort | KeyboardInterrupt):
+        click.echo("Interrupted.", err=True)  # whatever a library has made of a signal
+        return 128 + next(iter(run.signals), signal.SIGINT)
     if isinstance(error, click.UsageError):
         if not isinstance(error, click.exceptions.NoArgsIsHelpError):
             error = click.UsageError(printable(error.format_message()), error.ctx)
