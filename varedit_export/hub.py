@@ -287,5 +287,6 @@ def _library_errors(address: HubAddress) -> Iterator[None]:
         raise _UnreachableError from error
     except OSError as error:  # a full disk, a file that is not as long as it was told
         raise CheckpointError(f"cannot fetch {address}: {reason(error)}") from error
-    except errors.HTTPError as error:  # the HTTP client's: there is no connection, or no more
+    except errors.HTTPError as error:  # pyright: ignore[reportPrivateImportUsage]
+        # The HTTP client's own, whichever it is: there is no connection, or no more.
         raise _UnreachableError from error
