@@ -6,6 +6,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from bundles import bundle_config, random_weights, request
+from msgspec import structs
 
 from varedit_export.components import Component
 from varedit_export.errors import ExportError
@@ -26,7 +27,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> BundlePlan:
     config = replace(config, transformer=replace(config.transformer, depth=DEPTH))
     weights = random_weights()
     assert weights.text is not None
-    text = replace(weights.text, config=replace(weights.text.config, depth=DEPTH))
+    text = replace(weights.text, config=structs.replace(weights.text.config, depth=DEPTH))
     wanted = replace(request(tmp_path_factory.mktemp("bundle")), config=config)
     return BundlePlan([wanted], replace(weights, text=text))
 

@@ -48,6 +48,7 @@ from varedit_runtime.errors import BackendError, BundleError, ConfigError, Missi
 from varedit_runtime.manifest import (
     DIGEST,
     MANIFEST,
+    Manifest,
     ParityLine,
     StoredWeight,
     canonical_json,
@@ -587,7 +588,7 @@ def test_a_backend_that_is_not_installed_is_named(
     backend: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, backend.replace("-", "_"), None)
-    with pytest.raises(MissingExtraError, match=rf"varedit-export\[{backend}\]"):
+    with pytest.raises(MissingExtraError, match=rf"varedit-export\[export,{backend}\]"):
         EngineCompiler(backend)
 
 
@@ -608,7 +609,10 @@ def test_the_cost_of_fp32_is_said_before_compiling(
     bundle: Bundle, precision: str, slow: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    changed = msgspec.structs.replace(bundle.manifest, precision=precision)
+    types = {"fp32": b"float32", "fp16": b"float16", "bf16": b"bfloat16"}
+    text = msgspec.json.encode(bundle.manifest).replace(b"float32", types[precision])
+    text = text.replace(b'"precision":"fp32"', f'"precision":"{precision}"'.encode())
+    changed = msgspec.json.decode(text, type=Manifest)
     monkeypatch.setattr(compile_set, "compile_engine_set", lambda *job: _none())
     options = EngineOptions("tensorrt-rtx", architectures=ADA)
     with pytest.raises(BackendError):
@@ -753,7 +757,7 @@ def test_a_missing_backend_is_named_before_the_build(
     monkeypatch.setitem(sys.modules, backend.replace("-", "_"), None)
     result = CliRunner().invoke(main, [*BUILD, str(tmp_path / "new"), "--backend", backend])
     assert result.exit_code == 1 and builds == []
-    assert f'pip install "varedit-export[{backend}]"' in result.stderr
+    assert f'pip install "varedit-export[export,{backend}]"' in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -98,8 +99,10 @@ def test_not_a_number_is_over(tmp_path: Path) -> None:
     ],
 )
 def test_the_command_tells_what_the_exporter_leaves_in_fp16(
-    tmp_path: Path, name: str, said: str, exit_code: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, said: str, exit_code: int
 ) -> None:
+    known = [SimpleNamespace(instruction=text) for text in INSTRUCTIONS]
+    monkeypatch.setattr(fp16_range, "_edits", lambda count, size: known)
     result = CliRunner().invoke(main, ["--text-encoder", str(planted(tmp_path, {name: 1e5}))])
     assert result.exit_code == exit_code, result.output
     (line,) = (line for line in result.output.splitlines() if line.startswith("  "))

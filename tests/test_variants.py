@@ -107,7 +107,9 @@ def test_several_resolutions_are_planned_over_one_copy(tmp_path: Path) -> None:
         return CliRunner().invoke(cli.main, [*arguments, str(tmp_path / "file" / "b")]).stderr
 
     def megabytes(told: str) -> float:
-        return sum(float(size) for size in re.findall(r"safetensors +([\d.]+) MB", told))
+        units = {"kB": 1e-3, "MB": 1, "GB": 1e3}
+        sizes = re.findall(r"safetensors +([\d.]+) (\w+)", told)
+        return sum(float(size) * units[unit] for size, unit in sizes)
 
     one, three = planned(512), planned(256, 512, 1024)
     assert "256-b1, 512-b1, 1024-b1, fp32" in three

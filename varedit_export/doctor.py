@@ -21,6 +21,7 @@ from varedit_runtime.values import checked
 EXPORT = (
     "torch",
     "transformers",
+    "huggingface-hub",
     "safetensors",
     "onnx",
     "onnx-ir",
