@@ -4,10 +4,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from varedit_runtime import text
 from varedit_runtime.errors import TextError
 from varedit_runtime.locate import embedded
 from varedit_runtime.text import CHARACTERS_PER_TOKEN, Instructions, read_tokenizer
@@ -47,6 +49,7 @@ def test_the_models_of_t5_and_nano_are_read() -> None:
     untyped = {name: value for name, value in UNIGRAM.items() if name != "type"}
     assert instructions(tokenizer_json(untyped)).tokenise("aa") == [2, 2, 1]
     both = {"continuing_subword_prefix": "", "end_of_word_suffix": None}
+    both["dropout"] = None
     assert instructions(tokenizer_json(BPE | both)).tokenise("aé") == [1, 2, 0]
     assert len(instructions(nano()).tokenise("add a hat")) == 4
 
@@ -96,6 +99,39 @@ def test_what_is_no_t5_tokenizer_is_a_typed_error(content: bytes) -> None:
         read_tokenizer(content)
 
 
+EIGHT_GB, EMPTY_TRIE, UNALIGNED = "////////", "AAAAAAAAAAA=", "AwAAAAAAAAA="
+NO_LENGTH = {"type": "FixedLength", "length": 0}
+HOSTILE = {
+    "dropout": {"model": BPE | {"dropout": 0.5}},
+    "length": {"pre_tokenizer": NO_LENGTH},
+    "inner length": {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [NO_LENGTH]}},
+    "untyped": {"normalizer": {"precompiled_charsmap": EIGHT_GB}},
+    "list": {"normalizer": [EIGHT_GB]},
+    "typed list": {"normalizer": ["Precompiled", EIGHT_GB]},
+    "inner list": {"normalizer": {"type": "Sequence", "normalizers": [[EIGHT_GB]]}},
+    "not base64": {"normalizer": precompiled("BAAA?APAAAAA=")},
+    **{map_: {"normalizer": precompiled(map_)} for map_ in ("", EIGHT_GB, EMPTY_TRIE, UNALIGNED)},
+    "inner": {
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [{"type": "Sequence", "normalizers": [precompiled(EIGHT_GB)]}],
+        }
+    },
+}
+
+
+@pytest.mark.parametrize("parts", HOSTILE.values(), ids=HOSTILE)
+def test_what_would_harm_the_library_never_reaches_it(
+    parts: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library would allocate gigabytes, panic, or return other tokens at every call."""
+    reached = list[str]()
+    monkeypatch.setattr(text, "Tokenizer", SimpleNamespace(from_str=reached.append))
+    with pytest.raises(ValueError, match=r"^is not a tokenizer$"):
+        read_tokenizer(tokenizer_json(**{"model": UNIGRAM, **parts}))
+    assert not reached
+
+
 def test_of_a_key_given_twice_what_was_checked_is_read() -> None:
     assert instructions(twice(ABORTS)).tokenise("aa") == [2, 2, 1]
 
@@ -106,9 +142,8 @@ def test_of_a_key_given_twice_what_was_checked_is_read() -> None:
         tokenizer_json(UNIGRAM | {"unk_id": None}),
         tokenizer_json(BPE | {"unk_token": "<unk>"}),
         tokenizer_json(UNIGRAM, normalizer=precompiled(BAD_WHEN_USED)),
-        tokenizer_json(UNIGRAM, pre_tokenizer={"type": "FixedLength", "length": 0}),
     ],
-    ids=["no unknown", "missing unknown", "panic", "other panic"],
+    ids=["no unknown", "missing unknown", "panic"],
 )
 def test_a_tokenizer_that_fails_on_an_instruction_is_a_typed_error(content: bytes) -> None:
     with pytest.raises(TextError, match="tokenizer fails on the instruction"):

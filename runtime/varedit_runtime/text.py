@@ -3,8 +3,10 @@
 A bundle's tokenizer.json may come from a stranger, so it is checked before it is loaded.
 """
 
+from base64 import b64decode
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import msgspec
 from tokenizers import Tokenizer
@@ -105,18 +107,48 @@ def _checked(tokenizer_json: bytes) -> str:
     """Check a tokenizer.json; return what was checked, encoded anew.
 
     Another JSON parser could read the original differently, as when a key appears twice. A BPE
-    model with a prefix or suffix, which no T5 has, can abort the process when it is loaded. Raises
-    ValueError, or an error of msgspec's, unless it is a T5 tokenizer.
+    model with a prefix or suffix, which no T5 has, can abort the process when it is loaded; with
+    dropout it returns other tokens at every call. Raises ValueError, or an error of msgspec's,
+    unless it is a T5 tokenizer.
     """
     file = msgspec.json.decode(tokenizer_json)
     model = file["model"]
     model.setdefault("type", "Unigram")  # which t5-small's file leaves out
     if model["type"] not in MODELS:
         raise ValueError(f"a model of type {shown(model['type'])}, not {' or '.join(MODELS)}")
-    for affix in ("continuing_subword_prefix", "end_of_word_suffix"):
-        if model.get(affix):
-            raise ValueError(f"a model with {affix}")
+    for unwanted in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
+        if model.get(unwanted):
+            raise ValueError(f"a model with {unwanted}")
+    for name in ("normalizer", "pre_tokenizer"):
+        if file.get(name) is not None:
+            _check_part(file[name])
     return msgspec.json.encode(file).decode()
+
+
+def _check_part(part: Any) -> None:
+    """Check a normalizer or pre-tokenizer, and the parts of a sequence of them.
+
+    The library may also read a part from a list of its values, and guess a type that is left out:
+    only objects are taken, and each is checked by its keys. Raises ValueError.
+    """
+    if not isinstance(part, dict):
+        raise ValueError("a normalizer or pre-tokenizer that is no object")
+    if "precompiled_charsmap" in part:
+        _check_charsmap(b64decode(part["precompiled_charsmap"], validate=True))
+    if part.get("length") == 0:
+        raise ValueError("a pre-tokenizer of pieces without characters")
+    for inner in (*part.get("normalizers", ()), *part.get("pretokenizers", ())):
+        _check_part(inner)
+
+
+def _check_charsmap(charsmap: bytes) -> None:
+    """Raise ValueError unless a map of characters holds the trie whose bytes it counts first.
+
+    The library allocates as many bytes as are counted before it reads them.
+    """
+    trie = int.from_bytes(charsmap[:4], "little")
+    if trie % 4 or not 0 < trie <= len(charsmap) - 4:
+        raise ValueError("a map of characters that is cut off")
 
 
 def _end_token(tokenizer: Tokenizer) -> int:
