@@ -15,6 +15,7 @@ from hashlib import sha1, sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import pytest
 from huggingface_hub import constants
@@ -47,6 +48,7 @@ class Hub:
     cuts: list[int] = field(default_factory=list)  # the next blobs end after so many bytes
     hangs: bool = False  # whether a cut blob keeps the connection open instead of ending it
     damaged: bool = False  # whether blobs are sent with their first byte changed
+    answer: dict[str, Any] = field(default_factory=dict)  # said about every repository instead
     requests: list[str] = field(default_factory=list)  # method, path and range of all so far
 
 
@@ -139,6 +141,7 @@ class _Handler(BaseHTTPRequestHandler):
                     "sha": repository.commit,
                     "tags": tags,
                     "siblings": siblings,
+                    **self.hub.answer,
                 }
             )
 

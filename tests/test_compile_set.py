@@ -44,7 +44,13 @@ from varedit_runtime.backends.engines.engine_set import (
 from varedit_runtime.backends.interrupt import exit_on_signals
 from varedit_runtime.backends.wiring import scale_profiles
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.errors import BackendError, BundleError, ConfigError, MissingExtraError
+from varedit_runtime.errors import (
+    BackendError,
+    BundleError,
+    ConfigError,
+    MissingExtraError,
+    SignalArrived,
+)
 from varedit_runtime.manifest import (
     DIGEST,
     MANIFEST,
@@ -238,7 +244,7 @@ def test_an_interrupted_compilation_goes_on_where_it_was(
 
     job = CompileJob(bundle, "external", EngineCompiler("tensorrt-rtx", ADA))
     arrived: list[int] = []
-    with pytest.raises(SystemExit), exit_on_signals(arrived):
+    with pytest.raises(SignalArrived), exit_on_signals(arrived):
         compile_engine_set(job, stop)
     assert arrived == [signal.SIGTERM]
     first = list(compiled)

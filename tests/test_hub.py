@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hub_stand_in import Hub, Repository, serve, use
@@ -126,6 +127,27 @@ def test_a_repository_that_changes_before_the_download_is_told(hub: Hub) -> None
 
 
 @pytest.mark.parametrize(
+    "answer",
+    [
+        {"sha": "../../../evil"},  # the library would write to that place
+        {"sha": None},
+        {"siblings": [{"rfilename": "8B-512.pth", "size": -1}]},
+        {"siblings": [{"rfilename": "8B-512.pth", "size": None}]},
+        {"siblings": [{"rfilename": "8B-512.pth", "size": 10**400}]},
+        {"siblings": [{"rfilename": "8B-\x1b[31m512.pth", "size": 1}]},
+        {"siblings": [{"rfilename": 5, "size": 1}]},
+        {"siblings": [{"rfilename": "8B-512.pth", "size": 1, "lfs": {"sha256": "x", "size": 1}}]},
+        {"tags": [1, None]},
+    ],
+)
+def test_an_answer_that_is_none_is_refused(hub: Hub, answer: dict[str, Any]) -> None:
+    hub.answer = answer
+    with pytest.raises(CheckpointError, match="the hub's answer about owner/model is not as exp"):
+        look_up(FILE, FILE_CHOICES)
+    assert not any("/resolve/" in request for request in hub.requests)
+
+
+@pytest.mark.parametrize(
     ("address", "message"),
     [
         (HubAddress("owner/other", "f"), "no repository owner/other"),
@@ -168,7 +190,7 @@ def test_a_download_that_fails_for_good_can_be_tried_again(
 ) -> None:
     monkeypatch.setattr("time.sleep", lambda _: None)
     hub.cuts = [6000] + [0] * 6
-    with pytest.raises(CheckpointError, match="files that were fetched whole are kept"):
+    with pytest.raises(CheckpointError, match="fetched whole are kept"):
         fetch(look_up(FILE, FILE_CHOICES))
     path, _ = fetch(look_up(FILE, FILE_CHOICES))
     assert path.read_bytes() == WEIGHTS

@@ -197,6 +197,18 @@ def test_a_mistyped_path_is_not_looked_for_on_the_hub(hub: Hub) -> None:
     assert hub.requests == []
 
 
+def test_every_download_is_asked_about_in_printable_lines(hub: Hub) -> None:
+    """Also that of an empty file, and with whatever the repository says of its licence."""
+    hub.repositories["me/x"] = Repository(
+        {"var.pth": b""}, licence="\x1b[31mfree\nSay yes" + "x" * 5000
+    )
+    asked: list[str] = []
+    published.bring(["hf://me/x/var.pth"], lambda download: asked.append(str(download)))
+    [told] = asked
+    assert all(line.isprintable() for line in told.splitlines()) and len(told.splitlines()) == 2
+    assert len(told) < 1000
+
+
 def test_a_download_that_does_not_fit_is_refused(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

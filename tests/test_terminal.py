@@ -168,7 +168,10 @@ def test_streams_of_any_encoding_take_any_name(
 # Signals
 
 
-@pytest.mark.parametrize("module", ("click", "varedit_runtime.cli", "onnxruntime", "PIL.Image"))
+MODULES = ("click", "varedit_runtime.cli", "platformdirs", "msgspec", "onnxruntime", "PIL.Image")
+
+
+@pytest.mark.parametrize("module", MODULES)
 @pytest.mark.parametrize("sent", (signal.SIGINT, signal.SIGTERM))
 def test_a_signal_during_an_import_is_one_line(
     photo: Path, module: str, sent: signal.Signals
@@ -260,3 +263,12 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("Error: ") and error.endswith(" cannot be written: File too large")
     assert list(photo.parent.iterdir()) == [photo]
+
+
+def test_a_device_is_not_replaced_by_a_file(photo: Path, tmp_path: Path) -> None:
+    """Where the user may do all, as in containers, a rename would do so."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for target in (pipe, Path(os.devnull)):
+        assert exit_code("prepare", photo, "-o", target) == 1
+    assert pipe.is_fifo() and Path(os.devnull).is_char_device()

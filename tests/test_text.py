@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from varedit_runtime import text
-from varedit_runtime.errors import TextError
+from varedit_runtime.errors import SignalArrived, TextError
 from varedit_runtime.locate import embedded
 from varedit_runtime.text import CHARACTERS_PER_TOKEN, Instructions, read_tokenizer
 
@@ -181,7 +181,7 @@ class Stub:
         return self
 
 
-@pytest.mark.parametrize("raised", [KeyboardInterrupt(), SystemExit()])
+@pytest.mark.parametrize("raised", [KeyboardInterrupt(), SystemExit(), SignalArrived()])
 def test_who_wants_to_end_the_program_can(raised: BaseException) -> None:
     with pytest.raises(type(raised)):
         Instructions(Stub(raised), 48).tokenise("red")  # type: ignore[arg-type]

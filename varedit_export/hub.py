@@ -15,13 +15,13 @@ from fnmatch import fnmatchcase
 from glob import escape
 from hashlib import file_digest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta, Struct
 
 from varedit_runtime.errors import CheckpointError, ConfigError, needs_extra, reason
-from varedit_runtime.manifest import HubOrigin
-
-if TYPE_CHECKING:
-    from huggingface_hub import ModelInfo
+from varedit_runtime.manifest import Bytes, Digest, HubOrigin, PrintableText
 
 SCHEME = "hf://"
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
@@ -81,6 +81,11 @@ class Wanted:
     files: tuple[HubFile, ...] = ()
 
     @property
+    def cached(self) -> bool:
+        """Whether nothing has to be downloaded, or nothing can be."""
+        return all(file.cached for file in self.files)
+
+    @property
     def missing(self) -> int:
         """Bytes that have to be downloaded."""
         return sum(file.size for file in self.files if not file.cached)
@@ -120,7 +125,7 @@ def list_files(address: HubAddress) -> list[str]:
     Raises CheckpointError if the repository or the revision is not there or may not be read.
     """
     try:
-        return sorted(sibling.rfilename for sibling in _information(address).siblings or [])
+        return sorted(sibling.rfilename for sibling in _information(address).siblings)
     except _UnreachableError:
         pass
     try:
@@ -141,24 +146,24 @@ def look_up(address: HubAddress, choices: Sequence[Choice]) -> Wanted:
         return Wanted(address, choices)
     from huggingface_hub import try_to_load_from_cache
 
-    siblings = {sibling.rfilename: sibling for sibling in found.siblings or []}
+    siblings = {sibling.rfilename: sibling for sibling in found.siblings}
     choice = next((choice for choice in choices if _matching(siblings, choice[:1])), None)
     if choice is None:
         raise CheckpointError(
             f"{address.repository} on the hub has no {' or '.join(c[0] for c in choices)}; it has "
             + ", ".join(sorted(siblings))
         )
-    commit = str(found.sha)
+    commit = found.sha
     files = tuple(
         HubFile(
             name,
-            siblings[name].size or 0,
+            siblings[name].size,
             isinstance(try_to_load_from_cache(address.repository, name, revision=commit), str),
             None if (large := siblings[name].lfs) is None else large.sha256,
         )
         for name in _matching(siblings, choice)
     )
-    return Wanted(address, (choice,), commit, _licence(found.tags or []), files)
+    return Wanted(address, (choice,), commit, _licence(found.tags), files)
 
 
 def fetch(wanted: Wanted) -> tuple[Path, list[HubOrigin]]:
@@ -182,14 +187,42 @@ def fetch(wanted: Wanted) -> tuple[Path, list[HubOrigin]]:
     return folder / wanted.address.path, origins
 
 
-def _information(address: HubAddress) -> "ModelInfo":
-    """Ask the hub for a repository's commit, licence, and files with their sizes."""
-    with _library_errors(address):
-        from huggingface_hub import HfApi
+class _Large(Struct):
+    """What the hub says of a file that is no text."""
 
-        return HfApi().model_info(
-            address.repository, revision=address.revision, files_metadata=True
-        )
+    sha256: Digest
+
+
+class _Sibling(Struct):
+    """A file in the hub's answer."""
+
+    rfilename: PrintableText
+    size: Bytes
+    lfs: _Large | None = None
+
+
+class _Information(Struct):
+    """The hub's answer about a repository, as far as it is used; its library checks nothing."""
+
+    sha: Annotated[str, Meta(pattern=r"\A[0-9a-f]{40}\Z")]  # the library names a folder by it
+    siblings: list[_Sibling]
+    tags: list[str] = []
+
+
+def _information(address: HubAddress) -> _Information:
+    """Ask the hub for a repository's commit, licence, and files with their sizes."""
+    try:
+        with _library_errors(address):
+            from huggingface_hub import HfApi
+
+            found = HfApi().model_info(
+                address.repository, revision=address.revision, files_metadata=True
+            )
+        return msgspec.convert(found, _Information, from_attributes=True)
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise CheckpointError(
+            f"the hub's answer about {address.repository} is not as expected ({reason(error)})"
+        ) from error
 
 
 def _download(wanted: Wanted) -> tuple[Path, Choice]:
@@ -234,7 +267,8 @@ def _snapshot(address: HubAddress, patterns: Sequence[str], offline: bool) -> Pa
 def _absent(address: HubAddress) -> CheckpointError:
     return CheckpointError(
         f"cannot reach the hub for {address}, and its cache on this machine lacks it: check the "
-        "connection and HF_HUB_OFFLINE, and try again; files that were fetched whole are kept"
+        "connection and HF_HUB_OFFLINE and try again (files that were fetched whole are kept), or "
+        "give --checkpoint, --tokenizer and --text-encoder as paths, or --from FOLDER"
     )
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from varedit_export import hub
 from varedit_export.hub import SCHEME, Choice, HubAddress, Wanted
 from varedit_export.lora import FILES, SETTINGS, SUFFIX
-from varedit_runtime.errors import CheckpointError, ConfigError, readable_size
+from varedit_runtime.errors import CheckpointError, ConfigError, printable, readable_size, shown
 from varedit_runtime.files import free_space
 from varedit_runtime.manifest import HubOrigin
 
@@ -89,7 +89,10 @@ class Download:
     def __str__(self) -> str:
         """Return the lines that a person reads before saying yes."""
         lines = [
-            f"  {one.address}: {readable_size(one.missing)}, licence {one.licence or 'not stated'}"
+            printable(
+                f"  {one.address}: {readable_size(one.missing)}, "
+                f"licence {shown(one.licence or 'not stated')}"
+            )
             for one in self.wanted
         ]
         free = f"{readable_size(self.free)} are free in {hub.cache()}"
@@ -156,8 +159,13 @@ def _transformer(shelf: _Shelf, size: str, resolutions: Sequence[int]) -> str:
     [resolution] = resolutions
     if (known := PUBLISHED[size].transformers.get(resolution)) in shelf.names:
         return str(known)
-    named = re.compile(rf"(?i).*(?<![0-9a-z]){size}(?![0-9a-z]).*(?<!\d){resolution}(?!\d).*")
-    found = [name for name in shelf.names if name.endswith(WEIGHTS) and named.fullmatch(name)]
+    found = [
+        name
+        for name in shelf.names
+        if name.endswith(WEIGHTS)
+        and (sized := re.search(rf"(?i)(?<![0-9a-z]){size}(?![0-9a-z])", name))
+        and re.search(rf"(?<!\d){resolution}(?!\d)", name[sized.end() :])
+    ]
     if len(found) != 1:
         problem = f"has {len(found)} files" if found else "has no transformer"
         raise CheckpointError(
@@ -181,8 +189,8 @@ def bring(
     kinds = (_weight_files, _weight_files, _text_encoder_files)
     asked = [*zip(places, kinds, strict=False), *((place, _adapter_files) for place in adapters)]
     wanted = [_look_up(place, files) for place, files in asked]
-    download = Download(tuple(one for one in wanted if one is not None and one.missing))
-    if download.size:
+    download = Download(tuple(one for one in wanted if one is not None and not one.cached))
+    if download.wanted:
         if download.size > download.free:
             raise CheckpointError(f"the disk has no room: {download}")
         accept(download)

@@ -11,6 +11,10 @@ ANY_FAILURE = (Exception, SystemExit)
 _CUT, _END = " [...] ", 700  # a longer one keeps its end, where advice stands
 
 
+class SignalArrived(BaseException):
+    """Ctrl-C or SIGTERM ends a command: no handler of failures may take it for one."""
+
+
 class VareditError(Exception):
     """Base class of all errors below. Messages are made `printable`."""
 

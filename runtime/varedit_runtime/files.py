@@ -56,6 +56,8 @@ def unwritable(path: Path) -> str | None:
     """Return why a file cannot be written there; None if nothing speaks against it."""
     if os.path.isdir(path):
         return "it is a folder; name a file in it"
+    if os.path.exists(path) and not os.path.isfile(path):
+        return "it is a device or a pipe, which a file would replace; name a file"
     if not os.path.isdir(path.parent):
         return f"there is no folder {path.parent}; make it"
     if not os.access(path.parent, os.W_OK | os.X_OK):

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 from tokenizers import Tokenizer
 
-from varedit_runtime.errors import TextError, shown
+from varedit_runtime.errors import SignalArrived, TextError, shown
 
 END_TOKEN = "</s>"
 NOTHING = ("▁", "<unk>")  # tokens of a space, and of what the tokenizer does not know
@@ -97,7 +97,7 @@ def _any_failure_as(failed: Exception) -> Iterator[None]:
     """Turn any failure into this error: tokenizers' panics are not even Exceptions."""
     try:
         yield
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit, SignalArrived):
         raise
     except BaseException as error:
         raise failed from error

@@ -6,26 +6,27 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
+from varedit_runtime.errors import SignalArrived
 from varedit_runtime.terminal.start import SIGNALS
 
 
 class _Exit:
-    """A handler of signals that ends a program as `sys.exit` does, so that its blocks clean up."""
+    """A handler of signals that ends a program by an exception, so that its blocks clean up."""
 
     def __init__(self, arrived: list[int]) -> None:
         self._arrived = arrived
 
     def __call__(self, number: int, _: FrameType | None) -> None:
         self._arrived.append(number)
-        raise SystemExit(128 + number)
+        raise SignalArrived
 
 
 @contextmanager
 def exit_on_signals(arrived: list[int]) -> Iterator[None]:
-    """Raise SystemExit when Ctrl-C is pressed or SIGTERM comes while the block runs.
+    """Raise SignalArrived when Ctrl-C is pressed or SIGTERM comes while the block runs.
 
     arrived: gets the signals' numbers; libraries may turn the exception into another one. For the
     main thread; signals that are ignored stay so.
@@ -36,7 +37,7 @@ def exit_on_signals(arrived: list[int]) -> Iterator[None]:
 
     def again(lost: "sys.UnraisableHookArgs") -> None:
         """Send a signal again whose exception was lost, such as in a destructor."""
-        if arrived and isinstance(lost.exc_value, SystemExit):
+        if arrived and isinstance(lost.exc_value, SignalArrived):
             timer = threading.Timer(0.01, os.kill, (os.getpid(), arrived[-1]))
             timer.daemon = True
             timer.start()
@@ -122,9 +123,10 @@ def _take_wakeup(telling: socket.socket) -> bool:
 
 def _watch(told: socket.socket, stop: Callable[[], None]) -> None:
     """Read the numbers of arriving signals until the other end closes; call stop if one ends us."""
-    while numbers := told.recv(1):
-        if _ends(numbers[0]):
-            stop()
+    with suppress(OSError):  # a second signal may close the socket while this waits
+        while numbers := told.recv(1):
+            if _ends(numbers[0]):
+                stop()
 
 
 def _ends(number: int) -> bool:
