@@ -205,6 +205,14 @@ def test_white_or_transparent_is_marked(mask: Image.Image) -> None:
         assert open_mask(source) == marked
 
 
+@pytest.mark.parametrize("level", [1, 255, -3, 0.5])
+def test_equal_samples_of_32_bits_mark_everything_unless_they_are_0(level: float) -> None:
+    for kind in (np.int32, np.float32):
+        samples = np.full((6, 9), level, kind)
+        expected = 255 if samples.any() else 0
+        assert open_mask(Image.fromarray(samples)) == Image.new("L", (9, 6), expected)
+
+
 def test_a_mask_is_turned_upright_as_pictures_are(small: Editor, tmp_path: Path) -> None:
     """A photo that lies on its side, and masks of it: drawn as it is seen, or erased from it."""
     turned = Image.Exif()

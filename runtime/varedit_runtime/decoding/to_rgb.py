@@ -56,21 +56,29 @@ def to_mask(image: Image.Image, orientation: int, limits: Limits, *, reuse: bool
     """
     limits.check_memory(picture_memory(image.size) + 2 * picture_memory(image.size, "L"))
     if not image.has_transparency_data:
-        return _halved(to_rgb(image, orientation, limits, reuse=reuse))
+        return _white(image, orientation, limits, reuse)
     eight_bit, hole = _eight_bit(image), Image.new("L", image.size)
     for box in pieces(image.size):
         _, alpha = _split_alpha(eight_bit(image.crop(box)))
         if alpha is not None:
             hole.paste(alpha.point(_MORE[::-1]), box[:2])
     if hole.getbbox() is None:
-        return _halved(to_rgb(image, orientation, limits, reuse=reuse))
+        return _white(image, orientation, limits, reuse)
     turn = _TURNS.get(orientation)
     return hole if turn is None else hole.transpose(turn)
 
 
-def _halved(image: Image.Image) -> Image.Image:
-    """Turn a picture into 255 where it is more white than black, and 0 elsewhere."""
-    return image.convert("L").point(_MORE)
+def _white(image: Image.Image, orientation: int, limits: Limits, reuse: bool) -> Image.Image:
+    """Return 255 where a picture is more white than black, and 0 elsewhere.
+
+    Samples of 32 bits that are all equal have no darkest and brightest: all but 0 are white.
+    """
+    white = to_rgb(image, orientation, limits, reuse=reuse).convert("L").point(_MORE)
+    if image.mode in ("I", "F"):
+        darkest, brightest = _range(image)
+        if darkest == brightest != 0:
+            return Image.new("L", white.size, 255)
+    return white
 
 
 def _overwritten(image: Image.Image) -> Image.Image:
@@ -115,15 +123,20 @@ def _from_16_bit(piece: Image.Image) -> Image.Image:
     return Image.merge("LA", (grey, opaque.convert("L")))
 
 
-def _stretch(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
-    """Return what scales a piece's samples from the picture's darkest to its brightest."""
+def _range(image: Image.Image) -> tuple[float, float]:
+    """Return a picture's darkest and brightest sample. Raises PictureError if one is not finite."""
     ends = [
         (float(samples.min()), float(samples.max()))
         for samples in (np.asarray(image.crop(box)) for box in pieces(image.size))
     ]
-    darkest, brightest = min(end[0] for end in ends), max(end[1] for end in ends)
     if not all(math.isfinite(end) for pair in ends for end in pair):
         raise PictureError("it has samples that are not finite")
+    return min(end[0] for end in ends), max(end[1] for end in ends)
+
+
+def _stretch(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
+    """Return what scales a piece's samples from the picture's darkest to its brightest."""
+    darkest, brightest = _range(image)
 
     def stretched(piece: Image.Image) -> Image.Image:
         samples = np.asarray(piece).astype(np.float64)
