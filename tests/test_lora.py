@@ -105,7 +105,7 @@ def kohya(
         module = f"lora_unet_{released(layout)(name).replace('.', '_')}"
         tensors |= {f"{module}.lora_down.weight": down, f"{module}.lora_up.weight": up}
         if alpha is not None:
-            tensors[f"{module}.alpha"] = torch.tensor(alpha)
+            tensors[f"{module}.alpha"] = torch.as_tensor(alpha)
     save_file(tensors, file)
     return file
 
@@ -238,6 +238,91 @@ def test_ranks_and_alphas_of_modules(tmp_path: Path) -> None:
     assert (factor["head"], factor["token_embedding"]) == (8 / 4, 6 / 2)
     assert (factor["blocks.0.mlp.0"], factor["blocks.1.mlp.0"]) == (10 / 2, 10 / 2)
     assert (factor["blocks.0.mlp.2"], factor["blocks.1.mlp.2"]) == (6 / 2, 12 / 2)
+
+
+def test_the_first_of_several_patterns_counts(tmp_path: Path) -> None:
+    """As in PEFT, in whatever way the names match."""
+    factors = {name: FACTORS[name] for name in ("head", "blocks.0.mlp.0", "blocks.1.mlp.0")}
+    alphas = {"mlp.0": 8, "blocks.0.mlp.0": 10, "^head$": 12, "head": 14, "0": 16, "lp.0": 18}
+    for order, expected in [(1, (12, 8, 8)), (-1, (14, 16, 16))]:
+        pattern = dict([*alphas.items()][::order])
+        adapter = read(peft(tmp_path / str(order), factors, alpha_pattern=pattern))
+        factor = [adapter.changes[f"{name}.weight"].factor for name in factors]
+        assert factor == [alpha / 2 for alpha in expected]
+
+
+def test_many_patterns_for_many_modules(tmp_path: Path) -> None:
+    """A comparison of each name with each module would take minutes."""
+    factors = {f"m.{i}": (torch.ones(2, 1), torch.ones(1, 2)) for i in range(4000)}
+    products = {name: NamedShape(f"{name}.weight", (1, 1)) for name in factors}
+    ranks, alphas = {f"{i:x}x": 3 for i in range(50_000)}, {f"{i:x}x": 5 for i in range(100_000)}
+    folder = peft(tmp_path / "x", factors, rank_pattern=ranks, alpha_pattern=alphas | {"m.7": 8})
+    changes = read_adapter(folder, 1.0, products).changes
+    assert len(changes) == 4000
+    assert (changes["m.6.weight"].factor, changes["m.7.weight"].factor) == (6 / 2, 8 / 2)
+
+
+def test_settings_with_a_byte_order_mark(tmp_path: Path) -> None:
+    folder = peft(tmp_path / "peft", FACTORS)
+    file = folder / "adapter_config.json"
+    file.write_text(file.read_text(), encoding="utf-8-sig")
+    assert_adds(read(folder), FACTORS, 3)
+
+
+def test_factors_past_float32_are_refused(tmp_path: Path) -> None:
+    """Each of alpha and scale is in range, their product is not."""
+    style = peft(tmp_path / "style", FACTORS, lora_alpha=1.7e38)
+    hat = kohya(tmp_path / "hat.safetensors", FACTORS, alpha=3e38)
+    for path, scale in ((style, 1.7e38), (style, -1.7e38), (hat, 3e38), (hat, 3.0)):
+        with pytest.raises(CheckpointError, match=r"times .*, past the range of float32: give"):
+            read(path, scale)
+    weight = torch.zeros(FACTORS["head"][1].shape[0], CONFIG.transformer.width)
+    for path in (style, hat):
+        assert Merged({"head.weight": weight}, [read(path, 1.0)])["head.weight"].any()
+
+
+INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [*INTEGERS, *FLOATS])
+def test_types_of_alphas(tmp_path: Path, dtype: torch.dtype) -> None:
+    head = {"head": FACTORS["head"]}
+    assert_adds(
+        read(kohya(tmp_path / "x.safetensors", head, alpha=torch.tensor(6).to(dtype))), head, 3
+    )
+
+
+@pytest.mark.parametrize("part", ["alpha", "down", "up"])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        *(torch.float4_e2m1fn_x2, torch.float8_e8m0fnu, torch.float8_e4m3fn),
+        *(torch.complex64, torch.bool, torch.uint8, torch.uint64),
+    ],
+)
+def test_other_types_are_refused(tmp_path: Path, part: str, dtype: torch.dtype) -> None:
+    down, up = FACTORS["head"]
+    tensors = {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.ones(1)}
+    name = next(name for name in tensors if part in name)
+    shape = tensors[name].shape
+    bytes_ = torch.ones(*shape[:-1], shape[-1] * dtype.itemsize, dtype=torch.uint8)
+    tensors[name] = bytes_.view(dtype)
+    save_file({f"unet.head.{n}": t for n, t in tensors.items()}, tmp_path / "x.safetensors")
+    stored = str(dtype).removeprefix("torch.")
+    with pytest.raises(CheckpointError, match=f"{part} of 'unet.head' of .* is stored as {stored}"):
+        read(tmp_path / "x.safetensors")
+
+
+def test_numbers_of_modules_that_do_not_fit_are_not_read(tmp_path: Path) -> None:
+    """Names and shapes come first: a small file can hold very many alphas."""
+    bad = {f"lora_te_{i}.alpha": torch.tensor(torch.nan) for i in range(1000)}
+    save_file(bad, tmp_path / "unknown.safetensors")
+    with pytest.raises(CheckpointError, match="1000 unmatched"):
+        read(tmp_path / "unknown.safetensors")
+    wide = kohya(tmp_path / "wide.safetensors", FACTORS, alpha=[torch.nan, 1.0])
+    with pytest.raises(CheckpointError, match=f"{len(FACTORS)} misshapen"):
+        read(wide)
 
 
 def test_rank_stabilised_adapters(tmp_path: Path) -> None:
@@ -393,10 +478,13 @@ def test_files_that_are_no_adapter(tmp_path: Path) -> None:
         (damaged, "has no settings of a LoRA"),
         (
             kohya(tmp_path / "nan.safetensors", bad),
-            r"lora_down\.weight' of nan\.safetensors is nan",
+            r"down of 'lora_unet_head' of nan\.safetensors is nan",
         ),
-        (kohya(tmp_path / "int.safetensors", integers), "is stored as int32"),
-        (kohya(tmp_path / "inf.safetensors", FACTORS, alpha=torch.inf), r"\.alpha' of .* is inf"),
+        (
+            kohya(tmp_path / "int.safetensors", integers),
+            "down of 'lora_unet_head' of .* as int32",
+        ),
+        (kohya(tmp_path / "inf.safetensors", FACTORS, alpha=torch.inf), "alpha of '.* is inf"),
         (kohya(tmp_path / "two.safetensors", FACTORS, alpha=[1.0, 2.0]), r"alpha \[2\].* for"),
     ]:
         with pytest.raises(CheckpointError, match=message):

@@ -18,6 +18,7 @@ import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from hashlib import file_digest, sha256
 from math import sqrt
 from pathlib import Path
@@ -91,13 +92,14 @@ REFUSED = (
 )
 STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 _NAME = re.compile(r"\^?[\w.\\-]+\$?")
+INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)  # that an alpha may be stored as
 
 Value = TypeVar("Value")
 Rank = Annotated[int, Meta(ge=0, lt=2**31)]
 Alpha = Annotated[float, Meta(ge=-LARGEST, le=LARGEST)]
 
 
-class _Settings(Struct, frozen=True):
+class _Settings(Struct, frozen=True, dict=True):
     """The settings of PEFT that say how much of B · A is added."""
 
     r: Rank
@@ -108,13 +110,21 @@ class _Settings(Struct, frozen=True):
 
     def rank(self, module: str) -> int:
         """Return the rank of a module's factors."""
-        return _of(self.rank_pattern, module, self.r)
+        return _of(self._ranks, module, self.r)
 
     def factor(self, module: str) -> float:
         """Return what B · A of a module is multiplied with."""
         rank = self.rank(module)
-        alpha = _of(self.alpha_pattern, module, self.lora_alpha)
+        alpha = _of(self._alphas, module, self.lora_alpha)
         return alpha / ((sqrt(rank) if self.use_rslora else rank) or 1)
+
+    @cached_property
+    def _ranks(self) -> dict[str, tuple[int, int]]:
+        return _by_name(self.rank_pattern)
+
+    @cached_property
+    def _alphas(self) -> dict[str, tuple[int, float]]:
+        return _by_name(self.alpha_pattern)
 
 
 @dataclass(frozen=True)
@@ -242,32 +252,69 @@ def read_adapter(path: Path, scale: float, products: Mapping[str, NamedShape]) -
     modules = _modules(file, weights)
     if settings is None and any(name.startswith(PEFT) for name in modules):
         raise CheckpointError(f"{file} is PEFT's and lacks {SETTINGS} beside it: copy it there")
-    changes: dict[str, Change] = {}
+    found = _matched(file, modules, settings, products)
+    changes = {
+        own: _change(f"{shown(module)} of {file.name}", module, modules[module], settings, scale)
+        for own, module in found.items()
+    }
+    with file.open("rb") as stream:
+        digest = file_digest(stream, "sha256").hexdigest()
+    name = printable(file.relative_to(path.parent).as_posix())[:1000]
+    return Adapter(MergedLora(name, digest, scale), changes)
+
+
+def _matched(
+    file: Path,
+    modules: Mapping[str, Mapping[str, Tensor]],
+    settings: _Settings | None,
+    products: Mapping[str, NamedShape],
+) -> dict[str, str]:
+    """Return which module changes each parameter. Reads names and shapes alone.
+
+    Raises CheckpointError unless every module fits a product, each product once.
+    """
+    found: dict[str, str] = {}
     problems: dict[str, list[str]] = {"unmatched": [], "misshapen": [], "repeated": []}
     for module, parts in modules.items():
         own = _find(module, products)
         if own is None:
             problems["unmatched"].append(shown(module))
-        elif own.name in changes:
+        elif own.name in found:
             problems["repeated"].append(shown(module))
         elif (rank := _rank(own, parts)) is None or (settings and settings.rank(module) != rank):
             shapes = (f"{part} {[*tensor.shape]}" for part, tensor in sorted(parts.items()))
             problems["misshapen"].append(f"{shown(module)} {', '.join(shapes)} for {[*own.shape]}")
         else:
-            if "alpha" in parts or settings is None:
-                factor = _alpha(parts, rank) / (rank or 1)
-            else:
-                factor = settings.factor(module)
-            changes[own.name] = Change(parts["down"], parts["up"], scale * factor)
+            found[own.name] = module
     if told := listed(problems, most=10):
         raise CheckpointError(
             f"{file} does not fit: {told}; expected up [out, rank] and down [rank, in] of products "
             "of the transformer that is built"
         )
-    with file.open("rb") as stream:
-        digest = file_digest(stream, "sha256").hexdigest()
-    name = printable(file.relative_to(path.parent).as_posix())[:1000]
-    return Adapter(MergedLora(name, digest, scale), changes)
+    return found
+
+
+def _change(
+    told: str, module: str, parts: Mapping[str, Tensor], settings: _Settings | None, scale: float
+) -> Change:
+    """Return what a module adds. Raises CheckpointError on a type or number that is refused.
+
+    told: what to call the module in a message.
+    """
+    for part, tensor in parts.items():
+        if part != "alpha" or tensor.dtype not in INTEGERS:
+            check_finite(f"{part} of {told}", check_float(f"{part} of {told}", tensor))
+    rank = len(parts["down"])
+    if "alpha" in parts or settings is None:
+        factor = (parts["alpha"].item() if "alpha" in parts else rank) / (rank or 1)
+    else:
+        factor = settings.factor(module)
+    if not abs(scale * factor) <= torch.finfo(torch.float32).max:
+        raise CheckpointError(
+            f"{told} is multiplied with {scale:g} times {factor:g}, past the range of float32: "
+            "give a smaller scale, or use another adapter"
+        )
+    return Change(parts["down"], parts["up"], scale * factor)
 
 
 def _file(path: Path) -> Path:
@@ -293,9 +340,7 @@ def _modules(file: Path, weights: Mapping[str, Tensor]) -> dict[str, dict[str, T
         if match is None or part is None or part in modules.setdefault(match["module"], {}):
             unknown.append(name)
             continue
-        told = f"{shown(name)} of {file.name}"
-        number = tensor.double() if part == "alpha" else check_float(told, tensor)
-        modules[match["module"]][part] = check_finite(told, number)
+        modules[match["module"]][part] = tensor
     kind = next((kind for mark, kind in KINDS.items() if any(mark in n for n in unknown)), None)
     if unknown or not modules:
         told = ", ".join(map(shown, unknown[:10])) or "nothing"
@@ -316,7 +361,8 @@ def _settings(file: Path, weights: Mapping[str, Tensor]) -> _Settings | None:
     source = beside if beside.is_file() else file
     try:
         if source == beside:
-            content = msgspec.json.decode(read_header_file(beside), type=dict[str, Any])
+            text = read_header_file(beside).decode("utf-8-sig")  # some editors write such a mark
+            content = msgspec.json.decode(text, type=dict[str, Any])
         elif inside is not None:
             content = msgspec.json.decode(inside, type=dict[str, Any])
             prefix = next((p for p in COMPONENTS if any(n.startswith(p) for n in content)), "")
@@ -356,14 +402,23 @@ def _check_kind(source: Path, content: Mapping[str, Any]) -> None:
         )
 
 
-def _of(pattern: Mapping[str, Value] | None, module: str, default: Value) -> Value:
-    """Return a module's own setting: of the first name that is its own or ends its own."""
+def _by_name(pattern: Mapping[str, Value] | None) -> dict[str, tuple[int, Value]]:
+    """Return settings with their place in the pattern by name; a whole name begins with ^."""
+    named: dict[str, tuple[int, Value]] = {}
+    for place, (name, value) in enumerate((pattern or {}).items()):
+        named.setdefault(name.removesuffix("$").replace("\\.", "."), (place, value))
+    return named
+
+
+def _of(named: Mapping[str, tuple[int, Value]], module: str, default: Value) -> Value:
+    """Return a module's own setting: of the first name that is its own or ends its own.
+
+    named: of `_by_name`. Looks the module's endings up: a file can hold very many names.
+    """
     module = module.removeprefix(PEFT)
-    for name, value in (pattern or {}).items():
-        plain = name.removeprefix("^").removesuffix("$").replace("\\.", ".")
-        if module == plain or (not name.startswith("^") and module.endswith(f".{plain}")):
-            return value
-    return default
+    parts = module.split(".")
+    names = [f"^{module}", *(".".join(parts[start:]) for start in range(len(parts)))]
+    return min((named[name] for name in names if name in named), default=(0, default))[1]
 
 
 def _find(module: str, products: Mapping[str, NamedShape]) -> NamedShape | None:
@@ -379,7 +434,3 @@ def _rank(own: NamedShape, parts: Mapping[str, Tensor]) -> int | None:
     rank = len(down) if down.ndim else 0
     fits = down.shape == (rank, own.shape[1]) and up.shape == (own.shape[0], rank)
     return rank if fits else None
-
-
-def _alpha(parts: Mapping[str, Tensor], rank: int) -> float:
-    return float(parts["alpha"].item()) if "alpha" in parts else float(rank)
