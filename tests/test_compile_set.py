@@ -281,6 +281,17 @@ def keeping(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(engine_cache, "_writable", lambda folder: False)
 
 
+def test_engines_of_the_embedded_bundle_are_kept_in_the_cache(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = CompileJob(bundle, "external", EngineCompiler("tensorrt-rtx", ADA))
+    recipe = job.recipe
+    inside, cached = EngineCache(bundle).places_of(recipe)
+    assert EngineCache(bundle).create(recipe).target == inside
+    monkeypatch.setattr(engine_cache, "embedded", lambda: bundle.path)
+    assert EngineCache(bundle).create(recipe).target == cached
+
+
 def rebuilt(bundle: Bundle, file: str, change: Callable[[bytes], bytes]) -> Bundle:
     """Replace a bundle by one with other bytes in one file."""
     with Staging(bundle.path) as staging:
@@ -623,7 +634,7 @@ def test_the_cost_of_fp32_is_said_before_compiling(
     options = EngineOptions("tensorrt-rtx", architectures=ADA)
     with pytest.raises(BackendError):
         compile_engines(replace(bundle, manifest=changed), options, notice=said.append)
-    assert ["do not fuse attention" in line for line in said] == [False] + [True] * slow
+    assert ["do not fuse large attentions" in line for line in said] == [False] + [True] * slow
 
 
 def test_the_command(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

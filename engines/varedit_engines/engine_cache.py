@@ -15,6 +15,7 @@ from varedit_runtime.backends.engines.engine_set import (
 )
 from varedit_runtime.bundle import digest_line, read_at_most, regular_file
 from varedit_runtime.errors import BundleError
+from varedit_runtime.locate import embedded
 from varedit_runtime.manifest import DIGEST, MANIFEST, MAX_MANIFEST_BYTES
 
 
@@ -51,14 +52,18 @@ class EngineCache(EngineSets):
             )
 
     def create(self, recipe: EngineRecipe) -> Staging:
-        """Return a staging for a set: in the bundle or, if that is read-only, in the user's cache.
+        """Return a staging for a set: in the bundle, or in the user's cache.
 
+        A bundle that is read-only, or part of this program, takes none.
         A published set is recorded as built here, so that opening it needs no digest and no trust.
         """
-        inside, cached = self.places_of(recipe)
-        with suppress(OSError):
-            inside.parent.mkdir(exist_ok=True)
-        folder = inside if _writable(inside.parent) else cached
+        folder, cached = self.places_of(recipe)
+        if self.bundle.path.samefile(embedded()):
+            folder = cached
+        else:
+            with suppress(OSError):
+                folder.parent.mkdir(exist_ok=True)
+            folder = folder if _writable(folder.parent) else cached
         # Not beside the engines: the journal vouches for finished plans, which are native code, and
         # a stranger could put a forged one into a bundle.
         journal = records() / f"{hashlib.sha256(os.fsencode(folder)).hexdigest()}.journal"
