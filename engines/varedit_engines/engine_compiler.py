@@ -232,8 +232,8 @@ def slow_precision(precision: Precision) -> str | None:
     if precision.type != FLOAT32:
         return None
     return (
-        f"engines of {precision.name} do not fuse large attentions, and move about five times the bytes "
-        "that fp16 does: build with --precision fp16 or bf16 for speed"
+        f"engines of {precision.name} do not fuse large attentions, and move about five times "
+        "the bytes that fp16 does: build with --precision fp16 or bf16 for speed"
     )
 
 
