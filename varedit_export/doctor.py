@@ -26,7 +26,6 @@ EXPORT = (
     "onnx",
     "onnx-ir",
     "onnxscript",
-    "protobuf",
     "tqdm",
 )
 
