@@ -466,6 +466,8 @@ def idle(shared: Editor, monkeypatch: pytest.MonkeyPatch) -> Editor:
 REFUSED: dict[str, tuple[dict[str, Any], type[VareditError], str]] = {
     "prompts": ({"prompt": ["a", "b"], "image": [PHOTO] * 3}, ConfigError, "image has 3, prompt"),
     "negatives": ({"negative_prompt": ["a"], "prompt": ["a", "b"]}, ConfigError, "equally long"),
+    "no masks": ({"mask": []}, ConfigError, "image has 1, mask has 0 entries: lists must be equal"),
+    "no negatives": ({"negative_prompt": []}, ConfigError, "image has 1, negative_prompt has 0"),
     "no text": ({"prompt": 3}, ConfigError, "a prompt is 3; give a string"),
     "none": ({"prompt": None}, ConfigError, "a prompt is None"),
     "negative type": ({"negative_prompt": 3}, ConfigError, "a negative prompt is 3"),

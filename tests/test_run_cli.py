@@ -121,7 +121,7 @@ def test_source_and_result_side_by_side(photo: Path) -> None:
         assert image.crop((90, 0, 180, 60)).tobytes() == edited.tobytes()
 
 
-@pytest.mark.parametrize("image", [".", "/", ""])
+@pytest.mark.parametrize("image", [".", "/"])
 def test_a_picture_needs_a_name(image: str) -> None:
     fails(run(image, "add a hat"), "is no picture: name a file")
 
@@ -289,6 +289,25 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_the_edit(
     fails(run("prepare", photo, "-o", photo.with_name("out.png")), said)
     fails(run("bench", small_bundle(), "--json", photo.with_name("b.json")), said)
     fails(edit(photo, "-o", "/tmp/out.png", "--previews", photo.parent), said)
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["", "red"], "'IMAGE'"),
+        *(
+            (["photo.png", "red", option, ""], f"'{option}'")
+            for option in ("--mask", "--bundle", "--compare", "--previews")
+        ),
+        (["bench", ""], "'BUNDLE'"),
+        (["prepare", "photo.png", "-o", ""], "'-o' / '--output'"),
+    ],
+)
+def test_an_empty_path_is_wrong_usage(words: list[str], named: str) -> None:
+    result = run(*words)
+    assert (result.exit_code, result.stdout) == (2, "")
+    said = f"Error: Invalid value for {named}: the path is empty; name a file or a folder"
+    assert result.stderr.splitlines()[-1] == said
 
 
 def test_wrong_usage_is_told_as_of_the_command_that_was_typed() -> None:

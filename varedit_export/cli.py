@@ -30,6 +30,7 @@ from varedit_runtime.locate import remember
 from varedit_runtime.manifest import TOKENIZER, ParityLine
 from varedit_runtime.precision import PRECISIONS, named
 from varedit_runtime.terminal.command import (
+    PATH,
     BackendCommand,
     CommandGroup,
     Registered,
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
     from varedit_engines.engine_report import EngineReport
     from varedit_runtime.backends.engines.engine_set import EngineLayout
 
-_PATH = click.Path(path_type=Path, readable=False)  # whatever opens it says what is wrong
 _PLACE = "PATH|hf://..."  # a file or folder here, or one on the Hugging Face hub
 _checkpoint = click.option(
     "--checkpoint",
@@ -134,9 +134,7 @@ def main() -> None:
 )
 @_yes
 @click.option("--random-weights", type=int, help="Seed of random weights, instead of checkpoints.")
-@click.option(
-    "--config", type=_PATH, help="A recording's config.json, instead of --size and --res."
-)
+@click.option("--config", type=PATH, help="A recording's config.json, instead of --size and --res.")
 @click.option(
     "--precision", type=Registered("precision", PRECISIONS.keys), default="fp32", show_default=True
 )
@@ -161,7 +159,7 @@ def main() -> None:
 @backend_option("Backend to build for; for the TensorRT ones, engines are compiled too.")
 @_layout("--engine-layout")
 @_architectures
-@click.option("-o", "--output", type=_PATH, help="The bundle's folder; by default one of yours.")
+@click.option("-o", "--output", type=PATH, help="The bundle's folder; by default one of yours.")
 @click.pass_context
 @_with(BuildOptions)
 def build(
@@ -246,7 +244,7 @@ def _engine_options(
 
 
 @main.command()
-@click.argument("bundle", type=_PATH)
+@click.argument("bundle", type=PATH)
 @backend_option("Backend that runs the engines.", default="tensorrt", compiling=True)
 @_layout("--layout")
 @_architectures
@@ -279,7 +277,7 @@ def _engine_options(
     help="Make engines for other GPUs too. Not with tensorrt-rtx: give architectures.",
 )
 @click.option("--again", is_flag=True, help="Recompile existing engines built on this machine.")
-@click.option("--report", type=_PATH, help="Write every kernel of every engine here, as JSON.")
+@click.option("--report", type=PATH, help="Write every kernel of every engine here, as JSON.")
 @_with(EngineOptions)
 def engines(bundle: Path, report: Path | None, options: EngineOptions) -> None:
     """Compile a bundle's graphs to TensorRT engines, kept with the bundle or in your cache.
@@ -321,9 +319,9 @@ def _compile(
 
 
 @main.command(cls=BackendCommand)
-@click.argument("bundle", type=_PATH)
-@click.option("--golden", type=_PATH, help="Compare also with a recording it was built from.")
-@click.option("--report", type=_PATH, help="Write all measures here, as JSON.")
+@click.argument("bundle", type=PATH)
+@click.option("--golden", type=PATH, help="Compare also with a recording it was built from.")
+@click.option("--report", type=PATH, help="Write all measures here, as JSON.")
 @backend_option("Compare this backend too, as it runs on this machine.")
 @click.option("--variant", metavar="NAME", help="The backend's variant; by default the first.")
 @_with(VerifyOptions)
@@ -369,7 +367,7 @@ def verify(bundle: Path, report: Path | None, options: VerifyOptions) -> None:
 
 
 @main.command()
-@click.argument("bundle", type=_PATH)
+@click.argument("bundle", type=PATH)
 @click.argument("stage")
 @backend_option("Backend that runs the engines.", default="tensorrt", compiling=True)
 @click.option("--variant", metavar="NAME", help="The bundle's variant; by default its first.")
@@ -393,7 +391,7 @@ def layers(bundle: Path, stage: str, backend: Any, variant: str | None) -> None:
 
 
 @main.command()
-@click.argument("bundle", type=_PATH)
+@click.argument("bundle", type=PATH)
 def inspect(bundle: Path) -> None:
     """Show what is in a bundle: model, variants, graphs, sizes, precision, parity.
 
@@ -404,7 +402,7 @@ def inspect(bundle: Path) -> None:
 
 
 @main.command()
-@click.argument("bundle", type=_PATH, required=False)
+@click.argument("bundle", type=PATH, required=False)
 @click.pass_context
 def doctor(context: click.Context, bundle: Path | None) -> None:
     """Show which backends can edit pictures here, why others cannot, and what would help.
@@ -426,11 +424,11 @@ def doctor(context: click.Context, bundle: Path | None) -> None:
 
 
 @main.command()
-@click.argument("bundle", type=_PATH)
+@click.argument("bundle", type=PATH)
 @click.option("--variant", metavar="NAME", help="The bundle's variant; by default its first.")
 @click.option("--repeat", default=5, show_default=True, help="Number of timed edits by each.")
 @click.option("--threads", type=int, help="Threads of each; by default one per core.")
-@click.option("--json", "json_file", type=_PATH, help="Write all numbers here, as JSON.")
+@click.option("--json", "json_file", type=PATH, help="Write all numbers here, as JSON.")
 def bench(
     bundle: Path, variant: str | None, repeat: int, threads: int | None, json_file: Path | None
 ) -> None:
@@ -461,7 +459,7 @@ def bench(
 @_tokenizer
 @_text_encoder
 @_yes
-@click.option("-o", "--output", type=_PATH, required=True, help="The folder to write into.")
+@click.option("-o", "--output", type=PATH, required=True, help="The folder to write into.")
 def convert(
     size: str,
     checkpoint: str | None,

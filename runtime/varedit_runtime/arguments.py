@@ -114,8 +114,13 @@ def choose_pictures(
 
 
 def _common_length(listed: Mapping[str, list[Any] | None]) -> int:
-    """Return the length of the arguments that are lists; 1 if none is."""
+    """Return the length of the arguments that are lists; 1 if none is.
+
+    One picture and one prompt ask for a result: what goes with them cannot be an empty list.
+    """
     lengths = {name: len(values) for name, values in listed.items() if values is not None}
+    if 0 in lengths.values() and lengths.keys().isdisjoint(("image", "prompt")):
+        lengths = {"image": 1, **lengths}
     if len(set(lengths.values())) > 1:
         told = ", ".join(f"{name} has {length}" for name, length in lengths.items())
         raise ConfigError(f"{told} entries: lists must be equally long")

@@ -17,6 +17,7 @@ from varedit_runtime.errors import ConfigError, PictureError, shown
 from varedit_runtime.files import same_file, unwritable
 from varedit_runtime.grids import ASPECT_RATIOS, RESOLUTIONS, is_trained, picture_size, scale_grids
 from varedit_runtime.terminal.command import (
+    PATH,
     BackendCommand,
     CommandGroup,
     backend_option,
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from varedit_runtime.locate import Found
     from varedit_runtime.values import PerScale
 
-_PATH = click.Path(path_type=Path, readable=False)  # whatever opens it says what is wrong
 _backend = backend_option("What runs the graphs; engines must have been compiled.")
 _EDIT = "edit"
 
@@ -127,12 +127,12 @@ def _per_scale(name: str, help: str) -> Callable[[Callable[..., None]], Callable
 
 
 @main.command(_EDIT, hidden=True, cls=EditCommand)
-@click.argument("image", type=_PATH)
+@click.argument("image", type=PATH)
 @click.argument("instruction")
 @click.option(
-    "-o", "--output", type=_PATH, help="Where to write; by default IMAGE's name with -edited."
+    "-o", "--output", type=PATH, help="Where to write; by default IMAGE's name with -edited."
 )
-@click.option("--bundle", type=_PATH, help="The folder of the model's bundle.")
+@click.option("--bundle", type=PATH, help="The folder of the model's bundle.")
 @click.option("--variant", metavar="NAME", help="The bundle's variant; by default its first.")
 @click.option("--seed", type=int, help="The same seed gives the same picture; random if left out.")
 @_per_scale("--guidance-scale", "How much the instruction counts.")
@@ -140,11 +140,11 @@ def _per_scale(name: str, help: str) -> Callable[[Callable[..., None]], Callable
 @click.option("--negative-prompt", metavar="TEXT", help="What the picture should not be like.")
 @click.option(
     "--mask",
-    type=_PATH,
+    type=PATH,
     help="A picture of IMAGE's size: only what is white, or transparent, in it may change.",
 )
-@click.option("--compare", type=_PATH, help="Write source and result side by side here.")
-@click.option("--previews", type=_PATH, help="Write the picture after every scale to this folder.")
+@click.option("--compare", type=PATH, help="Write source and result side by side here.")
+@click.option("--previews", type=PATH, help="Write the picture after every scale to this folder.")
 @_backend
 @click.option("--json", "as_json", is_flag=True, help="Print what was done, as JSON.")
 @debug_option
@@ -230,11 +230,11 @@ def _as_json(output: Path, result: "EditResult", editor: "Editor", found: "Found
 
 
 @main.command(cls=BackendCommand)
-@click.argument("bundle", type=_PATH)
+@click.argument("bundle", type=PATH)
 @click.option("--variant", metavar="NAME", help="The bundle's variant; by default its first.")
 @click.option("--repeat", default=5, show_default=True, help="Number of timed edits.")
 @_backend
-@click.option("--json", "json_file", type=_PATH, help="Write all numbers here, as JSON.")
+@click.option("--json", "json_file", type=PATH, help="Write all numbers here, as JSON.")
 @debug_option
 def bench(
     bundle: Path, variant: str | None, repeat: int, backend: ChosenBackend, json_file: Path | None
@@ -257,11 +257,11 @@ def bench(
 
 
 @main.command()
-@click.argument("image", type=_PATH)
+@click.argument("image", type=PATH)
 @click.option(
     "-o",
     "--output",
-    type=_PATH,
+    type=PATH,
     required=True,
     help="The file to write; .png, .bmp and .tiff keep every pixel.",
 )

@@ -6,6 +6,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
 from typing import Any, NoReturn
 
 import click
@@ -85,6 +86,18 @@ def _exit_code(error: BaseException, run: _Run) -> int:
         click.echo(f"Error: {reason(error)}", err=True)
         return _FAILED
     raise error
+
+
+class _Path(click.Path):
+    """A path, of which nothing is asked but that it is not empty: Path("") is this folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not str(value):
+            self.fail("the path is empty; name a file or a folder", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+PATH = _Path(path_type=Path, readable=False)  # whatever opens it says what is wrong
 
 
 class Registered(click.ParamType):
