@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -266,6 +267,29 @@ def test_what_engines_need_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, absent, None)
     fails(run(photo, "add a hat", "--bundle", small_bundle(), "--backend", backend), said)
+
+
+@pytest.mark.parametrize(
+    ("option", "target"),
+    [
+        ("-o", "bundle/new.png"),
+        ("-o", "link/new.png"),
+        ("-o", "bundle/out.png"),
+        ("--compare", "bundle/new.png"),
+        ("--previews", "bundle"),
+        ("--previews", "link/new"),
+    ],
+)
+def test_nothing_is_written_into_the_bundle(photo: Path, option: str, target: str) -> None:
+    folder = photo.parent
+    shutil.copytree(small_bundle(), folder / "bundle")
+    (folder / "link").symlink_to("bundle")
+    (folder / "bundle" / "out.png").symlink_to(folder / "outside.png")
+    before = sorted((folder / "bundle").iterdir())
+    result = run(photo, "red", "--bundle", folder / "bundle", option, folder / target)
+    fails(result, f"{folder / target} cannot be written: it would lie in the bundle, which never")
+    assert sorted((folder / "bundle").iterdir()) == before
+    assert not photo.with_name("photo-edited.png").exists()
 
 
 def test_a_link_to_the_source_is_the_source(photo: Path) -> None:

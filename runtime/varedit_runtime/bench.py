@@ -27,7 +27,7 @@ from varedit_runtime.backends.onnxruntime.backend import Buffer, Session
 from varedit_runtime.bundle import Bundle, digest_line
 from varedit_runtime.editor import WHOLE_EDIT, Editor, OnScale
 from varedit_runtime.errors import ConfigError, readable_size
-from varedit_runtime.files import atomic_file, unwritable
+from varedit_runtime.files import IN_BUNDLE, atomic_file, lies_in, unwritable
 from varedit_runtime.geometry import scale_sizes
 from varedit_runtime.manifest import MANIFEST, Model, Variant, scale_of, weights_file
 
@@ -245,8 +245,8 @@ def memory_lines(memory: MemoryUse) -> list[str]:
 def check_report(path: Path, bundle: Path) -> None:
     """Raise ConfigError, before work is spent, if a report on a bundle cannot be written there."""
     why = unwritable(path)
-    if why is None and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(bundle)):
-        why = "it would lie in the bundle, which never changes; choose another folder"
+    if why is None and lies_in(path, bundle):
+        why = IN_BUNDLE
     if why is not None:
         raise ConfigError(f"{path} cannot be written: {why}")
 

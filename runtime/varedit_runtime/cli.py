@@ -14,7 +14,7 @@ from click.shell_completion import CompletionItem
 
 from varedit_runtime.backends import ChosenBackend
 from varedit_runtime.errors import ConfigError, PictureError, shown
-from varedit_runtime.files import same_file, unwritable
+from varedit_runtime.files import IN_BUNDLE, lies_in, same_file, unwritable
 from varedit_runtime.grids import ASPECT_RATIOS, RESOLUTIONS, is_trained, picture_size, scale_grids
 from varedit_runtime.terminal.command import (
     PATH,
@@ -177,7 +177,7 @@ def edit(
 
     output = _output(image, output)
     _check_targets(image, output, compare, previews, mask)
-    source, found = open_picture(image), _find_bundle(bundle)
+    source, found = open_picture(image), _find_bundle(bundle, output, compare, previews)
     marked = mask and fitted(open_mask(mask), source)
     with (
         nullcontext() if previews is None else _folder(previews),
@@ -302,12 +302,16 @@ def grids() -> None:
             click.echo(f"{resolution:<5} {aspect:<4} {pixels:<10} {trained:<10} {scales}")
 
 
-def _find_bundle(named: Path | None) -> "Found":
-    """Find the bundle to use, and tell on stderr which it is and why."""
+def _find_bundle(named: Path | None, *targets: Path | None) -> "Found":
+    """Find the bundle to use, and tell on stderr which it is and why.
+
+    targets: where results go. Raises ConfigError if one of them lies in the bundle.
+    """
     from varedit_runtime.locate import find_bundle
 
     found = find_bundle(named)
     click.echo(f"bundle: {found.path} ({found.why})", err=True)
+    _check_outside(found.path, *targets)
     return found
 
 
@@ -333,6 +337,18 @@ def _check_targets(
     for path in filter(None, (image, mask, *targets)):
         if previews and same_file(path.parent, previews) and path.match(_preview("*")):
             raise ConfigError(f"{path} could be overwritten by a preview: choose another folder")
+
+
+def _check_outside(bundle: Path, *targets: Path | None) -> None:
+    """Refuse to write into the bundle in use, before work is spent.
+
+    Of a folder that is no bundle, opening it says so.
+    """
+    from varedit_runtime.manifest import MANIFEST
+
+    for target in filter(None, targets):
+        if lies_in(target, bundle) and os.path.exists(bundle / MANIFEST):
+            raise ConfigError(f"{target} cannot be written: {IN_BUNDLE}")
 
 
 def _preview(scale: str) -> str:

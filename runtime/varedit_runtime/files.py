@@ -9,6 +9,8 @@ from secrets import token_hex
 from threading import Lock
 from weakref import finalize
 
+IN_BUNDLE = "it would lie in the bundle, which never changes; choose another folder"
+
 
 class HeldFile:
     """A file that stays open, so that a file that takes its path later is never read instead."""
@@ -76,6 +78,13 @@ def same_file(one: Path, other: Path) -> bool:
         return one.samefile(other)
     except OSError:  # not both are there
         return os.path.realpath(one) == os.path.realpath(other)
+
+
+def lies_in(path: Path, folder: Path) -> bool:
+    """Return whether a path is a folder or in it, itself or by what it links to."""
+    whole = os.path.realpath(folder)
+    places = (os.path.join(os.path.realpath(path.parent), path.name), os.path.realpath(path))
+    return any(Path(place).is_relative_to(whole) for place in places)
 
 
 @contextmanager
