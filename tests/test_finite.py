@@ -219,4 +219,7 @@ def test_a_decoder_that_knows_one_colour_only_is_no_decoder() -> None:
     with pytest.raises(ParityError, match="image_decoder: output is constant"):
         check_output("image_decoder", "output", pictures)
     pictures[1, 2, 3, 4] = 0.5
+    with pytest.raises(ParityError, match="image_decoder: output is constant"):
+        check_output("image_decoder", "output", pictures)
+    pictures[0, 1, 3, 4] = 0.5
     check_output("image_decoder", "output", pictures)

@@ -15,7 +15,7 @@ from pathlib import Path
 from varedit_export import hub
 from varedit_export.hub import SCHEME, Choice, HubAddress, Wanted
 from varedit_export.lora import FILES, SETTINGS, SUFFIX
-from varedit_runtime.errors import CheckpointError, ConfigError, printable, readable_size, shown
+from varedit_runtime.errors import CheckpointError, ConfigError, printable, readable_size
 from varedit_runtime.files import free_space
 from varedit_runtime.manifest import HubOrigin
 
@@ -91,7 +91,7 @@ class Download:
         lines = [
             printable(
                 f"  {one.address}: {readable_size(one.missing)}, "
-                f"licence {shown(one.licence or 'not stated')}"
+                f"licence {(one.licence or 'not stated')[:80]}"
             )
             for one in self.wanted
         ]

@@ -15,6 +15,7 @@ from varedit_runtime.backends.engines.engine_set import (
 )
 from varedit_runtime.bundle import digest_line, read_at_most, regular_file
 from varedit_runtime.errors import BundleError
+from varedit_runtime.files import same_file
 from varedit_runtime.locate import embedded
 from varedit_runtime.manifest import DIGEST, MANIFEST, MAX_MANIFEST_BYTES
 
@@ -58,7 +59,7 @@ class EngineCache(EngineSets):
         A published set is recorded as built here, so that opening it needs no digest and no trust.
         """
         folder, cached = self.places_of(recipe)
-        if self.bundle.path.samefile(embedded()):
+        if same_file(self.bundle.path, embedded()):
             folder = cached
         else:
             with suppress(OSError):
