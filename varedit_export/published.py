@@ -15,6 +15,8 @@ from pathlib import Path
 from varedit_export import hub
 from varedit_export.hub import SCHEME, Choice, HubAddress, Wanted
 from varedit_export.lora import FILES, SETTINGS, SUFFIX
+from varedit_reference.text_encoder import BESIDE_WEIGHTS
+from varedit_reference.weights_file import PICKLED
 from varedit_runtime.errors import CheckpointError, ConfigError, printable, readable_size
 from varedit_runtime.files import free_space
 from varedit_runtime.manifest import HubOrigin
@@ -43,8 +45,7 @@ PUBLISHED = {
 TOKENIZERS = "FoundationVision/Infinity"  # has the picture tokenizers that a repository lacks
 TEXT_ENCODER = "flan-t5-xl"  # folder of a repository
 TEXT_ENCODERS = f"google/{TEXT_ENCODER}"  # has the text encoder that a repository lacks
-WEIGHTS = (".safetensors", ".pth", ".pt", ".bin")
-VOCABULARY = ("config.json", "tokenizer.json")
+WEIGHTS = (".safetensors", *PICKLED)
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def find_weights(
         tokenizer = (shelf if inside else _Shelf(HubAddress(TOKENIZERS))).at(table.tokenizer)
     text_encoder = given.text_encoder
     if text_encoder is None:
-        inside = f"{TEXT_ENCODER}/{VOCABULARY[0]}" in shelf.names
+        inside = f"{TEXT_ENCODER}/{BESIDE_WEIGHTS[0]}" in shelf.names
         text_encoder = shelf.at(TEXT_ENCODER) if inside else f"{SCHEME}{TEXT_ENCODERS}"
     return Places(transformer, tokenizer, text_encoder)
 
@@ -249,7 +250,7 @@ def _adapter_files(path: str) -> list[Choice]:
 def _text_encoder_files(path: str) -> list[Choice]:
     """Return the choices for a text encoder's folder: weights of one format, and vocabulary."""
     inside = f"{escape(path)}/" if path else ""
-    vocabulary = [inside + name for name in VOCABULARY]
+    others = [inside + name for name in BESIDE_WEIGHTS]
     return [
-        (f"{inside}*{s}", f"{inside}*{s}.index.json", *vocabulary) for s in (".safetensors", ".bin")
+        (f"{inside}*{s}", f"{inside}*{s}.index.json", *others) for s in (".safetensors", ".bin")
     ]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from varedit_reference.checkpoint import tokenizer_weights, transformer_weights
 from varedit_reference.config import preset
-from varedit_reference.text_encoder import text_encoder_weights
+from varedit_reference.text_encoder import BESIDE_WEIGHTS, text_encoder_weights
 from varedit_reference.weights_file import (
     check_room,
     check_there,
@@ -25,7 +25,7 @@ from varedit_runtime.files import same_file
 
 TRANSFORMER, TOKENIZER = "transformer.safetensors", "tokenizer.safetensors"
 TEXT_ENCODER = "text_encoder"
-WEIGHTS, COPIED = "model.safetensors", ("config.json", "tokenizer.json")  # of the text encoder
+WEIGHTS = "model.safetensors"  # of the text encoder
 
 
 def convert(
@@ -51,7 +51,7 @@ def convert(
         output / TOKENIZER: tokenizer_weights(tokenizer, config.tokenizer),
         output / TEXT_ENCODER / WEIGHTS: text_encoder_weights(text_encoder, config.transformer),
     }
-    copies = {output / TEXT_ENCODER / name: text_encoder / name for name in COPIED}
+    copies = {output / TEXT_ENCODER / name: text_encoder / name for name in BESIDE_WEIGHTS}
     _check_apart([*components, *copies], sources)
     for path, weights in components.items():
         for note in weights.notes:

@@ -23,6 +23,7 @@ from varedit_runtime.text import Instructions, read_tokenizer
 if TYPE_CHECKING:
     from transformers.models.t5.modeling_t5 import T5Stack
 
+BESIDE_WEIGHTS = ("config.json", "tokenizer.json")  # the other files that a folder has to have
 SHARED = "shared.weight"
 # The names of one token embedding, of which a file stores some.
 EMBEDDINGS = (SHARED, "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
