@@ -185,7 +185,7 @@ def one(
     from varedit_export.parity.compare_bundle import compare_backend
     from varedit_runtime.backends.engines.engine_set import EngineSet
     from varedit_runtime.bench import INSTRUCTION, synthetic_picture
-    from varedit_runtime.editor import Editor
+    from varedit_runtime.editing.editor import Editor
 
     found: dict[str, Any] = {}
 

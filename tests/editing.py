@@ -23,7 +23,7 @@ from varedit_reference.scale_loop import PredictedScale
 from varedit_reference.text_encoder import TextEncoder
 from varedit_runtime.backends.base import Sampling, ScaleOutput
 from varedit_runtime.bundle import digest_line
-from varedit_runtime.editor import Editor
+from varedit_runtime.editing.editor import Editor
 from varedit_runtime.manifest import DIGEST, MANIFEST, Manifest, canonical_json, decode_manifest
 from varedit_runtime.noise import uniform_noise
 from varedit_runtime.text import read_tokenizer

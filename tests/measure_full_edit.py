@@ -39,7 +39,7 @@ def main() -> None:
 def edit(bundle: Path) -> tuple[dict[str, Any], dict[str, list[Any]]]:
     """Edit as a user does; return time and memory, and (inputs, result) of the backend's calls."""
     from varedit_runtime.bench import INSTRUCTION, peak_memory, synthetic_picture
-    from varedit_runtime.editor import Editor
+    from varedit_runtime.editing.editor import Editor
 
     calls: dict[str, list[Any]] = {name: [] for name in RECORDED}
     with peak_memory() as samples:

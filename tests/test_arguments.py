@@ -13,16 +13,11 @@ from PIL import Image
 
 import varedit_export
 from varedit_engines import compile_set
-from varedit_export import (
-    BuildOptions,
-    EngineOptions,
-    VerifyOptions,
-    resolve_options,
-)
+from varedit_export import BuildOptions, EngineOptions, VerifyOptions, resolve_options
 from varedit_export.parity import compare_bundle
 from varedit_runtime.backends import choose, find_backend
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.editor import Editor, read_instructions
+from varedit_runtime.editing.editor import Editor, read_instructions
 from varedit_runtime.errors import LONGEST, VareditError
 from varedit_runtime.locate import embedded
 from varedit_runtime.pictures import open_mask, open_picture, save_picture

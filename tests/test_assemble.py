@@ -23,7 +23,7 @@ from varedit_export.plan import BundlePlan
 from varedit_export.sources import Sources, random_sources
 from varedit_reference.initialise import RandomWeights
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.editor import Editor
+from varedit_runtime.editing.editor import Editor
 from varedit_runtime.errors import BackendError, ConfigError
 from varedit_runtime.manifest import Manifest, canonical_json, decode_manifest
 

@@ -20,13 +20,7 @@ from click.testing import CliRunner, Result
 from editing import picture, small_bundle
 from fake_cuda import RTX, Machine
 from onnx import TensorProto
-from onnx.helper import (
-    make_graph,
-    make_model,
-    make_node,
-    make_opsetid,
-    make_tensor_value_info,
-)
+from onnx.helper import make_graph, make_model, make_node, make_opsetid, make_tensor_value_info
 from PIL import Image
 from simulated_gpu import SimulatedGpu
 from uncompiled import compiled, keep_engines_in, near
@@ -40,7 +34,7 @@ from varedit_runtime.backends.engines.engine_set import LAYOUTS, EngineLayout, E
 from varedit_runtime.backends.engines.import_tensorrt import ENGINE_KINDS, TYPES, EngineKind
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.cli import main as varedit_run
-from varedit_runtime.editor import Editor
+from varedit_runtime.editing.editor import Editor
 from varedit_runtime.errors import BackendError, BundleError
 
 CORE: Any = cuda.core

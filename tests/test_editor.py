@@ -32,7 +32,7 @@ from PIL import ExifTags, Image
 import varedit_runtime
 from varedit_reference.scale_loop import PredictedScale
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.editor import Editor, EditResult, Progress
+from varedit_runtime.editing.editor import Editor, EditResult, Progress
 from varedit_runtime.errors import (
     BackendError,
     BundleError,

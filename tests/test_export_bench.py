@@ -17,7 +17,7 @@ from varedit_export.cli import main
 from varedit_export.parity.reference_backend import Reference, ReferenceBackend
 from varedit_runtime.bench import INSTRUCTION, ROLLUP, MemoryUse, memory_in_use
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.editor import Editor, read_instructions
+from varedit_runtime.editing.editor import Editor, read_instructions
 from varedit_runtime.errors import BackendError
 from varedit_runtime.manifest import Manifest
 

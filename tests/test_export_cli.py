@@ -71,7 +71,7 @@ def test_a_whole_bundle_that_cannot_become_the_default_is_no_failure(
     def full(*_: object) -> None:
         raise BundleError("last-built cannot be written (No space left on device)")
 
-    monkeypatch.setattr("varedit_export.cli.remember", full)
+    monkeypatch.setattr("varedit_export.commands.build.remember", full)
     monkeypatch.setattr("varedit_export.build", lambda *_: Bundle.open(small_bundle()))
     built = run("build", "--size", "nano")
     assert built.exit_code == 0 and built.stdout == f"{small_bundle()}\n"

@@ -30,7 +30,7 @@ from varedit_runtime.backends.onnxruntime.backend import OnnxBackend
 from varedit_runtime.backends.onnxruntime.options import OnnxRuntimeOptions
 from varedit_runtime.backends.wiring import FUSED, SYMBOLIC
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.editor import Editor
+from varedit_runtime.editing.editor import Editor
 from varedit_runtime.errors import ConfigError
 from varedit_runtime.manifest import FileEntry, canonical_json
 

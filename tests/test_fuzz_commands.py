@@ -85,7 +85,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for variable in ("XDG_DATA_HOME", "XDG_CACHE_HOME", "HOME"):
         monkeypatch.setenv(variable, str(tmp_path / "home"))
     monkeypatch.delenv("VAREDIT_BUNDLE", raising=False)
-    monkeypatch.setattr("varedit_runtime.editor.Editor.open", no_model)
+    monkeypatch.setattr("varedit_runtime.editing.editor.Editor.open", no_model)
     monkeypatch.setattr("varedit_runtime.backends.detect.detect_machine", no_model)
     monkeypatch.setattr("varedit_export.resolve_options.random_sources", no_weights)
     monkeypatch.setattr("varedit_export.resolve_options.sources_of", no_weights)

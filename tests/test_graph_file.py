@@ -20,7 +20,7 @@ from varedit_runtime.backends.graph_file import read_graph
 from varedit_runtime.backends.onnxruntime import backend as onnx_backend
 from varedit_runtime.backends.wiring import wire
 from varedit_runtime.bundle import Bundle, file_digest
-from varedit_runtime.editor import Editor
+from varedit_runtime.editing.editor import Editor
 from varedit_runtime.errors import BackendError, BundleError
 from varedit_runtime.files import HeldFile
 from varedit_runtime.locate import embedded

@@ -13,7 +13,7 @@ import pytest
 from hub_stand_in import Hub, Repository, serve, use
 from huggingface_hub import constants
 
-from varedit_export.hub import HubAddress, fetch, list_files, look_up, parse
+from varedit_export.weights.hub import HubAddress, fetch, list_files, look_up, parse
 from varedit_runtime.errors import CheckpointError, ConfigError
 from varedit_runtime.manifest import HubOrigin
 
@@ -199,7 +199,7 @@ def test_a_download_that_fails_for_good_can_be_tried_again(
 def test_a_killed_download_keeps_the_files_that_were_whole(tmp_path: Path) -> None:
     """The library itself begins the file anew in which it was killed."""
     script = (
-        "from varedit_export.hub import HubAddress, fetch, look_up\n"
+        "from varedit_export.weights.hub import HubAddress, fetch, look_up\n"
         "for name in ('first', 'second'):\n"
         "    print(fetch(look_up(HubAddress('owner/model', name), [[name]]))[0])"
     )

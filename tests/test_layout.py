@@ -5,11 +5,7 @@ import torch.nn.functional as F
 from small import random_var, small_config
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from varedit_export.graphs.layout import (
-    Restored,
-    make_weight,
-    transformer_layout,
-)
+from varedit_export.graphs.layout import Restored, make_weight, transformer_layout
 from varedit_export.graphs.text import relative_buckets
 from varedit_reference.config import TextEncoderConfig
 from varedit_runtime.geometry import area_matrix, bilinear_matrix

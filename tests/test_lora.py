@@ -19,7 +19,11 @@ from torch import Tensor, nn
 
 from varedit_export.cli import main
 from varedit_export.describe import described
-from varedit_export.lora import (
+from varedit_export.manifest_model import manifest_of, sources_of
+from varedit_export.options import BuildOptions
+from varedit_export.resolve_options import plan_of
+from varedit_export.sources import random_sources
+from varedit_export.weights.lora import (
     Adapter,
     Merged,
     merge_loras,
@@ -28,10 +32,6 @@ from varedit_export.lora import (
     read_adapter,
     short_name,
 )
-from varedit_export.manifest_model import manifest_of, sources_of
-from varedit_export.options import BuildOptions
-from varedit_export.resolve_options import plan_of
-from varedit_export.sources import random_sources
 from varedit_reference.checkpoint import (
     FileLayout,
     NamedShape,

@@ -17,9 +17,9 @@ from varedit_reference.quantisation import from_tokens, to_tokens
 from varedit_runtime import locate
 from varedit_runtime.backends.base import Sampling
 from varedit_runtime.cli import main
-from varedit_runtime.editor import Editor, Progress
+from varedit_runtime.editing.editor import Editor, Progress
+from varedit_runtime.editing.masks import SourceKeeper, feather_width, put_back
 from varedit_runtime.errors import ConfigError, PictureError
-from varedit_runtime.masks import SourceKeeper, feather_width, put_back
 from varedit_runtime.pictures import open_mask, open_picture
 
 SAMPLE = Path(__file__).parent.parent / "docs" / "samples" / "person.png"

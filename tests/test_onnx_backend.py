@@ -26,7 +26,7 @@ from varedit_runtime.backends.onnxruntime import backend as onnx_backend
 from varedit_runtime.backends.onnxruntime.backend import Buffer, OnnxBackend
 from varedit_runtime.backends.onnxruntime.options import OnnxRuntimeOptions
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.editor import Editor
+from varedit_runtime.editing.editor import Editor
 from varedit_runtime.errors import BackendError, BundleError
 from varedit_runtime.locate import embedded
 from varedit_runtime.manifest import (

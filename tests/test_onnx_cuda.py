@@ -11,7 +11,7 @@ from varedit_runtime.backends.onnxruntime.backend import OnnxBackend, Session
 from varedit_runtime.backends.onnxruntime.options import PROVIDERS, OnnxRuntimeOptions
 from varedit_runtime.backends.onnxruntime.spec import failed_providers
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.editor import Editor
+from varedit_runtime.editing.editor import Editor
 from varedit_runtime.errors import BackendError
 from varedit_runtime.locate import embedded
 

@@ -277,7 +277,7 @@ def test_grids_lists_every_size():
 
 def test_importing_the_editor_writes_nothing_to_the_home(tmp_path: Path) -> None:
     """ONNX Runtime would write a device ID there and start its telemetry."""
-    code = "import varedit_runtime.editor, os; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    code = "import varedit_runtime.editing.editor, os; print(os.environ['ORT_DISABLE_TELEMETRY'])"
     home = {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT / "runtime")}
     done = subprocess.run(
         [sys.executable, "-c", code], env=home, cwd=tmp_path, capture_output=True, text=True

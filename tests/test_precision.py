@@ -21,7 +21,7 @@ from varedit_export.parity.measures import gate
 from varedit_export.parity.streamed import compare_streamed
 from varedit_export.plan import BundlePlan
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.editor import Editor
+from varedit_runtime.editing.editor import Editor
 from varedit_runtime.errors import BundleError, ConfigError
 from varedit_runtime.manifest import weights_file
 from varedit_runtime.precision import (

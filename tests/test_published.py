@@ -16,10 +16,10 @@ from hub_stand_in import Hub, Repository, serve, use
 from released import write_released_tokenizer, write_released_transformer
 from small_t5 import write_t5
 
-from varedit_export import published
 from varedit_export.cli import main
 from varedit_export.console import accept
-from varedit_export.published import Download, Places, Published, find_weights
+from varedit_export.weights import published
+from varedit_export.weights.published import Download, Places, Published, find_weights
 from varedit_reference.config import preset
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import CheckpointError, ConfigError, readable_size

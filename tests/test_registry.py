@@ -24,16 +24,10 @@ from varedit_runtime.backends.detect import detect_machine
 from varedit_runtime.backends.machine import Machine, ProbeResult
 from varedit_runtime.backends.onnxruntime.backend import OnnxBackend
 from varedit_runtime.backends.onnxruntime.options import OnnxRuntimeOptions
-from varedit_runtime.backends.spec import (
-    RESERVED,
-    BackendOptions,
-    BackendSpec,
-    Verdict,
-    option,
-)
+from varedit_runtime.backends.spec import RESERVED, BackendOptions, BackendSpec, Verdict, option
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.cli import main as run_main
-from varedit_runtime.editor import Editor
+from varedit_runtime.editing.editor import Editor
 from varedit_runtime.errors import BackendError, ConfigError
 from varedit_runtime.locate import embedded
 from varedit_runtime.manifest import Variant

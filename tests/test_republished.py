@@ -20,12 +20,12 @@ from varedit_engines.network import external_inputs
 from varedit_engines.publish import Staging
 from varedit_export import bench
 from varedit_export.parity import compare_bundle
-from varedit_runtime import editor as editor_module
 from varedit_runtime.backends.engines.engine_set import EngineLayout
 from varedit_runtime.backends.engines.weights import EngineWeights
 from varedit_runtime.backends.onnxruntime import backend as onnx_backend
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.editor import Editor
+from varedit_runtime.editing import editor as editor_module
+from varedit_runtime.editing.editor import Editor
 from varedit_runtime.errors import BundleError
 from varedit_runtime.locate import embedded
 from varedit_runtime.manifest import weights_file

@@ -30,7 +30,7 @@ from varedit_runtime.backends import choose
 from varedit_runtime.backends.onnxruntime.backend import Buffer, Session
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.cli import main
-from varedit_runtime.editor import Editor
+from varedit_runtime.editing.editor import Editor
 from varedit_runtime.errors import ConfigError
 
 COMMAND = Path(sys.executable).with_name("varedit-run")
@@ -395,7 +395,7 @@ def test_a_terminal_sees_a_bar_and_a_pipe_does_not(photo: Path) -> None:
 
 SLOW = """if True:
     import sys, time
-    from varedit_runtime import editor
+    from varedit_runtime.editing import editor
     def uniform_noise(*arguments):
         print("under way", flush=True)
         time.sleep(120)

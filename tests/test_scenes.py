@@ -8,13 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from varedit_nano.scenes import (
-    KINDS,
-    draw_alternatives,
-    draw_edit,
-    draw_picture,
-    vocabulary_text,
-)
+from varedit_nano.scenes import KINDS, draw_alternatives, draw_edit, draw_picture, vocabulary_text
 from varedit_nano.scenes import wording as wordings
 from varedit_nano.scenes.backgrounds import BACKGROUNDS
 from varedit_nano.scenes.compose import (

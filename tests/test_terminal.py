@@ -203,7 +203,7 @@ def test_an_interrupt_may_come_as_another_error(
         except BaseException as error:  # as extension modules do
             raise ImportError("initialisation failed") from error
 
-    monkeypatch.setattr("varedit_runtime.cli.picture_size", imported)
+    monkeypatch.setattr("varedit_runtime.commands.prepare.picture_size", imported)
     handler = signal.getsignal(signal.SIGINT)
     assert exit_code("grids") == 130
     assert capsys.readouterr().err == "Interrupted.\n"

@@ -16,7 +16,7 @@ from varedit_export.sources import Sources, random_sources
 from varedit_reference.config import ModelConfig
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.cli import main as run_main
-from varedit_runtime.editor import Editor
+from varedit_runtime.editing.editor import Editor
 from varedit_runtime.errors import BundleError, ConfigError
 
 

@@ -30,7 +30,7 @@ from varedit_runtime.manifest import ParityLine
 from varedit_runtime.values import AnyPath, checked
 
 if TYPE_CHECKING:
-    from varedit_export.published import Download
+    from varedit_export.weights.published import Download
     from varedit_runtime.backends.engines.engine_set import EngineSet
 
 __all__ = [

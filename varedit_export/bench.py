@@ -30,7 +30,7 @@ from varedit_runtime.bench import (
     synthetic_picture,
 )
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.editor import Editor, EditResult, read_instructions
+from varedit_runtime.editing.editor import Editor, EditResult, read_instructions
 from varedit_runtime.errors import BackendError, BundleError, ConfigError
 
 # Results of the same edits, the reference's first.

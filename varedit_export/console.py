@@ -11,7 +11,7 @@ from varedit_engines import OnStep
 from varedit_runtime.errors import ConfigError, needs_extra
 
 if TYPE_CHECKING:
-    from varedit_export.published import Download
+    from varedit_export.weights.published import Download
 
 
 def say(line: str) -> None:

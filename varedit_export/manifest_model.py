@@ -12,11 +12,7 @@ from math import log2
 from msgspec import UNSET
 from torch import Tensor
 
-from varedit_export.graphs.layout import (
-    Restored,
-    Unpacked,
-    transformer_layout,
-)
+from varedit_export.graphs.layout import Restored, Unpacked, transformer_layout
 from varedit_export.graphs.text import restore_text_encoder
 from varedit_export.plan import BundlePlan
 from varedit_export.sources import Sources, TextSource

@@ -10,12 +10,7 @@ from pathlib import Path
 from msgspec import structs
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from varedit_export.components import (
-    Component,
-    laid_out,
-    positions_component,
-    tokenizer_component,
-)
+from varedit_export.components import Component, laid_out, positions_component, tokenizer_component
 from varedit_export.graphs.attention import OPERATOR
 from varedit_export.graphs.blocks import TRACED_BLOCKS
 from varedit_export.graphs.layout import transformer_layout

@@ -7,11 +7,9 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-from varedit_export.lora import merge_loras, parse, short_name
 from varedit_export.manifest_model import sources_of
 from varedit_export.options import BuildOptions
 from varedit_export.plan import BundlePlan, VariantRequest
-from varedit_export.published import PUBLISHED, Download, Places, bring, find_weights
 from varedit_export.sources import (
     NANO_SIZE,
     Sources,
@@ -19,6 +17,8 @@ from varedit_export.sources import (
     missing_weights,
     random_sources,
 )
+from varedit_export.weights.lora import merge_loras, parse, short_name
+from varedit_export.weights.published import PUBLISHED, Download, Places, bring, find_weights
 from varedit_reference.config import PRESETS, ModelConfig, preset
 from varedit_reference.golden import PIXEL_BUDGETS, recorded_config
 from varedit_reference.weights_file import open_weights, read_header_file

@@ -6,12 +6,7 @@ from pathlib import Path
 import torch
 
 from varedit_reference.checkpoint import load_tokenizer, load_transformer
-from varedit_reference.config import (
-    Conditioning,
-    ModelConfig,
-    TokenizerConfig,
-    TransformerConfig,
-)
+from varedit_reference.config import Conditioning, ModelConfig, TokenizerConfig, TransformerConfig
 from varedit_reference.pipeline import VAREdit
 from varedit_reference.text_encoder import TextEncoder
 from varedit_runtime.grids import scale_grids

@@ -9,13 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from varedit_reference.config import Grid
-from varedit_reference.quantisation import (
-    add_scale,
-    next_tokens,
-    positions,
-    to_bits,
-    to_tokens,
-)
+from varedit_reference.quantisation import add_scale, next_tokens, positions, to_bits, to_tokens
 
 LARGEST_FLIP_RATE = 0.3
 

@@ -16,24 +16,13 @@ from transformers.models.t5.modeling_t5 import T5Stack
 
 from varedit_nano.attention import eager_attention
 from varedit_nano.checkpointing import write_weights
-from varedit_nano.data import (
-    TRAINING_SHARES,
-    VALIDATION_SEEDS,
-    EditBatch,
-    EditBatches,
-    to_model,
-)
+from varedit_nano.data import TRAINING_SHARES, VALIDATION_SEEDS, EditBatch, EditBatches, to_model
 from varedit_nano.evaluate import psnr
 from varedit_nano.model import TEXT_FOLDER, TRANSFORMER_FILE, nano
 from varedit_nano.scenes import EditSample, draw_edit, vocabulary_text
 from varedit_nano.sheets import contact_sheet
 from varedit_nano.teacher import bit_losses, lesson, scale_weights
-from varedit_nano.text import (
-    build_vocabulary,
-    new_text_encoder,
-    text_features,
-    write_text_folder,
-)
+from varedit_nano.text import build_vocabulary, new_text_encoder, text_features, write_text_folder
 from varedit_nano.training import (
     TrainingMachine,
     TrainingRecipe,
@@ -42,12 +31,7 @@ from varedit_nano.training import (
     training_options,
 )
 from varedit_reference.checkpoint import load_tokenizer, load_transformer
-from varedit_reference.config import (
-    Conditioning,
-    ModelConfig,
-    TokenizerConfig,
-    TransformerConfig,
-)
+from varedit_reference.config import Conditioning, ModelConfig, TokenizerConfig, TransformerConfig
 from varedit_reference.initialise import initialise
 from varedit_reference.pipeline import VAREdit
 from varedit_reference.quantisation import source_tokens

@@ -14,12 +14,7 @@ from pathlib import Path
 from varedit_reference.checkpoint import tokenizer_weights, transformer_weights
 from varedit_reference.config import preset
 from varedit_reference.text_encoder import BESIDE_WEIGHTS, text_encoder_weights
-from varedit_reference.weights_file import (
-    check_room,
-    check_there,
-    whole_file,
-    write_safetensors,
-)
+from varedit_reference.weights_file import check_room, check_there, whole_file, write_safetensors
 from varedit_runtime.errors import CheckpointError
 from varedit_runtime.files import same_file
 

@@ -6,8 +6,8 @@
         result = editor.edit("photo.png", "add a hat", seed=7)
     result.image.save("edited.png")
 
-- `editor.py`: edits, as a library; `arguments.py` checks their arguments.
-- `cli.py`, `terminal/`: the `varedit-run` command; `bench.py`: how fast a backend is.
+- `editing/`: edits, as a library: the `Editor`, the check of its arguments, masks.
+- `cli.py`, `commands/`, `terminal/`: the `varedit-run` command; `bench.py`: how fast a backend is.
 - `backends/`: the registry of what can run the stages of an edit: ONNX Runtime, or compiled engines
   on a GPU; and what a machine has for them.
 - `bundle.py`, `manifest.py`, `locate.py`: opening bundles, checking them, finding them.
@@ -24,7 +24,7 @@ from importlib import import_module
 # As in typing, which takes longer to import than a command that is interrupted may wait.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from varedit_runtime.editor import Editor, EditResult, Progress
+    from varedit_runtime.editing.editor import Editor, EditResult, Progress
 
 # ONNX Runtime reads this when it is imported. Unset, it writes a device ID to the user's home and
 # reports to its makers. Whoever wants that sets the variable to 0.
@@ -36,5 +36,5 @@ __all__ = ["EditResult", "Editor", "Progress"]
 def __getattr__(name: str) -> object:
     """Import the editor, and with it NumPy and ONNX Runtime, when it is first used."""
     if name in __all__:
-        return getattr(import_module("varedit_runtime.editor"), name)
+        return getattr(import_module("varedit_runtime.editing.editor"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -25,7 +25,7 @@ from PIL import Image
 from varedit_runtime.backends import DEFAULT, ChosenBackend, choose
 from varedit_runtime.backends.onnxruntime.backend import Buffer, Session
 from varedit_runtime.bundle import Bundle, digest_line
-from varedit_runtime.editor import WHOLE_EDIT, Editor, OnScale
+from varedit_runtime.editing.editor import WHOLE_EDIT, Editor, OnScale
 from varedit_runtime.errors import ConfigError, readable_size
 from varedit_runtime.files import IN_BUNDLE, atomic_file, lies_in, unwritable
 from varedit_runtime.geometry import scale_sizes

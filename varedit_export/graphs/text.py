@@ -12,13 +12,7 @@ from torch import Tensor, nn
 
 from varedit_export.graphs.attention import softmax_attention
 from varedit_export.graphs.layout import GraphWeight, Restored, same, transposed
-from varedit_export.graphs.model import (
-    Formats,
-    parameter,
-    product,
-    split,
-    weight_parameter,
-)
+from varedit_export.graphs.model import Formats, parameter, product, split, weight_parameter
 from varedit_reference.config import TextEncoderConfig
 from varedit_reference.weights_file import torch_dtype
 from varedit_runtime.precision import Precision

@@ -39,11 +39,7 @@ from varedit_export.parity.edit import (
     scale_sampling,
     with_grids,
 )
-from varedit_export.parity.measures import (
-    ROUNDED_FEATURES,
-    ROUNDED_LOGITS,
-    picture_lines,
-)
+from varedit_export.parity.measures import ROUNDED_FEATURES, ROUNDED_LOGITS, picture_lines
 from varedit_export.parity.reference_backend import Reference, ReferenceBackend
 from varedit_export.parity.static_backend import StaticBackend
 from varedit_export.parity.streamed import compare_streamed

@@ -10,15 +10,7 @@ from varedit_nano.scenes.backgrounds import BACKGROUNDS, CANONICAL, VARIATIONS
 from varedit_nano.scenes.figures import FIGURES
 from varedit_nano.scenes.objects import OBJECTS
 from varedit_nano.scenes.palette import COLOURS, SKINS, Tint, mix, pure, vary
-from varedit_nano.scenes.scene import (
-    SLOTS,
-    Background,
-    Figure,
-    Item,
-    Look,
-    Scene,
-    Wearable,
-)
+from varedit_nano.scenes.scene import SLOTS, Background, Figure, Item, Look, Scene, Wearable
 from varedit_nano.scenes.wearables import WEARABLES
 
 LOOKALIKES = {"forest": "tree", "snow": "tree", "night": "star", "city": "house"}

@@ -16,13 +16,7 @@ from varedit_runtime.backends.engines.cuda import CudaDevice
 from varedit_runtime.backends.engines.device import Device, Engine, Launch, address_of
 from varedit_runtime.backends.engines.engine_set import EngineSet, EngineSets
 from varedit_runtime.backends.engines.import_tensorrt import EngineKind
-from varedit_runtime.backends.engines.memory import (
-    aligned,
-    budget,
-    landing,
-    lay_out,
-    unaligned,
-)
+from varedit_runtime.backends.engines.memory import aligned, budget, landing, lay_out, unaligned
 from varedit_runtime.backends.engines.weights import EngineWeights
 from varedit_runtime.backends.graph_backend import GraphBackend
 from varedit_runtime.backends.wiring import (

@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
+from varedit_runtime.editing.masks import fitted
 from varedit_runtime.errors import ConfigError, shown
 from varedit_runtime.manifest import Manifest, Variant
-from varedit_runtime.masks import fitted
 from varedit_runtime.pictures import Source, open_mask, open_picture
 from varedit_runtime.values import (
     MOST_ENTRIES,

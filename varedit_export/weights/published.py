@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from glob import escape
 from pathlib import Path
 
-from varedit_export import hub
-from varedit_export.hub import SCHEME, Choice, HubAddress, Wanted
-from varedit_export.lora import FILES, SETTINGS, SUFFIX
+from varedit_export.weights import hub
+from varedit_export.weights.hub import SCHEME, Choice, HubAddress, Wanted
+from varedit_export.weights.lora import FILES, SETTINGS, SUFFIX
 from varedit_reference.text_encoder import BESIDE_WEIGHTS
 from varedit_reference.weights_file import PICKLED
 from varedit_runtime.errors import CheckpointError, ConfigError, printable, readable_size

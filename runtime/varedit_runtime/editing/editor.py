@@ -6,23 +6,15 @@
 All arguments of a call are checked before anything is computed.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event, RLock
-from time import perf_counter
 from typing import Literal, overload
 
 import numpy as np
 from PIL import Image
 
-from varedit_runtime.arguments import (
-    ScaleSettings,
-    Wanted,
-    choose_pictures,
-    choose_sampling,
-)
 from varedit_runtime.backends import DEFAULT, ChosenBackend, choose
 from varedit_runtime.backends.base import (
     Backend,
@@ -30,11 +22,14 @@ from varedit_runtime.backends.base import (
     Negatives,
     Prompts,
     Sampling,
-    StageOutput,
     edit_by_stages,
 )
 from varedit_runtime.backends.wiring import DECODER, ENCODER, TEXT
 from varedit_runtime.bundle import ATTEMPTS, Bundle, always_replaced
+from varedit_runtime.editing.arguments import Wanted, choose_pictures, choose_sampling
+from varedit_runtime.editing.batch import PictureBatch
+from varedit_runtime.editing.masks import SourceKeeper, feather_width, put_back
+from varedit_runtime.editing.results import EditResult, OnScale, Progress
 from varedit_runtime.errors import (
     BackendError,
     BundleError,
@@ -43,54 +38,12 @@ from varedit_runtime.errors import (
     VareditError,
 )
 from varedit_runtime.manifest import TOKENIZER, Variant, scale_name, scale_of
-from varedit_runtime.masks import SourceKeeper, feather_width, put_back
 from varedit_runtime.noise import uniform_noise
 from varedit_runtime.pictures import Source, from_decoder, restore, to_square
 from varedit_runtime.text import Instructions, read_tokenizer
 from varedit_runtime.values import AnyPath, PerScale, checked, is_list
 
-
-@dataclass(frozen=True)
-class EditResult:
-    """An edited picture.
-
-    image: RGB, of the source's size. seed: the same edit with it gives the same bits, up to ties,
-    alone or in any batch. timings: seconds by stage, in the order they ran, of the whole batch that
-    the picture was in.
-    """
-
-    image: Image.Image
-    seed: int
-    timings: Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class Progress:
-    """A scale of an edit that was just predicted.
-
-    scale: from 0, the coarsest, to scales - 1. seconds: the time it took. pictures: the places of
-    this batch's pictures in the call's results.
-    """
-
-    scale: int
-    scales: int
-    seconds: float
-    pictures: range
-    _draw: Callable[[], list[Image.Image]]
-    _cancelled: Event
-
-    def preview(self) -> list[Image.Image]:
-        """Decode the pictures as they are so far, one for each of `pictures`."""
-        return self._draw()
-
-    def cancel(self) -> None:
-        """End the edit before its next scale: `Editor.edit` raises EditCancelled."""
-        self._cancelled.set()
-
-
 WHOLE_EDIT = "edit"  # the only entry in the timings of an edit that ran as one launch
-
-OnScale = Callable[[Progress], None]
 
 
 class Editor:
@@ -273,7 +226,7 @@ class Editor:
                 own = places[first : first + size]
                 # The graphs take batches of this size: a smaller one repeats its last picture.
                 rows = [wanted[min(i, own[-1])] for i in range(first, first + size)]
-                results += self._edit_batch(_PictureBatch(rows, own, sampling, on_scale, cancelled))
+                results += self._edit_batch(PictureBatch(rows, own, sampling, on_scale, cancelled))
         lists = map(is_list, (image, prompt, negative_prompt, mask, seed))
         return results if any(lists) or len(results) > 1 else results[0]
 
@@ -297,7 +250,7 @@ class Editor:
             finally:
                 self._editing = False
 
-    def _edit_batch(self, batch: "_PictureBatch") -> list[EditResult]:
+    def _edit_batch(self, batch: "PictureBatch") -> list[EditResult]:
         # What a mask forces depends on every scale before: the host must see it.
         edit = None if batch.on_scale or batch.masked else self.backend.whole
         images = self._edit_whole(batch, edit) if edit else self._edit_by_stages(batch)
@@ -306,7 +259,7 @@ class Editor:
             for one, image in zip(batch.wanted, images, strict=True)
         ]
 
-    def _edit_whole(self, batch: "_PictureBatch", edit: EditWhole) -> list[Image.Image]:
+    def _edit_whole(self, batch: "PictureBatch", edit: EditWhole) -> list[Image.Image]:
         with batch.timings.of(WHOLE_EDIT):
             samplings = [self._sampling(batch, scale) for scale in range(len(self.variant.grids))]
             edited = edit(self._prompts(batch.rows), self._squares(batch.rows), samplings)
@@ -315,7 +268,7 @@ class Editor:
             _sound(DECODER, edited.pictures)
             return self._restored(edited.pictures, batch.wanted)
 
-    def _edit_by_stages(self, batch: "_PictureBatch") -> list[Image.Image]:
+    def _edit_by_stages(self, batch: "PictureBatch") -> list[Image.Image]:
         timings, seen = batch.timings, dict[str, np.ndarray]()
         with timings.of(TEXT):
             prompts = self._prompts(batch.rows)
@@ -355,7 +308,7 @@ class Editor:
             mask[row, : len(prompt)] = True
         return ids, mask
 
-    def _sampling(self, batch: "_PictureBatch", scale: int) -> Sampling:
+    def _sampling(self, batch: "PictureBatch", scale: int) -> Sampling:
         """Return a scale's sampling, with the noise of each picture's own seed."""
         rows, columns = self.variant.grids[scale]
         channels = self.bundle.manifest.model.token_channels
@@ -366,7 +319,7 @@ class Editor:
             batch.sampling.temperature[scale],
         )
 
-    def _samplings(self, batch: "_PictureBatch", seen: dict[str, np.ndarray]) -> Iterator[Sampling]:
+    def _samplings(self, batch: "PictureBatch", seen: dict[str, np.ndarray]) -> Iterator[Sampling]:
         """Yield each scale's sampling in its turn. seen: what the stages before it put out."""
         model, grids = self.bundle.manifest.model, self.variant.grids
         keeper = SourceKeeper([row.mask for row in batch.rows], grids, model.patch)
@@ -385,7 +338,7 @@ class Editor:
         width = feather_width(one.picture.size, self.variant.grids[-1])
         return put_back(one.picture, edited, one.mask, width)
 
-    def _progress(self, batch: "_PictureBatch", scale: int, total: np.ndarray) -> Progress:
+    def _progress(self, batch: "PictureBatch", scale: int, total: np.ndarray) -> Progress:
         def draw() -> list[Image.Image]:
             with self._turn:  # a preview from another thread waits for the edit to end
                 decoded = _sound(DECODER, self.backend.decode(total))
@@ -399,51 +352,6 @@ class Editor:
             _draw=draw,
             _cancelled=batch.cancelled,
         )
-
-
-class _Timings:
-    """Seconds by stage, in the order that stages began."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def of(self, stage: str) -> Iterator[None]:
-        """Count the time in the context for a stage, besides what it took before."""
-        start = perf_counter()
-        yield
-        self._add(stage, perf_counter() - start)
-
-    def of_each(self, outputs: Iterator[StageOutput]) -> Iterator[StageOutput]:
-        """Hand outputs on, counting the time that each takes to come for its stage."""
-        start = perf_counter()
-        for output in outputs:
-            self._add(output.stage, perf_counter() - start)
-            yield output
-            start = perf_counter()
-
-    def _add(self, stage: str, seconds: float) -> None:
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
-
-
-@dataclass(frozen=True)
-class _PictureBatch:
-    """The pictures edited at once. rows: padded to the batch. places: those in the results."""
-
-    rows: Sequence[Wanted]
-    places: range
-    sampling: ScaleSettings
-    on_scale: OnScale | None
-    cancelled: Event
-    timings: _Timings = field(default_factory=_Timings)
-
-    @property
-    def wanted(self) -> Sequence[Wanted]:
-        return self.rows[: len(self.places)]
-
-    @property
-    def masked(self) -> bool:
-        return any(row.mask is not None for row in self.rows)
 
 
 def read_instructions(bundle: Bundle, limit: int) -> Instructions:

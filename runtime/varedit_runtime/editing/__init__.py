@@ -1,0 +1,1 @@
+"""Edits, as a library: `editor.py` has the `Editor`."""

@@ -1,0 +1,48 @@
+"""What an edit returns, and what it tells on the way."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from threading import Event
+
+from PIL import Image
+
+
+@dataclass(frozen=True)
+class EditResult:
+    """An edited picture.
+
+    image: RGB, of the source's size. seed: the same edit with it gives the same bits, up to ties,
+    alone or in any batch. timings: seconds by stage, in the order they ran, of the whole batch that
+    the picture was in.
+    """
+
+    image: Image.Image
+    seed: int
+    timings: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A scale of an edit that was just predicted.
+
+    scale: from 0, the coarsest, to scales - 1. seconds: the time it took. pictures: the places of
+    this batch's pictures in the call's results.
+    """
+
+    scale: int
+    scales: int
+    seconds: float
+    pictures: range
+    _draw: Callable[[], list[Image.Image]]
+    _cancelled: Event
+
+    def preview(self) -> list[Image.Image]:
+        """Decode the pictures as they are so far, one for each of `pictures`."""
+        return self._draw()
+
+    def cancel(self) -> None:
+        """End the edit before its next scale: `Editor.edit` raises EditCancelled."""
+        self._cancelled.set()
+
+
+OnScale = Callable[[Progress], None]

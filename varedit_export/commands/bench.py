@@ -1,0 +1,40 @@
+"""Time a bundle against the reference: `varedit-export bench`."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from varedit_export.commands.shared_options import variant_option
+from varedit_runtime.errors import needs_extra
+from varedit_runtime.terminal.command import PATH
+
+
+@click.command()
+@click.argument("bundle", type=PATH)
+@variant_option
+@click.option("--repeat", default=5, show_default=True, help="Number of timed edits by each.")
+@click.option("--threads", type=int, help="Threads of each; by default one per core.")
+@click.option("--json", "json_file", type=PATH, help="Write all numbers here, as JSON.")
+def bench(
+    bundle: Path, variant: str | None, repeat: int, threads: int | None, json_file: Path | None
+) -> None:
+    """Time BUNDLE against the reference, in turns: every stage and scale, memory, disk.
+
+    The reference is eager PyTorch in fp32 with the bundle's own weights.
+
+    \b
+    varedit-export bench bundles/2b-512 --repeat 10 --threads 2 --json bench.json
+    """
+    with needs_extra("export"):
+        from varedit_export.bench import comparison_table, measure_both
+    from varedit_runtime.bench import check_report, write_report
+
+    if json_file is not None:
+        check_report(json_file, bundle)
+    report = measure_both(bundle, repeat, threads, variant)
+    try:
+        click.echo(comparison_table(report))
+    finally:  # also where the output cannot be written
+        if json_file is not None:
+            write_report(asdict(report), json_file)

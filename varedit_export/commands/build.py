@@ -1,0 +1,172 @@
+"""Build a bundle: `varedit-export build`."""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.core import ParameterSource
+
+import varedit_export
+from varedit_engines.engine_compiler import slow_precision
+from varedit_export.commands.engines import compile_and_show
+from varedit_export.commands.shared_options import (
+    architectures_option,
+    checkpoint_option,
+    layout_option,
+    text_encoder_option,
+    tokenizer_option,
+    with_options,
+    yes_option,
+)
+from varedit_export.console import accept, progress, say
+from varedit_export.describe import parity_summary
+from varedit_export.options import BuildOptions, EngineOptions
+from varedit_runtime.backends import find_backend, specs
+from varedit_runtime.bundle import Bundle
+from varedit_runtime.errors import BundleError, ConfigError
+from varedit_runtime.locate import remember
+from varedit_runtime.manifest import TOKENIZER
+from varedit_runtime.precision import PRECISIONS, named
+from varedit_runtime.terminal.command import PATH, Registered, backend_option
+
+if TYPE_CHECKING:
+    from varedit_runtime.backends.engines.engine_set import EngineLayout
+
+
+@click.command()
+@click.option("--size", help="The model: nano, 2b or 8b, or one for tests (125m, tiny-2b, ...).")
+@click.option(
+    "--res",
+    "resolutions",
+    type=int,
+    multiple=True,
+    help="256, 512 or 1024 px; repeat it for a bundle of several resolutions. nano has 128.",
+)
+@click.option(
+    "--aspect", default="1:1", show_default=True, help="Height:width; see varedit-run grids."
+)
+@checkpoint_option
+@tokenizer_option
+@text_encoder_option
+@click.option(
+    "--from",
+    "source",
+    metavar="OWNER/REPOSITORY|FOLDER",
+    help="Where the published weights of 2b and 8b are taken from; by default their authors'.",
+)
+@click.option(
+    "--lora",
+    "loras",
+    metavar="PLACE[:SCALE]",
+    multiple=True,
+    help="A LoRA adapter to merge, of PEFT or kohya's naming; repeatable. SCALE is 1 by default.",
+)
+@yes_option
+@click.option("--random-weights", type=int, help="Seed of random weights, instead of checkpoints.")
+@click.option("--config", type=PATH, help="A recording's config.json, instead of --size and --res.")
+@click.option(
+    "--precision", type=Registered("precision", PRECISIONS.keys), default="fp32", show_default=True
+)
+@click.option("--batch", type=int, default=1, show_default=True, help="Pictures at a time.")
+@click.option(
+    "--text-tokens", type=int, help="Most tokens of an instruction; by default 128, for nano 48."
+)
+@click.option(
+    "--no-guidance",
+    "guided",
+    is_flag=True,
+    callback=lambda context, option, given: not given,
+    help="Leave out the unconditional rows: half of the work, no guidance.",
+)
+@click.option(
+    "--fused-attention",
+    is_flag=True,
+    help="Add a graph for onnxruntime on CUDA, which has fused kernels for its attention.",
+)
+@backend_option("Backend to build for; for the TensorRT ones, engines are compiled too.")
+@layout_option("--engine-layout")
+@architectures_option
+@click.option("-o", "--output", type=PATH, help="The bundle's folder; by default one of yours.")
+@click.pass_context
+@with_options(BuildOptions)
+def build(
+    context: click.Context,
+    options: BuildOptions,
+    backend: Any,
+    layout: "EngineLayout",
+    architectures: tuple[str, ...],
+    yes: bool,
+) -> None:
+    """Build a bundle, prove its parity with the reference, and publish it.
+
+    The published weights of 2b and 8b are downloaded, once, unless they are given: as paths, or as
+    hf://OWNER/REPOSITORY/PATH[@REVISION] on the Hugging Face hub. HF_TOKEN, HF_HOME, HF_ENDPOINT
+    and HF_HUB_OFFLINE are obeyed.
+
+    The next build continues an interrupted one. Engines are compiled after the bundle
+    is published; if that is interrupted, `varedit-export engines` continues it.
+
+    \b
+    varedit-export build --size 8b --res 512 --precision fp16 -o bundles/8b-512
+    varedit-export build --size 2b --res 512 --checkpoint 2B-512.pth \\
+        --tokenizer hf://FoundationVision/Infinity/infinity_vae_d32reg.pth \\
+        --text-encoder google/flan-t5-xl
+    varedit-export build --size 8b --res 512 --lora style.safetensors:0.8 -o bundles/style
+    varedit-export build --size 125m --res 256 --random-weights 0
+    varedit-export build --size nano --precision fp16 --backend tensorrt-rtx \\
+        --architecture sm89
+    """
+    engines = _engine_options(context, backend, layout, architectures, options.precision)
+    with progress() as on_step:
+        bundle = varedit_export.build(options, on_step, say, partial(accept, yes))
+    folder = Path(options.output or bundle.path)
+    try:
+        remember(folder, _unfit(options, bundle))
+    except BundleError as error:  # the bundle is whole all the same
+        say(str(error))
+    say(parity_summary(bundle.manifest.parity))
+    click.echo(folder)
+    if engines is not None:
+        for variant in bundle.manifest.variants:
+            path, _ = compile_and_show(bundle, replace(engines, variant=variant.name))
+            say(str(path))
+
+
+def _unfit(options: BuildOptions, bundle: Bundle) -> str | None:
+    """Return why a bundle is not what `varedit-run` should take by default; None if it may."""
+    if options.random_weights is not None:
+        return "its weights are random"
+    return None if TOKENIZER in bundle.manifest.files else "it has no text encoder"
+
+
+def _engine_options(
+    context: click.Context,
+    backend: Any,
+    layout: "EngineLayout",
+    architectures: tuple[str, ...],
+    precision: str,
+) -> EngineOptions | None:
+    """Return what to compile for a backend; None for one without engines.
+
+    Raises now, before anything is built, if the backend cannot compile here.
+    """
+    if find_backend(backend).compiles:
+        engines = EngineOptions(backend, layout=layout, architectures=architectures)
+        engines.compiler()
+        if advice := slow_precision(named(precision)):
+            say(advice)
+        return engines
+    given = [
+        parameter.opts[0]
+        for parameter in context.command.params
+        if parameter.name in ("layout", "architectures")
+        and context.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE
+    ]
+    if given:
+        raise ConfigError(
+            f"{' and '.join(given)}: {backend} runs the graphs and has no engines; leave it out, "
+            f"or give --backend {' or '.join(s.name for s in specs() if s.compiles)}"
+        )
+    return None

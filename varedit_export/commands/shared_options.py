@@ -1,0 +1,63 @@
+"""The options that several commands have."""
+
+from collections.abc import Callable
+from dataclasses import fields
+from functools import wraps
+from typing import Any
+
+import click
+
+from varedit_export.options import BuildOptions, EngineOptions, VerifyOptions
+
+PLACE = "PATH|hf://..."  # a file or folder here, or one on the Hugging Face hub
+checkpoint_option = click.option(
+    "--checkpoint",
+    metavar=PLACE,
+    help="The transformer: a .pth or .safetensors file, or a folder of shards.",
+)
+tokenizer_option = click.option(
+    "--tokenizer", metavar=PLACE, help="The picture tokenizer: infinity_vae_*.pth."
+)
+text_encoder_option = click.option(
+    "--text-encoder", metavar=PLACE, help="The flan-t5-xl folder, or OWNER/REPOSITORY."
+)
+yes_option = click.option("--yes", is_flag=True, help="Download weights without asking.")
+architectures_option = click.option(
+    "--architecture",
+    "architectures",
+    multiple=True,
+    help="GPU architecture, such as sm89; repeatable, tensorrt-rtx only. Default: this GPU's.",
+)
+
+
+def layout_option(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Return the option for where engines' weights are, under a command's own name for it."""
+    return click.option(
+        name,
+        "layout",
+        type=click.Choice(["external", "profiles", "baked"]),
+        default="external",
+        show_default=True,
+        help="Weights: inputs of the engines, inside one for all scales, or inside one per scale.",
+    )
+
+
+def with_options(
+    kind: type[BuildOptions] | type[EngineOptions] | type[VerifyOptions],
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command one argument, `options`, in place of the fields of an options class."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @wraps(command)
+        def call(*arguments: Any, **given: Any) -> None:
+            names = {field.name for field in fields(kind)} & given.keys()
+            command(*arguments, options=kind(**{n: given.pop(n) for n in names}), **given)
+
+        return call
+
+    return decorate
+
+
+variant_option = click.option(
+    "--variant", metavar="NAME", help="The bundle's variant; by default its first."
+)

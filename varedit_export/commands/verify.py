@@ -1,0 +1,65 @@
+"""Compare a bundle with the reference: `varedit-export verify`."""
+
+import shlex
+from pathlib import Path
+
+import click
+import msgspec
+
+import varedit_export
+from varedit_export.commands.shared_options import with_options
+from varedit_export.console import say
+from varedit_export.describe import parity_row
+from varedit_export.errors import ParityError
+from varedit_export.options import VerifyOptions
+from varedit_runtime.backends import choose
+from varedit_runtime.manifest import ParityLine
+from varedit_runtime.terminal.command import PATH, BackendCommand, backend_option
+
+
+@click.command(cls=BackendCommand)
+@click.argument("bundle", type=PATH)
+@click.option("--golden", type=PATH, help="Compare also with a recording it was built from.")
+@click.option("--report", type=PATH, help="Write all measures here, as JSON.")
+@backend_option("Compare this backend too, as it runs on this machine.")
+@click.option("--variant", metavar="NAME", help="The backend's variant; by default the first.")
+@with_options(VerifyOptions)
+def verify(bundle: Path, report: Path | None, options: VerifyOptions) -> None:
+    """Compare every graph with the reference, teacher-forced; exit 1 on a failed measure.
+
+    The reference takes the bundle's own weights. A recording of the released implementation must
+    be the one that the bundle was built from. Engines are compared with ONNX Runtime and, if the
+    model fits in memory as a whole, with the reference.
+
+    \b
+    varedit-export verify bundles/2b-512 --report parity.json
+    varedit-export verify bundles/2b-512 --backend tensorrt
+    """
+    from varedit_runtime.bench import check_report, write_report
+
+    if report is not None:
+        check_report(report, bundle)
+    lines: list[ParityLine] = []
+
+    def show(line: ParityLine) -> None:
+        click.echo(parity_row(line))
+        lines.append(line)
+
+    failure = None
+    try:
+        varedit_export.verify(bundle, options, show)
+    except ParityError as error:
+        failure = error
+    if report is not None:
+        write_report(msgspec.to_builtins(lines), report)
+    if failure is not None:
+        backend = choose(options.backend).spec
+        failed = (line for line in lines if not line.value <= line.tolerance)
+        of_engines = (line.stage for line in failed if "against ONNX Runtime" in line.measure)
+        if backend.compiles and (stage := next(of_engines, None)):
+            named = f" --variant {shlex.quote(options.variant)}" if options.variant else ""
+            say(
+                "to find the layer that goes wrong first: varedit-export layers "
+                f"{shlex.quote(str(bundle))} {stage} --backend {backend.name}{named}"
+            )
+        raise failure

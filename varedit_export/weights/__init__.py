@@ -1,0 +1,1 @@
+"""Weights that users name: published ones, on the Hugging Face hub, LoRA adapters."""
