@@ -1,8 +1,10 @@
 """Checkpoints as people have them: names that training code wrapped, tensors under other names."""
 
 import json
+import re
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from varedit_export.cli import main
 from varedit_export.options import BuildOptions
 from varedit_export.resolve_options import plan_of
 from varedit_export.sources import checkpoint_sources
-from varedit_reference.checkpoint import load_tokenizer, load_transformer
+from varedit_reference.checkpoint import load_tokenizer, load_transformer, transformer_weights
 from varedit_reference.config import TextEncoderConfig, preset
 from varedit_reference.text_encoder import TextEncoder, read_config
 from varedit_reference.weights_file import open_weights
@@ -52,41 +54,53 @@ def wrapped_inside(name: str) -> str:
     return name.replace(".module.0.", ".module.0._fsdp_wrapped_module._orig_mod.")
 
 
-@pytest.mark.parametrize(
-    ("rename", "said"),
-    [
-        (lambda name: f"module.{name}", "'module.'"),
-        (lambda name: f"_orig_mod.{name}", "'_orig_mod.'"),
-        (lambda name: f"module._orig_mod.{name}", "'_orig_mod.', 'module.'"),
-        (lambda name: f"_forward_module.model.{name}", "'_forward_module.', 'model.'"),
-        (lambda name: f"module.module.{name}", "'module.', 'module.'"),
-        (wrapped_inside, "'_orig_mod.', '_fsdp_wrapped_module.'"),
-    ],
-)
+RENAMES: list[tuple[Callable[[str], str], set[str]]] = [
+    (lambda name: f"module.{name}", {"module."}),
+    (lambda name: f"model.{name}", {"model."}),
+    (lambda name: f"_orig_mod.{name}", {"_orig_mod."}),
+    (lambda name: f"_fsdp_wrapped_module.{name}", {"_fsdp_wrapped_module."}),
+    (lambda name: f"_forward_module.{name}", {"_forward_module."}),
+    (lambda name: f"_checkpoint_wrapped_module.{name}", {"_checkpoint_wrapped_module."}),
+    (lambda name: f"module._orig_mod.{name}", {"_orig_mod.", "module."}),
+    (lambda name: f"_orig_mod.module.{name}", {"_orig_mod.", "module."}),
+    (lambda name: f"_forward_module.model.{name}", {"_forward_module.", "model."}),
+    (lambda name: f"module.module.{name}", {"module."}),
+    (
+        lambda name: f"_forward_module._fsdp_wrapped_module.module._orig_mod.{name}",
+        {"_orig_mod.", "_fsdp_wrapped_module.", "_forward_module.", "module."},
+    ),
+    (wrapped_inside, {"_orig_mod.", "_fsdp_wrapped_module."}),
+    (
+        lambda name: f"module.{wrapped_inside(name)}",
+        {"_orig_mod.", "_fsdp_wrapped_module.", "module."},
+    ),
+]
+
+
+def left_out(notes: tuple[str, ...]) -> set[str]:
+    """Return what the last note says that names are read without."""
+    return {quoted.strip("'") for quoted in notes[-1].removeprefix("names without ").split(", ")}
+
+
+def save_shards(state: State, folder: Path) -> None:
+    folder.mkdir()
+    for shard in range(2):
+        save_file(dict(list(state.items())[shard::2]), folder / f"{shard}.safetensors")
+    weight_map = {name: f"{i % 2}.safetensors" for i, name in enumerate(state)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("case", range(len(RENAMES)))
 @pytest.mark.parametrize("kind", ["pth", "safetensors", "shards"])
 def test_what_wraps_all_names_is_left_out_and_said(
-    tmp_path: Path,
-    transformer: State,
-    expected: State,
-    rename: Callable[[str], str],
-    said: str,
-    kind: str,
+    tmp_path: Path, transformer: State, expected: State, case: int, kind: str
 ) -> None:
+    rename, said = RENAMES[case]
     path, state = tmp_path / f"w.{kind}", {rename(n): t for n, t in transformer.items()}
-    if kind == "pth":
-        torch.save(state, path)
-    elif kind == "safetensors":
-        save_file(state, path)
-    else:
-        path.mkdir()
-        for shard in range(2):
-            save_file(dict(list(state.items())[shard::2]), path / f"{shard}.safetensors")
-        weight_map = {name: f"{i % 2}.safetensors" for i, name in enumerate(state)}
-        (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    save = {"pth": torch.save, "safetensors": save_file, "shards": save_shards}[kind]
+    save(state, path)
     assert same(load_transformer(path, CONFIG.transformer).state_dict(), expected)
-    assert set(open_weights(path).notes[0].removeprefix("names without ").split(", ")) == set(
-        said.split(", ")
-    )
+    assert left_out(open_weights(path).notes) == said
 
 
 def test_a_prefix_that_some_names_lack_is_not_left_out(tmp_path: Path, transformer: State) -> None:
@@ -103,60 +117,236 @@ def test_names_are_kept_where_two_would_become_one(tmp_path: Path) -> None:
     assert set(open_weights(tmp_path / "w.pth")) == set(state)
 
 
+BESIDE = {"epoch": 3, "args": Namespace(lr=1), "optimizer": {0: {"step": torch.ones(1)}}}
 BRANCHES = [
-    "state_dict",
-    "model",
-    "module",
-    "gpt",
-    "ema",
-    "trainer.gpt_fsdp",
-    "trainer.gpt_ema_fsdp",
+    f"{outer}{key}"
+    for outer in ("", "trainer.")
+    for key in ("gpt_fsdp", "gpt_ema_fsdp", "gpt", "ema", "state_dict", "model", "module")
 ]
+
+
+def nested(branches: dict[str, State]) -> dict[str, Any]:
+    """Return a training's checkpoint with these state dicts at their places."""
+    content: dict[str, Any] = {**BESIDE}
+    for branch, state in branches.items():
+        *outer, key = branch.split(".")
+        place = content
+        for name in outer:
+            place = place.setdefault(name, {"config": {"lr": 1}, "gpt_opt": {"state": {}}})
+        place[key] = state
+    return content
 
 
 @pytest.mark.parametrize("branch", BRANCHES)
 def test_a_state_dict_may_lie_beside_other_things(
     tmp_path: Path, transformer: State, expected: State, branch: str
 ) -> None:
-    content = {"epoch": 3, "args": Namespace(lr=1), "optimizer": {0: {"step": torch.ones(1)}}}
-    outer, _, inner = branch.partition(".")
-    kept = {outer: {inner: transformer, "step": 3} if inner else transformer}
-    torch.save(content | kept, tmp_path / "w.pth")
-    assert same(load_transformer(tmp_path / "w.pth", CONFIG.transformer).state_dict(), expected)
-    assert open_weights(tmp_path / "w.pth").notes == (f"read from '{branch}'",)
+    path = tmp_path / "w.pth"
+    torch.save(nested({branch: transformer}), path)
+    assert same(load_transformer(path, CONFIG.transformer).state_dict(), expected)
+    assert open_weights(path).notes == (f"read from '{branch}'",)
+    for rename, said in RENAMES[::3]:
+        torch.save(nested({branch: {rename(n): t for n, t in transformer.items()}}), path)
+        assert same(load_transformer(path, CONFIG.transformer).state_dict(), expected)
+        notes = open_weights(path).notes
+        assert notes[:-1] == (f"read from '{branch}'",) and left_out(notes) == said
 
 
-def test_of_weights_and_their_average_the_weights_are_read(
-    tmp_path: Path, transformer: State
+def test_every_recording_loads_as_a_training_leaves_it(
+    tmp_path: Path, recording_folder: Path
 ) -> None:
-    average = {name: tensor * 0 for name, tensor in transformer.items()}
-    trainer = {"gpt_ema_fsdp": average, "gpt_fsdp": transformer}
-    torch.save({"epoch": 3, "trainer": trainer}, tmp_path / "w.pth")
-    weights = open_weights(tmp_path / "w.pth")
-    assert same(weights, transformer) and weights.notes == ("read from 'trainer.gpt_fsdp'",)
+    config = preset(recording_folder.name.split("-")[0].replace("tiny", "tiny-")).transformer
+    state = torch.load(recording_folder / "var.pth")
+    wrapped = {f"_forward_module.{wrapped_inside(n)}": t for n, t in state.items()}
+    torch.save(nested({"trainer.gpt_fsdp": wrapped}), tmp_path / "w.pth")
+    loaded = load_transformer(tmp_path / "w.pth", config).state_dict()
+    assert same(loaded, load_transformer(recording_folder / "var.pth", config).state_dict())
+
+
+AVERAGES = [branch for branch in BRANCHES if "ema" in branch]
+
+
+@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize("branch", [branch for branch in BRANCHES if "ema" not in branch])
+def test_of_weights_and_their_average_that_is_read_which_is_asked_for(
+    tmp_path: Path, branch: str, average: str
+) -> None:
+    weights, averages = {"w": torch.ones(1)}, {"w": torch.zeros(1)}
+    torch.save(nested({average: averages, branch: weights}), tmp_path / "w.pth")
+    read = open_weights(tmp_path / "w.pth")
+    assert same(read, weights)
+    assert read.notes == (f"read from '{branch}', not from '{average}'",)
+    read = open_weights(tmp_path / "w.pth", prefer_ema=True)
+    assert same(read, averages)
+    assert read.notes == (f"read from '{average}', not from '{branch}'",)
+
+
+def test_an_empty_state_dict_is_none(tmp_path: Path) -> None:
+    """A training over several processes leaves such in files of all but the first."""
+    average = {"w": torch.ones(1)}
+    torch.save(
+        nested({"trainer.gpt_fsdp": {}, "trainer.gpt_ema_fsdp": average}), tmp_path / "w.pth"
+    )
+    assert open_weights(tmp_path / "w.pth").notes == ("read from 'trainer.gpt_ema_fsdp'",)
+
+
+def test_of_shards_the_branches_are_said_once(tmp_path: Path) -> None:
+    for shard in "ab":
+        branches = {"model": {shard: torch.ones(1)}, "ema": {shard: torch.zeros(1)}}
+        torch.save(nested(branches), tmp_path / f"{shard}.bin")
+    index = json.dumps({"weight_map": {"a": "a.bin", "b": "b.bin"}})
+    (tmp_path / "pytorch_model.bin.index.json").write_text(index)
+    assert open_weights(tmp_path).notes == ("read from 'model', not from 'ema'",)
+    read = open_weights(tmp_path, prefer_ema=True)
+    assert read.notes == ("read from 'ema', not from 'model'",)
+    assert [tensor.item() for tensor in read.values()] == [0, 0]
+
+
+@pytest.mark.parametrize("kind", ["flat", "branches", "safetensors", "shards"])
+def test_a_missing_average_is_an_error_that_says_what_there_is(
+    tmp_path: Path, transformer: State, kind: str
+) -> None:
+    path, told = tmp_path / "w.pth", "nothing like it"
+    if kind == "shards":
+        save_shards(transformer, path := tmp_path / "w")
+    elif kind == "safetensors":
+        save_file(transformer, path := tmp_path / "w.safetensors")
+    elif kind == "branches":
+        torch.save(nested({"trainer.gpt_fsdp": transformer}), path)
+        told = "'trainer.gpt_fsdp'"
+    else:
+        torch.save(transformer, path)
+    with pytest.raises(CheckpointError) as refused:
+        transformer_weights(path, CONFIG.transformer, prefer_ema=True)
+    assert (
+        "has no average of its weights (EMA): expected it under one of 'gpt_ema_fsdp', 'ema', at "
+        f"the top or in 'trainer'; there is {told}; leave out --prefer-ema"
+    ) in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (
+            {**BESIDE},
+            "('epoch' is a int, 'args' is a argparse.Namespace, 'optimizer' is a dict of '0')",
+        ),
+        ({"trainer": {"gpt_fsdp": {}, "a": 1}}, "('trainer' is a dict of 'gpt_fsdp', 'a')"),
+        ({"trainer": {"gpt_fsdp": None}}, "('trainer' is a dict of 'gpt_fsdp')"),
+        ({"gpt_fsdp": [1]}, "('gpt_fsdp' is a list)"),
+        (
+            {"trainer": {"gpt": {"w": torch.zeros(1), "state": {}}}},
+            "under 'trainer.gpt' ('state' is a dict)",
+        ),
+        (
+            {"ema": {"decay": 0.9, "shadow": {"w": torch.zeros(1)}}},
+            "under 'ema' ('decay' is a float, ",
+        ),
+    ],
+)
+def test_other_contents_are_an_error_that_says_what_there_is(
+    tmp_path: Path, content: dict[str, Any], found: str
+) -> None:
+    torch.save(content, tmp_path / "w.pth")
+    with pytest.raises(CheckpointError) as refused:
+        load_transformer(tmp_path / "w.pth", CONFIG.transformer)
+    assert f"holds more than tensors {found}" in str(refused.value)
+    assert (
+        "expected a state dict of dense tensors, alone or under one of 'gpt_fsdp', 'gpt', 's"
+        in (str(refused.value))
+    )
+
+
+# The learned unconditional text
+
+
+@pytest.mark.parametrize("name", ["cfg_uncond", "unconditional_text"])
+@pytest.mark.parametrize("rows", [1, 77, 511, 513, 1024])
+def test_an_unconditional_text_of_another_length_is_cut_or_padded_and_said(
+    tmp_path: Path, transformer: State, expected: State, rows: int, name: str
+) -> None:
+    """An instruction of T tokens takes the first T rows, as recordings show."""
+    state = dict(transformer if name == "cfg_uncond" else expected)
+    known = state[name][:rows]
+    state[name] = torch.cat([known, known.new_ones(rows - len(known), known.shape[1])])
+    torch.save(state, tmp_path / "w.pth")
+    loaded = load_transformer(tmp_path / "w.pth", CONFIG.transformer).state_dict()
+    text = loaded["unconditional_text"]
+    assert torch.equal(text[:rows], expected["unconditional_text"][:rows])
+    assert text.shape == (512, 128) and not text[rows:].any()
+    assert same({**loaded, "unconditional_text": expected["unconditional_text"]}, expected)
+    done = "cut" if rows > 512 else "padded with zeros"
+    notes = transformer_weights(tmp_path / "w.pth", CONFIG.transformer).notes
+    assert notes == (f"{name} {done} from {rows} to 512 rows",)
+
+
+@pytest.mark.parametrize("shape", [(0, 128), (300, 64), (300,), (1, 300, 128)])
+def test_no_other_shape_is_an_unconditional_text(
+    tmp_path: Path, transformer: State, shape: tuple[int, ...]
+) -> None:
+    torch.save({**transformer, "cfg_uncond": torch.zeros(shape)}, tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match=rf"cfg_uncond {re.escape(str([*shape]))} for \[512"):
+        load_transformer(tmp_path / "w.pth", CONFIG.transformer)
 
 
 def test_the_released_layouts_need_no_word() -> None:
     assert [open_weights(RECORDED / name).notes for name in ("var.pth", "vae.pth")] == [(), ()]
 
 
-def test_what_was_left_out_is_in_the_plan_and_told_by_convert(
-    tmp_path: Path, transformer: State
-) -> None:
-    torch.save({f"module.{n}": t for n, t in transformer.items()}, tmp_path / "w.pth")
-    tokenizer = RECORDED / "vae.pth"
+@pytest.fixture
+def training(tmp_path: Path, transformer: State) -> Path:
+    """Write a training's checkpoint; its average is the recording's transformer."""
+    state = {f"module.{n}": t for n, t in transformer.items()}
+    others = {name: tensor * 0 for name, tensor in state.items()}
+    content = nested({"trainer.gpt_fsdp": others, "trainer.gpt_ema_fsdp": state})
+    torch.save(content, tmp_path / "w.pth")
+    return tmp_path / "w.pth"
+
+
+def test_what_was_chosen_and_left_out_is_in_the_plan(training: Path) -> None:
     options = BuildOptions(
-        config=RECORDED / "config.json", checkpoint=tmp_path / "w.pth", tokenizer=tokenizer
+        config=RECORDED / "config.json", checkpoint=training, tokenizer=RECORDED / "vae.pth"
     )
-    sources = plan_of(options).sources
-    assert sources.description == "w.pth (names without 'module.'), vae.pth"
-    write_t5(tmp_path / "t5")
-    arguments = ["--size", "tiny-2b", "--checkpoint", tmp_path / "w.pth", "--tokenizer", tokenizer]
-    arguments += ["--text-encoder", tmp_path / "t5", "-o", tmp_path / "out"]
+    plain, average = (plan_of(replace(options, prefer_ema=chosen)) for chosen in (False, True))
+    assert plain.sources.description == (
+        "w.pth (read from 'trainer.gpt_fsdp', not from 'trainer.gpt_ema_fsdp'; "
+        "names without 'module.'), vae.pth"
+    )
+    assert average.sources.description == (
+        "w.pth (read from 'trainer.gpt_ema_fsdp', not from 'trainer.gpt_fsdp'; "
+        "names without 'module.'), vae.pth"
+    )
+    assert (
+        plain.sources.identity != average.sources.identity
+    )  # no file of one is kept for the other
+    for sources, factor in ((plain.sources, 0), (average.sources, 1)):
+        assert torch.equal(
+            sources.transformer["head.weight"],
+            factor * open_weights(RECORDED / "var.pth")["head.weight"],
+        )
+
+
+def test_what_was_chosen_and_left_out_is_told_by_convert(training: Path, expected: State) -> None:
+    folder = training.parent
+    write_t5(folder / "t5")
+    arguments = ["--size", "tiny-2b", "--checkpoint", training, "--tokenizer", RECORDED / "vae.pth"]
+    arguments += ["--text-encoder", folder / "t5", "-o", folder / "out", "--prefer-ema"]
     done = CliRunner().invoke(main, ["convert", *map(str, arguments)])
     assert done.exit_code == 0, done.output
     assert "transformer.safetensors: names without 'module.'" in done.stderr
-    load_tokenizer(tmp_path / "out/tokenizer.safetensors", CONFIG.tokenizer)
+    assert "read from 'trainer.gpt_ema_fsdp', not from 'trainer.gpt_fsdp'" in done.stderr
+    converted = load_transformer(folder / "out/transformer.safetensors", CONFIG.transformer)
+    assert same(converted.state_dict(), expected)
+    load_tokenizer(folder / "out/tokenizer.safetensors", CONFIG.tokenizer)
+
+
+@pytest.mark.parametrize(
+    "weights", [["--size", "nano"], ["--size", "2b", "--res", "256", "--random-weights", "1"]]
+)
+def test_weights_that_are_in_no_checkpoint_have_no_average(weights: list[str]) -> None:
+    done = CliRunner().invoke(main, ["build", *weights, "--prefer-ema"])
+    assert done.exit_code == 1
+    assert done.stderr == "Error: --prefer-ema chooses in a checkpoint: give one, or leave it out\n"
 
 
 # T5 folders

@@ -28,6 +28,7 @@ class BuildOptions(CheckedOptions):
     # Each is a path, or hf://OWNER/REPOSITORY/PATH[@REVISION]. 2b and 8b are published: what is not
     # given is looked for in the repository or folder `source`, by default their authors'.
     checkpoint: AnyPath | None = None  # the transformer: a .pth, a .safetensors, a folder of shards
+    prefer_ema: bool = False  # of a training's checkpoint: the average of its weights (EMA)
     tokenizer: AnyPath | None = None  # the picture tokenizer: infinity_vae_*.pth
     text_encoder: AnyPath | None = None  # the folder or repository of flan-t5-xl
     source: str | None = None  # OWNER/REPOSITORY or a folder

@@ -123,9 +123,14 @@ def _sources(
     if places:
         transformer, tokenizer, *text_encoder = files.paths
         sources = checkpoint_sources(
-            config, transformer, tokenizer, *text_encoder, names=files.names
+            config,
+            transformer,
+            tokenizer,
+            *text_encoder,
+            names=files.names,
+            prefer_ema=options.prefer_ema,
         )
-        stored = open_weights(transformer) if loras else ()
+        stored = open_weights(transformer, options.prefer_ema) if loras else ()
     elif options.random_weights is not None:
         sources = random_sources(config, options.random_weights)
     else:
@@ -144,11 +149,11 @@ def _places(config: ModelConfig, options: BuildOptions) -> list[str]:
         )
     )
     own = given == Places() and options.source is None
-    if options.random_weights is not None:
+    if options.random_weights is not None or (options.size == NANO_SIZE and own):
         if not own:
             raise ConfigError("--random-weights replaces all checkpoints: give it or them")
-        return []
-    if options.size == NANO_SIZE and own:
+        if options.prefer_ema:
+            raise ConfigError("--prefer-ema chooses in a checkpoint: give one, or leave it out")
         return []
     if options.size in PUBLISHED:
         given = find_weights(options.size, options.resolutions, given, options.source)

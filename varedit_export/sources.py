@@ -7,6 +7,7 @@ time.
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import starmap
 from math import prod
 from pathlib import Path
 
@@ -74,8 +75,11 @@ def checkpoint_sources(
     text_encoder: Path | None = None,
     *,
     names: Sequence[str] = (),
+    prefer_ema: bool = False,
 ) -> Sources:
     """Open weights in files. names: what they are called; by default their own names.
+
+    prefer_ema: of the transformer, see `open_weights`.
 
     Raises CheckpointError if they cannot be read or do not fit, ConfigError on a text encoder of a
     kind that is not exported.
@@ -83,7 +87,7 @@ def checkpoint_sources(
     paths = [transformer, tokenizer, *([] if text_encoder is None else [text_encoder])]
     check_there(paths)
     files: dict[Path, Weights] = {
-        transformer: transformer_weights(transformer, config.transformer),
+        transformer: transformer_weights(transformer, config.transformer, prefer_ema),
         tokenizer: tokenizer_weights(tokenizer, config.tokenizer),
     }
     text = None
@@ -95,7 +99,7 @@ def checkpoint_sources(
         files[tokenizer],
         text,
         ", ".join(map(_described, names or [path.name for path in files], files.values())),
-        sha256("\n".join(map(_stamp, files)).encode()).hexdigest(),
+        sha256("\n".join(starmap(_stamp, files.items())).encode()).hexdigest(),
     )
 
 
@@ -169,8 +173,8 @@ def _described(name: str, weights: Weights) -> str:
     return f"{name} ({'; '.join(weights.notes)})" if weights.notes else name
 
 
-def _stamp(path: Path) -> str:
-    """Return a text that changes when a file, or a file directly in a folder, is rewritten."""
+def _stamp(path: Path, weights: Weights) -> str:
+    """Return a text that changes with a file, one directly in a folder, or what is read of them."""
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return f"{path.resolve()} {stats}"
+    return f"{path.resolve()} {stats} {weights.notes}"

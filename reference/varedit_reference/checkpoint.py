@@ -19,7 +19,13 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from varedit_reference.config import PRESETS, TokenizerConfig, TransformerConfig, preset
+from varedit_reference.config import (
+    MAX_TEXT_TOKENS,
+    PRESETS,
+    TokenizerConfig,
+    TransformerConfig,
+    preset,
+)
 from varedit_reference.tokenizer import Tokenizer
 from varedit_reference.transformer import VAR
 from varedit_reference.weights_file import Weights, check_finite, check_float, open_weights
@@ -41,8 +47,9 @@ FileLayout = Callable[[NamedShape], NamedShape]
 
 
 # Released names of parameters, and of modules whose parameters keep their own names.
+UNCONDITIONAL_TEXT = "unconditional_text"
 TRANSFORMER_TABLE = {
-    "unconditional_text": "cfg_uncond",
+    UNCONDITIONAL_TEXT: "cfg_uncond",
     "start_token": "pos_start",
     "level_embedding": "lvl_embed",
     "token_embedding": "word_embed",
@@ -155,7 +162,7 @@ def load_transformer(
     same. Weights that the file stores in their final type stay views of the file's memory map.
     Raises CheckpointError if the file cannot be read or does not hold this transformer.
     """
-    weights = open_weights(path)
+    weights = _open_transformer(path, config)
     model = empty_transformer(config, compute_dtype, weight_dtype)
     return load(model, weights, recognise_transformer_layout(weights, config), path)
 
@@ -169,9 +176,14 @@ def load_tokenizer(path: str | Path, config: TokenizerConfig) -> Tokenizer:
     return load(empty_tokenizer(config), weights, recognise_tokenizer_layout(weights), path)
 
 
-def transformer_weights(path: str | Path, config: TransformerConfig) -> Weights:
-    """Open a checkpoint's transformer by this reference's names, in the file's types; see `fit`."""
-    weights = open_weights(path)
+def transformer_weights(
+    path: str | Path, config: TransformerConfig, prefer_ema: bool = False
+) -> Weights:
+    """Open a checkpoint's transformer by this reference's names, in the file's types; see `fit`.
+
+    prefer_ema: see `open_weights`.
+    """
+    weights = _open_transformer(path, config, prefer_ema)
     return fit(
         empty_transformer(config), weights, recognise_transformer_layout(weights, config), path
     )
@@ -181,6 +193,26 @@ def tokenizer_weights(path: str | Path, config: TokenizerConfig) -> Weights:
     """Open a checkpoint's tokenizer by this reference's names, in the file's types; see `fit`."""
     weights = open_weights(path)
     return fit(empty_tokenizer(config), weights, recognise_tokenizer_layout(weights), path)
+
+
+def _open_transformer(
+    path: str | Path, config: TransformerConfig, prefer_ema: bool = False
+) -> Weights:
+    """Open a transformer's weights, the learned unconditional text with the model's rows.
+
+    An instruction of T tokens takes the text's first T rows. So rows past the longest instruction
+    are never read, and rows that a shorter text has not are zero.
+    """
+    weights = open_weights(path, prefer_ema)
+    for name in (UNCONDITIONAL_TEXT, TRANSFORMER_TABLE[UNCONDITIONAL_TEXT]):
+        rows, *width = weights[name].shape if name in weights else (0,)
+        if width == [config.text_channels] and rows not in (0, MAX_TEXT_TOKENS):
+            text = weights[name][:MAX_TEXT_TOKENS]
+            missing = text.new_zeros(MAX_TEXT_TOKENS - len(text), *width)
+            weights[name] = torch.cat([text, missing])
+            done = "cut" if rows > MAX_TEXT_TOKENS else "padded with zeros"
+            weights.notes += (f"{name} {done} from {rows} to {MAX_TEXT_TOKENS} rows",)
+    return weights
 
 
 def empty_transformer(

@@ -30,19 +30,21 @@ def convert(
     text_encoder: str | Path,
     output: str | Path,
     notice: Callable[[str], None] = lambda _: None,
+    prefer_ema: bool = False,
 ) -> list[Path]:
     """Convert a transformer, a tokenizer and a T5 folder; return the files written to output.
 
     size: the preset that the weights must fit. notice: called with what was left out of names, or
-    chosen from a file. Every file appears whole or not at all; memory holds about one tensor at a
-    time. Raises ConfigError on an unknown size, CheckpointError if weights cannot be read, do not
-    fit or would be overwritten, or the disk has no room for all of them.
+    chosen from a file. prefer_ema: of the transformer, see `open_weights`. Every file appears whole
+    or not at all; memory holds about one tensor at a time. Raises ConfigError on an unknown size,
+    CheckpointError if weights cannot be read, do not fit or would be overwritten, or the disk has
+    no room for all of them.
     """
     output, text_encoder = Path(output), Path(text_encoder)
     config, sources = preset(size), (Path(transformer), Path(tokenizer), text_encoder)
     check_there(sources)
     components = {
-        output / TRANSFORMER: transformer_weights(transformer, config.transformer),
+        output / TRANSFORMER: transformer_weights(transformer, config.transformer, prefer_ema),
         output / TOKENIZER: tokenizer_weights(tokenizer, config.tokenizer),
         output / TEXT_ENCODER / WEIGHTS: text_encoder_weights(text_encoder, config.transformer),
     }

@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -43,10 +44,22 @@ PACKED_DTYPES = {torch.int8: "I8", torch.uint8: "U8", torch.float8_e4m3fn: "F8_E
 WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 PREFIXES = ("module.", "model.", "_forward_module.")  # left out where all names begin so
 MOST_PREFIXES = 4
-# Where a file keeps its state dict, if not at the top: the first of these that it has. The first of
-# all is the released tokenizers'.
-KEYS = ("gpt_fsdp", "gpt_ema_fsdp", "gpt", "ema", "state_dict", "module", "model")
-BRANCHES = (("vae",), *(("trainer", key) for key in KEYS), *((key,) for key in KEYS))
+# Where a file keeps its state dict, if not at the top: the first of these that it has. The released
+# tokenizers' is the first of all. AVERAGED: the average of a training's weights (EMA).
+WEIGHTS = ("gpt_fsdp", "gpt", "state_dict", "module", "model")
+AVERAGED = ("gpt_ema_fsdp", "ema")
+Branch = tuple[str, ...]
+TOKENIZER_BRANCH: Branch = ("vae",)
+BRANCHES: tuple[Branch, ...] = (
+    TOKENIZER_BRANCH,
+    *(
+        (*outer, key)
+        for keys in (WEIGHTS, AVERAGED)
+        for outer in (("trainer",), ())
+        for key in keys
+    ),
+)
+MOST_LISTED = 3
 
 
 class Weights(dict[str, Tensor]):
@@ -57,78 +70,122 @@ class Weights(dict[str, Tensor]):
         self.notes = tuple(notes)
 
 
-def open_weights(path: str | Path) -> Weights:
+def open_weights(path: str | Path, prefer_ema: bool = False) -> Weights:
     """Open a weights file or folder as tensors by name, memory-mapped.
 
     Reads .safetensors; .pth, .pt and .bin as torch.save writes them; and folders with one such
     file, or with shards and an index. What wraps a state dict or its names is left out, and noted.
-    The file must not change while its tensors are in use. Raises CheckpointError if it is missing,
-    cut short, not of the format that its name says, or holds anything but tensors.
+    The file must not change while its tensors are in use. prefer_ema: read the average of a
+    training's weights, which some files keep beside the weights. Raises CheckpointError if the file
+    is missing, cut short, not of the format that its name says, holds anything but tensors, or has
+    no average if that is preferred.
     """
     path = Path(path)
     try:
-        return _unwrapped(_open_folder(path) if path.is_dir() else _open_file(path))
+        open_path = _open_folder if path.is_dir() else _open_file
+        return _unwrapped(open_path(path, prefer_ema))
     except OSError as error:
         raise CheckpointError(
             f"cannot read {path} ({error.strerror or error}): give a readable file or folder"
         ) from error
 
 
-def _open_file(path: Path) -> Weights:
+def _open_file(path: Path, prefer_ema: bool) -> Weights:
     if not path.is_file():
         raise CheckpointError(f"there are no weights at {path}: give an existing file or folder")
     if path.stat().st_size == 0:
         raise CheckpointError(f"{path} is empty: download or copy it again")
     if path.suffix == ".safetensors":
-        return _open_safetensors(path)
+        return _state_dict(path, _open_safetensors(path), prefer_ema)
     if path.suffix in PICKLED:
-        return _state_dict(path, open_pickled(path))
+        return _state_dict(path, open_pickled(path), prefer_ema)
     raise CheckpointError(
         f"{path} is no known kind of weights: expected .safetensors, {', '.join(PICKLED)}, "
         "or a folder of such files"
     )
 
 
-def _open_safetensors(path: Path) -> Weights:
+def _open_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
         if LARGEST_HEADER < length < path.stat().st_size:
             raise ValueError(f"names and shapes of more than {LARGEST_HEADER} bytes")
         with safe_open(path, framework="pt") as file:
-            return Weights({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, ValueError) as error:
         raise CheckpointError(
             f"{path} is not a whole safetensors file ({one_line(error)}): fetch or copy it again"
         ) from error
 
 
-def _state_dict(path: Path, content: Any) -> Weights:
-    """Return the state dict in what was given to torch.save, from the branch that it is in."""
-    notes = []
-    for branch in BRANCHES:
-        found = content
-        for key in branch:
-            found = found.get(key) if isinstance(found, dict) else None
-        if isinstance(found, dict):
-            content, notes = found, [f"read from {'.'.join(branch)!r}"] * (branch != BRANCHES[0])
-            break
+def _state_dict(path: Path, content: Any, prefer_ema: bool) -> Weights:
+    """Return the state dict in what a file holds, from the branch that it is in."""
+    branch, notes = _branch(path, content, prefer_ema)
+    content = _at(content, branch)
+    where = f" under {_quoted(branch)}" if branch else ""
     if not isinstance(content, dict):
         raise CheckpointError(
             f"{path} holds {_kind(content)}, not tensors by name: expected a state dict"
         )
-    for name, value in content.items():
-        named = isinstance(name, str)
-        if not (named and isinstance(value, Tensor)):
-            odd = f"{shown(name)} is {_kind(value)}" if named else f"a name is {_kind(name)}"
-            raise CheckpointError(
-                f"{path} holds more than tensors ({odd}): expected a state dict of dense tensors; "
-                "nothing in it was run"
-            )
+    odd = (
+        f"{shown(name)} is {_kind(value)}" if isinstance(name, str) else f"a name is {_kind(name)}"
+        for name, value in content.items()
+        if not (isinstance(name, str) and isinstance(value, Tensor))
+    )
+    if told := _listed(odd):
+        raise CheckpointError(
+            f"{path} holds more than tensors{where} ({told}): expected a state dict of dense "
+            f"tensors, alone or under one of {_either(WEIGHTS + AVERAGED)}; nothing in it was run"
+        )
     return Weights(content, notes)
 
 
+def _branch(path: Path, content: Any, prefer_ema: bool) -> tuple[Branch, list[str]]:
+    """Return where the state dict is in what a file holds, and a note if there is something to say.
+
+    Raises CheckpointError if an average is preferred and there is none.
+    """
+    found = [b for b in BRANCHES if isinstance(inner := _at(content, b), dict) and inner]
+    averages = [branch for branch in found if branch[-1] in AVERAGED]
+    if prefer_ema and not averages:
+        raise CheckpointError(
+            f"{path} has no average of its weights (EMA): expected it under one of "
+            f"{_either(AVERAGED)}; there is {_listed(map(_quoted, found)) or 'nothing like it'}; "
+            "leave out --prefer-ema"
+        )
+    branch = next(iter(averages if prefer_ema else found), ())
+    if branch in ((), TOKENIZER_BRANCH):
+        return branch, []
+    other = next((b for b in found if (b in averages) != (branch in averages)), None)
+    instead = f", not from {_quoted(other)}" if other else ""
+    return branch, [f"read from {_quoted(branch)}{instead}"]
+
+
+def _at(content: Any, branch: Branch) -> Any:
+    """Return what lies under these keys of nested dicts; None if nothing does."""
+    for key in branch:
+        content = content.get(key) if isinstance(content, dict) else None
+    return content
+
+
+def _either(keys: Branch) -> str:
+    return f"{', '.join(map(repr, keys))}, at the top or in 'trainer'"
+
+
+def _quoted(branch: Branch) -> str:
+    return repr(".".join(branch))
+
+
+def _listed(texts: Iterable[str]) -> str:
+    """Return the first few texts; of hostile files there may be very many."""
+    first = [*islice(texts, MOST_LISTED + 1)]
+    return ", ".join([*first[:MOST_LISTED], *["..."] * (len(first) > MOST_LISTED)])
+
+
 def _kind(value: object) -> str:
+    if isinstance(value, dict) and value:
+        return f"a dict of {_listed(map(shown, value))}"
     return f"a {value.name if isinstance(value, Named) else type(value).__name__}"
 
 
@@ -150,14 +207,14 @@ def _unwrapped(weights: Weights) -> Weights:
     return Weights(tensors, [*weights.notes, f"names without {', '.join(map(repr, left_out))}"])
 
 
-def _open_folder(folder: Path) -> Weights:
+def _open_folder(folder: Path, prefer_ema: bool) -> Weights:
     index = next((found for kind in INDEXES for found in sorted(folder.glob(kind))), None)
     if index is not None:
-        return _open_shards(folder, index)
+        return _open_shards(folder, index, prefer_ema)
     for suffix in (".safetensors", *PICKLED):
         match sorted(folder.glob(f"*{suffix}")):
             case [file]:
-                return _open_file(file)
+                return _open_file(file, prefer_ema)
             case [_, _, *_]:
                 raise CheckpointError(
                     f"{folder} holds several {suffix} files and no index: name one of them, or "
@@ -169,17 +226,19 @@ def _open_folder(folder: Path) -> Weights:
     )
 
 
-def _open_shards(folder: Path, index: Path) -> Weights:
+def _open_shards(folder: Path, index: Path, prefer_ema: bool) -> Weights:
     weight_map = _read_index(index)
     _check_shards(folder, index, set(weight_map.values()))
-    shards = {shard: _open_file(folder / shard) for shard in sorted(set(weight_map.values()))}
+    names = sorted(set(weight_map.values()))
+    shards = {shard: _open_file(folder / shard, prefer_ema) for shard in names}
     for name, shard in weight_map.items():
         if name not in shards[shard]:
             raise CheckpointError(
                 f"{index} places {name} in {shard}, which does not hold it: the index and the "
                 "shards belong to different checkpoints; fetch all of them again"
             )
-    return Weights({name: shards[shard][name] for name, shard in weight_map.items()})
+    notes = dict.fromkeys(note for weights in shards.values() for note in weights.notes)
+    return Weights({name: shards[shard][name] for name, shard in weight_map.items()}, [*notes])
 
 
 def read_header_file(path: Path, most: int = LARGEST_HEADER) -> bytes:

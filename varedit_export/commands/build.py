@@ -15,6 +15,7 @@ from varedit_export.commands.shared_options import (
     architectures_option,
     checkpoint_option,
     layout_option,
+    prefer_ema_option,
     text_encoder_option,
     tokenizer_option,
     with_options,
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     "--aspect", default="1:1", show_default=True, help="Height:width; see varedit-run grids."
 )
 @checkpoint_option
+@prefer_ema_option
 @tokenizer_option
 @text_encoder_option
 @click.option(

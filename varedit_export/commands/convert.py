@@ -7,6 +7,7 @@ import click
 
 from varedit_export.commands.shared_options import (
     checkpoint_option,
+    prefer_ema_option,
     text_encoder_option,
     tokenizer_option,
     yes_option,
@@ -19,6 +20,7 @@ from varedit_runtime.terminal.command import PATH
 @click.command()
 @click.option("--size", required=True, help="Size of the model: 2b or 8b.")
 @checkpoint_option
+@prefer_ema_option
 @tokenizer_option
 @text_encoder_option
 @yes_option
@@ -26,6 +28,7 @@ from varedit_runtime.terminal.command import PATH
 def convert(
     size: str,
     checkpoint: str | None,
+    prefer_ema: bool,
     tokenizer: str | None,
     text_encoder: str | None,
     yes: bool,
@@ -48,5 +51,7 @@ def convert(
         raise CheckpointError(f"convert needs {missing} too")
     files = bring([checkpoint, tokenizer, text_encoder], partial(accept, yes))
     transformer, picture_tokenizer, text_folder = files.paths
-    for path in convert_checkpoints(size, transformer, picture_tokenizer, text_folder, output, say):
+    for path in convert_checkpoints(
+        size, transformer, picture_tokenizer, text_folder, output, say, prefer_ema
+    ):
         click.echo(path)

@@ -15,6 +15,11 @@ checkpoint_option = click.option(
     metavar=PLACE,
     help="The transformer: a .pth or .safetensors file, or a folder of shards.",
 )
+prefer_ema_option = click.option(
+    "--prefer-ema",
+    is_flag=True,
+    help="Of a training's checkpoint take the average of the weights (EMA), which it has to have.",
+)
 tokenizer_option = click.option(
     "--tokenizer", metavar=PLACE, help="The picture tokenizer: infinity_vae_*.pth."
 )
