@@ -527,6 +527,49 @@ def test_wrong_arguments_are_refused_before_anything_is_computed(
     assert "\n" not in str(caught.value)
 
 
+NAMED: dict[str, tuple[dict[str, Any], str]] = {
+    "picture": ({"image": [PHOTO, PHOTO, "missing.png"]}, "picture 3 of 3: missing.png cannot be"),
+    "prompt": ({"prompt": ["red", " "]}, "picture 2 of 2: the instruction is empty"),
+    "prompt type": ({"prompt": ["red", 3]}, "picture 2 of 2: a prompt is 3"),
+    "negative": ({"negative_prompt": [None, "x" * 99]}, "picture 2 of 2: the instruction has 100"),
+    "mask": ({"mask": [None, PHOTO.resize((9, 9))]}, "picture 2 of 2: the mask is 9 x 9"),
+    "seed": ({"seed": [1, -1], "num_images_per_prompt": 2}, "result 2 of 2: the seed is -1"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), NAMED.values(), ids=NAMED)
+def test_errors_about_an_entry_of_a_list_say_which(
+    idle: Editor, change: dict[str, Any], message: str
+) -> None:
+    arguments: dict[str, Any] = {"image": PHOTO, "prompt": "red"} | change
+    with pytest.raises(VareditError) as caught:
+        idle.edit(**arguments)
+    assert str(caught.value).startswith(message)
+
+
+def test_an_error_about_the_only_entry_does_not_count(idle: Editor) -> None:
+    with pytest.raises(PictureError, match=r"^missing\.png cannot be read"):
+        idle.edit(["missing.png"], "red")
+
+
+def test_errors_while_a_batch_is_computed_say_which_result(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with Editor.open(pair_bundle(), threads=1) as editor:
+        decode = editor.backend.decode
+
+        def broken(total: np.ndarray) -> np.ndarray:
+            pictures = decode(total)
+            pictures[1] = np.nan
+            return pictures
+
+        with pytest.raises(PictureError, match=r"^result 3 of 3: a picture of 1 x 99999 is too"):
+            editor.edit([PHOTO, PHOTO, Image.new("RGB", (1, 99999))], "red")
+        monkeypatch.setattr(editor.backend, "decode", broken)
+        with pytest.raises(BackendError, match=r"^result 2 of 3: image_decoder computed numbers"):
+            editor.edit([PHOTO] * 3, "red")
+
+
 @pytest.mark.parametrize(
     "change",
     [{"guidance_scale": 3.0}, {"guidance_scale": [1, 1, 1, 2]}, {"negative_prompt": "dog"}],

@@ -106,6 +106,17 @@ def reason(error: BaseException) -> str:
 
 
 @contextmanager
+def one_of_many(what: str, place: int, count: int) -> Iterator[None]:
+    """Say in an error of this project which of several things it is about; place is from 0."""
+    try:
+        yield
+    except VareditError as error:
+        if count > 1:
+            error.args = (printable(f"{what} {place + 1} of {count}: {error}"),)
+        raise
+
+
+@contextmanager
 def needs_extra(extra: str) -> Iterator[None]:
     """Wrap imports of packages that an extra such as `export` installs.
 

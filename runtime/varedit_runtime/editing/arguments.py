@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from PIL import Image
 
 from varedit_runtime.editing.masks import fitted
-from varedit_runtime.errors import ConfigError, shown
+from varedit_runtime.errors import ConfigError, one_of_many, shown
 from varedit_runtime.manifest import Manifest, Variant
 from varedit_runtime.pictures import Source, open_mask, open_picture
 from varedit_runtime.values import (
@@ -87,6 +87,7 @@ def choose_pictures(
 
     Raises ConfigError on lists of unequal lengths, on more than MOST_ENTRIES results, and on values
     that are no text, count or seed, TextError and PictureError as `tokenise` and `open_picture` do.
+    Errors about an entry of a list say which of how many it is.
     """
     copies = checked("num_images_per_prompt", copies, int)
     given = {"image": image, "prompt": prompt, "negative_prompt": negative_prompt, "mask": mask}
@@ -101,16 +102,25 @@ def choose_pictures(
 
     def each(name: str, convert: Callable[[Any], T]) -> list[T]:
         values = listed[name]
-        return [convert(given[name])] * count if values is None else list(map(convert, values))
+        return [convert(given[name])] * count if values is None else _one_by_one(convert, values)
 
     prompts = each("prompt", lambda text: tokenise(checked("a prompt", text, str)))
     negatives = each("negative_prompt", lambda text: _negative(text, tokenise))
     pictures = each("image", open_picture)
     opened = each("mask", lambda source: None if source is None else open_mask(source))
-    masks = list(map(fitted, opened, pictures))
+    masks = _one_by_one(fitted, opened, pictures)
     wanted = zip(pictures, prompts, negatives, masks, strict=True)
     repeated = [entry for entry in wanted for _ in range(copies)]
     return [Wanted(*entry, seed) for entry, seed in zip(repeated, seeds, strict=True)]
+
+
+def _one_by_one(convert: Callable[..., T], *lists: Sequence[Any]) -> list[T]:
+    """Convert the entries of lists; errors say which of how many."""
+    results = []
+    for place, values in enumerate(zip(*lists, strict=True)):
+        with one_of_many("picture", place, len(lists[0])):
+            results.append(convert(*values))
+    return results
 
 
 def _common_length(listed: Mapping[str, list[Any] | None]) -> int:
@@ -145,7 +155,13 @@ def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
         seeds = [checked("seed", value, int, wanted) for value in given]
     if len(seeds) != count:
         raise ConfigError(f"there are {len(seeds)} seeds for {count} results; give one for each")
-    for value in seeds:
-        if not 0 <= value < SEEDS:
-            raise ConfigError(f"the seed is {value}; it must be at least 0 and less than 2^64")
+    for place, value in enumerate(seeds):
+        with one_of_many("result", place, count):
+            check_seed(value)
     return seeds
+
+
+def check_seed(seed: int) -> None:
+    """Raise ConfigError if a seed is out of range."""
+    if not 0 <= seed < SEEDS:
+        raise ConfigError(f"the seed is {seed}; it must be at least 0 and less than 2^64")

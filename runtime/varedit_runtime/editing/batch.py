@@ -1,7 +1,7 @@
 """The pictures that are edited at once, and the time that their stages take."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from threading import Event
 from time import perf_counter
@@ -9,6 +9,7 @@ from time import perf_counter
 from varedit_runtime.backends.base import StageOutput
 from varedit_runtime.editing.arguments import ScaleSettings, Wanted
 from varedit_runtime.editing.results import OnScale
+from varedit_runtime.errors import one_of_many
 
 
 class Timings:
@@ -38,10 +39,14 @@ class Timings:
 
 @dataclass(frozen=True)
 class PictureBatch:
-    """The pictures edited at once. rows: padded to the batch. places: those in the results."""
+    """The pictures edited at once.
+
+    rows: padded to the batch. places: those in the results, of which there are `results`.
+    """
 
     rows: Sequence[Wanted]
     places: range
+    results: int
     sampling: ScaleSettings
     on_scale: OnScale | None
     cancelled: Event
@@ -50,6 +55,10 @@ class PictureBatch:
     @property
     def wanted(self) -> Sequence[Wanted]:
         return self.rows[: len(self.places)]
+
+    def naming(self, row: int) -> AbstractContextManager[None]:
+        """Say in an error about a row which of the call's results it is."""
+        return one_of_many("result", self.places[min(row, len(self.places) - 1)], self.results)
 
     @property
     def masked(self) -> bool:

@@ -226,7 +226,9 @@ class Editor:
                 own = places[first : first + size]
                 # The graphs take batches of this size: a smaller one repeats its last picture.
                 rows = [wanted[min(i, own[-1])] for i in range(first, first + size)]
-                results += self._edit_batch(PictureBatch(rows, own, sampling, on_scale, cancelled))
+                results += self._edit_batch(
+                    PictureBatch(rows, own, len(wanted), sampling, on_scale, cancelled)
+                )
         lists = map(is_list, (image, prompt, negative_prompt, mask, seed))
         return results if any(lists) or len(results) > 1 else results[0]
 
@@ -262,33 +264,37 @@ class Editor:
     def _edit_whole(self, batch: "PictureBatch", edit: EditWhole) -> list[Image.Image]:
         with batch.timings.of(WHOLE_EDIT):
             samplings = [self._sampling(batch, scale) for scale in range(len(self.variant.grids))]
-            edited = edit(self._prompts(batch.rows), self._squares(batch.rows), samplings)
+            edited = edit(self._prompts(batch.rows), self._squares(batch), samplings)
             for scale, logits in enumerate(edited.logits):
-                _sound(scale_name(scale), logits)
-            _sound(DECODER, edited.pictures)
-            return self._restored(edited.pictures, batch.wanted)
+                _sound(scale_name(scale), logits, batch)
+            _sound(DECODER, edited.pictures, batch)
+            return self._restored(edited.pictures, batch)
 
     def _edit_by_stages(self, batch: "PictureBatch") -> list[Image.Image]:
         timings, seen = batch.timings, dict[str, np.ndarray]()
         with timings.of(TEXT):
             prompts = self._prompts(batch.rows)
         with timings.of(ENCODER):
-            squares = self._squares(batch.rows)
+            squares = self._squares(batch)
         samplings = self._samplings(batch, seen)
         for output in timings.of_each(edit_by_stages(self.backend, prompts, squares, samplings)):
             for array in output.arrays.values():
-                _sound(output.stage, array)
+                _sound(output.stage, array, batch)
             seen.update(output.arrays)
             if batch.on_scale is not None and (scale := scale_of(output.stage)) is not None:
                 batch.on_scale(self._progress(batch, scale, output.arrays["running_sum"]))
             if output.stage != DECODER and batch.cancelled.is_set():
                 raise EditCancelled("the edit was cancelled")
         with timings.of(DECODER):
-            return self._restored(seen["pictures"], batch.wanted)
+            return self._restored(seen["pictures"], batch)
 
-    def _squares(self, rows: Sequence[Wanted]) -> np.ndarray:
+    def _squares(self, batch: "PictureBatch") -> np.ndarray:
         """Return the pictures as the image encoder reads them, [B, 3, H, W]."""
-        return np.stack([to_square(row.picture, self.variant.picture) for row in rows])
+        squares = []
+        for number, row in enumerate(batch.rows):
+            with batch.naming(number):
+                squares.append(to_square(row.picture, self.variant.picture))
+        return np.stack(squares)
 
     def _prompts(self, rows: Sequence[Wanted]) -> Prompts:
         ids, mask = self._padded([one.prompt for one in rows])
@@ -327,9 +333,9 @@ class Editor:
             drawn = self._sampling(batch, scale)
             yield keeper.force(drawn, seen["source_tokens"], seen.get("running_sum"))
 
-    def _restored(self, decoded: np.ndarray, wanted: Sequence[Wanted]) -> list[Image.Image]:
+    def _restored(self, decoded: np.ndarray, batch: "PictureBatch") -> list[Image.Image]:
         """Turn decoded pictures [B, 3, H, W] into pictures of their sources' sizes."""
-        return [self._finished(*of) for of in zip(decoded, wanted, strict=False)]
+        return [self._finished(*of) for of in zip(decoded, batch.wanted, strict=False)]
 
     def _finished(self, decoded: np.ndarray, one: Wanted) -> Image.Image:
         edited = restore(from_decoder(decoded), one.picture.size)
@@ -341,8 +347,8 @@ class Editor:
     def _progress(self, batch: "PictureBatch", scale: int, total: np.ndarray) -> Progress:
         def draw() -> list[Image.Image]:
             with self._turn:  # a preview from another thread waits for the edit to end
-                decoded = _sound(DECODER, self.backend.decode(total))
-                return self._restored(decoded, batch.wanted)
+                decoded = _sound(DECODER, self.backend.decode(total), batch)
+                return self._restored(decoded, batch)
 
         return Progress(
             scale=scale,
@@ -361,19 +367,21 @@ def read_instructions(bundle: Bundle, limit: int) -> Instructions:
         raise BundleError(f"{bundle.path / TOKENIZER} {error}: build the bundle again") from error
 
 
-def _sound(stage: str, array: np.ndarray) -> np.ndarray:
-    """Return a stage's output. Raises BackendError if the arithmetic failed on the way to it.
+def _sound(stage: str, array: np.ndarray, batch: PictureBatch) -> np.ndarray:
+    """Return a stage's output [B, ...]. Raises BackendError if the arithmetic failed before.
 
     Where fp16 overflows, TensorRT can give zeros in place of NaN, and the decoder a single colour.
     """
-    wrong = None
-    if not np.isfinite(array).all():
-        wrong = "numbers that are not finite"
-    elif stage == DECODER and not np.ptp(array, (-2, -1)).any(axis=-1).all():
-        wrong = "the same colour for all pixels"
-    if wrong is not None:
-        raise BackendError(
-            f"{stage} computed {wrong}, so there is no picture: run `varedit-export verify` on "
-            "the bundle"
-        )
+    for row, values in enumerate(array):
+        wrong = None
+        if not np.isfinite(values).all():
+            wrong = "numbers that are not finite"
+        elif stage == DECODER and not np.ptp(values, (-2, -1)).any():
+            wrong = "the same colour for all pixels"
+        if wrong is not None:
+            with batch.naming(row):
+                raise BackendError(
+                    f"{stage} computed {wrong}, so there is no picture: run "
+                    "`varedit-export verify` on the bundle"
+                )
     return array
