@@ -1,6 +1,7 @@
 """Files from the hub, by its real client library, from a stand-in of the hub on loopback."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from hub_stand_in import Hub, Repository, serve, use
 from huggingface_hub import constants
 
 from varedit_export.weights.hub import HubAddress, fetch, list_files, look_up, parse
+from varedit_export.weights.published import Download
 from varedit_runtime.errors import CheckpointError, ConfigError
 from varedit_runtime.manifest import HubOrigin
 
@@ -137,7 +139,6 @@ def test_a_repository_that_changes_before_the_download_is_told(hub: Hub) -> None
         {"siblings": [{"rfilename": "8B-\x1b[31m512.pth", "size": 1}]},
         {"siblings": [{"rfilename": 5, "size": 1}]},
         {"siblings": [{"rfilename": "8B-512.pth", "size": 1, "lfs": {"sha256": "x", "size": 1}}]},
-        {"tags": [1, None]},
     ],
 )
 def test_an_answer_that_is_none_is_refused(hub: Hub, answer: dict[str, Any]) -> None:
@@ -145,6 +146,15 @@ def test_an_answer_that_is_none_is_refused(hub: Hub, answer: dict[str, Any]) -> 
     with pytest.raises(CheckpointError, match="the hub's answer about owner/model is not as exp"):
         look_up(FILE, FILE_CHOICES)
     assert not any("/resolve/" in request for request in hub.requests)
+
+
+@pytest.mark.parametrize("tags", [None, [], [None, 1], {}, "license:mit", ["license:"]])
+def test_a_licence_that_is_not_stated_is_none(hub: Hub, tags: Any) -> None:
+    hub.answer = {"tags": tags, "cardData": None, "library_name": None, "pipeline_tag": None}
+    wanted = look_up(FILE, FILE_CHOICES)
+    assert not wanted.licence
+    assert fetch(wanted)[0].read_bytes() == WEIGHTS
+    assert "licence not stated" in str(Download((wanted,)))
 
 
 @pytest.mark.parametrize(
@@ -219,6 +229,28 @@ def test_a_killed_download_keeps_the_files_that_were_whole(tmp_path: Path) -> No
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         assert [Path(line).read_bytes() for line in done.stdout.split()] == list(files.values())
         assert [r for r in hub.requests if "/blobs/" in r] == ["GET /blobs/owner/model/second"]
+
+
+def test_an_interrupted_download_ends_at_once_and_leaves_nothing(tmp_path: Path) -> None:
+    """The library's own threads would go on until every file is whole."""
+    script = (
+        "from varedit_export.weights.hub import HubAddress, fetch, look_up\n"
+        "fetch(look_up(HubAddress('owner/model'), [['first', 'second']]))"
+    )
+    files = {"first": WEIGHTS, "second": WEIGHTS[::-1]}
+    with serve({REPOSITORY: Repository(files)}) as hub:
+        environment = {**os.environ, "HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path)}
+        environment["HF_HUB_OFFLINE"] = "0"
+        hub.cuts, hub.hangs = [100, 100], True
+        command = [sys.executable, "-c", script]
+        running = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+        while not (blobs := [request for request in hub.requests if "/blobs/" in request]):
+            assert running.poll() is None
+            time.sleep(0.01)
+        running.send_signal(signal.SIGINT)
+        assert running.wait() not in (0, None)
+        assert [request for request in hub.requests if "/blobs/" in request] == blobs
+    assert not [*tmp_path.rglob("*.incomplete")]
 
 
 def test_a_file_that_differs_from_the_hubs_is_refused(hub: Hub) -> None:

@@ -1,7 +1,8 @@
 """Weights by name: files on the Hugging Face hub, fetched through its own library.
 
 The library keeps every file that it fetched whole in its cache, continues a file whose connection
-was cut, shows progress, and obeys HF_TOKEN, HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE. A download has
+was cut, shows progress, and obeys HF_TOKEN, HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE. Once a process
+has ended, version 2.4 begins the file anew that it had not fetched whole. A download has
 two steps, so that a person can be asked in between: `look_up` tells which files are needed and
 which of them are missing, `fetch` brings them. Where the hub cannot be reached, the cache's files
 are used.
@@ -12,7 +13,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from glob import escape
 from hashlib import file_digest
 from pathlib import Path
 from typing import Annotated, Any
@@ -129,7 +129,7 @@ def list_files(address: HubAddress) -> list[str]:
     except _UnreachableError:
         pass
     try:
-        return sorted(_files(_snapshot(address, [""], offline=True)))  # no file has to be there
+        return sorted(_files(_snapshot(address, [""])))  # no file has to be there
     except _UnreachableError as error:
         raise _absent(address) from error
 
@@ -206,7 +206,7 @@ class _Information(Struct):
 
     sha: Annotated[str, Meta(pattern=r"\A[0-9a-f]{40}\Z")]  # the library names a folder by it
     siblings: list[_Sibling]
-    tags: list[str] = []
+    tags: Any = None  # the licence is among them, where it is stated
 
 
 def _information(address: HubAddress) -> _Information:
@@ -227,39 +227,54 @@ def _information(address: HubAddress) -> _Information:
 
 def _download(wanted: Wanted) -> tuple[Path, Choice]:
     """Return the repository's folder in the cache and the choice of files that it has."""
-    address, unreachable = wanted.address, None
-    for choice in wanted.choices:
-        patterns = [escape(file.path) for file in wanted.files] or choice
+    address = wanted.address
+    if wanted.commit is None:
+        return _cached(address, wanted.choices)
+    try:
+        folders = {_download_file(address, file.path) for file in wanted.files}
+    except _UnreachableError as error:
+        raise _absent(address) from error
+    if {folder.name for folder in folders} != {wanted.commit}:
+        raise CheckpointError(f"{address} changed on the hub just now: try again")
+    return folders.pop(), wanted.choices[0]
+
+
+def _download_file(address: HubAddress, name: str) -> Path:
+    """Download a file unless the cache has it; return its repository's folder there.
+
+    In this thread: Ctrl-C could not end the library's own threads before their files are whole.
+    """
+    with _library_errors(address):
+        from huggingface_hub import hf_hub_download
+
+        path = hf_hub_download(address.repository, name, revision=address.revision)
+    return Path(path).parents[name.count("/")]
+
+
+def _cached(address: HubAddress, choices: Sequence[Choice]) -> tuple[Path, Choice]:
+    """Return the folder in the cache that has files of a choice, and the choice."""
+    unreachable = None
+    for choice in choices:
         try:
-            folder = _snapshot(address, patterns, offline=wanted.commit is None)
+            folder = _snapshot(address, choice)
         except _UnreachableError as error:
             unreachable = error
-            continue
-        if folder.name != (wanted.commit or folder.name):
-            raise CheckpointError(f"{address} changed on the hub just now: try again")
-        if any(folder.glob(choice[0])):
-            return folder, choice
+        else:
+            if any(folder.glob(choice[0])):
+                return folder, choice
     raise _absent(address) from unreachable
 
 
-def _snapshot(address: HubAddress, patterns: Sequence[str], offline: bool) -> Path:
-    """Download what the cache lacks of a repository; return its folder, named by its commit."""
+def _snapshot(address: HubAddress, patterns: Sequence[str]) -> Path:
+    """Return a repository's folder in the cache, named by its commit."""
     with _library_errors(address):
         from huggingface_hub import snapshot_download
-        from huggingface_hub.utils import tqdm
-
-        class Bar(tqdm):
-            """A progress bar that is quiet where the output is no terminal."""
-
-            def __init__(self, *arguments: Any, **options: Any) -> None:
-                super().__init__(*arguments, **{"disable": None, **options})
 
         folder = snapshot_download(
             address.repository,
             revision=address.revision,
             allow_patterns=list(patterns),
-            local_files_only=offline,
-            tqdm_class=Bar,
+            local_files_only=True,
         )
     return Path(folder)
 
@@ -285,8 +300,9 @@ def _matching(names: Iterable[str], patterns: Choice) -> list[str]:
     ]
 
 
-def _licence(tags: Sequence[str]) -> str | None:
-    marked = (tag.partition(":")[2] for tag in tags if tag.startswith("license:"))
+def _licence(tags: Any) -> str | None:
+    texts = (tag for tag in tags if isinstance(tag, str)) if isinstance(tags, list) else ()
+    marked = (tag.partition(":")[2] for tag in texts if tag.startswith("license:"))
     return next(marked, None)
 
 
