@@ -11,6 +11,7 @@ from picture_files import encoded, png, tiff
 from PIL import Image, ImageCms
 from safetensors.numpy import load_file
 
+from varedit_runtime.decoding.to_rgb import on_white
 from varedit_runtime.errors import PictureError
 from varedit_runtime.pictures import (
     MAX_CANVAS_PIXELS,
@@ -31,7 +32,7 @@ BLOCKS = Image.fromarray(STEPS.repeat(16, 0).repeat(16, 1)).convert("RGB")
 
 
 def pixels(source: Image.Image | bytes) -> list[list[int]]:
-    return np.asarray(open_picture(source)).reshape(-1, 3).tolist()
+    return np.asarray(on_white(open_picture(source))).reshape(-1, 3).tolist()
 
 
 def grey(*levels: int) -> list[list[int]]:
@@ -420,12 +421,18 @@ def test_pictures_are_written_in_the_format_of_the_extension(tmp_path: Path, suf
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "RGBa", "CMYK", "LAB"])
-def test_pictures_of_any_mode_are_written_as_rgb(tmp_path: Path, mode: str):
+@pytest.mark.parametrize("mode", ["L", "LA", "La", "P", "PA", "RGBA", "RGBa", "CMYK", "LAB"])
+def test_pictures_of_any_mode_are_written(tmp_path: Path, mode: str):
     picture = Image.new(mode, (1, 1))
     picture.putpixel((0, 0), (77, 100, 99, 55)[: len(picture.getbands())])
-    save_picture(picture, tmp_path / "out.png")
-    assert open_picture(tmp_path / "out.png").tobytes() == picture.convert("RGB").tobytes()
+    expected = open_picture(picture)
+    for name in ("out.png", "out.bmp"):
+        save_picture(picture, tmp_path / name)
+        written = open_picture(tmp_path / name)
+        shown = expected if name == "out.png" else on_white(expected)
+        if mode == "LAB":  # whose conversion is that of Pillow, without a profile
+            shown = picture.convert("RGB")
+        assert (written.mode, written.tobytes()) == (shown.mode, shown.tobytes())
 
 
 @pytest.mark.parametrize("name", ["out", "out.xyz", "out.gif"])

@@ -21,7 +21,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from varedit_runtime.decoding.limits import MAX_MEMORY, MAX_PIXELS, Limits, picture_memory
 from varedit_runtime.decoding.picture_file import READ_FORMATS, open_file
 from varedit_runtime.decoding.tiff_directory import beginning_at
-from varedit_runtime.decoding.to_rgb import WHITE, to_mask, to_rgb
+from varedit_runtime.decoding.to_rgb import WHITE, on_white, to_mask, to_rgb
 from varedit_runtime.errors import PictureError, reason, shown
 from varedit_runtime.files import atomic_file, unwritable
 from varedit_runtime.values import AnyPath, checked
@@ -38,6 +38,8 @@ WRITE_FORMATS = {
     ".tiff": "TIFF",
 }
 
+_WITH_ALPHA = ("PNG", "WEBP", "TIFF")
+
 MAX_CANVAS_PIXELS = 2**28  # a square of 16384 px
 
 _PIECE = 2**20  # bytes or pixels that are handled at a time
@@ -48,10 +50,11 @@ _ONE_AT_A_TIME = RLock()  # for what threads may share: open files, and Pillow i
 def open_picture(
     source: Source, max_pixels: int = MAX_PIXELS, max_memory: int = MAX_MEMORY
 ) -> Image.Image:
-    """Open a path, a file's bytes, a binary file or a Pillow image as a plain RGB picture.
+    """Open a path, a file's bytes, a binary file or a Pillow image as a plain picture.
 
-    The size is checked against max_pixels before anything is decoded, and so is the memory that
-    this takes (the file, the decoder, the pixels) against max_memory, in bytes. Then:
+    It is RGB, or RGBA if any of its pixels is not wholly opaque. The size is checked against
+    max_pixels before anything is decoded, and so is the memory that this takes (the file, the
+    decoder, the pixels) against max_memory, in bytes. Then:
 
     - the first frame of an animation or page of a document is taken (of a Pillow image the
       current one) and turned upright by its EXIF orientation;
@@ -60,7 +63,8 @@ def open_picture(
     - colours are converted to sRGB by the embedded ICC profile; a profile that is broken, larger
       than 1 MB in a PNG, or of another colour space is ignored, and without one Pillow's formulas
       convert grey, CMYK, YCbCr;
-    - alpha, a transparent palette entry and a transparent colour are composited on white.
+    - a transparent palette entry and a transparent colour become alpha, and so does alpha of 16
+      bits, of which the high byte is kept.
 
     Optional parts of a PNG that are damaged or huge are left out. The result carries no EXIF, GPS,
     XMP, ICC profile or comment. The source stays as it is, so that threads may share it: a Pillow
@@ -85,11 +89,12 @@ def open_mask(source: Source) -> Image.Image:
 
 
 def pad_and_resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Put an RGB picture on a white canvas and resize it to (height, width), as a model sees it.
+    """Put a picture on a white canvas and resize it to (height, width), as a model sees it.
 
-    The picture lies top left on the smallest canvas of that aspect ratio that holds it; for a
-    square its side is the picture's longer one, as in the released code. Raises PictureError if
-    the picture is so long and thin that its canvas would have over MAX_CANVAS_PIXELS.
+    It is RGB, or RGBA and then composited on white; the result is RGB. The picture lies top left on
+    the smallest canvas of that aspect ratio that holds it; for a square its side is the picture's
+    longer one, as in the released code. Raises PictureError if the picture is so long and thin that
+    its canvas would have over MAX_CANVAS_PIXELS.
     """
     height, width = size
     canvas_width, canvas_height = canvas_size(image.size, size)
@@ -99,13 +104,13 @@ def pad_and_resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     for top in range(0, image.height, rows):
         part = image.crop((0, top, image.width, min(top + rows, image.height)))
         canvas = Image.new("RGB", (canvas_width, part.height), WHITE)
-        canvas.paste(part, (0, 0))
+        canvas.paste(on_white(part), (0, 0))
         narrow.paste(canvas.resize((width, part.height), Image.Resampling.LANCZOS), (0, top))
     return narrow.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def to_square(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
-    """Turn an RGB picture into the tokenizer's input: float32 [3, height, width] in [-1, 1].
+    """Turn a picture into the tokenizer's input: float32 [3, height, width] in [-1, 1].
 
     size: (height, width). Pads and resizes as `pad_and_resize` does, and raises what it raises.
     """
@@ -133,8 +138,8 @@ def from_decoder(decoded: np.ndarray) -> np.ndarray:
 def restore(pixels: np.ndarray, original_size: tuple[int, int]) -> Image.Image:
     """Bring an edited picture, 8-bit RGB [H, W, 3], back to its source's (width, height).
 
-    Undoes `pad_and_resize`: resizes to the canvas (Lanczos), then crops the padding off. Raises
-    PictureError as it does.
+    Undoes `pad_and_resize`: resizes to the canvas (Lanczos), then crops the padding off. Any size
+    of the source's aspect ratio will do. Raises PictureError as `pad_and_resize` does.
     """
     canvas_width, canvas_height = canvas_size(original_size, pixels.shape[:2])
     width, height = original_size
@@ -151,11 +156,11 @@ def restore(pixels: np.ndarray, original_size: tuple[int, int]) -> Image.Image:
 
 
 def side_by_side(left: Image.Image, right: Image.Image) -> Image.Image:
-    """Return two RGB pictures side by side, with white below the lower one."""
+    """Return two pictures, RGB or RGBA, side by side on white."""
     size = left.width + right.width, max(left.height, right.height)
     both = Image.new("RGB", size, WHITE)
-    both.paste(left, (0, 0))
-    both.paste(right, (left.width, 0))
+    both.paste(on_white(left), (0, 0))
+    both.paste(on_white(right), (left.width, 0))
     return both
 
 
@@ -176,7 +181,8 @@ def check_target(path: Path) -> str:
 def save_picture(image: Image.Image, path: AnyPath) -> None:
     """Write a picture, without any metadata, in the format of the path's extension.
 
-    The file appears whole or not at all, and replaces an existing one. Raises PictureError if the
+    Alpha is kept in PNG, WebP and TIFF files; in others the picture is composited on white. The
+    file appears whole or not at all, and replaces an existing one. Raises PictureError if the
     extension is not in WRITE_FORMATS, or the file cannot be written; ConfigError on arguments of
     other types.
     """
@@ -186,7 +192,7 @@ def save_picture(image: Image.Image, path: AnyPath) -> None:
     encoded = BytesIO()
     try:
         # quality is for JPEG and WebP; the other formats are lossless.
-        _pixels_only(image).save(encoded, format=written_as, quality=95)
+        _pixels_only(image, written_as in _WITH_ALPHA).save(encoded, format=written_as, quality=95)
         with atomic_file(target) as whole:
             whole.write_bytes(encoded.getbuffer())
     except (OSError, ValueError) as error:
@@ -319,11 +325,24 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _pixels_only(image: Image.Image) -> Image.Image:
-    """Copy a picture's pixels to RGB, without the metadata that Pillow carries along."""
-    plain = Image.new("RGB", image.size)
-    plain.paste(image if image.mode == "RGB" else image.convert("RGB"))
+def _pixels_only(image: Image.Image, alpha: bool) -> Image.Image:
+    """Copy a picture's pixels, without the metadata that Pillow carries along.
+
+    The copy is RGBA if the picture has alpha and the format takes it, else RGB on white.
+    """
+    if image.has_transparency_data:
+        shown = _with_alpha(image)
+        shown = shown if alpha else on_white(shown)
+    else:
+        shown = image if image.mode == "RGB" else image.convert("RGB")
+    plain = Image.new(shown.mode, image.size)
+    plain.paste(shown)
     return plain
+
+
+def _with_alpha(image: Image.Image) -> Image.Image:
+    """Convert a picture with transparent pixels to RGBA."""
+    return (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
 
 
 def canvas_size(picture: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -16,6 +17,9 @@ from varedit_runtime.files import IN_BUNDLE, lies_in, same_file, unwritable
 from varedit_runtime.terminal.command import PATH, BackendCommand, backend_option, debug_option
 
 if TYPE_CHECKING:
+    from PIL import Image
+
+    from varedit_runtime.editing.arguments import OutputSize
     from varedit_runtime.editing.editor import Editor, EditResult, OnScale, Progress
     from varedit_runtime.locate import Found
     from varedit_runtime.values import PerScale
@@ -54,6 +58,20 @@ def _numbers(
     return numbers if len(numbers) > 1 else numbers[0]
 
 
+def _longest_side(
+    context: click.Context, parameter: click.Parameter, text: str | None
+) -> "OutputSize":
+    """Read an option's number of pixels, or the word for the model's own."""
+    if text is None:
+        return "source"
+    if text == "model":
+        return text
+    if re.fullmatch("[1-9][0-9]{0,8}", text):
+        return int(text)
+    told = shown(text)
+    raise ConfigError(f"{parameter.opts[0]} is {told}; give a number of pixels, or model")
+
+
 def _per_scale(name: str, help: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     return click.option(name, metavar="X", callback=_numbers, help=help)
 
@@ -75,6 +93,13 @@ def _per_scale(name: str, help: str) -> Callable[[Callable[..., None]], Callable
     type=PATH,
     help="A picture of IMAGE's size: only what is white, or transparent, in it may change.",
 )
+@click.option(
+    "--max-side",
+    "output_size",
+    metavar="PIXELS",
+    callback=_longest_side,
+    help="The result's longest side, at most IMAGE's own; or model, for the model's own pixels.",
+)
 @click.option("--compare", type=PATH, help="Write source and result side by side here.")
 @click.option("--previews", type=PATH, help="Write the picture after every scale to this folder.")
 @_backend
@@ -91,6 +116,7 @@ def edit(
     temperature: "PerScale | None",
     negative_prompt: str | None,
     mask: Path | None,
+    output_size: "OutputSize",
     compare: Path | None,
     previews: Path | None,
     backend: ChosenBackend,
@@ -105,7 +131,7 @@ def edit(
     """
     from varedit_runtime.editing.editor import Editor
     from varedit_runtime.editing.masks import fitted
-    from varedit_runtime.pictures import open_mask, open_picture, save_picture, side_by_side
+    from varedit_runtime.pictures import open_mask, open_picture
 
     output = _output(image, output)
     check_targets(image, output, compare, previews, mask)
@@ -124,11 +150,10 @@ def edit(
             guidance_scale=guidance_scale,
             temperature=temperature,
             seed=seed,
+            output_size=output_size,
             on_scale=on_scale,
         )
-    save_picture(result.image, output)
-    if compare is not None:
-        save_picture(side_by_side(source, result.image), compare)
+    _save(output, compare, source, result)
     click.echo(_as_json(output, result, editor, found) if as_json else _as_line(output, result))
 
 
@@ -137,6 +162,14 @@ def _output(image: Path, output: Path | None) -> Path:
     if not image.name:
         raise PictureError(f"{image} is no picture: name a file")
     return output or image.with_name(f"{image.stem}-edited.png")
+
+
+def _save(output: Path, compare: Path | None, source: "Image.Image", result: "EditResult") -> None:
+    from varedit_runtime.pictures import save_picture, side_by_side
+
+    save_picture(result.image, output)
+    if compare is not None:
+        save_picture(side_by_side(source, result.image), compare)
 
 
 def _as_line(output: Path, result: "EditResult") -> str:

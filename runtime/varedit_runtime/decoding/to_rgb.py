@@ -1,4 +1,7 @@
-"""Convert decoded pictures to upright 8-bit sRGB on white, or to masks, piece by piece."""
+"""Convert decoded pictures to upright 8-bit sRGB with or without alpha, or to masks.
+
+All is done piece by piece.
+"""
 
 import math
 from collections.abc import Callable
@@ -13,7 +16,7 @@ from varedit_runtime.errors import PictureError
 
 WHITE = (255, 255, 255)
 
-_MORE = [0] * 128 + [255] * 128  # what is more white than black, or more opaque than not
+MORE = [0] * 128 + [255] * 128  # what is more white than black, or more opaque than not
 
 # How a picture with this EXIF orientation is turned upright; 1 is upright.
 _TURNS = {
@@ -41,12 +44,21 @@ def to_rgb(image: Image.Image, orientation: int, limits: Limits, *, reuse: bool)
     turned = picture_memory(upright) if turn is not None else 0
     if reuse and image.mode == "RGB" and not image.has_transparency_data:
         limits.check_memory(memory + turned)
-        rgb = _overwritten(image)
+        converted = _overwritten(image)
     else:
         own = picture_memory(image.size, image.mode) if reuse else 0
         limits.check_memory(memory + own + turned)
-        rgb = _converted(image)
-    return rgb if turn is None else rgb.transpose(turn)
+        converted = _converted(image)
+    return converted if turn is None else converted.transpose(turn)
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """Composite an RGB or RGBA picture on white; an RGB picture is returned as it is."""
+    if image.mode == "RGB":
+        return image
+    white = Image.new("RGB", image.size, WHITE)
+    white.paste(image, mask=image)
+    return white
 
 
 def to_mask(image: Image.Image, orientation: int, limits: Limits, *, reuse: bool) -> Image.Image:
@@ -61,7 +73,7 @@ def to_mask(image: Image.Image, orientation: int, limits: Limits, *, reuse: bool
     for box in pieces(image.size):
         _, alpha = _split_alpha(eight_bit(image.crop(box)))
         if alpha is not None:
-            hole.paste(alpha.point(_MORE[::-1]), box[:2])
+            hole.paste(alpha.point(MORE[::-1]), box[:2])
     if hole.getbbox() is None:
         return _white(image, orientation, limits, reuse)
     turn = _TURNS.get(orientation)
@@ -73,7 +85,10 @@ def _white(image: Image.Image, orientation: int, limits: Limits, reuse: bool) ->
 
     Samples of 32 bits that are all equal have no darkest and brightest: all but 0 are white.
     """
-    white = to_rgb(image, orientation, limits, reuse=reuse).convert("L").point(_MORE)
+    upright = to_rgb(image, orientation, limits, reuse=reuse)
+    white = Image.new("L", upright.size)
+    for box in pieces(upright.size):
+        white.paste(on_white(upright.crop(box)).convert("L").point(MORE), box[:2])
     if image.mode in ("I", "F"):
         darkest, brightest = _range(image)
         if darkest == brightest != 0:
@@ -95,14 +110,25 @@ def _converted(image: Image.Image) -> Image.Image:
     """Convert a picture to another one."""
     eight_bit = _eight_bit(image)
     transform = cache(partial(_srgb_transform, image.info.get("icc_profile")))
-    rgb = Image.new("RGB", image.size, WHITE)
+    converted = Image.new("RGBA" if _is_transparent(image, eight_bit) else "RGB", image.size)
     for box in pieces(image.size):
         colours, alpha = _split_alpha(eight_bit(image.crop(box)))
         if colours.mode not in ("L", "CMYK", "LAB"):
             colours = colours.convert("RGB")
         to_srgb = transform(colours.mode)
-        rgb.paste(to_srgb.apply(colours) if to_srgb else colours.convert("RGB"), box[:2], alpha)
-    return rgb
+        rgb = to_srgb.apply(colours) if to_srgb else colours.convert("RGB")
+        if converted.mode == "RGBA" and alpha is not None:
+            rgb.putalpha(alpha)
+        converted.paste(rgb, box[:2])
+    return converted
+
+
+def _is_transparent(image: Image.Image, eight_bit: Callable[[Image.Image], Image.Image]) -> bool:
+    """Return whether any pixel is not wholly opaque."""
+    if not image.has_transparency_data:
+        return False
+    alphas = (_split_alpha(eight_bit(image.crop(box)))[1] for box in pieces(image.size))
+    return any(alpha is not None and alpha.getextrema()[0] != 255 for alpha in alphas)
 
 
 def _eight_bit(image: Image.Image) -> Callable[[Image.Image], Image.Image]:

@@ -3,14 +3,14 @@
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from PIL import Image
 
-from varedit_runtime.editing.masks import fitted
+from varedit_runtime.editing.masks import fitted, visible
 from varedit_runtime.errors import ConfigError, one_of_many, shown
 from varedit_runtime.manifest import Manifest, Variant
-from varedit_runtime.pictures import Source, open_mask, open_picture
+from varedit_runtime.pictures import Source, canvas_size, open_mask, open_picture
 from varedit_runtime.values import (
     MOST_ENTRIES,
     PerScale,
@@ -22,6 +22,9 @@ from varedit_runtime.values import (
 
 T = TypeVar("T")
 
+OutputSize = int | Literal["source", "model"]
+SizeOf = Callable[[tuple[int, int]], tuple[int, int]]
+
 SEEDS = 2**64
 DRAWN_SEEDS = 2**32  # drawn seeds are below this, short enough to be typed again
 
@@ -30,13 +33,15 @@ DRAWN_SEEDS = 2**32  # drawn seeds are below this, short enough to be typed agai
 class Wanted:
     """One picture to make.
 
-    prompt, negative (the negative prompt): token ids. mask: as `masks.fitted` returns it.
+    prompt, negative (the negative prompt): token ids. mask: as `masks.fitted` returns it, of the
+    picture's size. size: the result's (width, height).
     """
 
     picture: Image.Image
     prompt: list[int]
     negative: list[int] | None
     mask: Image.Image | None
+    size: tuple[int, int]
     seed: int
 
 
@@ -74,6 +79,29 @@ def choose_sampling(
     return ScaleSettings(guidance, temperature_per_scale(temperature, scales))
 
 
+def choose_size(output_size: OutputSize, model: tuple[int, int]) -> SizeOf:
+    """Return what gives the (width, height) of a result by that of its source.
+
+    model: (height, width) of what the model draws. Raises ConfigError on another kind of size, or
+    one below 1.
+    """
+    wanted = checked("output_size", output_size, OutputSize)
+    if isinstance(wanted, int) and wanted < 1:
+        raise ConfigError(f"output_size is {wanted}; the longest side must have at least 1 pixel")
+
+    def size(picture: tuple[int, int]) -> tuple[int, int]:
+        if wanted == "source":
+            return picture
+        if wanted == "model":
+            canvas = canvas_size(picture, model)
+            across, down = model[1] / canvas[0], model[0] / canvas[1]
+        else:
+            across = down = min(1, wanted / max(picture))
+        return max(1, round(picture[0] * across)), max(1, round(picture[1] * down))
+
+    return size
+
+
 def choose_pictures(
     image: Source | Sequence[Source],
     prompt: str | Sequence[str],
@@ -82,12 +110,14 @@ def choose_pictures(
     copies: int,
     seed: int | Sequence[int] | None,
     tokenise: Callable[[str], list[int]],
+    size: SizeOf,
 ) -> list[Wanted]:
     """Return all pictures to make, in order: the copies of the first picture and prompt come first.
 
-    Raises ConfigError on lists of unequal lengths, on more than MOST_ENTRIES results, and on values
-    that are no text, count or seed, TextError and PictureError as `tokenise` and `open_picture` do.
-    Errors about an entry of a list say which of how many it is.
+    size: see `choose_size`. Raises ConfigError on lists of unequal lengths, on more than
+    MOST_ENTRIES results, and on values that are no text, count or seed, TextError and PictureError
+    as `tokenise` and `open_picture` do. Errors about an entry of a list say which of how many it
+    is.
     """
     copies = checked("num_images_per_prompt", copies, int)
     given = {"image": image, "prompt": prompt, "negative_prompt": negative_prompt, "mask": mask}
@@ -109,7 +139,9 @@ def choose_pictures(
     pictures = each("image", open_picture)
     opened = each("mask", lambda source: None if source is None else open_mask(source))
     masks = _one_by_one(fitted, opened, pictures)
-    wanted = zip(pictures, prompts, negatives, masks, strict=True)
+    pictures = list(map(visible, pictures, masks))
+    sizes = _one_by_one(lambda picture: size(picture.size), pictures)
+    wanted = zip(pictures, prompts, negatives, masks, sizes, strict=True)
     repeated = [entry for entry in wanted for _ in range(copies)]
     return [Wanted(*entry, seed) for entry, seed in zip(repeated, seeds, strict=True)]
 

@@ -26,9 +26,17 @@ from varedit_runtime.backends.base import (
 )
 from varedit_runtime.backends.wiring import DECODER, ENCODER, TEXT
 from varedit_runtime.bundle import ATTEMPTS, Bundle, always_replaced
-from varedit_runtime.editing.arguments import Wanted, choose_pictures, choose_sampling
+from varedit_runtime.editing.arguments import (
+    OutputSize,
+    ScaleSettings,
+    Wanted,
+    choose_pictures,
+    choose_sampling,
+    choose_size,
+)
 from varedit_runtime.editing.batch import PictureBatch
-from varedit_runtime.editing.masks import SourceKeeper, feather_width, put_back
+from varedit_runtime.editing.finish import finished
+from varedit_runtime.editing.masks import SourceKeeper
 from varedit_runtime.editing.results import EditResult, OnScale, Progress
 from varedit_runtime.errors import (
     BackendError,
@@ -39,7 +47,7 @@ from varedit_runtime.errors import (
 )
 from varedit_runtime.manifest import TOKENIZER, Variant, scale_name, scale_of
 from varedit_runtime.noise import uniform_noise
-from varedit_runtime.pictures import Source, from_decoder, restore, to_square
+from varedit_runtime.pictures import Source, from_decoder, to_square
 from varedit_runtime.text import Instructions, read_tokenizer
 from varedit_runtime.values import AnyPath, PerScale, checked, is_list
 
@@ -161,6 +169,7 @@ class Editor:
         temperature: PerScale | None = None,
         num_images_per_prompt: Literal[1] = 1,
         seed: int | None = None,
+        output_size: OutputSize = "source",
         on_scale: OnScale | None = None,
     ) -> EditResult: ...
 
@@ -176,6 +185,7 @@ class Editor:
         temperature: PerScale | None = None,
         num_images_per_prompt: int = 1,
         seed: int | Sequence[int] | None = None,
+        output_size: OutputSize = "source",
         on_scale: OnScale | None = None,
     ) -> list[EditResult]: ...
 
@@ -190,6 +200,7 @@ class Editor:
         temperature: PerScale | None = None,
         num_images_per_prompt: int = 1,
         seed: int | Sequence[int] | None = None,
+        output_size: OutputSize = "source",
         on_scale: OnScale | None = None,
     ) -> EditResult | list[EditResult]:
         """Edit pictures as instructed.
@@ -203,8 +214,10 @@ class Editor:
         transparent, may change (see `pictures.open_mask`).
         guidance_scale, temperature: one number or one per scale, by default the bundle's own; with
         a guidance of 1 the negative prompt has no effect. seed: result i gets seed + i; or a list
-        with one for each result; by default random, see the results. on_scale: called after every
-        scale, in this thread.
+        with one for each result; by default random, see the results. output_size: "source" for
+        results of their sources' sizes, "model" for the model's own pixels, neither enlarged nor
+        reduced, or the number of pixels of the longest side, at most the source's. on_scale: called
+        after every scale, in this thread.
 
         Raises ConfigError, TextError or PictureError on arguments that cannot be used;
         EditCancelled if on_scale cancelled; EditorError if the editor is closed, or called by
@@ -212,23 +225,16 @@ class Editor:
         picture of a single colour.
         """
         on_scale = checked("on_scale", on_scale, OnScale | None)
+        size = choose_size(output_size, self.variant.picture)
         wanted = choose_pictures(
-            image, prompt, negative_prompt, mask, num_images_per_prompt, seed, self._tokenise
+            image, prompt, negative_prompt, mask, num_images_per_prompt, seed, self._tokenise, size
         )
         negative = any(one.negative for one in wanted)
         sampling = choose_sampling(
             self.bundle.manifest, self.variant, guidance_scale, temperature, negative
         )
-        places, size, cancelled = range(len(wanted)), self.variant.batch, Event()
-        results: list[EditResult] = []
         with self._my_turn():
-            for first in places[::size]:
-                own = places[first : first + size]
-                # The graphs take batches of this size: a smaller one repeats its last picture.
-                rows = [wanted[min(i, own[-1])] for i in range(first, first + size)]
-                results += self._edit_batch(
-                    PictureBatch(rows, own, len(wanted), sampling, on_scale, cancelled)
-                )
+            results = self._edit_all(wanted, sampling, on_scale)
         lists = map(is_list, (image, prompt, negative_prompt, mask, seed))
         return results if any(lists) or len(results) > 1 else results[0]
 
@@ -251,6 +257,20 @@ class Editor:
                 yield
             finally:
                 self._editing = False
+
+    def _edit_all(
+        self, wanted: Sequence[Wanted], sampling: ScaleSettings, on_scale: OnScale | None
+    ) -> list[EditResult]:
+        places, size, cancelled = range(len(wanted)), self.variant.batch, Event()
+        results: list[EditResult] = []
+        for first in places[::size]:
+            own = places[first : first + size]
+            # The graphs take batches of this size: a smaller one repeats its last picture.
+            rows = [wanted[min(i, own[-1])] for i in range(first, first + size)]
+            results += self._edit_batch(
+                PictureBatch(rows, own, len(wanted), sampling, on_scale, cancelled)
+            )
+        return results
 
     def _edit_batch(self, batch: "PictureBatch") -> list[EditResult]:
         # What a mask forces depends on every scale before: the host must see it.
@@ -334,15 +354,12 @@ class Editor:
             yield keeper.force(drawn, seen["source_tokens"], seen.get("running_sum"))
 
     def _restored(self, decoded: np.ndarray, batch: "PictureBatch") -> list[Image.Image]:
-        """Turn decoded pictures [B, 3, H, W] into pictures of their sources' sizes."""
-        return [self._finished(*of) for of in zip(decoded, batch.wanted, strict=False)]
-
-    def _finished(self, decoded: np.ndarray, one: Wanted) -> Image.Image:
-        edited = restore(from_decoder(decoded), one.picture.size)
-        if one.mask is None:
-            return edited
-        width = feather_width(one.picture.size, self.variant.grids[-1])
-        return put_back(one.picture, edited, one.mask, width)
+        """Turn decoded pictures [B, 3, H, W] into results."""
+        finest = self.variant.grids[-1]
+        return [
+            finished(from_decoder(pixels), one, finest)
+            for pixels, one in zip(decoded, batch.wanted, strict=False)
+        ]
 
     def _progress(self, batch: "PictureBatch", scale: int, total: np.ndarray) -> Progress:
         def draw() -> list[Image.Image]:

@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image, ImageChops
 
 from varedit_runtime.backends.base import Sampling
+from varedit_runtime.decoding.to_rgb import MORE, on_white
 from varedit_runtime.errors import PictureError
 from varedit_runtime.geometry import area_matrix
 from varedit_runtime.grids import Grid
@@ -49,6 +50,29 @@ def fitted(mask: Image.Image | None, picture: Image.Image) -> Image.Image | None
             "the mask marks nothing, so nothing may change: make white, or transparent, what may"
         )
     return None if darkest else mask
+
+
+def visible(picture: Image.Image, mask: Image.Image | None) -> Image.Image:
+    """Return a picture on white if its mask marks only what is transparent in it, else as it is.
+
+    Such a mask asks for a hole to be filled: in a transparent result that would not be seen.
+    """
+    if mask is None or picture.mode == "RGB":
+        return picture
+    opaque = picture.getchannel("A").point(MORE)
+    return picture if ImageChops.darker(opaque, mask).getbbox() else on_white(picture)
+
+
+def resized(mask: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Return a mask in another (width, height), which marks a pixel if any of its own is marked."""
+    if mask.size == size:
+        return mask
+    pixels = np.asarray(mask)
+    rows, columns = (
+        np.arange(count) * side // count
+        for count, side in zip(reversed(size), pixels.shape, strict=True)
+    )
+    return Image.fromarray(_brightest(pixels, rows, columns))
 
 
 class SourceKeeper:
@@ -130,9 +154,13 @@ def _marked(mask: Image.Image | None, grid: Grid) -> np.ndarray:
     marked = np.zeros(grid, np.float32)
     starts = [np.arange(count) * side // count for count, side in zip(grid, canvas, strict=True)]
     rows, columns = (s[s < side] for s, side in zip(starts, pixels.shape, strict=True))
-    tokens = np.maximum.reduceat(np.maximum.reduceat(pixels, rows, axis=0), columns, axis=1)
-    marked[: len(rows), : len(columns)] = tokens > 0
+    marked[: len(rows), : len(columns)] = _brightest(pixels, rows, columns) > 0
     return marked
+
+
+def _brightest(pixels: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Return the brightest pixel of each area. rows, columns: where areas begin."""
+    return np.maximum.reduceat(np.maximum.reduceat(pixels, rows, axis=0), columns, axis=1)
 
 
 def _averaged(maps: np.ndarray, size: Grid) -> np.ndarray:

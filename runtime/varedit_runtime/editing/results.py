@@ -11,9 +11,10 @@ from PIL import Image
 class EditResult:
     """An edited picture.
 
-    image: RGB, of the source's size. seed: the same edit with it gives the same bits, up to ties,
-    alone or in any batch. timings: seconds by stage, in the order they ran, of the whole batch that
-    the picture was in.
+    image: RGB, or RGBA with the source's alpha if any pixel of the source is not wholly opaque; of
+    the source's size unless another was asked for. seed: the same edit with it gives the same bits,
+    up to ties, alone or in any batch. timings: seconds by stage, in the order they ran, of the
+    whole batch that the picture was in.
     """
 
     image: Image.Image
