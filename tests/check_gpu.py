@@ -131,7 +131,7 @@ class Trial:
 def _ways(model: str, parts: Sequence[str], trial: Trial) -> Iterator[Way]:
     bundle = trial.output / model
     if not bundle.exists():
-        build = ("build", *MODELS[model], "-o", str(bundle))
+        build = ("build", *MODELS[model], "--backend", "onnxruntime", "-o", str(bundle))
         if failed := _said(_export(*build, limit=trial.limit)):
             yield Way(model, "build", failed=failed)
             return

@@ -780,7 +780,8 @@ def test_a_missing_backend_is_named_before_the_build(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--architecture", "sm89"), "--architecture: onnxruntime"),
+        (("--backend", "onnxruntime", "--architecture", "sm89"), "--architecture: onnxruntime"),
+        (("--architecture", "sm1"), "sm120"),  # which TensorRT for RTX alone has
         (("--engine-layout", "baked"), "--engine-layout: onnxruntime"),
         (("--backend", "tensorrt-rtx"), "no NVIDIA GPU"),
         (("--backend", "tensorrt-rtx", "--architecture", "sm1"), "sm120"),

@@ -17,7 +17,7 @@ from test_engine_set import OF_A_MACHINE, STAGES, compile_set
 
 from varedit_engines.engine_cache import EngineCache
 from varedit_export.cli import main
-from varedit_export.doctor import EXPORT, can_edit, report, verdicts
+from varedit_export.doctor import EXPORT, all_verdicts, can_edit, report
 from varedit_runtime.backends import detect
 from varedit_runtime.backends import machine as machine_facts
 from varedit_runtime.backends.detect import detect_machine
@@ -231,7 +231,7 @@ SWAP_BACK = "`pip uninstall onnxruntime-gpu` and `pip install --force-reinstall 
 def test_a_verdict_says_why_and_what_helps(
     machine: Machine, backend: str, word: str, said: str
 ) -> None:
-    (verdict,) = (found for found in verdicts(machine) if found.backend == backend)
+    (verdict,) = (found for found in all_verdicts(machine) if found.backend == backend)
     assert verdict.word == word
     assert said in str(verdict)
     assert str(verdict) in report(machine).splitlines()
@@ -240,7 +240,7 @@ def test_a_verdict_says_why_and_what_helps(
 @pytest.mark.parametrize("machine", [LAPTOP, SERVER, with_bundle(LAPTOP), with_bundle(SERVER)])
 def test_every_backend_has_one_verdict_and_every_line_a_name(machine: Machine) -> None:
     backends = ["onnxruntime cpu", "onnxruntime cuda", "tensorrt", "tensorrt-rtx"]
-    assert [verdict.backend for verdict in verdicts(machine)] == backends
+    assert [verdict.backend for verdict in all_verdicts(machine)] == backends
     assert can_edit(machine)
     assert all(line[:18].strip() for line in report(machine).splitlines() if line)
 

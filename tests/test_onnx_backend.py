@@ -27,7 +27,7 @@ from varedit_runtime.backends.onnxruntime.backend import Buffer, OnnxBackend
 from varedit_runtime.backends.onnxruntime.options import OnnxRuntimeOptions
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.editing.editor import Editor
-from varedit_runtime.errors import BackendError, BundleError
+from varedit_runtime.errors import BackendError, BundleError, ConfigError
 from varedit_runtime.locate import embedded
 from varedit_runtime.manifest import (
     MANIFEST,
@@ -196,7 +196,7 @@ def test_threads_do_not_change_what_is_computed() -> None:
 
 
 def test_an_unknown_provider_is_refused_by_name() -> None:
-    with pytest.raises(BackendError, match="no provider is called 'tpu'; there are cpu, cuda"):
+    with pytest.raises(ConfigError, match="no provider is called 'tpu'; there are cpu, cuda"):
         OnnxRuntimeOptions("tpu")
 
 

@@ -95,7 +95,8 @@ def test_doctor_asks_every_registered_backend() -> None:
 )
 def test_the_commands_offer_it(main: click.Group, command: str) -> None:
     shown = CliRunner().invoke(main, [command, "--help"])
-    assert "[onnxruntime|tensorrt|tensorrt-rtx|toy]" in shown.output
+    auto = "" if command == "verify" else "auto|"
+    assert f"[{auto}onnxruntime|tensorrt|tensorrt-rtx|toy]" in shown.output
     assert ("--material STUFF" in shown.output) == (command != "build")  # which opens nothing
     unknown = CliRunner().invoke(main, [command, "--backend", "doll"])
     assert unknown.exit_code == 2 and "'toy'" in unknown.output
@@ -115,12 +116,14 @@ def test_it_edits_as_a_library_and_as_a_command(photo: Path) -> None:
         ours = editor.edit(photo, "add a hat", seed=7).image
     with Editor.open(small_bundle(), backend="toy") as editor:
         assert editor.provider == "wood"
+        assert editor.chosen and (editor.chosen.label, editor.chosen.why) == ("toy", "as asked for")
     out = photo.with_name("out.png")
     asked = (photo, "add a hat", "--bundle", small_bundle(), "--seed", 7, "-o", out, "--json")
-    done = run(*asked, "--backend", "toy", "--material", "tin")
-    assert done.exit_code == 0 and '"provider": "tin"' in done.stdout
-    with Image.open(out) as theirs:
-        assert np.array_equal(np.asarray(theirs), np.asarray(ours))
+    for named in (("--backend", "toy"), ()):  # an option of one backend alone names it
+        done = run(*asked, *named, "--material", "tin")
+        assert done.exit_code == 0 and '"provider": "tin"' in done.stdout
+        with Image.open(out) as theirs:
+            assert np.array_equal(np.asarray(theirs), np.asarray(ours))
 
 
 def test_verify_compares_it_with_onnx_runtime() -> None:
@@ -142,7 +145,8 @@ def test_its_options_are_checked_and_are_its_own(photo: Path) -> None:
     asked = (photo, "add a hat", "--bundle", small_bundle())
     for options, said in (
         (("--backend", "toy", "--material", "lead"), "Error: material is 'lead'; toys are made"),
-        (("--material", "tin"), "Error: backend onnxruntime does not take material, only toy: "),
+        (("--material", "tin", "--threads", "2"), "Error: threads and material: name the backend"),
+        (("--trust-engines",), "Error: trust_engines: name the backend that takes this (tensorrt"),
         (
             ("--backend", "toy", "--threads", "2"),
             "Error: backend toy does not take threads, only onnx",

@@ -107,6 +107,8 @@ def test_json_is_one_object_with_all_that_was_done(photo: Path) -> None:
         "bundle_chosen": "named by --bundle",
         "digest": Bundle.open(small_bundle()).digest,
         "variant": "96-b1",
+        "backend": "onnxruntime",
+        "backend_chosen": "as asked for",
         "provider": "cpu",
     }
     seeds = [json.loads(edit(photo, "--json").stdout)["seed"] for _ in range(2)]

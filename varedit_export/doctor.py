@@ -1,14 +1,13 @@
 """What `doctor` reports about a machine: what is there, and what every backend says it can do."""
 
 import shlex
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 from varedit_runtime.backends import BACKENDS, find_backend, specs
+from varedit_runtime.backends.auto import AUTO, best, verdicts
 from varedit_runtime.backends.engines.spec import EngineSpec, unfit
 from varedit_runtime.backends.machine import BundleFacts, EngineSetFacts, Machine, cpu_bytes
 from varedit_runtime.backends.spec import (
-    BackendSpec,
     Verdict,
     commands_hint,
     install_command,
@@ -16,7 +15,6 @@ from varedit_runtime.backends.spec import (
     too_little,
 )
 from varedit_runtime.errors import ANY_FAILURE, readable_size, reason
-from varedit_runtime.values import checked
 
 EXPORT = (
     "torch",
@@ -30,27 +28,29 @@ EXPORT = (
 )
 
 
-def verdicts(machine: Machine) -> tuple[Verdict, ...]:
+def all_verdicts(machine: Machine) -> tuple[Verdict, ...]:
     """Return what every backend says about a machine, and its bundle if it has one."""
-    return tuple(verdict for spec in specs() for verdict in _verdicts(spec, machine))
-
-
-def _verdicts(spec: BackendSpec[Any], machine: Machine) -> Sequence[Verdict]:
-    try:
-        return checked("its answer", spec.verdicts(machine), tuple[Verdict, ...])
-    except ANY_FAILURE as error:  # a backend at fault must not hide what the others say
-        return (Verdict(spec.name, "cannot", f"its check failed ({reason(error)})"),)
+    return tuple(verdict for spec in specs() for verdict in verdicts(spec, machine))
 
 
 def can_edit(machine: Machine) -> bool:
     """Return whether any backend can run here."""
-    return any(verdict.word == "can run" for verdict in verdicts(machine))
+    return any(verdict.word == "can run" for verdict in all_verdicts(machine))
 
 
 def report(machine: Machine) -> str:
     """Return the report: a line for each thing that is there or missing, then the verdicts."""
     bundle = [] if machine.bundle is None else ["", *_bundle(machine, machine.bundle)]
-    return "\n".join([*_installed(machine), *bundle, "", *map(str, verdicts(machine))])
+    return "\n".join([*_installed(machine), *bundle, "", *_judged(machine)])
+
+
+def _judged(machine: Machine) -> Iterator[str]:
+    """Yield the verdicts, and which backend auto takes."""
+    judged = all_verdicts(machine)
+    yield from map(str, judged)
+    label = best(machine).label
+    if any(verdict.backend == label and verdict.word == "can run" for verdict in judged):
+        yield report_line(AUTO, f"takes {label}")
 
 
 def _installed(machine: Machine) -> Iterator[str]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from varedit_engines.engine_compiler import EngineCompiler, Flags, Hardware
 from varedit_runtime.backends import DEFAULT, ChosenBackend
+from varedit_runtime.backends.auto import AUTO
 from varedit_runtime.backends.engines.engine_set import EngineLayout
 from varedit_runtime.backends.engines.import_tensorrt import EngineKind
 from varedit_runtime.values import AnyPath, CheckedOptions
@@ -38,7 +39,9 @@ class BuildOptions(CheckedOptions):
     random_weights: int | None = None  # the seed of random weights, for structure, speed and size
 
     # What is compiled into the graphs.
-    precision: str = "fp32"  # one of varedit_runtime.precision.PRECISIONS
+    # One of varedit_runtime.precision.PRECISIONS, or auto: fp16 where the best backend of this
+    # machine runs on a GPU, else fp32.
+    precision: str = AUTO
     batch: int = 1  # pictures that a graph takes at once
     text_tokens: int | None = None  # most tokens of an instruction; by default 128, for nano 48
     guided: bool = True  # with the unconditional rows that guidance needs

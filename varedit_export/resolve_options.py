@@ -22,6 +22,8 @@ from varedit_export.weights.published import PUBLISHED, Download, Places, bring,
 from varedit_reference.config import PRESETS, ModelConfig, preset
 from varedit_reference.golden import PIXEL_BUDGETS, recorded_config
 from varedit_reference.weights_file import open_weights, read_header_file
+from varedit_runtime.backends.auto import AUTO, best, best_precision
+from varedit_runtime.backends.detect import detect_machine
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import CheckpointError, ConfigError, reason, shown
 from varedit_runtime.locate import default_root, embedded
@@ -40,6 +42,8 @@ def plan_of(
     Raises ConfigError on options that are impossible or contradict each other, CheckpointError on
     weights that are missing, cannot be fetched or read, or do not fit.
     """
+    if options.precision == AUTO:
+        options = replace(options, precision=best_precision(best(detect_machine())))
     models = _models(options)
     (config, _), *_ = models
     sources = _sources(config, options, accept)

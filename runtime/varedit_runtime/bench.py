@@ -22,7 +22,8 @@ import numpy as np
 import onnxruntime as ort
 from PIL import Image
 
-from varedit_runtime.backends import DEFAULT, ChosenBackend, choose
+from varedit_runtime.backends import ChosenBackend
+from varedit_runtime.backends.auto import AUTO, AutoBackend
 from varedit_runtime.backends.onnxruntime.backend import Buffer, Session
 from varedit_runtime.bundle import Bundle, digest_line
 from varedit_runtime.editing.editor import WHOLE_EDIT, Editor, OnScale
@@ -122,7 +123,7 @@ class BenchReport:
 def measure_bundle(
     bundle: str | os.PathLike[str],
     repeat: int,
-    backend: str | ChosenBackend = DEFAULT,
+    backend: str | ChosenBackend | AutoBackend = AUTO,
     variant: str | None = None,
 ) -> BenchReport:
     """Open a bundle and edit a synthetic picture: once to warm up, then `repeat` times.
@@ -132,14 +133,14 @@ def measure_bundle(
     """
     if repeat < 1:
         raise ConfigError(f"repeat is {repeat}; it must be at least 1")
-    chosen = choose(backend)
     before = memory_in_use()
     start = perf_counter()
-    with Editor.open(bundle, backend=chosen, variant=variant) as editor:
+    with Editor.open(bundle, backend=backend, variant=variant) as editor:
         opened_seconds, opened = perf_counter() - start, memory_in_use()
         runs = _run(editor, repeat)
         gpu, buffers = editor.backend.gpu_memory, editor.backend.buffer_bytes
-    provider, threads = editor.provider, getattr(chosen.options, "threads", None)
+    provider = editor.provider
+    threads = getattr(editor.chosen and editor.chosen.options, "threads", None)
     rate = product_rate(provider, threads) if provider in PRODUCT_SIZES else None
     manifest, measured = editor.bundle.manifest, editor.variant
     return BenchReport(

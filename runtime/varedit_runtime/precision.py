@@ -151,6 +151,9 @@ PRECISIONS = {
     )
 }
 
+# What `build --precision auto` takes. int8 goes here once a CPU computes it within its tolerances.
+BEST_ON_GPU, BEST_ON_CPU = "fp16", "fp32"
+
 
 def named(name: str) -> Precision:
     """Return the precision of a name. Raises ConfigError naming those that exist."""

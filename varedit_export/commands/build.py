@@ -1,5 +1,6 @@
 """Build a bundle: `varedit-export build`."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,9 @@ from varedit_export.commands.shared_options import (
 from varedit_export.console import accept, progress, say
 from varedit_export.describe import parity_summary
 from varedit_export.options import BuildOptions, EngineOptions
-from varedit_runtime.backends import find_backend, specs
+from varedit_runtime.backends import ChosenBackend, find_backend, specs
+from varedit_runtime.backends.auto import AUTO, best, best_precision, told
+from varedit_runtime.backends.engines.import_tensorrt import RTX
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import BundleError, ConfigError
 from varedit_runtime.locate import remember
@@ -69,7 +72,11 @@ if TYPE_CHECKING:
 @click.option("--random-weights", type=int, help="Seed of random weights, instead of checkpoints.")
 @click.option("--config", type=PATH, help="A recording's config.json, instead of --size and --res.")
 @click.option(
-    "--precision", type=Registered("precision", PRECISIONS.keys), default="fp32", show_default=True
+    "--precision",
+    type=Registered("precision", lambda: (AUTO, *PRECISIONS)),
+    default=AUTO,
+    show_default=True,
+    help="auto: fp16 for a backend that runs on a GPU, else fp32.",
 )
 @click.option("--batch", type=int, default=1, show_default=True, help="Pictures at a time.")
 @click.option(
@@ -87,7 +94,9 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Add a graph for onnxruntime on CUDA, which has fused kernels for its attention.",
 )
-@backend_option("Backend to build for; for the TensorRT ones, engines are compiled too.")
+@backend_option(
+    "Backend to build for; for the TensorRT ones, engines are compiled too. auto: the best here."
+)
 @layout_option("--engine-layout")
 @architectures_option
 @click.option("-o", "--output", type=PATH, help="The bundle's folder; by default one of yours.")
@@ -111,16 +120,21 @@ def build(
     is published; if that is interrupted, `varedit-export engines` continues it.
 
     \b
-    varedit-export build --size 8b --res 512 --precision fp16 -o bundles/8b-512
+    varedit-export build --size 8b --res 512
     varedit-export build --size 2b --res 512 --checkpoint 2B-512.pth \\
         --tokenizer hf://FoundationVision/Infinity/infinity_vae_d32reg.pth \\
         --text-encoder google/flan-t5-xl
     varedit-export build --size 8b --res 512 --lora style.safetensors:0.8 -o bundles/style
     varedit-export build --size 125m --res 256 --random-weights 0
-    varedit-export build --size nano --precision fp16 --backend tensorrt-rtx \\
-        --architecture sm89
+    varedit-export build --size nano --backend tensorrt-rtx --architecture sm89
     """
-    engines = _engine_options(context, backend, layout, architectures, options.precision)
+    chosen = _chosen_backend(backend, architectures)
+    if options.precision == AUTO:
+        options = replace(options, precision=best_precision(chosen))
+    name = chosen.spec.name
+    engines = _engine_options(context, name, layout, architectures, options.precision)
+    if backend == AUTO:
+        say(told(chosen))
     with progress() as on_step:
         bundle = varedit_export.build(options, on_step, say, partial(accept, yes))
     folder = Path(options.output or bundle.path)
@@ -134,6 +148,13 @@ def build(
         for variant in bundle.manifest.variants:
             path, _ = compile_and_show(bundle, replace(engines, variant=variant.name))
             say(str(path))
+
+
+def _chosen_backend(backend: str, architectures: Sequence[str]) -> ChosenBackend:
+    """Return the backend to build for: the one named, also by an option that it alone has."""
+    from varedit_runtime.backends.detect import detect_machine
+
+    return best(detect_machine(), RTX if backend == AUTO and architectures else backend)
 
 
 def _unfit(options: BuildOptions, bundle: Bundle) -> str | None:

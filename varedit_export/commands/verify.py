@@ -12,7 +12,7 @@ from varedit_export.console import say
 from varedit_export.describe import parity_row
 from varedit_export.errors import ParityError
 from varedit_export.options import VerifyOptions
-from varedit_runtime.backends import choose
+from varedit_runtime.backends import DEFAULT, choose
 from varedit_runtime.manifest import ParityLine
 from varedit_runtime.terminal.command import PATH, BackendCommand, backend_option
 
@@ -21,7 +21,7 @@ from varedit_runtime.terminal.command import PATH, BackendCommand, backend_optio
 @click.argument("bundle", type=PATH)
 @click.option("--golden", type=PATH, help="Compare also with a recording it was built from.")
 @click.option("--report", type=PATH, help="Write all measures here, as JSON.")
-@backend_option("Compare this backend too, as it runs on this machine.")
+@backend_option("Compare this backend too, as it runs on this machine.", default=DEFAULT)
 @click.option("--variant", metavar="NAME", help="The backend's variant; by default the first.")
 @with_options(VerifyOptions)
 def verify(bundle: Path, report: Path | None, options: VerifyOptions) -> None:

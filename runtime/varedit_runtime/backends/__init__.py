@@ -2,11 +2,12 @@
 
 To add a backend, write one module and add one line to BACKENDS. The module subclasses
 `spec.BackendSpec`, which describes the backend, and `base.Backend`, which runs a bundle's stages.
-The commands' `--backend`, `doctor`, `Editor.open` and `verify` then know it.
+The commands' `--backend`, `doctor`, `Editor.open` and `verify` then know it. `auto.py` says which
+of them are chosen where none is named.
 """
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -38,10 +39,20 @@ DEFAULT = "onnxruntime"
 
 @dataclass(frozen=True)
 class ChosenBackend(CheckedOptions):
-    """A backend with checked options; `choose` makes one."""
+    """A backend with checked options; `choose` makes one. why: how it came to be chosen."""
 
     spec: BackendSpec[Any]
     options: BackendOptions
+    why: str = "as asked for"
+
+    @property
+    def label(self) -> str:
+        """Its name, with the provider where it has several, as verdicts have it."""
+        return " ".join(filter(None, (self.spec.name, getattr(self.options, "provider", ""))))
+
+    def pick(self, bundle: "Bundle", variant: "Variant") -> "ChosenBackend":
+        """Return itself, which is what runs; `auto.AutoBackend` chooses here."""
+        return self
 
     def open(self, bundle: "Bundle", variant: "Variant") -> "Backend":
         """Load a variant of a bundle; see `BackendSpec.open` for what it raises."""
@@ -100,7 +111,7 @@ def choose(backend: str | ChosenBackend = DEFAULT, **options: object) -> ChosenB
     spec = find_backend(backend)
     own = option_names(spec)
     if foreign := [name for name in given if name not in own]:
-        owners = [s.name for s in specs() if option_names(s).issuperset(foreign)]
+        owners = backends_with(foreign)
         whose = f", only {' and '.join(owners)}" if owners else ""
         raise ConfigError(
             f"backend {backend} does not take {' and '.join(foreign)}{whose}: leave that out, or "
@@ -108,6 +119,11 @@ def choose(backend: str | ChosenBackend = DEFAULT, **options: object) -> ChosenB
         )
     with _faults(spec, "refuses its options", ConfigError):
         return ChosenBackend(spec, spec.options(**given))
+
+
+def backends_with(options: Collection[str]) -> list[str]:
+    """Return the names of the backends that have all these options."""
+    return [spec.name for spec in specs() if option_names(spec).issuperset(options)]
 
 
 def option_names(spec: BackendSpec[Any]) -> set[str]:

@@ -1,17 +1,19 @@
 """Collecting the facts about this machine and a bundle on it, without raising where they lack."""
 
 import platform
+from collections.abc import Iterator, Mapping
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-from varedit_runtime.backends import specs
+from varedit_runtime.backends import BACKENDS, find_backend
 from varedit_runtime.backends.engines.engine_set import EngineSet, EngineSets
 from varedit_runtime.backends.engines.memory import budget
 from varedit_runtime.backends.machine import (
     BundleFacts,
     EngineSetFacts,
     Machine,
+    Nvidia,
     ProbeResult,
     available_memory,
     nvidia,
@@ -25,17 +27,42 @@ from varedit_runtime.manifest import weights_file
 from varedit_runtime.values import checked
 
 
-def detect_machine(bundle: Path | None = None) -> Machine:
-    """Return this machine as it is now. Raises BundleError when the bundle cannot be opened."""
+def detect_machine(
+    bundle: Bundle | Path | None = None, variant: str | None = None, gpus: Nvidia | None = None
+) -> Machine:
+    """Return this machine as it is now.
+
+    variant: whose engines count; by default those of all variants. gpus: what `nvidia` found, where
+    it was asked already. Raises BundleError when the bundle cannot be opened.
+    """
+    opened = Bundle.open(bundle) if isinstance(bundle, Path) else bundle
     return Machine(
         python=platform.python_version(),
-        nvidia=nvidia(),
+        nvidia=gpus or nvidia(),
         packages=installed(),
-        probes={spec.name: _probe(spec) for spec in specs()},
+        probes=_Probes(),
         memory=available_memory(),
         disk=free_space(default_root()),
-        bundle=None if bundle is None else _bundle_facts(Bundle.open(bundle)),
+        bundle=None if opened is None else _bundle_facts(opened, variant),
     )
+
+
+class _Probes(Mapping[str, ProbeResult]):
+    """What every backend finds; it is asked when somebody wants to know, as that takes time."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, ProbeResult] = {}
+
+    def __getitem__(self, name: str) -> ProbeResult:
+        if name not in self._found:
+            self._found[name] = _probe(find_backend(name))
+        return self._found[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(BACKENDS)
+
+    def __len__(self) -> int:
+        return len(BACKENDS)
 
 
 def _probe(spec: BackendSpec[Any]) -> ProbeResult:
@@ -56,14 +83,19 @@ def installed() -> dict[str, str]:
     return packages
 
 
-def _bundle_facts(bundle: Bundle) -> BundleFacts:
+def _bundle_facts(bundle: Bundle, variant: str | None) -> BundleFacts:
     manifest, sets = bundle.manifest, EngineSets(bundle)
+    engines = [_engines(sets, path) for path in sets.folders]
     return BundleFacts(
         path=bundle.path,
         precision=manifest.policy,
         weights=sum(manifest.files[weights_file(name)].size for name in bundle.components),
         variants=tuple(variant.name for variant in manifest.variants),
-        engines=tuple(_engines(sets, path) for path in sets.folders),
+        engines=tuple(
+            facts
+            for facts in engines
+            if variant is None or facts.recipe is None or facts.recipe.variant == variant
+        ),
     )
 
 

@@ -5,6 +5,7 @@ Nothing here needs PyTorch, TensorRT or a GPU.
 """
 
 import importlib
+import os
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 PEAK = 1.3  # of the weights: they, packed copies, caches and activations
 SMI_SECONDS = 10  # a driver that hangs must not hang this program
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 SMI_FIELDS = "driver_version,name,compute_cap,memory.total,memory.free"
 
 
@@ -112,6 +114,8 @@ def cpu_bytes(bundle: BundleFacts) -> int:
 
 def nvidia() -> Nvidia:
     """Ask nvidia-smi for the GPUs; where it knows none, as on a Jetson, ask CUDA for the first."""
+    if os.environ.get(VISIBLE) in ("", "-1"):  # which nvidia-smi does not obey
+        return Nvidia(None, (), f"{VISIBLE} hides all")
     found = _by_smi()
     return found if found.gpus else _by_cuda(found)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from varedit_runtime.backends import ChosenBackend
+from varedit_runtime.backends.auto import AutoBackend
 from varedit_runtime.terminal.command import PATH, BackendCommand, backend_option, debug_option
 
 
@@ -13,11 +14,15 @@ from varedit_runtime.terminal.command import PATH, BackendCommand, backend_optio
 @click.argument("bundle", type=PATH)
 @click.option("--variant", metavar="NAME", help="The bundle's variant; by default its first.")
 @click.option("--repeat", default=5, show_default=True, help="Number of timed edits.")
-@backend_option("What runs the graphs; engines must have been compiled.")
+@backend_option("What runs the bundle; auto: the best that can here.")
 @click.option("--json", "json_file", type=PATH, help="Write all numbers here, as JSON.")
 @debug_option
 def bench(
-    bundle: Path, variant: str | None, repeat: int, backend: ChosenBackend, json_file: Path | None
+    bundle: Path,
+    variant: str | None,
+    repeat: int,
+    backend: ChosenBackend | AutoBackend,
+    json_file: Path | None,
 ) -> None:
     """Measure BUNDLE: every stage and scale, start-up, memory.
 

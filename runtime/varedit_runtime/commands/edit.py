@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from varedit_runtime.backends import ChosenBackend
+from varedit_runtime.backends.auto import AutoBackend
 from varedit_runtime.errors import ConfigError, PictureError, shown
 from varedit_runtime.files import IN_BUNDLE, lies_in, same_file, unwritable
 from varedit_runtime.terminal.command import PATH, BackendCommand, backend_option, debug_option
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from varedit_runtime.locate import Found
     from varedit_runtime.values import PerScale
 
-_backend = backend_option("What runs the graphs; engines must have been compiled.")
+_backend = backend_option("What runs the bundle; auto: the best that can here.")
 EDIT = "edit"
 
 
@@ -119,7 +120,7 @@ def edit(
     output_size: "OutputSize",
     compare: Path | None,
     previews: Path | None,
-    backend: ChosenBackend,
+    backend: ChosenBackend | AutoBackend,
     as_json: bool,
 ) -> None:
     """Edit IMAGE as INSTRUCTION says.
@@ -179,6 +180,7 @@ def _as_line(output: Path, result: "EditResult") -> str:
 
 def _as_json(output: Path, result: "EditResult", editor: "Editor", found: "Found") -> str:
     """Return what an edit did, for `--json`."""
+    assert editor.chosen
     told = {
         "image": str(output),
         "width": result.image.width,
@@ -188,6 +190,8 @@ def _as_json(output: Path, result: "EditResult", editor: "Editor", found: "Found
         "bundle_chosen": found.why,
         "digest": editor.bundle.digest,
         "variant": editor.variant.name,
+        "backend": editor.chosen.spec.name,
+        "backend_chosen": editor.chosen.why,
         "provider": editor.provider,
         "timings": result.timings,
     }

@@ -15,7 +15,8 @@ from typing import Literal, overload
 import numpy as np
 from PIL import Image
 
-from varedit_runtime.backends import DEFAULT, ChosenBackend, choose
+from varedit_runtime.backends import ChosenBackend
+from varedit_runtime.backends.auto import AUTO, AutoBackend, wanted_backend
 from varedit_runtime.backends.base import (
     Backend,
     EditWhole,
@@ -57,15 +58,21 @@ WHOLE_EDIT = "edit"  # the only entry in the timings of an edit that ran as one 
 class Editor:
     """An editor of pictures with one variant of a bundle; made by `Editor.open`, ended by `close`.
 
-    bundle, variant: what it runs. provider: the device or library that computes. Memory for caches
-    and tensors between graphs is allocated once. Threads may share an editor: their calls run one
-    after the other.
+    bundle, variant: what it runs. provider: the device or library that computes. chosen: the
+    backend that `open` chose, its options, and why. Memory for caches and tensors between graphs is
+    allocated once. Threads may share an editor: their calls run one after the other.
     """
 
     def __init__(
-        self, bundle: Bundle, variant: Variant, backend: Backend, instructions: Instructions | None
+        self,
+        bundle: Bundle,
+        variant: Variant,
+        backend: Backend,
+        instructions: Instructions | None,
+        chosen: ChosenBackend | None = None,
     ) -> None:
         self.bundle, self.variant, self.provider = bundle, variant, backend.provider
+        self.chosen = chosen
         self._backend: Backend | None = backend
         self._instructions = instructions
         self._turn = RLock()
@@ -76,7 +83,7 @@ class Editor:
         cls,
         bundle: AnyPath,
         *,
-        backend: str | ChosenBackend = DEFAULT,
+        backend: str | ChosenBackend | AutoBackend = AUTO,
         provider: str | None = None,
         threads: int | None = None,
         digest: str | None = None,
@@ -86,13 +93,14 @@ class Editor:
     ) -> "Editor":
         """Open a bundle for editing.
 
-        backend: a backend's name, such as "onnxruntime", or "tensorrt" or "tensorrt-rtx" for
-        compiled engines; or the result of `backends.choose`, for options that are not arguments
-        here. digest: the bundle's digest as its publisher states it; with it no other bundle is
-        accepted, and all files are hashed. variant: its name; by default the bundle's first.
+        backend: "auto", the best that can run the variant here (see `chosen`); a name, such as
+        "onnxruntime", or "tensorrt" or "tensorrt-rtx" for compiled engines; or the result of
+        `backends.choose`, for options that are not arguments here. digest: the bundle's digest as
+        its publisher states it; with it no other bundle is accepted, and all files are hashed.
+        variant: its name; by default the bundle's first.
 
-        provider, threads: see `OnnxRuntimeOptions`; no other backend takes them. engines_digest,
-        trust_engines: see `EngineBackendOptions`; only backends that run engines take them.
+        provider, threads: see `OnnxRuntimeOptions`; they name that backend in place of "auto".
+        engines_digest, trust_engines: see `EngineBackendOptions`; for engines alone.
 
         Raises BundleError if the folder is no bundle, is damaged, has another digest, or has no
         such variant or no engines for this GPU; BackendError if the provider or a GPU is missing, a
@@ -100,7 +108,7 @@ class Editor:
         installed; ConfigError on other arguments that cannot be used.
         """
         variant = checked("variant", variant, str | None)
-        chosen_backend = choose(
+        wanted = wanted_backend(
             backend,
             provider=provider,
             threads=threads,
@@ -112,7 +120,7 @@ class Editor:
             try:
                 if digest is not None:
                     opened.verify()
-                editor = cls._load(opened, opened.manifest.variant(variant), chosen_backend)
+                editor = cls._load(opened, opened.manifest.variant(variant), wanted)
             except VareditError:
                 if opened.stands():
                     raise
@@ -123,11 +131,14 @@ class Editor:
         raise always_replaced(Path(bundle))
 
     @classmethod
-    def _load(cls, bundle: Bundle, variant: Variant, backend: ChosenBackend) -> "Editor":
+    def _load(
+        cls, bundle: Bundle, variant: Variant, wanted: ChosenBackend | AutoBackend
+    ) -> "Editor":
         instructions = None
         if "text_encoder" in variant.graphs:
             instructions = read_instructions(bundle, variant.text_tokens)
-        return cls(bundle, variant, backend.open(bundle, variant), instructions)
+        chosen = wanted.pick(bundle, variant)
+        return cls(bundle, variant, chosen.open(bundle, variant), instructions, chosen)
 
     def __enter__(self) -> "Editor":
         return self

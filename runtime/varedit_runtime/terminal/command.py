@@ -6,13 +6,15 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import Field, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 from click.shell_completion import CompletionItem
 
-from varedit_runtime.backends import BACKENDS, DEFAULT, choose, specs
+from varedit_runtime.backends import BACKENDS, specs
+from varedit_runtime.backends.auto import AUTO, wanted_backend
 from varedit_runtime.backends.interrupt import exit_on_signals
 from varedit_runtime.errors import VareditError, printable, reason
 from varedit_runtime.terminal.streams import OutputError, dependable_streams
@@ -124,7 +126,8 @@ class Registered(click.ParamType):
 class BackendCommand(click.Command):
     """A command with `--backend` and the options of all backends.
 
-    Its function gets one argument for all of them: `backend`, a ChosenBackend.
+    Its function gets one argument for all of them: `backend`, a ChosenBackend, or an AutoBackend
+    that says on stderr what it chooses.
     """
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
@@ -135,7 +138,9 @@ class BackendCommand(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         options = {name: ctx.params.pop(name) for name in _backend_options(ctx)}
-        ctx.params["backend"] = choose(ctx.params["backend"], **options)
+        ctx.params["backend"] = wanted_backend(
+            ctx.params["backend"], partial(click.echo, err=True), **options
+        )
         return super().invoke(ctx)
 
 
@@ -153,12 +158,17 @@ def _backend_options(ctx: click.Context) -> dict[str, click.Option]:
 
 
 def backend_option(
-    help: str, default: str = DEFAULT, compiling: bool = False
+    help: str, default: str = AUTO, compiling: bool = False
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Return the option `--backend`. compiling: only of backends that run compiled engines."""
+    """Return the option `--backend`, with auto where that is the default.
+
+    compiling: only of backends that run compiled engines.
+    """
 
     def names() -> Iterable[str]:
-        return (spec.name for spec in specs() if spec.compiles) if compiling else BACKENDS
+        if compiling:
+            return (spec.name for spec in specs() if spec.compiles)
+        return (AUTO, *BACKENDS) if default == AUTO else BACKENDS
 
     name = Registered("backend", names)
     return click.option("--backend", type=name, default=default, show_default=True, help=help)

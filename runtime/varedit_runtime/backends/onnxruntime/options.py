@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 
 from varedit_runtime.backends.spec import BackendOptions, option
-from varedit_runtime.errors import BackendError, ConfigError, shown
+from varedit_runtime.errors import ConfigError, shown
 
 THREADS_PER_CORE = 8  # more only wait for each other, and thousands end the process
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -18,14 +18,14 @@ class OnnxRuntimeOptions(BackendOptions):
     THREADS_PER_CORE for each core; None: one per core.
     """
 
-    provider: str = option("cpu", "Where onnxruntime runs: cpu or cuda; by default cpu.")
+    provider: str = option("cpu", "Where onnxruntime runs: cpu (default) or cuda.")
     threads: int | None = option(None, "CPU threads of onnxruntime; by default one per core.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.provider not in PROVIDERS:
             known = ", ".join(PROVIDERS)
-            raise BackendError(f"no provider is called {shown(self.provider)}; there are {known}")
+            raise ConfigError(f"no provider is called {shown(self.provider)}; there are {known}")
         most = THREADS_PER_CORE * (os.cpu_count() or 1)
         if self.threads is not None and not 1 <= self.threads <= most:
             raise ConfigError(f"threads is {shown(self.threads)}; give 1 to {most} on this machine")
