@@ -2,7 +2,7 @@
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -105,3 +105,26 @@ def rewrite_manifest(folder: Path, data: bytes) -> None:
     """Replace a bundle's manifest by one that agrees with the digest beside it."""
     (folder / MANIFEST).write_bytes(data)
     (folder / DIGEST).write_bytes(digest_line(hashlib.sha256(data).hexdigest()))
+
+
+def publish_random(target: Path) -> Path:
+    """Publish a bundle whose manifest says that its weights are random."""
+    return _republished(target, lambda manifest: manifest["model"].update(random=True))
+
+
+def publish_textless(target: Path) -> Path:
+    """Publish a bundle that starts at text features."""
+
+    def drop(manifest: dict[str, Any]) -> None:
+        del manifest["files"]["tokenizer.json"]
+        del manifest["variants"][0]["graphs"]["text_encoder"]
+
+    return _republished(target, drop)
+
+
+def _republished(target: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    publish(target)
+    manifest = msgspec.json.decode((target / MANIFEST).read_bytes())
+    change(manifest)
+    rewrite_manifest(target, msgspec.json.encode(manifest))
+    return target

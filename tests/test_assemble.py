@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import onnx
 import onnxruntime as ort
 import pytest
@@ -65,6 +66,16 @@ def test_a_manifest_takes_names_of_all_files(bundle: Bundle) -> None:
     plan = BundlePlan([request(Path(odd))], replace(random_weights(), description=odd))
     made = manifest_of(plan, bundle.manifest.variants, bundle.manifest.files, ())
     assert decode_manifest(canonical_json(made), Manifest) == made
+
+
+def test_what_weights_are_for_is_kept_when_they_are_built_again(bundle: Bundle) -> None:
+    assert bundle.manifest.model.random is True
+    assert "trained_on" not in canonical_json(bundle.manifest.model).decode()
+    drawn = msgspec.structs.replace(bundle.manifest.model, trained_on="drawn scenes")
+    drawn = Bundle(bundle.path, msgspec.structs.replace(bundle.manifest, model=drawn), "")
+    plan = BundlePlan([request(Path("unused"))], sources_of(drawn)[1])
+    model = manifest_of(plan, bundle.manifest.variants, bundle.manifest.files, ()).model
+    assert model.random is True and model.trained_on == "drawn scenes"
 
 
 def test_graphs_are_valid_standard_and_load_without_a_warning(

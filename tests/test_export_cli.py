@@ -7,20 +7,20 @@ from pathlib import Path
 import pytest
 from bundles import small_bundle
 from click.testing import CliRunner, Result
+from fake_bundles import publish, publish_random
 
 from varedit_export.cli import main
 from varedit_export.options import BuildOptions
 from varedit_export.resolve_options import plan_of
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.errors import BundleError
-from varedit_runtime.locate import embedded, find_bundle
+from varedit_runtime.locate import RECORD, data_folder, default_root, embedded, find_bundle
 
 RECORDINGS = Path(__file__).parent / "golden"
 
 
 @pytest.fixture(autouse=True)
 def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing of these tests is remembered as the user's last build."""
+    """Become a user who never built anything."""
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     monkeypatch.delenv("VAREDIT_BUNDLE", raising=False)
 
@@ -47,7 +47,6 @@ def test_a_recordings_bundle_agrees_with_the_recording(
     assert built.exit_code == 0, built.output
     assert built.stdout == f"{bundle}\n"
     assert "parity with the reference" in built.stderr
-    assert "does not become varedit-run's default (it has no text encoder)" in built.stderr
     assert find_bundle(None).path == embedded()
 
     report = tmp_path / "report.json"
@@ -65,34 +64,73 @@ def test_another_recordings_numbers_do_not_pass() -> None:
     assert one_line_error(run("verify", small_bundle(), "--golden", other))
 
 
-def test_a_whole_bundle_that_cannot_become_the_default_is_no_failure(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def full(*_: object) -> None:
-        raise BundleError("last-built cannot be written (No space left on device)")
-
-    monkeypatch.setattr("varedit_export.commands.build.remember", full)
-    monkeypatch.setattr("varedit_export.build", lambda *_: Bundle.open(small_bundle()))
-    built = run("build", "--size", "nano")
-    assert built.exit_code == 0 and built.stdout == f"{small_bundle()}\n"
-    assert "last-built cannot be written" in built.stderr
+# The default
 
 
-def test_random_weights_do_not_become_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> list[BuildOptions]:
+    """Let builds publish a few bytes where they are asked to; return the options of each."""
     asked: list[BuildOptions] = []
 
     def build(options: BuildOptions, *_: object) -> Bundle:
         asked.append(options)
-        return Bundle.open(small_bundle())
+        target = Path(options.output) if options.output else default_root() / "8b-512"
+        publish_any = publish if options.random_weights is None else publish_random
+        return Bundle.open(publish_any(target))
 
     monkeypatch.setattr("varedit_export.build", build)
-    built = run("build", "--size", "2b", "--res", "512", "--random-weights", "0")
-    assert built.exit_code == 0 and find_bundle(None).path == embedded()
-    assert "does not become varedit-run's default (its weights are random)" in built.stderr
+    return asked
+
+
+@pytest.mark.usefixtures("built")
+def test_a_bundle_among_ones_own_becomes_the_default() -> None:
+    done = run("build", "--size", "8b", "--res", "512")
+    assert done.exit_code == 0 and done.stdout == f"{default_root() / '8b-512'}\n"
+    told = "varedit-run now uses 8b-512 by default; undo: varedit-run bundles --clear\n"
+    assert told in done.stderr
+    assert find_bundle(None).path == default_root() / "8b-512"
+
+
+@pytest.mark.usefixtures("built")
+def test_a_bundle_elsewhere_becomes_the_default_where_that_is_asked(tmp_path: Path) -> None:
+    words = ("build", "--size", "8b", "--res", "512", "-o", tmp_path / "bun dle")
+    done = run(*words)
+    assert done.exit_code == 0 and find_bundle(None).path == embedded()
+    asked = f"to make it varedit-run's default: varedit-run bundles --set '{tmp_path}/bun dle'\n"
+    assert asked in done.stderr
+    assert f"varedit-run now uses {tmp_path}/bun dle by default" in run(*words, "--default").stderr
+    assert find_bundle(None).path == tmp_path / "bun dle"
+
+
+@pytest.mark.usefixtures("built")
+def test_a_whole_bundle_that_cannot_become_the_default_is_no_failure() -> None:
+    (data_folder() / RECORD / "full").mkdir(parents=True)
+    done = run("build", "--size", "8b", "--res", "512")
+    assert done.exit_code == 0 and done.stdout == f"{default_root() / '8b-512'}\n"
+    assert "cannot be written (Is a directory): name bundles with --bundle" in done.stderr
+
+
+def test_random_weights_do_not_become_the_default(
+    built: list[BuildOptions], tmp_path: Path
+) -> None:
+    words = ("build", "--size", "2b", "--res", "512", "--random-weights", "0")
+    done = run(*words)
+    assert done.exit_code == 0 and find_bundle(None).path == embedded()
+    assert "cannot become varedit-run's default, its weights are random" in done.stderr
     # Nor do they take the place of the real ones, where no folder is named.
-    assert plan_of(asked[0]).request.target.name == "2b-512-random"
-    assert run("build", "--size", "nano").exit_code == 0
-    assert find_bundle(None).path == small_bundle()
+    assert plan_of(built[0]).request.target.name == "2b-512-random"
+    assert "default" not in run(*words, "-o", tmp_path / "bundle").stderr
+
+
+def test_what_cannot_edit_is_not_built_as_the_default(built: list[BuildOptions]) -> None:
+    recorded = ("--config", RECORDINGS / "tiny2b-256" / "config.json")
+    for weights, said in (
+        (("--size", "2b", "--res", "512", "--random-weights", "0"), "random weights"),
+        (recorded, "no text encoder"),
+    ):
+        error = one_line_error(run("build", *weights, "--default"))
+        assert f"--default: a bundle with {said} is unfit for editing" in error
+    assert not built
 
 
 def test_inspect_says_what_is_in_a_bundle() -> None:

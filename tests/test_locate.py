@@ -1,114 +1,228 @@
-"""Which bundle is used, and where bundles are kept."""
+"""Which bundle is used, how bundles are named, and where they are kept."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from fake_bundles import publish, publish_random, publish_textless
 
 from varedit_runtime import locate
 from varedit_runtime.bundle import set_aside
-from varedit_runtime.errors import BundleError
-from varedit_runtime.locate import VARIABLE, Found, default_root, find_bundle, remember
-from varedit_runtime.manifest import MANIFEST
+from varedit_runtime.errors import BundleError, ConfigError
+from varedit_runtime.locate import (
+    RECORD,
+    VARIABLE,
+    Found,
+    choose_default,
+    data_folder,
+    default_root,
+    embedded,
+    find_bundle,
+    label,
+    named,
+    own_bundles,
+)
+
+NANO = "the embedded nano, a small demonstration model for drawn scenes, as"
 
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Become a user who has never built anything, with an embedded nano."""
+    """Become a user who has never built anything, in an empty folder."""
     monkeypatch.delenv(VARIABLE, raising=False)
-    monkeypatch.setattr(locate, "user_data_path", lambda app: tmp_path / "data" / app)
-    monkeypatch.setattr(locate, "embedded", lambda: tmp_path / "nano")
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     return tmp_path
 
 
-def bundle(home: Path, name: str = "bundle") -> Path:
-    (home / name).mkdir()
-    return home / name
+def own(name: str) -> Path:
+    return publish(default_root() / name)
 
 
-def test_bundles_are_kept_with_the_users_data(home: Path):
-    assert default_root() == home / "data" / "varedit-export" / "bundles"
-    assert not default_root().exists()
+# The default
 
 
-def test_each_place_is_asked_before_the_next(home: Path, monkeypatch: pytest.MonkeyPatch):
-    assert find_bundle(None).path == home / "nano"
-    remember(bundle(home))
-    assert find_bundle(None) == Found(home / "bundle", "the last one built")
+def test_each_place_is_asked_before_the_next(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert find_bundle(None) == Found(embedded(), f"{NANO} no other was named or chosen")
+    choose_default(publish(home / "bundle"))
+    assert find_bundle(None) == Found(home / "bundle", "your default")
     monkeypatch.setenv(VARIABLE, "elsewhere")
     assert find_bundle(None) == Found(
         Path("elsewhere"), f"named by the environment variable {VARIABLE}"
     )
-    assert find_bundle(Path("mine")) == Found(Path("mine"), "named by --bundle")
+    monkeypatch.setenv(VARIABLE, own("mine").name)
+    assert find_bundle(None).path == default_root() / "mine"
+    assert find_bundle(Path("gone")) == Found(Path("gone"), "named by --bundle")
     monkeypatch.setenv(VARIABLE, "")
     assert find_bundle(None).path == home / "bundle"
 
 
-def test_what_is_named_is_used_even_where_nothing_is(home: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv(VARIABLE, str(home / "missing"))
-    assert find_bundle(None).path == home / "missing"
-    assert find_bundle(home / "gone").path == home / "gone"
+def test_choosing_says_how_to_undo_it(home: Path) -> None:
+    told = "varedit-run now uses {} by default; undo: varedit-run bundles {}"
+    assert choose_default(own("8b-512")) == told.format("8b-512", "--clear")
+    elsewhere = publish(home / "el se")
+    assert choose_default(elsewhere) == told.format(elsewhere, "--set 8b-512")
+    assert choose_default(None) == told.format("nano", f"--set '{elsewhere}'")
+    choose_default(elsewhere)
+    choose_default(embedded())  # which may be installed elsewhere tomorrow
+    assert not (data_folder() / RECORD).exists()
 
 
-def test_falling_back_to_nano_is_explained(home: Path):
-    nano = "the embedded nano, a small demonstration model for drawn scenes, as"
-    assert find_bundle(None).why == f"{nano} no bundle was named or built"
-    remember(bundle(home))
-    (home / "bundle").rmdir()
-    gone = f"the last one built, {home / 'bundle'}, is gone"
-    assert find_bundle(None) == Found(home / "nano", f"{nano} {gone}")
-
-
-def test_the_last_one_built_is_the_last_one_built(home: Path, monkeypatch: pytest.MonkeyPatch):
-    remember(bundle(home, "first"))
-    monkeypatch.chdir(bundle(home, "ümläut and\nline"))
-    remember(Path("."))
+def test_the_default_is_the_folder_that_was_meant(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(publish(home / "ümläut and\nline"))
+    choose_default(Path("."))
     monkeypatch.chdir(home)
     assert find_bundle(None).path == home / "ümläut and\nline"
-    assert [path.name for path in default_root().parent.iterdir()] == ["last-built"]
+    name = publish(home / os.fsdecode(b"\xff"))
+    choose_default(name)
+    assert find_bundle(None).path == name
+    assert [path.name for path in data_folder().iterdir()] == [RECORD]
 
 
-def test_a_name_that_is_no_text_is_remembered(home: Path):
-    name = os.fsdecode(b"\xff")
-    remember(bundle(home, name))
-    assert find_bundle(None).path == home / name
+def test_what_cannot_edit_does_not_become_the_default_nor_stays_it(home: Path) -> None:
+    choose_default(publish(home / "real"))
+    for make, why in ((publish_random, "its weights are random"), (publish_textless, "it has no")):
+        with pytest.raises(BundleError, match=rf"cannot become varedit-run's default, {why}"):
+            choose_default(make(home / make.__name__))
+        with pytest.raises(BundleError, match="there is no bundle at"):
+            choose_default(home / "missing")
+        assert find_bundle(None).path == home / "real"
+        make(home / "real")
+        with pytest.raises(
+            BundleError, match=rf"default bundle, .*real, is unfit .*{why}.*--clear"
+        ):
+            find_bundle(None)
+        publish(home / "real")
 
 
-def test_a_bundle_whose_replacement_was_cut_short_is_not_gone(home: Path):
-    remember(bundle(home))
+def test_a_default_that_is_gone_is_not_replaced_by_another_model(home: Path) -> None:
+    choose_default(publish(home / "bundle"))
     aside = set_aside(home / "bundle")
-    aside.parent.mkdir()
-    (home / "bundle").rename(aside)
-    (aside / MANIFEST).touch()
+    aside.parent.mkdir(exist_ok=True)
+    (home / "bundle").rename(aside)  # as when replacing it was cut short
     assert find_bundle(None).path == home / "bundle"
+    aside.rename(home / "elsewhere")
+    with pytest.raises(BundleError, match=r"default bundle, .*bundle, is gone: .*bundles --set"):
+        find_bundle(None)
+    choose_default(None)
+    assert find_bundle(None).path == embedded()
 
 
-@pytest.mark.parametrize("record", [b"", b"\0", b"not/there"])
-def test_a_damaged_record_is_no_bundle(home: Path, record: bytes):
-    remember(bundle(home))
-    (default_root().parent / "last-built").write_bytes(record)
-    assert find_bundle(None).path == home / "nano"
+@pytest.mark.parametrize("damage", [b"", b"\0", b"/a\0b", b"not/absolute"])
+def test_a_damaged_record_is_told_and_does_not_end_editing(home: Path, damage: bytes) -> None:
+    choose_default(publish(home / "bundle"))
+    record = data_folder() / RECORD
+    record.write_bytes(damage)
+    found = find_bundle(None)
+    assert found.path == embedded()
+    assert f"the record of your default, {record}, is damaged: `varedit-run bundles" in found.why
+    assert choose_default(home / "bundle").endswith("--clear")
+    record.unlink()
+    record.mkdir()
+    assert "cannot be read (Is a directory)" in find_bundle(None).why
 
 
-def test_a_record_that_cannot_be_written_says_how_else_to_name_the_bundle(home: Path):
+def test_a_record_that_cannot_be_written_says_how_else_to_name_bundles(home: Path) -> None:
     (home / "data").touch()
     with pytest.raises(BundleError, match=rf"Not a directory.*--bundle or {VARIABLE}"):
-        remember(bundle(home))
-    assert find_bundle(None).path == home / "nano"
+        choose_default(publish(home / "bundle"))
+    assert find_bundle(None).path == embedded()
 
 
-def test_an_unfit_bundle_does_not_become_the_default_nor_stays_it(home: Path):
-    remember(bundle(home, "real"))
-    said = r"random does not become .* default \(its weights are random\): name it with --bundle"
-    with pytest.raises(BundleError, match=said):
-        remember(bundle(home, "random"), "its weights are random")
-    assert find_bundle(None).path == home / "real"
-    with pytest.raises(BundleError, match="it has no text encoder"):
-        remember(home / "real", "it has no text encoder")
-    assert find_bundle(None).path == home / "nano"
+CHOOSE = """
+import sys
+from pathlib import Path
+from varedit_runtime.locate import choose_default
+
+for _ in range(50):
+    choose_default(Path(sys.argv[1]))
+"""
 
 
-def test_the_packages_own_folders_are_used_by_default(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.undo()
-    assert default_root().name == "bundles" and default_root().is_absolute()
-    assert locate.cache_folder() != locate.data_folder()
+def test_two_programs_may_choose_at_once(home: Path) -> None:
+    paths = [publish(home / name) for name in ("one", "the other one")]
+    choose_default(paths[0])
+    chosen = [subprocess.Popen([sys.executable, "-c", CHOOSE, path]) for path in paths]
+    seen = set[Path]()
+    while any(process.poll() is None for process in chosen):
+        seen.add(find_bundle(None).path)
+    assert [process.returncode for process in chosen] == [0, 0]
+    assert seen <= set(paths)
+    assert [path.name for path in data_folder().iterdir()] == [RECORD]
+
+
+# Names
+
+
+def test_nano_is_always_the_embedded_one() -> None:
+    own("nano")
+    publish(Path("nano"))
+    assert named("nano") == embedded() and label(embedded()) == "nano"
+    assert named("./nano") == Path("nano")
+    assert named(label(default_root() / "nano")) == default_root() / "nano"
+
+
+def test_a_name_is_one_of_the_users_own_bundles_or_else_a_path(home: Path) -> None:
+    mine = own("8b-512")
+    assert named("8b-512") == mine and label(mine) == "8b-512"
+    for path in ("./8b-512", "8b-512/", "..", ".", "missing", str(mine), ".8b-512.partial", "a\0"):
+        assert named(path) == Path(path)
+    Path("8b-512").mkdir()  # any folder
+    assert named("8b-512") == mine
+    Path("8b-512").rmdir()
+    publish(Path("8b-512"))
+    with pytest.raises(ConfigError, match=r"8b-512 is one of your bundles and .* write \./8b-512 "):
+        named("8b-512")
+    assert named("./8b-512") == Path("8b-512") and named(str(mine)) == mine
+
+
+def test_in_their_own_folder_names_mean_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = own("8b-512")
+    monkeypatch.chdir(default_root())
+    assert named("8b-512") == mine
+
+
+def test_own_bundles_are_those_that_stand() -> None:
+    assert own_bundles() == []
+    two, one = own("two"), own("one")
+    (default_root() / "no bundle").mkdir()
+    (default_root() / "file").touch()
+    aside = set_aside(two)
+    aside.parent.mkdir(exist_ok=True)
+    two.rename(aside)
+    assert own_bundles() == [one, two]
+    assert named("two") == two
+
+
+# Folders
+
+
+HOMELESS = """
+import os
+os.getuid = lambda: 4242  # a user whom the system does not know
+from varedit_runtime.locate import cache_folder, data_folder
+print(data_folder())
+print(cache_folder())
+"""
+
+
+def test_a_user_without_a_home_has_folders_below_the_root(home: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "HOME" and not k.startswith("XDG_")}
+    done = subprocess.run(
+        [sys.executable, "-c", HOMELESS], env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.splitlines() == ["/.varedit-export/data", "/.varedit-export/cache"]
+    assert list((home / "here").iterdir()) == []
+
+
+def test_nothing_is_made_before_it_is_needed(home: Path) -> None:
+    assert default_root() == home / "data" / "varedit-export" / "bundles"
+    find_bundle(None)
+    own_bundles()
+    assert not (home / "data").exists()
+    assert locate.cache_folder() != data_folder()

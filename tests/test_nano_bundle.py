@@ -176,8 +176,8 @@ def test_without_another_bundle_nano_edits(tmp_path: Path) -> None:
         assert pair.crop((128, 0, 256, 128)).tobytes() == edited.tobytes() != source.tobytes()
 
 
-def test_a_bundle_that_was_built_comes_before_nano(tmp_path: Path) -> None:
+def test_a_chosen_bundle_comes_before_nano(tmp_path: Path) -> None:
     built = copytree(embedded().path, tmp_path / "built")
-    locate.remember(built)
+    locate.choose_default(built)
     done = edit("-o", tmp_path / "hat.png")
-    assert done.stderr == f"bundle: {built} (the last one built)\n"
+    assert done.stderr == f"bundle: {built} (your default)\n"

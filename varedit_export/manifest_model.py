@@ -80,6 +80,8 @@ def _model_of(whole: ModelConfig, sources: Sources) -> Model:
         text_epsilon=text and text.epsilon,
         origins=sources.origins or UNSET,
         loras=sources.loras or UNSET,
+        random=sources.random or UNSET,
+        trained_on=sources.trained_on,
     )
 
 
@@ -94,18 +96,24 @@ def sources_of(bundle: Bundle) -> tuple[ModelConfig, Sources]:
         if name in bundle.components
     }
     config = _model_config(bundle, files["tokenizer"])
-    layout = transformer_layout(config.transformer)
+    layout, model = transformer_layout(config.transformer), bundle.manifest.model
     text = None
     if "text_encoder" in files:
-        model = bundle.manifest.model
         assert model.text_distance and model.text_epsilon
         encoder, state = restore_text_encoder(
             files["text_encoder"], model.text_distance, model.text_epsilon
         )
         text = TextSource(encoder, state, bundle.tokenizer_json())
     transformer = Restored(layout, files["transformer"])
-    weights = bundle.manifest.model.weights
-    return config, Sources(transformer, files["tokenizer"], text, weights, bundle.digest)
+    return config, Sources(
+        transformer,
+        files["tokenizer"],
+        text,
+        model.weights,
+        bundle.digest,
+        random=bool(model.random),
+        trained_on=model.trained_on,
+    )
 
 
 def _model_config(bundle: Bundle, tokenizer: Mapping[str, Tensor]) -> ModelConfig:

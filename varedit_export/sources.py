@@ -10,8 +10,10 @@ from hashlib import sha256
 from itertools import starmap
 from math import prod
 from pathlib import Path
+from typing import Literal
 
 import torch
+from msgspec import UNSET, UnsetType
 from tokenizers import Tokenizer as Vocabulary
 from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
@@ -56,7 +58,8 @@ class Sources:
 
     text: None for a bundle that starts at text features. description: where the weights come from,
     for people. identity: changes when the weights do, so that a resumed build notices. origins: of
-    the files that came from the hub. loras: that are merged into the transformer.
+    the files that came from the hub. loras: that are merged into the transformer. random: whether
+    the weights are random. trained_on: the only pictures that the model was trained on.
     """
 
     transformer: Mapping[str, Tensor]
@@ -66,6 +69,8 @@ class Sources:
     identity: str
     origins: tuple[HubOrigin, ...] = ()
     loras: tuple[MergedLora, ...] = ()
+    random: bool = False
+    trained_on: Literal["drawn scenes"] | UnsetType = UNSET
 
 
 def checkpoint_sources(
@@ -109,7 +114,7 @@ def random_sources(config: ModelConfig, seed: int) -> Sources:
     tokenizer = random_weights(empty_tokenizer(config.tokenizer), seed)
     text = _random_text_encoder(config.transformer.text_channels, seed)
     name = f"random, seed {seed}"
-    return Sources(transformer, tokenizer, text, name, name)
+    return Sources(transformer, tokenizer, text, name, name, random=True)
 
 
 def _random_text_encoder(width: int, seed: int) -> TextSource:

@@ -45,6 +45,7 @@ def own_sources(folder: Path = WEIGHTS) -> Sources:
     return replace(
         checkpoint_sources(NANO, *paths),
         description="nano's own",
+        trained_on="drawn scenes",
         identity=sha256(contents.encode()).hexdigest(),
     )
 

@@ -155,7 +155,7 @@ class Bundle:
         if not os.path.exists(path):
             raise BundleError(
                 f"there is no bundle at {path}: build one with `varedit-export build`, or name "
-                "another"
+                "another; `varedit-run bundles` lists yours"
             )
         held = {MANIFEST: hold_manifest(path)}
         manifest, digest = read_manifest(held[MANIFEST], Manifest, digest)

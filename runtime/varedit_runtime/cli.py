@@ -6,6 +6,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from varedit_runtime.commands.bench import bench
+from varedit_runtime.commands.bundles import bundles
 from varedit_runtime.commands.edit import EDIT, edit
 from varedit_runtime.commands.prepare import grids, prepare
 from varedit_runtime.terminal.command import CommandGroup, debug_option
@@ -63,12 +64,12 @@ def main() -> None:
     varedit-run bench bundles/2b-512 --repeat 5
 
     The result goes beside the picture, as photo-edited.png. The bundle is the one named by
-    --bundle or the environment variable VAREDIT_BUNDLE, else the last one built, else nano, a small
-    model for drawn scenes that comes with this program. X is a number or one per scale, coarse to
-    fine, separated by commas; by default the bundle's own. For a picture named like a command,
-    write ./bench.
+    --bundle or the environment variable VAREDIT_BUNDLE, else your default, which `bundles` shows
+    and sets, else nano, a small model for drawn scenes that comes with this program. X is a number
+    or one per scale, coarse to fine, separated by commas; by default the bundle's own. For a
+    picture named like a command, write ./bench.
     """
 
 
-for command in (edit, bench, prepare, grids):
+for command in (edit, bundles, bench, prepare, grids):
     main.add_command(command)

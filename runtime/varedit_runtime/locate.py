@@ -1,19 +1,30 @@
-"""Where bundles are kept, and which of them `varedit-run` uses."""
+"""Where bundles are kept, how users name them, and which one `varedit-run` uses.
+
+The record of the default holds one path and is replaced whole, so of two programs that choose at
+once the later one is obeyed.
+"""
 
 import os
+import shlex
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from platformdirs import user_cache_path, user_data_path
 
-from varedit_runtime.bundle import standing_folder
-from varedit_runtime.errors import BundleError
-from varedit_runtime.files import atomic_file, read_kept
+from varedit_runtime.bundle import Bundle, standing_folder
+from varedit_runtime.errors import BundleError, ConfigError
+from varedit_runtime.files import atomic_file, same_file
+from varedit_runtime.manifest import MANIFEST
 
 VARIABLE = "VAREDIT_BUNDLE"
-RECORD = "last-built"  # the file that names the last bundle built
+RECORD = "default-bundle"  # the file that names the default
+NANO = "nano"  # the name of the embedded bundle, and of no other
+CHOICES = "`varedit-run bundles --set NAME` chooses another one, `--clear` nano"
 
 _APP = "varedit-export"
+_DESCRIBED = "the embedded nano, a small demonstration model for drawn scenes"
 
 
 @dataclass(frozen=True)
@@ -26,12 +37,21 @@ class Found:
 
 def data_folder() -> Path:
     """Return the folder of this user's bundles and of records about them."""
-    return user_data_path(_APP)
+    return _of_user(user_data_path, "data")
 
 
 def cache_folder() -> Path:
     """Return the folder of files that can be made again, such as compiled engines."""
-    return user_cache_path(_APP)
+    return _of_user(user_cache_path, "cache")
+
+
+def _of_user(find: Callable[[str], Path], name: str) -> Path:
+    """Return a folder as an absolute path: below / for a user without a home, as in containers."""
+    with suppress(RuntimeError):  # raised, or "~" left as it is, where there is no home
+        folder = find(_APP)
+        if folder.parts[0] != "~":
+            return folder.absolute()
+    return Path("/", f".{_APP}", name)
 
 
 def default_root() -> Path:
@@ -44,46 +64,127 @@ def embedded() -> Path:
     return Path(__file__).with_name("nano")
 
 
-def remember(path: Path, unfit: str | None = None) -> None:
-    """Record a bundle as the last one built, which makes it the default.
+def own_bundles() -> list[Path]:
+    """Return the folders of the user's own bundles, by name; none where they cannot be read."""
+    names = set[str]()
+    with suppress(OSError):
+        names = {entry.name for entry in default_root().iterdir()}
+    # Of a bundle whose replacement was interrupted, only the work folder is there.
+    names |= {name.removeprefix(".").removesuffix(".partial") for name in names}
+    return [default_root() / name for name in sorted(names) if _is_own(name)]
 
-    unfit: why it must not become the default. Raises BundleError if there is such a reason, or if
-    the record cannot be written.
+
+def named(text: str) -> Path:
+    """Return the folder of the bundle that a user names.
+
+    It is the embedded bundle for `nano`, one of the user's own for its name, and else the path.
+    Raises ConfigError if the name is also that of another bundle in the working folder.
     """
-    record, place = data_folder() / RECORD, Path(os.path.abspath(path))
-    try:
-        if unfit is None:
-            record.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_file(record) as whole:
-                whole.write_bytes(os.fsencode(place))
-        elif _last_built() == place:  # it has taken the place of one that was fit
-            record.unlink()
-    except OSError as error:
-        unfit = f"{record} cannot be written, {error.strerror}"
-    if unfit is not None:
-        raise BundleError(
-            f"{path} does not become varedit-run's default ({unfit}): name it with --bundle or "
-            f"{VARIABLE}"
+    if text == NANO:
+        return embedded()
+    own, path = default_root() / text, Path(text)
+    if path.name != text or not _is_own(text):
+        return path
+    if _is_bundle(path) and not same_file(path, own):
+        raise ConfigError(
+            f"{text} is one of your bundles and also a folder here: write ./{text} or {own}"
         )
+    return own
+
+
+def label(path: Path) -> str:
+    """Return the shortest text that `named` turns into a bundle's folder."""
+    path = Path(os.path.abspath(path))
+    if path == embedded():
+        return NANO
+    own = path.parent == default_root() and path.name != NANO and _is_own(path.name)
+    return path.name if own else str(path)
+
+
+def _is_own(name: str) -> bool:
+    return not name.startswith(".") and _is_bundle(default_root() / name)
+
+
+def _is_bundle(path: Path) -> bool:
+    return os.path.exists(standing_folder(path) / MANIFEST)
 
 
 def find_bundle(explicit: Path | None) -> Found:
-    """Return the bundle to use: that named, the environment's, the last one built, or nano's.
+    """Return the bundle to use: that named, the environment's, the user's default, or nano's.
 
-    The folder may not exist; opening it then says what is wrong.
+    The folder of one that is named may not exist; opening it then says what is wrong. Raises
+    BundleError if the default is gone or damaged, or no longer fit for editing.
     """
     if explicit is not None:
         return Found(explicit, "named by --bundle")
-    if named := os.environ.get(VARIABLE):
-        return Found(Path(named), f"named by the environment variable {VARIABLE}")
-    last = _last_built()
-    if last and os.path.exists(standing_folder(last)):
-        return Found(last, "the last one built")
-    reason = f"the last one built, {last}, is gone" if last else "no bundle was named or built"
-    nano = "the embedded nano, a small demonstration model for drawn scenes"
-    return Found(embedded(), f"{nano}, as {reason}")
+    if text := os.environ.get(VARIABLE):
+        return Found(named(text), f"named by the environment variable {VARIABLE}")
+    try:
+        default = default_bundle()
+    except BundleError as error:
+        return Found(embedded(), f"{_DESCRIBED}, as {error}")
+    if default is None:
+        return Found(embedded(), f"{_DESCRIBED}, as no other was named or chosen")
+    if not os.path.exists(standing_folder(default)):
+        raise BundleError(f"your default bundle, {default}, is gone: {CHOICES}")
+    if unfit := Bundle.open(default).manifest.unfit:
+        raise BundleError(
+            f"your default bundle, {default}, is unfit for editing, {unfit}: {CHOICES}"
+        )
+    return Found(default, "your default")
 
 
-def _last_built() -> Path | None:
-    recorded = os.fsdecode(read_kept(data_folder() / RECORD))
-    return Path(recorded) if recorded else None
+def default_bundle() -> Path | None:
+    """Return the bundle that the user chose as the default; None for nano.
+
+    Raises BundleError if the record of it cannot be read or is damaged.
+    """
+    record = data_folder() / RECORD
+    try:
+        path = Path(os.fsdecode(record.read_bytes()))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise BundleError(
+            f"the record of your default, {record}, cannot be read ({error.strerror}): {CHOICES}"
+        ) from error
+    if not path.is_absolute() or "\0" in str(path):
+        raise BundleError(f"the record of your default, {record}, is damaged: {CHOICES}")
+    return path
+
+
+def choose_default(path: Path | None) -> str:
+    """Make a bundle the default of `varedit-run`, None for nano; return what tells the user so.
+
+    Raises BundleError if the bundle cannot be opened or is unfit for editing, or if the record
+    cannot be written.
+    """
+    previous = None
+    with suppress(BundleError):
+        previous = default_bundle()
+    record = data_folder() / RECORD
+    try:
+        if path is None or same_file(path, embedded()):
+            record.unlink(missing_ok=True)
+        else:
+            _write(record, path)
+    except OSError as error:
+        raise BundleError(
+            f"{record} cannot be written ({error.strerror}): name bundles with --bundle or "
+            f"{VARIABLE}"
+        ) from error
+    undo = "--clear" if previous is None else f"--set {shlex.quote(label(previous))}"
+    return (
+        f"varedit-run now uses {NANO if path is None else label(path)} by default; "
+        f"undo: varedit-run bundles {undo}"
+    )
+
+
+def _write(record: Path, bundle: Path) -> None:
+    if unfit := Bundle.open(bundle).manifest.unfit:
+        raise BundleError(
+            f"{bundle} cannot become varedit-run's default, {unfit}: name it with --bundle"
+        )
+    record.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(record) as whole:
+        whole.write_bytes(os.fsencode(os.path.abspath(bundle)))

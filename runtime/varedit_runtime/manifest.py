@@ -201,7 +201,8 @@ class Model(Struct, frozen=True, forbid_unknown_fields=True):
     coders' GroupNorms; None for the released rule. text_distance: distance in tokens from which on
     the text encoder treats all as equally far. text_epsilon: eps of its norms. Both are None
     without a text encoder. origins: of the files that came from the hub; unset if none did. loras:
-    in the order of merging; unset if there are none.
+    in the order of merging; unset if there are none. random: whether the weights are random; unset
+    if not. trained_on: the only pictures that the model was trained on; unset for all kinds.
     """
 
     size: Name
@@ -221,6 +222,8 @@ class Model(Struct, frozen=True, forbid_unknown_fields=True):
     text_epsilon: Annotated[float, Meta(gt=0, lt=1)] | None
     origins: tuple[HubOrigin, ...] | UnsetType = UNSET
     loras: tuple[MergedLora, ...] | UnsetType = UNSET
+    random: bool | UnsetType = UNSET
+    trained_on: Literal["drawn scenes"] | UnsetType = UNSET
 
     def __post_init__(self) -> None:
         if self.token_channels != self.bits * self.patch**2:
@@ -300,6 +303,13 @@ class Manifest(FolderManifest, frozen=True):
     def policy(self) -> Precision:
         """What is computed in which type."""
         return PRECISIONS[self.precision]
+
+    @property
+    def unfit(self) -> str | None:
+        """Why the bundle is not for editing pictures; None if it is."""
+        if TOKENIZER not in self.files:
+            return "it has no text encoder"
+        return "its weights are random" if self.model.random else None
 
     def _check_variant(self, variant: Variant) -> None:
         token_pixels = self.model.downsampling * self.model.patch

@@ -7,11 +7,11 @@ import click
 
 from varedit_export.commands.shared_options import variant_option
 from varedit_runtime.errors import needs_extra
-from varedit_runtime.terminal.command import PATH
+from varedit_runtime.terminal.command import BUNDLE, PATH
 
 
 @click.command()
-@click.argument("bundle", type=PATH)
+@click.argument("bundle", type=BUNDLE)
 @variant_option
 @click.option("--repeat", default=5, show_default=True, help="Number of timed edits by each.")
 @click.option("--threads", type=int, help="Threads of each; by default one per core.")

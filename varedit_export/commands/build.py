@@ -1,5 +1,6 @@
 """Build a bundle: `varedit-export build`."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -28,10 +29,8 @@ from varedit_export.options import BuildOptions, EngineOptions
 from varedit_runtime.backends import ChosenBackend, find_backend, specs
 from varedit_runtime.backends.auto import AUTO, best, best_precision, told
 from varedit_runtime.backends.engines.import_tensorrt import RTX
-from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import BundleError, ConfigError
-from varedit_runtime.locate import remember
-from varedit_runtime.manifest import TOKENIZER
+from varedit_runtime.locate import choose_default, label
 from varedit_runtime.precision import PRECISIONS, named
 from varedit_runtime.terminal.command import PATH, Registered, backend_option
 
@@ -100,6 +99,12 @@ if TYPE_CHECKING:
 @layout_option("--engine-layout")
 @architectures_option
 @click.option("-o", "--output", type=PATH, help="The bundle's folder; by default one of yours.")
+@click.option(
+    "--default",
+    "as_default",
+    is_flag=True,
+    help="Make it varedit-run's default, as it is done without -o.",
+)
 @click.pass_context
 @with_options(BuildOptions)
 def build(
@@ -108,6 +113,7 @@ def build(
     backend: Any,
     layout: "EngineLayout",
     architectures: tuple[str, ...],
+    as_default: bool,
     yes: bool,
 ) -> None:
     """Build a bundle, prove its parity with the reference, and publish it.
@@ -115,6 +121,9 @@ def build(
     The published weights of 2b and 8b are downloaded, once, unless they are given: as paths, or as
     hf://OWNER/REPOSITORY/PATH[@REVISION] on the Hugging Face hub. HF_TOKEN, HF_HOME, HF_ENDPOINT
     and HF_HUB_OFFLINE are obeyed.
+
+    Without -o the bundle is one of yours: its folder's name is then enough to name it, and it
+    becomes varedit-run's default, if it can edit. `varedit-run bundles` shows both.
 
     The next build continues an interrupted one. Engines are compiled after the bundle
     is published; if that is interrupted, `varedit-export engines` continues it.
@@ -133,15 +142,23 @@ def build(
         options = replace(options, precision=best_precision(chosen))
     name = chosen.spec.name
     engines = _engine_options(context, name, layout, architectures, options.precision)
+    if as_default:
+        _check_default(options)
     if backend == AUTO:
         say(told(chosen))
     with progress() as on_step:
         bundle = varedit_export.build(options, on_step, say, partial(accept, yes))
     folder = Path(options.output or bundle.path)
-    try:
-        remember(folder, _unfit(options, bundle))
-    except BundleError as error:  # the bundle is whole all the same
-        say(str(error))
+    if as_default or options.output is None:
+        try:
+            say(choose_default(folder))
+        except BundleError as error:  # the bundle is whole all the same
+            say(str(error))
+    elif bundle.manifest.unfit is None:
+        say(
+            "to make it varedit-run's default: varedit-run bundles --set "
+            f"{shlex.quote(label(folder))}"
+        )
     say(parity_summary(bundle.manifest.parity))
     click.echo(folder)
     if engines is not None:
@@ -157,11 +174,15 @@ def _chosen_backend(backend: str, architectures: Sequence[str]) -> ChosenBackend
     return best(detect_machine(), RTX if backend == AUTO and architectures else backend)
 
 
-def _unfit(options: BuildOptions, bundle: Bundle) -> str | None:
-    """Return why a bundle is not what `varedit-run` should take by default; None if it may."""
+def _check_default(options: BuildOptions) -> None:
+    """Raise ConfigError if the bundle will be unfit for editing, before it is built."""
+    unfit = None
     if options.random_weights is not None:
-        return "its weights are random"
-    return None if TOKENIZER in bundle.manifest.files else "it has no text encoder"
+        unfit = "random weights"
+    elif options.config is not None and options.text_encoder is None:
+        unfit = "no text encoder"
+    if unfit is not None:
+        raise ConfigError(f"--default: a bundle with {unfit} is unfit for editing; leave it out")
 
 
 def _engine_options(

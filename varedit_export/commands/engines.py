@@ -18,14 +18,14 @@ from varedit_export.errors import ParityError
 from varedit_export.options import EngineOptions
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import needs_extra, readable_size
-from varedit_runtime.terminal.command import PATH, backend_option
+from varedit_runtime.terminal.command import BUNDLE, PATH, backend_option
 
 if TYPE_CHECKING:
     from varedit_engines.engine_report import EngineReport
 
 
 @click.command()
-@click.argument("bundle", type=PATH)
+@click.argument("bundle", type=BUNDLE)
 @backend_option("Backend that runs the engines.", default="tensorrt", compiling=True)
 @layout_option("--layout")
 @architectures_option
@@ -100,7 +100,7 @@ def compile_and_show(
 
 
 @click.command()
-@click.argument("bundle", type=PATH)
+@click.argument("bundle", type=BUNDLE)
 @click.argument("stage")
 @backend_option("Backend that runs the engines.", default="tensorrt", compiling=True)
 @variant_option

@@ -6,11 +6,11 @@ import click
 
 from varedit_export.describe import described
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.terminal.command import PATH
+from varedit_runtime.terminal.command import BUNDLE
 
 
 @click.command()
-@click.argument("bundle", type=PATH)
+@click.argument("bundle", type=BUNDLE)
 def inspect(bundle: Path) -> None:
     """Show what is in a bundle: model, variants, graphs, sizes, precision, parity.
 
@@ -21,7 +21,7 @@ def inspect(bundle: Path) -> None:
 
 
 @click.command()
-@click.argument("bundle", type=PATH, required=False)
+@click.argument("bundle", type=BUNDLE, required=False)
 @click.pass_context
 def doctor(context: click.Context, bundle: Path | None) -> None:
     """Show which backends can edit pictures here, why others cannot, and what would help.

@@ -14,11 +14,11 @@ from varedit_export.errors import ParityError
 from varedit_export.options import VerifyOptions
 from varedit_runtime.backends import DEFAULT, choose
 from varedit_runtime.manifest import ParityLine
-from varedit_runtime.terminal.command import PATH, BackendCommand, backend_option
+from varedit_runtime.terminal.command import BUNDLE, PATH, BackendCommand, backend_option
 
 
 @click.command(cls=BackendCommand)
-@click.argument("bundle", type=PATH)
+@click.argument("bundle", type=BUNDLE)
 @click.option("--golden", type=PATH, help="Compare also with a recording it was built from.")
 @click.option("--report", type=PATH, help="Write all measures here, as JSON.")
 @backend_option("Compare this backend too, as it runs on this machine.", default=DEFAULT)

@@ -7,11 +7,17 @@ import click
 
 from varedit_runtime.backends import ChosenBackend
 from varedit_runtime.backends.auto import AutoBackend
-from varedit_runtime.terminal.command import PATH, BackendCommand, backend_option, debug_option
+from varedit_runtime.terminal.command import (
+    BUNDLE,
+    PATH,
+    BackendCommand,
+    backend_option,
+    debug_option,
+)
 
 
 @click.command(cls=BackendCommand)
-@click.argument("bundle", type=PATH)
+@click.argument("bundle", type=BUNDLE)
 @click.option("--variant", metavar="NAME", help="The bundle's variant; by default its first.")
 @click.option("--repeat", default=5, show_default=True, help="Number of timed edits.")
 @backend_option("What runs the bundle; auto: the best that can here.")

@@ -15,7 +15,13 @@ from varedit_runtime.backends import ChosenBackend
 from varedit_runtime.backends.auto import AutoBackend
 from varedit_runtime.errors import ConfigError, PictureError, shown
 from varedit_runtime.files import IN_BUNDLE, lies_in, same_file, unwritable
-from varedit_runtime.terminal.command import PATH, BackendCommand, backend_option, debug_option
+from varedit_runtime.terminal.command import (
+    BUNDLE,
+    PATH,
+    BackendCommand,
+    backend_option,
+    debug_option,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -83,7 +89,7 @@ def _per_scale(name: str, help: str) -> Callable[[Callable[..., None]], Callable
 @click.option(
     "-o", "--output", type=PATH, help="Where to write; by default IMAGE's name with -edited."
 )
-@click.option("--bundle", type=PATH, help="The folder of the model's bundle.")
+@click.option("--bundle", type=BUNDLE, help="The model's bundle; see `bundles`.")
 @click.option("--variant", metavar="NAME", help="The bundle's variant; by default its first.")
 @click.option("--seed", type=int, help="The same seed gives the same picture; random if left out.")
 @_per_scale("--guidance-scale", "How much the instruction counts.")

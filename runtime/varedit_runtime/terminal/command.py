@@ -99,7 +99,29 @@ class _Path(click.Path):
         return super().convert(value, param, ctx)
 
 
+class _BundlePath(_Path):
+    """A bundle, by a name that `locate.named` knows or by its folder."""
+
+    name = "name|path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from varedit_runtime.locate import named
+
+        path = super().convert(value, param, ctx)
+        return named(value) if isinstance(value, str) else path  # the path has lost its "./"
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        from varedit_runtime.locate import NANO, label, own_bundles
+
+        names = dict.fromkeys([NANO, *map(label, own_bundles())])
+        found = [CompletionItem(name) for name in names if name.startswith(incomplete)]
+        return [*found, CompletionItem(incomplete, type="dir")]
+
+
 PATH = _Path(path_type=Path, readable=False)  # whatever opens it says what is wrong
+BUNDLE = _BundlePath(path_type=Path, readable=False)
 
 
 class Registered(click.ParamType):
