@@ -29,6 +29,7 @@ from varedit_export.options import BuildOptions, EngineOptions
 from varedit_runtime.backends import ChosenBackend, find_backend, specs
 from varedit_runtime.backends.auto import AUTO, best, best_precision, told
 from varedit_runtime.backends.engines.import_tensorrt import RTX
+from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import BundleError, ConfigError
 from varedit_runtime.locate import choose_default, label
 from varedit_runtime.precision import PRECISIONS, named
@@ -149,16 +150,7 @@ def build(
     with progress() as on_step:
         bundle = varedit_export.build(options, on_step, say, partial(accept, yes))
     folder = Path(options.output or bundle.path)
-    if as_default or options.output is None:
-        try:
-            say(choose_default(folder))
-        except BundleError as error:  # the bundle is whole all the same
-            say(str(error))
-    elif bundle.manifest.unfit is None:
-        say(
-            "to make it varedit-run's default: varedit-run bundles --set "
-            f"{shlex.quote(label(folder))}"
-        )
+    _say_default(bundle, folder, as_default or options.output is None)
     say(parity_summary(bundle.manifest.parity))
     click.echo(folder)
     if engines is not None:
@@ -172,6 +164,18 @@ def _chosen_backend(backend: str, architectures: Sequence[str]) -> ChosenBackend
     from varedit_runtime.backends.detect import detect_machine
 
     return best(detect_machine(), RTX if backend == AUTO and architectures else backend)
+
+
+def _say_default(bundle: Bundle, folder: Path, chosen: bool) -> None:
+    """Make a bundle the default if that was chosen, and say so; else say how to do it."""
+    if chosen:
+        try:
+            say(choose_default(folder))
+        except BundleError as error:  # the bundle is whole all the same
+            say(str(error))
+    elif bundle.manifest.unfit is None:
+        command = f"varedit-run bundles --set {shlex.quote(label(folder))}"
+        say(f"to make it varedit-run's default: {command}")
 
 
 def _check_default(options: BuildOptions) -> None:
