@@ -20,7 +20,7 @@ class HeldFile:
         self.path = path
         # Without a buffer, which could return what the file held before.
         self._file = path.open("rb", buffering=0)
-        self._turn = Lock()  # threads share its position
+        self._turn = Lock()  # threads share its position, where `_read_at` moves it
         finalize(self, self._file.close)
 
     @property
@@ -31,11 +31,17 @@ class HeldFile:
     def read_into(self, buffer: bytearray | memoryview, offset: int) -> int:
         """Fill a buffer from a byte on; return how many bytes there were. Raises OSError."""
         view, done = memoryview(buffer), 0
+        while count := self._read_at(view[done:], offset + done):
+            done += count
+        return done
+
+    def _read_at(self, view: memoryview, offset: int) -> int:
+        """Read once; where possible not by the position, which forked processes share."""
+        if hasattr(os, "preadv"):
+            return os.preadv(self._file.fileno(), [view], offset)
         with self._turn:
             self._file.seek(offset)
-            while count := self._file.readinto(view[done:]):
-                done += count
-        return done
+            return self._file.readinto(view) or 0
 
     def read(self, size: int, offset: int = 0) -> bytes:
         """Return at most size bytes from a byte on. Raises OSError."""
