@@ -28,6 +28,7 @@ from editing import (
     reference,
 )
 from PIL import ExifTags, Image
+from republishing import publish_weights
 
 import varedit_runtime
 from varedit_reference.scale_loop import PredictedScale
@@ -722,6 +723,7 @@ def test_the_examples_of_the_documentation_run(
     examples = re.findall(r"```python\n(.*?)```", text, re.S)
     assert len(examples) >= 4
     shutil.copytree(small_bundle(), tmp_path / "bundles" / "2b-512")
+    publish_weights(small_bundle(), tmp_path / "bundles" / "2b-512-style")
     for name in ("photo.png", "other.png"):
         PHOTO.save(tmp_path / name)
     monkeypatch.chdir(tmp_path)
@@ -729,5 +731,5 @@ def test_the_examples_of_the_documentation_run(
     namespace: dict[str, Any] = {}
     for example in examples:
         exec(example.replace('"512-b1"', '"96-b1"'), namespace)
-    with Image.open("edited.png") as edited:
-        assert edited.size == PHOTO.size
+    with Image.open("edited.png") as edited, Image.open("styled.png") as styled:
+        assert edited.size == styled.size == PHOTO.size and edited != styled

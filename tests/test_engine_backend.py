@@ -226,6 +226,7 @@ def test_weights_are_read_while_those_before_are_copied(monkeypatch: pytest.Monk
     monkeypatch.setattr(weights, "CHUNK", 5000)
     bundle, engines = compiled(small_bundle())
     gpu, filled = Watched(bundle.graphs_folder), EngineWeights(engines.manifest.weights)
+    filled.allocate(gpu)
     filled.fill(bundle, gpu)
     assert waiting[0] == 0 and set(waiting[1:]) == {1} and not gpu.queue
     for stage, stored in engines.manifest.weights.items():

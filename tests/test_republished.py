@@ -9,22 +9,21 @@ from threading import Event, Thread
 
 import numpy as np
 import pytest
-from msgspec import structs
 from PIL import Image
+from republishing import publish_weights, republish
 from uncompiled import Uncompiled, keep_engines_in
 
 import varedit_export
 from varedit_engines.compile_set import CompileJob, compile_engine_set
 from varedit_engines.engine_compiler import Compiled
 from varedit_engines.network import external_inputs
-from varedit_engines.publish import Staging
 from varedit_export import bench
 from varedit_export.parity import compare_bundle
+from varedit_runtime import bundle as bundle_module
 from varedit_runtime.backends.engines.engine_set import EngineLayout
 from varedit_runtime.backends.engines.weights import EngineWeights
 from varedit_runtime.backends.onnxruntime import backend as onnx_backend
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.editing import editor as editor_module
 from varedit_runtime.editing.editor import Editor
 from varedit_runtime.errors import BundleError
 from varedit_runtime.locate import embedded
@@ -33,30 +32,10 @@ from varedit_runtime.manifest import weights_file
 pytestmark = pytest.mark.usefixtures("no_flushing")
 
 
-def republish(source: Path, target: Path) -> str:
-    """Publish a copy of a bundle in the place of another; return its digest."""
-    manifest = Bundle.open(source).manifest
-    with Staging(target) as staging:
-        for name in manifest.files:
-            shutil.copyfile(source / name, staging.file(name))
-            staging.record(name)
-        return staging.publish(manifest)
-
-
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Return nano, and a bundle that differs from it in the values of its weights alone."""
-    other = tmp_path_factory.mktemp("other") / "bundle"
-    manifest = Bundle.open(embedded()).manifest
-    with Staging(other) as staging:
-        for name in manifest.files:
-            data = bytearray((embedded() / name).read_bytes())
-            if name in map(weights_file, ("transformer", "tokenizer", "text_encoder")):
-                header = 8 + int.from_bytes(data[:8], "little")
-                np.frombuffer(data, np.float32, offset=header)[:] *= 1.01
-            staging.file(name).write_bytes(data)
-            staging.record(name)
-        staging.publish(structs.replace(manifest, files=staging.files))
+    other = publish_weights(embedded(), tmp_path_factory.mktemp("other") / "bundle")
     return embedded(), other
 
 
@@ -138,7 +117,7 @@ def test_a_pinned_bundle_that_is_published_again_while_it_is_hashed_is_opened(
 def test_a_bundle_that_is_replaced_whenever_it_is_opened_is_an_error(
     sources: tuple[Path, Path], target: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(editor_module, "ATTEMPTS", 2)
+    monkeypatch.setattr(bundle_module, "ATTEMPTS", 2)
     monkeypatch.setattr(Editor, "_load", lambda *_: republish(sources[0], target) and Closed())
     with pytest.raises(BundleError, match="replaced whenever it was opened"):
         Editor.open(target)
@@ -202,7 +181,9 @@ def test_engines_get_the_weights_of_the_bundle_that_was_opened(
         if replaced:
             republish(sources[1], target)
         device = Collected()
-        EngineWeights({"prefill": stored}).fill(bundle, device)  # type: ignore[arg-type]
+        weights = EngineWeights({"prefill": stored})
+        weights.allocate(device)  # type: ignore[arg-type]
+        weights.fill(bundle, device)  # type: ignore[arg-type]
         copied.append(device.copied)
     assert len(copied[0]) > 10**6 and copied[0] == copied[1]
 

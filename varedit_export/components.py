@@ -16,7 +16,7 @@ from varedit_reference.rotary import full_rotation
 from varedit_reference.tokenizer import Tokenizer
 from varedit_reference.weights_file import read_header, write_tensors
 from varedit_runtime.errors import CheckpointError
-from varedit_runtime.manifest import StoredWeight, weights_file
+from varedit_runtime.manifest import StoredWeight, positions, weights_file
 
 
 @dataclass(frozen=True)
@@ -96,5 +96,5 @@ def positions_component(name: str, config: TransformerConfig, fake: FakeTensorMo
         module = PositionTable(config)
     table = full_rotation(config, torch.device("cpu"))
     return Component(
-        f"positions_{name}", module, {"cos": table.cos, "sin": table.sin}.__getitem__, "table"
+        positions(name), module, {"cos": table.cos, "sin": table.sin}.__getitem__, "table"
     )

@@ -12,12 +12,13 @@ newer bundle's: whoever uses one asks `Bundle.stands` afterwards.
 import hashlib
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
-from varedit_runtime.errors import BundleError, shown
+from varedit_runtime.errors import BundleError, VareditError, shown
 from varedit_runtime.files import HeldFile
 from varedit_runtime.manifest import (
     DIGEST,
@@ -148,7 +149,7 @@ class Bundle:
             else:
                 if bundle.stands():
                     return bundle
-        raise always_replaced(place)
+        raise _always_replaced(place)
 
     @classmethod
     def _open(cls, path: Path, digest: str | None) -> "Bundle":
@@ -215,7 +216,36 @@ def _component(file: str) -> str | None:
     return name if weights_file(name) == file else None
 
 
-def always_replaced(path: Path) -> BundleError:
+Loaded = TypeVar("Loaded")
+
+
+def load_standing(
+    path: AnyPath,
+    digest: str | None,
+    load: Callable[[Bundle], Loaded],
+    free: Callable[[Loaded], object] = lambda loaded: None,
+) -> Loaded:
+    """Open a bundle and load it; do both again if it was replaced meanwhile.
+
+    Libraries open weights by their path, and may have read those of the bundle that came instead.
+    digest: as for `Bundle.open`. free: frees what was loaded in vain. Raises what opening and
+    loading raise, BundleError if the bundle is replaced at every attempt.
+    """
+    for _ in range(ATTEMPTS):
+        bundle = Bundle.open(path, digest)
+        try:
+            loaded = load(bundle)
+        except VareditError:
+            if bundle.stands():
+                raise
+        else:
+            if bundle.stands():
+                return loaded
+            free(loaded)
+    raise _always_replaced(Path(path))
+
+
+def _always_replaced(path: Path) -> BundleError:
     """Return the error of a bundle that was replaced at every attempt to open it."""
     return BundleError(f"{path} was replaced whenever it was opened: try again when it stays")
 

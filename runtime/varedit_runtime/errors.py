@@ -47,7 +47,7 @@ class BackendError(VareditError):
 
 
 class EditorError(VareditError):
-    """An editor that cannot be used now: it was closed, or is called from its own `on_scale`."""
+    """An editor, or a preview, that cannot be used now, such as a closed editor."""
 
 
 class EditCancelled(VareditError):

@@ -62,6 +62,11 @@ def weights_file(component: str) -> str:
     return f"{WEIGHTS}/{component}.safetensors"
 
 
+def positions(variant: str) -> str:
+    """Return the name of the component that holds a variant's rotary table."""
+    return f"positions_{variant}"
+
+
 class StoredWeight(Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
     """Where a weight lies: the `length` bytes from byte `offset` on of a file of the bundle.
 

@@ -25,6 +25,8 @@ from typing import Protocol
 import numpy as np
 
 from varedit_runtime.backends.wiring import CONDITION, DECODER, ENCODER, PREFILL, TEXT
+from varedit_runtime.bundle import Bundle
+from varedit_runtime.errors import BackendError
 from varedit_runtime.manifest import Variant, scale_name
 
 
@@ -92,6 +94,10 @@ class WholeEdit:
 EditWhole = Callable[[Prompts, np.ndarray, Sequence[Sampling]], WholeEdit]
 
 
+class WeightsLostError(BackendError):
+    """Weights were exchanged in part, and can be neither completed nor put back."""
+
+
 class Backend(Protocol):
     """Runs the stages of one edit at a time, in the order of its methods.
 
@@ -144,6 +150,21 @@ class Backend(Protocol):
     def gpu_memory(self) -> int | None:
         """Bytes of a GPU's memory that are taken; None where this is not known."""
         return None
+
+    def prepare_weights(self, bundle: Bundle) -> Callable[[], None]:
+        """Load the weights of another bundle of the same graphs; return what puts them in place.
+
+        Nothing is run meanwhile. The returned function is called with signals held back. If it
+        raises, the present weights stay in place, except if it raises WeightsLostError: then
+        nothing may be run afterwards.
+
+        Raises BackendError where this backend cannot, or the memory is too small for both;
+        BundleError if a file is damaged.
+        """
+        raise BackendError(
+            f"a backend that runs on {self.provider} cannot take other weights while it is open: "
+            "open another editor"
+        )
 
     def close(self) -> None:
         """Free what is held outside of Python. Nothing may be run afterwards."""

@@ -6,10 +6,9 @@
 All arguments of a call are checked before anything is computed.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from threading import Event, RLock
+from threading import Event, RLock, get_ident
 from typing import Literal, overload
 
 import numpy as np
@@ -23,10 +22,12 @@ from varedit_runtime.backends.base import (
     Negatives,
     Prompts,
     Sampling,
+    WeightsLostError,
     edit_by_stages,
 )
+from varedit_runtime.backends.interrupt import held_signals
 from varedit_runtime.backends.wiring import DECODER, ENCODER, TEXT
-from varedit_runtime.bundle import ATTEMPTS, Bundle, always_replaced
+from varedit_runtime.bundle import Bundle, load_standing
 from varedit_runtime.editing.arguments import (
     OutputSize,
     ScaleSettings,
@@ -39,12 +40,12 @@ from varedit_runtime.editing.batch import PictureBatch
 from varedit_runtime.editing.finish import finished
 from varedit_runtime.editing.masks import SourceKeeper
 from varedit_runtime.editing.results import EditResult, OnScale, Progress
+from varedit_runtime.editing.swapping import check_swappable
 from varedit_runtime.errors import (
     BackendError,
     BundleError,
     EditCancelled,
     EditorError,
-    VareditError,
 )
 from varedit_runtime.manifest import TOKENIZER, Variant, scale_name, scale_of
 from varedit_runtime.noise import uniform_noise
@@ -76,7 +77,7 @@ class Editor:
         self._backend: Backend | None = backend
         self._instructions = instructions
         self._turn = RLock()
-        self._editing = False
+        self._editing: int | None = None  # the thread that edits
 
     @classmethod
     def open(
@@ -115,20 +116,13 @@ class Editor:
             engines_digest=engines_digest,
             trust_engines=trust_engines,
         )
-        for _ in range(ATTEMPTS):
-            opened = Bundle.open(bundle, digest)
-            try:
-                if digest is not None:
-                    opened.verify()
-                editor = cls._load(opened, opened.manifest.variant(variant), wanted)
-            except VareditError:
-                if opened.stands():
-                    raise
-            else:
-                if opened.stands():
-                    return editor
-                editor.close()  # it may have loaded weights of the bundle that came instead
-        raise always_replaced(Path(bundle))
+
+        def load(opened: Bundle) -> Editor:
+            if digest is not None:
+                opened.verify()
+            return cls._load(opened, opened.manifest.variant(variant), wanted)
+
+        return load_standing(bundle, digest, load, lambda editor: editor.close())
 
     @classmethod
     def _load(
@@ -152,11 +146,43 @@ class Editor:
         Raises EditorError inside `on_scale`. Closing twice does nothing.
         """
         with self._turn:
-            if self._editing:
+            if self._editing is not None:
                 raise EditorError("the editor cannot be closed inside on_scale: cancel() first")
             if self._backend is not None:
                 self._backend.close()
             self._backend = None
+
+    def swap_weights(self, bundle: AnyPath, *, digest: str | None = None) -> None:
+        """Edit with the weights of another bundle from now on, or, if that fails, as before.
+
+        bundle: one that differs from the present one in its weights alone, such as one that was
+        built with `--graphs-from`; all of its files are hashed. digest: as for `open`. Edits of
+        other threads go on while files are hashed, and wait while weights are loaded: each has the
+        old weights or the new ones. On ONNX Runtime both are in memory until the old ones go;
+        engines take the new ones in the place of the old.
+
+        Raises BundleError if it is no bundle, is damaged, or differs in anything but weights, which
+        the message lists; BackendError if the backend cannot exchange weights, such as those
+        inside engines, or memory is too small; EditorError if the editor is closed, or called by
+        on_scale.
+        """
+        self._check_usable()
+        opened, put_in_place = load_standing(bundle, digest, self._prepare)
+        with self._my_turn(), held_signals():  # which must not come between weights and bundle
+            try:
+                put_in_place()
+            except WeightsLostError:
+                self.backend.close()
+                self._backend = None
+                raise
+            # Whatever was computed with the old weights must be forgotten here.
+            self.bundle = opened
+
+    def _prepare(self, bundle: Bundle) -> tuple[Bundle, Callable[[], None]]:
+        check_swappable(self.bundle, bundle, self.variant)
+        bundle.verify()
+        with self._my_turn():
+            return bundle, self.backend.prepare_weights(bundle)
 
     @property
     def backend(self) -> Backend:
@@ -260,14 +286,18 @@ class Editor:
     @contextmanager
     def _my_turn(self) -> Iterator[None]:
         with self._turn:
-            _ = self.backend  # raises if closed
-            if self._editing:
-                raise EditorError("on_scale cannot use the editor that calls it: return first")
-            self._editing = True
+            self._check_usable()
+            self._editing = get_ident()
             try:
                 yield
             finally:
-                self._editing = False
+                self._editing = None
+
+    def _check_usable(self) -> None:
+        """Raise EditorError if the editor is closed, or this thread edits: it is in on_scale."""
+        _ = self.backend  # raises if closed
+        if self._editing == get_ident():
+            raise EditorError("on_scale cannot use the editor that calls it: return first")
 
     def _edit_all(
         self, wanted: Sequence[Wanted], sampling: ScaleSettings, on_scale: OnScale | None
@@ -373,8 +403,12 @@ class Editor:
         ]
 
     def _progress(self, batch: "PictureBatch", scale: int, total: np.ndarray) -> Progress:
+        bundle = self.bundle
+
         def draw() -> list[Image.Image]:
             with self._turn:  # a preview from another thread waits for the edit to end
+                if self.bundle is not bundle:
+                    raise EditorError("the weights that predicted this scale were swapped since")
                 decoded = _sound(DECODER, self.backend.decode(total), batch)
                 return self._restored(decoded, batch)
 

@@ -5,13 +5,20 @@ So noise and parameters are copied before the first scale, keys and values are w
 next scale reads them, and if nobody listens between scales the whole edit is one launch.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from math import prod
 
 import numpy as np
 
-from varedit_runtime.backends.base import EditWhole, Prompts, Sampling, WholeEdit
+from varedit_runtime.backends.base import (
+    EditWhole,
+    Prompts,
+    Sampling,
+    WeightsLostError,
+    WholeEdit,
+)
 from varedit_runtime.backends.engines.cuda import CudaDevice
 from varedit_runtime.backends.engines.device import Device, Engine, Launch, address_of
 from varedit_runtime.backends.engines.engine_set import EngineSet, EngineSets
@@ -30,7 +37,7 @@ from varedit_runtime.backends.wiring import (
     values_of,
 )
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.errors import BackendError, BundleError
+from varedit_runtime.errors import BackendError, BundleError, reason
 from varedit_runtime.manifest import Variant
 
 
@@ -49,11 +56,13 @@ class EngineBackend(GraphBackend):
         symbolic = recipe.layout == "profiles"
         super().__init__(variant, bundle.manifest.model, recipe.backend, symbolic)
         self._device, self._weights = device, EngineWeights(engines.manifest.weights)
+        self._bundle, self._layout = bundle, recipe.layout
         self.budget = budget(bundle, variant, recipe.layout, engines.manifest)
         self.budget.check(self.budget.total, device.free_memory())
         self._engines = self._load(engines)
         self._values = values_of(list(self.steps.values()))
         self._allocate()
+        self._weights.allocate(device)
         self._weights.fill(bundle, device)
         if symbolic:
             self._set(constants(variant, self.model))
@@ -68,6 +77,37 @@ class EngineBackend(GraphBackend):
     @property
     def gpu_memory(self) -> int:
         return self.budget.total
+
+    def prepare_weights(self, bundle: Bundle) -> Callable[[], None]:
+        if self._layout != "external":
+            raise BackendError(
+                f"these engines contain their weights (layout {self._layout}), which cannot be "
+                "exchanged: compile engines with `varedit-export engines --layout external`, or "
+                "open another editor"
+            )
+        return partial(self._exchange_weights, bundle)
+
+    def _exchange_weights(self, bundle: Bundle) -> None:
+        """Copy a bundle's weights over the present ones, which captured graphs have addresses of.
+
+        A GPU that is full of one copy has no room for two: on a failure the present weights, whose
+        files are still open, are copied again.
+        """
+        try:
+            self._weights.fill(bundle, self._device)
+        except Exception as error:
+            self._put_back(error)
+            raise
+        self._bundle = bundle
+
+    def _put_back(self, cause: Exception) -> None:
+        try:
+            self._weights.fill(self._bundle, self._device)
+        except Exception as error:
+            raise WeightsLostError(
+                f"weights could not be exchanged ({reason(cause)}), nor those of "
+                f"{self._bundle.path} put back ({reason(error)}): open another editor"
+            ) from error
 
     def close(self) -> None:
         self._device.close()  # waits first, so that nothing runs on what is freed next

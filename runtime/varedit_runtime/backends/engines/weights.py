@@ -31,6 +31,7 @@ class EngineWeights:
         self._distinct = distinct(by_stage)
         self._arena = lay_out({place: w.length for place, w in self._distinct.items()})
         self._start = 0
+        self._staging: list[_Staged] = []
 
     @property
     def size(self) -> int:
@@ -42,23 +43,28 @@ class EngineWeights:
         return {weight.name: weight.length for weight in self._by_stage.get(stage, ())}
 
     def addresses(self, stage: str) -> dict[str, int]:
-        """Return the GPU addresses of those inputs of an engine; `fill` must have been called."""
+        """Return the GPU addresses of those inputs of an engine; `allocate` comes first."""
         return {
             weight.name: self._start + self._arena.offsets[weight.file, weight.offset]
             for weight in self._by_stage.get(stage, ())
         }
 
-    def fill(self, bundle: Bundle, device: Device) -> None:
-        """Copy all weights from the bundle, reading one part while the GPU copies the one before.
+    def allocate(self, device: Device) -> None:
+        """Allocate memory for all weights on the GPU, and for two parts of a file on the host."""
+        if self._distinct:
+            self._start = device.allocate(self.size)
+            chunk = min(CHUNK, max(weight.length for weight in self._distinct.values()))
+            self._staging = [_Staged(device.allocate_host(chunk)) for _ in range(2)]
 
-        Raises BundleError if a file ends early.
+    def fill(self, bundle: Bundle, device: Device) -> None:
+        """Copy all weights from a bundle, reading one part while the GPU copies the one before.
+
+        The bundle is the set's, or one of the same graphs. Raises BundleError if a file cannot be
+        read or ends early, BackendError if the GPU does not copy.
         """
-        if not self._distinct:
-            return
-        weights = self._distinct.values()
-        self._start = device.allocate(self.size)
-        chunk = min(CHUNK, max(weight.length for weight in weights))
-        both = cycle([_Staged(device.allocate_host(chunk)) for _ in range(2)])
+        weights, both = self._distinct.values(), cycle(self._staging)
+        chunk = len(self._staging[0].memory) if weights else 0
+        device.wait()  # for copies from an attempt that failed
         for name, stored in groupby(weights, key=lambda weight: weight.file):
             file = bundle.hold(name)
             with readable(file.path):

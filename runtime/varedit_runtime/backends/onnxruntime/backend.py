@@ -4,7 +4,7 @@ Prefill and all scales run on the one graph of symbolic lengths: each further se
 own packed copy of the weights.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -210,7 +210,7 @@ class OnnxBackend(GraphBackend):
         provider, it does not run the bundle's precision, a graph cannot be loaded or memory is too
         small; BundleError if a graph is missing or damaged, or does not fit the others.
         """
-        provider, threads = options.provider, options.threads or 0
+        provider = options.provider
         check_provider(provider)
         if twin is None:
             twin = FUSED if provider == "cuda" and FUSED in variant.graphs else SYMBOLIC
@@ -220,28 +220,38 @@ class OnnxBackend(GraphBackend):
                 f"the bundle is {precision.name}, which ONNX Runtime cannot run: build with "
                 "--precision fp32 for a CPU or fp16 for a GPU, or run engines"
             )
-        stages = dict.fromkeys(step.stage for step in self.steps.values())
-        # All graphs are checked before any of them makes a library open files.
-        graphs = {stage: read_graph(bundle, variant, stage) for stage in stages}
-        self._sessions = {
-            stage: Session(
-                stage,
-                graph,
-                bundle.graphs_folder,
-                provider,
-                threads,
-                captured=provider == "cuda" and stage == twin,
-            )
-            for stage, graph in graphs.items()
-        }
+        self._threads, self._twin = options.threads or 0, twin
+        self._sessions = self._load(bundle)
         self._values = self._allocate(list(self.steps.values()))
 
     @property
     def buffer_bytes(self) -> int:
         return sum(value.size for value in self._values.values())
 
+    def prepare_weights(self, bundle: Bundle) -> Callable[[], None]:
+        # Both are in memory until the old sessions go: a failure leaves those as they are.
+        sessions = self._load(bundle)
+        return partial(setattr, self, "_sessions", sessions)
+
     def close(self) -> None:
         self._sessions, self._values = {}, {}
+
+    def _load(self, bundle: Bundle) -> dict[str, Session]:
+        """Load all graphs, by stage, with a bundle's weights."""
+        stages = dict.fromkeys(step.stage for step in self.steps.values())
+        # All graphs are checked before any of them makes a library open files.
+        graphs = {stage: read_graph(bundle, self.variant, stage) for stage in stages}
+        return {
+            stage: Session(
+                stage,
+                graph,
+                bundle.graphs_folder,
+                self.provider,
+                self._threads,
+                captured=self.provider == "cuda" and stage == self._twin,
+            )
+            for stage, graph in graphs.items()
+        }
 
     def _run(self, step: Step, given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         with _explained(f"run graph {step.stage}", self.provider):
