@@ -23,7 +23,7 @@ from click.testing import CliRunner
 from fake_bundles import rewrite_manifest
 from onnx import helper
 
-from varedit_engines import compile_set, engine_cache
+from varedit_engines import OnStep, compile_set, engine_cache
 from varedit_engines.compile_set import CompileJob, compile_engine_set, stages_of
 from varedit_engines.engine_cache import EngineCache
 from varedit_engines.engine_compiler import Compiled, EngineCompiler
@@ -252,6 +252,33 @@ def test_an_interrupted_compilation_goes_on_where_it_was(
     engines = compile_engine_set(job, quiet)
     assert sorted(compiled) == sorted(job.recipe.graphs)
     assert all(engines.plan_bytes(stage) for stage in first)
+
+
+def test_every_graph_is_a_step(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pretend(
+        compiler: EngineCompiler,
+        name: str,
+        graph: bytes,
+        folder: Path,
+        shapes: Any,
+        on_step: OnStep,
+    ) -> Compiled:
+        on_step(name, 7, 9)
+        return Compiled(memoryview(name.encode()), EngineReport(len(name), scratch=len(name)))
+
+    monkeypatch.setattr(EngineCompiler, "compile", pretend)
+    told: list[tuple[str, int, int]] = []
+    job = CompileJob(bundle, "external", EngineCompiler("tensorrt-rtx", ADA))
+    compile_engine_set(job, lambda *step: told.append(step))
+    count = len(job.recipe.graphs)
+    assert told == [
+        *(
+            (f"engine {stage}{detail}", place, count)
+            for place, stage in enumerate(job.recipe.graphs)
+            for detail in ("", ", 7 of 9")
+        ),
+        ("done", count, count),
+    ]
 
 
 SOFTMAX = Kernel("_softmax_0", "kgen", ("blocks.0/Softmax",), (("float16",), ("float16",)), 4, 2, 0)

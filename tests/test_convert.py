@@ -2,7 +2,8 @@
 
 import json
 import resource
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from varedit_reference.checkpoint import load_tokenizer, load_transformer
 from varedit_reference.config import preset
 from varedit_reference.convert import convert
 from varedit_reference.text_encoder import TextEncoder
-from varedit_reference.weights_file import open_weights, write_safetensors
+from varedit_reference.weights_file import open_weights, write_safetensors, write_tensors
 from varedit_runtime.errors import CheckpointError, ConfigError
 
 CONFIG = preset("tiny-2b")
@@ -203,6 +204,35 @@ def test_an_interrupt_midway_leaves_the_old_file(
         write_safetensors(path, tensors, {})
     assert list(tmp_path.iterdir()) == [path]
     assert path.read_bytes() == b"old"
+
+
+def test_what_ends_early_waits_for_no_tensor(tmp_path: Path) -> None:
+    """They are made in threads, each for seconds if it is large."""
+    go_on = threading.Event()
+    begun: list[str] = []
+
+    def make(name: str) -> Tensor:
+        begun.append(name)
+        if name != "0":
+            go_on.wait()
+        return torch.zeros(9)
+
+    def interrupted(names: Sequence[str]) -> Iterator[str]:
+        yield names[0]
+        raise KeyboardInterrupt
+
+    def write() -> None:
+        layout = {str(n): torch.zeros(9) for n in range(9)}
+        with pytest.raises(KeyboardInterrupt):
+            write_tensors(tmp_path / "w.safetensors", layout, make, {}, interrupted)
+
+    writing = threading.Thread(target=write)
+    writing.start()
+    writing.join(60)
+    ended = not writing.is_alive()
+    go_on.set()
+    writing.join()
+    assert ended and len(begun) <= 4
 
 
 def test_the_written_format_is_safetensors(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -185,6 +186,13 @@ def test_size_and_resolution_alone_build_a_bundle(
     assert built.exit_code == 0, built.stderr
     bundle = Bundle.open(built.stdout.strip())
     assert bundle.manifest.model.weights == "TINY.pth, vae.pth, flan-t5-xl"
+    steps = re.findall(r"^  (\d+) of (\d+): (.+)$", built.stderr, re.M)
+    count = len(steps) - 1
+    assert [(int(done), int(of)) for done, of, _ in steps] == [(n, count) for n in range(count + 1)]
+    (variant,) = bundle.manifest.variants
+    graphs = [what.removeprefix("graph ") for *_, what in steps if what.startswith("graph ")]
+    assert sorted(graphs) == sorted(variant.graphs)
+    assert [what for *_, what in steps[-3:]] == ["parity with the reference", "publishing", "done"]
     assert not any("tf_model" in request for request in hub.requests)
 
 

@@ -194,6 +194,64 @@ def test_a_signal_during_an_import_is_one_line(
     assert list(photo.parent.iterdir()) == [photo]
 
 
+@pytest.mark.parametrize(
+    ("start", "module"),
+    [
+        ("varedit_export", "varedit_export.cli"),
+        ("varedit_export", "tqdm"),
+        ("varedit_export", "torch"),
+        ("varedit_export", "onnxscript"),
+        ("varedit_runtime", "varedit_runtime.cli"),
+        ("varedit_runtime", "click"),
+        ("varedit_reference.golden", "torch"),
+        ("varedit_reference.golden", "varedit_reference.checkpoint"),
+    ],
+)
+def test_a_signal_while_a_module_starts_is_one_line(
+    tmp_path: Path, start: str, module: str
+) -> None:
+    code = f"""if True:
+        import os, runpy, sys
+        class Pressed:
+            def find_spec(self, name, *_):
+                if name == {module!r}:
+                    os.kill(os.getpid(), {int(signal.SIGINT)})
+        sys.meta_path.insert(0, Pressed())
+        runpy.run_module({start!r}, run_name="__main__", alter_sys=True)
+        """
+    words = {
+        "varedit_export": ["build", "--size", "tiny-2b", "--res", "256", "--random-weights", "1"],
+        "varedit_runtime": ["grids"],
+        "varedit_reference.golden": [tmp_path],
+    }[start]
+    environment = {**os.environ, "XDG_DATA_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", code, *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "Interrupted.\n")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_what_ends_on_a_signal_waits_for_no_thread(tmp_path: Path) -> None:
+    (tmp_path / "stuck.py").write_text(
+        "import click, signal, threading, time\n"
+        "from varedit_runtime.terminal.command import CommandGroup\n"
+        "@click.group(cls=CommandGroup, invoke_without_command=True)\n"
+        "def main():\n"
+        "    threading.Thread(target=time.sleep, args=(3600,)).start()\n"
+        "    signal.raise_signal(signal.SIGTERM)\n"
+    )
+    code = "from varedit_runtime.terminal.start import _start; _start('stuck')"
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=100,
+    )
+    assert (done.returncode, done.stderr) == (143, "Interrupted.\n")
+
+
 def test_an_interrupt_may_come_as_another_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

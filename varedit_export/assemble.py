@@ -1,6 +1,6 @@
 """Make a planned bundle: weights, graphs, parity, manifest, published whole or not at all."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
@@ -61,7 +61,8 @@ def assemble(plan: BundlePlan, on_step: OnStep) -> list[ParityLine]:
         on_step("parity with the reference", steps - 2, steps)
         manifest = manifest_of(plan, variants, staging.files, ())
         unpublished = Bundle(staging.path, manifest, digest="")
-        parity = gate(compare_bundle(unpublished, plan.request.config, plan.sources))
+        measures = compare_bundle(unpublished, plan.request.config, plan.sources)
+        parity = gate(work.told(measures))
         on_step("publishing", steps - 1, steps)
         staging.publish(manifest_of(plan, variants, staging.files, tuple(parity)))
         on_step("done", steps, steps)
@@ -115,6 +116,12 @@ class _Work:
             ir.save(model, self.staging.file(file))
             self.staging.record(file, key)
         return graph_spec(self.staging.path, file)
+
+    def told(self, measures: Iterable[ParityLine]) -> Iterator[ParityLine]:
+        """Yield measures, telling which stages they are of."""
+        for line in measures:
+            self.on_step(f"parity with the reference, {line.stage}", self.steps - 2, self.steps)
+            yield line
 
     def _each(self, component: Component, names: Sequence[str]) -> Iterator[str]:
         """Yield the names of a component's weights, telling how many are written."""

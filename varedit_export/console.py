@@ -2,8 +2,8 @@
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from contextlib import ExitStack, contextmanager, suppress
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -24,15 +24,28 @@ def say(line: str) -> None:
 
 @contextmanager
 def progress() -> Iterator[OnStep]:
-    """Show a bar on a terminal, nothing elsewhere."""
+    """Show a bar that counts steps on a terminal, and a line for each step elsewhere.
+
+    There is no estimate of the time left: steps differ a hundredfold.
+    """
     with needs_extra("export"):
         from tqdm import tqdm
 
-    with tqdm(total=1, disable=None, bar_format="{l_bar}{bar}| {elapsed}") as bar:
+    form = "{desc} |{bar}| {n_fmt} of {total_fmt}, {elapsed}"
+    with ExitStack() as stack:
+        bar: tqdm[Any] | None = None  # from the first step on: what is before has bars of its own
+        last = ""
 
         def show(what: str, done: int, steps: int) -> None:
-            bar.total, bar.n = steps, done
-            bar.set_description(what)
+            nonlocal bar, last
+            if bar is None:
+                bar = stack.enter_context(tqdm(total=steps, disable=None, bar_format=form))
+            bar.n = done
+            bar.set_description_str(what)
+            step = what.partition(",")[0]  # how far it is stands behind a comma
+            if bar.disable and step != last:
+                say(f"  {done} of {steps}: {what}")
+            last = step
 
         yield show
 

@@ -165,7 +165,9 @@ def _compile_all(
     on_step: OnStep,
 ) -> None:
     plans, weights = {}, {}
-    for stage, digest in recipe.graphs.items():
+    count = len(recipe.graphs)
+    for place, (stage, digest) in enumerate(recipe.graphs.items()):
+        on_step(f"engine {stage}", place, count)
         plan, report = files = f"{stage}.plan.gz", f"{stage}.report.json.gz"
         graph = read_graph(job.bundle, job.variant, stage)
         if job.layout == "external":
@@ -173,11 +175,12 @@ def _compile_all(
         if not all([staging.kept(file, recipe.key) for file in files]):
             paths = staging.file(plan), staging.file(report)
             if not _copied(earlier.get(digest), *paths):
-                _compile(job, stage, graph, *paths, on_step)
+                _compile(job, stage, graph, *paths, _detailed(on_step, stage, place, count))
             for file in files:
                 staging.record(file, recipe.key)
         told = unpacked(Folder(staging.path, staging.files).chunks(report))
         plans[stage] = PlanFile(plan, told.plan, told.scratch, told.resident, report)
+    on_step("done", count, count)
     staging.publish(
         EngineSetManifest(files=staging.files, recipe=recipe, plans=plans, weights=weights)
     )
@@ -197,6 +200,15 @@ def _copied(earlier: EarlierPlan | None, plan: Path, report: Path) -> bool:
     except BundleError:
         return False
     return True
+
+
+def _detailed(on_step: OnStep, stage: str, place: int, count: int) -> OnStep:
+    """Return what tells how far the compilation of one of several graphs is."""
+
+    def tell(_: str, done: int, steps: int) -> None:
+        on_step(f"engine {stage}, {done} of {steps}", place, count)
+
+    return tell
 
 
 def _compile(

@@ -8,6 +8,11 @@ fp32. Every stage reads what this reference computed before it, except that bits
 recording: one bit that flips at a tie would change everything after it.
 """
 
+if __name__ == "__main__":  # importing PyTorch takes seconds, in which Ctrl-C may come
+    from varedit_runtime.terminal.start import end_on_signals
+
+    end_on_signals()
+
 import json
 import sys
 from collections.abc import Callable, Iterator

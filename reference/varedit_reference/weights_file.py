@@ -329,7 +329,9 @@ def write_safetensors(
     Shows its progress where stderr is a terminal. Raises CheckpointError, and writes nothing, if
     the disk has no room or a tensor is of no accepted float type.
     """
-    bar = partial(tqdm, desc=path.name, unit="tensor", disable=None)
+    # Without an estimate of the time left: tensors differ a thousandfold.
+    form = "{desc} |{bar}| {n_fmt} of {total_fmt} tensors, {elapsed}"
+    bar = partial(tqdm, desc=path.name, disable=None, bar_format=form)
     with whole_file(path, sum(tensor.nbytes for tensor in tensors.values())) as whole:
         write_tensors(whole, tensors, tensors.__getitem__, metadata, bar)
 
@@ -362,15 +364,20 @@ def write_tensors(
 
 
 def _ahead(make: Callable[[str], Tensor], names: Iterable[str]) -> Iterator[Tensor]:
-    """Yield the tensors in order; two more are made in threads while the caller writes one."""
-    with ThreadPoolExecutor(2) as pool:
-        pending = deque[Future[Tensor]]()
+    """Yield the tensors in order; two more are made in threads while the caller writes one.
+
+    A caller that ends early does not wait for those that are being made, which can take seconds.
+    """
+    pool, pending = ThreadPoolExecutor(2), deque[Future[Tensor]]()
+    try:
         for name in names:
             pending.append(pool.submit(make, name))
             if len(pending) == 3:  # the one that is used and two more: memory stays bounded
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _safetensors_header(layout: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str]) -> bytes:

@@ -24,10 +24,21 @@ def varedit_export() -> None:
 
 
 def _start(module: str) -> None:
+    end_on_signals()
+    try:
+        import_module(module).main()
+    except SystemExit as ended:
+        if ended.code in [128 + number for number in SIGNALS]:
+            # All is cleaned up and said: wait for no thread that computes what nobody will read.
+            os._exit(ended.code)
+        raise
+
+
+def end_on_signals() -> None:
+    """End the process with one line when a signal arrives, until a command handles signals."""
     for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # as in a shell's background
             signal.signal(number, _end)
-    import_module(module).main()
 
 
 def _end(number: int, _: FrameType | None) -> None:
