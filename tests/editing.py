@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import torch
 from agreement import compare_until_tie
@@ -22,9 +23,17 @@ from varedit_reference.pipeline import VAREdit
 from varedit_reference.scale_loop import PredictedScale
 from varedit_reference.text_encoder import TextEncoder
 from varedit_runtime.backends.base import Sampling, ScaleOutput
+from varedit_runtime.backends.wiring import TEXT
 from varedit_runtime.bundle import digest_line
 from varedit_runtime.editing.editor import Editor
-from varedit_runtime.manifest import DIGEST, MANIFEST, Manifest, canonical_json, decode_manifest
+from varedit_runtime.manifest import (
+    DIGEST,
+    MANIFEST,
+    TOKENIZER,
+    Manifest,
+    canonical_json,
+    decode_manifest,
+)
 from varedit_runtime.noise import uniform_noise
 from varedit_runtime.text import read_tokenizer
 
@@ -63,6 +72,24 @@ def changed_bundle(folder: Path, change: Callable[[Manifest], Manifest]) -> Path
     (target / MANIFEST).write_bytes(data)
     (target / DIGEST).write_bytes(digest_line(hashlib.sha256(data).hexdigest()))
     return target
+
+
+def without_text(folder: Path) -> Path:
+    """Return a copy of the small bundle without its text encoder."""
+
+    def change(manifest: Manifest) -> Manifest:
+        (variant,) = manifest.variants
+        graphs = {stage: graph for stage, graph in variant.graphs.items() if stage != TEXT}
+        files = {name: entry for name, entry in manifest.files.items() if not _of_text(name)}
+        model = msgspec.structs.replace(manifest.model, text_distance=None, text_epsilon=None)
+        variant = msgspec.structs.replace(variant, graphs=graphs)
+        return msgspec.structs.replace(manifest, variants=(variant,), files=files, model=model)
+
+    return changed_bundle(folder, change)
+
+
+def _of_text(file: str) -> bool:
+    return file == TOKENIZER or f"/{TEXT}." in file or f".{TEXT}." in file
 
 
 @cache

@@ -4,13 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
 import torch
 from bundles import bundle_config, random_weights, small_bundle
 from click.testing import CliRunner, Result
-from editing import changed_bundle, pair_bundle, picture, plain_bundle, reference
+from editing import pair_bundle, picture, plain_bundle, reference, without_text
 
 from varedit_export import bench
 from varedit_export.cli import main
@@ -19,7 +18,6 @@ from varedit_runtime.bench import INSTRUCTION, ROLLUP, MemoryUse, memory_in_use
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.editing.editor import Editor, read_instructions
 from varedit_runtime.errors import BackendError
-from varedit_runtime.manifest import Manifest
 
 SCALES = [f"scale_{k:02}" for k in range(len(bundle_config().transformer.grids))]
 STAGES = ["text_encoder", "image_encoder", "condition", "prefill", *SCALES, "image_decoder"]
@@ -133,16 +131,15 @@ def test_wrong_arguments_are_one_line(arguments: tuple[Any, ...], said: str) -> 
     assert said in refused.stderr
 
 
-def test_a_bundle_that_starts_at_text_features_is_refused(tmp_path: Path) -> None:
-    def without_text(manifest: Manifest) -> Manifest:
-        (variant,) = manifest.variants
-        graphs = {s: g for s, g in variant.graphs.items() if s != "text_encoder"}
-        variant = msgspec.structs.replace(variant, graphs=graphs)
-        return msgspec.structs.replace(manifest, variants=(variant,))
-
-    refused = run("bench", changed_bundle(tmp_path, without_text))
-    assert refused.exit_code == 1, refused.output
-    assert "without a text encoder" in refused.stderr
+def test_a_bundle_without_a_text_encoder_is_measured_on_random_features(tmp_path: Path) -> None:
+    """By both commands: this one runs the other one for the memory."""
+    bundle, file = without_text(tmp_path), tmp_path / "bench.json"
+    done = run("bench", bundle, "--repeat", 1, "--threads", 1, "--json", file)
+    assert done.exit_code == 0, done.output
+    assert "no text encoder: random features in place of an instruction's" in done.stdout
+    report = json.loads(file.read_text())
+    assert report["random_text"] and report["differing"] < 0.01
+    assert [stage["name"] for stage in report["stages"]] == STAGES[1:]
 
 
 @pytest.mark.parametrize(

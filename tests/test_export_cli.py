@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,13 @@ from click.testing import CliRunner, Result
 from fake_bundles import publish, publish_random
 
 from varedit_export.cli import main
-from varedit_export.options import BuildOptions
+from varedit_export.errors import ParityError
+from varedit_export.options import BuildOptions, VerifyOptions
 from varedit_export.resolve_options import plan_of
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.locate import RECORD, data_folder, default_root, embedded, find_bundle
+from varedit_runtime.manifest import ParityLine
+from varedit_runtime.terminal.streams import OutputError
 
 RECORDINGS = Path(__file__).parent / "golden"
 
@@ -215,3 +219,26 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     result = run(*arguments, "-o", tmp_path / "file" / "bundle")
     assert result.exit_code == 1
     assert "cannot make the folder" in result.stderr.splitlines()[-1]
+
+
+def test_a_verification_is_reported_whole_though_its_output_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def verify(bundle: Path, options: VerifyOptions, measured: Callable[[ParityLine], None]):
+        for stage in ("condition", "prefill"):
+            measured(ParityLine(stage, "largest error", 0.0, 1.0))
+        if bundle.name == "wrong":
+            raise ParityError("1 of 2 measures failed")
+
+    def echo(text: str, err: bool = False) -> None:
+        if not err:
+            raise OutputError("standard output cannot be written")
+        print(text, file=sys.stderr)
+
+    monkeypatch.setattr("varedit_export.verify", verify)
+    monkeypatch.setattr("click.echo", echo)
+    for bundle, said in (("right", "output cannot be written"), ("wrong", "1 of 2 measures")):
+        report = tmp_path / f"{bundle}.json"
+        assert said in one_line_error(run("verify", bundle, "--report", report))
+        stages = [line["stage"] for line in json.loads(report.read_text())]
+        assert stages == ["condition", "prefill"]

@@ -74,9 +74,9 @@ def test_a_failed_engine_says_how_to_find_its_first_wrong_layer(
     nano: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def verify(bundle: Path, options: VerifyOptions, measured: Callable[[ParityLine], None]):
-        measured(ParityLine("condition", "a graph's own, against the reference", 2.0, 1.0))
-        measured(ParityLine("scale_00", "logits against ONNX Runtime", 0.0, 1.0))
-        measured(ParityLine("scale_01", "logits against ONNX Runtime", 2.0, 1.0))
+        measured(ParityLine("condition", "a graph's own, against ONNX Runtime", 2.0, 1.0))
+        measured(ParityLine("scale_00", "logits", 0.0, 1.0, "onnxruntime"))
+        measured(ParityLine("scale_01", "logits", 2.0, 1.0, "onnxruntime"))
         raise ParityError("1 of 2 measures failed")
 
     monkeypatch.setattr(varedit_export, "verify", verify)

@@ -130,6 +130,7 @@ def test_verify_compares_it_with_onnx_runtime() -> None:
     lines = compare_chosen(Bundle.open(small_bundle()), choose("toy"))
     first = next(lines)
     assert "against ONNX Runtime" in first.measure and first.value <= first.tolerance
+    assert first.against == "onnxruntime"  # which `verify` goes by to name the layers to look at
 
 
 @pytest.mark.skipif(

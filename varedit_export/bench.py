@@ -21,17 +21,20 @@ from torch import nn
 
 from varedit_export.manifest_model import sources_of
 from varedit_export.parity.reference_backend import Reference, ReferenceBackend
+from varedit_runtime.backends.wiring import TEXT
 from varedit_runtime.bench import (
     INSTRUCTION,
     MemoryUse,
     Spread,
     memory_lines,
     milliseconds,
+    stages_of,
     synthetic_picture,
 )
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.editing.editor import Editor, EditResult, read_instructions
-from varedit_runtime.errors import BackendError, BundleError, ConfigError
+from varedit_runtime.editing.random_text import SAID, with_any_text
+from varedit_runtime.errors import BackendError, ConfigError
 
 # Results of the same edits, the reference's first.
 Turn = tuple[Sequence[EditResult], Sequence[EditResult]]
@@ -50,11 +53,16 @@ class TimeComparison:
 
 @dataclass(frozen=True)
 class ComparisonReport:
-    """The result of `measure_both`. differing: the share of the pictures' values that differ."""
+    """The result of `measure_both`.
+
+    differing: the share of the pictures' values that differ. random_text: whether the bundle has no
+    text encoder, and random features took its place in both.
+    """
 
     bundle: str
     digest: str
     variant: str
+    random_text: bool
     precision: str
     batch: int
     threads: int
@@ -73,20 +81,14 @@ def measure_both(
 ) -> ComparisonReport:
     """Edit a synthetic picture with both: once to warm up, then `repeat` times in turns.
 
-    Raises what `Editor.open` raises, BundleError on a bundle that starts at text features,
-    BackendError if the runtime fails in the process that measures its memory, and ConfigError
-    unless repeat and threads are at least 1.
+    Raises what `Editor.open` raises, BackendError if the runtime fails in the process that measures
+    its memory, and ConfigError unless repeat and threads are at least 1.
     """
     count = (os.cpu_count() or 1) if threads is None else threads
     if repeat < 1 or count < 1:
         raise ConfigError(f"repeat is {repeat}, threads {count}; they must be at least 1")
     bundle = Bundle.open(path)
     chosen = bundle.manifest.variant(variant)
-    if "text_encoder" not in chosen.graphs:
-        raise BundleError(
-            f"{bundle.path} was built without a text encoder, and takes no instructions: build a "
-            "bundle with one"
-        )
     # Measured before this process holds pages of the same files.
     memory = measure_memory(path, count, chosen.name)
     with Editor.open(path, threads=count, variant=chosen.name) as editor, torch_threads(count):
@@ -97,6 +99,7 @@ def measure_both(
         bundle=str(bundle.path),
         digest=bundle.digest,
         variant=editor.variant.name,
+        random_text=TEXT not in chosen.graphs,
         precision=bundle.manifest.precision,
         batch=editor.variant.batch,
         threads=count,
@@ -107,7 +110,7 @@ def measure_both(
         edit=_compare("edit", timed, lambda seconds: sum(seconds.values())),
         stages=tuple(
             _compare(name, timed, lambda seconds, name=name: seconds[name])
-            for name in warm[0][0].timings
+            for name in stages_of(warm[0][0].timings, chosen)
         ),
         differing=_share_differing(*warm),
         memory=memory,
@@ -120,6 +123,7 @@ def comparison_table(report: ComparisonReport) -> str:
         f"{report.bundle}: {report.variant}, {report.precision}, batch {report.batch}",
         f"PyTorch {report.torch}, eager, fp32, and onnxruntime {report.onnxruntime}; "
         f"{report.threads} threads; median of {report.repeat}, in turns",
+        *([SAID] if report.random_text else []),
         "",
         f"{'stage':<16}{'reference ms':>12}{'quartiles ms':>22}{'bundle ms':>12}"
         f"{'quartiles ms':>22}{'ratio':>8}",
@@ -158,21 +162,23 @@ def measure_memory(path: Path, threads: int, variant: str) -> MemoryUse:
 def open_reference(editor: Editor) -> Editor:
     """Open a bundle a second time, for PyTorch to edit with: the same weights, eager, in fp32."""
     reference = Reference.from_sources(*sources_of(editor.bundle)).of(editor.variant)
-    backend = ReferenceBackend(reference, editor.variant)
-    for module in (reference.transformer, reference.tokenizer, backend.text_encoder):
-        _lay_out(module)
-    limit = editor.variant.text_tokens
-    return Editor(editor.bundle, editor.variant, backend, read_instructions(editor.bundle, limit))
+    backend, instructions = ReferenceBackend(reference, editor.variant), None
+    _lay_out(reference.transformer)
+    _lay_out(reference.tokenizer)
+    if reference.text is not None:
+        _lay_out(backend.text_encoder)
+        instructions = read_instructions(editor.bundle, editor.variant.text_tokens)
+    return Editor(editor.bundle, editor.variant, backend, instructions)
 
 
 def _turns(editor: Editor, repeat: int) -> Iterator[Turn]:
     """Edit with both, the reference first; the first turn is a warm-up."""
     picture, batch = synthetic_picture(editor.variant), editor.variant.batch
     with open_reference(editor) as reference:
+        both = with_any_text(reference), with_any_text(editor)
         for _ in range(repeat + 1):
             theirs, ours = (
-                one.edit([picture] * batch, INSTRUCTION, seed=list(range(batch)))
-                for one in (reference, editor)
+                one.edit([picture] * batch, INSTRUCTION, seed=list(range(batch))) for one in both
             )
             yield theirs, ours
 

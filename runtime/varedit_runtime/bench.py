@@ -10,7 +10,7 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +25,10 @@ from PIL import Image
 from varedit_runtime.backends import ChosenBackend
 from varedit_runtime.backends.auto import AUTO, AutoBackend
 from varedit_runtime.backends.onnxruntime.backend import Buffer, Session
+from varedit_runtime.backends.wiring import TEXT
 from varedit_runtime.bundle import Bundle, digest_line
 from varedit_runtime.editing.editor import WHOLE_EDIT, Editor, OnScale
+from varedit_runtime.editing.random_text import SAID, with_any_text
 from varedit_runtime.errors import ConfigError, readable_size
 from varedit_runtime.files import IN_BUNDLE, atomic_file, lies_in, unwritable
 from varedit_runtime.geometry import scale_sizes
@@ -99,11 +101,13 @@ class BenchReport:
     """The result of `measure_bundle`, in seconds, bytes, and floating-point operations per second.
 
     memory: of the process, on the host. gpu_memory: what engines take of the GPU's memory.
+    random_text: whether the bundle has no text encoder, and random features took its place.
     """
 
     bundle: str
     digest: str
     variant: str
+    random_text: bool
     precision: str
     batch: int
     provider: str
@@ -137,7 +141,7 @@ def measure_bundle(
     start = perf_counter()
     with Editor.open(bundle, backend=backend, variant=variant) as editor:
         opened_seconds, opened = perf_counter() - start, memory_in_use()
-        runs = _run(editor, repeat)
+        runs = _run(with_any_text(editor), repeat)
         gpu, buffers = editor.backend.gpu_memory, editor.backend.buffer_bytes
     provider = editor.provider
     threads = getattr(editor.chosen and editor.chosen.options, "threads", None)
@@ -147,6 +151,7 @@ def measure_bundle(
         bundle=str(editor.bundle.path),
         digest=editor.bundle.digest,
         variant=measured.name,
+        random_text=TEXT not in measured.graphs,
         precision=manifest.precision,
         batch=measured.batch,
         provider=provider,
@@ -159,7 +164,7 @@ def measure_bundle(
         edit_seconds=Spread.of([sum(timings.values()) for timings in runs.edits]),
         stages=tuple(
             _stage(name, [timings[name] for timings in runs.stages], manifest.model, measured, rate)
-            for name in runs.stages[0]
+            for name in stages_of(runs.stages[0], measured)
         ),
         product_rate=rate,
         memory=_memory(editor.bundle, before, opened, runs, 0 if gpu else buffers),
@@ -207,6 +212,7 @@ def report_table(report: BenchReport) -> str:
     lines = [
         f"{report.bundle}: {report.variant}, {report.precision}, batch {report.batch}",
         f"onnxruntime {report.onnxruntime}, {report.provider}, {cores}; median of {report.repeat}",
+        *([SAID] if report.random_text else []),
         "",
         f"{'stage':<16}{'median ms':>12}{'quartiles ms':>22}{'of product rate':>18}",
     ]
@@ -342,6 +348,11 @@ def _stage(
     spread, flops = Spread.of(seconds), product_flops(name, model, variant)
     share = None if flops is None or rate is None else flops / spread.median / rate
     return StageMeasurement(name, spread, flops, share)
+
+
+def stages_of(timings: Iterable[str], variant: Variant) -> list[str]:
+    """Return the stages among an edit's timings, without a text encoder that does not exist."""
+    return [name for name in timings if name != TEXT or name in variant.graphs]
 
 
 def synthetic_picture(variant: Variant) -> Image.Image:

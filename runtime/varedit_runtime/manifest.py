@@ -265,12 +265,16 @@ class FolderManifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 class ParityLine(Struct, frozen=True, forbid_unknown_fields=True):
-    """One measured difference between a stage and the reference, from when the bundle was built."""
+    """One measured difference between a stage and the reference, from when the bundle was built.
+
+    against: the backend that another one was compared with; unset in a manifest, which has none.
+    """
 
     stage: Name
     measure: PrintableText
     value: float
     tolerance: float
+    against: Name | UnsetType = UNSET
 
 
 class Manifest(FolderManifest, frozen=True):

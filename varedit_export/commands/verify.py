@@ -1,6 +1,7 @@
 """Compare a bundle with the reference: `varedit-export verify`."""
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -15,6 +16,7 @@ from varedit_export.options import VerifyOptions
 from varedit_runtime.backends import DEFAULT, choose
 from varedit_runtime.manifest import ParityLine
 from varedit_runtime.terminal.command import BUNDLE, PATH, BackendCommand, backend_option
+from varedit_runtime.terminal.streams import OutputError
 
 
 @click.command(cls=BackendCommand)
@@ -40,12 +42,19 @@ def verify(bundle: Path, report: Path | None, options: VerifyOptions) -> None:
     if report is not None:
         check_report(report, bundle)
     lines: list[ParityLine] = []
+    failure: ParityError | None = None
+    unwritten: OutputError | None = None
 
     def show(line: ParityLine) -> None:
-        click.echo(parity_row(line))
+        nonlocal unwritten
         lines.append(line)
+        try:
+            click.echo(parity_row(line))
+        except OutputError as error:
+            if report is None:  # else what is measured can still be written there
+                raise
+            unwritten = error
 
-    failure = None
     try:
         varedit_export.verify(bundle, options, show)
     except ParityError as error:
@@ -53,13 +62,20 @@ def verify(bundle: Path, report: Path | None, options: VerifyOptions) -> None:
     if report is not None:
         write_report(msgspec.to_builtins(lines), report)
     if failure is not None:
-        backend = choose(options.backend).spec
-        failed = (line for line in lines if not line.value <= line.tolerance)
-        of_engines = (line.stage for line in failed if "against ONNX Runtime" in line.measure)
-        if backend.compiles and (stage := next(of_engines, None)):
-            named = f" --variant {shlex.quote(options.variant)}" if options.variant else ""
-            say(
-                "to find the layer that goes wrong first: varedit-export layers "
-                f"{shlex.quote(str(bundle))} {stage} --backend {backend.name}{named}"
-            )
+        _say_where_to_look(lines, bundle, options)
         raise failure
+    if unwritten is not None:
+        raise unwritten
+
+
+def _say_where_to_look(lines: Sequence[ParityLine], bundle: Path, options: VerifyOptions) -> None:
+    """Say how to find the wrong layer of the first engine that differs from ONNX Runtime."""
+    backend = choose(options.backend).spec
+    failed = (line for line in lines if not line.value <= line.tolerance)
+    stage = next((line.stage for line in failed if line.against == DEFAULT), None)
+    if backend.compiles and stage is not None:
+        named = f" --variant {shlex.quote(options.variant)}" if options.variant else ""
+        say(
+            "to find the layer that goes wrong first: varedit-export layers "
+            f"{shlex.quote(str(bundle))} {stage} --backend {backend.name}{named}"
+        )

@@ -27,10 +27,11 @@ from varedit_runtime.backends.engines.import_tensorrt import RTX
 from varedit_runtime.backends.graph_file import read_graph
 from varedit_runtime.backends.onnxruntime.backend import OnnxBackend, load_graph
 from varedit_runtime.backends.onnxruntime.options import OnnxRuntimeOptions
-from varedit_runtime.backends.wiring import Step, wire
+from varedit_runtime.backends.wiring import TEXT, Step, wire
 from varedit_runtime.bench import INSTRUCTION, synthetic_picture
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.editing.editor import Editor, read_instructions
+from varedit_runtime.editing.random_text import with_any_text
 from varedit_runtime.errors import BackendError, ConfigError, needs_extra, shown
 from varedit_runtime.manifest import Variant
 
@@ -143,10 +144,13 @@ def _without_infinities(outputs: Any) -> Any:
 
 def stage_inputs(bundle: Bundle, variant: Variant, stage: str) -> dict[str, np.ndarray]:
     """Edit a picture of noise on ONNX Runtime; return what a stage's static graph reads in it."""
-    recorder = _Recorder(bundle, variant, stage)
-    instructions = read_instructions(bundle, variant.text_tokens)
+    recorder, instructions = _Recorder(bundle, variant, stage), None
+    if TEXT in variant.graphs:
+        instructions = read_instructions(bundle, variant.text_tokens)
     with Editor(bundle, variant, recorder, instructions) as editor:
-        editor.edit([synthetic_picture(variant)] * variant.batch, INSTRUCTION, seed=0)
+        with_any_text(editor).edit(
+            [synthetic_picture(variant)] * variant.batch, INSTRUCTION, seed=0
+        )
     if recorder.inputs is None:
         raise ExportError(f"an edit runs no stage {stage}")
     return recorder.inputs
