@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from fake_bundles import publish
+from fake_bundles import publish, publish_random, publish_textless
 from test_engine_set import OF_A_MACHINE, STAGES, compile_set
 
 from varedit_engines.engine_cache import EngineCache
@@ -435,6 +435,23 @@ def test_this_machine_can_edit() -> None:
     assert "onnxruntime cpu   can run" in result.output
     memory = available_memory()
     assert memory is None or memory > 10**8
+
+
+@pytest.mark.parametrize(
+    ("publishing", "code", "said"),
+    [
+        (publish, 0, "yes"),
+        (publish_random, 1, "no: its weights are random"),
+        (publish_textless, 1, "no: it has no text encoder"),
+    ],
+)
+def test_a_bundle_that_cannot_edit_is_told(
+    publishing: Callable[[Path], Path], code: int, said: str, tmp_path: Path
+) -> None:
+    result = CliRunner().invoke(main, ["doctor", str(publishing(tmp_path / "bundle"))])
+    assert f"edits pictures    {said}" in result.output.splitlines()
+    assert "onnxruntime cpu   can run: this bundle" in result.output
+    assert result.exit_code == code
 
 
 def test_it_works_with_what_editing_needs_alone(tmp_path: Path) -> None:

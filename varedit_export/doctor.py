@@ -34,7 +34,9 @@ def all_verdicts(machine: Machine) -> tuple[Verdict, ...]:
 
 
 def can_edit(machine: Machine) -> bool:
-    """Return whether any backend can run here."""
+    """Return whether any backend can run here, and the bundle, if there is one, is for editing."""
+    if machine.bundle is not None and machine.bundle.unfit is not None:
+        return False
     return any(verdict.word == "can run" for verdict in all_verdicts(machine))
 
 
@@ -80,6 +82,8 @@ def _installed(machine: Machine) -> Iterator[str]:
 def _bundle(machine: Machine, bundle: BundleFacts) -> Iterator[str]:
     variants = ", ".join(bundle.variants)
     yield report_line("bundle", f"{bundle.path}: {bundle.precision.name}, {variants}")
+    edits = "yes" if bundle.unfit is None else f"no: {bundle.unfit}"
+    yield report_line("edits pictures", edits)
     needed = cpu_bytes(bundle)
     fits = (
         too_little(machine.memory, needed, "memory")

@@ -26,8 +26,9 @@ def inspect(bundle: Path) -> None:
 def doctor(context: click.Context, bundle: Path | None) -> None:
     """Show which backends can edit pictures here, why others cannot, and what would help.
 
-    With BUNDLE, show also whether it fits in memory, and which of its engines are for
-    this machine. Exits with 1 if no backend can edit pictures.
+    With BUNDLE, show also whether it can edit pictures, which takes a text encoder and
+    weights that are not random, whether it fits in memory, and which of its engines are
+    for this machine. Exits with 1 if no backend can run here, or BUNDLE cannot edit.
 
     \b
     varedit-export doctor

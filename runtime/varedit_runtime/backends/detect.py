@@ -91,6 +91,7 @@ def _bundle_facts(bundle: Bundle, variant: str | None) -> BundleFacts:
         precision=manifest.policy,
         weights=sum(manifest.files[weights_file(name)].size for name in bundle.components),
         variants=tuple(variant.name for variant in manifest.variants),
+        unfit=manifest.unfit,
         engines=tuple(
             facts
             for facts in engines

@@ -63,13 +63,14 @@ class EngineSetFacts:
 
 @dataclass(frozen=True)
 class BundleFacts:
-    """A bundle. weights: bytes of all its weights files."""
+    """A bundle. weights: bytes of all its weights files. unfit: why it is not for editing."""
 
     path: Path
     precision: Precision
     weights: int
     variants: tuple[str, ...]
     engines: tuple[EngineSetFacts, ...]
+    unfit: str | None = None
 
 
 @dataclass(frozen=True)
