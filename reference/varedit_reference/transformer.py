@@ -295,7 +295,12 @@ class TextPool(nn.Module):
 
 
 class Linear(nn.Linear):
-    """A linear layer that computes in compute_dtype, whatever its input's and weight's types."""
+    """A linear layer that computes in compute_dtype, whatever its input's and weight's types.
+
+    round_input: rounds what is multiplied, where a precision has fewer values of it than its type.
+    """
+
+    round_input: Callable[[Tensor], Tensor] | None = None
 
     def __init__(
         self,
@@ -311,6 +316,7 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
         dtype = self.compute_dtype
+        input = input if self.round_input is None else self.round_input(input)
         bias = self.bias if bias is None else bias
         return F.linear(
             input.to(dtype), self.weight.to(dtype), None if bias is None else bias.to(dtype)

@@ -11,7 +11,7 @@ between products (residual stream, norms, softmax, sampling) is fp32 in every pr
 To add a precision, add an entry to `PRECISIONS`. One whose weights take several tensors also needs
 a `Storage`:
 
-    Precision("int8", stored=(("transformer.blocks.*", ColumnsOfInt8()),))
+    Precision("int4", stored=(("transformer.blocks.*", ColumnsOfInt4()),))
 """
 
 import re
@@ -24,6 +24,10 @@ from typing import Any
 from varedit_runtime.errors import ConfigError, shown
 
 FLOAT32 = "float32"
+# Steps to either side of 0. A processor without VNNI adds two products at a time in 16 bits, and
+# cuts off what is larger: 2 · 255 · 63 fits, 2 · 255 · 127 does not.
+WHOLE_BYTE, SEVEN_BITS = 127, 63
+SMALLEST = 1e-30  # of what a row or column is divided by, for those of zeros
 _SIXTEEN_BITS = ("float16", "bfloat16")
 Tensor = Any  # torch's, which the runtime does not import
 
@@ -48,9 +52,46 @@ class Storage(ABC):
     def unpack(self, parts: Mapping[str, Tensor]) -> Tensor:
         """Return W in fp32."""
 
+    def round_input(self, x: Tensor) -> Tensor:
+        """Return x with the values that the product takes."""
+        return x
+
     def multiply(self, x: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
         """Return x·W in x's type, from operations that torch.onnx can export."""
-        return x @ self.unpack(parts).to(x.dtype)
+        return self.round_input(x) @ self.unpack(parts).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Int8Columns(Storage):
+    """Keep 8-bit values and a scale for each column, and multiply 8-bit integers.
+
+    Both factors are rounded to whole steps, as many to either side of 0: a column of W by the
+    largest value in it, when it is stored; a row of x by the largest value in that row, as it is
+    multiplied. So no row depends on the others in its batch, and sums of integers are exact in
+    any order.
+
+    largest: steps to either side of 0, in a column.
+    """
+
+    largest: int
+
+    def parts(self, shape: tuple[int, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
+        return {"values": ("int8", shape), "scales": (FLOAT32, shape[1:])}
+
+    def pack(self, weight: Tensor) -> dict[str, Tensor]:
+        scales = weight.abs().amax(0).clamp_min(SMALLEST) / self.largest
+        return {"values": (weight / scales).round(), "scales": scales}
+
+    def unpack(self, parts: Mapping[str, Tensor]) -> Tensor:
+        return parts["values"].float() * parts["scales"]
+
+    def steps(self, x: Tensor) -> Tensor:
+        """Return the size of a step in each row of x [.., channels]: [.., 1]."""
+        return x.abs().amax(-1, keepdim=True).clamp_min(SMALLEST) * (1 / WHOLE_BYTE)
+
+    def round_input(self, x: Tensor) -> Tensor:
+        steps = self.steps(x)
+        return (x / steps).round() * steps
 
 
 @dataclass(frozen=True)
@@ -98,17 +139,34 @@ PAST_FP16 = Kept(
 
 
 @dataclass(frozen=True)
+class Gates:
+    """How far a bundle may differ from the reference in fp32.
+
+    features: largest error of the text's features. bits: share of a scale's bits, each from the
+    noise of the expected one; 0 where only ties may differ. blocks: error of one block, over the
+    rms of what it adds, from the reference's block with the same roundings: fp32 arithmetic in
+    another order gives under 1e-4 at full size, two swapped biases of a random model over 1e-2.
+    """
+
+    features: float = 1e-3
+    bits: float = 0.0
+    blocks: float = 1e-3
+
+
+@dataclass(frozen=True)
 class Precision:
     """A choice of `--precision`.
 
-    type: of products, their weights, keys and values; kept: what stays in fp32 besides `KEPT`;
-    stored: how weights that are no single tensor are stored, by patterns of "component.product";
-    onnxruntime: whether ONNX Runtime computes it; cpu_growth: how many times the bytes of its
-    weights a CPU holds, on which ONNX Runtime computes 16 bits in fp32.
+    type: of products, their weights, keys and values; gates: what a bundle of it has to pass;
+    kept: what stays in fp32 besides `KEPT`; stored: how weights that are no single tensor are
+    stored, by patterns of "component.product"; onnxruntime: whether ONNX Runtime computes it;
+    cpu_growth: how many times the bytes of its weights a CPU holds, on which ONNX Runtime computes
+    16 bits in fp32.
     """
 
     name: str
     type: str = FLOAT32
+    gates: Gates = Gates()
     kept: tuple[Kept, ...] = ()
     stored: tuple[tuple[str, Storage], ...] = ()
     onnxruntime: bool = True
@@ -118,6 +176,20 @@ class Precision:
     def exact(self) -> bool:
         """Whether all is fp32: graphs then agree with the reference but for ties."""
         return self.type == FLOAT32 and not self.stored
+
+    @property
+    def integers(self) -> bool:
+        """Whether products are of integers, which ONNX Runtime computes on CPUs alone."""
+        return bool(self._integers)
+
+    @property
+    def whole_bytes(self) -> bool:
+        """Whether only CPUs that add products of whole bytes exactly compute it: with VNNI, say."""
+        return any(storage.largest > SEVEN_BITS for storage in self._integers)
+
+    @property
+    def _integers(self) -> list[Int8Columns]:
+        return [storage for _, storage in self.stored if isinstance(storage, Int8Columns)]
 
     @property
     def fp32_exceptions(self) -> tuple[str, ...]:
@@ -142,12 +214,30 @@ class Precision:
         return Format(self.type, next(stored, None))
 
 
+ROUNDED = Gates(features=0.1, bits=0.02)
+
+
+def _integers(name: str, largest: int) -> Precision:
+    storage = Int8Columns(largest)
+    return Precision(
+        name,
+        gates=Gates(features=0.8, bits=0.02, blocks=1e-2),
+        kept=(
+            Kept("transformer", "attention, keys and values, text pooling and memory"),
+            Kept("text_encoder", "attention, MLP output projections", ("blocks.down",)),
+        ),
+        stored=(("transformer.blocks.*", storage), ("text_encoder.blocks.*", storage)),
+    )
+
+
 PRECISIONS = {
     precision.name: precision
     for precision in (
         Precision("fp32"),
-        Precision("fp16", "float16", kept=(PAST_FP16,), cpu_growth=2),
-        Precision("bf16", "bfloat16", onnxruntime=False, cpu_growth=2),
+        Precision("fp16", "float16", ROUNDED, kept=(PAST_FP16,), cpu_growth=2),
+        Precision("bf16", "bfloat16", ROUNDED, onnxruntime=False, cpu_growth=2),
+        _integers("int8", WHOLE_BYTE),
+        _integers("int7", SEVEN_BITS),
     )
 }
 

@@ -176,6 +176,7 @@ def round_products(model: nn.Module, formats: Mapping[str, Format]) -> None:
     for product, format in formatted(model, formats):
         product.compute_dtype = torch_dtype(format.type)
         if format.storage is not None:
+            product.round_input = format.storage.round_input
             rounded = round_weight(format.storage, product.weight)
             product.weight = nn.Parameter(rounded, requires_grad=False)
 

@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from varedit_export.graphs.attention import WRITTEN_OUT, WrittenOut, cast_to, softmax_attention
+from varedit_export.graphs.integers import Quantised, Rounding, multiply, quantise
 from varedit_reference.config import MAX_LEVELS, MAX_TEXT_TOKENS, TransformerConfig
 from varedit_reference.weights_file import torch_dtype
 from varedit_runtime.errors import ConfigError, reason, shown
-from varedit_runtime.precision import Format, Precision, Storage
+from varedit_runtime.precision import Format, Int8Columns, Precision, Storage
 
 Formats = Callable[[str], Format]  # of the products of a component, by name
 
@@ -69,6 +70,7 @@ class GraphTransformer(nn.Module):
         self.text_memory = nn.ModuleDict(
             {"0": GraphLinear(text, width, memory), "2": GraphLinear(width, width, memory)}
         )
+        self.memory_rounding = Rounding(formats("blocks.cross_kv").storage)
         self.shared_modulation = GraphLinear(width, 6 * width, formats("shared_modulation"))
         self.head_modulation = GraphLinear(width, 2 * width, formats("head_modulation"))
         self.head = GraphLinear(width, 2 * config.token_channels, formats("head"))
@@ -170,7 +172,7 @@ class GraphLinear(nn.Module):
         self.weight = weight_parameter(channels_in, channels, format)
         self.bias = parameter(channels, dtype=self.dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Quantised) -> Tensor:
         return product(x, self.weight, self.dtype) + self.bias
 
 
@@ -182,7 +184,7 @@ class TextKeysValues(GraphLinear):
         super().__init__(config.width, 2 * config.width, format)
         self.heads, self.kept = config.heads, kept
 
-    def forward(self, memory_RTC: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(self, memory_RTC: Tensor | Quantised) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """Project the text memory [R, T, C] to keys [R, H, D, T] and values [R, H, T, D]."""
         keys_values = cast_to(super().forward(memory_RTC), self.kept)
         k, v = (x.unflatten(-1, (self.heads, -1)) for x in split(keys_values, 2))
@@ -220,8 +222,13 @@ class Packed(nn.Module):
                 f"{type(storage).__name__} cannot keep a weight of shape {shape}: {reason(error)}"
             ) from error
 
-    def multiply(self, x: Tensor) -> Tensor:
-        return self.storage.multiply(x, dict(self.named_parameters()))
+    def multiply(self, x: Tensor | Quantised) -> Tensor:
+        parts = dict(self.named_parameters())
+        if isinstance(x, Quantised):
+            return multiply(x, parts)
+        if isinstance(self.storage, Int8Columns):
+            return multiply(quantise(self.storage, x), parts)
+        return self.storage.multiply(x, parts)
 
 
 def weight_parameter(channels_in: int, channels: int, format: Format) -> nn.Parameter | Packed:
@@ -231,9 +238,12 @@ def weight_parameter(channels_in: int, channels: int, format: Format) -> nn.Para
     return parameter(channels_in, channels, dtype=torch_dtype(format.type))
 
 
-def product(x: Tensor, weight: Tensor | Packed, dtype: torch.dtype) -> Tensor:
-    """Compute x·W in a type."""
-    return weight.multiply(x.to(dtype)) if isinstance(weight, Packed) else x.to(dtype) @ weight
+def product(x: Tensor | Quantised, weight: Tensor | Packed, dtype: torch.dtype) -> Tensor:
+    """Compute x·W in a type. x is quantised only where the weight is packed."""
+    if isinstance(weight, Packed):
+        return weight.multiply(x if isinstance(x, Quantised) else x.to(dtype))
+    assert isinstance(x, Tensor)
+    return x.to(dtype) @ weight
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -193,8 +193,9 @@ class ConditionStage(Stage):
             "head_modulation": model.head_modulation(signal_RC).unflatten(1, (2, -1)),
             "text_bias": bias_RT[:, None, None],
         }
+        memory = model.memory_rounding(memory_RTC)
         for i, block in enumerate(model.blocks):
-            keys, values = block.cross_kv(memory_RTC)
+            keys, values = block.cross_kv(memory)
             outputs |= {f"cross_key.{i}": keys, f"cross_value.{i}": values}
         return outputs
 

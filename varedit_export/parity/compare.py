@@ -60,19 +60,19 @@ class Expected:
 class Rules:
     """What is compared of two runs, how far it may differ, and what the lines say.
 
-    outputs: the names of a scale's outputs that are compared. ties: whether bits that differ must
-    be ties; where products are rounded, a share of them may differ. half: whether every other bit
-    is forced while the others are drawn. features, tokens: tolerances of the text and image
-    encoders. largest_logit: the tolerance of guided logits, where rounding makes it more than
-    LOGITS, as a share of the largest one.
+    outputs: the names of a scale's outputs that are compared. share: of bits that may differ,
+    where products are rounded; 0: those that differ must be ties. half: whether every other bit is
+    forced while the others are drawn. features, tokens: tolerances of the text and image encoders.
+    largest_logit: the tolerance of guided logits, where rounding makes it more than LOGITS, as a
+    share of the largest one.
 
     against: names the expected run, where a report has lines against several, as " against the
-    reference". rounding: says of a share of bits what was rounded. twin: the symbolic graph that
+    reference". rounding: says what was rounded. twin: the symbolic graph that
     all scales are runs of, whose stage the lines then have.
     """
 
     outputs: Collection[str] = (LOGITS_OUT, BITS_OUT, SUM_OUT)
-    ties: bool = True
+    share: float = 0.0
     half: bool = False
     features: float = FEATURES
     tokens: float = SUMS
@@ -195,15 +195,15 @@ def _scale_lines(
         check_output(own, name, getattr(ours, name))
     if LOGITS_OUT in names:
         tolerance = max(LOGITS, rules.largest_logit * float(np.abs(theirs.logits).max()))
-        measure = f"logits{of}{against}, largest error"
+        measure = f"logits{of}{against}, largest error{rules.rounding}"
         yield line(stage, measure, ours.logits, theirs.logits, tolerance)
     differs = ours.bits != theirs.bits
-    if BITS_OUT in names and rules.ties:
+    if BITS_OUT in names and not rules.share:
         measure = f"bits{against} that differ and are no ties"
         yield ties_line(stage, measure, differs, theirs.logits, noise)
     elif BITS_OUT in names:
         measure = f"share of bits{against} that differ{rules.rounding}"
-        yield share_line(stage, measure, differs)
+        yield share_line(stage, measure, differs, rules.share)
     if SUM_OUT in names:
         measure = f"sum{after}{against}, largest error"
         yield line(stage, measure, ours.running_sum, theirs.running_sum, SUMS)

@@ -40,7 +40,7 @@ from varedit_export.parity.edit import (
     scale_sampling,
     with_grids,
 )
-from varedit_export.parity.measures import ROUNDED_FEATURES, ROUNDED_LOGITS, picture_lines
+from varedit_export.parity.measures import ROUNDED_LOGITS, ROUNDED_TOKENS, picture_lines
 from varedit_export.parity.reference_backend import Reference, ReferenceBackend
 from varedit_export.parity.static_backend import StaticBackend
 from varedit_export.parity.streamed import compare_streamed
@@ -102,8 +102,8 @@ def compare_graphs(bundle: Bundle, model: Reference) -> Iterator[ParityLine]:
     exact = precision.exact
     rules = Rules(half=True)
     if not exact:
-        outputs, said = (BITS_OUT, SUM_OUT), ", computed in fp32"
-        rules = Rules(outputs, False, half=True, features=ROUNDED_FEATURES, rounding=said)
+        said = "" if precision.integers else ", computed in fp32"
+        rules = replace(_rounded(precision), half=True, rounding=said)
     for variant in bundle.manifest.variants:
         reference = ReferenceBackend(model.of(variant), variant)
         edit, inputs = _random(variant, reference.reference.config, model.text)
@@ -120,17 +120,25 @@ def compare_graphs(bundle: Bundle, model: Reference) -> Iterator[ParityLine]:
             for stage in (SYMBOLIC, FUSED):
                 if stage in variant.graphs:
                     with closing(_onnx(bundle, variant, stage)) as twin:
-                        yield from compare_run(twin, scales, edit, {}, _twin_rules(stage, exact))
+                        of_twin = _twin_rules(stage, precision)
+                        yield from compare_run(twin, scales, edit, {}, of_twin)
         if not exact:
             yield from _compare_rounding(reference, Expected(expected.scales), edit, precision)
 
 
-def _twin_rules(stage: str, exact: bool) -> Rules:
+def _rounded(precision: Precision) -> Rules:
+    """Return how far rounded products may take a run from the reference in fp32."""
+    gates = precision.gates
+    return Rules(share=gates.bits, features=gates.features, largest_logit=ROUNDED_LOGITS)
+
+
+def _twin_rules(stage: str, precision: Precision) -> Rules:
     """Return how a twin is compared; the fused one is not what the static graphs compute."""
-    if exact:
+    if precision.exact:
         return Rules((LOGITS_OUT, SUM_OUT), twin=stage)
     bits = (BITS_OUT,) if stage == FUSED else ()
-    return Rules((*bits, SUM_OUT), ties=False, rounding=", on a CPU", twin=stage)
+    rules = replace(_rounded(precision), rounding=", on a CPU", twin=stage)
+    return replace(rules, outputs=(LOGITS_OUT, *bits, SUM_OUT))
 
 
 def _compare_rounding(
@@ -139,7 +147,7 @@ def _compare_rounding(
     """Measure what the precision's products change in the reference itself."""
     model = reference.reference.rounded(precision)
     rounding = f", reference with products rounded to {precision.name}"
-    rules = Rules((BITS_OUT,), ties=False, rounding=rounding)
+    rules = replace(_rounded(precision), outputs=(LOGITS_OUT, BITS_OUT), rounding=rounding)
     yield from compare_run(ReferenceBackend(model, reference.variant), expected, edit, {}, rules)
 
 
@@ -216,12 +224,7 @@ def compare_backend(bundle: Bundle, variant: Variant, backend: Backend) -> Itera
         )
     rules = Rules()
     if not precision.exact:
-        rules = Rules(
-            ties=False,
-            features=ROUNDED_FEATURES,
-            tokens=ROUNDED_FEATURES,
-            largest_logit=ROUNDED_LOGITS,
-        )
+        rules = replace(_rounded(precision), tokens=ROUNDED_TOKENS)
     if precision.onnxruntime:
         with closing(_onnx(bundle, variant)) as onnx:
             expected = run_edit(onnx, edit, inputs)

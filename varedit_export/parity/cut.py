@@ -8,8 +8,8 @@ pieces, each an ONNX model of its own, whose weights and caches are inputs:
 Inputs get names without the block's number, so that blocks which differ only in it give equal
 bytes: comparing those proves them alike, and they share one session.
 
-Pieces are widened to fp32, because a CPU computes fp16 in fp32 anyway, and ONNX Runtime has no bf16
-there. Weights keep the values they were rounded to.
+What is in 16 bits is widened to fp32, because a CPU computes fp16 in fp32 anyway, and ONNX Runtime
+has no bf16 there. Weights keep the values they were rounded to.
 """
 
 import mmap
@@ -38,6 +38,7 @@ from varedit_runtime.manifest import StoredWeight
 Arrays = dict[str, np.ndarray]
 
 PAST = ("past_", "reference_")  # inputs that are keys and values of earlier tokens
+SHARED = "memory_rounding/"  # nodes whose results the blocks read: see graphs/integers.py
 NARROW = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 Message = TypeVar("Message", NodeProto, TensorProto, ValueInfoProto)
 
@@ -148,7 +149,7 @@ class CutGraph:
                     self._readers[name].add(node.output[0])
         self.blocks = sorted({b for b in self._block_of.values() if b is not None})
         late = _descendants(self._nodes, {v for v, b in self._block_of.items() if b is not None})
-        outer = [node for node in self._nodes if _block(node) is None]
+        outer = [node for node in self._nodes if _block(node) is None and not _shared(node)]
         self.before = self._piece([node for node in outer if node.output[0] not in late])
         self.after = self._piece([node for node in outer if node.output[0] in late])
         self.carried: dict[int, str] = {}
@@ -159,7 +160,7 @@ class CutGraph:
                 self.carried.setdefault(block, value)
 
     def block(self, number: int) -> CutBlock:
-        nodes = [node for node in self._nodes if _block(node) == number]
+        nodes = self._of_block(number)
         core = _attention_core(nodes)
         if core is None:
             return CutBlock(self._piece(nodes, number), None, None)
@@ -192,12 +193,15 @@ class CutGraph:
         left = self.carried.get(number)
         return next(
             name
-            for node in self._nodes
-            if _block(node) == number
+            for node in self._of_block(number)
             for name in node.input
             if self._block_of.get(name, number) is None
             and (left is None or self.shapes[name] == self.shapes[left])
         )
+
+    def _of_block(self, number: int) -> list[NodeProto]:
+        """Return the nodes of a block, and those that all blocks share: each computes them."""
+        return [node for node in self._nodes if _block(node) == number or _shared(node)]
 
     def part(self, nodes: slice) -> Piece:
         """Return a slice of the nodes, in the graph's order, as a piece."""
@@ -265,8 +269,9 @@ class CutGraph:
 
     def _info(self, name: str, alias: str, any_length: bool) -> ValueInfoProto:
         if name in self.places:
-            shape = self.places[name].shape
-            return helper.make_tensor_value_info(alias, TensorProto.FLOAT, shape)
+            place = self.places[name]
+            kind = ir.DataType.from_numpy(_fed(torch.empty(0, dtype=place.dtype)).numpy().dtype)
+            return helper.make_tensor_value_info(alias, kind, place.shape)
         info = _named(self._infos[name], alias)
         if any_length:
             info.type.tensor_type.shape.dim[2].dim_param = "any"
@@ -311,7 +316,7 @@ class Runner:
             if place is None:
                 feeds[alias] = np.ascontiguousarray(values[name])
             else:
-                feeds[alias] = self._weights.read(place).float().numpy()
+                feeds[alias] = _fed(self._weights.read(place)).numpy()
         results = session.run(list(piece.outputs), feeds)
         return {
             name: np.asarray(x) for name, x in zip(piece.outputs.values(), results, strict=True)
@@ -326,6 +331,11 @@ class Runner:
         return self._sessions[piece.model]
 
 
+def _fed(weight: Tensor) -> Tensor:
+    """Return a weight in the type that pieces take it in."""
+    return weight.float() if weight.is_floating_point() else weight
+
+
 def _typed(place: StoredWeight, tensor: TensorProto) -> StoredTensor:
     """Return a weight's place with the type and shape that the graph gives it."""
     dtype = to_torch_dtype(ir.DataType(tensor.data_type))
@@ -337,6 +347,10 @@ def _typed(place: StoredWeight, tensor: TensorProto) -> StoredTensor:
 def _block(node: NodeProto) -> int | None:
     match = NODE_NAME.search(node.name)
     return int(match[1]) if match else None
+
+
+def _shared(node: NodeProto) -> bool:
+    return node.name.startswith(SHARED)
 
 
 def _attention_core(nodes: Sequence[NodeProto]) -> list[NodeProto] | None:

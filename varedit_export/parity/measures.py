@@ -4,7 +4,8 @@ Every measure is a ParityLine: a stage, what was measured, its value and its tol
 largest absolute errors where arithmetic in another order is all that may differ. Bits are another
 matter: a bit is drawn as u < p, so where u, or the nucleus's cut, lies within rounding of p, either
 bit is right. Such a tie is not counted; any other bit that differs fails the gate. Where products
-are rounded to 16 bits there are more of them than ties, and a share of the bits may differ.
+are rounded there are more of them than ties, and a share of the bits may differ. What a precision
+allows is said by its `Gates`.
 """
 
 from collections.abc import Iterable, Iterator
@@ -19,13 +20,13 @@ from varedit_runtime.manifest import ParityLine
 
 # fp32 arithmetic in another order; a wrong formula differs by far more.
 FEATURES, LOGITS, SUMS = 1e-3, 1e-3, 1e-4
-# Features and tokens, where products or weights are rounded to 16 bits.
-ROUNDED_FEATURES = 0.1
+# Source tokens, where a GPU's products are rounded to 16 bits.
+ROUNDED_TOKENS = 0.1
 # Of the largest logit: rounding flips few bits; what errs by more is another computation.
 ROUNDED_LOGITS = 0.2
-# Bits that may differ when products are rounded to 16 bits; the first scales have few, of which a
-# single one would be more.
-ROUNDED_SHARE, ROUNDED_BITS = 0.02, 2
+# Bits that may always differ when products are rounded; the first scales have few, of which a
+# single one would be more than the share that a precision allows.
+ROUNDED_BITS = 2
 
 
 def line(
@@ -53,12 +54,12 @@ def ties_line(
     return ParityLine(stage, measure, float((differs & (margin > TIE)).sum()), 0.0)
 
 
-def share_line(stage: str, measure: str, differs: np.ndarray) -> ParityLine:
-    """Measure the share of bits [B, ..] that differ, of which rounding to 16 bits may change some.
+def share_line(stage: str, measure: str, differs: np.ndarray, share: float) -> ParityLine:
+    """Measure the share of bits [B, ..] that differ. share: that may, because of rounding.
 
     A batch repeats one picture, so what is allowed to one picture is allowed to each.
     """
-    tolerance = max(ROUNDED_SHARE, ROUNDED_BITS / differs[:1].size)
+    tolerance = max(share, ROUNDED_BITS / differs[:1].size)
     return ParityLine(stage, measure, float(differs.mean()), tolerance)
 
 

@@ -53,6 +53,7 @@ from varedit_runtime.backends.graph_file import read_graph
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.manifest import ParityLine, Variant, scale_of
 from varedit_runtime.pictures import from_decoder
+from varedit_runtime.precision import Storage, product_of
 
 if TYPE_CHECKING:
     from transformers.models.t5.modeling_t5 import T5Stack
@@ -163,13 +164,13 @@ class TextComparison:
         self._graph = open_cut_graph(bundle, variant, "text_encoder")
         self._runner = Runner(files, torch.get_num_threads())
         self._config, self._depth = text.config, text.config.depth
-        self._stored = RoundedWeights(
-            text.state,
-            text_encoder_layout(text.config),
-            files,
-            "text_encoder",
-            bundle.manifest.policy,
-        )
+        self._precision, layout = bundle.manifest.policy, text_encoder_layout(text.config)
+        self._stored = RoundedWeights(text.state, layout, files, "text_encoder", self._precision)
+        self._storages = {
+            source: self._precision.format("text_encoder", product_of(name)).storage
+            for name, weight in layout.items()
+            for source in weight.sources
+        }
         shape = (variant.batch, variant.text_tokens)
         generator = torch.Generator().manual_seed(2)
         self._ids = torch.randint(3, text.config.vocabulary, shape, generator=generator)
@@ -193,7 +194,7 @@ class TextComparison:
             x_BTC = after
             stack = self._stack()
             stack.final_layer_norm = nn.Identity()  # type: ignore[assignment]
-        yield blocks_line(stage, self._depth)
+        yield blocks_line(stage, self._depth, self._precision)
         self._stored.load(norm, lambda name: f"encoder.final_layer_norm.{name}")
         values[graph.carried[self._depth - 1]] = x_BTC.numpy()
         features = self._runner.run(graph, graph.after, values)["text_features"]
@@ -203,6 +204,11 @@ class TextComparison:
         """Make an encoder of one block, without weights."""
         encoder = t5_stack(structs.replace(self._config, depth=1))
         encoder.set_input_embeddings(nn.Identity())
+        for name, module in encoder.named_modules():
+            if isinstance(module, nn.Linear):
+                storage = self._storages[_of_block(0, f"{name}.weight")]
+                if storage is not None:
+                    module.register_forward_pre_hook(partial(_round_input, storage))
         return encoder.eval()
 
     def _block(self, i: int, values: Arrays) -> Tensor:
@@ -217,6 +223,10 @@ class TextComparison:
         kept = self._mask.numpy()
         measure = f"{measure}, largest error"
         return line("text_encoder", measure, actual[kept], expected.numpy()[kept], FEATURES)
+
+
+def _round_input(storage: Storage, _: nn.Module, given: tuple[Tensor]) -> tuple[Tensor]:
+    return (storage.round_input(given[0]),)
 
 
 def _of_block(index: int, name: str) -> str:

@@ -6,8 +6,8 @@ The order of events, each step in the memory of one block:
    stream that enters them in every scale, and hands it on unchanged. Every graph, also
    without its blocks, must give the same logits, bits and sums from it.
 2. Then, block by block, the reference's block is loaded once and compared in every graph that is to
-   be compared at it (`_to_run`): one block of each kind, and all blocks of one small scale, through
-   which the exact stream runs, and of the condition.
+   be compared at it (`blocks_to_run`): one block of each kind, and all blocks of one small scale,
+   through which the exact stream runs, and of the condition.
 
 A block of a large scale is compared at `TOKENS` of its tokens: attention costs most by far, and the
 new keys and values of all tokens, which the chosen ones see, are taken from the graph (`_Seen`).
@@ -27,8 +27,10 @@ from varedit_export.graphs.layout import formatted, reference_formats, transform
 from varedit_export.graphs.stages import Shapes
 from varedit_export.parity.blockwise import (
     ComparedGraph,
+    ExactWeights,
     RoundedWeights,
     blocks_line,
+    blocks_to_run,
     open_cut_graph,
     random_values,
 )
@@ -103,6 +105,7 @@ class TransformerComparison:
         self._shapes = Shapes(
             config, variant.batch, variant.guided, variant.text_tokens, self._precision
         )
+        self._exact = ExactWeights(sources.transformer)
         self._edit = random_edit(variant, config)
         # The scale whose blocks are all run: small, so that weights cost more than computing.
         self._thorough = min(2, max(len(variant.grids) - 2, 0))
@@ -263,32 +266,36 @@ class TransformerComparison:
 
     def _blocks(self, x_RLC: Tensor) -> Iterator[ParityLine]:
         condition, *stages = self._stages
-        kinds = [_to_run(stage) for stage in stages]
+        kinds = [blocks_to_run(stage) for stage in stages]
         (thorough,) = [stage for stage in stages if stage.every]
-        thorough.x_RLC = rounded_RLC = x_RLC
+        thorough.x_RLC = other_RLC = x_RLC
         depth = self._config.transformer.depth
         for i in range(depth):
             block = self._block(i)
             text = self._text_of(block)
             self._compare_text(condition, i, text)
             if not self._precision.exact:
-                rounded_RLC = self._rounded(block, i, thorough, rounded_RLC)
+                other_RLC = self._otherwise(block, i, thorough, other_RLC)
             for stage, blocks in zip(stages, kinds, strict=True):
                 if i in blocks:
                     self._compare_block(stage, i, block, text)
-        yield blocks_line(condition, depth)
+        yield blocks_line(condition, depth, self._precision)
         for stage, blocks in zip(stages, kinds, strict=True):
-            yield blocks_line(stage, len(blocks))
+            yield blocks_line(stage, len(blocks), self._precision)
         if not self._precision.exact:
-            yield self._rounding(thorough, rounded_RLC)
+            yield self._rounding(thorough, other_RLC)
 
-    def _block(self, index: int) -> Block:
+    def _block(self, index: int, exact: bool = False) -> Block:
+        """Load a block as the bundle stores it, or as it was before it was rounded."""
         product = partial(Linear, compute_dtype=torch.float32, weight_dtype=torch.float32)
         with torch.device("meta"):
             block = Block(self._config.transformer, product)
         for linear, format in formatted(block, self._formats, f"blocks.{index}."):
             linear.type(torch_dtype(format.type))  # held as stored, widened as it is computed with
-        self._stored.load(block, lambda name: f"blocks.{index}.{name}")
+            if format.storage is not None and not exact:
+                linear.round_input = format.storage.round_input
+        weights = self._exact if exact else self._stored
+        weights.load(block, lambda name: f"blocks.{index}.{name}")
         return block
 
     def _text_of(self, block: Block) -> TextCondition:
@@ -408,25 +415,30 @@ class TransformerComparison:
     def _length(self, stage: ComparedGraph) -> int:
         return self._config.transformer.lengths[-1 if stage.scale is None else stage.scale]
 
-    def _rounded(self, block: Block, i: int, stage: ComparedGraph, x_RLC: Tensor) -> Tensor:
-        """Return the stream after a block whose products are computed as the bundle's are."""
+    def _otherwise(self, block: Block, i: int, stage: ComparedGraph, x_RLC: Tensor) -> Tensor:
+        """Return the stream after a block whose products are rounded unlike those compared.
+
+        What is stored as values and scales is compared as it is computed, and is exact here;
+        16 bits are compared in fp32, and are rounded here.
+        """
+        block = self._block(i, exact=True) if self._precision.stored else block
         products = list(formatted(block, self._formats, f"blocks.{i}."))
         for product, format in products:
             product.compute_dtype = torch_dtype(format.type)
         past = {n: x.to(self._shapes.dtype) for n, x in self._past(stage, i).items()}
         every = torch.arange(x_RLC.shape[1])
         context = _Seen(_joined(past), None, every)
-        rounded = block(x_RLC, self._text_of(block), 0, self._rotation(stage, every), context)
+        after = block(x_RLC, self._text_of(block), 0, self._rotation(stage, every), context)
         for product, _ in products:
             product.compute_dtype = torch.float32
-        return rounded
+        return after
 
-    def _rounding(self, stage: ComparedGraph, rounded_RLC: Tensor) -> ParityLine:
-        """Measure what 16-bit products change, in the reference: a CPU runs the graphs in fp32."""
+    def _rounding(self, stage: ComparedGraph, other_RLC: Tensor) -> ParityLine:
+        """Measure what rounded products change, in the reference: no CPU computes in 16 bits."""
         model, probe = self._outer()
         text, k = self._text_condition(model), self._thorough
         noise, bits = torch.tensor(stage.values["noise"][:1]).flatten(1, 2), []
-        for x_RLC in (stage.x_RLC, rounded_RLC):
+        for x_RLC in (stage.x_RLC, other_RLC):
             probe.given = x_RLC
             cache = KVCache(self._config.transformer)
             cache.scales_seen = k
@@ -436,11 +448,11 @@ class TransformerComparison:
             )
             bits.append(noise < nucleus(bit_probability(logits)))
         differs = bits[0] != bits[1]
-        if not rounded_RLC.isfinite().all():
+        if not other_RLC.isfinite().all():
             differs = torch.ones_like(differs)
         name = self._precision.name
         measure = f"share of bits that differ, reference with products rounded to {name}"
-        return share_line(stage.graph.name, measure, differs.numpy())
+        return share_line(stage.graph.name, measure, differs.numpy(), self._precision.gates.bits)
 
     def _line(self, stage: str, measure: str, actual: np.ndarray, expected: Tensor) -> ParityLine:
         """Compare the rows of the batch's first picture."""
@@ -475,14 +487,6 @@ class _Seen:
                 own = self._new[kind]
             seen[kind] = torch.cat((self._past[kind], own)) if kind in self._past else own
         return [Sight(len(keys), seen["key"], seen["value"])]
-
-
-def _to_run(stage: ComparedGraph) -> list[int]:
-    """Return the blocks to run: one of each kind, or all."""
-    kinds: dict[tuple[bytes, ...], int] = {}
-    for i in stage.graph.blocks:
-        kinds.setdefault(stage.graph.block(i).kind, i)
-    return list(stage.graph.blocks if stage.every else kinds.values())
 
 
 def _joined(past: Mapping[str, Tensor]) -> dict[str, Tensor]:
