@@ -169,10 +169,10 @@ def test_a_flipped_bit_counts_the_same_in_every_batch() -> None:
     for batch in (1, 2, 4):
         differs = np.zeros((batch, 1, 1, 24), np.bool_)
         differs[..., :2] = True
-        line = share_line("scale_00", "share", differs)
+        line = share_line("scale_00", "share", differs, 0.02)
         assert line.value <= line.tolerance
         differs[..., :3] = True
-        line = share_line("scale_00", "share", differs)
+        line = share_line("scale_00", "share", differs, 0.02)
         assert not line.value <= line.tolerance
 
 

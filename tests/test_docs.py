@@ -68,7 +68,7 @@ def test_the_stages_have_the_inputs_and_outputs_that_are_said() -> None:
         ("Gates of a bundle", "running sum", measures.SUMS),
         ("Gates of a bundle", "source tokens", measures.SUMS),
         ("Gates of a bundle", "text features, fp32", measures.FEATURES),
-        ("Gates of a bundle", "share of bits", measures.ROUNDED_SHARE),
+        ("Gates of a bundle", "share of bits", named("fp16").gates.bits),
         ("Gates of the reference", "encoder features", golden.FEATURES),
         ("Gates of the reference", "quantiser", golden.SIGN_MARGIN),
         ("Gates of the reference", "quantised sum", golden.SUMS),

@@ -36,7 +36,7 @@ from varedit_runtime.backends.machine import (
 )
 from varedit_runtime.backends.onnxruntime import backend as onnx_backend
 from varedit_runtime.backends.onnxruntime.backend import Session
-from varedit_runtime.backends.onnxruntime.spec import failed_providers
+from varedit_runtime.backends.onnxruntime.spec import WHOLE_BYTES, failed_providers
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import BackendError, BundleError
 from varedit_runtime.precision import named
@@ -44,7 +44,8 @@ from varedit_runtime.precision import named
 ADA = Gpu("NVIDIA RTX 4090", "sm89", 24 * 10**9, 20 * 10**9)
 HOPPER = Gpu("NVIDIA H200", "sm90", None, None)
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
-FP32, FP16, BF16 = map(named, ("fp32", "fp16", "bf16"))
+FP32, FP16, BF16, INT8, INT7 = map(named, ("fp32", "fp16", "bf16", "int8", "int7"))
+NO_VNNI = {WHOLE_BYTES: "this processor has no VNNI"}
 EXTRA = dict.fromkeys(EXPORT, "1.0")
 LAPTOP = Machine(
     python="3.11.7",
@@ -103,7 +104,24 @@ SWAP_BACK = "`pip uninstall onnxruntime-gpu` and `pip install --force-reinstall 
 @pytest.mark.parametrize(
     ("machine", "backend", "word", "said"),
     [
-        (LAPTOP, "onnxruntime cpu", "can run", "fp32"),
+        (LAPTOP, "onnxruntime cpu", "can run", "fp32 or int8"),
+        (probed(LAPTOP, "onnxruntime", failed=NO_VNNI), "onnxruntime cpu", "can run", "int7"),
+        (with_bundle(LAPTOP, precision=INT8), "onnxruntime cpu", "can run", "this bundle"),
+        (
+            probed(with_bundle(LAPTOP, precision=INT8), "onnxruntime", failed=NO_VNNI),
+            "onnxruntime cpu",
+            "cannot",
+            "no VNNI: build with --precision int7",
+        ),
+        (
+            probed(with_bundle(LAPTOP, precision=INT7), "onnxruntime", failed=NO_VNNI),
+            "onnxruntime cpu",
+            "can run",
+            "this bundle",
+        ),
+        (with_bundle(SERVER, precision=INT8), "onnxruntime cuda", "cannot", "CPUs alone"),
+        (with_bundle(SERVER, precision=INT7), "tensorrt", "cannot", "CPUs alone"),
+        (with_bundle(SERVER, precision=INT8), "tensorrt-rtx", "cannot", "--precision fp16"),
         (
             probed(without(LAPTOP, "onnxruntime"), "onnxruntime", offers=()),
             "onnxruntime cpu",

@@ -28,6 +28,7 @@ from varedit_runtime.precision import (
     FLOAT32,
     PRECISIONS,
     Format,
+    Gates,
     Precision,
     Storage,
     named,
@@ -38,7 +39,7 @@ from varedit_runtime.precision import (
 
 
 @dataclass(frozen=True)
-class Int8Columns(Storage):
+class ToyColumns(Storage):
     """Keep 8-bit values, and a scale for each column."""
 
     def parts(self, shape: tuple[int, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -52,9 +53,10 @@ class Int8Columns(Storage):
         return parts["values"].float() * parts["scales"]
 
 
-INT8 = Precision(
-    "int8",
-    stored=(("transformer.blocks.*", Int8Columns()),),
+TOY = Precision(
+    "toy8",
+    gates=Gates(bits=0.02),
+    stored=(("transformer.blocks.*", ToyColumns()),),
     cpu_growth=4,
 )
 
@@ -62,7 +64,7 @@ INT8 = Precision(
 @pytest.fixture(scope="module", autouse=True)
 def registered() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(PRECISIONS, INT8.name, INT8)
+        patch.setitem(PRECISIONS, TOY.name, TOY)
         yield
 
 
@@ -70,7 +72,7 @@ def registered() -> Iterator[None]:
 def bundle(registered: None) -> Bundle:
     """Parity with the reference is proven as it is built."""
     return Bundle.open(
-        built("int8", lambda target: BundlePlan([request(target, "int8")], random_weights()))
+        built("toy8", lambda target: BundlePlan([request(target, "toy8")], random_weights()))
     )
 
 
@@ -93,7 +95,7 @@ def test_its_weights_are_values_and_scales(bundle: Bundle) -> None:
 
 def test_it_is_verified_from_its_own_weights(bundle: Bundle) -> None:
     output = run("verify", bundle.path)
-    assert "rounded to int8" in output and "EXCEEDED" not in output
+    assert "rounded to toy8" in output and "EXCEEDED" not in output
 
 
 def test_it_is_compared_block_by_block(bundle: Bundle) -> None:
@@ -110,18 +112,18 @@ def test_it_edits(bundle: Bundle) -> None:
 
 
 def test_the_commands_know_it(bundle: Bundle) -> None:
-    assert "[fp32|fp16|bf16|int8]" in run("build", "--help")
+    assert "[fp32|fp16|bf16|int8|int7|toy8]" in run("build", "--help")
     inspected = run("inspect", bundle.path)
-    assert "int8; in fp32: transformer: residual stream" in inspected
-    assert f"{bundle.path}: int8, " in CliRunner().invoke(main, ["doctor", str(bundle.path)]).output
+    assert "toy8; in fp32: transformer: residual stream" in inspected
+    assert f"{bundle.path}: toy8, " in CliRunner().invoke(main, ["doctor", str(bundle.path)]).output
 
 
 def test_a_program_without_it_says_so(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(PRECISIONS, INT8.name)
-    with pytest.raises(BundleError, match=r"its precision is int8.* knows only fp32, fp16, bf16"):
+    monkeypatch.delitem(PRECISIONS, TOY.name)
+    with pytest.raises(BundleError, match=r"its precision is toy8.* knows only fp32, fp16, bf16"):
         Bundle.open(bundle.path)
-    with pytest.raises(ConfigError, match="'int8'; there are fp32, fp16, bf16"):
-        request(Path("x"), "int8")
+    with pytest.raises(ConfigError, match="'toy8'; there are fp32, fp16, bf16"):
+        request(Path("x"), "toy8")
 
 
 # Storages that break the rules
@@ -146,18 +148,18 @@ def test_a_program_without_it_says_so(bundle: Bundle, monkeypatch: pytest.Monkey
 def test_parts_that_no_file_can_hold_are_refused(
     parts: dict[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Int8Columns, "parts", lambda storage, shape: parts)
-    with pytest.raises(ConfigError, match=r"Int8Columns cannot keep a weight of shape \(4, 4\): "):
-        Packed(Int8Columns(), (4, 4))
+    monkeypatch.setattr(ToyColumns, "parts", lambda storage, shape: parts)
+    with pytest.raises(ConfigError, match=r"ToyColumns cannot keep a weight of shape \(4, 4\): "):
+        Packed(ToyColumns(), (4, 4))
 
 
 @pytest.mark.parametrize("packed", [{}, {"values": torch.ones(4)}, {"other": torch.ones(4, 4)}])
 def test_what_is_packed_must_be_the_parts(
     packed: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Int8Columns, "pack", lambda storage, weight: packed)
-    with pytest.raises(ConfigError, match="Int8Columns packs other tensors than its parts say"):
-        pack(Int8Columns(), torch.ones(4, 4))
+    monkeypatch.setattr(ToyColumns, "pack", lambda storage, weight: packed)
+    with pytest.raises(ConfigError, match="ToyColumns packs other tensors than its parts say"):
+        pack(ToyColumns(), torch.ones(4, 4))
 
 
 # The entries

@@ -18,6 +18,7 @@ from varedit_export.parity.compare_bundle import compare_bundle
 from varedit_export.parity.measures import gate
 from varedit_export.plan import BundlePlan, GraphPlan, VariantPlan, VariantRequest
 from varedit_reference.weights_file import check_room
+from varedit_runtime.backends.onnxruntime.integers import check_exact
 from varedit_runtime.bundle import Bundle, work_folder
 from varedit_runtime.manifest import (
     TOKENIZER,
@@ -42,12 +43,14 @@ def assemble(plan: BundlePlan, on_step: OnStep) -> list[ParityLine]:
 
     Raises CheckpointError if the disk has no room or the folder cannot be made, BundleError if
     another process builds the same bundle, ExportError if memory is too small, and its ParityError
-    if a graph is not as expected. Finished weights and graphs are kept for the next attempt after a
-    failure or interrupt; an earlier bundle of the same name stays until the new one is complete.
+    if a graph is not as expected, BackendError if this processor computes the precision wrongly.
+    Finished weights and graphs are kept for the next attempt after a failure or interrupt; an
+    earlier bundle of the same name stays until the new one is complete.
     """
     target, needed = plan.request.target, needs(plan)
     check_room(target.parent, needed.disk - present(work_folder(target)))
     check_memory(needed.memory)
+    check_exact(plan.request.policy)  # now, as it will be compared
     steps = len(plan.components) + plan.graph_count + 2
     with Staging(target) as staging:
         work = _Work(plan, staging, on_step, steps)

@@ -32,7 +32,8 @@ def _lines(bundle: Bundle) -> Iterator[str]:
             f"{len(variant.grids)} scales, batch {variant.batch}, rows {variant.rows}, "
             f"{variant.text_tokens} text tokens"
         )
-        yield f"             on a GPU: {budget(bundle, variant)}"
+        if manifest.policy.no_gpu is None:
+            yield f"             on a GPU: {budget(bundle, variant)}"
         for name, needed in set_budgets(bundle, variant):
             yield f"             on a GPU, {name}: {needed}"
     for name, entry in sorted(manifest.files.items()):

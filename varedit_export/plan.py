@@ -73,10 +73,10 @@ class VariantRequest:
                 f"a bundle takes a batch of 1 to {LARGEST_BATCH} and 2 to 512 text tokens, not "
                 f"{self.batch} and {self.text_tokens}"
             )
-        if self.fused_attention and not self.policy.onnxruntime:
+        if self.fused_attention and (not self.policy.onnxruntime or self.policy.no_gpu):
             raise ConfigError(
-                f"ONNX Runtime runs no {self.precision}: build with --precision fp16, or without "
-                "--fused-attention"
+                f"ONNX Runtime runs no {self.precision} on a GPU: build with --precision fp16, or "
+                "without --fused-attention"
             )
 
     @property

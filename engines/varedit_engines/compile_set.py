@@ -18,7 +18,7 @@ from msgspec import structs
 
 from varedit_engines import OnStep
 from varedit_engines.engine_cache import EngineCache
-from varedit_engines.engine_compiler import EngineCompiler, slow_precision
+from varedit_engines.engine_compiler import EngineCompiler, check_precision, slow_precision
 from varedit_engines.engine_report import packed, unpacked
 from varedit_engines.network import external_inputs
 from varedit_engines.publish import Staging
@@ -59,12 +59,18 @@ def stages_of(variant: Variant, layout: EngineLayout) -> list[str]:
 
 @dataclass(frozen=True)
 class CompileJob:
-    """A compilation: a bundle, one of its variants (by default the first), layout and compiler."""
+    """A compilation: a bundle, one of its variants (by default the first), layout and compiler.
+
+    Raises ConfigError if no engines can be compiled of the bundle's precision.
+    """
 
     bundle: Bundle
     layout: EngineLayout
     compiler: EngineCompiler
     variant_name: str | None = None
+
+    def __post_init__(self) -> None:
+        check_precision(self.bundle.manifest.policy)
 
     @property
     def variant(self) -> Variant:

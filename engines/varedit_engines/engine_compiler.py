@@ -227,6 +227,12 @@ def this_gpu(backend: EngineKind) -> str:
     return f"sm{major}{minor}{model}"
 
 
+def check_precision(precision: Precision) -> None:
+    """Raise ConfigError if no engines can be compiled of a precision."""
+    if precision.no_gpu:
+        raise ConfigError(f"no engine can be compiled of it: {precision.no_gpu}")
+
+
 def slow_precision(precision: Precision) -> str | None:
     """Say what engines of fp32 cost, in one line; None for other precisions."""
     if precision.type != FLOAT32:

@@ -183,6 +183,13 @@ class Precision:
         return bool(self._integers)
 
     @property
+    def no_gpu(self) -> str | None:
+        """Why no GPU computes it, and what helps; None where one does."""
+        if not self.integers:
+            return None
+        return f"{self.name} is for ONNX Runtime on CPUs alone: build with --precision fp16"
+
+    @property
     def whole_bytes(self) -> bool:
         """Whether only CPUs that add products of whole bytes exactly compute it: with VNNI, say."""
         return any(storage.largest > SEVEN_BITS for storage in self._integers)
@@ -221,7 +228,7 @@ def _integers(name: str, largest: int) -> Precision:
     storage = Int8Columns(largest)
     return Precision(
         name,
-        gates=Gates(features=0.8, bits=0.02, blocks=1e-2),
+        gates=Gates(features=0.8, bits=0.02, blocks=5e-3),
         kept=(
             Kept("transformer", "attention, keys and values, text pooling and memory"),
             Kept("text_encoder", "attention, MLP output projections", ("blocks.down",)),

@@ -11,7 +11,7 @@ import click
 from click.core import ParameterSource
 
 import varedit_export
-from varedit_engines.engine_compiler import slow_precision
+from varedit_engines.engine_compiler import check_precision, slow_precision
 from varedit_export.commands.engines import compile_and_show
 from varedit_export.commands.shared_options import (
     architectures_option,
@@ -202,6 +202,7 @@ def _engine_options(
     """
     if find_backend(backend).compiles:
         engines = EngineOptions(backend, layout=layout, architectures=architectures)
+        check_precision(named(precision))
         engines.compiler()
         if advice := slow_precision(named(precision)):
             say(advice)

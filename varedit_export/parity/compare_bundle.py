@@ -51,6 +51,7 @@ from varedit_reference.weights_file import check_finite, open_weights
 from varedit_runtime.backends import DEFAULT, ChosenBackend
 from varedit_runtime.backends.base import Backend, ScaleOutput
 from varedit_runtime.backends.onnxruntime.backend import OnnxBackend
+from varedit_runtime.backends.onnxruntime.integers import check_exact
 from varedit_runtime.backends.onnxruntime.options import OnnxRuntimeOptions
 from varedit_runtime.backends.wiring import FUSED, SYMBOLIC, TEXT
 from varedit_runtime.bundle import Bundle
@@ -67,8 +68,10 @@ LARGEST_WHOLE = 10**9
 def compare_bundle(bundle: Bundle, config: ModelConfig, sources: Sources) -> Iterator[ParityLine]:
     """Compare every graph of every variant with the reference of these weights.
 
-    They are those that the bundle was built from or, by `sources_of`, its own.
+    They are those that the bundle was built from or, by `sources_of`, its own. Raises BackendError
+    if this processor computes the bundle's precision wrongly.
     """
+    check_exact(bundle.manifest.policy)
     if is_large(count_parameters(bundle)):
         return compare_streamed(bundle, config, sources)
     return compare_graphs(bundle, Reference.from_sources(config, sources))

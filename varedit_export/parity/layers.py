@@ -21,7 +21,7 @@ import onnx
 from onnx import TensorProto
 
 from varedit_engines.compile_set import stages_of
-from varedit_engines.engine_compiler import EngineCompiler
+from varedit_engines.engine_compiler import EngineCompiler, check_precision
 from varedit_export.errors import ExportError
 from varedit_runtime.backends.engines.import_tensorrt import RTX
 from varedit_runtime.backends.graph_file import read_graph
@@ -62,8 +62,9 @@ def first_wrong_layer(
 ) -> Layer | None:
     """Compile a stage with all layers' outputs, and return the first that differs; None if none.
 
-    Raises ConfigError on an unknown stage or a bf16 bundle, MissingExtraError without Polygraphy,
-    BackendError if the graph does not compile or the engine cannot run here.
+    Raises ConfigError on an unknown stage, or a bundle whose precision cannot be compared,
+    MissingExtraError without Polygraphy, BackendError if the graph does not compile or the engine
+    cannot run here.
     """
     chosen = bundle.manifest.variant(variant)
     if stage not in (known := stages_of(chosen, "external")):
@@ -73,6 +74,7 @@ def first_wrong_layer(
             f"{bundle.path} is in {precision.name}, which ONNX Runtime does not compute on CPUs: "
             "compare the layers of the same model in fp16"
         )
+    check_precision(precision)
     graph = with_all_outputs(read_graph(bundle, chosen, stage))
     with needs_extra("polygraphy"):
         from polygraphy import config

@@ -26,6 +26,7 @@ from varedit_runtime.backends.spec import (
     too_little,
     try_import,
 )
+from varedit_runtime.errors import BackendError
 
 if TYPE_CHECKING:
     from varedit_runtime.backends.engines.backend import EngineBackend
@@ -71,6 +72,10 @@ class EngineSpec(BackendSpec[EngineBackendOptions]):
     def open(
         self, bundle: "Bundle", variant: "Variant", options: EngineBackendOptions
     ) -> "EngineBackend":
+        if why := bundle.manifest.policy.no_gpu:
+            raise BackendError(
+                f"{bundle.path} can have no engines: {why}, or use --backend onnxruntime"
+            )
         from varedit_runtime.backends.engines.backend import open_engines
 
         return open_engines(
@@ -104,6 +109,8 @@ class EngineSpec(BackendSpec[EngineBackendOptions]):
         return Verdict(self.name, "cannot", "it is not installed", (install_command(self.name),))
 
     def _verdict(self, machine: Machine) -> Verdict:
+        if machine.bundle is not None and (why := machine.bundle.precision.no_gpu):
+            return Verdict(self.name, "cannot", why)
         gpu = self._gpu(machine)
         if gpu is None:
             return self._elsewhere(machine)

@@ -19,11 +19,13 @@ from varedit_runtime.backends.graph_backend import GraphBackend
 from varedit_runtime.backends.graph_file import read_graph
 from varedit_runtime.backends.interrupt import run_stoppable
 from varedit_runtime.backends.onnxruntime import cuda
+from varedit_runtime.backends.onnxruntime.integers import check_exact
 from varedit_runtime.backends.onnxruntime.options import PROVIDERS, OnnxRuntimeOptions
 from varedit_runtime.backends.wiring import FUSED, SYMBOLIC, Step, View, constants, values_of
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import BackendError, one_line, readable_size
 from varedit_runtime.manifest import Variant
+from varedit_runtime.precision import Precision
 
 ARENAS = {"cpu": "cpu:0", "cuda": "gpu:0"}
 # By the provider that a graph is loaded on.
@@ -215,11 +217,7 @@ class OnnxBackend(GraphBackend):
         if twin is None:
             twin = FUSED if provider == "cuda" and FUSED in variant.graphs else SYMBOLIC
         super().__init__(variant, bundle.manifest.model, provider, symbolic=True, twin=twin)
-        if not (precision := bundle.manifest.policy).onnxruntime:
-            raise BackendError(
-                f"the bundle is {precision.name}, which ONNX Runtime cannot run: build with "
-                "--precision fp32 for a CPU or fp16 for a GPU, or run engines"
-            )
+        _check_precision(bundle.manifest.policy, provider)
         self._threads, self._twin = options.threads or 0, twin
         self._sessions = self._load(bundle)
         self._values = self._allocate(list(self.steps.values()))
@@ -294,6 +292,18 @@ def check_provider(provider: str) -> None:
         )
     if provider == "cuda":
         cuda.check_version()
+
+
+def _check_precision(precision: Precision, provider: str) -> None:
+    """Raise BackendError if the provider does not compute a precision here."""
+    if not precision.onnxruntime:
+        raise BackendError(
+            f"the bundle is {precision.name}, which ONNX Runtime cannot run: build with "
+            "--precision fp32 for a CPU or fp16 for a GPU, or run engines"
+        )
+    if provider == "cuda" and precision.no_gpu:
+        raise BackendError(f"the bundle cannot run on a GPU ({precision.no_gpu}), or use the CPU")
+    check_exact(precision)
 
 
 @contextmanager

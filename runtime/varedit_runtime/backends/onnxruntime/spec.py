@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from varedit_runtime.manifest import Variant
 
 CPU, CUDA = "onnxruntime cpu", "onnxruntime cuda"
+WHOLE_BYTES = "whole bytes"  # a probe's name for exact products of 8-bit integers
 TO_GPU = (
     "pip uninstall onnxruntime",
     'pip install --force-reinstall "onnxruntime-gpu[cuda,cudnn]"',
@@ -40,8 +41,11 @@ class OnnxRuntime(BackendSpec[OnnxRuntimeOptions]):
         module = try_import("onnxruntime")
         if isinstance(module, str):
             return ProbeResult(module)
+        from varedit_runtime.backends.onnxruntime.integers import INEXACT, exact
+
         available = tuple(module.get_available_providers())
-        return ProbeResult("", available, failed_providers(available))
+        failed = failed_providers(available)
+        return ProbeResult("", available, failed if exact() else failed | {WHOLE_BYTES: INEXACT})
 
     def report(self, machine: Machine) -> Iterator[tuple[str, str]]:
         yield from super().report(machine)
@@ -64,9 +68,12 @@ class OnnxRuntime(BackendSpec[OnnxRuntimeOptions]):
         if why := self._absent(machine) or machine.probe(self.name).failed.get("cpu"):
             fix = TO_CPU if _both(machine) else ("pip install --force-reinstall onnxruntime",)
             return Verdict(CPU, "cannot", why, fix)
-        bundle = machine.bundle
+        bundle, inexact = machine.bundle, machine.probe(self.name).failed.get(WHOLE_BYTES)
         if bundle is None:
-            return Verdict(CPU, "can run", "bundles in fp32 that fit in memory")
+            kinds = f"fp32 or {'int7' if inexact else 'int8'}"
+            return Verdict(CPU, "can run", f"bundles in {kinds} that fit in memory")
+        if bundle.precision.whole_bytes and inexact:
+            return Verdict(CPU, "cannot", f"{inexact}: build with --precision int7")
         if not bundle.precision.onnxruntime:
             why = f"CPUs do not compute {bundle.precision.name}: build with --precision fp32"
             return Verdict(CPU, "cannot", why)
@@ -94,6 +101,8 @@ class OnnxRuntime(BackendSpec[OnnxRuntimeOptions]):
         if not machine.bundle.precision.onnxruntime:
             name = machine.bundle.precision.name
             why = f"it runs no {name}: build with --precision fp16, or engines"
+            return Verdict(CUDA, "cannot", why)
+        if why := machine.bundle.precision.no_gpu:
             return Verdict(CUDA, "cannot", why)
         most_free = max((gpu.free for gpu in gpus if gpu.free is not None), default=None)
         if why := too_little(most_free, int(PEAK * machine.bundle.weights), "GPU memory"):
