@@ -30,6 +30,7 @@ from varedit_export.parity.static_backend import StaticBackend
 from varedit_runtime.backends.base import Sampling, ScaleOutput
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.manifest import ParityLine
+from varedit_runtime.precision import Gates
 
 BROKEN = 2  # the scale
 
@@ -169,10 +170,10 @@ def test_a_flipped_bit_counts_the_same_in_every_batch() -> None:
     for batch in (1, 2, 4):
         differs = np.zeros((batch, 1, 1, 24), np.bool_)
         differs[..., :2] = True
-        line = share_line("scale_00", "share", differs, 0.02)
+        line = share_line("scale_00", "share", differs, Gates(bits=0.02))
         assert line.value <= line.tolerance
         differs[..., :3] = True
-        line = share_line("scale_00", "share", differs, 0.02)
+        line = share_line("scale_00", "share", differs, Gates(bits=0.02))
         assert not line.value <= line.tolerance
 
 

@@ -168,7 +168,7 @@ def test_it_is_compared_block_by_block(bundle: Bundle) -> None:
     blocks = [line for line in lines if "rms error over what they add" in line.measure]
     assert {"condition", "prefill", "scale_01", "text_encoder"} <= {line.stage for line in blocks}
     (share,) = [line for line in lines if "reference with products rounded" in line.measure]
-    assert share.value <= 0.02
+    assert share.value <= 0.02  # of a random model, whose bits are decided far from one half
 
 
 def test_it_edits(bundle: Bundle) -> None:

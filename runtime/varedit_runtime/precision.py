@@ -143,13 +143,15 @@ class Gates:
     """How far a bundle may differ from the reference in fp32.
 
     features: largest error of the text's features. bits: share of a scale's bits, each from the
-    noise of the expected one; 0 where only ties may differ. blocks: error of one block, over the
+    noise of the expected one; 0 where only ties may differ. few: bits that always may, as the first
+    scales have few, of which one would be more than a share. blocks: error of one block, over the
     rms of what it adds, from the reference's block with the same roundings: fp32 arithmetic in
     another order gives under 1e-4 at full size, two swapped biases of a random model over 1e-2.
     """
 
     features: float = 1e-3
     bits: float = 0.0
+    few: int = 2
     blocks: float = 1e-3
 
 
@@ -228,7 +230,7 @@ def _integers(name: str, largest: int) -> Precision:
     storage = Int8Columns(largest)
     return Precision(
         name,
-        gates=Gates(features=0.8, bits=0.02, blocks=5e-3),
+        gates=Gates(features=0.8, bits=0.05, few=4, blocks=5e-3),
         kept=(
             Kept("transformer", "attention, keys and values, text pooling and memory"),
             Kept("text_encoder", "attention, MLP output projections", ("blocks.down",)),

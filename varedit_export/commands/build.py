@@ -76,7 +76,8 @@ if TYPE_CHECKING:
     type=Registered("precision", lambda: (AUTO, *PRECISIONS)),
     default=AUTO,
     show_default=True,
-    help="auto: fp16 for a backend that runs on a GPU, else fp32.",
+    help="auto: fp16 for a backend that runs on a GPU, else fp32. int8, int7: for CPUs with and "
+    "without VNNI.",
 )
 @click.option("--batch", type=int, default=1, show_default=True, help="Pictures at a time.")
 @click.option(

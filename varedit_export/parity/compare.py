@@ -43,6 +43,7 @@ from varedit_runtime.backends.base import (
 from varedit_runtime.backends.wiring import DECODER, ENCODER, TEXT
 from varedit_runtime.manifest import ParityLine, scale_name
 from varedit_runtime.pictures import from_decoder
+from varedit_runtime.precision import Gates
 
 CoderInputs = Mapping[str, Sequence[np.ndarray]]
 LOGITS_OUT, BITS_OUT, SUM_OUT = "logits", "bits", "running_sum"
@@ -60,9 +61,9 @@ class Expected:
 class Rules:
     """What is compared of two runs, how far it may differ, and what the lines say.
 
-    outputs: the names of a scale's outputs that are compared. share: of bits that may differ,
-    where products are rounded; 0: those that differ must be ties. half: whether every other bit is
-    forced while the others are drawn. features, tokens: tolerances of the text and image encoders.
+    outputs: the names of a scale's outputs that are compared. rounded: how many bits may
+    differ, where products are rounded; None: those that differ must be ties. half: whether every
+    other bit is forced while the others are drawn. features, tokens: tolerances of the text and image encoders.
     largest_logit: the tolerance of guided logits, where rounding makes it more than LOGITS, as a
     share of the largest one.
 
@@ -72,7 +73,7 @@ class Rules:
     """
 
     outputs: Collection[str] = (LOGITS_OUT, BITS_OUT, SUM_OUT)
-    share: float = 0.0
+    rounded: Gates | None = None
     half: bool = False
     features: float = FEATURES
     tokens: float = SUMS
@@ -198,12 +199,12 @@ def _scale_lines(
         measure = f"logits{of}{against}, largest error{rules.rounding}"
         yield line(stage, measure, ours.logits, theirs.logits, tolerance)
     differs = ours.bits != theirs.bits
-    if BITS_OUT in names and not rules.share:
+    if BITS_OUT in names and rules.rounded is None:
         measure = f"bits{against} that differ and are no ties"
         yield ties_line(stage, measure, differs, theirs.logits, noise)
-    elif BITS_OUT in names:
+    elif BITS_OUT in names and rules.rounded is not None:
         measure = f"share of bits{against} that differ{rules.rounding}"
-        yield share_line(stage, measure, differs, rules.share)
+        yield share_line(stage, measure, differs, rules.rounded)
     if SUM_OUT in names:
         measure = f"sum{after}{against}, largest error"
         yield line(stage, measure, ours.running_sum, theirs.running_sum, SUMS)

@@ -132,7 +132,7 @@ def compare_graphs(bundle: Bundle, model: Reference) -> Iterator[ParityLine]:
 def _rounded(precision: Precision) -> Rules:
     """Return how far rounded products may take a run from the reference in fp32."""
     gates = precision.gates
-    return Rules(share=gates.bits, features=gates.features, largest_logit=ROUNDED_LOGITS)
+    return Rules(rounded=gates, features=gates.features, largest_logit=ROUNDED_LOGITS)
 
 
 def _twin_rules(stage: str, precision: Precision) -> Rules:

@@ -17,6 +17,7 @@ from varedit_export.errors import ParityError
 from varedit_reference.sampling import TIE, tie_margin
 from varedit_runtime.backends.wiring import DECODER
 from varedit_runtime.manifest import ParityLine
+from varedit_runtime.precision import Gates
 
 # fp32 arithmetic in another order; a wrong formula differs by far more.
 FEATURES, LOGITS, SUMS = 1e-3, 1e-3, 1e-4
@@ -24,9 +25,6 @@ FEATURES, LOGITS, SUMS = 1e-3, 1e-3, 1e-4
 ROUNDED_TOKENS = 0.1
 # Of the largest logit: rounding flips few bits; what errs by more is another computation.
 ROUNDED_LOGITS = 0.2
-# Bits that may always differ when products are rounded; the first scales have few, of which a
-# single one would be more than the share that a precision allows.
-ROUNDED_BITS = 2
 
 
 def line(
@@ -54,12 +52,12 @@ def ties_line(
     return ParityLine(stage, measure, float((differs & (margin > TIE)).sum()), 0.0)
 
 
-def share_line(stage: str, measure: str, differs: np.ndarray, share: float) -> ParityLine:
-    """Measure the share of bits [B, ..] that differ. share: that may, because of rounding.
+def share_line(stage: str, measure: str, differs: np.ndarray, gates: Gates) -> ParityLine:
+    """Measure the share of bits [B, ..] that differ. gates: say how many may, because of rounding.
 
     A batch repeats one picture, so what is allowed to one picture is allowed to each.
     """
-    tolerance = max(share, ROUNDED_BITS / differs[:1].size)
+    tolerance = max(gates.bits, gates.few / differs[:1].size)
     return ParityLine(stage, measure, float(differs.mean()), tolerance)
 
 

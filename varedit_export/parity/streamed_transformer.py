@@ -452,7 +452,7 @@ class TransformerComparison:
             differs = torch.ones_like(differs)
         name = self._precision.name
         measure = f"share of bits that differ, reference with products rounded to {name}"
-        return share_line(stage.graph.name, measure, differs.numpy(), self._precision.gates.bits)
+        return share_line(stage.graph.name, measure, differs.numpy(), self._precision.gates)
 
     def _line(self, stage: str, measure: str, actual: np.ndarray, expected: Tensor) -> ParityLine:
         """Compare the rows of the batch's first picture."""
