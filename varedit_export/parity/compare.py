@@ -61,11 +61,11 @@ class Expected:
 class Rules:
     """What is compared of two runs, how far it may differ, and what the lines say.
 
-    outputs: the names of a scale's outputs that are compared. rounded: how many bits may
-    differ, where products are rounded; None: those that differ must be ties. half: whether every
-    other bit is forced while the others are drawn. features, tokens: tolerances of the text and image encoders.
-    largest_logit: the tolerance of guided logits, where rounding makes it more than LOGITS, as a
-    share of the largest one.
+    outputs: the names of a scale's outputs that are compared. rounded: how many bits may differ,
+    where products are rounded; None: those that differ must be ties. half: whether every other bit
+    is forced while the others are drawn. features, tokens: tolerances of the text and image
+    encoders. largest_logit: the tolerance of guided logits, where rounding makes it more than
+    LOGITS, as a share of the largest one.
 
     against: names the expected run, where a report has lines against several, as " against the
     reference". rounding: says what was rounded. twin: the symbolic graph that
