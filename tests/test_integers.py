@@ -19,12 +19,13 @@ from varedit_engines.compile_set import CompileJob
 from varedit_engines.engine_compiler import EngineCompiler
 from varedit_export.assemble import assemble
 from varedit_export.cli import main
+from varedit_export.commands import build
 from varedit_export.graphs.layout import pack
 from varedit_export.graphs.model import GraphLinear
 from varedit_export.parity.measures import gate
 from varedit_export.parity.streamed import compare_streamed
 from varedit_export.plan import BundlePlan
-from varedit_runtime.backends import choose
+from varedit_runtime.backends import choose, detect
 from varedit_runtime.backends.onnxruntime import backend as onnx_backend
 from varedit_runtime.backends.onnxruntime import integers
 from varedit_runtime.bundle import Bundle
@@ -227,3 +228,9 @@ def test_a_bundle_has_no_engines(bundle: Bundle) -> None:
         choose("tensorrt").open(bundle, variant)
     with pytest.raises(ConfigError, match="--precision fp16"):
         CompileJob(bundle, "external", cast("EngineCompiler", None))
+
+
+def test_a_machine_with_a_gpu_builds_integers_for_its_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(detect, "detect_machine", lambda: pytest.fail("it asked for a GPU"))
+    chosen = build._chosen_backend("auto", (), "int8")
+    assert (chosen.label, chosen.why) == ("onnxruntime cpu", "int8 is for CPUs alone")

@@ -26,7 +26,7 @@ from varedit_export.commands.shared_options import (
 from varedit_export.console import accept, progress, say
 from varedit_export.describe import parity_summary
 from varedit_export.options import BuildOptions, EngineOptions
-from varedit_runtime.backends import ChosenBackend, find_backend, specs
+from varedit_runtime.backends import ChosenBackend, choose, find_backend, specs
 from varedit_runtime.backends.auto import AUTO, best, best_precision, told
 from varedit_runtime.backends.engines.import_tensorrt import RTX
 from varedit_runtime.bundle import Bundle
@@ -139,7 +139,7 @@ def build(
     varedit-export build --size 125m --res 256 --random-weights 0
     varedit-export build --size nano --backend tensorrt-rtx --architecture sm89
     """
-    chosen = _chosen_backend(backend, architectures)
+    chosen = _chosen_backend(backend, architectures, options.precision)
     if options.precision == AUTO:
         options = replace(options, precision=best_precision(chosen))
     name = chosen.spec.name
@@ -160,10 +160,12 @@ def build(
             say(str(path))
 
 
-def _chosen_backend(backend: str, architectures: Sequence[str]) -> ChosenBackend:
-    """Return the backend to build for: the one named, also by an option that it alone has."""
+def _chosen_backend(backend: str, architectures: Sequence[str], precision: str) -> ChosenBackend:
+    """Return the backend to build for: the one named, also by what it alone has."""
     from varedit_runtime.backends.detect import detect_machine
 
+    if backend == AUTO and not architectures and precision != AUTO and named(precision).no_gpu:
+        return replace(choose("onnxruntime", provider="cpu"), why=f"{precision} is for CPUs alone")
     return best(detect_machine(), RTX if backend == AUTO and architectures else backend)
 
 
