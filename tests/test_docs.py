@@ -72,6 +72,8 @@ def test_the_stages_have_the_inputs_and_outputs_that_are_said() -> None:
         ("Gates of a bundle", "text features, int8", named("int8").gates.features),
         ("Gates of a bundle", "share of bits that differ, 16", named("fp16").gates.bits),
         ("Gates of a bundle", "share of bits that differ, int8", named("int7").gates.bits),
+        ("Gates of a bundle", "guided logits of every scale, 16", named("fp16").gates.logits),
+        ("Gates of a bundle", "guided logits of every scale, int8", named("int8").gates.logits),
         ("Gates of a bundle", "the same, int8", named("int8").gates.blocks),
         ("Gates of the reference", "encoder features", golden.FEATURES),
         ("Gates of the reference", "quantiser", golden.SIGN_MARGIN),

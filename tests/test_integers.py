@@ -1,6 +1,5 @@
 """Precisions of 8-bit integers: their products, a bundle of them, and what cannot run one."""
 
-from io import BytesIO
 from pathlib import Path
 from typing import cast
 
@@ -70,14 +69,13 @@ class Graph:
         self.parts = pack(self.storage, self.weight)
         state = {f"weight.{name}": part for name, part in self.parts.items()}
         layer.eval().load_state_dict(state | {"bias": torch.arange(CHANNELS) / 10})
-        self.bias, stream = layer.bias, BytesIO()
+        self.bias = layer.bias
         rows = {0: torch.export.Dim("rows")}
         program = torch.onnx.export(
             layer, (torch.ones(3, CHANNELS_IN),), dynamo=True, verbose=False, dynamic_shapes=(rows,)
         )
         assert program is not None
-        program.save(stream)
-        self.session = ort.InferenceSession(stream.getvalue())
+        self.session = ort.InferenceSession(program.model_proto.SerializeToString())
 
     def __call__(self, x: Tensor) -> Tensor:
         (name,) = (given.name for given in self.session.get_inputs())

@@ -55,7 +55,7 @@ class ToyColumns(Storage):
 
 TOY = Precision(
     "toy8",
-    gates=Gates(bits=0.02),
+    gates=Gates(logits=0.2, bits=0.02),
     stored=(("transformer.blocks.*", ToyColumns()),),
     cpu_growth=4,
 )

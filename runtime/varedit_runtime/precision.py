@@ -142,7 +142,8 @@ PAST_FP16 = Kept(
 class Gates:
     """How far a bundle may differ from the reference in fp32.
 
-    features: largest error of the text's features. bits: share of a scale's bits, each from the
+    features: largest error of the text's features. logits: of guided logits, over the largest of
+    them; 0: as in fp32. bits: share of a scale's bits, each from the
     noise of the expected one; 0 where only ties may differ. few: bits that always may, as the first
     scales have few, of which one would be more than a share. blocks: error of one block, over the
     rms of what it adds, from the reference's block with the same roundings: fp32 arithmetic in
@@ -150,6 +151,7 @@ class Gates:
     """
 
     features: float = 1e-3
+    logits: float = 0.0
     bits: float = 0.0
     few: int = 2
     blocks: float = 1e-3
@@ -223,14 +225,14 @@ class Precision:
         return Format(self.type, next(stored, None))
 
 
-ROUNDED = Gates(features=0.1, bits=0.02)
+ROUNDED = Gates(features=0.1, logits=0.2, bits=0.02)
 
 
 def _integers(name: str, largest: int) -> Precision:
     storage = Int8Columns(largest)
     return Precision(
         name,
-        gates=Gates(features=0.8, bits=0.05, few=4, blocks=5e-3),
+        gates=Gates(features=0.8, logits=0.3, bits=0.05, few=4, blocks=5e-3),
         kept=(
             Kept("transformer", "attention, keys and values, text pooling and memory"),
             Kept("text_encoder", "attention, MLP output projections", ("blocks.down",)),

@@ -40,7 +40,7 @@ from varedit_export.parity.edit import (
     scale_sampling,
     with_grids,
 )
-from varedit_export.parity.measures import ROUNDED_LOGITS, ROUNDED_TOKENS, picture_lines
+from varedit_export.parity.measures import ROUNDED_TOKENS, picture_lines
 from varedit_export.parity.reference_backend import Reference, ReferenceBackend
 from varedit_export.parity.static_backend import StaticBackend
 from varedit_export.parity.streamed import compare_streamed
@@ -132,7 +132,7 @@ def compare_graphs(bundle: Bundle, model: Reference) -> Iterator[ParityLine]:
 def _rounded(precision: Precision) -> Rules:
     """Return how far rounded products may take a run from the reference in fp32."""
     gates = precision.gates
-    return Rules(rounded=gates, features=gates.features, largest_logit=ROUNDED_LOGITS)
+    return Rules(rounded=gates, features=gates.features, largest_logit=gates.logits)
 
 
 def _twin_rules(stage: str, precision: Precision) -> Rules:

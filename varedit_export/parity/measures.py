@@ -23,8 +23,6 @@ from varedit_runtime.precision import Gates
 FEATURES, LOGITS, SUMS = 1e-3, 1e-3, 1e-4
 # Source tokens, where a GPU's products are rounded to 16 bits.
 ROUNDED_TOKENS = 0.1
-# Of the largest logit: rounding flips few bits; what errs by more is another computation.
-ROUNDED_LOGITS = 0.2
 
 
 def line(
