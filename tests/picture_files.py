@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from random import Random
 
 from PIL import Image
 
@@ -93,3 +94,27 @@ def jpeg_tiff(jpeg: bytes, size: tuple[int, int]) -> bytes:
         _278=height,
         _279=len(jpeg),
     )
+
+
+def damaged(file: bytes, random: Random) -> bytes:
+    """Return a file with some bytes changed, moved, repeated or cut off, most near its start."""
+    data = bytearray(file)
+    for _ in range(random.choice((1, 1, 2, 5, 20))):
+        place = random.randrange(random.choice((min(64, len(data)), len(data))))
+        end = place + random.choice((1, 2, 4, 16, 200))
+        kind = random.randrange(6)
+        if kind == 0:
+            data[place] ^= 1 << random.randrange(8)
+        elif kind == 1:
+            data[place:end] = random.choice((b"\0", b"\xff", b"\x7f")) * len(data[place:end])
+        elif kind == 2:
+            data[place:end] = random.randbytes(len(data[place:end]))
+        elif kind == 3:
+            data[place:place] = data[place:end] * random.choice((1, 1, 100))
+        elif kind == 4:
+            del data[place:end]
+        else:
+            del data[max(place, 8) :]
+        if not data:
+            return b""
+    return bytes(data) if random.random() < 0.5 else with_checksums(data)

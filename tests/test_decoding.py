@@ -19,12 +19,12 @@ import numpy as np
 import pytest
 from picture_files import (
     chunk,
+    damaged,
     encoded,
     jpeg_tiff,
     many_scans,
     png,
     tiff,
-    with_checksums,
     with_segments,
 )
 from PIL import Image, ImageCms
@@ -255,13 +255,13 @@ def test_jpegs_in_a_tiff_have_as_few_segments():
 def test_a_jpeg_needs_one_supported_frame():
     file = encoded(smooth(64, 64), "JPEG")
     frame = file.index(b"\xff\xc0")
-    for damaged in (
+    for wrong in (
         file.replace(b"\xff\xc0", b"\xff\xc9"),  # arithmetic coding
         file[:frame] + file[frame : frame + 19] + file[frame:],
         file[: frame + 10],
     ):
         with pytest.raises(PictureError, match="cannot be read: it"):
-            open_picture(damaged)
+            open_picture(wrong)
 
 
 # GIFs
@@ -392,10 +392,22 @@ def memory_cases(folder: Path) -> Iterator[Path]:
         ("raw.tif", picture, {}),
         ("strip.tif", clear, {"compression": "tiff_lzw", "strip_size": 10**8}),
         ("jpeg.tif", picture, {"compression": "jpeg", "strip_size": 10**8}),
+        ("rgb.avif", picture, {"speed": 10}),
+        ("alpha.avif", clear, {"speed": 10, "subsampling": "4:4:4", "exif": turned}),
         ("turned.tif", picture, {"compression": "packbits", "exif": turned}),
     ]:
         image.save(folder / name, **options)
         yield folder / name
+    with contextlib.suppress(ImportError):
+        import pillow_heif
+
+        for name, image in (
+            ("rgb.heic", picture),
+            ("alpha.heic", clear),
+            ("small.heic", smooth(8, 8)),
+        ):
+            pillow_heif.from_pillow(image).save(folder / name, quality=10)
+        yield from (folder / "rgb.heic", folder / "alpha.heic")
     (folder / "column.png").write_bytes(png(1, 4_000_000, data=bytes(8_000_000)))
     yield folder / "column.png"
 
@@ -423,12 +435,13 @@ for path in paths:
 
 
 def test_the_estimate_of_memory_is_what_decoding_takes(tmp_path: Path):
-    for suffix in (".jpg", ".png", ".gif", ".webp", ".bmp", ".tif"):
+    for suffix in (".jpg", ".png", ".gif", ".webp", ".bmp", ".tif", ".avif"):
         smooth(8, 8).save(tmp_path / f"small{suffix}")
-    command = [sys.executable, "-c", MEASURE, tmp_path / "small", *memory_cases(tmp_path)]
+    paths = list(memory_cases(tmp_path))
+    command = [sys.executable, "-c", MEASURE, tmp_path / "small", *paths]
     told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     measured = {path: (int(a), int(b)) for path, a, b in map(str.split, told.splitlines())}
-    assert len(measured) == 15
+    assert len(measured) == len(paths)
     for path, (peak, estimate) in measured.items():
         assert estimate / 2 < peak < estimate + 12e6, path
 
@@ -466,6 +479,7 @@ def lazily_opened() -> dict[str, tuple[bytes, ImageFile]]:
         "GIF": encoded(picture.quantize(16), "GIF", transparency=3),
         "BMP": encoded(picture, "BMP"),
         "TIFF": encoded(picture, "TIFF", compression="tiff_lzw", exif=exif),
+        "AVIF": encoded(picture, "AVIF", exif=exif, icc_profile=profile),
         "PPM": encoded(picture, "PPM"),
     }
     return {name: (file, Image.open(SlowFile(file))) for name, file in files.items()}
@@ -585,30 +599,6 @@ def samples() -> list[bytes]:
     files += [png(4, 1, depth=2, data=b"\0\x1b", before=chunk(b"tRNS", b"\0\1"))]
     files += [png(1, 1, depth=16, colour=2, data=bytes(7), before=chunk(b"tRNS", bytes(6)))]
     return files
-
-
-def damaged(file: bytes, random: Random) -> bytes:
-    """Return a file with some bytes changed, moved, repeated or cut off, most near its start."""
-    data = bytearray(file)
-    for _ in range(random.choice((1, 1, 2, 5, 20))):
-        place = random.randrange(random.choice((min(64, len(data)), len(data))))
-        end = place + random.choice((1, 2, 4, 16, 200))
-        kind = random.randrange(6)
-        if kind == 0:
-            data[place] ^= 1 << random.randrange(8)
-        elif kind == 1:
-            data[place:end] = random.choice((b"\0", b"\xff", b"\x7f")) * len(data[place:end])
-        elif kind == 2:
-            data[place:end] = random.randbytes(len(data[place:end]))
-        elif kind == 3:
-            data[place:place] = data[place:end] * random.choice((1, 1, 100))
-        elif kind == 4:
-            del data[place:end]
-        else:
-            del data[max(place, 8) :]
-        if not data:
-            return b""
-    return bytes(data) if random.random() < 0.5 else with_checksums(data)
 
 
 def test_fuzz_damaged_files_give_a_picture_or_an_error(

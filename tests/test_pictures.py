@@ -296,7 +296,7 @@ def test_an_unusable_profile_is_ignored(mode: str):
 # Orientation and metadata
 
 
-@pytest.mark.parametrize("written_as", ["PNG", "JPEG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("written_as", ["PNG", "JPEG", "WEBP", "TIFF", "AVIF"])
 @pytest.mark.parametrize(
     ("orientation", "upright"),
     [
@@ -359,7 +359,7 @@ def test_all_kinds_of_sources_give_the_same(tmp_path: Path):
     assert len({picture.tobytes() for picture in opened}) == 1
 
 
-@pytest.mark.parametrize("written_as", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+@pytest.mark.parametrize("written_as", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"])
 @pytest.mark.parametrize("kept", [0.02, 0.5, 0.95])
 def test_a_truncated_file_is_refused(written_as: str, kept: float):
     file = encoded(noise_picture(64, 64), written_as)
@@ -373,7 +373,7 @@ def test_a_truncated_file_is_refused(written_as: str, kept: float):
     ids=["empty", "text", "EPS", "PGM"],
 )
 def test_what_is_not_in_a_listed_format_is_refused(data: bytes):
-    with pytest.raises(PictureError, match="PNG, JPEG, WEBP, GIF, BMP, TIFF"):
+    with pytest.raises(PictureError, match="PNG, JPEG, WEBP, GIF, BMP, TIFF, AVIF, HEIF"):
         open_picture(data)
 
 
@@ -417,7 +417,7 @@ def test_pictures_are_written_in_the_format_of_the_extension(tmp_path: Path, suf
     with Image.open(path) as written:
         assert written.format == WRITE_FORMATS[suffix]
     difference = np.asarray(open_picture(path), int) - np.asarray(BLOCKS)
-    assert abs(difference).max() <= (8 if suffix in {".jpg", ".jpeg", ".webp"} else 0)
+    assert abs(difference).max() <= (8 if suffix in {".jpg", ".jpeg", ".webp", ".avif"} else 0)
     assert list(tmp_path.iterdir()) == [path]
 
 

@@ -19,7 +19,7 @@ from PIL.MpoImagePlugin import MpoImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from varedit_runtime.decoding.limits import MAX_MEMORY, MAX_PIXELS, Limits, picture_memory
-from varedit_runtime.decoding.picture_file import READ_FORMATS, open_file
+from varedit_runtime.decoding.picture_file import NO_AVIF, READ_FORMATS, has_avif, open_file
 from varedit_runtime.decoding.tiff_directory import beginning_at
 from varedit_runtime.decoding.to_rgb import WHITE, on_white, to_mask, to_rgb
 from varedit_runtime.errors import PictureError, reason, shown
@@ -36,9 +36,10 @@ WRITE_FORMATS = {
     ".bmp": "BMP",
     ".tif": "TIFF",
     ".tiff": "TIFF",
+    ".avif": "AVIF",
 }
 
-_WITH_ALPHA = ("PNG", "WEBP", "TIFF")
+_WITH_ALPHA = ("PNG", "WEBP", "TIFF", "AVIF")
 
 MAX_CANVAS_PIXELS = 2**28  # a square of 16384 px
 
@@ -70,9 +71,9 @@ def open_picture(
     XMP, ICC profile or comment. The source stays as it is, so that threads may share it: a Pillow
     image that was not loaded is read from its file again.
 
-    Raises PictureError if the source is no picture in one of READ_FORMATS, is damaged or costly to
-    decode (such as a JPEG of hundreds of scans), or has no pixels, too many, or takes too much
-    memory; ConfigError if a limit is no integer.
+    Raises PictureError if the source is no picture in one of READ_FORMATS (HEIF, for HEIC files,
+    needs the extra `heif`), is damaged or costly to decode (such as a JPEG of hundreds of scans),
+    or has no pixels, too many, or takes too much memory; ConfigError if a limit is no integer.
     """
     limits = Limits(checked("max_pixels", max_pixels, int), checked("max_memory", max_memory, int))
     return _opened("picture", source, limits, to_rgb)
@@ -171,6 +172,8 @@ def check_target(path: Path) -> str:
     folder does not exist or cannot be written to.
     """
     why = unwritable(path)
+    if why is None and path.suffix.lower() == ".avif" and not has_avif():
+        why = NO_AVIF
     if why is None and path.suffix.lower() not in WRITE_FORMATS:
         why = f"its format must be {', '.join(WRITE_FORMATS)}, not {shown(path.suffix)}"
     if why is not None:
@@ -181,8 +184,8 @@ def check_target(path: Path) -> str:
 def save_picture(image: Image.Image, path: AnyPath) -> None:
     """Write a picture, without any metadata, in the format of the path's extension.
 
-    Alpha is kept in PNG, WebP and TIFF files; in others the picture is composited on white. The
-    file appears whole or not at all, and replaces an existing one. Raises PictureError if the
+    Alpha is kept in PNG, WebP, TIFF and AVIF files; in others the picture is composited on white.
+    The file appears whole or not at all, and replaces an existing one. Raises PictureError if the
     extension is not in WRITE_FORMATS, or the file cannot be written; ConfigError on arguments of
     other types.
     """
@@ -191,7 +194,7 @@ def save_picture(image: Image.Image, path: AnyPath) -> None:
     # Encode in memory: Pillow does not notice when a full disk takes only part of a write.
     encoded = BytesIO()
     try:
-        # quality is for JPEG and WebP; the other formats are lossless.
+        # quality is for JPEG, WebP and AVIF; the other formats are lossless.
         _pixels_only(image, written_as in _WITH_ALPHA).save(encoded, format=written_as, quality=95)
         with atomic_file(target) as whole:
             whole.write_bytes(encoded.getbuffer())
@@ -309,7 +312,7 @@ def _decoded_again(image: Image.Image, limits: Limits) -> Image.Image | None:
 
 def _from_frame(image: Image.Image, content: bytes) -> bytes | None:
     """Return a file that begins with the image's frame; None if that builds on earlier ones."""
-    if image.tell() == 0:
+    if image.tell() == 0 and (image.format != "HEIF" or getattr(image, "n_frames", 1) == 1):
         return content
     if isinstance(image, TiffImageFile):
         return beginning_at(content, image.tag_v2.offset)

@@ -1,6 +1,6 @@
 """Decode picture files from strangers.
 
-    bytes -> a reader of their format (png, jpeg, tiff, other_formats) -> Pillow -> RGB on white
+    bytes -> a reader of their format (png, jpeg, tiff, heif, other_formats) -> Pillow -> RGB(A)
 
 A reader walks over a file's structure before Pillow sees it. It refuses what would cost too much
 to decode, says how much memory decoding takes, and leaves out everything that is not needed for

@@ -7,15 +7,16 @@ from functools import cache
 from io import BytesIO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 
 from varedit_runtime.decoding.exif import only_orientation
+from varedit_runtime.decoding.heif import read_avif, read_heif
 from varedit_runtime.decoding.jpeg import read_jpeg
 from varedit_runtime.decoding.limits import Checked, Limits, picture_memory, pieces
 from varedit_runtime.decoding.other_formats import read_bmp, read_gif, read_webp
 from varedit_runtime.decoding.png import read_png
 from varedit_runtime.decoding.tiff import read_tiff
-from varedit_runtime.errors import PictureError
+from varedit_runtime.errors import PictureError, needs_extra
 
 # Only these decoders see untrusted files; Pillow's rarer ones are less tested against attacks.
 _READERS = {
@@ -25,8 +26,11 @@ _READERS = {
     "GIF": (rb"GIF8[79]a", read_gif),
     "BMP": (rb"BM", read_bmp),
     "TIFF": (rb"II\*\0|MM\0\*|II\+\0", read_tiff),
+    "AVIF": (rb"....ftyp(?:avi[fs]|m[is]f1.{0,40}avi[fs])", read_avif),
+    "HEIF": (rb"....ftyp(?:he[iv][cmsx]|mif1|msf1)", read_heif),
 }
 READ_FORMATS = tuple(_READERS)
+NO_AVIF = "the Pillow that is installed was built without AVIF"
 _EXIF = {"exif", "Raw profile type exif"}
 
 
@@ -93,15 +97,31 @@ def open_file(data: bytes, limits: Limits) -> PictureFile:
     limits.check_memory(needed)
     if written_as == "TIFF":
         _silence_libtiff()
-    try:
-        image = Image.open(BytesIO(checked.data), formats=[written_as])
-    except UnidentifiedImageError as error:
-        raise PictureError(f"its {written_as} header is damaged or of a rare kind") from error
+    image = _opened(checked.data, written_as)
     limits.check_pixels(image.size)
     limits.check_memory(needed + picture_memory(image.size, image.mode))
-    if "exif" in image.info:
+    if image.info.get("exif"):
         image.info["exif"] = only_orientation(image.info["exif"])
     return PictureFile(image, checked)
+
+
+def has_avif() -> bool:
+    """Return whether Pillow reads and writes AVIF files, as it was built."""
+    return bool(features.check("avif"))
+
+
+def _opened(data: bytes, written_as: str) -> Image.Image:
+    try:
+        if written_as == "HEIF":
+            with needs_extra("heif"):
+                from pillow_heif import HeifImageFile
+
+            return HeifImageFile(BytesIO(data))
+        if written_as == "AVIF" and not has_avif():
+            raise PictureError(NO_AVIF)
+        return Image.open(BytesIO(data), formats=[written_as])
+    except (UnidentifiedImageError, SyntaxError) as error:
+        raise PictureError(f"its {written_as} header is damaged or of a rare kind") from error
 
 
 def _reader(data: bytes):
