@@ -183,7 +183,7 @@ def test_what_fp16_keeps_in_fp32_may_be_large(tmp_path: Path) -> None:
     plan = BundlePlan([request(tmp_path, "fp16")], sources("text", name, (0, 0), 1e5))
     (component,) = (c for c in plan.shared if c.name == "text_encoder")
     (tmp_path / component.file).parent.mkdir(parents=True)
-    component.write(tmp_path, {})
+    component.write(tmp_path)
     assert load_file(tmp_path / component.file)["blocks.1.down"].max() == 1e5
 
 

@@ -556,7 +556,7 @@ def written(folder: Path, loras: Sequence[str] = ()) -> bytes:
     transformer = plan_of(options).shared[0]
     path = folder / transformer.file
     path.parent.mkdir(parents=True)
-    transformer.write(folder, {})
+    transformer.write(folder)
     return path.read_bytes()
 
 

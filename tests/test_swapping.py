@@ -158,7 +158,7 @@ FAILING: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
     "other tokenizer": (
         of_another_tokenizer,
         r"in more than its weights \(guidance_scale is 1.5, not 3.0; tokenizer.json is '0{16}', "
-        r"not '[0-9a-f]{16}'\): build it with the same options",
+        r"not '[0-9a-f]{16}'\): build it with the same options and --graphs-from",
     ),
 }
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from varedit_engines import OnStep
+from varedit_engines.engine_cache import copy_sets
 from varedit_engines.publish import Staging
 from varedit_export.components import Component
 from varedit_export.estimate import check_memory, needs, present
@@ -68,6 +69,8 @@ def assemble(plan: BundlePlan, on_step: OnStep) -> list[ParityLine]:
         parity = gate(work.told(measures))
         on_step("publishing", steps - 1, steps)
         staging.publish(manifest_of(plan, variants, staging.files, tuple(parity)))
+        if plan.graphs_from is not None:
+            copy_sets(plan.graphs_from, Bundle.open(target))
         on_step("done", steps, steps)
     return parity
 
@@ -89,7 +92,7 @@ class _Work:
         key = _key(self.plan, request, component.name)
         if not self.staging.kept(file, key):
             self.staging.file(file)
-            component.write(folder, {"component": component.name}, partial(self._each, component))
+            component.write(folder, partial(self._each, component))
             self.staging.record(file, key)
         return component.stored(folder)
 
@@ -98,23 +101,17 @@ class _Work:
         request = variant.request
         tracer = Tracer(self.plan.fake, shared | self.weights(variant.positions, request))
         specs = {graph.name: self._graph(variant, graph, tracer) for graph in variant.graphs}
-        return Variant(
-            name=request.name,
-            resolution=request.resolution,
-            aspect=request.aspect,
-            grids=request.config.transformer.grids,
-            picture=request.config.picture_size,
-            batch=request.batch,
-            rows=request.shapes.rows,
-            text_tokens=request.text_tokens,
-            graphs=specs,
-        )
+        return Variant(name=request.name, graphs=specs, **request.fields)
 
     def _graph(self, variant: VariantPlan, graph: GraphPlan, tracer: Tracer) -> GraphSpec:
         several = f" of {variant.request.name}" if len(self.plan.variants) > 1 else ""
         self._next(f"graph {graph.name}{several}")
         file, key = variant.file(graph), _key(self.plan, variant.request, graph.name)
-        if not self.staging.kept(file, key):
+        if (other := self.plan.graphs_from) is not None:
+            data = other.graph_bytes(variant.request.name, graph.name)
+            self.staging.file(file).write_bytes(data)
+            self.staging.record(file)
+        elif not self.staging.kept(file, key):
             model = tracer.graph(graph.stage, graph.depth, graph.scale)
             ir.save(model, self.staging.file(file))
             self.staging.record(file, key)

@@ -14,7 +14,7 @@ from varedit_export.graphs.stages import PositionTable
 from varedit_reference.config import TransformerConfig
 from varedit_reference.rotary import full_rotation
 from varedit_reference.tokenizer import Tokenizer
-from varedit_reference.weights_file import read_header, write_tensors
+from varedit_reference.weights_file import planned_header, read_header, write_tensors
 from varedit_runtime.errors import CheckpointError
 from varedit_runtime.manifest import StoredWeight, positions, weights_file
 
@@ -42,10 +42,18 @@ class Component:
         """Bytes of all weights."""
         return sum(tensor.nbytes for tensor in self.module.state_dict().values())
 
+    @property
+    def header(self) -> bytes:
+        """Return the header of its file, which says where its weights lie."""
+        return planned_header(self.module.state_dict(), self._metadata)
+
+    @property
+    def _metadata(self) -> Mapping[str, str]:
+        return {"component": self.name}
+
     def write(
         self,
         folder: Path,
-        metadata: Mapping[str, str],
         watch: Callable[[Sequence[str]], Iterable[str]] = iter,
     ) -> None:
         """Write the file into the bundle's folder, tensor by tensor; watch: wraps their names.
@@ -54,7 +62,7 @@ class Component:
         """
         path, layout = folder / self.file, self.module.state_dict()
         try:
-            write_tensors(path, layout, self.make, metadata, watch)
+            write_tensors(path, layout, self.make, self._metadata, watch)
         except OSError as error:
             raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
 

@@ -57,7 +57,8 @@ def needs(plan: BundlePlan) -> Needs:
     cores = min(os.cpu_count() or 1, CORES)
     work = sum(parameters * WEIGHT + _products(shapes) / PRODUCTS for shapes in variants)
     disk = plan.weight_bytes + plan.graph_count * GRAPH
-    return Needs(disk, memory, TRACING * len(variants) + work / cores)
+    tracing = TRACING * len(variants) if plan.graphs_from is None else 0
+    return Needs(disk, memory, tracing + work / cores)
 
 
 def _products(shapes: Shapes) -> int:

@@ -47,6 +47,10 @@ class BuildOptions(CheckedOptions):
     guided: bool = True  # with the unconditional rows that guidance needs
     fused_attention: bool = False  # with a graph that ONNX Runtime runs faster on CUDA
 
+    # A bundle of the same model, variants and precision, whose graphs, and engines without weights
+    # inside, are taken over: nothing is traced, and the weights alone are new.
+    graphs_from: AnyPath | None = None
+
     # The bundle's folder; by default SIZE-RESOLUTIONS[-PRECISION] among the user's own bundles.
     output: AnyPath | None = None
 

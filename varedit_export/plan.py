@@ -6,6 +6,7 @@ Nothing is computed here. `assemble.py` makes the files, `estimate.py` says what
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from msgspec import structs
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -39,6 +40,7 @@ from varedit_export.graphs.trace import fake_tensors
 from varedit_export.sources import Sources
 from varedit_reference.config import ModelConfig, TextEncoderConfig
 from varedit_reference.tokenizer import Tokenizer
+from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import ConfigError, readable_size
 from varedit_runtime.manifest import GRAPHS, LARGEST_BATCH
 from varedit_runtime.precision import Precision, named
@@ -86,6 +88,19 @@ class VariantRequest:
         return f"{size}-b{self.batch}" + ("" if self.guided else "-unguided")
 
     @property
+    def fields(self) -> dict[str, Any]:
+        """The variant in the manifest, but for its name and graphs."""
+        return {
+            "resolution": self.resolution,
+            "aspect": self.aspect,
+            "grids": self.config.transformer.grids,
+            "picture": self.config.picture_size,
+            "batch": self.batch,
+            "rows": self.shapes.rows,
+            "text_tokens": self.text_tokens,
+        }
+
+    @property
     def shapes(self) -> Shapes:
         return Shapes(self.config, self.batch, self.guided, self.text_tokens, self.policy)
 
@@ -123,11 +138,19 @@ class VariantPlan:
 class BundlePlan:
     """All files of a bundle and what each is made from; nothing is computed until it is needed."""
 
-    def __init__(self, requests: Sequence[VariantRequest], sources: Sources) -> None:
-        """Plan the variants of one bundle. Raises ConfigError if they cannot share weights."""
+    def __init__(
+        self,
+        requests: Sequence[VariantRequest],
+        sources: Sources,
+        graphs_from: Bundle | None = None,
+    ) -> None:
+        """Plan the variants of one bundle. Raises ConfigError if they cannot share weights.
+
+        graphs_from: a bundle whose graphs are taken; `graphs_from.py` says whether they fit.
+        """
         self.request, *others = requests
         _check_variants(requests)
-        self.sources, self.fake = sources, fake_tensors()
+        self.sources, self.fake, self.graphs_from = sources, fake_tensors(), graphs_from
         config, precision = self.request.config, self.request.policy
         with self.fake:
             tokenizer = Tokenizer(config.tokenizer)
@@ -171,7 +194,8 @@ class BundlePlan:
         for component in self.components:
             file = component.file.removeprefix(f"{GRAPHS}/")
             lines.append(f"  {file:<44} {readable_size(component.size):>8}")
-        lines += [f"  {self.graph_count} graphs", f"  weights: {self.sources.description}"]
+        taken = "" if self.graphs_from is None else f" of {self.graphs_from.path}"
+        lines += [f"  {self.graph_count} graphs{taken}", f"  weights: {self.sources.description}"]
         return "\n".join(lines)
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+from varedit_export.graphs_from import check_requests, check_weights_fit
 from varedit_export.manifest_model import sources_of
 from varedit_export.options import BuildOptions
 from varedit_export.plan import BundlePlan, VariantRequest
@@ -40,13 +41,15 @@ def plan_of(
     accept: called before that, if anything has to be downloaded; it raises to refuse.
 
     Raises ConfigError on options that are impossible or contradict each other, CheckpointError on
-    weights that are missing, cannot be fetched or read, or do not fit.
+    weights that are missing, cannot be fetched or read, or do not fit, BundleError on a bundle to
+    take graphs from that cannot be read.
     """
+    other = None if options.graphs_from is None else Bundle.open(options.graphs_from)
     if options.precision == AUTO:
-        options = replace(options, precision=best_precision(best(detect_machine())))
+        best_here = other.manifest.precision if other else best_precision(best(detect_machine()))
+        options = replace(options, precision=best_here)
     models = _models(options)
     (config, _), *_ = models
-    sources = _sources(config, options, accept)
     target = default_root() / _name(config, options, [resolution for _, resolution in models])
     requests = [
         VariantRequest(
@@ -62,7 +65,12 @@ def plan_of(
         )
         for config, resolution in models
     ]
-    return BundlePlan(requests, sources)
+    if other is not None:
+        check_requests(other, requests)
+    plan = BundlePlan(requests, _sources(config, options, accept), other)
+    if other is not None:
+        check_weights_fit(other, plan)
+    return plan
 
 
 def _models(options: BuildOptions) -> list[tuple[ModelConfig, int]]:

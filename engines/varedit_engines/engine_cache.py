@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,12 +13,13 @@ from varedit_runtime.backends.engines.engine_set import (
     EngineSets,
     built_here,
     records,
+    sets_in,
 )
-from varedit_runtime.bundle import digest_line, read_at_most, regular_file
+from varedit_runtime.bundle import Bundle, digest_line, read_at_most, regular_file
 from varedit_runtime.errors import BundleError
 from varedit_runtime.files import same_file
 from varedit_runtime.locate import embedded
-from varedit_runtime.manifest import DIGEST, MANIFEST, MAX_MANIFEST_BYTES
+from varedit_runtime.manifest import DIGEST, ENGINES, MANIFEST, MAX_MANIFEST_BYTES
 
 
 class EngineCache(EngineSets):
@@ -69,6 +71,26 @@ class EngineCache(EngineSets):
         # a stranger could put a forged one into a bundle.
         journal = records() / f"{hashlib.sha256(os.fsencode(folder)).hexdigest()}.journal"
         return Staging(folder, wait=True, check=_vouch_for, journal=journal)
+
+
+def copy_sets(source: Bundle, target: Bundle) -> None:
+    """Copy the engine sets in a bundle that serve another one too into that one.
+
+    They serve it if graphs are the same, and weights too where they are inside. Damaged sets, and
+    those that there is no room for, are left out. Who built a set is known by its digest, which
+    stays the same.
+    """
+    serves = EngineSets(target).of_this_bundle
+    for folder in sets_in(source.path / ENGINES):
+        copy = target.path / ENGINES / folder.name
+        with suppress(BundleError):
+            engines = EngineSet.open(folder)
+            if serves(engines.manifest.recipe) and not copy.exists():
+                with Staging(copy, wait=True, check=EngineSet.open) as staging:
+                    for name in engines.manifest.files:
+                        shutil.copyfile(folder / name, staging.file(name))
+                        staging.record(name)
+                    staging.publish(engines.manifest)
 
 
 def _made_here(folder: Path) -> bool:

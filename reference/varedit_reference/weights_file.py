@@ -351,9 +351,7 @@ def write_tensors(
     or has numbers that are not finite.
     Format: https://huggingface.co/docs/safetensors#format.
     """
-    # Wide types first, so that every tensor is aligned to its own type.
-    names = sorted(layout, key=lambda name: -layout[name].itemsize)
-    header = _safetensors_header([(name, layout[name]) for name in names], metadata)
+    names, header = _in_order(layout), planned_header(layout, metadata)
     made = _ahead(lambda name: check_finite(name, make(name).contiguous()), names)
     with path.open("wb") as file:
         file.write(header)
@@ -380,10 +378,17 @@ def _ahead(make: Callable[[str], Tensor], names: Iterable[str]) -> Iterator[Tens
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _safetensors_header(layout: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str]) -> bytes:
+def _in_order(layout: Mapping[str, Tensor]) -> list[str]:
+    """Return the names with wide types first, so that every tensor is aligned to its own type."""
+    return sorted(layout, key=lambda name: -layout[name].itemsize)
+
+
+def planned_header(layout: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """Return the header of the file that `write_tensors` writes, which says where tensors lie."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
-    for name, tensor in layout:
+    for name in _in_order(layout):
+        tensor = layout[name]
         start, end = end, end + tensor.nbytes
         entries[name] = {
             "dtype": PACKED_DTYPES.get(tensor.dtype)

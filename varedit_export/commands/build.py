@@ -33,7 +33,7 @@ from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import BundleError, ConfigError
 from varedit_runtime.locate import choose_default, label
 from varedit_runtime.precision import PRECISIONS, named
-from varedit_runtime.terminal.command import PATH, Registered, backend_option
+from varedit_runtime.terminal.command import BUNDLE, PATH, Registered, backend_option
 
 if TYPE_CHECKING:
     from varedit_runtime.backends.engines.engine_set import EngineLayout
@@ -100,6 +100,12 @@ if TYPE_CHECKING:
 )
 @layout_option("--engine-layout")
 @architectures_option
+@click.option(
+    "--graphs-from",
+    type=BUNDLE,
+    metavar="BUNDLE",
+    help="Take the graphs and engines of a bundle of the same shapes: the weights alone are new.",
+)
 @click.option("-o", "--output", type=PATH, help="The bundle's folder; by default one of yours.")
 @click.option(
     "--default",
@@ -136,6 +142,7 @@ def build(
         --tokenizer hf://FoundationVision/Infinity/infinity_vae_d32reg.pth \\
         --text-encoder google/flan-t5-xl
     varedit-export build --size 8b --res 512 --lora style.safetensors:0.8 -o bundles/style
+    varedit-export build --size 8b --res 512 --checkpoint tuned.pth --graphs-from bundles/8b-512
     varedit-export build --size 125m --res 256 --random-weights 0
     varedit-export build --size nano --backend tensorrt-rtx --architecture sm89
     """

@@ -1,5 +1,7 @@
 """Say whether weights of one bundle can take the place of another's: nothing else may differ."""
 
+from collections.abc import Mapping
+
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import BundleError, shown
 from varedit_runtime.manifest import TOKENIZER, Model, Variant, positions, weights_file
@@ -8,7 +10,7 @@ from varedit_runtime.manifest import TOKENIZER, Model, Variant, positions, weigh
 _OF_WEIGHTS = {"size", "weights", "origins", "loras"}
 # What else has to be equal, but for graphs and files.
 _DEFAULTS = ("precision", "guidance_scale", "temperature")
-_SHAPES = ("resolution", "aspect", "grids", "picture", "batch", "rows", "text_tokens")
+SHAPES = ("resolution", "aspect", "grids", "picture", "batch", "rows", "text_tokens")  # a variant's
 
 
 def check_swappable(ours: Bundle, theirs: Bundle, variant: Variant) -> None:
@@ -17,16 +19,20 @@ def check_swappable(ours: Bundle, theirs: Bundle, variant: Variant) -> None:
         _described(ours, variant),
         _described(theirs, theirs.manifest.variant(variant.name)),
     )
-    different = [
-        f"{name} is {shown(other.get(name))}, not {shown(own.get(name))}"
-        for name in (own | other)
-        if own.get(name) != other.get(name)
-    ]
-    if different:
+    if different := differences(own, other):
         raise BundleError(
             f"{theirs.path} differs from {ours.path} in more than its weights "
-            f"({'; '.join(different)}): build it with the same options"
+            f"({'; '.join(different)}): build it with the same options and --graphs-from"
         )
+
+
+def differences(own: Mapping[str, object], other: Mapping[str, object]) -> list[str]:
+    """Say which of another's facts, by their names, are not our own."""
+    return [
+        f"{name} is {shown(other.get(name))}, not {shown(own.get(name))}"
+        for name in {**own, **other}
+        if own.get(name) != other.get(name)
+    ]
 
 
 def _described(bundle: Bundle, variant: Variant) -> dict[str, object]:
@@ -36,7 +42,7 @@ def _described(bundle: Bundle, variant: Variant) -> dict[str, object]:
     found: dict[str, object] = {name: getattr(manifest, name) for name in _DEFAULTS}
     model = (name for name in Model.__struct_fields__ if name not in _OF_WEIGHTS)
     found |= {name: getattr(manifest.model, name) for name in model}
-    found |= {name: getattr(variant, name) for name in _SHAPES}
+    found |= {name: getattr(variant, name) for name in SHAPES}
     digests = {f"graph {stage}": graph.file for stage, graph in variant.graphs.items()}
     digests |= {TOKENIZER: TOKENIZER} if TOKENIZER in files else {}
     found |= {name: files[file].sha256[:16] for name, file in digests.items()}
