@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from varedit_runtime.errors import PictureError
 
-_MAX_UNITS = 10_000  # of a stream; a picture has one for each slice or group of tiles
+_MAX_UNITS = 1_000  # of a stream; a picture has one for each slice or group of tiles
 _MAX_FRAMES = 4  # layers of an AV1 picture, from coarse to fine
 _AV1_SEQUENCE, _AV1_FRAMES = 1, (3, 6)
 _HEVC_SPS, _HEVC_SLICES = 33, range(32)

@@ -51,8 +51,6 @@ def _read(data: bytes, codec: bytes, brand: bytes) -> Checked:
     if b"Exif" in items.kinds():  # Pillow is to know that there are some
         exif = picture.write(b"Exif", bytes(4) + only_orientation(b"").removeprefix(EXIF), [])
         picture.refer(b"cdsc", exif, [main])
-    if sum(map(len, picture.contents)) > len(data) + 100:
-        raise PictureError("it is damaged: its tiles overlap")
     # Frames, and a copy of them that is joined, turned or converted; then interleaved colours.
     colours = (3 if alpha is None else 4) * size[0] * size[1]
     decoder = 2 * picture.frames + colours

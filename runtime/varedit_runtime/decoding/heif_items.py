@@ -87,7 +87,7 @@ class Items:
     """The items of a file. Raises PictureError if it is damaged or has too many."""
 
     def __init__(self, data: bytes) -> None:
-        self._data = memoryview(data)
+        self._data, self._left = memoryview(data), len(data)
         meta = next((content for kind, content in boxes(self._data) if kind == b"meta"), None)
         if meta is None:
             raise PictureError("it has no picture: films and animations are not read")
@@ -116,7 +116,10 @@ class Items:
         return {item.kind for item in self._items.values()}
 
     def content(self, item: Item) -> bytes:
-        """Return an item's data."""
+        """Return an item's data. All that is returned together cannot be larger than the file."""
+        self._left -= sum(length for _, length in item.pieces)
+        if self._left < 0:
+            raise PictureError("it is truncated or damaged: its tiles overlap, or are not whole")
         data = self._inside if item.inside else self._data
         parts = [data[start : start + length] for start, length in item.pieces]
         if not parts or any(
