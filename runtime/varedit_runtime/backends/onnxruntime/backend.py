@@ -36,6 +36,10 @@ ADVICE = {
 }
 
 
+# What ONNX Runtime says once `onnxruntime.set_global_thread_pool_sizes` was called.
+_ONE_POOL = "use_per_session_threads must be false when using a global thread pool"
+
+
 class Buffer:
     """Memory on the provider's device, allocated once; graphs read and write parts of it."""
 
@@ -110,11 +114,14 @@ def load_graph(
 ) -> ort.InferenceSession:
     """Load the bytes of an ONNX file, whose weights lie in a folder, into ONNX Runtime.
 
-    threads: 0 for one per core. arena: keep freed memory for the next run. captured: see
-    `Session`. Raises ONNX Runtime's own errors, which have no common base.
+    threads: 0 for one per core, on provider cuda for none besides the caller's. arena: keep freed
+    memory for the next run. captured: see `Session`. Raises BackendError if threads are named and
+    the program has one pool for all sessions, and ONNX Runtime's own errors, which have no common
+    base.
     """
     settings = ort.SessionOptions()
-    settings.intra_op_num_threads = threads
+    # A session has threads of its own, and no arithmetic for them where CUDA computes.
+    settings.intra_op_num_threads = threads or int(provider == "cuda")
     settings.enable_cpu_mem_arena = arena
     settings.enable_mem_pattern = False  # it keeps memory for every length ever seen
     # Errors are raised, and are the caller's to show: ONNX Runtime would print them as well.
@@ -135,7 +142,19 @@ def load_graph(
     options = cuda.provider_options(captured) if provider == "cuda" else {}
     chosen = (PROVIDERS[provider], options)
     # Without our leave ONNX Runtime would print why a provider fails, and go on with another.
-    return ort.InferenceSession(graph, settings, providers=[chosen], enable_fallback=0)
+    make = partial(ort.InferenceSession, graph, settings, providers=[chosen], enable_fallback=0)
+    try:
+        return make()
+    except Exception as error:
+        if _ONE_POOL not in str(error):
+            raise
+        if threads:
+            raise BackendError(
+                "this program has one pool of threads for all sessions of ONNX Runtime: leave out "
+                "threads"
+            ) from error
+    settings.use_per_session_threads, settings.intra_op_num_threads = False, 0
+    return make()
 
 
 class Session:
@@ -310,6 +329,8 @@ def _check_precision(precision: Precision, provider: str) -> None:
 def _explained(what: str, provider: str) -> Iterator[None]:
     try:
         yield
+    except BackendError:
+        raise
     except Exception as error:  # onnxruntime's errors have no other common base
         raise BackendError(
             f"ONNX Runtime cannot {what} ({one_line(error)}): {ADVICE[provider]}"

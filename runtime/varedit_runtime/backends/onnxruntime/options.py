@@ -14,8 +14,8 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 class OnnxRuntimeOptions(BackendOptions):
     """Where and how ONNX Runtime runs.
 
-    provider: "cpu" or "cuda"; it never falls back to the other. threads: of the CPU, from 1 to
-    THREADS_PER_CORE for each core; None: one per core.
+    provider: "cpu" or "cuda"; it never falls back to the other. threads: of the CPU that compute
+    at once, from 1 to THREADS_PER_CORE for each core; None: one per core, or the process's pool.
     """
 
     provider: str = option("cpu", "Where onnxruntime runs: cpu (default) or cuda.")
