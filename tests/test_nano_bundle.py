@@ -166,7 +166,7 @@ def test_without_another_bundle_nano_edits(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     why = "the embedded nano, a small demonstration model for drawn scenes"
     folder = Path(locate.__file__).parent / "nano"
-    assert done.stderr == f"bundle: {folder} ({why}, as no bundle was named or built)\n"
+    assert done.stderr == f"bundle: {folder} ({why}, as no other was named or chosen)\n"
     assert done.stdout.startswith(f"{output}: 128 x 128, seed 7, ")
     source = open_picture(SAMPLE)
     (expected,) = load_nano().edit([source], ["add a hat"], seed=[7])

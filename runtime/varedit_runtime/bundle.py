@@ -174,6 +174,14 @@ class Bundle:
         if not self.stands():
             raise BundleError(f"{self.path} was replaced while it was used: run the command again")
 
+    def check_text(self) -> None:
+        """Raise BundleError if the bundle has no text encoder, and so takes no instructions."""
+        if not self.manifest.takes_text:
+            raise BundleError(
+                f"{self.path} was built without a text encoder, and takes no instructions: build "
+                "it with --text-encoder, or use another bundle (`varedit-run bundles` lists yours)"
+            )
+
     @property
     def _folder(self) -> Folder:
         return Folder(self.path, self.manifest.files, self.held)

@@ -58,6 +58,10 @@ class MissingExtraError(VareditError):
     """An optional package is not installed; the message gives the command that installs it."""
 
 
+class EditWarning(UserWarning):
+    """An edit that can be made, but will hardly be what is wanted; the message is one line."""
+
+
 def printable(text: str) -> str:
     """Return text on one line of bounded length, without what a terminal obeys or cannot show."""
     line = " ".join(_cut(text).splitlines())

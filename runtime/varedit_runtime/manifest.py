@@ -314,9 +314,14 @@ class Manifest(FolderManifest, frozen=True):
         return PRECISIONS[self.precision]
 
     @property
+    def takes_text(self) -> bool:
+        """Whether there is a text encoder, so that pictures can be edited by instructions."""
+        return all("text_encoder" in variant.graphs for variant in self.variants)
+
+    @property
     def unfit(self) -> str | None:
         """Why the bundle is not for editing pictures; None if it is."""
-        if TOKENIZER not in self.files:
+        if not self.takes_text:
             return "it has no text encoder"
         return "its weights are random" if self.model.random else None
 

@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import msgspec
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from varedit_runtime.errors import SignalArrived, TextError, shown
 
 END_TOKEN = "</s>"
-NOTHING = ("▁", "<unk>")  # tokens of a space, and of what the tokenizer does not know
+UNKNOWN = "<unk>"  # the token of what the tokenizer does not know
 
 MODELS = ("Unigram", "BPE")  # T5's and nano's kinds of tokenizer
 
@@ -32,7 +32,8 @@ class Instructions:
     def __init__(self, tokenizer: Tokenizer, limit: int) -> None:
         self._tokenizer, self.limit = tokenizer, limit
         self._end = _end_token(tokenizer)
-        self._nothing = set(map(tokenizer.token_to_id, NOTHING))
+        self._unknown = tokenizer.token_to_id(UNKNOWN)
+        self._nothing = {tokenizer.token_to_id("▁"), self._unknown}
 
     def tokenise(self, prompt: str, *, truncate: bool = False) -> list[int]:
         """Return an instruction's token ids, end token included.
@@ -50,7 +51,7 @@ class Instructions:
         prompt = prompt[:most]
         if not prompt.strip():
             raise TextError("the instruction is empty: say what to change in the picture")
-        ids = self._encode(prompt)
+        ids = self._encode(prompt).ids
         if self._nothing.issuperset(ids):
             raise TextError(
                 "the instruction has nothing that the model can read, such as a word: say what to "
@@ -63,7 +64,18 @@ class Instructions:
             )
         return [*ids[: self.limit - 1], self._end]
 
-    def _encode(self, prompt: str) -> list[int]:
+    def mostly_unknown(self, prompt: str) -> bool:
+        """Return whether the tokenizer does not know most of an instruction's characters.
+
+        Characters are counted, as some tokenizers make one token of several that they do not know.
+        Raises TextError as `tokenise` does.
+        """
+        encoded = self._encode(prompt)
+        spans = zip(encoded.ids, encoded.offsets, strict=True)
+        unknown = sum(end - start for token, (start, end) in spans if token == self._unknown)
+        return 2 * unknown > len("".join(prompt.split()))
+
+    def _encode(self, prompt: str) -> Encoding:
         try:
             prompt.encode()
         except UnicodeEncodeError as error:
@@ -76,7 +88,7 @@ class Instructions:
             "bundle again"
         )
         with _any_failure_as(failed):
-            return self._tokenizer.encode(prompt, add_special_tokens=False).ids
+            return self._tokenizer.encode(prompt, add_special_tokens=False)
 
 
 def read_tokenizer(tokenizer_json: bytes) -> Tokenizer:

@@ -4,16 +4,17 @@ import json
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from varedit_runtime.backends import ChosenBackend
 from varedit_runtime.backends.auto import AutoBackend
-from varedit_runtime.errors import ConfigError, PictureError, shown
+from varedit_runtime.errors import ConfigError, EditWarning, PictureError, shown
 from varedit_runtime.files import IN_BUNDLE, lies_in, same_file, unwritable
 from varedit_runtime.terminal.command import (
     BUNDLE,
@@ -44,9 +45,23 @@ class _Unnamed(click.Context):
 
 
 class EditCommand(BackendCommand):
-    """The command that edits a picture."""
+    """The command that edits a picture; its warnings are lines on stderr."""
 
     context_class = _Unnamed
+
+    def invoke(self, ctx: click.Context) -> Any:
+        show = warnings.showwarning
+
+        def show_in_one_line(message: Warning | str, category: type[Warning], *of: Any) -> None:
+            if issubclass(category, EditWarning):
+                click.echo(f"Warning: {message}", err=True)
+            else:
+                show(message, category, *of)
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", EditWarning)
+            warnings.showwarning = show_in_one_line
+            return super().invoke(ctx)
 
 
 def _numbers(
@@ -200,6 +215,7 @@ def _as_json(output: Path, result: "EditResult", editor: "Editor", found: "Found
         "backend_chosen": editor.chosen.why,
         "provider": editor.provider,
         "timings": result.timings,
+        "warnings": result.warnings,
     }
     return json.dumps(told, indent=1)
 
@@ -207,13 +223,16 @@ def _as_json(output: Path, result: "EditResult", editor: "Editor", found: "Found
 def _find_bundle(named: Path | None, *targets: Path | None) -> "Found":
     """Find the bundle to use, and tell on stderr which it is and why.
 
-    targets: where results go. Raises ConfigError if one of them lies in the bundle.
+    targets: where results go. Raises ConfigError if one of them lies in the bundle, BundleError if
+    that takes no instructions.
     """
+    from varedit_runtime.bundle import Bundle
     from varedit_runtime.locate import find_bundle
 
     found = find_bundle(named)
     click.echo(f"bundle: {found.path} ({found.why})", err=True)
     _check_outside(found.path, *targets)
+    Bundle.open(found.path).check_text()  # before minutes are spent on loading
     return found
 
 

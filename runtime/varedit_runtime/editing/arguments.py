@@ -1,7 +1,7 @@
 """Check the arguments of `Editor.edit`, and spread them over the pictures to make."""
 
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -34,7 +34,8 @@ class Wanted:
     """One picture to make.
 
     prompt, negative (the negative prompt): token ids. mask: as `masks.fitted` returns it, of the
-    picture's size. size: the result's (width, height).
+    picture's size. size: the result's (width, height). warnings: as `caution.warnings_of` yields
+    them.
     """
 
     picture: Image.Image
@@ -42,6 +43,7 @@ class Wanted:
     negative: list[int] | None
     mask: Image.Image | None
     size: tuple[int, int]
+    warnings: tuple[str, ...]
     seed: int
 
 
@@ -111,13 +113,14 @@ def choose_pictures(
     seed: int | Sequence[int] | None,
     tokenise: Callable[[str], list[int]],
     size: SizeOf,
+    warn: Callable[[str, Image.Image], Iterable[str]],
 ) -> list[Wanted]:
     """Return all pictures to make, in order: the copies of the first picture and prompt come first.
 
-    size: see `choose_size`. Raises ConfigError on lists of unequal lengths, on more than
-    MOST_ENTRIES results, and on values that are no text, count or seed, TextError and PictureError
-    as `tokenise` and `open_picture` do. Errors about an entry of a list say which of how many it
-    is.
+    size: see `choose_size`. warn: yields warnings about a prompt and a picture. Raises ConfigError
+    on lists of unequal lengths, on more than MOST_ENTRIES results, and on values that are no text,
+    count or seed, TextError and PictureError as `tokenise` and `open_picture` do. Errors about an
+    entry of a list say which of how many it is.
     """
     copies = checked("num_images_per_prompt", copies, int)
     given = {"image": image, "prompt": prompt, "negative_prompt": negative_prompt, "mask": mask}
@@ -141,9 +144,10 @@ def choose_pictures(
     masks = _one_by_one(fitted, opened, pictures)
     pictures = list(map(visible, pictures, masks))
     sizes = _one_by_one(lambda picture: size(picture.size), pictures)
-    wanted = zip(pictures, prompts, negatives, masks, sizes, strict=True)
+    warnings = _one_by_one(lambda *of: tuple(warn(*of)), each("prompt", str), pictures)
+    wanted = zip(pictures, prompts, negatives, masks, sizes, warnings, strict=True)
     repeated = [entry for entry in wanted for _ in range(copies)]
-    return [Wanted(*entry, seed) for entry, seed in zip(repeated, seeds, strict=True)]
+    return [Wanted(*entry, seed=seed) for entry, seed in zip(repeated, seeds, strict=True)]
 
 
 def _one_by_one(convert: Callable[..., T], *lists: Sequence[Any]) -> list[T]:

@@ -6,6 +6,7 @@
 All arguments of a call are checked before anything is computed.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import Event, RLock, get_ident
@@ -37,6 +38,7 @@ from varedit_runtime.editing.arguments import (
     choose_size,
 )
 from varedit_runtime.editing.batch import PictureBatch
+from varedit_runtime.editing.caution import warnings_of
 from varedit_runtime.editing.finish import finished
 from varedit_runtime.editing.masks import SourceKeeper
 from varedit_runtime.editing.results import EditResult, OnScale, Progress
@@ -46,6 +48,7 @@ from varedit_runtime.errors import (
     BundleError,
     EditCancelled,
     EditorError,
+    EditWarning,
 )
 from varedit_runtime.manifest import TOKENIZER, Variant, scale_name, scale_of
 from varedit_runtime.noise import uniform_noise
@@ -259,29 +262,34 @@ class Editor:
         Raises ConfigError, TextError or PictureError on arguments that cannot be used;
         EditCancelled if on_scale cancelled; EditorError if the editor is closed, or called by
         on_scale; BackendError if a graph fails, or computes numbers that are not finite or a
-        picture of a single colour.
+        picture of a single colour. Warns of edits that will hardly be what is wanted: as
+        EditWarning before anything is computed, and in the results.
         """
         on_scale = checked("on_scale", on_scale, OnScale | None)
         size = choose_size(output_size, self.variant.picture)
         wanted = choose_pictures(
-            image, prompt, negative_prompt, mask, num_images_per_prompt, seed, self._tokenise, size
+            *(image, prompt, negative_prompt, mask, num_images_per_prompt, seed),
+            *(self._tokenise, size, self._warn),
         )
         negative = any(one.negative for one in wanted)
         sampling = choose_sampling(
             self.bundle.manifest, self.variant, guidance_scale, temperature, negative
         )
+        for warning in dict.fromkeys(warning for one in wanted for warning in one.warnings):
+            warnings.warn(warning, EditWarning, stacklevel=2)
         with self._my_turn():
             results = self._edit_all(wanted, sampling, on_scale)
         lists = map(is_list, (image, prompt, negative_prompt, mask, seed))
         return results if any(lists) or len(results) > 1 else results[0]
 
     def _tokenise(self, text: str) -> list[int]:
-        if self._instructions is None:
-            raise BundleError(
-                f"{self.bundle.path} was built without a text encoder, and takes no instructions: "
-                "build a bundle with one"
-            )
+        self.bundle.check_text()
+        assert self._instructions is not None
         return self._instructions.tokenise(text)
+
+    def _warn(self, text: str, picture: Image.Image) -> Iterator[str]:
+        assert self._instructions is not None
+        return warnings_of(self.bundle.manifest.model, self._instructions, text, picture)
 
     @contextmanager
     def _my_turn(self) -> Iterator[None]:
@@ -318,7 +326,7 @@ class Editor:
         edit = None if batch.on_scale or batch.masked else self.backend.whole
         images = self._edit_whole(batch, edit) if edit else self._edit_by_stages(batch)
         return [
-            EditResult(image, one.seed, batch.timings.seconds)
+            EditResult(image, one.seed, batch.timings.seconds, one.warnings)
             for one, image in zip(batch.wanted, images, strict=True)
         ]
 
