@@ -94,7 +94,9 @@ def test_other_weights_do_not_warn(tmp_path: Path) -> None:
         model = msgspec.structs.replace(manifest.model, random=msgspec.UNSET)
         return msgspec.structs.replace(manifest, model=model)
 
-    with Editor.open(changed_bundle(tmp_path, trained), threads=1) as editor:
+    with Editor.open(small_bundle(), threads=1) as editor:
+        assert warned(editor, fractal(), "add a hat") != ()
+        editor.swap_weights(changed_bundle(tmp_path, trained))
         assert warned(editor, fractal(), "add a hat") == ()
 
 

@@ -262,8 +262,7 @@ class Editor:
         Raises ConfigError, TextError or PictureError on arguments that cannot be used;
         EditCancelled if on_scale cancelled; EditorError if the editor is closed, or called by
         on_scale; BackendError if a graph fails, or computes numbers that are not finite or a
-        picture of a single colour. Warns of edits that will hardly be what is wanted: as
-        EditWarning before anything is computed, and in the results.
+        picture of a single colour. Issues EditWarnings first, which are also in the results.
         """
         on_scale = checked("on_scale", on_scale, OnScale | None)
         size = choose_size(output_size, self.variant.picture)
@@ -275,8 +274,7 @@ class Editor:
         sampling = choose_sampling(
             self.bundle.manifest, self.variant, guidance_scale, temperature, negative
         )
-        for warning in dict.fromkeys(warning for one in wanted for warning in one.warnings):
-            warnings.warn(warning, EditWarning, stacklevel=2)
+        _issue_warnings(wanted)
         with self._my_turn():
             results = self._edit_all(wanted, sampling, on_scale)
         lists = map(is_list, (image, prompt, negative_prompt, mask, seed))
@@ -428,6 +426,12 @@ class Editor:
             _draw=draw,
             _cancelled=batch.cancelled,
         )
+
+
+def _issue_warnings(wanted: Sequence[Wanted]) -> None:
+    """Issue each warning once, for the line that calls the caller."""
+    for warning in {text: None for one in wanted for text in one.warnings}:
+        warnings.warn(warning, EditWarning, stacklevel=3)
 
 
 def read_instructions(bundle: Bundle, limit: int) -> Instructions:

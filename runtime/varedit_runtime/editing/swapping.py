@@ -7,7 +7,7 @@ from varedit_runtime.errors import BundleError, shown
 from varedit_runtime.manifest import TOKENIZER, Model, Variant, positions, weights_file
 
 # What a model's description tells of its name and of where its weights come from.
-_OF_WEIGHTS = {"size", "weights", "origins", "loras"}
+_OF_WEIGHTS = {"size", "weights", "origins", "loras", "random", "trained_on"}
 # What else has to be equal, but for graphs and files.
 _DEFAULTS = ("precision", "guidance_scale", "temperature")
 SHAPES = ("resolution", "aspect", "grids", "picture", "batch", "rows", "text_tokens")  # a variant's
