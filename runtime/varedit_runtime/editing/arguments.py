@@ -137,6 +137,7 @@ def choose_pictures(
         values = listed[name]
         return [convert(given[name])] * count if values is None else _one_by_one(convert, values)
 
+    texts = each("prompt", lambda text: checked("a prompt", text, str))
     prompts = each("prompt", lambda text: tokenise(checked("a prompt", text, str)))
     negatives = each("negative_prompt", lambda text: _negative(text, tokenise))
     pictures = each("image", open_picture)
@@ -144,7 +145,7 @@ def choose_pictures(
     masks = _one_by_one(fitted, opened, pictures)
     pictures = list(map(visible, pictures, masks))
     sizes = _one_by_one(lambda picture: size(picture.size), pictures)
-    warnings = _one_by_one(lambda *of: tuple(warn(*of)), each("prompt", str), pictures)
+    warnings = _one_by_one(lambda *of: tuple(warn(*of)), texts, pictures)
     wanted = zip(pictures, prompts, negatives, masks, sizes, warnings, strict=True)
     repeated = [entry for entry in wanted for _ in range(copies)]
     return [Wanted(*entry, seed=seed) for entry, seed in zip(repeated, seeds, strict=True)]
