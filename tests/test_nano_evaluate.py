@@ -1,6 +1,7 @@
 """nano's scores, on pictures whose scores are known."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,8 @@ from varedit_reference.initialise import initialise
 from varedit_reference.pipeline import VAREdit
 from varedit_reference.text_encoder import TextEncoder
 from varedit_reference.tokenizer import Tokenizer
+from varedit_runtime.editing.editor import Editor
+from varedit_runtime.locate import embedded
 
 SIDE = 16
 
@@ -203,3 +206,23 @@ def test_the_command_writes_table_scores_and_sheet(
     assert [one["kind"] for one in content["edits"]] == list(KINDS)
     assert content["scores"]["overall"]["edits"] == 9
     assert (tmp_path / "out/sheet.png").stat().st_size > 1000
+    against = ["--against", str(tmp_path / "out/scores.json"), "--guidance-scale", "1"]
+    same = CliRunner().invoke(evaluate.main, [*arguments, *against], catch_exceptions=False)
+    assert "accuracy +0.0 (+0.0 to +0.0) points against" in same.output
+    fewer = CliRunner().invoke(evaluate.main, [*arguments, *against, "--count", "8"])
+    assert fewer.exit_code == 1 and "scores of other edits" in fewer.output
+
+
+def test_a_difference_of_paired_edits_has_an_interval(question: Question) -> None:
+    """Of 100 edits 4 are better and 1 is worse: 3 points more, give or take 4.3."""
+    scores = [replace(scored(question, question.right.target), seed=i) for i in range(100)]
+    scores[99] = replace(scores[99], accurate=False)
+    others = [{"seed": i, "accurate": i not in range(4)} for i in range(100)]
+    assert evaluate.compared(scores, others) == "accuracy +3.0 (-1.3 to +7.3) points"
+
+
+def test_a_bundle_answers_too() -> None:
+    (asked,) = draw_questions(1, size=128)
+    with Editor.open(embedded(), backend="onnxruntime") as editor:
+        (picture,) = evaluate.answer(editor, [asked], SamplingSettings())
+    assert picture.shape == asked.right.target.shape and picture.std() > 0

@@ -7,10 +7,15 @@
   backgrounds and masks of more than half of the picture are left out.
 - Tokenizer: PSNR of the source's reconstruction.
 - Ceiling: the accuracy of the right target's reconstruction. No transformer can do better.
+
+With `--bundle` ONNX Runtime edits with a bundle of nano, in whatever precision it is. `--against`
+compares the accuracy with that of earlier scores, edit by edit: both had the same noise, so that
+the difference is known better than either.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +35,7 @@ from varedit_nano.training import tokenizer_options
 from varedit_reference.config import Conditioning, TokenizerConfig
 from varedit_reference.pipeline import VAREdit
 from varedit_reference.quantisation import quantise
+from varedit_runtime.editing.editor import Editor
 
 ALTERNATIVES = 12
 GLOBAL_KINDS = ("background", "style")
@@ -107,7 +113,7 @@ class SamplingSettings:
 
 
 def answer(
-    model: VAREdit, questions: Sequence[Question], sampling: SamplingSettings
+    model: VAREdit | Editor, questions: Sequence[Question], sampling: SamplingSettings
 ) -> list[np.ndarray]:
     """Return the model's edits, uint8 [S, S, 3], each with the noise of its question's seed."""
     results = model.edit(
@@ -117,7 +123,7 @@ def answer(
         guidance_scale=sampling.guidance_scale,
         temperature=sampling.temperature,
     )
-    return [np.asarray(result) for result in results]
+    return [np.asarray(getattr(result, "image", result)) for result in results]
 
 
 @torch.inference_mode()
@@ -180,18 +186,40 @@ def psnr(a: np.ndarray, b: np.ndarray, region: np.ndarray | None = None) -> floa
 
 
 def evaluate(
-    model: VAREdit, questions: Sequence[Question], batch: int, sampling: SamplingSettings
+    model: VAREdit,
+    questions: Sequence[Question],
+    batch: int,
+    sampling: SamplingSettings,
+    editor: Editor | None = None,
 ) -> tuple[list[EditScore], list[np.ndarray]]:
-    """Return the scores and the resulting pictures of all questions."""
+    """Return the scores and the resulting pictures of all questions.
+
+    editor: edits in place of the model; the model's tokenizer makes the reconstructions.
+    """
     scores, results = [], []
     for start in tqdm(range(0, len(questions), batch), unit="batch", disable=None):
         asked = questions[start : start + batch]
-        edited = answer(model, asked, sampling)
+        edited = answer(editor or model, asked, sampling)
         sources = reconstruct(model, [question.right.source for question in asked])
         targets = reconstruct(model, [question.right.target for question in asked])
         scores += map(score, asked, edited, sources, targets)
         results += edited
     return scores, results
+
+
+def compared(scores: Sequence[EditScore], others: Sequence[Mapping[str, Any]]) -> str:
+    """Say how much more accurate scores are than others of the same edits, in percentage points.
+
+    The interval holds the difference of all edits with 95 % confidence. Raises ClickException if
+    the edits are others.
+    """
+    if [score.seed for score in scores] != [other["seed"] for other in others]:
+        raise click.ClickException("--against: these are scores of other edits; give --count alike")
+    differences = [
+        100.0 * (s.accurate - o["accurate"]) for s, o in zip(scores, others, strict=True)
+    ]
+    mean, error = _mean(differences), float(np.std(differences)) / len(differences) ** 0.5
+    return f"accuracy {mean:+.1f} ({mean - 1.96 * error:+.1f} to {mean + 1.96 * error:+.1f}) points"
 
 
 def by_kind(scores: Sequence[EditScore]) -> dict[str, Scores]:
@@ -242,6 +270,8 @@ def _mean(values: Iterable[float]) -> float:
 @click.option("--conditioning", type=click.Choice(["sar", "finest", "full"]), default="sar")
 @click.option("--batch", default=20, show_default=True)
 @click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+@click.option("--bundle", type=click.Path(path_type=Path), help="A bundle of nano that edits.")
+@click.option("--against", type=click.Path(exists=True, path_type=Path), help="Other scores.json.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("nano-scores"))
 @tokenizer_options
 def main(
@@ -253,6 +283,8 @@ def main(
     conditioning: Conditioning,
     batch: int,
     device: str,
+    bundle: Path | None,
+    against: Path | None,
     out: Path,
 ) -> None:
     """Score nano; write OUT/scores.json and OUT/sheet.png, and print a table."""
@@ -262,7 +294,10 @@ def main(
         model.config.temperature if temperature is None else temperature,
     )
     questions = draw_questions(count, model.config.picture_size[0])
-    scores, results = evaluate(model, questions, batch, sampling)
+    # Read now, as it may be the file that is written.
+    others = None if against is None else json.loads(against.read_text())["edits"]
+    with nullcontext() if bundle is None else Editor.open(bundle, backend="onnxruntime") as editor:
+        scores, results = evaluate(model, questions, batch, sampling, editor)
     summary = by_kind(scores)
     out.mkdir(parents=True, exist_ok=True)
     content: dict[str, Any] = {
@@ -274,6 +309,8 @@ def main(
     (out / "scores.json").write_text(json.dumps(content, indent=1) + "\n")
     draw_result_sheet(questions, results, scores).save(out / "sheet.png")
     click.echo(score_table(summary))
+    if others is not None:
+        click.echo(f"{compared(scores, others)} against {against}")
 
 
 if __name__ == "__main__":
