@@ -5,7 +5,9 @@ import pty
 import re
 import sys
 import termios
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -34,13 +36,26 @@ def on_terminal(monkeypatch: pytest.MonkeyPatch, action: Callable[[], None]) -> 
     """Return what an action shows on a pseudo-terminal."""
     reading, writing = pty.openpty()
     termios.tcsetwinsize(writing, (24, 80))
+    shown: list[bytes] = []
+
+    def read() -> None:
+        with suppress(OSError):  # the terminal was closed
+            while part := os.read(reading, 4096):
+                shown.append(part)
+
+    reader = threading.Thread(target=read)
+    reader.start()
     with os.fdopen(writing, "w") as terminal, monkeypatch.context() as patched:
         patched.setattr(sys, "stderr", terminal)
         action()
-        terminal.flush()
-        shown = os.read(reading, 2**16).decode()
+    reader.join()
     os.close(reading)
-    return shown
+    return b"".join(shown).decode()
+
+
+def test_names_from_strangers_are_shown_as_text(capsys: pytest.CaptureFixture[str]) -> None:
+    say("weights: \x1b[31mw\r.pth\n  next")
+    assert capsys.readouterr().err == "weights: \\x1b[31mw .pth\n  next\n"
 
 
 def test_through_a_pipe_every_step_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -217,15 +217,93 @@ def test_every_download_is_asked_about_in_printable_lines(hub: Hub) -> None:
     assert len(told) < 1000
 
 
+@pytest.mark.parametrize(
+    ("free", "later", "together", "fits"),
+    [
+        (4999, None, True, False),
+        (5000, None, True, True),
+        (5999, 1000, True, False),
+        (6000, 1000, True, True),
+        (5000, 5000, False, True),
+        (5000, 5001, False, False),
+    ],
+)
 def test_a_download_that_does_not_fit_is_refused(
+    hub: Hub,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    free: int,
+    later: int | None,
+    together: bool,
+    fits: bool,
+) -> None:
+    """On one disk there has to be room for the files and for what is made of them."""
+    hub.repositories["me/x"] = Repository({"var.pth": b"0" * 5000})
+    usage = shutil.disk_usage(tmp_path)._replace(free=free)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr(published, "same_disk", lambda one, other: together)
+    further = later and published.Further(tmp_path / "bundle", later, "much")
+    asked: list[str] = []
+
+    class RefusedError(Exception):
+        pass
+
+    def accept(download: Download) -> None:
+        asked.append(str(download))
+        raise RefusedError
+
+    with pytest.raises(RefusedError if fits else CheckpointError) as refused:
+        published.bring(["hf://me/x/var.pth"], accept, further=lambda: further or None)
+    assert fits or "the disk has no room: 5.0 kB to download" in str(refused.value)
+    assert len(asked) == fits
+    if later and fits:
+        assert f"then much; {readable_size(free)} are free in {tmp_path}" in asked[0]
+    assert not any("/blobs/" in request for request in hub.requests)
+
+
+def tiny_table(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Publish files of tiny-2b's names that hold no weights."""
+    publish(hub, "TINY.pth", "vae.pth", *T5)
+    table = {"tiny-2b": Published(VAREDIT, {256: "TINY.pth"}, "vae.pth")}
+    monkeypatch.setattr(published, "PUBLISHED", table)
+    monkeypatch.setattr("varedit_export.resolve_options.PUBLISHED", table)
+
+
+def test_what_the_build_needs_is_told_before_the_download(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hub.repositories["me/x"] = Repository({"var.pth": b"0" * 5000})
-    usage = shutil.disk_usage(tmp_path)._replace(free=4999)
-    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
-    with pytest.raises(CheckpointError, match="the disk has no room"):
-        published.bring(["hf://me/x/var.pth"], lambda _: pytest.fail("asked in vain"))
-    assert not any("/blobs/" in request for request in hub.requests)
+    tiny_table(hub, monkeypatch)
+    built = run("build", "--size", "tiny-2b", "--res", "256", "-o", tmp_path / "bundle")
+    assert re.search(
+        r"  then the build needs \S+ MB of disk, \S+ MB of memory, about \d+ min; \S+ GB are free "
+        + "in "
+        + re.escape(str(tmp_path / "bundle")),
+        built.stderr,
+    )
+    assert built.exit_code == 1 and "give --yes" in built.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(("--batch", "0"), "a batch of 1 to"), (("--text-tokens", "600"), "2 to 512 text tokens")],
+)
+def test_impossible_options_are_refused_before_the_download(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], message: str
+) -> None:
+    tiny_table(hub, monkeypatch)
+    built = run("build", "--size", "tiny-2b", "--res", "256", "--yes", *words)
+    assert built.exit_code == 1 and message in built.stderr
+    assert not any("/blobs/" in request or "/resolve/" in request for request in hub.requests)
+
+
+def test_too_little_memory_is_told_before_the_download(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_table(hub, monkeypatch)
+    monkeypatch.setattr("varedit_export.estimate.available_memory", lambda: 10**8)
+    built = run("build", "--size", "tiny-2b", "--res", "256", "--yes")
+    assert built.exit_code == 1 and "100 MB of memory are available" in built.stderr
+    assert not any("/resolve/" in request for request in hub.requests)
 
 
 @pytest.mark.parametrize("stdin", (None, io.StringIO()))

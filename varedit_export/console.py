@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from varedit_engines import OnStep
-from varedit_runtime.errors import ConfigError, needs_extra
+from varedit_runtime.errors import ConfigError, needs_extra, printable
 
 if TYPE_CHECKING:
     from varedit_export.weights.published import Download
 
 
 def say(line: str) -> None:
-    """Show a line on stderr, above a bar if there is one."""
+    """Show printable lines on stderr, above a bar if there is one."""
     with needs_extra("export"):
         from tqdm import tqdm
 
-    tqdm.write(line, file=sys.stderr)
+    tqdm.write("\n".join(map(printable, line.split("\n"))), file=sys.stderr)
 
 
 @contextmanager

@@ -4,9 +4,9 @@ An option has the meaning of the command's option of that name. None leaves the 
 value of another type is a ConfigError.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
-from varedit_engines.engine_compiler import EngineCompiler, Flags, Hardware
+from varedit_engines.engine_compiler import EngineCompiler, Flags
 from varedit_runtime.backends import DEFAULT, ChosenBackend
 from varedit_runtime.backends.auto import AUTO
 from varedit_runtime.backends.engines.engine_set import EngineLayout
@@ -56,8 +56,8 @@ class BuildOptions(CheckedOptions):
 
 
 @dataclass(frozen=True)
-class EngineOptions(CheckedOptions):
-    """The engines to compile from a bundle, and the compiler's settings."""
+class EngineOptions(Flags):
+    """The engines to compile from a bundle, and by keyword the compiler's settings (`Flags`)."""
 
     backend: EngineKind = "tensorrt"  # or tensorrt-rtx, which compiles without a GPU
     variant: str | None = None  # whose graphs; by default the bundle's first variant
@@ -69,14 +69,6 @@ class EngineOptions(CheckedOptions):
     # GPUs to compile for, as in "sm89"; tensorrt-rtx alone. By default this machine's GPU.
     architectures: tuple[str, ...] = ()
 
-    workspace: int | None = None  # bytes of GPU memory that a layer may use; None: no limit of ours
-    optimisation: int | None = None  # 0 compiles fast, 5 gives fast engines; None: the library's
-    tf32: bool = False  # whether factors in fp32 may be rounded to TF32
-    version_compatible: bool = False  # engines for later versions of TensorRT too
-    hardware_compatible: Hardware | None = None  # for other GPUs too: see engine_compiler.Flags
-
-    aux_streams: int = 0  # streams besides its own that an engine may use
-
     again: bool = False  # whether to recompile engines that were built on this machine
 
     def compiler(self) -> EngineCompiler:
@@ -85,14 +77,7 @@ class EngineOptions(CheckedOptions):
         Raises MissingExtraError if the backend is not installed, ConfigError on options that the
         backend does not have, BackendError if there is no GPU and no architecture was named.
         """
-        flags = Flags(
-            self.workspace,
-            self.optimisation,
-            self.tf32,
-            self.version_compatible,
-            self.hardware_compatible,
-            self.aux_streams,
-        )
+        flags = Flags(**{field.name: getattr(self, field.name) for field in fields(Flags)})
         return EngineCompiler(self.backend, self.architectures, flags)
 
 

@@ -4,9 +4,10 @@ import json
 import os
 from collections.abc import Callable, Collection
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
+from varedit_export.estimate import check_memory, needs
 from varedit_export.graphs_from import check_requests, check_weights_fit
 from varedit_export.manifest_model import sources_of
 from varedit_export.options import BuildOptions
@@ -19,7 +20,14 @@ from varedit_export.sources import (
     random_sources,
 )
 from varedit_export.weights.lora import merge_loras, parse, short_name
-from varedit_export.weights.published import PUBLISHED, Download, Places, bring, find_weights
+from varedit_export.weights.published import (
+    PUBLISHED,
+    Download,
+    Further,
+    Places,
+    bring,
+    find_weights,
+)
 from varedit_reference.config import PRESETS, ModelConfig, preset
 from varedit_reference.golden import PIXEL_BUDGETS, recorded_config
 from varedit_reference.weights_file import open_weights, read_header_file
@@ -42,7 +50,8 @@ def plan_of(
 
     Raises ConfigError on options that are impossible or contradict each other, CheckpointError on
     weights that are missing, cannot be fetched or read, or do not fit, BundleError on a bundle to
-    take graphs from that cannot be read.
+    take graphs from that cannot be read, ExportError if memory is too small for what would be
+    downloaded.
     """
     other = None if options.graphs_from is None else Bundle.open(options.graphs_from)
     if options.precision == AUTO:
@@ -67,10 +76,22 @@ def plan_of(
     ]
     if other is not None:
         check_requests(other, requests)
-    plan = BundlePlan(requests, _sources(config, options, accept), other)
+    further = partial(_further, requests, other)
+    plan = BundlePlan(requests, _sources(config, options, accept, further), other)
     if other is not None:
         check_weights_fit(other, plan)
     return plan
+
+
+def _further(requests: list[VariantRequest], other: Bundle | None) -> Further:
+    """Return what a build will take of its disk, before its weights are there.
+
+    Raises ConfigError on impossible requests, ExportError if memory is too small.
+    """
+    plan = BundlePlan(requests, random_sources(requests[0].config, seed=0), other)
+    needed = needs(plan)
+    check_memory(needed.memory)
+    return Further(plan.request.target, needed.disk, f"the build needs {needed}")
 
 
 def _models(options: BuildOptions) -> list[tuple[ModelConfig, int]]:
@@ -126,11 +147,14 @@ def _text_tokens(options: BuildOptions) -> int:
 
 
 def _sources(
-    config: ModelConfig, options: BuildOptions, accept: Callable[[Download], None]
+    config: ModelConfig,
+    options: BuildOptions,
+    accept: Callable[[Download], None],
+    further: Callable[[], Further],
 ) -> Sources:
     loras = [parse(os.fspath(lora)) for lora in options.loras]
     places = _places(config, options)
-    files = bring(places, accept, [place for place, _ in loras])
+    files = bring(places, accept, [place for place, _ in loras], further)
     stored: Collection[str] = ()
     if places:
         transformer, tokenizer, *text_encoder = files.paths

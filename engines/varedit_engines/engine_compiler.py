@@ -34,7 +34,7 @@ from varedit_runtime.values import CheckedOptions
 Hardware = Literal["ampere-plus", "same-compute-capability"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Flags(CheckedOptions):
     """Settings of the compiler; None leaves one to the library.
 

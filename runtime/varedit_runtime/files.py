@@ -75,7 +75,17 @@ def unwritable(path: Path) -> str | None:
 
 def free_space(folder: Path) -> int:
     """Return the free bytes of the disk that a folder is on, or will be once it is made."""
-    return shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
+    return shutil.disk_usage(_existing(folder)).free
+
+
+def same_disk(one: Path, other: Path) -> bool:
+    """Return whether two folders are on one disk, or will be once they are made."""
+    return _existing(one).stat().st_dev == _existing(other).stat().st_dev
+
+
+def _existing(folder: Path) -> Path:
+    folder = folder.absolute()
+    return next(path for path in (folder, *folder.parents) if path.exists())
 
 
 def same_file(one: Path, other: Path) -> bool:

@@ -16,7 +16,7 @@ must be equal but for rounding, and the next scale starts from where the other r
 this one drew. Errors so stay where they are made, in a scale and not in all that follow.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -104,14 +104,15 @@ def compare_run(
     edit: ComparedEdit,
     coder_inputs: CoderInputs,
     rules: Rules,
-) -> Iterator[ParityLine]:
-    """Compare whatever is expected, coders first.
+) -> Generator[ParityLine, None, ScaleOutput | None]:
+    """Compare whatever is expected, coders first; return the last scale, all of its bits forced.
 
     Raises ParityError on an output that is not finite, or constant.
     """
     for stage, theirs in expected.coded.items():
-        ours = _code(backend, stage, coder_inputs[stage])
-        yield from _coder_lines(stage, ours, theirs, coder_inputs[stage], rules)
+        coded = _code(backend, stage, coder_inputs[stage])
+        yield from _coder_lines(stage, coded, theirs, coder_inputs[stage], rules)
+    ours = None
     if expected.scales:
         begin_edit(backend, edit)
     for k, theirs in enumerate(expected.scales):
@@ -125,6 +126,7 @@ def compare_run(
         all_forced = scale_sampling(backend.variant, edit, k, theirs.bits)
         ours = backend.predict(k, all_forced)
         yield from _scale_lines(k, left, ours, theirs, all_forced.noise, rules)
+    return ours
 
 
 def compare_whole(

@@ -37,7 +37,6 @@ from varedit_export.parity.edit import (
     ComparedEdit,
     random_coder_inputs,
     random_edit,
-    scale_sampling,
     with_grids,
 )
 from varedit_export.parity.measures import ROUNDED_TOKENS, picture_lines
@@ -160,7 +159,7 @@ def compare_recording(bundle: Bundle, recording: Recording) -> Iterator[ParityLi
     Raises ParityError if the recording is of another model.
     """
     (variant,) = bundle.manifest.variants
-    count, channels = len(variant.grids), bundle.manifest.model.token_channels
+    channels = bundle.manifest.model.token_channels
     sizes = [height * width * channels for height, width in variant.grids]
     if (recorded := [bits.numel() for bits in recording.forced_bits]) != sizes:
         raise ParityError(
@@ -181,14 +180,12 @@ def compare_recording(bundle: Bundle, recording: Recording) -> Iterator[ParityLi
         forced = bits.numpy().reshape(1, *grid, -1)
         both = (np.repeat(one, variant.batch, 0) for one in (logits, forced))
         scales.append(ScaleOutput(*both, running_sum=np.empty(0)))  # sums are not recorded
-    against, last = " against the recording", count - 1
+    against = " against the recording"
     with closing(_onnx(bundle, variant)) as twin:
         rules = Rules((LOGITS_OUT,), against=against)
-        yield from compare_run(twin, Expected(scales), edit, {}, rules)
-        total = twin.predict(
-            last, scale_sampling(variant, edit, last, scales[last].bits)
-        ).running_sum
-        picture = from_decoder(twin.decode(total)[0])
+        last = yield from compare_run(twin, Expected(scales), edit, {}, rules)
+        assert last is not None  # a variant has scales
+        picture = from_decoder(twin.decode(last.running_sum)[0])
         yield from picture_lines(picture, recording["out.image_rgb_u8"].numpy(), against)
 
 

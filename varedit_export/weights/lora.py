@@ -91,7 +91,7 @@ REFUSED = (
     "monteclora_config",
 )
 STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
-_NAME = re.compile(r"\^?[\w.\\-]+\$?")
+_NAME = re.compile(r"\^?(?:[\w.-]|\\\.)+\$?")  # of modules; a dot may be escaped
 INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)  # that an alpha may be stored as
 
 Value = TypeVar("Value")

@@ -18,7 +18,7 @@ from varedit_export.weights.lora import FILES, SETTINGS, SUFFIX
 from varedit_reference.text_encoder import BESIDE_WEIGHTS
 from varedit_reference.weights_file import PICKLED
 from varedit_runtime.errors import CheckpointError, ConfigError, printable, readable_size
-from varedit_runtime.files import free_space
+from varedit_runtime.files import free_space, same_disk
 from varedit_runtime.manifest import HubOrigin
 
 
@@ -72,10 +72,23 @@ class Files:
 
 
 @dataclass(frozen=True)
+class Further:
+    """What is made of downloaded weights. folder: where. size: its bytes. needs: for people."""
+
+    folder: Path
+    size: int
+    needs: str
+
+
+@dataclass(frozen=True)
 class Download:
-    """The files that a build needs from the hub, before anything is downloaded."""
+    """The files that a build needs from the hub, before anything is downloaded.
+
+    further: what will be made of them, if that is known.
+    """
 
     wanted: tuple[Wanted, ...]
+    further: Further | None = None
 
     @property
     def size(self) -> int:
@@ -87,17 +100,29 @@ class Download:
         """Return the free bytes of the disk that the hub's cache is on."""
         return free_space(hub.cache())
 
+    @property
+    def fits(self) -> bool:
+        """Return whether there is room for the files, and for what is made of them."""
+        later = self.further
+        if later is None:
+            return self.size <= self.free
+        if same_disk(hub.cache(), later.folder):
+            return self.size + later.size <= self.free
+        return self.size <= self.free and later.size <= free_space(later.folder)
+
     def __str__(self) -> str:
         """Return the lines that a person reads before saying yes."""
-        lines = [
-            printable(
-                f"  {one.address}: {readable_size(one.missing)}, "
-                f"licence {(one.licence or 'not stated')[:80]}"
-            )
-            for one in self.wanted
-        ]
         free = f"{readable_size(self.free)} are free in {hub.cache()}"
-        return "\n".join([f"{readable_size(self.size)} to download; {free}", *lines])
+        lines = [f"{readable_size(self.size)} to download; {free}"]
+        lines += (
+            f"  {one.address}: {readable_size(one.missing)}, "
+            f"licence {(one.licence or 'not stated')[:80]}"
+            for one in self.wanted
+        )
+        if later := self.further:
+            free = f"{readable_size(free_space(later.folder))} are free in {later.folder}"
+            lines.append(f"  then {later.needs}; {free}")
+        return "\n".join(map(printable, lines))
 
 
 def find_weights(
@@ -178,21 +203,26 @@ def _transformer(shelf: _Shelf, size: str, resolutions: Sequence[int]) -> str:
 
 
 def bring(
-    places: Sequence[str], accept: Callable[[Download], None], adapters: Sequence[str] = ()
+    places: Sequence[str],
+    accept: Callable[[Download], None],
+    adapters: Sequence[str] = (),
+    further: Callable[[], Further | None] = lambda: None,
 ) -> Files:
     """Download the weights that are on the hub; return where all are on this machine.
 
     places: of the transformer, the picture tokenizer and, if there is one, the text encoder.
     adapters: places of LoRA adapters. accept: called before anything is downloaded, if anything has
-    to be; it raises to refuse. Raises CheckpointError if weights are not there, cannot be fetched,
-    or do not fit on the disk.
+    to be; it raises to refuse. further: called before that; returns what the weights will be made
+    into. Raises CheckpointError if weights are not there, cannot be fetched, or the disk has no
+    room for all.
     """
     kinds = (_weight_files, _weight_files, _text_encoder_files)
     asked = [*zip(places, kinds, strict=False), *((place, _adapter_files) for place in adapters)]
     wanted = [_look_up(place, files) for place, files in asked]
-    download = Download(tuple(one for one in wanted if one is not None and not one.cached))
-    if download.wanted:
-        if download.size > download.free:
+    missing = tuple(one for one in wanted if one is not None and not one.cached)
+    if missing:
+        download = Download(missing, further())
+        if not download.fits:
             raise CheckpointError(f"the disk has no room: {download}")
         accept(download)
     paths: list[Path] = []
