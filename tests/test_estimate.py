@@ -18,9 +18,9 @@ from varedit_reference.config import preset
 from varedit_runtime.errors import CheckpointError
 
 
-def full_size(size: str, resolution: int, target: Path) -> BundlePlan:
+def full_size(size: str, resolution: int, target: Path, precision: str = "fp16") -> BundlePlan:
     config = preset(size, resolution)
-    wanted = VariantRequest(config, resolution, "1:1", "fp16", 1, True, 128, target)
+    wanted = VariantRequest(config, resolution, "1:1", precision, 1, True, 128, target)
     return BundlePlan([wanted], random_sources(config, seed=0))
 
 
@@ -36,6 +36,18 @@ def test_full_sizes_need_what_was_measured(
     assert weights <= needed.disk <= 1.05 * weights
     assert measured_memory <= needed.memory <= 1.5 * measured_memory
     assert f"{needed.disk / 1e9:.1f} GB of disk, " in str(needed)
+
+
+@pytest.mark.parametrize(
+    ("size", "resolution", "precision", "measured_memory"),
+    [("tiny-2b", 1024, "fp32", 2.68e9), ("125m", 256, "fp32", 1.87e9)],
+)
+def test_small_models_need_what_was_measured(
+    tmp_path: Path, size: str, resolution: int, precision: str, measured_memory: float
+) -> None:
+    """One has hardly anything but attention, the other hardly anything but weights."""
+    needed = needs(full_size(size, resolution, tmp_path / "bundle", precision))
+    assert measured_memory <= needed.memory <= 1.33 * measured_memory
 
 
 def test_more_variants_need_more_time_and_hardly_more_disk(tmp_path: Path) -> None:

@@ -15,12 +15,15 @@ from varedit_export.parity.compare_bundle import is_large
 from varedit_export.plan import BundlePlan
 from varedit_runtime.backends.machine import available_memory
 from varedit_runtime.errors import readable_size
+from varedit_runtime.precision import named
 
 GRAPH = 2 * 10**6  # bytes of the largest graph; most have less than one million
 # Bytes of the program with PyTorch, onnxscript and transformers, and of what tracing leaves behind.
 PROGRAM = 450 * 10**6
 DRAWN = 4  # fp32 tensors of the largest weight: drawn, converted, waiting, written
-WHOLE = 6  # fp32 copies of a small model's weights, in the reference and ONNX Runtime's sessions
+WHOLE = 3  # fp32 copies of a small model's weights, in the reference and ONNX Runtime's sessions
+ROUNDED = 1  # one more of a reference whose products are rounded
+SCORES = 2.5  # fp32 arrays of the last scale's attention, of all heads
 KEYS_VALUES = 4  # fp32 arrays of all keys, or values, that the last scale sees
 HIDDEN = 3  # fp32 arrays of the last scale's MLP
 TRACING = 100.0  # seconds, whatever the model, on one core
@@ -53,7 +56,8 @@ def needs(plan: BundlePlan) -> Needs:
     if is_large(parameters):
         memory = max(memory, PROGRAM + max(map(_block_by_block, variants)))
     else:
-        memory += WHOLE * 4 * parameters
+        copies = WHOLE if named(plan.request.precision).exact else WHOLE + ROUNDED
+        memory += copies * 4 * parameters + max(map(_attention, variants))
     cores = min(os.cpu_count() or 1, CORES)
     work = sum(parameters * WEIGHT + _products(shapes) / PRODUCTS for shapes in variants)
     disk = plan.weight_bytes + plan.graph_count * GRAPH
@@ -79,6 +83,15 @@ def _block_by_block(shapes: Shapes) -> int:
     seen = (sum(config.lengths) + config.lengths[-1]) * shapes.rows * config.width
     hidden = shapes.rows * config.lengths[-1] * config.mlp_width
     return (shapes.dtype.itemsize + 4) * block + 4 * (KEYS_VALUES * seen + HIDDEN * hidden)
+
+
+def _attention(shapes: Shapes) -> int:
+    """Return the bytes of a whole model's caches, and of the last scale's attention."""
+    config = shapes.config.transformer
+    seen = sum(config.lengths) + config.lengths[-1]
+    caches = 2 * config.depth * seen * shapes.rows * config.width
+    scores = shapes.rows * config.heads * config.lengths[-1] * seen
+    return int(4 * (caches + SCORES * scores))
 
 
 def check_memory(needed: int) -> None:
