@@ -25,8 +25,9 @@ from varedit_runtime.manifest import (
 )
 
 STAGES = (
-    *("text_encoder", "image_encoder", "condition", "prefill", "references", "scale"),
-    *("scale_00", "scale_01", "scale_02", "image_decoder"),
+    *("text_encoder", "image_encoder", "condition", "references", "scale", "image_decoder"),
+    *("prefill", "scale_00", "scale_01", "scale_02"),
+    *("prefill_unguided", "scale_00_unguided", "scale_01_unguided", "scale_02_unguided"),
 )
 COMPONENTS = ("tokenizer", "transformer")
 FILES = (

@@ -126,6 +126,7 @@ class Of:
 
 class Driver(Of):
     CUresult, CUstreamCaptureMode = driver.CUresult, driver.CUstreamCaptureMode
+    CUDA_MEMCPY2D, CUmemorytype = driver.CUDA_MEMCPY2D, driver.CUmemorytype
 
     def cuCtxGetCurrent(self) -> tuple[Any, ...]:
         contexts = self.machine.current[threading.get_ident()]
@@ -166,6 +167,14 @@ class Driver(Of):
         assert int(hStream) == STREAM
         # Which take what the real function takes.
         self.gpu.copy(int(driver.CUdeviceptr(dst)), int(driver.CUdeviceptr(src)), ByteCount)
+
+    @answered
+    def cuMemcpy2DAsync(self, pCopy: Any, hStream: Any) -> None:
+        device = driver.CUmemorytype.CU_MEMORYTYPE_DEVICE
+        assert int(hStream) == STREAM and pCopy.srcMemoryType == pCopy.dstMemoryType == device
+        width, count = pCopy.WidthInBytes, pCopy.Height
+        assert (pCopy.srcPitch, pCopy.dstPitch) == (2 * width, width)
+        self.gpu.copy_runs(int(pCopy.dstDevice), int(pCopy.srcDevice), width, count)
 
     @answered
     def cuMemsetD8Async(self, dstDevice: Any, uc: int, N: int, hStream: Any) -> None:

@@ -61,6 +61,12 @@ class SimulatedGpu:
         into, out_of = self.memory(target, size), self.memory(source, size)
         self._do(lambda: np.copyto(into, out_of))
 
+    def copy_runs(self, target: int, source: int, width: int, count: int) -> None:
+        assert target + width * count <= source, "what is copied overlaps its target"
+        into = self.memory(target, width * count).reshape(count, width)
+        out_of = self.memory(source, 2 * width * count).reshape(count, 2 * width)[:, :width]
+        self._do(lambda: np.copyto(into, out_of))
+
     def clear(self, address: int, size: int) -> None:
         memory = self.memory(address, size)
         self._do(lambda: memory.fill(0))

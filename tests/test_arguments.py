@@ -37,7 +37,7 @@ def accept(*_: object, **__: object) -> Any:
 class Idle:
     """A backend that computes nothing."""
 
-    provider, whole = "none", staticmethod(accept)
+    provider, whole, drops_rows = "none", staticmethod(accept), True
     encode_text = encode_pictures = staticmethod(accept)
 
 

@@ -71,8 +71,8 @@ def test_grown_graphs_are_what_tracing_every_block_gives(
     plan: BundlePlan, stored: dict[str, StoredWeight], name: str
 ) -> None:
     graph = next(graph for graph in plan.variants[0].graphs if graph.name == name)
-    grown = Tracer(plan.fake, stored).graph(graph.stage, graph.depth, graph.scale)
-    traced = Tracer(plan.fake, stored).graph(whole(plan, graph), 0, graph.scale)
+    grown = Tracer(plan.fake, stored).graph(graph.stage, graph.depth, graph.binding)
+    traced = Tracer(plan.fake, stored).graph(whole(plan, graph), 0, graph.binding)
     assert DEPTH > 4 and text(grown) == text(traced)
 
 

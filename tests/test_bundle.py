@@ -242,7 +242,7 @@ def test_what_is_no_folder_is_no_bundle(tmp_path: Path):
     [
         (b"{}", "schema_version"),
         (b'{"manifest_version": 3, "name": "another program"}', "schema_version"),
-        (b'{"schema_version": 2, "new": 1}', "upgrade varedit-export"),
+        (b'{"schema_version": 3, "new": 1}', "upgrade varedit-export"),
         (b'{"schema_version":1,"name":' + b"[" * 5_000_000, "manifest.json"),
         (b" " * (MAX_MANIFEST_BYTES + 1), "too large"),
     ],

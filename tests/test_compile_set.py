@@ -42,7 +42,7 @@ from varedit_runtime.backends.engines.engine_set import (
     why_unusable,
 )
 from varedit_runtime.backends.interrupt import exit_on_signals
-from varedit_runtime.backends.wiring import scale_profiles
+from varedit_runtime.backends.wiring import profiles_of
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import (
     BackendError,
@@ -54,6 +54,7 @@ from varedit_runtime.errors import (
 from varedit_runtime.manifest import (
     DIGEST,
     MANIFEST,
+    UNGUIDED,
     Manifest,
     ParityLine,
     StoredWeight,
@@ -126,7 +127,7 @@ def test_every_graph_compiles(
         assert all(stored[stage].size < size / 2 for stage, size in sizes.items())
     if layout == "profiles":
         assert sizes["scale"] > weights["transformer"]
-        profiles = len(variant.grids) + 1
+        profiles = 2 * (len(variant.grids) + 1)
         assert stored["scale"].size < weights["transformer"] + profiles * PROFILE_BYTES
         assert {"prefill", "scale_00"}.isdisjoint(sizes)
     if layout == "baked":
@@ -159,7 +160,7 @@ def deep_graph(stage: str, depth: int, precision: str = "fp16") -> bytes:
         for name in part.module.state_dict()
     }
     (graph,) = (graph for graph in plan.variants[0].graphs if graph.name == stage)
-    model = Tracer(plan.fake, stored).graph(graph.stage, graph.depth, graph.scale)
+    model = Tracer(plan.fake, stored).graph(graph.stage, graph.depth, graph.binding)
     return ir.to_proto(model).SerializeToString()
 
 
@@ -217,14 +218,16 @@ def _stored(path: Path) -> dict[str, tuple[int, int]]:
 def test_profiles_are_the_shapes_of_the_static_graphs(bundle: Bundle) -> None:
     (variant,) = bundle.manifest.variants
     twin = {spec.name: spec.shape for spec in variant.graphs["scale"].inputs}
-    profiles = scale_profiles(variant)
-    assert len(profiles) == 1 + len(variant.grids)
-    for index, sizes in enumerate(profiles[1:]):
-        static = {s.name: s.shape for s in variant.graphs[f"scale_{index:02}"].inputs}
+    profiles, scales = profiles_of("scale", variant), len(variant.grids)
+    assert len(profiles) == 2 * (1 + scales)
+    names = [f"scale_{k:02}{form}" for form in ("", UNGUIDED) for k in range(scales)]
+    for index, sizes in zip(names, profiles[1 : 1 + scales] + profiles[2 + scales :], strict=True):
+        static = {s.name: s.shape for s in variant.graphs[index].inputs}
         for name in static.keys() & twin.keys() - {"start"}:
             shape = tuple(n if isinstance(n, int) else sizes[n] for n in twin[name])
             assert shape == static[name], (index, name)
     assert profiles[0]["past"] == profiles[0]["reference"] == 0
+    assert [sizes["rows"] for sizes in profiles_of("condition", variant)] == [2, 1]
 
 
 def test_a_second_compilation_compiles_nothing(bundle: Bundle, compiled: list[str]) -> None:

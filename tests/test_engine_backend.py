@@ -36,7 +36,7 @@ from varedit_runtime.bundle import Bundle
 from varedit_runtime.editing.editor import Editor, Progress, read_instructions
 from varedit_runtime.errors import BackendError, BundleError, readable_size
 from varedit_runtime.locate import embedded
-from varedit_runtime.manifest import MANIFEST
+from varedit_runtime.manifest import MANIFEST, UNGUIDED
 
 
 @pytest.fixture(autouse=True)
@@ -86,6 +86,7 @@ def test_by_stages_and_as_a_whole_are_the_same_edit(small: tuple[Editor, Simulat
     def on_scale(progress: Progress) -> None:
         previews.append(np.asarray(progress.preview()[0]))
 
+    editor.forget()
     before = gpu.launches
     staged = editor.edit(picture(40, 30), "add a hat", seed=1, on_scale=on_scale)
     assert np.array_equal(np.asarray(whole.image), np.asarray(staged.image))
@@ -93,7 +94,8 @@ def test_by_stages_and_as_a_whole_are_the_same_edit(small: tuple[Editor, Simulat
     assert not np.array_equal(previews[0], previews[-1])
     backend = editor.backend
     assert isinstance(backend, EngineBackend)
-    assert gpu.launches - before == len(backend.steps) - 1 + len(previews)  # no negative
+    steps = [step for step in backend.steps.values() if not step.unguided]
+    assert gpu.launches - before == len(steps) - 1 + len(previews)  # no negative
 
 
 def test_a_mask_is_kept_to(small: tuple[Editor, SimulatedGpu]) -> None:
@@ -129,12 +131,12 @@ def test_bits_can_be_forced(small: tuple[Editor, SimulatedGpu]) -> None:
 def forced(editor: Editor) -> list[ScaleOutput]:
     backend, variant = editor.backend, editor.variant
     channels = editor.bundle.manifest.model.token_channels
-    random = np.random.default_rng(0)
+    random, sizes = np.random.default_rng(0), {"rows": variant.rows}
     backend.condition(
         {
-            spec.name: np.ones(sized(spec, {}), np.bool_)
+            spec.name: np.ones(sized(spec, sizes), np.bool_)
             if spec.dtype == "bool"
-            else random.normal(size=sized(spec, {})).astype(np.float32)
+            else random.normal(size=sized(spec, sizes)).astype(np.float32)
             for spec in variant.graphs["condition"].inputs
         }
     )
@@ -364,13 +366,12 @@ def test_engines_are_verified(small: tuple[Editor, SimulatedGpu]) -> None:
     lines = list(compare_backend(editor.bundle, editor.variant, editor.backend))
     assert gate(iter(lines)) == lines
     stages = {line.stage for line in lines}
-    assert stages == {"text_encoder", "image_encoder", "image_decoder", "edit"} | {
-        f"scale_{k:02}" for k in range(len(editor.variant.grids))
-    }
+    forms = ("", UNGUIDED) if editor.backend.drops_rows else ("",)
+    scales = {f"scale_{k:02}{form}" for k in range(len(editor.variant.grids)) for form in forms}
+    assert stages == {"text_encoder", "image_encoder", "image_decoder", "edit"} | scales
     for other in ("ONNX Runtime", "the reference"):
-        assert sum(f"logits against {other}" in line.measure for line in lines) == len(
-            editor.variant.grids
-        )
+        compared = sum(f"logits against {other}" in line.measure for line in lines)
+        assert compared == len(scales)
 
 
 def test_an_edit_in_one_piece_that_is_another_fails(
@@ -380,8 +381,10 @@ def test_an_edit_in_one_piece_that_is_another_fails(
     whole = editor.backend.whole
     assert whole
 
-    def other(prompts: Prompts, pictures: np.ndarray, samplings: Sequence[Sampling]) -> WholeEdit:
-        edited = whole(prompts, pictures, samplings)
+    def other(
+        prompts: Prompts, pictures: np.ndarray, samplings: Sequence[Sampling], prefilled: bool
+    ) -> WholeEdit:
+        edited = whole(prompts, pictures, samplings, prefilled)
         return WholeEdit(edited.logits, edited.pictures + np.float32(1e-6))
 
     monkeypatch.setattr(EngineBackend, "whole", property(lambda backend: other))

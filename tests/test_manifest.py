@@ -118,7 +118,7 @@ def test_a_missing_field_is_refused_wherever_it_is():
 def test_an_unknown_field_is_refused_wherever_it_is():
     whole = valid_manifest()
     mappings = [p for p in every_place(whole) if isinstance(inside(whole, p), dict)]
-    assert len(mappings) == 50
+    assert len(mappings) == 66
     for path in mappings:
         if path == ("tools",):
             continue
@@ -146,16 +146,36 @@ def test_what_cannot_be_written_in_json_cannot_be_published():
 # Versions
 
 
-@pytest.mark.parametrize("version", [2, 3, 10**30])
+@pytest.mark.parametrize("version", [3, 4, 10**30])
 def test_a_newer_schema_says_so_whatever_else_it_holds(version: int):
     message = refusal(json.dumps({"schema_version": version, "new": [{}]}).encode())
     assert f"version {version}" in message and f"version {SCHEMA_VERSION}" in message
     assert "upgrade varedit-export" in message
 
 
-@pytest.mark.parametrize("version", [0, -1])
+@pytest.mark.parametrize("version", [1, 0, -1])
 def test_an_older_schema_must_be_built_again(version: int):
-    assert "build it again" in refusal_of(lambda m: m.update(schema_version=version))
+    message = refusal_of(lambda m: m.update(schema_version=version))
+    command = "varedit-export build --size tiny --res 64 --precision fp32 --text-tokens 24"
+    assert f"build it again, of the same weights, with `{command}`" in message
+
+
+def test_a_rebuild_is_told_all_that_the_bundle_was():
+    def change(manifest: Any) -> None:
+        manifest.update(schema_version=1, precision="fp16", tools="none of its business")
+        manifest["variants"].append({**variant(manifest), "resolution": 128})
+        variant(manifest).update(aspect="3:2", batch=4, rows=4)
+
+    assert (
+        "`varedit-export build --size tiny --res 64 --res 128 --aspect 3:2 --precision fp16 "
+        "--batch 4 --text-tokens 24 --no-guidance`" in refusal_of(change)
+    )
+
+
+@pytest.mark.parametrize("size", [3, "a b", "x`; rm", "\x1b[2J"])
+def test_what_an_older_manifest_has_in_place_of_a_size_is_not_repeated(size: object):
+    message = refusal_of(lambda m: (m.update(schema_version=1), m["model"].update(size=size)))
+    assert message.endswith("build it again")
 
 
 @pytest.mark.parametrize("version", ["1", 1.5, None, True, [1]])
@@ -281,7 +301,7 @@ def variant(value: dict[str, Any]) -> dict[str, Any]:
         (lambda m: variant(m).update(picture=[64, 128]), "64 x 128 px"),
         (lambda m: variant(m).update(grids=[]), "length"),
         (lambda m: variant(m)["grids"].append([4, 4]), "missing scale_03"),
-        (lambda m: variant(m)["grids"].pop(1), "not known ['scale_02']"),
+        (lambda m: variant(m)["grids"].pop(1), "not known ['scale_02', 'scale_02_un"),
         (lambda m: variant(m)["graphs"].pop("scale_01"), "missing scale_01"),
         (lambda m: variant(m)["graphs"].pop("prefill"), "missing prefill"),
         (lambda m: variant(m)["graphs"].update(x=variant(m)["graphs"]["scale"]), "not known ['x']"),

@@ -22,6 +22,7 @@ from varedit_reference.pipeline import VAREdit
 from varedit_reference.scale_loop import PredictedScale, forced, predict_scales, seeded
 from varedit_runtime.backends import graph_file
 from varedit_runtime.backends.base import Sampling
+from varedit_runtime.backends.graph_backend import GraphBackend
 from varedit_runtime.backends.onnxruntime import backend as onnx_backend
 from varedit_runtime.backends.onnxruntime.backend import Buffer, OnnxBackend
 from varedit_runtime.backends.onnxruntime.options import OnnxRuntimeOptions
@@ -62,8 +63,8 @@ class Given:
             for length in LENGTHS[:batch]
         ]
 
-    def start(self, backend: OnnxBackend) -> None:
-        """Run condition and prefill."""
+    def start(self, backend: GraphBackend, guided: bool | None = None) -> None:
+        """Run condition and prefill; by default with all rows that the bundle has."""
         batch, tokens = len(self.text), backend.variant.text_tokens
         features = np.zeros((batch, tokens, self.text[0].shape[1]), np.float32)
         mask = np.zeros((batch, tokens), np.bool_)
@@ -71,9 +72,9 @@ class Given:
             features[row, : len(text)] = text.numpy()
             mask[row, : len(text)] = True
         inputs = {"text_features": features, "text_mask": mask}
-        if self.guided:
-            inputs |= {"negative_features": features, "negative_mask": mask}
-            inputs["has_negative"] = np.zeros(batch, np.bool_)
+        if self.guided if guided is None else guided:
+            inputs = {name: np.concatenate((x, x)) for name, x in inputs.items()}
+            inputs["learned"] = np.repeat((False, True), batch)
         backend.condition(inputs)
         backend.prefill(self.source.numpy())
 

@@ -3,14 +3,25 @@
 from collections.abc import Callable
 
 import msgspec
+import numpy as np
 import pytest
 from editing import small_bundle
 
-from varedit_runtime.backends.wiring import KINDS, View, constants, sized, values_of, wire
+from varedit_runtime.backends.wiring import (
+    KINDS,
+    Crowded,
+    Step,
+    View,
+    constants,
+    crowded,
+    sized,
+    values_of,
+    wire,
+)
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import BundleError
 from varedit_runtime.locate import embedded
-from varedit_runtime.manifest import GraphSpec, Model, TensorSpec, Variant
+from varedit_runtime.manifest import UNGUIDED, GraphSpec, Model, TensorSpec, Variant
 
 _CHOSEN = ("noise", "forced_bits", "forced_mask")
 
@@ -24,13 +35,23 @@ def model(request: pytest.FixtureRequest) -> tuple[Variant, Model]:
     return described(Bundle.open(embedded() if request.param == "nano" else small_bundle()))
 
 
+def edit_of(steps: list[Step], unguided: bool) -> list[Step]:
+    """Return the steps of an edit that has guidance throughout, or nowhere."""
+    both = {step.name.removesuffix(UNGUIDED) for step in steps if step.unguided}
+    shared = [step for step in steps if not step.unguided and step.name not in both]
+    return [step for step in steps if step.unguided is unguided or step in shared]
+
+
 def entries(view: View) -> set[tuple[str, int]]:
     return {(view.value, view.first + i) for i in range(view.shape[0])}
 
 
+@pytest.mark.parametrize("unguided", [False, True])
 @pytest.mark.parametrize("symbolic", [False, True])
-def test_what_a_step_reads_was_written_or_given(model: tuple[Variant, Model], symbolic: bool):
-    steps = wire(*model, symbolic)
+def test_what_a_step_reads_was_written_or_given(
+    model: tuple[Variant, Model], symbolic: bool, unguided: bool
+):
+    steps = edit_of(wire(*model, symbolic), unguided)
     known = {(name, i) for name, array in constants(*model).items() for i in range(len(array))}
     zeros = ("tokens.0", "sum.0", *(f"{name}.prefill" for name in _CHOSEN), "sum.prefill")
     for step in steps:
@@ -44,17 +65,22 @@ def test_what_a_step_reads_was_written_or_given(model: tuple[Variant, Model], sy
 
 
 @pytest.mark.parametrize("symbolic", [False, True])
-def test_nothing_is_written_twice_in_an_edit(model: tuple[Variant, Model], symbolic: bool):
+@pytest.mark.parametrize("unguided", [False, True])
+def test_nothing_is_written_twice_in_an_edit(
+    model: tuple[Variant, Model], symbolic: bool, unguided: bool
+):
     written: set[tuple[str, int]] = set()
-    for step in wire(*model, symbolic):
+    for step in edit_of(wire(*model, symbolic), unguided):
         for view in step.outputs.values():
             assert not entries(view) & written, (step.name, view.value)
             written |= entries(view)
 
 
+@pytest.mark.parametrize("form", ["", UNGUIDED])
 @pytest.mark.parametrize("symbolic", [False, True])
-def test_a_scale_sees_all_tokens_before_it(model: tuple[Variant, Model], symbolic: bool):
+def test_a_scale_sees_all_tokens_before_it(model: tuple[Variant, Model], symbolic: bool, form: str):
     variant, described = model
+    rows = variant.batch if form else variant.rows
     areas = [rows * columns for rows, columns in variant.grids]
     steps = {step.name: step for step in wire(variant, described, symbolic)}
     for k in range(len(areas)):
@@ -62,9 +88,9 @@ def test_a_scale_sees_all_tokens_before_it(model: tuple[Variant, Model], symboli
             own = 0 if i == 0 and described.conditioning == "sar" else areas[-1]
             seen = own + sum(areas[:k])
             for kind in KINDS:
-                new = steps[f"scale_{k:02}"].outputs[f"new_{kind}.{i}"]
-                assert (new.first, new.shape[0]) == (seen, areas[k])
-                past = steps[f"scale_{k:02}"].inputs.get(f"past_{kind}.{i}")
+                new = steps[f"scale_{k:02}{form}"].outputs[f"new_{kind}.{i}"]
+                assert (new.first, new.shape[:2]) == (seen, (areas[k], rows))
+                past = steps[f"scale_{k:02}{form}"].inputs.get(f"past_{kind}.{i}")
                 assert (past.first, past.shape[0]) == (0, seen) if past else seen == 0
 
 
@@ -150,11 +176,11 @@ def in_bf16(name: str) -> Change:
         ("scale", without("logits"), r"lacks its output 'logits\.0' \(for step scale_00\)"),
         ("scale", without("running_sum_out"), r"lacks its output 'sum\.1'"),
         ("text_encoder", with_input("style"), "text_encoder has an input that nothing .* 'style'"),
-        ("text_encoder", without("text_mask"), "lacks its input 'text_mask'"),
+        ("text_encoder", without("text_mask"), "lacks its input 'prompt_mask'"),
         ("text_encoder", without("text_features"), "lacks its output 'text_features'"),
         ("image_encoder", with_input("hat"), "input that nothing gives 'hat'"),
         ("image_encoder", without("source_tokens"), "lacks its output 'source_tokens'"),
-        ("condition", without("has_negative"), "lacks its input 'has_negative'"),
+        ("condition", without("learned"), "lacks its input 'learned'"),
         ("condition", with_input("level"), "input that nothing gives 'level'"),
         ("condition", with_input("token_ids", (0, 48)), "nothing gives 'token_ids'"),
         ("references", with_input("seed"), "input that nothing gives 'seed'"),
@@ -205,3 +231,45 @@ def test_a_view_knows_its_bytes():
 def test_steps_are_named_once():
     steps = wire(*described(Bundle.open(embedded())), symbolic=False)
     assert len({step.name for step in steps}) == len(steps)
+
+
+@pytest.mark.parametrize("entries", [0, 1, 2, 3, 7, 64, 100])
+def test_conditional_rows_move_together_in_place(entries: int):
+    """What is copied never overlaps its target, as a GPU demands."""
+    values = np.random.default_rng(entries).integers(0, 256, (entries, 2, 3), dtype=np.uint8)
+    memory, cache = values.reshape(-1).copy(), Crowded("cache_key.0", entries, 3)
+    cache.move(memory)
+    assert np.array_equal(memory[: 3 * entries].reshape(entries, 3), values[:, 0])
+    for target, source, count in cache.copies():
+        assert target + 3 * count <= source and source + 6 * count <= 6 * entries
+
+
+def test_caches_and_references_lose_their_unconditional_rows(model: tuple[Variant, Model]):
+    variant, described = model
+    areas = [rows * columns for rows, columns in variant.grids]
+    steps, own = wire(*model, symbolic=True), described.width * variant.batch * 4
+    for scale in range(len(areas)):
+        moved = {cache.value: cache for cache in crowded(steps, scale)}
+        for kind in KINDS:
+            past = moved[f"cache_{kind}.1"]
+            assert (past.entries, past.kept) == (areas[-1] + sum(areas[:scale]), own)
+            if described.conditioning == "sar":
+                references = [n for n in moved if n.startswith(f"reference_{kind}")]
+                assert references == [f"reference_{kind}.{k}" for k in range(scale, len(areas))]
+                assert all(moved[n].entries == areas[int(n.split(".")[1])] for n in references)
+        assert not {"start", "modulation", "sum.1", f"noise.{scale}"} & moved.keys()
+
+
+def test_values_that_do_not_fit_without_guidance_are_refused():
+    variant, model = described(Bundle.open(embedded()))
+    graph = variant.graphs["scale_01_unguided"]
+    inputs = tuple(
+        TensorSpec(spec.name, spec.dtype, (spec.shape[0], 9, *spec.shape[2:]))
+        if spec.name == "past_key.1"
+        else spec
+        for spec in graph.inputs
+    )
+    graphs = {"scale_01_unguided": GraphSpec(graph.file, inputs, graph.outputs)}
+    other = Variant(**{**_fields(variant), "graphs": variant.graphs | graphs})
+    with pytest.raises(BundleError, match=r"do not fit together"):
+        values_of(wire(other, model, symbolic=False))

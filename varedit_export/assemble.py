@@ -112,7 +112,7 @@ class _Work:
             self.staging.file(file).write_bytes(data)
             self.staging.record(file)
         elif not self.staging.kept(file, key):
-            model = tracer.graph(graph.stage, graph.depth, graph.scale)
+            model = tracer.graph(graph.stage, graph.depth, graph.binding)
             ir.save(model, self.staging.file(file))
             self.staging.record(file, key)
         return graph_spec(self.staging.path, file)

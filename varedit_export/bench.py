@@ -177,6 +177,8 @@ def _turns(editor: Editor, repeat: int) -> Iterator[Turn]:
     with open_reference(editor) as reference:
         both = with_any_text(reference), with_any_text(editor)
         for _ in range(repeat + 1):
+            for one in (reference, editor):
+                one.forget()
             theirs, ours = (
                 one.edit([picture] * batch, INSTRUCTION, seed=list(range(batch))) for one in both
             )

@@ -69,7 +69,7 @@ def _products(shapes: Shapes) -> int:
     """Count the operations of parity: two blocks at every scale, and three at the prefill's."""
     config = shapes.config.transformer
     tokens = sum(config.lengths) + 2 * config.lengths[-1]
-    return 2 * 2 * shapes.rows * tokens * _block_parameters(shapes)
+    return 2 * 2 * sum(shapes.forms.values()) * tokens * _block_parameters(shapes)
 
 
 def _block_parameters(shapes: Shapes) -> int:
@@ -80,8 +80,8 @@ def _block_parameters(shapes: Shapes) -> int:
 def _block_by_block(shapes: Shapes) -> int:
     """Return the bytes of one block's parity: weights stored and in fp32, the last scale's data."""
     config, block = shapes.config.transformer, _block_parameters(shapes)
-    seen = (sum(config.lengths) + config.lengths[-1]) * shapes.rows * config.width
-    hidden = shapes.rows * config.lengths[-1] * config.mlp_width
+    seen = (sum(config.lengths) + config.lengths[-1]) * max(shapes.forms.values()) * config.width
+    hidden = max(shapes.forms.values()) * config.lengths[-1] * config.mlp_width
     return (shapes.dtype.itemsize + 4) * block + 4 * (KEYS_VALUES * seen + HIDDEN * hidden)
 
 
@@ -89,8 +89,8 @@ def _attention(shapes: Shapes) -> int:
     """Return the bytes of a whole model's caches, and of the last scale's attention."""
     config = shapes.config.transformer
     seen = sum(config.lengths) + config.lengths[-1]
-    caches = 2 * config.depth * seen * shapes.rows * config.width
-    scores = shapes.rows * config.heads * config.lengths[-1] * seen
+    caches = 2 * config.depth * seen * max(shapes.forms.values()) * config.width
+    scores = max(shapes.forms.values()) * config.heads * config.lengths[-1] * seen
     return int(4 * (caches + SCORES * scores))
 
 

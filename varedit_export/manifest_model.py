@@ -40,7 +40,6 @@ def manifest_of(
     """Return the manifest of a bundle that was made as planned."""
     request = plan.request
     return Manifest(
-        schema_version=1,
         name=_label(request.target.name),
         model=_model_of(request.config, plan.sources),
         precision=request.precision,

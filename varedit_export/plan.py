@@ -17,11 +17,13 @@ from varedit_export.graphs.blocks import TRACED_BLOCKS
 from varedit_export.graphs.layout import transformer_layout
 from varedit_export.graphs.model import GraphTransformer
 from varedit_export.graphs.scales import (
+    Binding,
     FusedScaleStage,
     Kind,
-    ScaleBinding,
     ScaleStage,
     SymbolicScaleStage,
+    kind_of,
+    row_binding,
     scale_binding,
 )
 from varedit_export.graphs.stages import (
@@ -42,7 +44,7 @@ from varedit_reference.config import ModelConfig, TextEncoderConfig
 from varedit_reference.tokenizer import Tokenizer
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import ConfigError, readable_size
-from varedit_runtime.manifest import GRAPHS, LARGEST_BATCH
+from varedit_runtime.manifest import GRAPHS, LARGEST_BATCH, scale_name
 from varedit_runtime.precision import Precision, named
 
 
@@ -96,7 +98,7 @@ class VariantRequest:
             "grids": self.config.transformer.grids,
             "picture": self.config.picture_size,
             "batch": self.batch,
-            "rows": self.shapes.rows,
+            "rows": max(self.shapes.forms.values()),
             "text_tokens": self.text_tokens,
         }
 
@@ -112,15 +114,15 @@ class VariantRequest:
 
 @dataclass(frozen=True)
 class GraphPlan:
-    """A graph to make: a stage with few blocks, the whole model's depth, and its scale, if any."""
+    """A graph to make: a stage with few blocks, the model's depth, and the binding, if any."""
 
     stage: Stage
     depth: int = 0
-    scale: ScaleBinding | None = None
+    binding: Binding | None = None
 
     @property
     def name(self) -> str:
-        return self.stage.name if self.scale is None else self.scale.name
+        return self.stage.name if self.binding is None else self.binding.name
 
 
 @dataclass(frozen=True)
@@ -242,8 +244,10 @@ def _graphs(
     with fake:
         model = GraphTransformer(shapes.config.transformer, shapes.precision)
         table = PositionTable(shapes.config.transformer)
-    scales = [scale_binding(full, index) for index in range(len(grids))]
-    kinds: dict[Kind, ScaleStage] = {s.kind: ScaleStage(shapes, model, s.kind) for s in scales}
+    prefill = PrefillStage(shapes, model, table)
+    indices = range(len(grids))
+    own: dict[int, Kind] = {index: kind_of(full, index) for index in indices}
+    kinds: dict[Kind, ScaleStage] = {k: ScaleStage(shapes, model, k) for k in own.values()}
     twins = [SymbolicScaleStage(shapes, model, table)]
     if request.fused_attention:
         with fake:
@@ -254,9 +258,20 @@ def _graphs(
         *([] if text is None else [_text_graph(request, text, fake)]),
         GraphPlan(ImageEncoderStage(shapes, tokenizer)),
         GraphPlan(ConditionStage(shapes, model), depth),
-        GraphPlan(PrefillStage(shapes, model, table), depth),
+        *(
+            GraphPlan(prefill, depth, row_binding(full, prefill.name + form, rows))
+            for form, rows in full.forms.items()
+        ),
         *(GraphPlan(twin, depth) for twin in twins),
         *([GraphPlan(references)] if full.config.transformer.conditioning == "sar" else []),
-        *(GraphPlan(kinds[s.kind], depth, s) for s in scales),
+        *(
+            GraphPlan(
+                kinds[own[index]],
+                depth,
+                scale_binding(full, index, scale_name(index) + form, rows),
+            )
+            for form, rows in full.forms.items()
+            for index in indices
+        ),
         GraphPlan(ImageDecoderStage(shapes, tokenizer)),
     ]

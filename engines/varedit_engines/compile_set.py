@@ -7,6 +7,9 @@ The layout says where the weights are:
                bundle that is built again with the same graphs keeps its engines
     profiles   inside one engine, which has a profile for the prefill and each scale
     baked      inside every engine, one per scale
+
+With guidance, the first two also have engines or profiles for the conditional rows alone, which an
+edit runs on where its guidance is off. Baked ones do not, as each would hold the weights again.
 """
 
 from collections.abc import Callable, Mapping
@@ -34,10 +37,10 @@ from varedit_runtime.backends.engines.engine_set import (
 from varedit_runtime.backends.engines.memory import transformers, weights_on_gpu
 from varedit_runtime.backends.engines.packing import pack_into
 from varedit_runtime.backends.graph_file import read_graph
-from varedit_runtime.backends.wiring import FUSED, PREFILL, scale_profiles, sized
+from varedit_runtime.backends.wiring import FUSED, PREFILL, profiles_of, sized
 from varedit_runtime.bundle import Bundle, Folder
 from varedit_runtime.errors import BundleError, ConfigError, readable_size, shown
-from varedit_runtime.manifest import Variant, scale_name
+from varedit_runtime.manifest import UNGUIDED, Variant, scale_of
 
 # A set and a stage in it.
 EarlierPlan = tuple[EngineSet, str]
@@ -51,10 +54,12 @@ def stages_of(variant: Variant, layout: EngineLayout) -> list[str]:
         raise ConfigError(f"there is no layout {shown(layout)}; there are {', '.join(LAYOUTS)}")
     stages = [stage for stage in variant.graphs if stage != FUSED]  # which no engine runs
     static = [stage for stage in stages if stage not in TWIN]
-    if layout != "profiles":
+    if layout == "external":
         return static
-    scales = {PREFILL, *map(scale_name, range(len(variant.grids)))}
-    return [stage for stage in stages if stage not in scales]
+    if layout == "baked":
+        return [stage for stage in static if not stage.endswith(UNGUIDED)]
+    prefills = PREFILL, PREFILL + UNGUIDED
+    return [stage for stage in stages if stage not in prefills and scale_of(stage) is None]
 
 
 @dataclass(frozen=True)
@@ -221,7 +226,7 @@ def _compile(
     job: CompileJob, stage: str, graph: bytes, plan: Path, report: Path, on_step: OnStep
 ) -> None:
     """Compile a graph; write the plan and its report to files."""
-    folder, shapes = job.bundle.graphs_folder, _profiles(job, stage)
+    folder, shapes = job.bundle.graphs_folder, profiles_to_compile(job.variant, stage)
     compiled = job.compiler.compile(stage, graph, folder, shapes, on_step)
     if job.layout != "external":  # the compiler read weights by their path
         job.bundle.check_stands()
@@ -229,11 +234,11 @@ def _compile(
     report.write_bytes(packed(compiled.report))
 
 
-def _profiles(job: CompileJob, stage: str) -> list[Mapping[str, tuple[int, ...]]]:
+def profiles_to_compile(variant: Variant, stage: str) -> list[Mapping[str, tuple[int, ...]]]:
     """Return the shapes of all inputs in every profile; none for a graph of static shapes."""
-    specs = job.variant.graphs[stage].inputs
+    specs = variant.graphs[stage].inputs
     if all(isinstance(size, int) for spec in specs for size in spec.shape):
         return []
     return [
-        {spec.name: sized(spec, sizes) for spec in specs} for sizes in scale_profiles(job.variant)
+        {spec.name: sized(spec, sizes) for spec in specs} for sizes in profiles_of(stage, variant)
     ]

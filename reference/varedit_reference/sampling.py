@@ -10,16 +10,18 @@ NUCLEUS = 0.97  # top-p, over the two values of a bit
 TIE = 1e-5  # distance in probability up to which rounding explains a differing bit
 
 
-def guide(logits: Tensor, guidance_scale: float, temperature: float, guided: bool) -> Tensor:
+def guide(
+    logits: Tensor, guidance_scale: float | Tensor, temperature: float | Tensor, guided: bool
+) -> Tensor:
     """Divide logits [R, L, c, 2] by the temperature and guide them; return [B, L, c, 2].
 
     Classifier-free guidance: the first half of the rows is conditional, the second unconditional,
-    and the result is g·conditional + (1-g)·unconditional.
+    and the result is g·conditional + (1-g)·unconditional. guidance_scale, temperature: a number, or
+    one for each picture [B, 1, 1, 1].
     """
-    logits = logits.float() / temperature
     if not guided:
-        return logits
-    conditional, unconditional = logits.chunk(2)
+        return logits.float() / temperature
+    conditional, unconditional = (rows / temperature for rows in logits.float().chunk(2))
     return guidance_scale * conditional + (1 - guidance_scale) * unconditional
 
 

@@ -82,9 +82,16 @@ class ScaleLoop:
         self._rows = torch.empty(0)  # the logits of the scale predicted last, as the model has them
 
     def predict(
-        self, scale: int, choose: ChooseBits, guidance_scale: float, temperature: float
+        self,
+        scale: int,
+        choose: ChooseBits,
+        guidance_scale: float | Tensor,
+        temperature: float | Tensor,
     ) -> PredictedScale:
-        """Predict the next scale, or the last one again with other bits."""
+        """Predict the next scale, or the last one again with other bits.
+
+        guidance_scale, temperature: as `guide` takes them.
+        """
         grid, patch = self._config.transformer.grids[scale], self._config.tokenizer.patch
         total = self._sums[scale]
         tokens = None if scale == 0 else next_tokens(total, grid, patch)

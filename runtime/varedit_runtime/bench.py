@@ -192,6 +192,7 @@ def _run(editor: Editor, repeat: int) -> _Runs:
     pictures = [synthetic_picture(editor.variant)] * editor.variant.batch
 
     def edit(on_scale: OnScale | None = None) -> Mapping[str, float]:
+        editor.forget()
         return editor.edit(pictures, INSTRUCTION, seed=0, on_scale=on_scale)[0].timings
 
     start = perf_counter()

@@ -15,7 +15,7 @@ and `past_0` tokens are before a scale; it sees the source averaged to the scale
 The exporter makes its graphs from these numbers, the backends their memory, and the checks what
 they compare: all take them from here. The prefill is the scale None: it reads the source as tokens
 with nothing before them. Grids are (height, width) in tokens, coarse to fine. What the last scale
-would hand on is given for a grid of 1x1, which nothing reads.
+would hand on, and what the prefill would predict, is given for a grid of 1x1, which nothing reads.
 """
 
 from collections.abc import Sequence
@@ -25,14 +25,16 @@ import numpy as np
 from varedit_runtime.grids import Grid
 
 Sizes = dict[str, int]
-# The symbolic lengths of graphs: of a scale's grid, of the next one, and of keys and values.
-LENGTHS = ("h", "w", "next_h", "next_w", "reference", "past_0", "past")
+# The symbolic lengths of graphs: of a scale's tokens and of those whose bits are predicted, of the
+# next grid, and of keys and values.
+LENGTHS = ("h", "w", "kept_h", "kept_w", "next_h", "next_w", "reference", "past_0", "past")
 
 
 def scale_sizes(grids: Sequence[Grid], scale: int | None) -> Sizes:
     """Return what each of `LENGTHS` is at a scale or, for None, at the prefill."""
-    own, following = _grids(grids, scale)
-    sizes: Sizes = dict(zip(LENGTHS, (*own, *following, 0, 0, 0), strict=True))
+    kept, following = _grids(grids, scale)
+    own = grids[-1] if scale is None else kept
+    sizes: Sizes = dict(zip(LENGTHS, (*own, *kept, *following, 0, 0, 0), strict=True))
     if scale is not None:
         before = sum(map(_area, grids[:scale]))
         sizes |= {"reference": _area(own), "past_0": before, "past": _area(grids[-1]) + before}
@@ -93,9 +95,9 @@ def area_matrix(size: int, size_in: int) -> np.ndarray:
 
 
 def _grids(grids: Sequence[Grid], scale: int | None) -> tuple[Grid, Grid]:
-    """Return a scale's grid, the source's for None, and the next scale's."""
+    """Return the grids whose tokens a scale predicts, and hands on."""
     if scale is None:
-        return grids[-1], (1, 1)
+        return (1, 1), (1, 1)
     return grids[scale], (*grids[scale + 1 :], (1, 1))[0]
 
 

@@ -15,7 +15,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from varedit_runtime.errors import BundleError, shown
 from varedit_runtime.precision import PRECISIONS, Precision
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 DIGEST = "manifest.sha256"
 TOKENIZER = "tokenizer.json"
@@ -50,11 +50,12 @@ PrintableText = Annotated[str, Meta(pattern=rf"\A{PRINTABLE}\Z", min_length=1, m
 Bytes = Annotated[int, Meta(ge=0, lt=2**60)]
 CheckedGrid = tuple[Side, Side]
 
-_SCALE = re.compile(r"scale_(\d{2,})")
+UNGUIDED = "_unguided"  # ends the names of graphs that compute conditional rows alone
+_SCALE = re.compile(rf"scale_(\d{{2,}})(?:{UNGUIDED})?")
 _KEYS_OR_VALUES = re.compile(r"(past|new|source|cross|reference)_(key|value)(\.\d+)?")
 _INSIDE = re.compile(rf"{_PLAIN}(?:/{_PLAIN})*")
 _COMPONENTS = ("tokenizer", "transformer")  # every bundle has their weights
-_STAGES = {"image_encoder", "condition", "prefill", "scale", "image_decoder"}
+_STAGES = {"image_encoder", "condition", "scale", "image_decoder"}
 _OPTIONAL_STAGES = {"text_encoder", "references", "fused_scale"}
 
 
@@ -92,12 +93,12 @@ class StoredWeight(Struct, frozen=True, forbid_unknown_fields=True, array_like=T
 
 
 def scale_name(scale: int) -> str:
-    """Return the stage that predicts a scale; scales count from 0."""
+    """Return the graph that predicts a scale; scales count from 0."""
     return f"scale_{scale:02}"
 
 
 def scale_of(stage: str) -> int | None:
-    """Return the scale that a stage predicts; None for all other stages."""
+    """Return the scale that a graph predicts, with or without guidance; None for all others."""
     found = _SCALE.fullmatch(stage)
     return int(found[1]) if found else None
 
@@ -134,7 +135,8 @@ class Variant(Struct, frozen=True, forbid_unknown_fields=True):
     resolution: side in pixels of the square that the grids are derived from. aspect: ratio
     height:width. grids: (height, width) of every scale in tokens. picture: (height, width) in
     pixels. batch: pictures per run. rows: batch, or 2·batch with guidance. text_tokens: length that
-    instructions are padded to. graphs: by stage.
+    instructions are padded to. graphs: by stage; with guidance, the prefill and every scale have a
+    second one, for edits or scales whose guidance is off (UNGUIDED).
     """
 
     name: Name
@@ -153,7 +155,10 @@ class Variant(Struct, frozen=True, forbid_unknown_fields=True):
                 f"{self.rows} rows for a batch of {self.batch}, where {self.batch} or, "
                 f"with guidance, {2 * self.batch} were expected"
             )
-        expected = _STAGES | set(map(scale_name, range(len(self.grids))))
+        static = {"prefill", *map(scale_name, range(len(self.grids)))}
+        expected = _STAGES | static
+        if self.guided:
+            expected |= {stage + UNGUIDED for stage in static}
         missing = expected - self.graphs.keys()
         unknown = self.graphs.keys() - expected - _OPTIONAL_STAGES
         if missing or unknown:
@@ -251,7 +256,7 @@ class FolderManifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     files: all files of the folder except the manifest itself, by their path in it.
     """
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     files: dict[str, FileEntry]
 
     def __post_init__(self) -> None:
@@ -382,7 +387,8 @@ def decode_manifest(data: bytes, kind: type[AnyManifest]) -> AnyManifest:
     try:
         found = msgspec.json.decode(data, type=_Versioned).schema_version
         if found != SCHEMA_VERSION:
-            advice = "upgrade varedit-export" if found > SCHEMA_VERSION else "build it again"
+            newer = found > SCHEMA_VERSION
+            advice = "upgrade varedit-export" if newer else f"build it again{_command(data)}"
             raise BundleError(
                 f"its schema is version {found}, and this program reads version "
                 f"{SCHEMA_VERSION}: {advice}"
@@ -392,6 +398,45 @@ def decode_manifest(data: bytes, kind: type[AnyManifest]) -> AnyManifest:
         raise BundleError("it is nested too deeply to be a manifest") from error
     except (msgspec.MsgspecError, ValueError) as error:
         raise BundleError(f"it is not a valid manifest, copy or build it again: {error}") from error
+
+
+class _EarlierModel(Struct):
+    size: Name
+
+
+class _EarlierVariant(Struct):
+    resolution: Count
+    aspect: Annotated[str, Meta(pattern=r"\A\d{1,3}:\d{1,3}\Z")]
+    batch: BatchSize
+    rows: RowCount
+    text_tokens: TokenCount
+
+
+class _EarlierManifest(Struct):
+    """What tells how to rebuild a bundle of an earlier version."""
+
+    model: _EarlierModel
+    precision: Name
+    variants: Annotated[tuple[_EarlierVariant, ...], Meta(min_length=1)]
+
+
+def _command(data: bytes) -> str:
+    """Return how to rebuild a bundle of an earlier version; "" if its manifest does not tell."""
+    try:
+        earlier = msgspec.json.decode(data, type=_EarlierManifest)
+    except msgspec.MsgspecError:
+        return ""
+    first, size = earlier.variants[0], earlier.model.size
+    resolutions = dict.fromkeys(variant.resolution for variant in earlier.variants)
+    words = [f"--size {size}"]
+    if size != "nano":  # it has a resolution of its own
+        words += [f"--res {resolution}" for resolution in resolutions]
+    words += [f"--aspect {first.aspect}"] if first.aspect != "1:1" else []
+    words += [f"--precision {earlier.precision}"]
+    words += [f"--batch {first.batch}"] if first.batch > 1 else []
+    words += [f"--text-tokens {first.text_tokens}"]
+    words += ["--no-guidance"] if first.rows == first.batch else []
+    return f", of the same weights, with `varedit-export build {' '.join(words)}`"
 
 
 def _refuse_repeated(what: str, names: Iterable[str]) -> None:

@@ -27,6 +27,7 @@ from varedit_runtime.errors import ConfigError, shown
 
 AnyPath = str | os.PathLike[str]
 PerScale = float | Sequence[float]
+PerPicture = PerScale | Sequence[Sequence[float]]
 
 MOST_ENTRIES = 10_000  # of a list
 LARGEST_INTEGER = 2**128  # beyond all that an argument may be; much larger ones cannot be printed
@@ -76,12 +77,32 @@ def entries(name: str, value: object) -> list[Any] | None:
     A list is a sequence other than text and bytes, or an array or tensor of one dimension. Raises
     ConfigError if it is longer than MOST_ENTRIES, without walking it.
     """
+    return _entries(name, value, is_list)
+
+
+def per_picture(name: str, value: object) -> list[Any] | None:
+    """Return each picture's own setting, None if a setting is the same for all pictures.
+
+    It is a list of lists, or an array or tensor of two dimensions; each of its rows holds one
+    number, which is returned alone, or one per scale. Raises ConfigError as `entries` does.
+    """
+    rows = _entries(name, value, lambda x: _dimensions(x) == 2 or (is_list(x) and is_list(x[0])))
+    if rows is None:
+        return None
+    listed = [entries(name, row) for row in rows]
+    return [
+        numbers[0] if numbers is not None and len(numbers) == 1 else row
+        for row, numbers in zip(rows, listed, strict=True)
+    ]
+
+
+def _entries(name: str, value: Any, is_kind: Callable[[Any], bool]) -> list[Any] | None:
     cause = None
     try:
-        if not is_list(value):
+        if not is_kind(value):
             return None
-        if len(value) <= MOST_ENTRIES:  # type: ignore[arg-type]
-            return list(islice(value, MOST_ENTRIES))  # type: ignore[arg-type]
+        if len(value) <= MOST_ENTRIES:
+            return list(islice(value, MOST_ENTRIES))
     except Exception as error:
         cause = error
     told = shown(value)

@@ -79,13 +79,24 @@ class GraphTransformer(nn.Module):
         self.blocks = cast("Sequence[GraphBlock]", nn.ModuleList(blocks))
 
     def run(
-        self, x_RLC: Tensor, text: TextInputs, cos: Tensor, sin: Tensor, past: Sequence[Past]
+        self,
+        x_RLC: Tensor,
+        text: TextInputs,
+        cos: Tensor,
+        sin: Tensor,
+        past: Sequence[Past],
+        kept: int | None = None,
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Run all blocks; return the stream, and each block's new keys and values [L, R, H, D]."""
+        """Run all blocks; return the stream, and each block's new keys and values [L, R, H, D].
+
+        kept: how many tokens of the stream to return, the first ones; the last block computes the
+        others' keys and values alone. None for all.
+        """
         keys, values = [], []
         text = replace(text, bias=self.attention.bias(text.bias, x_RLC, self.dtype))
         for i, block in enumerate(self.blocks):
-            x_RLC, key, value = block(x_RLC, text, i, cos, sin, past[i])
+            last = i == len(self.blocks) - 1
+            x_RLC, key, value = block(x_RLC, text, i, cos, sin, past[i], kept if last else None)
             keys.append(key)
             values.append(value)
         return x_RLC, keys, values
@@ -116,18 +127,26 @@ class GraphBlock(nn.Module):
         self.mlp_down = GraphLinear(config.mlp_width, width, formats("blocks.mlp_down"))
 
     def forward(
-        self, x_RLC: Tensor, text: TextInputs, index: int, cos: Tensor, sin: Tensor, past: Past
+        self,
+        x_RLC: Tensor,
+        text: TextInputs,
+        index: int,
+        cos: Tensor,
+        sin: Tensor,
+        past: Past,
+        kept: int | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         modulation = (text.modulation_R6C + self.modulation)[:, :, None]
         gamma1, gamma2, scale1, scale2, shift1, shift2 = (modulation[:, i] for i in range(6))
-        attended, keys, values = self._attend(layer_norm(x_RLC) * scale1 + shift1, cos, sin, past)
-        x_RLC = x_RLC + gamma1 * attended
+        normed = layer_norm(x_RLC) * scale1 + shift1
+        attended, keys, values = self._attend(normed, cos, sin, past, kept)
+        x_RLC = first_tokens(x_RLC, kept) + gamma1 * attended
         x_RLC = x_RLC + self._attend_text(self.cross_norm(x_RLC), text, index)
         hidden = F.gelu(self.mlp_up(layer_norm(x_RLC) * scale2 + shift2), approximate="tanh")
         return x_RLC + gamma2 * self.mlp_down(hidden).float(), keys, values
 
     def _attend(
-        self, x_RLC: Tensor, cos: Tensor, sin: Tensor, past: Past
+        self, x_RLC: Tensor, cos: Tensor, sin: Tensor, past: Past, kept: int | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (x.unflatten(-1, (self.heads, -1)) for x in split(self.qkv(x_RLC), 3))
         q_RLHD = _rotate(_unit(q.float()) * self.attention_scale[:, None], cos, sin)
@@ -136,7 +155,8 @@ class GraphBlock(nn.Module):
         values = cast_to(v, self.dtype).transpose(0, 1)
         seen_keys = torch.cat((*past.keys, keys)) if past.keys else keys
         seen_values = torch.cat((*past.values, values)) if past.values else values
-        attended = self.attention.over_tokens(q_RLHD.to(self.dtype), seen_keys, seen_values)
+        q_RLHD = first_tokens(q_RLHD.to(self.dtype), kept)
+        attended = self.attention.over_tokens(q_RLHD, seen_keys, seen_values)
         return self.projection(attended).float(), keys, values
 
     def _attend_text(self, x_RLC: Tensor, text: TextInputs, index: int) -> Tensor:
@@ -254,6 +274,11 @@ def _rotate(x_RLHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate heads whose channels lie in halves; cos and sin [L, 1, D/2]."""
     first, second = split(x_RLHD, 2)
     return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
+
+
+def first_tokens(x_RL: Tensor, kept: int | None) -> Tensor:
+    """Return the first tokens, by index: the length of a slice would be a minimum of symbols."""
+    return x_RL if kept is None else x_RL.index_select(1, torch.arange(kept))
 
 
 def split(x: Tensor, parts: int) -> tuple[Tensor, ...]:

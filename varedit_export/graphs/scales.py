@@ -3,15 +3,16 @@
 A scale draws its bits and hands on the running sum and the next tokens, so that nothing between
 two scales needs the host. Two kinds of graphs compute that:
 
-- **static graphs**, one per scale, for engines: every length is known, and what differs between
-  scales (`Geometry`) is constants and parts of weights;
+- **static graphs**, for engines: every length is known, and what differs between scales
+  (`Geometry`) is constants and parts of weights. A scale has one or, in a variant with guidance,
+  two: one with all rows, and one with the conditional rows only, for where guidance is off;
 - **the twin** `scale` (`SymbolicScaleStage`), for backends that hold one session for all scales and
-  for the prefill: lengths are symbolic, and what differs comes in as inputs. `FusedScaleStage` is
-  the same for GPUs, with the other form of attention.
+  for the prefill: lengths are symbolic, that of the rows too, and what differs comes in as inputs.
+  `FusedScaleStage` is the same for GPUs, with the other form of attention and always all rows.
 
-Tracing takes seconds, and there are up to 13 scales. So three templates are traced, not 13 graphs:
+Tracing takes seconds, and there are up to 13 scales. So three templates are traced, not 26 graphs:
 the first scale has no tokens, the last hands nothing on, and all others are alike but for lengths,
-matrices and rows of weights. `ScaleStage` is such a template, with symbolic lengths; `ScaleBinding`
+matrices and rows of weights. `ScaleStage` is such a template, with symbolic lengths; a `Binding`
 says what fills it in. Scale 5 of 10, for instance, is the template `middle_scale` with h = w = 12,
 next_h = next_w = 16, the resizing matrices of these grids as constants, row 5 of the level
 embedding, and the rows of the rotary table from `geometry.scale_sizes(grids, 5)["past"]` on.
@@ -20,7 +21,7 @@ Shape suffixes are those of `stages.py`.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from math import sqrt
 from typing import Literal, NamedTuple
 
@@ -31,11 +32,13 @@ from torch import Tensor
 from varedit_export.graphs.attention import OPERATOR_OPSET
 from varedit_export.graphs.model import GraphTransformer, Past, layer_norm
 from varedit_export.graphs.stages import (
+    ROWS,
     InputSpec,
     PositionTable,
     Shapes,
     Stage,
     has_references,
+    pictures_of_rows,
     repeat_rows,
     text_input_specs,
     text_of,
@@ -43,11 +46,11 @@ from varedit_export.graphs.stages import (
     where_bool,
 )
 from varedit_reference.sampling import NUCLEUS
-from varedit_runtime.backends.wiring import FUSED, SYMBOLIC
+from varedit_runtime.backends.wiring import FUSED, PICTURES, SYMBOLIC
 from varedit_runtime.geometry import LENGTHS, resizing_matrices, scale_sizes
-from varedit_runtime.manifest import scale_name
 
 Kind = Literal["first", "middle", "last"]
+_SYMBOLS = {name: name for name in LENGTHS}
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class ScaleStage(Stage):
     """One scale: its keys and values, guided logits, bits, the running sum, the next tokens.
 
     A template of the first scale, of the last, or of any between. What one scale does not share
-    with all of its kind comes in as inputs, or as symbolic lengths; `ScaleBinding` fills it in.
+    with all of its kind comes in as inputs, or as symbolic lengths; a `Binding` fills it in.
     """
 
     def __init__(self, shapes: Shapes, model: GraphTransformer, kind: Kind) -> None:
@@ -87,6 +90,7 @@ class ScaleStage(Stage):
         inputs = {"start": _start(self.shapes)}
         if self.kind != "first":
             inputs = {"tokens": _tokens(self.shapes, *grid), "running_sum": self.shapes.map()}
+            inputs |= pictures_of_rows(self.shapes)
         angles = InputSpec(torch.float32, (*grid, transformer.head_width // 2))
         inputs |= {
             "level": InputSpec(torch.float32, (transformer.width,)),
@@ -108,9 +112,8 @@ class ScaleStage(Stage):
         cos, sin = (given[name].flatten(0, 1)[:, None] for name in ("cos", "sin"))
         geometry = Geometry(given["level"], cos, sin, up, down)
         tokens, total = given.get("tokens"), given.get("running_sum")
-        x_RLC = given["start"] if tokens is None else _embed(self.shapes, self.model, tokens)
-        grid = given["noise"].shape[1], given["noise"].shape[2]
-        return _predict(self.shapes, self.model, x_RLC, geometry, grid, total, given)
+        x_RLC = given["start"] if tokens is None else _embed(self.model, tokens, given)
+        return _predict(self.shapes, self.model, x_RLC, geometry, total, given)
 
 
 class WeightRows(NamedTuple):
@@ -121,29 +124,38 @@ class WeightRows(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ScaleBinding:
-    """What makes a template (`ScaleStage`) the static graph of one scale.
+class Binding:
+    """What makes a template, a stage with symbolic lengths, a static graph.
 
     sizes: its symbolic lengths; constants: inputs that become constants; parts: inputs that become
     rows of weights: the level's embedding and the rotary tables' rows.
     """
 
     name: str
-    kind: Kind
     sizes: dict[str, int]
     constants: dict[str, np.ndarray]
-    parts: dict[str, WeightRows]
+    parts: dict[str, WeightRows] = field(default_factory=dict)
 
 
-def scale_binding(shapes: Shapes, index: int) -> ScaleBinding:
-    """Return what makes a template one scale of the variant."""
+def row_binding(shapes: Shapes, name: str, rows: int) -> Binding:
+    """Return what makes a template a graph for a number of rows."""
+    return Binding(name, {ROWS: rows}, {PICTURES: np.arange(rows) % shapes.batch})
+
+
+def kind_of(shapes: Shapes, index: int) -> Kind:
+    """Return which template a scale is made from."""
+    last = len(shapes.config.transformer.grids) - 1
+    return "first" if index == 0 else "last" if index == last else "middle"
+
+
+def scale_binding(shapes: Shapes, index: int, name: str, rows: int) -> Binding:
+    """Return what makes a template one scale of the variant, for a number of rows."""
     grids, patch = shapes.config.transformer.grids, shapes.config.tokenizer.patch
-    last, sizes = len(grids) - 1, scale_sizes(grids, index)
-    return ScaleBinding(
-        scale_name(index),
-        "first" if index == 0 else "last" if index == last else "middle",
-        sizes,
-        {} if index == last else resizing_matrices(grids, index, patch),
+    last, sizes, own = len(grids) - 1, scale_sizes(grids, index), row_binding(shapes, name, rows)
+    return Binding(
+        name,
+        sizes | own.sizes,
+        own.constants | ({} if index == last else resizing_matrices(grids, index, patch)),
         {
             "level": WeightRows("model.level_embedding", index),
             "cos": WeightRows("table.cos", sizes["past"]),
@@ -155,7 +167,10 @@ def scale_binding(shapes: Shapes, index: int) -> ScaleBinding:
 class SymbolicScaleStage(Stage):
     """The twin of all scales with symbolic lengths: what differs between scales is an input.
 
-    It is the prefill as well: source tokens in, with no reference and no past.
+    It is the prefill as well: source tokens in, with no reference and no past. Nothing of the
+    prefill is read but keys and values, so that behind the last block's only as many tokens are
+    computed as there is noise for: all of a scale's, and one of the prefill's, because not every
+    runtime takes empty tensors.
     """
 
     name = SYMBOLIC
@@ -168,33 +183,40 @@ class SymbolicScaleStage(Stage):
         return {
             "tokens": _tokens(self.shapes, "h", "w"),
             "running_sum": self.shapes.map(),
+            **pictures_of_rows(self.shapes),
             "start": _start(self.shapes),
             "is_first": InputSpec(torch.bool, (1,)),
             "level": InputSpec(torch.int64, (1,)),
             "first_position": InputSpec(torch.int64, (1,)),
-            **_resampling_inputs(self.shapes, {name: name for name in LENGTHS}),
-            **_sampling_inputs(self.shapes, "h", "w"),
+            **_resampling_inputs(self.shapes, {**_SYMBOLS, "h": "kept_h", "w": "kept_w"}),
+            **_sampling_inputs(self.shapes, "kept_h", "kept_w"),
             **text_input_specs(self.shapes, head=True),
             **_past_inputs(self.shapes, "reference", "past_0", "past"),
         }
 
     def compute(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
         model = self.model
-        x_RLC = _embed(self.shapes, model, given["tokens"])
+        x_RLC = _embed(model, given["tokens"], given)
         cos, sin = self.table.at(given["first_position"], x_RLC)
         level = model.level_embedding[given["level"]]
         geometry = Geometry(level, cos, sin, *_resampling(given))
         x_RLC = torch.where(given["is_first"], given["start"], x_RLC)
-        grid = given["tokens"].shape[1], given["tokens"].shape[2]
-        total = given["running_sum"]
-        return _predict(self.shapes, model, x_RLC, geometry, grid, total, given)
+        kept = given["noise"][0, :, :, 0].numel()
+        return _predict(self.shapes, model, x_RLC, geometry, given["running_sum"], given, kept)
 
 
 class FusedScaleStage(SymbolicScaleStage):
-    """The twin for ONNX Runtime's CUDA provider: its model's attention is one operator."""
+    """The twin for ONNX Runtime's CUDA provider: its model's attention is one operator.
+
+    It always computes all rows: the operator's number of heads, which rows are merged with, is no
+    length but an attribute.
+    """
 
     name = FUSED
     opset = OPERATOR_OPSET
+
+    def __init__(self, shapes: Shapes, model: GraphTransformer, table: PositionTable) -> None:
+        super().__init__(replace(shapes, all_rows=True), model, table)
 
 
 def _predict(
@@ -202,15 +224,19 @@ def _predict(
     model: GraphTransformer,
     x_RLC: Tensor,
     geometry: Geometry,
-    grid: tuple[int, int],
     running_sum: Tensor | None,
     given: dict[str, Tensor],
+    kept: int | None = None,
 ) -> dict[str, Tensor]:
-    """Compute a scale's outputs from its embedded tokens: blocks, head, bits, sum, next tokens."""
+    """Compute a scale's outputs from its embedded tokens: blocks, head, bits, sum, next tokens.
+
+    kept: how many tokens all but keys and values is computed for; None for all.
+    """
     depth = model.config.depth
     text, past = text_of(given, depth), [_past(given, i) for i in range(depth)]
     x_RLC = x_RLC + geometry.level
-    x_RLC, keys, values = model.run(x_RLC, text, geometry.cos, geometry.sin, past)
+    x_RLC, keys, values = model.run(x_RLC, text, geometry.cos, geometry.sin, past, kept)
+    grid = given["noise"].shape[1], given["noise"].shape[2]
     logits_Bhwc2 = _guided_logits(shapes, model, x_RLC, given).unflatten(1, grid)
     bits_Bhwc = _draw(logits_Bhwc2, given)
     tokenizer = shapes.config.tokenizer
@@ -229,15 +255,25 @@ def _predict(
 def _guided_logits(
     shapes: Shapes, model: GraphTransformer, x_RLC: Tensor, given: dict[str, Tensor]
 ) -> Tensor:
-    """Return logits [B, L, c, 2], divided by the temperature, then guided."""
+    """Return logits [B, L, c, 2], divided by the temperature, then guided.
+
+    Without unconditional rows the last rows are the conditional ones: a guidance of 1, the only one
+    there is without them, then gives exactly these.
+    """
     scale, shift = (given["head_modulation"][:, i, None] for i in range(2))
     logits = model.head(layer_norm(x_RLC) * scale + shift).unflatten(-1, (-1, 2))
-    logits = logits / given["temperature"]
+    temperature, batch = _per_picture(given["temperature"]), shapes.batch
+    conditional = logits[:batch] / temperature
     if not shapes.guided:
-        return logits
-    conditional, unconditional = logits[: shapes.batch], logits[shapes.batch :]
-    guidance_scale = given["guidance_scale"]
+        return conditional
+    unconditional = logits[-batch:] / temperature
+    guidance_scale = _per_picture(given["guidance_scale"])
     return guidance_scale * conditional + (1 - guidance_scale) * unconditional
+
+
+def _per_picture(numbers_B: Tensor) -> Tensor:
+    """Return numbers of pictures in the shape that multiplies logits [B, L, c, 2]."""
+    return numbers_B[:, None, None, None]
 
 
 def _draw(logits_Bhwc2: Tensor, given: dict[str, Tensor]) -> Tensor:
@@ -250,8 +286,8 @@ def _draw(logits_Bhwc2: Tensor, given: dict[str, Tensor]) -> Tensor:
     return where_bool(given["forced_mask"], given["forced_bits"], drawn)
 
 
-def _embed(shapes: Shapes, model: GraphTransformer, tokens_Bhwc: Tensor) -> Tensor:
-    return repeat_rows(model.token_embedding(tokens_Bhwc.flatten(1, 2)).float(), shapes)
+def _embed(model: GraphTransformer, tokens_Bhwc: Tensor, given: dict[str, Tensor]) -> Tensor:
+    return repeat_rows(model.token_embedding(tokens_Bhwc.flatten(1, 2)).float(), given)
 
 
 def _resample(map_BdNN: Tensor, matrices: tuple[Tensor, Tensor]) -> Tensor:
@@ -292,10 +328,10 @@ def _tokens(shapes: Shapes, rows: int | str, columns: int | str) -> InputSpec:
 
 
 def _sampling_inputs(shapes: Shapes, rows: int | str, columns: int | str) -> dict[str, InputSpec]:
-    noise, number = _tokens(shapes, rows, columns), InputSpec(torch.float32, (1,))
-    inputs = {"temperature": number, "noise": noise}
+    noise, numbers = _tokens(shapes, rows, columns), InputSpec(torch.float32, (shapes.batch,))
+    inputs = {"temperature": numbers, "noise": noise}
     inputs |= {name: InputSpec(torch.bool, noise.shape) for name in ("forced_bits", "forced_mask")}
-    return {"guidance_scale": number, **inputs} if shapes.guided else inputs
+    return {"guidance_scale": numbers, **inputs} if shapes.guided else inputs
 
 
 def _past_inputs(

@@ -8,7 +8,8 @@ computes named outputs from them (`Stage.compute`); `trace.py` makes an ONNX gra
 the stages that run once for each edit; `scales.py` has those that predict the scales. The modules
 `model.py` and `text.py` do the arithmetic: a stage only says what goes in and what comes out.
 
-Shape suffixes: B pictures, R rows (2·B with guidance, the conditional rows first), T text tokens,
+Shape suffixes: B pictures, R rows (2·B with guidance, the conditional rows first; B where an edit
+needs no guidance any more), T text tokens,
 S source tokens, h·w = L tokens of a scale, C width, H heads, D = C/H, c bits of a token, d bits of
 a tokenizer position, p positions along a token's side, N positions along a picture's side.
 """
@@ -27,8 +28,12 @@ from varedit_reference.kv_cache import source_length, target_length
 from varedit_reference.quantisation import positions
 from varedit_reference.tokenizer import Tokenizer
 from varedit_reference.weights_file import torch_dtype
+from varedit_runtime.backends.wiring import PICTURES
 from varedit_runtime.geometry import area_matrix
+from varedit_runtime.manifest import UNGUIDED
 from varedit_runtime.precision import Precision
+
+ROWS = "rows"  # the name of the symbolic number of rows
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,9 @@ class InputSpec:
 class Shapes:
     """What a variant's graphs are shaped by.
 
-    rows: of the transformer, twice the batch with guidance. dtype: of keys and values.
+    rows: of the transformer, a symbolic length in a variant with guidance: twice the batch or,
+    where no picture needs guidance, the batch. all_rows: always twice the batch. dtype: of keys and
+    values.
     """
 
     config: ModelConfig
@@ -51,14 +58,20 @@ class Shapes:
     guided: bool
     text_tokens: int
     precision: Precision
+    all_rows: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
         return torch_dtype(self.precision.type)
 
     @property
-    def rows(self) -> int:
-        return self.batch * (2 if self.guided else 1)
+    def rows(self) -> int | str:
+        return ROWS if self.guided and not self.all_rows else max(self.forms.values())
+
+    @property
+    def forms(self) -> dict[str, int]:
+        """Return the rows of each form of a static graph, by what is appended to its name."""
+        return {"": 2 * self.batch, UNGUIDED: self.batch} if self.guided else {"": self.batch}
 
     @property
     def positions(self) -> Grid:
@@ -152,7 +165,9 @@ class ImageDecoderStage(Stage):
 class ConditionStage(Stage):
     """Text features -> all that the transformer needs of the text.
 
-    The unconditional row is the negative prompt where there is one, else the learned rows.
+    Rows are independent of each other. A row without guidance is an instruction; with guidance,
+    unconditional rows follow, which are negative prompts or, where `learned` is set, the text of no
+    instruction that the model learned.
     """
 
     name = "condition"
@@ -162,14 +177,14 @@ class ConditionStage(Stage):
         self.shapes, self.model = shapes, model
 
     def inputs(self) -> dict[str, InputSpec]:
-        batch, tokens = self.shapes.batch, self.shapes.text_tokens
+        rows, tokens = self.shapes.rows, self.shapes.text_tokens
         channels = self.shapes.config.transformer.text_channels
-        features = InputSpec(torch.float32, (batch, tokens, channels))
-        mask = InputSpec(torch.bool, (batch, tokens))
-        inputs = {"text_features": features, "text_mask": mask}
+        inputs = {
+            "text_features": InputSpec(torch.float32, (rows, tokens, channels)),
+            "text_mask": InputSpec(torch.bool, (rows, tokens)),
+        }
         if self.shapes.guided:
-            inputs |= {"negative_features": features, "negative_mask": mask}
-            inputs["has_negative"] = InputSpec(torch.bool, (batch,))
+            inputs["learned"] = InputSpec(torch.bool, (rows,))
         return inputs
 
     def compute(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -177,10 +192,7 @@ class ConditionStage(Stage):
         features, mask = given["text_features"], given["text_mask"]
         if self.shapes.guided:
             learned = model.unconditional_text[: self.shapes.text_tokens]
-            has_negative = given["has_negative"][:, None]
-            negative = torch.where(has_negative[..., None], given["negative_features"], learned)
-            features = torch.cat((features, negative))
-            mask = torch.cat((mask, where_bool(has_negative, given["negative_mask"], mask)))
+            features = torch.where(given["learned"][:, None, None], learned, features)
         bias_RT = torch.where(mask, 0.0, -torch.inf)
         text_RTC = F.rms_norm(features, features.shape[-1:], model.text_norm, 1e-6)
         pooled_RC = model.text_pool(text_RTC, bias_RT[:, None])
@@ -235,15 +247,16 @@ class PrefillStage(Stage):
     def inputs(self) -> dict[str, InputSpec]:
         transformer = self.shapes.config.transformer
         shape = (self.shapes.batch, *transformer.finest, transformer.token_channels)
-        return {"source_tokens": InputSpec(torch.float32, shape), **text_input_specs(self.shapes)}
+        source = {"source_tokens": InputSpec(torch.float32, shape)}
+        return source | pictures_of_rows(self.shapes) | text_input_specs(self.shapes)
 
     def compute(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
         model = self.model
         depth = model.config.depth
         x_BLC = model.token_embedding(given["source_tokens"].flatten(1, 2)).float()
         x_BLC = x_BLC + model.level_embedding[len(model.config.grids) - 1]
-        x_RLC = repeat_rows(x_BLC, self.shapes)
         text = text_of(given, depth)
+        x_RLC = repeat_rows(x_BLC, given)
         _, keys, values = model.run(x_RLC, text, *self.table.source(), [Past()] * depth)
         outputs = {}
         if self.references is not None:
@@ -289,9 +302,14 @@ def where_bool(condition: Tensor, one: Tensor, other: Tensor) -> Tensor:
     return (condition & one) | (~condition & other)
 
 
-def repeat_rows(x_BLC: Tensor, shapes: Shapes) -> Tensor:
+def pictures_of_rows(shapes: Shapes) -> dict[str, InputSpec]:
+    """Return the input that says whose rows there are, with guidance: 0 .. B-1, once or twice."""
+    return {PICTURES: InputSpec(torch.int64, (shapes.rows,))} if shapes.guided else {}
+
+
+def repeat_rows(x_BLC: Tensor, given: dict[str, Tensor]) -> Tensor:
     """Return what all rows start from: with guidance the same for both of a picture's rows."""
-    return torch.cat((x_BLC, x_BLC)) if shapes.guided else x_BLC
+    return x_BLC.index_select(0, given[PICTURES]) if PICTURES in given else x_BLC
 
 
 def to_token_grid(map_BdNN: Tensor, patch: int) -> Tensor:

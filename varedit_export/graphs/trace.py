@@ -14,6 +14,7 @@ from math import prod
 
 import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxscript import optimizer
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -21,14 +22,17 @@ from torch.export import Dim
 
 from varedit_export.errors import ExportError
 from varedit_export.graphs.blocks import grow
-from varedit_export.graphs.scales import ScaleBinding, WeightRows
-from varedit_export.graphs.stages import InputSpec, Stage
+from varedit_export.graphs.scales import Binding, WeightRows
+from varedit_export.graphs.stages import ROWS, InputSpec, Stage
 from varedit_runtime.geometry import LENGTHS
 from varedit_runtime.manifest import StoredWeight
 
 LARGEST_CONSTANT = 2**20  # bytes of an input that is folded: resizing matrices, no weights
 # Sizes of symbolic dimensions while tracing. torch specialises 0, 1 and equal sizes: all differ.
-SAMPLE_SIZES: dict[str, int] = dict(zip(LENGTHS, (3, 5, 4, 6, 11, 13, 17), strict=True))
+SAMPLE_SIZES: dict[str, int] = {
+    **dict(zip(LENGTHS, (3, 5, 2, 7, 4, 6, 11, 13, 17), strict=True)),
+    ROWS: 4099,  # more than any batch has
+}
 
 
 def fake_tensors() -> FakeTensorMode:
@@ -43,24 +47,25 @@ class Tracer:
         self._fake, self._stored = fake, stored
         self._templates: dict[str, ir.Model] = {}
 
-    def graph(self, stage: Stage, depth: int = 0, scale: ScaleBinding | None = None) -> ir.Model:
+    def graph(self, stage: Stage, depth: int = 0, binding: Binding | None = None) -> ir.Model:
         """Make one stage's ONNX model.
 
-        depth: blocks of the whole model, if the stage has `TRACED_BLOCKS`. scale: the scale to make
-        from a stage that serves several. Raises ExportError if a value's shape is unknown or,
-        except in the symbolic twin, not static.
+        depth: blocks of the whole model, if the stage has `TRACED_BLOCKS`. binding: what makes the
+        stage a static graph, where it is a template. Raises ExportError if a value's shape is
+        unknown or, except in graphs with symbolic lengths, not static.
         """
         if stage.name not in self._templates:
             self._templates[stage.name] = trace(stage, self._fake)
         model = self._templates[stage.name].clone()
-        if scale is not None:
-            _bind(model, scale)
+        if binding is not None:
+            _bind(model, binding)
         optimizer.optimize_ir(model, input_size_limit=LARGEST_CONSTANT)
+        _fix_reshapes(model)
         _name_nodes(model)
         grow(model.graph, depth)
-        _refer_to_weights(model, self._stored, {} if scale is None else scale.parts)
-        _strip(model, stage.name if scale is None else scale.name)
-        _check_shapes(model, static=scale is not None or not _is_symbolic(stage))
+        _refer_to_weights(model, self._stored, {} if binding is None else binding.parts)
+        _strip(model, stage.name if binding is None else binding.name)
+        _check_shapes(model, static=binding is not None or not _is_symbolic(stage))
         return model
 
 
@@ -115,16 +120,47 @@ def _take_weights(model: ir.Model) -> None:
         model.graph.inputs.append(value)
 
 
-def _bind(model: ir.Model, scale: ScaleBinding) -> None:
-    """Fill a scale's own lengths and small constants into its template."""
+def _bind(model: ir.Model, binding: Binding) -> None:
+    """Fill a graph's own lengths and small constants into its template."""
     for value in (*model.graph.inputs, *(v for node in model.graph for v in node.outputs)):
         if value.shape is not None:
-            value.shape = value.shape.evaluate(scale.sizes)
+            value.shape = value.shape.evaluate(binding.sizes)
     for value in tuple(model.graph.inputs):
-        if value.name in scale.constants:
+        if value.name in binding.constants:
             model.graph.inputs.remove(value)
-            value.const_value = ir.tensor(scale.constants[value.name], name=value.name)
+            value.const_value = ir.tensor(binding.constants[value.name], name=value.name)
             model.graph.register_initializer(value)
+
+
+def _fix_reshapes(model: ir.Model) -> None:
+    """Make constants of the shapes that symbolic lengths are reshaped to, where they can be.
+
+    torch.onnx computes them, once for all blocks. A zero stands for the length that the input has
+    at that place, so that no block reads what another one made, and nothing is computed.
+    """
+    for node in model.graph:
+        if node.op_type != "Reshape":
+            continue
+        (given, wanted), (made,) = node.inputs, node.outputs
+        assert given and wanted and given.shape is not None and made.shape is not None
+        shape = _constant_shape(given.shape, made.shape)
+        if wanted.const_value is None and shape.count(-1) < 2:
+            name = f"shape {shape}"
+            if name not in model.graph.initializers:
+                constant = ir.Value(name=name, const_value=ir.tensor(shape, name=name))
+                model.graph.register_initializer(constant)
+            node.replace_input_with(1, model.graph.initializers[name])
+            node.attributes["allowzero"] = ir.AttrInt64("allowzero", 0)
+    RemoveUnusedNodesPass()(model)
+
+
+def _constant_shape(given: ir.Shape, made: ir.Shape) -> list[int]:
+    """Return a shape in numbers: 0 for a length at its old place, -1 for one at another place."""
+    before = dict(enumerate(given))
+    return [
+        size if isinstance(size, int) else 0 if before.get(i) == size else -1
+        for i, size in enumerate(made)
+    ]
 
 
 def _refer_to_weights(

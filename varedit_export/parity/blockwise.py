@@ -84,7 +84,8 @@ class ComparedGraph:
     """A graph with blocks, at given lengths, and its comparison.
 
     scale: the one it predicts, None for others. values: all that it reads except keys and values
-    of the past. every: run all of its blocks, each on x_RLC, the reference's stream so far.
+    of the past. every: run all of its blocks, each on x_RLC, the reference's stream so far. rows:
+    of one picture.
     """
 
     graph: CutGraph
@@ -92,6 +93,7 @@ class ComparedGraph:
     sizes: Mapping[str, int]
     values: Arrays
     every: bool
+    rows: int = 1
     x_RLC: Tensor | None = None
     largest: float = 0.0
     rms: float = 0.0

@@ -68,8 +68,9 @@ class Rules:
     LOGITS, as a share of the largest one.
 
     against: names the expected run, where a report has lines against several, as " against the
-    reference". rounding: says what was rounded. twin: the symbolic graph that
-    all scales are runs of, whose stage the lines then have.
+    reference". rounding: says what was rounded. form: UNGUIDED where the graphs without guidance
+    are run, whose names the lines then have. twin: the symbolic graph that all scales are runs of,
+    whose stage the lines then have.
     """
 
     outputs: Collection[str] = (LOGITS_OUT, BITS_OUT, SUM_OUT)
@@ -80,6 +81,7 @@ class Rules:
     largest_logit: float = 0.0
     against: str = ""
     rounding: str = ""
+    form: str = ""
     twin: str = ""
 
 
@@ -143,7 +145,7 @@ def compare_whole(
     samplings = [
         replace(one, noise=random.random(one.noise.shape, np.float32)) for one in samplings
     ]
-    edited = whole(prompts, pictures, samplings)
+    edited = whole(prompts, pictures, samplings, False)
     staged = [
         array
         for output in edit_by_stages(backend, prompts, pictures, samplings)
@@ -190,7 +192,7 @@ def _scale_lines(
     rules: Rules,
 ) -> Iterator[ParityLine]:
     """Compare those outputs of a scale that are named."""
-    against, own = rules.against, scale_name(scale)
+    against, own = rules.against, scale_name(scale) + rules.form
     stage, of, after = own, "", ""
     if rules.twin:
         stage, of, after = rules.twin, f" of scale {scale}", f" after scale {scale}"

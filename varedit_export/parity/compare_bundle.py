@@ -55,13 +55,14 @@ from varedit_runtime.backends.onnxruntime.options import OnnxRuntimeOptions
 from varedit_runtime.backends.wiring import FUSED, SYMBOLIC, TEXT
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import CheckpointError
-from varedit_runtime.manifest import ParityLine, Variant, weights_file
+from varedit_runtime.manifest import UNGUIDED, ParityLine, Variant, weights_file
 from varedit_runtime.pictures import from_decoder
 from varedit_runtime.precision import Precision
 
 # Bytes of a model's weights in fp32, over which it is compared block by block: the whole
 # comparison holds them some four times, in the reference, rounded and in ONNX Runtime's sessions.
 LARGEST_WHOLE = 10**9
+WITHOUT = " without guidance"  # says in a line of the twin's which rows it computed
 
 
 def compare_bundle(bundle: Bundle, config: ModelConfig, sources: Sources) -> Iterator[ParityLine]:
@@ -111,6 +112,7 @@ def compare_graphs(bundle: Bundle, model: Reference) -> Iterator[ParityLine]:
         edit, inputs = _random(variant, reference.reference.config, model.text)
         with closing(reference):  # keys and values of a whole edit, which are not needed again
             expected = run_edit(reference, edit, inputs)
+            without = _without_guidance(reference, edit)
         if not precision.onnxruntime:  # but for its coders, which are fp32
             coded = {stage: out for stage, out in expected.coded.items() if stage != TEXT}
             static = StaticBackend(bundle, variant)
@@ -118,12 +120,18 @@ def compare_graphs(bundle: Bundle, model: Reference) -> Iterator[ParityLine]:
         else:
             with closing(StaticBackend(bundle, variant)) as static:
                 yield from compare_run(static, expected, edit, inputs, rules)
-            scales = Expected(expected.scales)
+                for unguided, scales in without:
+                    own = replace(rules, form=UNGUIDED)
+                    yield from compare_run(static, scales, unguided, {}, own)
             for stage in (SYMBOLIC, FUSED):
                 if stage in variant.graphs:
+                    twin_rules = _twin_rules(stage, precision)
                     with closing(_onnx(bundle, variant, stage)) as twin:
-                        of_twin = _twin_rules(stage, precision)
-                        yield from compare_run(twin, scales, edit, {}, of_twin)
+                        scales = Expected(expected.scales)
+                        yield from compare_run(twin, scales, edit, {}, twin_rules)
+                        for unguided, scales in without if twin.drops_rows else ():
+                            own = replace(twin_rules, against=WITHOUT)
+                            yield from compare_run(twin, scales, unguided, {}, own)
         if not exact:
             yield from _compare_rounding(reference, Expected(expected.scales), edit, precision)
 
@@ -132,6 +140,14 @@ def _rounded(precision: Precision) -> Rules:
     """Return how far rounded products may take a run from the reference in fp32."""
     gates = precision.gates
     return Rules(rounded=gates, features=gates.features, largest_logit=gates.logits)
+
+
+def _without_guidance(backend: Backend, edit: ComparedEdit) -> list[tuple[ComparedEdit, Expected]]:
+    """Return a guided edit's twin with conditional rows only, and what a backend computes of it."""
+    if not (edit.guided and backend.drops_rows):
+        return []
+    unguided = edit.without_guidance
+    return [(unguided, run_edit(backend, unguided, {}))]
 
 
 def _twin_rules(stage: str, precision: Precision) -> Rules:
@@ -228,14 +244,22 @@ def compare_backend(bundle: Bundle, variant: Variant, backend: Backend) -> Itera
     if precision.onnxruntime:
         with closing(_onnx(bundle, variant)) as onnx:
             expected = run_edit(onnx, edit, inputs)
+            without = _without_guidance(onnx, edit) if backend.drops_rows else []
         against = replace(rules, against=" against ONNX Runtime")
         for line in compare_run(backend, expected, edit, inputs, against):
             yield structs.replace(line, against=DEFAULT)
+        for unguided, scales in without:
+            own = replace(against, form=UNGUIDED)
+            for line in compare_run(backend, scales, unguided, {}, own):
+                yield structs.replace(line, against=DEFAULT)
     if not large:
-        reference = Reference.from_sources(config, sources).of(variant)
-        expected = run_edit(ReferenceBackend(reference, variant), edit, inputs)
+        reference = ReferenceBackend(Reference.from_sources(config, sources).of(variant), variant)
+        expected = run_edit(reference, edit, inputs)
+        without = _without_guidance(reference, edit) if backend.drops_rows else []
         against = replace(rules, against=" against the reference")
         yield from compare_run(backend, expected, edit, inputs, against)
+        for unguided, scales in without:
+            yield from compare_run(backend, scales, unguided, {}, replace(against, form=UNGUIDED))
     if (whole := backend.whole) is not None:
         yield compare_whole(backend, whole, edit, inputs)
 

@@ -19,7 +19,7 @@ from varedit_reference.config import ModelConfig
 from varedit_reference.quantisation import positions
 from varedit_reference.scale_loop import PredictedScale
 from varedit_runtime.backends.base import Sampling
-from varedit_runtime.backends.wiring import DECODER, ENCODER, TEXT
+from varedit_runtime.backends.wiring import DECODER, ENCODER, PICTURES, TEXT
 from varedit_runtime.grids import scale_grids
 from varedit_runtime.manifest import Variant
 from varedit_runtime.noise import uniform_noise
@@ -39,6 +39,16 @@ class ComparedEdit:
     guidance: Sequence[float]
     temperature: Sequence[float]
     seed: int
+
+    @property
+    def guided(self) -> bool:
+        """Whether unconditional rows are computed: at all scales, or at none."""
+        return any(scale != 1 for scale in self.guidance)
+
+    @property
+    def without_guidance(self) -> "ComparedEdit":
+        """Return the same edit with conditional rows only."""
+        return replace(self, guidance=[1.0] * len(self.guidance))
 
 
 def with_grids(variant: Variant, config: ModelConfig) -> ModelConfig:
@@ -94,15 +104,22 @@ def random_coder_inputs(
 
 def text_arrays(variant: Variant, edit: ComparedEdit) -> dict[str, np.ndarray]:
     """Return the inputs of `Backend.condition`, the text padded to the variant's tokens."""
-    arrays = _padded(variant, "text", edit.text)
-    if variant.guided:
-        negative = edit.text[:1] if edit.negative is None else edit.negative
-        arrays |= _padded(variant, "negative", negative)
-        arrays["has_negative"] = np.full(variant.batch, edit.negative is not None)
-    return arrays
+    features, mask = _padded(variant, edit.text)
+    if not (variant.guided and edit.guided):
+        return {"text_features": features, "text_mask": mask}
+    negative, negative_mask = features, mask
+    if edit.negative is not None:
+        negative, negative_mask = _padded(variant, edit.negative)
+    learned = edit.negative is None
+    return {
+        "text_features": np.concatenate((features, negative)),
+        "text_mask": np.concatenate((mask, negative_mask)),
+        "learned": np.repeat((False, learned), variant.batch),
+    }
 
 
-def _padded(variant: Variant, name: str, text: Tensor) -> dict[str, np.ndarray]:
+def _padded(variant: Variant, text: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Return a text as features [B, T, text] and mask [B, T]."""
     if len(text) > variant.text_tokens:
         raise ParityError(
             f"the text has {len(text)} tokens and the bundle takes {variant.text_tokens}: build it "
@@ -112,7 +129,7 @@ def _padded(variant: Variant, name: str, text: Tensor) -> dict[str, np.ndarray]:
     features[:, : len(text)] = text.numpy()
     mask = np.zeros(features.shape[:2], np.bool_)
     mask[:, : len(text)] = True
-    return {f"{name}_features": features, f"{name}_mask": mask}
+    return features, mask
 
 
 def source_array(variant: Variant, edit: ComparedEdit) -> np.ndarray:
@@ -134,7 +151,7 @@ def scale_sampling(
     grid, channels = variant.grids[scale], edit.source.shape[-1]
     noise = uniform_noise(edit.seed, scale, grid[0] * grid[1], channels)
     noise = _as_batch(variant, grid, noise)
-    drawn = Sampling(noise, edit.guidance[scale], edit.temperature[scale])
+    drawn = Sampling(noise, edit.guidance[scale], edit.temperature[scale], guided=edit.guided)
     if forced is None:
         return drawn
     mask = np.ones((*grid, channels), np.bool_)
@@ -158,8 +175,9 @@ def scale_arrays(
         "noise": chosen.noise,
         "forced_bits": bits,
         "forced_mask": chosen.forced_mask,
-        "guidance_scale": np.array([chosen.guidance_scale], np.float32),
-        "temperature": np.array([chosen.temperature], np.float32),
+        "guidance_scale": np.full(variant.batch, chosen.guidance_scale, np.float32),
+        "temperature": np.full(variant.batch, chosen.temperature, np.float32),
+        PICTURES: np.tile(np.arange(variant.batch), 2 if edit.guided else 1),
     }
     if step.tokens is not None:
         arrays["tokens"] = _as_batch(variant, grid, step.tokens.numpy())

@@ -20,7 +20,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from varedit_engines.compile_set import stages_of
+from varedit_engines.compile_set import profiles_to_compile, stages_of
 from varedit_engines.engine_compiler import EngineCompiler, check_precision
 from varedit_export.errors import ExportError
 from varedit_runtime.backends.engines.import_tensorrt import RTX
@@ -33,7 +33,7 @@ from varedit_runtime.bundle import Bundle
 from varedit_runtime.editing.editor import Editor, read_instructions
 from varedit_runtime.editing.random_text import with_any_text
 from varedit_runtime.errors import BackendError, ConfigError, needs_extra, shown
-from varedit_runtime.manifest import Variant
+from varedit_runtime.manifest import UNGUIDED, Variant
 
 if TYPE_CHECKING:
     from polygraphy.backend.base import BaseRunner
@@ -83,7 +83,8 @@ def first_wrong_layer(
 
         config.USE_TENSORRT_RTX = compiler.backend == RTX  # before its TensorRT part is imported
         from polygraphy.backend.trt import EngineFromBytes, TrtRunner
-    plan, _ = compiler.compile(stage, graph, bundle.graphs_folder, [], lambda *_: None)
+    profiles = profiles_to_compile(chosen, stage)
+    plan, _ = compiler.compile(stage, graph, bundle.graphs_folder, profiles, lambda *_: None)
     # TensorRT for RTX is compiled to leave the memory of activations to its caller.
     engine = TrtRunner(EngineFromBytes(bytes(plan)), allocation_strategy="profile")
     session = load_graph(graph, bundle.graphs_folder)
@@ -150,9 +151,9 @@ def stage_inputs(bundle: Bundle, variant: Variant, stage: str) -> dict[str, np.n
     if TEXT in variant.graphs:
         instructions = read_instructions(bundle, variant.text_tokens)
     with Editor(bundle, variant, recorder, instructions) as editor:
-        with_any_text(editor).edit(
-            [synthetic_picture(variant)] * variant.batch, INSTRUCTION, seed=0
-        )
+        pictures = [synthetic_picture(variant)] * variant.batch
+        guidance = 1.0 if stage.endswith(UNGUIDED) else None
+        with_any_text(editor).edit(pictures, INSTRUCTION, guidance_scale=guidance, seed=0)
     if recorder.inputs is None:
         raise ExportError(f"an edit runs no stage {stage}")
     return recorder.inputs

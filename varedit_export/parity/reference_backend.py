@@ -73,6 +73,11 @@ class ReferenceBackend(Backend):
     def close(self) -> None:
         self._text, self._loop = None, None
 
+    @property
+    def drops_rows(self) -> bool:
+        """Whether an edit may be without unconditional rows; one that has them keeps them."""
+        return True
+
     @cached_property
     def text_encoder(self) -> "T5Stack":
         """The T5 encoder of transformers. Raises BackendError if the model has none."""
@@ -98,17 +103,13 @@ class ReferenceBackend(Backend):
     @torch.inference_mode()
     def condition(self, inputs: Mapping[str, np.ndarray]) -> None:
         model = self.reference.transformer
-        prompts = self._rows(inputs["text_features"], inputs["text_mask"])
-        negatives = None
-        if self.variant.guided:
-            given = self._rows(inputs["negative_features"], inputs["negative_mask"])
-            negatives = [
-                negative if present else model.unconditional_text[: len(prompt)]
-                for prompt, negative, present in zip(
-                    prompts, given, inputs["has_negative"], strict=True
-                )
-            ]
-        self._text = model.condition(model.text_rows(prompts, self.variant.guided, negatives))
+        rows = self._rows(inputs["text_features"], inputs["text_mask"])
+        learned = inputs.get("learned", np.zeros(len(rows), np.bool_))
+        text = [
+            model.unconditional_text[: len(row)] if own else row
+            for row, own in zip(rows, learned, strict=True)
+        ]
+        self._text = model.condition(text)
 
     @torch.inference_mode()
     def prefill(self, source_tokens: np.ndarray) -> None:
@@ -130,7 +131,11 @@ class ReferenceBackend(Backend):
             drawn = draw(probability, noise)
             return drawn if forced is None or mask is None else forced.where(mask, drawn)
 
-        step = self._loop.predict(scale, choose, sampling.guidance_scale, sampling.temperature)
+        guidance, temperature = (
+            self._tensor(np.asarray(x, np.float32)).view(-1, 1, 1, 1)
+            for x in (sampling.guidance_scale, sampling.temperature)
+        )
+        step = self._loop.predict(scale, choose, guidance, temperature)
         logits, bits = (x.unflatten(1, self.variant.grids[scale]) for x in (step.logits, step.bits))
         return ScaleOutput(*(x.cpu().numpy() for x in (logits, bits, step.sum)))
 

@@ -16,7 +16,7 @@ from varedit_export.parity.measures import check_output
 from varedit_runtime.backends.graph_backend import GraphBackend
 from varedit_runtime.backends.graph_file import read_graph
 from varedit_runtime.backends.onnxruntime.backend import load_graph
-from varedit_runtime.backends.wiring import Step, View, values_of
+from varedit_runtime.backends.wiring import Step, View, crowded, values_of
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.manifest import Variant
 
@@ -37,10 +37,9 @@ class StaticBackend(GraphBackend):
 
     def _run(self, step: Step, given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         session = self._session(step.stage)
-        inputs = {
-            name: given[view.value] if view.value in given else self._part(view)
-            for name, view in step.inputs.items()
-        }
+        for name, array in given.items():
+            self._value(name)[...] = array
+        inputs = {name: self._part(view) for name, view in step.inputs.items()}
         for name, array in zip(step.outputs, session.run(list(step.outputs), inputs), strict=True):
             output = np.asarray(array)
             check_output(step.stage, name, output)
@@ -64,8 +63,17 @@ class StaticBackend(GraphBackend):
         return self._loaded[1]
 
     def _part(self, view: View) -> np.ndarray:
-        """Return the part of a value that a tensor is, zeros where nothing was written."""
-        if view.value not in self._values:
-            shape = self._shapes[view.value]
-            self._values[view.value] = np.zeros(shape.shape, shape.dtype)
-        return self._values[view.value][view.first : view.first + view.shape[0]]
+        """Return the part of a value that a tensor is."""
+        part = self._value(view.value).reshape(-1).view(np.uint8)[view.offset :][: view.size]
+        return part.view(view.dtype).reshape(view.shape)
+
+    def _value(self, name: str) -> np.ndarray:
+        """Return a value, zeros where nothing was written."""
+        if name not in self._values:
+            shape = self._shapes[name]
+            self._values[name] = np.zeros(shape.shape, shape.dtype)
+        return self._values[name]
+
+    def _drop(self, scale: int) -> None:
+        for cache in crowded(list(self.steps.values()), scale):
+            cache.move(self._values[cache.value].reshape(-1).view(np.uint8))

@@ -4,7 +4,8 @@ The order of events, each step in the memory of one block:
 
 1. The reference is run without its blocks: a `BlocksRecorder` stands in their place, keeps the
    stream that enters them in every scale, and hands it on unchanged. Every graph, also
-   without its blocks, must give the same logits, bits and sums from it.
+   without its blocks, must give the same logits, bits and sums from it. With guidance there is a
+   second such run (`Run`), of the conditional rows only, for the graphs that compute only these.
 2. Then, block by block, the reference's block is loaded once and compared in every graph that is to
    be compared at it (`blocks_to_run`): one block of each kind, and all blocks of one small scale,
    through which the exact stream runs, and of the condition.
@@ -20,7 +21,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from varedit_export.errors import ParityError
 from varedit_export.graphs.layout import formatted, reference_formats, transformer_layout
@@ -35,16 +36,21 @@ from varedit_export.parity.blockwise import (
     random_values,
 )
 from varedit_export.parity.cut import Arrays, CutAttention, CutGraph, Runner, WeightFiles
-from varedit_export.parity.edit import random_edit, scale_arrays, source_array, text_arrays
+from varedit_export.parity.edit import (
+    random_edit,
+    scale_arrays,
+    source_array,
+    text_arrays,
+)
 from varedit_export.parity.measures import SUMS, line, share_line, ties_line
+from varedit_export.parity.outer import OuterReference, Run
 from varedit_export.sources import Sources
 from varedit_reference.config import ModelConfig
 from varedit_reference.kv_cache import KVCache, Sight
 from varedit_reference.rotary import Rotation, full_rotation, scale_rotation, source_rotation
 from varedit_reference.sampling import bit_probability, guide, nucleus
 from varedit_reference.sar import scale_aligned_references
-from varedit_reference.scale_loop import PredictedScale, predict_scales, seeded
-from varedit_reference.transformer import VAR, Block, Linear, TextCondition
+from varedit_reference.transformer import Block, Linear, TextCondition
 from varedit_reference.weights_file import torch_dtype
 from varedit_runtime.backends.wiring import FUSED, SYMBOLIC
 from varedit_runtime.bundle import Bundle
@@ -53,34 +59,6 @@ from varedit_runtime.manifest import ParityLine, Variant, scale_name, scale_of
 
 TOKENS = 64  # tokens of a scale that blocks are compared at
 CPU = torch.device("cpu")
-
-
-class BlocksRecorder(nn.Module):
-    """A module in place of the blocks, which keeps what they would read.
-
-    memory: of the text. seen: the stream of the source and of every scale. given: the stream to
-    return instead of it.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.cross_attention = _TextRecorder()
-        self.seen: list[Tensor] = []
-        self.given: Tensor | None = None
-
-    def forward(self, x_RLC: Tensor, *_: object) -> Tensor:
-        self.seen.append(x_RLC)
-        return x_RLC if self.given is None else self.given
-
-
-class _TextRecorder(nn.Module):
-    """A cross-attention that keeps the text's memory [R, T, C]."""
-
-    memory: Tensor
-
-    def project(self, memory: Tensor) -> tuple[Tensor, Tensor]:
-        self.memory = memory
-        return memory[:0], memory[:0]
 
 
 class TransformerComparison:
@@ -112,46 +90,27 @@ class TransformerComparison:
         self._halves = torch.arange(config.transformer.head_width).view(-1, 2).T.flatten()
 
     def lines(self) -> Iterator[ParityLine]:
-        self._model, self._probe = self._outer()
-        self._steps = self._predicted()
+        outer = self._outer()
+        whole, *others = outer.runs()
+        self._steps = whole.steps
         yield from self._tables()
-        yield from self._condition()
-        yield from self._prefill()
-        yield from self._scales()
+        yield from self._condition(outer)
+        for run in (whole, *others):
+            yield from self._prefill(run)
+            yield from self._scales(run)
+        if "references" in self._variant.graphs:
+            references = open_cut_graph(self._bundle, self._variant, "references")
+            yield from self._references(references, references.inputs, whole)
         for stage in (SYMBOLIC, FUSED):
             if stage in self._variant.graphs:
-                yield from self._twin(stage)
-        x_RLC = self._probe.seen[1 + self._thorough]
-        self._text = self._text_condition(self._model)
-        del self._model, self._probe
+                yield from self._twin(stage, whole)
+        x_RLC = whole.seen[1 + self._thorough]
+        self._text = outer.text(self._edit)
+        del outer
         yield from self._blocks(x_RLC)
 
-    def _outer(self) -> tuple[VAR, BlocksRecorder]:
-        """Make the reference with a probe in place of its blocks."""
-        with torch.device("meta"):
-            config = replace(self._config.transformer, depth=1)
-            model = VAR(config)
-        probe = BlocksRecorder()
-        model.blocks = nn.ModuleList([probe])  # type: ignore[assignment]
-        self._stored.load(model, lambda name: name)
-        return model, probe
-
-    def _predicted(self) -> list[PredictedScale]:
-        """Predict the edit with the reference without its blocks."""
-        edit, text = self._edit, self._text_condition(self._model)
-        scales = predict_scales(
-            self._model,
-            self._config,
-            edit.source,
-            text,
-            seeded([edit.seed]),
-            edit.guidance,
-            edit.temperature,
-        )
-        return list(scales)
-
-    def _text_condition(self, model: VAR) -> TextCondition:
-        return model.condition(model.text_rows([self._edit.text], self._shapes.guided))
+    def _outer(self) -> OuterReference:
+        return OuterReference(self._config, self._stored, self._edit, self._shapes.guided)
 
     def _tables(self) -> Iterator[ParityLine]:
         """Compare the positions and levels that the graphs read, which must be exact."""
@@ -172,11 +131,11 @@ class TransformerComparison:
                 error = max(error, float((stored.view(table.shape) - table).abs().max()))
             yield ParityLine(stage, "positions and level, largest error", error, 0.0)
 
-    def _condition(self) -> Iterator[ParityLine]:
+    def _condition(self, outer: OuterReference) -> Iterator[ParityLine]:
         graph = open_cut_graph(self._bundle, self._variant, "condition")
         given = text_arrays(self._variant, self._edit)
         values = self._runner.run(graph, graph.before, given)
-        text, memory = self._text_condition(self._model), self._probe.cross_attention.memory
+        text, memory = outer.text(self._edit), outer.probe.cross_attention.memory
         entering = graph.entering(0)
         tokens = memory.shape[1]
         yield self._line("condition", "modulation", values["modulation"], text.modulation)
@@ -185,23 +144,26 @@ class TransformerComparison:
         padded[:, :tokens] = self._tiled(memory)
         self._inputs = values
         self._memory = memory
-        self._stages = [ComparedGraph(graph, None, {}, {entering: padded}, True)]
+        self._stages = [ComparedGraph(graph, None, {}, {entering: padded}, True, len(memory))]
 
-    def _prefill(self) -> Iterator[ParityLine]:
-        graph = open_cut_graph(self._bundle, self._variant, "prefill")
-        given = {"source_tokens": source_array(self._variant, self._edit)}
-        stage = ComparedGraph(graph, None, {}, self._inputs | given, False)
+    def _prefill(self, run: Run) -> Iterator[ParityLine]:
+        graph = open_cut_graph(self._bundle, self._variant, "prefill" + run.form)
+        given = {"source_tokens": source_array(self._variant, run.edit)}
+        stage = ComparedGraph(graph, None, {}, self._inputs_of(run) | given, False, run.rows)
         before = self._runner.run(graph, graph.before, stage.values)
-        yield self._line("prefill", "stream", before[graph.entering(0)], self._probe.seen[0])
+        yield self._line(graph.name, "stream", before[graph.entering(0)], run.seen[0])
         self._stages.append(stage)
         if "references" in self._variant.graphs:
-            yield from self._references(graph, list(graph.after.inputs.values()))
-            references = open_cut_graph(self._bundle, self._variant, "references")
-            yield from self._references(references, references.inputs)
+            yield from self._references(graph, list(graph.after.inputs.values()), run)
 
-    def _references(self, graph: CutGraph, names: Sequence[str]) -> Iterator[ParityLine]:
-        config = self._config.transformer
-        shape = (config.lengths[-1], self._variant.rows, config.heads, config.head_width)
+    def _inputs_of(self, run: Run) -> Arrays:
+        """Return what graphs read of the text: the conditional rows come first."""
+        rows = run.rows * self._variant.batch
+        return {name: values[:rows] for name, values in self._inputs.items()}
+
+    def _references(self, graph: CutGraph, names: Sequence[str], run: Run) -> Iterator[ParityLine]:
+        config, rows = self._config.transformer, run.rows * self._variant.batch
+        shape = (config.lengths[-1], rows, config.heads, config.head_width)
         generator = torch.Generator().manual_seed(4)
         sources = [torch.randn(shape, generator=generator) for _ in names]
         piece = graph.after if graph.blocks else graph.before
@@ -214,12 +176,13 @@ class TransformerComparison:
                 error = max(error, line("", "", pooled[name], expected.numpy()).value)
         yield ParityLine(graph.name, "references, largest error", error, SUMS)
 
-    def _scales(self) -> Iterator[ParityLine]:
+    def _scales(self, run: Run) -> Iterator[ParityLine]:
         for k in range(len(self._variant.grids)):
-            graph = open_cut_graph(self._bundle, self._variant, scale_name(k))
-            yield from self._without_blocks(graph, graph.name, k, {}, k == self._thorough)
+            graph = open_cut_graph(self._bundle, self._variant, scale_name(k) + run.form)
+            every = k == self._thorough and not run.form
+            yield from self._without_blocks(graph, graph.name, k, {}, every, run)
 
-    def _twin(self, stage: str) -> Iterator[ParityLine]:
+    def _twin(self, stage: str, run: Run) -> Iterator[ParityLine]:
         """Compare a symbolic twin as the first scale and as a middle one, without blocks."""
         batch = self._variant.batch
         channels, bits = self._config.transformer.token_channels, self._config.tokenizer.bits
@@ -230,19 +193,19 @@ class TransformerComparison:
                 "running_sum": np.zeros((batch, bits, *self._shapes.positions), np.float32),
                 **scale_inputs(self._variant.grids, k, self._config.tokenizer.patch),
             }
-            yield from self._without_blocks(graph, f"{stage} as {k}", k, given, False)
+            yield from self._without_blocks(graph, f"{stage} as {k}", k, given, False, run)
 
     def _without_blocks(
-        self, graph: CutGraph, called: str, k: int, given: Arrays, every: bool
+        self, graph: CutGraph, called: str, k: int, given: Arrays, every: bool, run: Run
     ) -> Iterator[ParityLine]:
         """Compare a scale without its blocks: their input is taken as their output."""
         stage = graph.name
         suffix = called.removeprefix(stage)
-        arrays = scale_arrays(self._variant, self._edit, self._steps, k)
-        sizes = scale_sizes(self._variant.grids, k)
-        compared = ComparedGraph(graph, k, sizes, self._inputs | given | arrays, every)
+        arrays = scale_arrays(self._variant, run.edit, run.steps, k)
+        sizes, inputs = scale_sizes(self._variant.grids, k), self._inputs_of(run)
+        compared = ComparedGraph(graph, k, sizes, inputs | given | arrays, every, run.rows)
         values = compared.values | self._runner.run(graph, graph.before, compared.values)
-        x_RLC, step = self._probe.seen[1 + k], self._steps[k]
+        x_RLC, step = run.seen[1 + k], run.steps[k]
         yield self._line(stage, f"stream{suffix}", values[graph.entering(0)], x_RLC)
         values[graph.carried[graph.blocks[-1]]] = self._tiled(x_RLC)
         out = self._runner.run(graph, graph.after, values)
@@ -254,8 +217,8 @@ class TransformerComparison:
         measure = "bits that differ and are no ties"
         yield ties_line(stage, measure, differs, step.logits.numpy(), noise)
         sums = {"running_sum_out": step.sum}
-        if k + 1 < len(self._steps):
-            sums["next_tokens"] = self._steps[k + 1].tokens  # type: ignore[assignment]
+        if k + 1 < len(run.steps):
+            sums["next_tokens"] = run.steps[k + 1].tokens  # type: ignore[assignment]
         error = max(
             line("", "", out[n][:1].reshape(x.shape), x.numpy()).value for n, x in sums.items()
         )
@@ -311,8 +274,9 @@ class TransformerComparison:
             own_RHTD = own.transpose(2, 3) if kind == "key" else own
             stage.compare(own_RHTD[:, :, : expected_RHTD.shape[2]], expected_RHTD)
         for other in self._stages[1:]:
+            rows = other.rows * self._variant.batch
             other.values = {n: x for n, x in other.values.items() if not n.startswith("cross_")}
-            other.values |= found
+            other.values |= {name: values[:rows] for name, values in found.items()}
 
     def _compare_block(
         self, stage: ComparedGraph, i: int, block: Block, text: TextCondition
@@ -325,7 +289,7 @@ class TransformerComparison:
             chosen = torch.linspace(0, length - 1, TOKENS).long()
         x_RLC = stage.x_RLC
         if x_RLC is None:
-            x_RLC = random_values((len(self._memory), length, self._config.transformer.width), i)
+            x_RLC = random_values((stage.rows, length, self._config.transformer.width), i)
         values = stage.values | self._runner.run(graph, graph.before, stage.values)
         values[graph.entering(i)] = self._tiled(x_RLC)
         new = None
@@ -336,6 +300,7 @@ class TransformerComparison:
             new = self._attend(stage, i, values, cut.attention, chosen)
         given = x_RLC[:, chosen]
         context = _Seen(_joined(self._past(stage, i)), new, chosen)
+        text = _first_rows(text, stage.rows)
         expected = block(given, text, 0, self._rotation(stage, chosen), context)
         for kind, own in context.own.items():
             own_SRHD = own[..., self._halves] if kind == "key" else own
@@ -390,7 +355,7 @@ class TransformerComparison:
                 continue
             length = stage.graph.shapes[name][0]
             length = stage.sizes[length] if isinstance(length, str) else length
-            shape = (length, len(self._memory), transformer.heads, transformer.head_width)
+            shape = (length, stage.rows, transformer.heads, transformer.head_width)
             past[name] = random_values(shape, n)
             if "key" in name:
                 past[name] /= past[name].norm(dim=-1, keepdim=True).clamp_min(1e-12)
@@ -435,11 +400,11 @@ class TransformerComparison:
 
     def _rounding(self, stage: ComparedGraph, other_RLC: Tensor) -> ParityLine:
         """Measure what rounded products change, in the reference: no CPU computes in 16 bits."""
-        model, probe = self._outer()
-        text, k = self._text_condition(model), self._thorough
+        outer, k = self._outer(), self._thorough
+        model, text = outer.model, outer.text(self._edit)
         noise, bits = torch.tensor(stage.values["noise"][:1]).flatten(1, 2), []
         for x_RLC in (stage.x_RLC, other_RLC):
-            probe.given = x_RLC
+            outer.probe.given = x_RLC
             cache = KVCache(self._config.transformer)
             cache.scales_seen = k
             logits = model.predict(k, self._steps[k].tokens, text, cache)
@@ -487,6 +452,16 @@ class _Seen:
                 own = self._new[kind]
             seen[kind] = torch.cat((self._past[kind], own)) if kind in self._past else own
         return [Sight(len(keys), seen["key"], seen["value"])]
+
+
+def _first_rows(text: TextCondition, rows: int) -> TextCondition:
+    return TextCondition(
+        text.pooled[:rows],
+        text.modulation[:rows],
+        [keys[:rows] for keys in text.keys],
+        [values[:rows] for values in text.values],
+        text.mask[:rows],
+    )
 
 
 def _joined(past: Mapping[str, Tensor]) -> dict[str, Tensor]:

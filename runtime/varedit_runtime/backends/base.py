@@ -34,15 +34,19 @@ from varedit_runtime.manifest import Variant, scale_name
 class Sampling:
     """How a scale's bits are chosen.
 
-    noise: float32 [B, h, w, c] in [0, 1). forced_bits, forced_mask: bool of the same shape; where
-    the mask is set, the forced bit is taken instead of a drawn one (teacher forcing).
+    noise: float32 [B, h, w, c] in [0, 1). guidance_scale, temperature: a number, or float32 [B]
+    with one for each picture. forced_bits, forced_mask: bool of the shape of noise; where the mask
+    is set, the forced bit is taken instead of a drawn one (teacher forcing). guided: False where
+    this scale and all later ones have a guidance of 1 for every picture, so that nobody needs
+    unconditional rows any more.
     """
 
     noise: np.ndarray
-    guidance_scale: float
-    temperature: float
+    guidance_scale: float | np.ndarray
+    temperature: float | np.ndarray
     forced_bits: np.ndarray | None = None
     forced_mask: np.ndarray | None = None
+    guided: bool = True
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ class Negatives:
 class Prompts:
     """A batch's instructions: token ids int64 [B, T], padded, and mask bool [B, T] of real tokens.
 
-    negatives: None where the variant has no unconditional rows, and so no guidance.
+    negatives: None where the edit has no unconditional rows, and so no guidance.
     """
 
     ids: np.ndarray
@@ -91,7 +95,9 @@ class WholeEdit:
     pictures: np.ndarray
 
 
-EditWhole = Callable[[Prompts, np.ndarray, Sequence[Sampling]], WholeEdit]
+# Prompts, pictures as `Backend.encode_pictures` takes them, samplings of all scales, and whether
+# the caches hold the prefill of these prompts and pictures.
+EditWhole = Callable[[Prompts, np.ndarray, Sequence[Sampling], bool], WholeEdit]
 
 
 class WeightsLostError(BackendError):
@@ -118,7 +124,11 @@ class Backend(Protocol):
 
     @abstractmethod
     def condition(self, inputs: Mapping[str, np.ndarray]) -> None:
-        """Take the text of the edit to come: the inputs of the condition graph, by name."""
+        """Take the text of the edit to come: the inputs of the condition graph, by name.
+
+        They have R rows: those of the variant or, if the backend `drops_rows`, one for each picture
+        of an edit without guidance.
+        """
 
     @abstractmethod
     def prefill(self, source_tokens: np.ndarray) -> None:
@@ -129,12 +139,17 @@ class Backend(Protocol):
         """Predict a scale; the prefill and, in order, the scales before it must have run.
 
         The scale predicted last may be predicted again, with other bits: the next one goes on from
-        the latest.
+        the latest. After a scale that was not guided, none can be.
         """
 
     @abstractmethod
     def decode(self, running_sum: np.ndarray) -> np.ndarray:
         """Decode a sum of codes [B, d, H, W] to pictures float32 [B, 3, H, W], not yet clamped."""
+
+    @property
+    def drops_rows(self) -> bool:
+        """Whether unconditional rows can be left out of an edit, or of its last scales."""
+        return False
 
     @property
     def whole(self) -> EditWhole | None:
@@ -178,22 +193,39 @@ class StageOutput:
     arrays: Mapping[str, np.ndarray]
 
 
+class Encoders(Protocol):
+    """What encodes texts and pictures: a backend, or what was kept of its results."""
+
+    def encode_text(self, token_ids: np.ndarray, text_mask: np.ndarray) -> np.ndarray: ...
+
+    def encode_pictures(self, pictures: np.ndarray) -> np.ndarray: ...
+
+
 def edit_by_stages(
-    backend: Backend, prompts: Prompts, pictures: np.ndarray, samplings: Iterable[Sampling]
+    backend: Backend,
+    prompts: Prompts,
+    pictures: np.ndarray,
+    samplings: Iterable[Sampling],
+    encoders: Encoders | None = None,
+    prefilled: bool = False,
 ) -> Iterator[StageOutput]:
     """Drive an edit through a backend; each stage runs when its output is asked for.
 
     So a caller can time every stage, check its output, show the picture so far, or stop. pictures:
     as `Backend.encode_pictures` takes them; samplings: one per scale, each asked for in its turn.
+    encoders: by default the backend. prefilled: whether the backend's caches hold the prefill.
     """
-    text = _encode_prompts(backend, prompts)
-    yield StageOutput(TEXT, {name: x for name, x in text.items() if "features" in name})
-    source = backend.encode_pictures(pictures)
+    encoders, text = encoders or backend, dict[str, np.ndarray]()
+    if not prefilled:
+        text = _encode_prompts(encoders, prompts)
+        yield StageOutput(TEXT, {"text_features": text["text_features"]})
+    source = encoders.encode_pictures(pictures)
     yield StageOutput(ENCODER, {"source_tokens": source})
-    backend.condition(text)
-    yield StageOutput(CONDITION, {})
-    backend.prefill(source)
-    yield StageOutput(PREFILL, {})
+    if not prefilled:
+        backend.condition(text)
+        yield StageOutput(CONDITION, {})
+        backend.prefill(source)
+        yield StageOutput(PREFILL, {})
     total = np.empty(0)
     for scale, sampling in enumerate(samplings):
         output = backend.predict(scale, sampling)
@@ -202,13 +234,22 @@ def edit_by_stages(
     yield StageOutput(DECODER, {"pictures": backend.decode(total)})
 
 
-def _encode_prompts(backend: Backend, prompts: Prompts) -> dict[str, np.ndarray]:
+def _encode_prompts(backend: Encoders, prompts: Prompts) -> dict[str, np.ndarray]:
     """Encode a batch's texts as the inputs of `Backend.condition`."""
-    features = backend.encode_text(prompts.ids, prompts.mask)
-    inputs = {"text_features": features, "text_mask": prompts.mask}
+    features = negative = backend.encode_text(prompts.ids, prompts.mask)
+    if (negatives := prompts.negatives) is not None:
+        if negatives.present.any():  # else nothing reads them, and any features will do
+            negative = backend.encode_text(negatives.ids, negatives.mask)
+        features = np.concatenate((features, negative))
+    return {"text_features": features, **condition_masks(prompts)}
+
+
+def condition_masks(prompts: Prompts) -> dict[str, np.ndarray]:
+    """Return the inputs of `Backend.condition` besides features: rows of instructions come first.
+
+    text_mask: of real tokens. learned: rows that take the text that the model learned.
+    """
     if (negatives := prompts.negatives) is None:
-        return inputs
-    if negatives.present.any():  # else nothing reads them, and any features will do
-        features = backend.encode_text(negatives.ids, negatives.mask)
-    inputs |= {"negative_features": features, "negative_mask": negatives.mask}
-    return inputs | {"has_negative": negatives.present}
+        return {"text_mask": prompts.mask}
+    learned = np.concatenate((np.zeros_like(negatives.present), ~negatives.present))
+    return {"text_mask": np.concatenate((prompts.mask, negatives.mask)), "learned": learned}

@@ -17,7 +17,7 @@ from varedit_runtime.backends.wiring import (
     Step,
     wire,
 )
-from varedit_runtime.manifest import Model, Variant, scale_name
+from varedit_runtime.manifest import UNGUIDED, Model, Variant, scale_name
 
 
 class GraphBackend(Backend):
@@ -34,36 +34,52 @@ class GraphBackend(Backend):
         provider: str,
         symbolic: bool,
         twin: str = SYMBOLIC,
+        unguided: bool = True,
     ) -> None:
         """symbolic: whether scales run on the one graph of symbolic lengths, the twin.
 
-        Raises BundleError when the graphs are not those of an edit.
+        unguided: whether there are graphs for edits or scales without guidance too. Raises
+        BundleError when the graphs are not those of an edit.
         """
         self.variant, self.model, self.provider = variant, model, provider
         self.steps: dict[str, Step] = {
-            step.name: step for step in wire(variant, model, symbolic, twin)
+            step.name: step for step in wire(variant, model, symbolic, twin, unguided)
         }
+        self._unguided = False
 
     @abstractmethod
     def _run(self, step: Step, given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run a step on the values that it is fed; return copies of those that are read."""
 
+    @abstractmethod
+    def _drop(self, scale: int) -> None:
+        """Move the conditional rows of caches together, before the first unguided scale."""
+
+    @property
+    def drops_rows(self) -> bool:
+        return CONDITION + UNGUIDED in self.steps
+
     def encode_text(self, token_ids: np.ndarray, text_mask: np.ndarray) -> np.ndarray:
-        return self._code(TEXT, {"token_ids": token_ids, "text_mask": text_mask})
+        given = {"token_ids": token_ids, "prompt_mask": text_mask}
+        return self._code(TEXT, given)[: self.variant.batch]  # unconditional rows are behind it
 
     def encode_pictures(self, pictures: np.ndarray) -> np.ndarray:
         return self._code(ENCODER, {"pictures": pictures})
 
     def condition(self, inputs: Mapping[str, np.ndarray]) -> None:
-        self._run(self.steps[CONDITION], inputs)
+        self._unguided = len(inputs["text_mask"]) < self.variant.rows
+        self._run(self._step(CONDITION), self._of_all_rows(inputs))
 
     def prefill(self, source_tokens: np.ndarray) -> None:
-        self._run(self.steps[PREFILL], {"source_tokens": source_tokens})
+        self._run(self._step(PREFILL), {"source_tokens": source_tokens})
         if REFERENCES in self.steps:
-            self._run(self.steps[REFERENCES], {})
+            self._run(self._step(REFERENCES), {})
 
     def predict(self, scale: int, sampling: Sampling) -> ScaleOutput:
-        taken = self._run(self.steps[scale_name(scale)], self._chosen(scale, sampling))
+        if not (sampling.guided or self._unguided) and self.drops_rows:
+            self._drop(scale)
+            self._unguided = True
+        taken = self._run(self._step(scale_name(scale)), self._chosen(scale, sampling))
         return ScaleOutput(
             taken[f"logits.{scale}"], taken[f"bits.{scale}"], taken[f"sum.{scale + 1}"]
         )
@@ -71,18 +87,35 @@ class GraphBackend(Backend):
     def decode(self, running_sum: np.ndarray) -> np.ndarray:
         return self._code(DECODER, {f"sum.{len(self.variant.grids)}": running_sum})
 
+    def _of_all_rows(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return inputs of the condition with all rows that their values have.
+
+        What fills up those of an edit without guidance is not read.
+        """
+        rows = self.variant.rows
+        given = {name: np.resize(x, (rows, *x.shape[1:])) for name, x in inputs.items()}
+        return {"learned": np.zeros(rows, np.bool_), **given} if self.variant.guided else given
+
+    def _step(self, name: str) -> Step:
+        """Return a step in the form for the rows that the edit has."""
+        return self.steps[name + UNGUIDED if self._unguided else name]
+
     def _code(self, name: str, given: Mapping[str, np.ndarray]) -> np.ndarray:
         """Run a coder, which has one output."""
         (taken,) = self._run(self.steps[name], given).values()
         return taken
+
+    def _of_each(self, setting: float | np.ndarray) -> np.ndarray:
+        """Return a setting of each picture."""
+        return np.full(self.variant.batch, setting, np.float32)
 
     def _chosen(self, scale: int, sampling: Sampling) -> dict[str, np.ndarray]:
         """Turn a sampling into the values that its scale is fed."""
         nothing = np.zeros(sampling.noise.shape, np.bool_)
         bits, mask = sampling.forced_bits, sampling.forced_mask
         given = {
-            "guidance_scale": np.array([sampling.guidance_scale], np.float32),
-            "temperature": np.array([sampling.temperature], np.float32),
+            "guidance_scale": self._of_each(sampling.guidance_scale),
+            "temperature": self._of_each(sampling.temperature),
             "noise": sampling.noise.astype(np.float32, copy=False),
             "forced_bits": nothing if bits is None else bits,
             "forced_mask": nothing if mask is None else mask,

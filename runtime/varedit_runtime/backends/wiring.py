@@ -12,18 +12,25 @@ source of 16 tokens and scales of 1 and 4 tokens, in block 3:
 So a cache is appended to by writing behind it, and read as its beginning: nothing is copied or
 concatenated between steps, and every address is known before the first edit, which is what lets a
 GPU capture the whole edit as one graph of work. Names alone decide (`_Wiring._value`).
+
+With guidance, half of the rows are unconditional. An edit, or its last scales, may do without them
+where guidance is 1. So a guided variant's steps come in two forms, the second one named UNGUIDED,
+on the same values. Rows come first in what is made of the text: the second form reads the
+beginning. In caches they come after tokens: [tokens, R, H, D]. There the second form reads a cache
+that is half as large, from the value's start on, and whoever changes forms within an edit moves the
+conditional rows together first (`Crowded`).
 """
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
 
 from varedit_runtime.errors import BundleError, shown
 from varedit_runtime.geometry import Sizes, scale_inputs, scale_sizes
-from varedit_runtime.manifest import Model, TensorSpec, Variant, scale_name
+from varedit_runtime.manifest import UNGUIDED, Model, TensorSpec, Variant, scale_name
 
 KINDS = ("key", "value")
 # What the host gives to a scale, and what it takes from it.
@@ -31,6 +38,7 @@ CHOSEN = ("guidance_scale", "temperature", "noise", "forced_bits", "forced_mask"
 PREDICTED = ("logits", "bits")
 TEXT, NEGATIVE, CONDITION, PREFILL = "text_encoder", "negative_encoder", "condition", "prefill"
 ENCODER, DECODER, REFERENCES, SYMBOLIC = "image_encoder", "image_decoder", "references", "scale"
+PICTURES = "picture_of_row"  # the twins' index of pictures
 FUSED = "fused_scale"  # what SYMBOLIC is, its attention in one operator, if a bundle has it
 
 
@@ -69,7 +77,9 @@ class Step:
     """A run of a stage's graph. inputs, outputs: the graph's tensors by name, as views.
 
     fed, read: the values that the host writes before it and reads after it, when steps are run one
-    by one. profile: which of the engine's sets of symbolic lengths it uses.
+    by one. profile: which of the engine's sets of symbolic lengths it uses. scale: the one that it
+    predicts, if any. unguided: whether it is the form of a guided variant's step that computes the
+    conditional rows only.
     """
 
     name: str
@@ -79,6 +89,8 @@ class Step:
     fed: tuple[str, ...]
     read: tuple[str, ...]
     profile: int = 0
+    scale: int | None = None
+    unguided: bool = False
 
     @property
     def views(self) -> Iterator[View]:
@@ -86,11 +98,74 @@ class Step:
         yield from self.outputs.values()
 
 
+@dataclass(frozen=True)
+class Crowded:
+    """A cache whose unconditional rows go: of all entries the first half stays, at its beginning.
+
+    value: its name. entries: how many there are. kept: bytes of an entry that stay.
+    """
+
+    value: str
+    entries: int
+    kept: int
+
+    def copies(self) -> Iterator[tuple[int, int, int]]:
+        """Yield copies that do it in place: target and source, in bytes, and a number of entries.
+
+        Entries are `kept` bytes wide, 2·kept apart in the source and kept in the target. They are
+        so few at a time that none overlaps what it is copied from.
+        """
+        first = 1
+        while first < self.entries:
+            count = min(first, self.entries - first)
+            yield first * self.kept, 2 * first * self.kept, count
+            first += count
+
+    def move(self, memory: np.ndarray) -> None:
+        """Do it in the host's memory, uint8 from the value's start on."""
+        for target, source, count in self.copies():
+            apart = memory[source:][: 2 * self.kept * count].reshape(count, -1)
+            memory[target:][: self.kept * count] = apart[:, : self.kept].reshape(-1)
+
+
+def crowded(steps: Sequence[Step], scale: int) -> list[Crowded]:
+    """Return the caches that must be moved together before a scale that is the first unguided one.
+
+    steps: all of a variant's.
+    """
+    guided = _values(step for step in steps if not step.unguided)
+    later = [step for step in steps if step.unguided and (step.scale or 0) >= scale]
+    views: dict[str, View] = {}
+    for step in later:
+        if step.scale is not None:
+            for view in step.inputs.values():
+                views.setdefault(view.value, view)
+    return [
+        Crowded(name, view.shape[0], view.row)
+        for name, view in views.items()
+        if view.row < guided[name].row
+    ]
+
+
 def values_of(steps: Sequence[Step]) -> dict[str, View]:
     """Return every value as the smallest view that contains all views of it.
 
-    Raises BundleError if two graphs disagree about a value's type or shape.
+    Where a value has another shape without guidance, it is smaller, and that with guidance is
+    returned. Raises BundleError if two graphs disagree about a value's type or shape.
     """
+    values = _values(step for step in steps if not step.unguided)
+    for name, view in _values(step for step in steps if step.unguided).items():
+        known = values.setdefault(name, view)
+        if known.dtype != view.dtype or known.size < view.size:
+            raise BundleError(
+                f"the bundle's graphs do not fit together: without guidance {name} is "
+                f"{view.dtype} {view.shape}, and with it {known.dtype} {known.shape}; build it "
+                "again"
+            )
+    return values
+
+
+def _values(steps: Iterable[Step]) -> dict[str, View]:
     values: dict[str, View] = {}
     for step in steps:
         for view in step.views:
@@ -106,15 +181,23 @@ def values_of(steps: Sequence[Step]) -> dict[str, View]:
     return values
 
 
-def wire(variant: Variant, model: Model, symbolic: bool, twin: str = SYMBOLIC) -> list[Step]:
-    """Return the steps of an edit in order.
+def wire(
+    variant: Variant,
+    model: Model,
+    symbolic: bool,
+    twin: str = SYMBOLIC,
+    unguided: bool = True,
+) -> list[Step]:
+    """Return the steps of an edit in order; then a guided variant's steps without guidance.
 
     symbolic: run prefill and scales on the one graph of symbolic lengths, the twin, with one
-    profile each. Raises BundleError if a graph lacks a tensor that the host gives or takes, or has
-    an input that nothing writes.
+    profile each. unguided: whether to have the second form. Raises BundleError if a graph lacks a
+    tensor that the host gives or takes, or has an input that nothing writes.
     """
     wiring = _Wiring(variant, model, twin)
     steps = wiring.steps(symbolic)
+    if variant.guided and unguided:
+        steps += wiring.unguided_steps(symbolic)
     known = wiring.standing() if symbolic else set()
     ever = {view.value for step in steps for view in step.outputs.values()}
     for step in steps:
@@ -150,10 +233,11 @@ def _refuse(step: Step, what: str, names: Iterable[str]) -> None:
 
 def constants(variant: Variant, model: Model) -> dict[str, np.ndarray]:
     """Return the values of a symbolic wiring that are the same for every edit and not zero."""
-    one = np.ones(1, np.float32)
-    found = {f"temperature.{PREFILL}": one}
+    ones = np.ones(variant.batch, np.float32)
+    found: dict[str, np.ndarray] = {f"temperature.{PREFILL}": ones}
     if variant.guided:
-        found[f"guidance_scale.{PREFILL}"] = one
+        found[f"guidance_scale.{PREFILL}"] = ones
+        found[PICTURES] = np.arange(variant.rows) % variant.batch
     for scale in (None, *range(len(variant.grids))):
         suffix = PREFILL if scale is None else scale
         arrays = scale_inputs(variant.grids, scale, model.patch)
@@ -161,9 +245,17 @@ def constants(variant: Variant, model: Model) -> dict[str, np.ndarray]:
     return found
 
 
-def scale_profiles(variant: Variant) -> list[Sizes]:
-    """Return the symbolic lengths of the scale graph: for the prefill, then for every scale."""
-    return [scale_sizes(variant.grids, scale) for scale in (None, *range(len(variant.grids)))]
+def profiles_of(stage: str, variant: Variant) -> list[Sizes]:
+    """Return the symbolic lengths that a graph is run with, in the order of its steps' profiles.
+
+    The twins': for the prefill, then for every scale. With guidance, all of these again, for the
+    conditional rows only.
+    """
+    scales: list[Sizes] = [{}]
+    if stage in (SYMBOLIC, FUSED):
+        scales = [scale_sizes(variant.grids, k) for k in (None, *range(len(variant.grids)))]
+    forms = (variant.rows, variant.batch) if variant.guided else (variant.rows,)
+    return [sizes | {"rows": rows} for rows in forms for sizes in scales]
 
 
 def sized(spec: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -191,27 +283,55 @@ class _Wiring:
 
     def steps(self, symbolic: bool) -> list[Step]:
         steps: list[Step] = []
-        ids, features = ("token_ids", "text_mask"), ("text_features", "text_mask")
         if TEXT in self.variant.graphs:
-            steps.append(self._coder(TEXT, TEXT, ids, ("text_features",)))
+            ids, features = ("token_ids", "text_mask"), ("text_features",)
+            steps.append(self._coder(TEXT, TEXT, ids, features, _PROMPT))
             if self.guided:
-                steps.append(self._coder(NEGATIVE, TEXT, ids, ("text_features",), _NEGATIVE))
+                negative = self._coder(NEGATIVE, TEXT, ids, features, _NEGATIVE)
+                steps.append(self._behind(negative, "text_features", self.variant.batch))
         steps.append(self._coder(ENCODER, ENCODER, ("pictures",), ("source_tokens",)))
-        if self.guided:
-            features += ("negative_features", "negative_mask", "has_negative")
-        steps.append(self._coder(CONDITION, CONDITION, features, ()))
-        steps += self._symbolic_scales() if symbolic else self._static_scales()
+        steps += self._transformer(symbolic, False)
         last = len(self.scales)
         decoded = {"running_sum": f"sum.{last}", "pictures": "decoded"}
         steps.append(self._coder(DECODER, DECODER, ("running_sum",), ("pictures",), decoded))
         return steps
+
+    def unguided_steps(self, symbolic: bool) -> list[Step]:
+        """Return what a guided edit's steps are where only conditional rows are computed."""
+        return [
+            replace(step, name=step.name + UNGUIDED, unguided=True)
+            for step in self._transformer(symbolic, True)
+        ]
+
+    def _transformer(self, symbolic: bool, unguided: bool) -> Iterator[Step]:
+        """Make the steps that have rows."""
+        form, given = int(unguided), ("text_features", "text_mask", *self.guided * ("learned",))
+        yield self._coder(CONDITION, CONDITION, given, (), form=form)
+        for scale in (None, *self.scales):
+            name = PREFILL if scale is None else scale_name(scale)
+            if not symbolic:
+                yield self._scale(name, name + unguided * UNGUIDED, scale, {}, 0)
+                continue
+            profiles = profiles_of(self.twin, self.variant)
+            profile = form * (1 + len(self.scales)) + (0 if scale is None else 1 + scale)
+            yield self._scale(name, self.twin, scale, profiles[profile], profile)
+            if scale is None and self.sar:
+                yield self._coder(REFERENCES, REFERENCES, (), (), form=form)
+
+    def _behind(self, step: Step, value: str, first: int) -> Step:
+        """Let a step write its output behind the first entries of a value."""
+        outputs = {
+            name: replace(view, first=first) if view.value == value else view
+            for name, view in step.outputs.items()
+        }
+        return replace(step, outputs=outputs)
 
     def standing(self) -> set[str]:
         """Return the values of a symbolic wiring that no step writes: constants, and zeros."""
         suffixes = (PREFILL, *self.scales)
         placed = {f"{name}.{suffix}" for name in _PLACED for suffix in suffixes}
         zeros = {"tokens.0", "sum.0", f"sum.{PREFILL}"}
-        return placed | zeros | {f"{name}.{PREFILL}" for name in CHOSEN}
+        return placed | zeros | {PICTURES} | {f"{name}.{PREFILL}" for name in CHOSEN}
 
     def _coder(
         self,
@@ -220,35 +340,24 @@ class _Wiring:
         fed: Sequence[str],
         read: Sequence[str],
         renamed: Mapping[str, str] | None = None,
+        form: int = 0,
     ) -> Step:
         """Make a step whose tensors are values of the same names, except renamed ones.
 
-        fed, read: the tensors that the host writes and reads.
+        fed, read: the tensors that the host writes and reads. form: 1 for the conditional rows
+        only.
         """
         called = renamed or {}
-        graph = self.variant.graph(stage)
+        graph, sizes = self.variant.graph(stage), profiles_of(stage, self.variant)[form]
         inputs, outputs = (
             {
-                spec.name: View(called.get(spec.name, spec.name), sized(spec, {}), spec.dtype)
+                spec.name: View(called.get(spec.name, spec.name), sized(spec, sizes), spec.dtype)
                 for spec in specs
             }
             for specs in (graph.inputs, graph.outputs)
         )
         given, taken = (tuple(called.get(n, n) for n in names) for names in (fed, read))
-        return Step(name, stage, inputs, outputs, given, taken)
-
-    def _static_scales(self) -> Iterator[Step]:
-        yield self._scale(PREFILL, PREFILL, None, {}, 0)
-        for k in self.scales:
-            yield self._scale(scale_name(k), scale_name(k), k, {}, 0)
-
-    def _symbolic_scales(self) -> Iterator[Step]:
-        prefill, *profiles = scale_profiles(self.variant)
-        yield self._scale(PREFILL, self.twin, None, prefill, 0)
-        if self.sar:
-            yield self._coder(REFERENCES, REFERENCES, (), ())
-        for k, sizes in enumerate(profiles):
-            yield self._scale(scale_name(k), self.twin, k, sizes, k + 1)
+        return Step(name, stage, inputs, outputs, given, taken, form)
 
     def _scale(
         self, name: str, stage: str, scale: int | None, sizes: Mapping[str, int], profile: int
@@ -263,7 +372,7 @@ class _Wiring:
             return Step(name, stage, inputs, outputs, ("source_tokens",), (), profile)
         fed = tuple(f"{given}.{scale}" for given in CHOSEN if given in inputs)
         read = (*(f"{taken}.{scale}" for taken in PREDICTED), f"sum.{scale + 1}")
-        return Step(name, stage, inputs, outputs, fed, read, profile)
+        return Step(name, stage, inputs, outputs, fed, read, profile, scale)
 
     def _view(self, spec: TensorSpec, scale: int | None, sizes: Mapping[str, int]) -> View:
         shape = sized(spec, sizes)
@@ -300,11 +409,9 @@ class _Wiring:
         return cache, scale_sizes(self.variant.grids, scale)[before]
 
 
-_NEGATIVE = {
-    "token_ids": "negative_ids",
-    "text_mask": "negative_mask",
-    "text_features": "negative_features",
-}
+# The condition reads one mask, of all rows; the text encoder is run for one half of them at a time.
+_PROMPT = {"text_mask": "prompt_mask"}
+_NEGATIVE = {"token_ids": "negative_ids", "text_mask": "negative_mask"}
 _BLOCK = re.compile(r"[0-9]{1,4}")
 _PLACED = (
     *("level", "first_position", "is_first"),

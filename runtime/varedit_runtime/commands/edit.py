@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from varedit_runtime.editing.arguments import OutputSize
     from varedit_runtime.editing.editor import Editor, EditResult, OnScale, Progress
     from varedit_runtime.locate import Found
-    from varedit_runtime.values import PerScale
 
 _backend = backend_option("What runs the bundle; auto: the best that can here.")
 EDIT = "edit"
@@ -109,6 +108,9 @@ def _per_scale(name: str, help: str) -> Callable[[Callable[..., None]], Callable
 @click.option("--seed", type=int, help="The same seed gives the same picture; random if left out.")
 @_per_scale("--guidance-scale", "How much the instruction counts.")
 @_per_scale("--temperature", "Sampling temperature (> 0); higher is more varied.")
+@click.option(
+    "--fast", is_flag=True, help="No guidance at the last two scales: faster, less accurate."
+)
 @click.option("--negative-prompt", metavar="TEXT", help="What the picture should not be like.")
 @click.option(
     "--mask",
@@ -133,16 +135,12 @@ def edit(
     output: Path | None,
     bundle: Path | None,
     variant: str | None,
-    seed: int | None,
-    guidance_scale: "PerScale | None",
-    temperature: "PerScale | None",
-    negative_prompt: str | None,
     mask: Path | None,
-    output_size: "OutputSize",
     compare: Path | None,
     previews: Path | None,
     backend: ChosenBackend | AutoBackend,
     as_json: bool,
+    **settings: Any,
 ) -> None:
     """Edit IMAGE as INSTRUCTION says.
 
@@ -164,17 +162,7 @@ def edit(
         Editor.open(found.path, backend=backend, variant=variant) as editor,
         _watching(editor, previews) as on_scale,
     ):
-        result = editor.edit(
-            source,
-            instruction,
-            negative_prompt=negative_prompt,
-            mask=marked,
-            guidance_scale=guidance_scale,
-            temperature=temperature,
-            seed=seed,
-            output_size=output_size,
-            on_scale=on_scale,
-        )
+        result = editor.edit(source, instruction, mask=marked, on_scale=on_scale, **settings)
     _save(output, compare, source, result)
     click.echo(_as_json(output, result, editor, found) if as_json else _as_line(output, result))
 

@@ -13,9 +13,11 @@ from varedit_runtime.manifest import Manifest, Variant
 from varedit_runtime.pictures import Source, canvas_size, open_mask, open_picture
 from varedit_runtime.values import (
     MOST_ENTRIES,
+    PerPicture,
     PerScale,
     checked,
     entries,
+    per_picture,
     per_scale,
     temperature_per_scale,
 )
@@ -26,7 +28,16 @@ OutputSize = int | Literal["source", "model"]
 SizeOf = Callable[[tuple[int, int]], tuple[int, int]]
 
 SEEDS = 2**64
+FAST_SCALES = 2  # docs/benchmarks.md has what each more of them gains and loses
 DRAWN_SEEDS = 2**32  # drawn seeds are below this, short enough to be typed again
+
+
+@dataclass(frozen=True)
+class ScaleSettings:
+    """Guidance scale and temperature of every scale, coarse to fine."""
+
+    guidance_scale: tuple[float, ...]
+    temperature: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -43,42 +54,47 @@ class Wanted:
     negative: list[int] | None
     mask: Image.Image | None
     size: tuple[int, int]
+    settings: ScaleSettings
     warnings: tuple[str, ...]
     seed: int
 
 
 @dataclass(frozen=True)
-class ScaleSettings:
-    """Guidance scale and temperature of every scale, coarse to fine."""
+class Settings:
+    """What a variant of a bundle makes of callers' settings; None stands for the bundle's own.
 
-    guidance_scale: tuple[float, ...]
-    temperature: tuple[float, ...]
-
-
-def choose_sampling(
-    manifest: Manifest,
-    variant: Variant,
-    guidance_scale: PerScale | None,
-    temperature: PerScale | None,
-    negative: bool,
-) -> ScaleSettings:
-    """Return guidance and temperature per scale; None stands for the bundle's own.
-
-    negative: whether there is a negative prompt. Raises ConfigError if they are not one number or
-    one per scale, and on guidance or a negative prompt if the bundle was built without guidance.
+    fast: switch guidance off at the last FAST_SCALES scales, whatever is asked for.
     """
-    guided, scales = variant.guided, len(variant.grids)
-    if guidance_scale is None:
-        guidance_scale = manifest.guidance_scale if guided else 1.0
-    guidance = per_scale(guidance_scale, scales, "guidance_scale")
-    if not guided and (set(guidance) != {1.0} or negative):
-        raise ConfigError(
-            "this bundle was built without guidance: leave out negative_prompt and any "
-            "guidance_scale but 1, or build a bundle with guidance"
-        )
-    if temperature is None:
-        temperature = manifest.temperature
-    return ScaleSettings(guidance, temperature_per_scale(temperature, scales))
+
+    manifest: Manifest
+    variant: Variant
+    fast: bool = False
+
+    def guidance(self, value: PerScale | None) -> tuple[float, ...]:
+        """Return the guidance of every scale. Raises ConfigError as `per_scale` does.
+
+        Also raises it on guidance if the bundle was built without.
+        """
+        if value is None:
+            value = self.manifest.guidance_scale if self.variant.guided else 1.0
+        guidance = per_scale(value, len(self.variant.grids), "guidance_scale")
+        self.check(set(guidance) != {1.0})
+        if self.fast:
+            guidance = (*guidance[:-FAST_SCALES], *(1.0 for _ in guidance[-FAST_SCALES:]))
+        return guidance
+
+    def temperature(self, value: PerScale | None) -> tuple[float, ...]:
+        """Return the temperature of every scale, or raise as `temperature_per_scale` does."""
+        value = self.manifest.temperature if value is None else value
+        return temperature_per_scale(value, len(self.variant.grids))
+
+    def check(self, guided: bool) -> None:
+        """Raise ConfigError if guidance is asked for that the bundle does not have."""
+        if guided and not self.variant.guided:
+            raise ConfigError(
+                "this bundle was built without guidance: leave out negative_prompt and any "
+                "guidance_scale but 1, or build a bundle with guidance"
+            )
 
 
 def choose_size(output_size: OutputSize, model: tuple[int, int]) -> SizeOf:
@@ -104,27 +120,46 @@ def choose_size(output_size: OutputSize, model: tuple[int, int]) -> SizeOf:
     return size
 
 
+@dataclass(frozen=True)
+class PerEntry:
+    """The arguments of an edit that have one value, or a list with one for each entry."""
+
+    image: Source | Sequence[Source]
+    prompt: str | Sequence[str]
+    negative_prompt: str | Sequence[str | None] | None
+    mask: Source | Sequence[Source | None] | None
+    guidance_scale: PerPicture | None
+    temperature: PerPicture | None
+
+    def listed(self) -> dict[str, list[Any] | None]:
+        """Return the entries of those that are lists, else None, by name. Raises ConfigError."""
+        return {
+            name: per_picture(name, value) if name in _PER_SCALE else entries(name, value)
+            for name, value in vars(self).items()
+        }
+
+
+_PER_SCALE = ("guidance_scale", "temperature")  # of these a list has one number for each scale
+
+
 def choose_pictures(
-    image: Source | Sequence[Source],
-    prompt: str | Sequence[str],
-    negative_prompt: str | Sequence[str | None] | None,
-    mask: Source | Sequence[Source | None] | None,
+    asked: PerEntry,
     copies: int,
     seed: int | Sequence[int] | None,
     tokenise: Callable[[str], list[int]],
     size: SizeOf,
+    settings: Settings,
     warn: Callable[[str, Image.Image], Iterable[str]],
 ) -> list[Wanted]:
     """Return all pictures to make, in order: the copies of the first picture and prompt come first.
 
     size: see `choose_size`. warn: yields warnings about a prompt and a picture. Raises ConfigError
     on lists of unequal lengths, on more than MOST_ENTRIES results, and on values that are no text,
-    count or seed, TextError and PictureError as `tokenise` and `open_picture` do. Errors about an
-    entry of a list say which of how many it is.
+    setting, count or seed, TextError and PictureError as `tokenise` and `open_picture` do. Errors
+    about an entry of a list say which of how many it is.
     """
     copies = checked("num_images_per_prompt", copies, int)
-    given = {"image": image, "prompt": prompt, "negative_prompt": negative_prompt, "mask": mask}
-    listed = {name: entries(name, value) for name, value in given.items()}
+    given, listed = vars(asked), asked.listed()
     count = _common_length(listed)
     if copies < 1 or count * copies > MOST_ENTRIES:
         told = shown(copies)
@@ -145,8 +180,11 @@ def choose_pictures(
     masks = _one_by_one(fitted, opened, pictures)
     pictures = list(map(visible, pictures, masks))
     sizes = _one_by_one(lambda picture: size(picture.size), pictures)
+    settings.check(any(negatives))
+    guidance = each("guidance_scale", settings.guidance)
+    chosen = map(ScaleSettings, guidance, each("temperature", settings.temperature))
     warnings = _one_by_one(lambda *of: tuple(warn(*of)), texts, pictures)
-    wanted = zip(pictures, prompts, negatives, masks, sizes, warnings, strict=True)
+    wanted = zip(pictures, prompts, negatives, masks, sizes, chosen, warnings, strict=True)
     repeated = [entry for entry in wanted for _ in range(copies)]
     return [Wanted(*entry, seed=seed) for entry, seed in zip(repeated, seeds, strict=True)]
 

@@ -6,10 +6,13 @@ from dataclasses import dataclass, field
 from threading import Event
 from time import perf_counter
 
-from varedit_runtime.backends.base import StageOutput
-from varedit_runtime.editing.arguments import ScaleSettings, Wanted
+import numpy as np
+
+from varedit_runtime.backends.base import Negatives, Prompts, StageOutput
+from varedit_runtime.editing.arguments import Wanted
 from varedit_runtime.editing.results import OnScale
 from varedit_runtime.errors import one_of_many
+from varedit_runtime.manifest import Variant
 
 
 class Timings:
@@ -42,12 +45,13 @@ class PictureBatch:
     """The pictures edited at once.
 
     rows: padded to the batch. places: those in the results, of which there are `results`.
+    guided_scales: how many scales, the first ones, need unconditional rows.
     """
 
     rows: Sequence[Wanted]
     places: range
     results: int
-    sampling: ScaleSettings
+    guided_scales: int
     on_scale: OnScale | None
     cancelled: Event
     timings: Timings = field(default_factory=Timings)
@@ -60,6 +64,37 @@ class PictureBatch:
         """Say in an error about a row which of the call's results it is."""
         return one_of_many("result", self.places[min(row, len(self.places) - 1)], self.results)
 
+    def prompts(self, variant: Variant) -> Prompts:
+        """Return the texts' token ids; with those of unconditional rows if any scale needs them."""
+        ids, mask = _padded([one.prompt for one in self.rows], variant.text_tokens)
+        if not (variant.guided and self.guided_scales):
+            return Prompts(ids, mask)
+        # Rows without a negative prompt use the model's own; their ids here are only a filling.
+        negatives = [one.negative or one.prompt for one in self.rows]
+        present = np.array([bool(one.negative) for one in self.rows])
+        return Prompts(ids, mask, Negatives(*_padded(negatives, variant.text_tokens), present))
+
     @property
     def masked(self) -> bool:
         return any(row.mask is not None for row in self.rows)
+
+
+def guided_scales(rows: Sequence[Wanted]) -> int:
+    """Return how many scales, the first ones, need unconditional rows for some picture."""
+    guided = (
+        scale + 1
+        for row in rows
+        for scale, guidance in enumerate(row.settings.guidance_scale)
+        if guidance != 1
+    )
+    return max(guided, default=0)
+
+
+def _padded(prompts: Sequence[list[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pad token ids; return ids int64 and mask bool, both [B, T]."""
+    ids = np.zeros((len(prompts), length), np.int64)
+    mask = np.zeros(ids.shape, np.bool_)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)] = prompt
+        mask[row, : len(prompt)] = True
+    return ids, mask

@@ -20,7 +20,6 @@ from varedit_runtime.backends.auto import AUTO, AutoBackend, wanted_backend
 from varedit_runtime.backends.base import (
     Backend,
     EditWhole,
-    Negatives,
     Prompts,
     Sampling,
     WeightsLostError,
@@ -31,15 +30,16 @@ from varedit_runtime.backends.wiring import DECODER, ENCODER, TEXT
 from varedit_runtime.bundle import Bundle, load_standing
 from varedit_runtime.editing.arguments import (
     OutputSize,
-    ScaleSettings,
+    PerEntry,
+    Settings,
     Wanted,
     choose_pictures,
-    choose_sampling,
     choose_size,
 )
-from varedit_runtime.editing.batch import PictureBatch
+from varedit_runtime.editing.batch import PictureBatch, guided_scales
 from varedit_runtime.editing.caution import warnings_of
 from varedit_runtime.editing.finish import finished
+from varedit_runtime.editing.kept import Kept
 from varedit_runtime.editing.masks import SourceKeeper
 from varedit_runtime.editing.results import EditResult, OnScale, Progress
 from varedit_runtime.editing.swapping import check_swappable
@@ -54,7 +54,7 @@ from varedit_runtime.manifest import TOKENIZER, Variant, scale_name, scale_of
 from varedit_runtime.noise import uniform_noise
 from varedit_runtime.pictures import Source, from_decoder, to_square
 from varedit_runtime.text import Instructions, read_tokenizer
-from varedit_runtime.values import AnyPath, PerScale, checked, is_list
+from varedit_runtime.values import AnyPath, PerPicture, PerScale, checked, is_list
 
 WHOLE_EDIT = "edit"  # the only entry in the timings of an edit that ran as one launch
 
@@ -64,7 +64,9 @@ class Editor:
 
     bundle, variant: what it runs. provider: the device or library that computes. chosen: the
     backend that `open` chose, its options, and why. Memory for caches and tensors between graphs is
-    allocated once. Threads may share an editor: their calls run one after the other.
+    allocated once. What the encoders computed of the last few pictures and instructions is kept,
+    and the last prefill, until `forget`, `swap_weights` or `close`. Threads may share an editor:
+    their calls run one after the other.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Editor:
         self.bundle, self.variant, self.provider = bundle, variant, backend.provider
         self.chosen = chosen
         self._backend: Backend | None = backend
+        self._kept = Kept(backend)
         self._instructions = instructions
         self._turn = RLock()
         self._editing: int | None = None  # the thread that edits
@@ -154,6 +157,15 @@ class Editor:
             if self._backend is not None:
                 self._backend.close()
             self._backend = None
+            self._kept.forget()
+
+    def forget(self) -> None:
+        """Drop what was kept of earlier pictures and instructions, after an edit that is running.
+
+        Later edits are the same without it, and compute it again.
+        """
+        with self._turn:
+            self._kept.forget()
 
     def swap_weights(self, bundle: AnyPath, *, digest: str | None = None) -> None:
         """Edit with the weights of another bundle from now on, or, if that fails, as before.
@@ -175,17 +187,18 @@ class Editor:
             try:
                 put_in_place()
             except WeightsLostError:
-                self.backend.close()
+                self._open_backend().close()
                 self._backend = None
                 raise
-            # Whatever was computed with the old weights must be forgotten here.
+            finally:
+                self._kept.forget()  # it was computed with the old weights
             self.bundle = opened
 
     def _prepare(self, bundle: Bundle) -> tuple[Bundle, Callable[[], None]]:
         check_swappable(self.bundle, bundle, self.variant)
         bundle.verify()
         with self._my_turn():
-            return bundle, self.backend.prepare_weights(bundle)
+            return bundle, self._open_backend().prepare_weights(bundle)
 
     @property
     def backend(self) -> Backend:
@@ -193,6 +206,10 @@ class Editor:
 
         Raises EditorError if the editor is closed.
         """
+        self._kept.forget()  # it can be given other caches
+        return self._open_backend()
+
+    def _open_backend(self) -> Backend:
         if self._backend is None:
             raise EditorError("the editor is closed: open another one")
         return self._backend
@@ -207,6 +224,7 @@ class Editor:
         mask: Source | None = None,
         guidance_scale: PerScale | None = None,
         temperature: PerScale | None = None,
+        fast: bool = False,
         num_images_per_prompt: Literal[1] = 1,
         seed: int | None = None,
         output_size: OutputSize = "source",
@@ -221,8 +239,9 @@ class Editor:
         *,
         negative_prompt: str | Sequence[str | None] | None = None,
         mask: Source | Sequence[Source | None] | None = None,
-        guidance_scale: PerScale | None = None,
-        temperature: PerScale | None = None,
+        guidance_scale: PerPicture | None = None,
+        temperature: PerPicture | None = None,
+        fast: bool = False,
         num_images_per_prompt: int = 1,
         seed: int | Sequence[int] | None = None,
         output_size: OutputSize = "source",
@@ -236,8 +255,9 @@ class Editor:
         *,
         negative_prompt: str | Sequence[str | None] | None = None,
         mask: Source | Sequence[Source | None] | None = None,
-        guidance_scale: PerScale | None = None,
-        temperature: PerScale | None = None,
+        guidance_scale: PerPicture | None = None,
+        temperature: PerPicture | None = None,
+        fast: bool = False,
         num_images_per_prompt: int = 1,
         seed: int | Sequence[int] | None = None,
         output_size: OutputSize = "source",
@@ -252,12 +272,14 @@ class Editor:
 
         mask: a picture of the image's size, or a list of these and None: only what is white, or
         transparent, may change (see `pictures.open_mask`).
-        guidance_scale, temperature: one number or one per scale, by default the bundle's own; with
-        a guidance of 1 the negative prompt has no effect. seed: result i gets seed + i; or a list
-        with one for each result; by default random, see the results. output_size: "source" for
-        results of their sources' sizes, "model" for the model's own pixels, neither enlarged nor
-        reduced, or the number of pixels of the longest side, at most the source's. on_scale: called
-        after every scale, in this thread.
+        guidance_scale, temperature: one number, or one per scale, by default the bundle's own; or a
+        list of lists, or an array of two dimensions, with a row of these for each entry. With a
+        guidance of 1 the negative prompt has no effect, and an edit takes half as long. fast:
+        switch guidance off at the last two scales (docs/benchmarks.md). seed: result i gets
+        seed + i; or a list with one for each result; by default random, see the results.
+        output_size: "source" for results of their sources' sizes, "model" for the model's own
+        pixels, neither enlarged nor reduced, or the number of pixels of the longest side, at most
+        the source's. on_scale: called after every scale, in this thread.
 
         Raises ConfigError, TextError or PictureError on arguments that cannot be used;
         EditCancelled if on_scale cancelled; EditorError if the editor is closed, or called by
@@ -266,19 +288,16 @@ class Editor:
         """
         on_scale = checked("on_scale", on_scale, OnScale | None)
         size = choose_size(output_size, self.variant.picture)
+        settings = Settings(self.bundle.manifest, self.variant, checked("fast", fast, bool))
+        asked = PerEntry(image, prompt, negative_prompt, mask, guidance_scale, temperature)
         wanted = choose_pictures(
-            *(image, prompt, negative_prompt, mask, num_images_per_prompt, seed),
-            *(self._tokenise, size, self._warn),
+            *(asked, num_images_per_prompt, seed, self._tokenise, size, settings, self._warn)
         )
-        negative = any(one.negative for one in wanted)
-        sampling = choose_sampling(
-            self.bundle.manifest, self.variant, guidance_scale, temperature, negative
-        )
+        several = is_list(seed) or any(x is not None for x in asked.listed().values())
         _issue_warnings(wanted)
         with self._my_turn():
-            results = self._edit_all(wanted, sampling, on_scale)
-        lists = map(is_list, (image, prompt, negative_prompt, mask, seed))
-        return results if any(lists) or len(results) > 1 else results[0]
+            results = self._edit_all(wanted, on_scale)
+        return results if several or len(results) > 1 else results[0]
 
     def _tokenise(self, text: str) -> list[int]:
         self.bundle.check_text()
@@ -301,50 +320,71 @@ class Editor:
 
     def _check_usable(self) -> None:
         """Raise EditorError if the editor is closed, or this thread edits: it is in on_scale."""
-        _ = self.backend  # raises if closed
+        self._open_backend()  # raises if closed
         if self._editing == get_ident():
             raise EditorError("on_scale cannot use the editor that calls it: return first")
 
-    def _edit_all(
-        self, wanted: Sequence[Wanted], sampling: ScaleSettings, on_scale: OnScale | None
-    ) -> list[EditResult]:
+    def _edit_all(self, wanted: Sequence[Wanted], on_scale: OnScale | None) -> list[EditResult]:
         places, size, cancelled = range(len(wanted)), self.variant.batch, Event()
         results: list[EditResult] = []
         for first in places[::size]:
             own = places[first : first + size]
             # The graphs take batches of this size: a smaller one repeats its last picture.
             rows = [wanted[min(i, own[-1])] for i in range(first, first + size)]
+            guided = len(self.variant.grids)
+            if self._open_backend().drops_rows:
+                guided = guided_scales(rows)
             results += self._edit_batch(
-                PictureBatch(rows, own, len(wanted), sampling, on_scale, cancelled)
+                PictureBatch(rows, own, len(wanted), guided, on_scale, cancelled)
             )
         return results
 
     def _edit_batch(self, batch: "PictureBatch") -> list[EditResult]:
         # What a mask forces depends on every scale before: the host must see it.
-        edit = None if batch.on_scale or batch.masked else self.backend.whole
-        images = self._edit_whole(batch, edit) if edit else self._edit_by_stages(batch)
+        edit = None if batch.on_scale or batch.masked else self._open_backend().whole
+        with batch.timings.of(WHOLE_EDIT if edit else TEXT):
+            prompts = batch.prompts(self.variant)
+        with batch.timings.of(WHOLE_EDIT if edit else ENCODER):
+            squares = self._squares(batch)
+            prefilled = self._kept.take_prefilled(prompts, squares)
+        given = batch, prompts, squares, prefilled
+        images = self._edit_whole(*given, edit) if edit else self._edit_by_stages(*given)
+        if batch.guided_scales in (0, len(self.variant.grids)):  # else half of the rows is gone
+            self._kept.prefilled(prompts, squares)
         return [
             EditResult(image, one.seed, batch.timings.seconds, one.warnings)
             for one, image in zip(batch.wanted, images, strict=True)
         ]
 
-    def _edit_whole(self, batch: "PictureBatch", edit: EditWhole) -> list[Image.Image]:
+    def _edit_whole(
+        self,
+        batch: "PictureBatch",
+        prompts: Prompts,
+        squares: np.ndarray,
+        prefilled: bool,
+        edit: EditWhole,
+    ) -> list[Image.Image]:
         with batch.timings.of(WHOLE_EDIT):
             samplings = [self._sampling(batch, scale) for scale in range(len(self.variant.grids))]
-            edited = edit(self._prompts(batch.rows), self._squares(batch), samplings)
+            edited = edit(prompts, squares, samplings, prefilled)
             for scale, logits in enumerate(edited.logits):
                 _sound(scale_name(scale), logits, batch)
             _sound(DECODER, edited.pictures, batch)
             return self._restored(edited.pictures, batch)
 
-    def _edit_by_stages(self, batch: "PictureBatch") -> list[Image.Image]:
+    def _edit_by_stages(
+        self, batch: "PictureBatch", prompts: Prompts, squares: np.ndarray, prefilled: bool
+    ) -> list[Image.Image]:
         timings, seen = batch.timings, dict[str, np.ndarray]()
-        with timings.of(TEXT):
-            prompts = self._prompts(batch.rows)
-        with timings.of(ENCODER):
-            squares = self._squares(batch)
-        samplings = self._samplings(batch, seen)
-        for output in timings.of_each(edit_by_stages(self.backend, prompts, squares, samplings)):
+        stages = edit_by_stages(
+            self._open_backend(),
+            prompts,
+            squares,
+            self._samplings(batch, seen),
+            self._kept,
+            prefilled,
+        )
+        for output in timings.of_each(stages):
             for array in output.arrays.values():
                 _sound(output.stage, array, batch)
             seen.update(output.arrays)
@@ -363,33 +403,17 @@ class Editor:
                 squares.append(to_square(row.picture, self.variant.picture))
         return np.stack(squares)
 
-    def _prompts(self, rows: Sequence[Wanted]) -> Prompts:
-        ids, mask = self._padded([one.prompt for one in rows])
-        if not self.variant.guided:
-            return Prompts(ids, mask)
-        # Rows without a negative prompt use the model's own; their ids here are only a filling.
-        negative_ids, negative_mask = self._padded([one.negative or one.prompt for one in rows])
-        present = np.array([bool(one.negative) for one in rows])
-        return Prompts(ids, mask, Negatives(negative_ids, negative_mask, present))
-
-    def _padded(self, prompts: Sequence[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-        """Pad token ids; return ids int64 and mask bool, both [B, T]."""
-        ids = np.zeros((len(prompts), self.variant.text_tokens), np.int64)
-        mask = np.zeros(ids.shape, np.bool_)
-        for row, prompt in enumerate(prompts):
-            ids[row, : len(prompt)] = prompt
-            mask[row, : len(prompt)] = True
-        return ids, mask
-
     def _sampling(self, batch: "PictureBatch", scale: int) -> Sampling:
         """Return a scale's sampling, with the noise of each picture's own seed."""
         rows, columns = self.variant.grids[scale]
         channels = self.bundle.manifest.model.token_channels
         noise = [uniform_noise(one.seed, scale, rows * columns, channels) for one in batch.rows]
+        settings = [one.settings for one in batch.rows]
         return Sampling(
             np.stack(noise).reshape(len(noise), rows, columns, channels),
-            batch.sampling.guidance_scale[scale],
-            batch.sampling.temperature[scale],
+            np.array([one.guidance_scale[scale] for one in settings], np.float32),
+            np.array([one.temperature[scale] for one in settings], np.float32),
+            guided=scale < batch.guided_scales,
         )
 
     def _samplings(self, batch: "PictureBatch", seen: dict[str, np.ndarray]) -> Iterator[Sampling]:
@@ -415,7 +439,7 @@ class Editor:
             with self._turn:  # a preview from another thread waits for the edit to end
                 if self.bundle is not bundle:
                     raise EditorError("the weights that predicted this scale were swapped since")
-                decoded = _sound(DECODER, self.backend.decode(total), batch)
+                decoded = _sound(DECODER, self._open_backend().decode(total), batch)
                 return self._restored(decoded, batch)
 
         return Progress(

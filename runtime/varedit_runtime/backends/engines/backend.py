@@ -5,7 +5,7 @@ So noise and parameters are copied before the first scale, keys and values are w
 next scale reads them, and if nobody listens between scales the whole edit is one launch.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from math import prod
@@ -18,6 +18,7 @@ from varedit_runtime.backends.base import (
     Sampling,
     WeightsLostError,
     WholeEdit,
+    condition_masks,
 )
 from varedit_runtime.backends.engines.cuda import CudaDevice
 from varedit_runtime.backends.engines.device import Device, Engine, Launch, address_of
@@ -33,12 +34,13 @@ from varedit_runtime.backends.wiring import (
     Step,
     View,
     constants,
+    crowded,
     item_size,
     values_of,
 )
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import BackendError, BundleError, reason
-from varedit_runtime.manifest import Variant
+from varedit_runtime.manifest import UNGUIDED, Variant, scale_of
 
 
 class EngineBackend(GraphBackend):
@@ -54,7 +56,11 @@ class EngineBackend(GraphBackend):
         """
         recipe = engines.manifest.recipe
         symbolic = recipe.layout == "profiles"
-        super().__init__(variant, bundle.manifest.model, recipe.backend, symbolic)
+        # Baked engines hold the weights each: a second one of every scale would hold them again.
+        unguided = recipe.layout != "baked"
+        super().__init__(
+            variant, bundle.manifest.model, recipe.backend, symbolic, unguided=unguided
+        )
         self._device, self._weights = device, EngineWeights(engines.manifest.weights)
         self._bundle, self._layout = bundle, recipe.layout
         self.budget = budget(bundle, variant, recipe.layout, engines.manifest)
@@ -68,7 +74,8 @@ class EngineBackend(GraphBackend):
             self._set(constants(variant, self.model))
         self._bound = {step.name: self._bind(step) for step in self.steps.values()}
         self._graphs = self._capture()
-        self._whole: dict[bool, Launch] = {}
+        self._drops: dict[int, Launch] = {}
+        self._whole: dict[tuple[bool, int, bool], Launch] = {}
 
     @property
     def buffer_bytes(self) -> int:
@@ -111,7 +118,8 @@ class EngineBackend(GraphBackend):
 
     def close(self) -> None:
         self._device.close()  # waits first, so that nothing runs on what is freed next
-        self._whole, self._graphs, self._bound, self._engines = {}, {}, {}, {}
+        self._whole, self._drops, self._graphs = {}, {}, {}
+        self._bound, self._engines = {}, {}
         self._host, self._mirror = {}, np.empty(0, np.uint8)
 
     @property
@@ -119,17 +127,26 @@ class EngineBackend(GraphBackend):
         return self._edit if TEXT in self.steps else None
 
     def _edit(
-        self, prompts: Prompts, pictures: np.ndarray, samplings: Sequence[Sampling]
+        self,
+        prompts: Prompts,
+        pictures: np.ndarray,
+        samplings: Sequence[Sampling],
+        prefilled: bool,
     ) -> WholeEdit:
-        given = {"token_ids": prompts.ids, "text_mask": prompts.mask, "pictures": pictures}
+        given = {"token_ids": prompts.ids, "prompt_mask": prompts.mask, "pictures": pictures}
+        given |= self._of_all_rows(condition_masks(prompts))
         negatives = prompts.negatives
         if negatives is not None:
             given["negative_ids"], given["negative_mask"] = negatives.ids, negatives.mask
-            given["has_negative"] = negatives.present
         for scale, sampling in enumerate(samplings):
             given |= self._chosen(scale, sampling)
         self._give(given)
-        self._whole_edit(negatives is not None and bool(negatives.present.any()))()
+        guided = sum(sampling.guided for sampling in samplings)
+        self._whole_edit(
+            negatives is not None and bool(negatives.present.any()),
+            guided if self.drops_rows else len(samplings),
+            prefilled,
+        )()
         self._device.wait()
         logits = [self._host[f"logits.{scale}"].copy() for scale in range(len(samplings))]
         return WholeEdit(logits, self._host["decoded"].copy())
@@ -139,6 +156,17 @@ class EngineBackend(GraphBackend):
         self._graphs[step.name]()
         self._device.wait()
         return {name: self._host[name].copy() for name in step.read}
+
+    def _drop(self, scale: int) -> None:
+        if scale not in self._drops:
+            self._drops[scale] = self._device.capture(lambda: self._move_together(scale))
+        self._drops[scale]()
+
+    def _move_together(self, scale: int) -> None:
+        for cache in crowded(list(self.steps.values()), scale):
+            start = self._start + self._arena.offsets[cache.value]
+            for target, source, count in cache.copies():
+                self._device.copy_runs(start + target, start + source, cache.kept, count)
 
     def _give(self, given: Mapping[str, np.ndarray]) -> None:
         for name, array in given.items():
@@ -246,17 +274,38 @@ class EngineBackend(GraphBackend):
         self._bound[step.name]()
         self._copy_out(step.read)
 
-    def _whole_edit(self, negatives: bool) -> Launch:
-        """Return the captured whole edit, with or without encoding negative prompts."""
-        if negatives not in self._whole:
-            steps = [s for s in self.steps.values() if negatives or s.name != NEGATIVE]
-            self._whole[negatives] = self._device.capture(lambda: self._record_whole(steps))
-        return self._whole[negatives]
+    def _whole_edit(self, negatives: bool, guided: int, prefilled: bool) -> Launch:
+        """Return the captured whole edit.
 
-    def _record_whole(self, steps: Sequence[Step]) -> None:
-        """Record one copy of all inputs, all steps, and the copies of logits and pictures."""
+        negatives: whether negative prompts are encoded. guided: how many scales are, the first
+        ones. prefilled: whether all before the first scale was computed.
+        """
+        key = negatives, guided, prefilled
+        if key not in self._whole:
+            names = list(self._names(guided))
+            if prefilled:
+                names = names[names.index(next(n for n in names if scale_of(n) == 0)) :]
+            steps = [self.steps[n] for n in names if negatives or n != NEGATIVE]
+            self._whole[key] = self._device.capture(lambda: self._record_whole(steps, guided))
+        return self._whole[key]
+
+    def _names(self, guided: int) -> Iterator[str]:
+        """Yield the names of an edit's steps, in order; guided: how many scales are."""
+        for step in self.steps.values():
+            if not step.unguided:
+                form = step.name + UNGUIDED
+                scale = -1 if step.scale is None else step.scale
+                yield form if form in self.steps and guided <= max(scale, 0) else step.name
+
+    def _record_whole(self, steps: Sequence[Step], guided: int) -> None:
+        """Record one copy of all inputs, all steps, and the copies of logits and pictures.
+
+        guided: how many scales are; before the next one, caches are moved together.
+        """
         self._device.copy(self._start, address_of(self._mirror), self._given)
         for step in steps:
+            if step.unguided and step.scale == guided > 0:
+                self._move_together(guided)
             self._bound[step.name]()
         self._copy_out(n for step in steps for n in step.read if n.startswith("logits."))
         self._copy_out(self.steps[DECODER].read)

@@ -91,6 +91,16 @@ class CudaDevice:
         with self.current("copy"):
             self._driver.ask("cuMemcpyAsync", target, source, size, self._stream.handle)
 
+    def copy_runs(self, target: int, source: int, width: int, count: int) -> None:
+        functions = self._driver.functions
+        runs = functions.CUDA_MEMCPY2D()
+        runs.srcMemoryType = runs.dstMemoryType = functions.CUmemorytype.CU_MEMORYTYPE_DEVICE
+        runs.srcDevice, runs.srcPitch = source, 2 * width
+        runs.dstDevice, runs.dstPitch = target, width
+        runs.WidthInBytes, runs.Height = width, count
+        with self.current("copy"):
+            self._driver.ask("cuMemcpy2DAsync", runs, self._stream.handle)
+
     def clear(self, address: int, size: int) -> None:
         with self.current("clear memory"):
             self._driver.ask("cuMemsetD8Async", address, 0, size, self._stream.handle)

@@ -67,6 +67,10 @@ class Device(Protocol):
         """Copy bytes between addresses of the GPU and of `allocate_host`."""
         ...
 
+    def copy_runs(self, target: int, source: int, width: int, count: int) -> None:
+        """Copy runs of `width` bytes of the GPU, 2·width apart, to one behind the other."""
+        ...
+
     def clear(self, address: int, size: int) -> None:
         """Set bytes of GPU memory to zero."""
         ...

@@ -98,7 +98,7 @@ def budget(
     does not tell them.
     """
     symbolic = layout == "profiles"
-    steps = wire(variant, bundle.manifest.model, symbolic)
+    steps = wire(variant, bundle.manifest.model, symbolic, unguided=layout != "baked")
     sizes = {name: aligned(view.size) for name, view in values_of(steps).items()}
     caches = sum(size for name, size in sizes.items() if name.startswith("cache_"))
     between = sum(sizes.values()) - caches + landing(steps)

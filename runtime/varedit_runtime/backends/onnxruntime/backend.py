@@ -4,6 +4,7 @@ Prefill and all scales run on the one graph of symbolic lengths: each further se
 own packed copy of the weights.
 """
 
+import ctypes
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,16 @@ from varedit_runtime.backends.interrupt import run_stoppable
 from varedit_runtime.backends.onnxruntime import cuda
 from varedit_runtime.backends.onnxruntime.integers import check_exact
 from varedit_runtime.backends.onnxruntime.options import PROVIDERS, OnnxRuntimeOptions
-from varedit_runtime.backends.wiring import FUSED, SYMBOLIC, Step, View, constants, values_of
+from varedit_runtime.backends.wiring import (
+    FUSED,
+    SYMBOLIC,
+    Crowded,
+    Step,
+    View,
+    constants,
+    crowded,
+    values_of,
+)
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import BackendError, one_line, readable_size
 from varedit_runtime.manifest import Variant
@@ -56,11 +66,20 @@ class Buffer:
         """Bytes."""
         return prod(self.shape) * self.dtype.itemsize
 
-    def part(self, shape: Sequence[int] | None = None, first: int = 0) -> "Part":
-        """Return all of it, or the part of this shape from entry `first` of the first axis on."""
-        offset = first * prod(self.shape[1:]) * self.dtype.itemsize
+    def part(self, shape: Sequence[int] | None = None, offset: int = 0) -> "Part":
+        """Return all of it, or the part of this shape from a byte on."""
         shape = self.shape if shape is None else tuple(shape)
         return Part(self, shape, self._value.data_ptr() + offset)
+
+    def drop(self, cache: Crowded) -> None:
+        """Move a cache's conditional rows together."""
+        start = self._value.data_ptr()
+        if self.device == "cuda":
+            for target, source, count in cache.copies():
+                cuda.copy_runs(start + target, start + source, cache.kept, count)
+        else:
+            memory = (ctypes.c_uint8 * self.size).from_address(start)
+            cache.move(np.ctypeslib.as_array(memory))
 
     def read(self) -> np.ndarray:
         """Copy the buffer to the host."""
@@ -235,7 +254,14 @@ class OnnxBackend(GraphBackend):
         check_provider(provider)
         if twin is None:
             twin = FUSED if provider == "cuda" and FUSED in variant.graphs else SYMBOLIC
-        super().__init__(variant, bundle.manifest.model, provider, symbolic=True, twin=twin)
+        super().__init__(
+            variant,
+            bundle.manifest.model,
+            provider,
+            symbolic=True,
+            twin=twin,
+            unguided=twin != FUSED,  # it has all rows
+        )
         _check_precision(bundle.manifest.policy, provider)
         self._threads, self._twin = options.threads or 0, twin
         self._sessions = self._load(bundle)
@@ -281,6 +307,11 @@ class OnnxBackend(GraphBackend):
         )
         return {name: self._values[name].read() for name in step.read}
 
+    def _drop(self, scale: int) -> None:
+        with _explained("move its caches together", self.provider):
+            for cache in crowded(list(self.steps.values()), scale):
+                self._values[cache.value].drop(cache)
+
     def _allocate(self, steps: Sequence[Step]) -> dict[str, Buffer]:
         """Allocate all values where the graphs run, and set those that no graph writes."""
         written = {view.value for step in steps for view in step.outputs.values()}
@@ -297,7 +328,7 @@ class OnnxBackend(GraphBackend):
         return values
 
     def _part(self, view: View) -> Part:
-        return self._values[view.value].part(view.shape, view.first)
+        return self._values[view.value].part(view.shape, view.offset)
 
 
 def check_provider(provider: str) -> None:
