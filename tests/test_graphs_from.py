@@ -10,17 +10,20 @@ from typing import Any
 import onnx
 import pytest
 from bundles import bundle_config, quiet, request, small_bundle
+from click.testing import CliRunner
 from editing import picture
 from fake_bundles import rewrite_manifest
 from msgspec import structs
 from simulated_gpu import SimulatedGpu
 from uncompiled import Uncompiled, keep_engines_in, near
 
+import varedit_export
 from varedit_engines import engine_cache
 from varedit_engines.compile_set import CompileJob, compile_engine_set
 from varedit_engines.engine_compiler import Compiled
 from varedit_export import BuildOptions
 from varedit_export.assemble import assemble
+from varedit_export.cli import main
 from varedit_export.errors import ParityError
 from varedit_export.estimate import needs
 from varedit_export.graphs.trace import Tracer
@@ -144,8 +147,24 @@ def test_the_options_that_differ_are_listed_before_weights_are_looked_for() -> N
         plan_of(BuildOptions(size="nano", graphs_from="missing"))
 
 
-def test_the_precision_is_by_default_that_of_the_graphs() -> None:
+def test_the_precision_is_by_default_that_of_the_graphs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the best for this machine would be."""
+    other = Path(shutil.copytree(embedded(), tmp_path / "integers"))
+    manifest = structs.replace(Bundle.open(other).manifest, precision="int8")
+    rewrite_manifest(other, canonical_json(manifest))
+    assert BuildOptions(size="nano", graphs_from=other).for_graphs.precision == "int8"
     assert plan_of(BuildOptions(size="nano", graphs_from=embedded())).request.precision == "fp32"
+    asked: list[BuildOptions] = []
+
+    def build(options: BuildOptions, *rest: object) -> None:
+        asked.append(options)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(varedit_export, "build", build)
+    done = CliRunner().invoke(main, ["build", "--size", "nano", "--graphs-from", str(other)])
+    assert done.exit_code == 1 and [options.precision for options in asked] == ["int8"]
 
 
 CHANGED: dict[str, tuple[dict[str, Any], str]] = {

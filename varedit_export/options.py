@@ -4,13 +4,14 @@ An option has the meaning of the command's option of that name. None leaves the 
 value of another type is a ConfigError.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from varedit_engines.engine_compiler import EngineCompiler, Flags
 from varedit_runtime.backends import DEFAULT, ChosenBackend
 from varedit_runtime.backends.auto import AUTO
 from varedit_runtime.backends.engines.engine_set import EngineLayout
 from varedit_runtime.backends.engines.import_tensorrt import EngineKind
+from varedit_runtime.bundle import Bundle
 from varedit_runtime.values import AnyPath, CheckedOptions
 
 
@@ -48,11 +49,22 @@ class BuildOptions(CheckedOptions):
     fused_attention: bool = False  # with a graph that ONNX Runtime runs faster on CUDA
 
     # A bundle of the same model, variants and precision, whose graphs, and engines without weights
-    # inside, are taken over: nothing is traced, and the weights alone are new.
+    # inside, are taken over: nothing is traced, and the weights alone are new. "auto" is then its
+    # precision.
     graphs_from: AnyPath | None = None
 
     # The bundle's folder; by default SIZE-RESOLUTIONS[-PRECISION] among the user's own bundles.
     output: AnyPath | None = None
+
+    @property
+    def for_graphs(self) -> "BuildOptions":
+        """The options with the precision of `graphs_from`, if it is given, in place of "auto".
+
+        Raises BundleError if it is no bundle.
+        """
+        if self.graphs_from is None or self.precision != AUTO:
+            return self
+        return replace(self, precision=Bundle.open(self.graphs_from).manifest.precision)
 
 
 @dataclass(frozen=True)

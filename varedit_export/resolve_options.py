@@ -53,10 +53,10 @@ def plan_of(
     take graphs from that cannot be read, ExportError if memory is too small for what would be
     downloaded.
     """
-    other = None if options.graphs_from is None else Bundle.open(options.graphs_from)
+    options = options.for_graphs
     if options.precision == AUTO:
-        best_here = other.manifest.precision if other else best_precision(best(detect_machine()))
-        options = replace(options, precision=best_here)
+        options = replace(options, precision=best_precision(best(detect_machine())))
+    other = None if options.graphs_from is None else Bundle.open(options.graphs_from)
     models = _models(options)
     (config, _), *_ = models
     target = default_root() / _name(config, options, [resolution for _, resolution in models])

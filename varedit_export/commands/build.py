@@ -146,6 +146,7 @@ def build(
     varedit-export build --size 125m --res 256 --random-weights 0
     varedit-export build --size nano --backend tensorrt-rtx --architecture sm89
     """
+    options = options.for_graphs
     chosen = _chosen_backend(backend, architectures, options.precision)
     if options.precision == AUTO:
         options = replace(options, precision=best_precision(chosen))
