@@ -133,5 +133,5 @@ def test_it_is_compared_in_16_bits_too() -> None:
 
 
 def test_types_that_onnx_runtime_lacks_are_refused() -> None:
-    with pytest.raises(ConfigError, match="runs no bf16: build with --precision fp16"):
+    with pytest.raises(ConfigError, match="runs no bf16 on a GPU: build with --precision fp16"):
         replace(request(Path("unused"), "bf16"), fused_attention=True)

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import onnx
@@ -15,7 +16,9 @@ from varedit_export.assemble import assemble
 from varedit_export.errors import ParityError
 from varedit_export.manifest_model import sources_of
 from varedit_export.parity import compare_bundle as parity
-from varedit_export.parity.cut import WeightFiles
+from varedit_export.parity import measures, streamed_transformer
+from varedit_export.parity.cut import Arrays, WeightFiles
+from varedit_export.parity.edit import scale_arrays
 from varedit_export.parity.measures import gate
 from varedit_export.parity.streamed import compare_streamed
 from varedit_export.plan import BundlePlan
@@ -185,3 +188,18 @@ def test_a_large_bundle_is_verified_from_its_own_weights(
     monkeypatch.setattr(parity, "LARGEST_WHOLE", 0)
     lines = gate(parity.compare_bundle(built, *sources_of(built)))
     assert any(line.measure.startswith(f"all {DEPTH} blocks") for line in lines)
+
+
+def test_a_tie_that_falls_to_the_other_side_makes_no_sum_wrong(
+    built: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Graphs draw from other noise here, and all bits count as ties."""
+
+    def other_noise(*given: Any) -> Arrays:
+        arrays = scale_arrays(*given)
+        return arrays | {"noise": 1 - arrays["noise"]}
+
+    monkeypatch.setattr(streamed_transformer, "scale_arrays", other_noise)
+    monkeypatch.setattr(measures, "TIE", 1.0)
+    sums = [line for line in compared(built) if line.measure.startswith("sum and next tokens")]
+    assert len(sums) > len(built.manifest.variants[0].grids)

@@ -216,6 +216,11 @@ class TransformerComparison:
         differs = out["bits"][:1].reshape(step.bits.shape) != step.bits.numpy()
         measure = "bits that differ and are no ties"
         yield ties_line(stage, measure, differs, step.logits.numpy(), noise)
+        if differs.any():  # ties, which may fall to either side: what follows is of other bits
+            all_forced = compared.values | {"forced_mask": np.ones_like(arrays["forced_mask"])}
+            values |= all_forced | self._runner.run(graph, graph.before, all_forced)
+            values[graph.carried[graph.blocks[-1]]] = self._tiled(x_RLC)
+            out = self._runner.run(graph, graph.after, values)
         sums = {"running_sum_out": step.sum}
         if k + 1 < len(run.steps):
             sums["next_tokens"] = run.steps[k + 1].tokens  # type: ignore[assignment]
