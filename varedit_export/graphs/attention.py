@@ -21,8 +21,8 @@ OPERATOR_OPSET = 23  # the first with the operator
 class WrittenOut:
     """Attention as products and a softmax in fp32."""
 
-    def bias(self, bias_R11T: Tensor, tokens_RLC: Tensor, dtype: torch.dtype) -> Tensor:
-        """Prepare the text's bias, once for all blocks. dtype: of keys and values."""
+    def bias(self, bias_R11T: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
+        """Prepare the text's bias for blocks of this many tokens. dtype: of keys and values."""
         return bias_R11T
 
     def over_tokens(self, q_RLHD: Tensor, keys_SRHD: Tensor, values_SRHD: Tensor) -> Tensor:
@@ -42,9 +42,9 @@ class WrittenOut:
 class Operator(WrittenOut):
     """Attention as one operator, whose kernels have softmaxes of their own."""
 
-    def bias(self, bias_R11T: Tensor, tokens_RLC: Tensor, dtype: torch.dtype) -> Tensor:
+    def bias(self, bias_R11T: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
         # The provider's kernels read a row of it for every query, and do not broadcast.
-        return bias_R11T.to(dtype).expand(-1, -1, tokens_RLC.shape[1], -1)
+        return bias_R11T.to(dtype).expand(-1, -1, tokens, -1)
 
     def over_tokens(self, q_RLHD: Tensor, keys_SRHD: Tensor, values_SRHD: Tensor) -> Tensor:
         rows, _, heads, _ = q_RLHD.shape

@@ -93,10 +93,14 @@ class GraphTransformer(nn.Module):
         others' keys and values alone. None for all.
         """
         keys, values = [], []
-        text = replace(text, bias=self.attention.bias(text.bias, x_RLC, self.dtype))
+        every, some = (
+            replace(text, bias=self.attention.bias(text.bias, tokens, self.dtype))
+            for tokens in (x_RLC.shape[1], x_RLC.shape[1] if kept is None else kept)
+        )
         for i, block in enumerate(self.blocks):
             last = i == len(self.blocks) - 1
-            x_RLC, key, value = block(x_RLC, text, i, cos, sin, past[i], kept if last else None)
+            own = (some, kept) if last else (every, None)
+            x_RLC, key, value = block(x_RLC, own[0], i, cos, sin, past[i], own[1])
             keys.append(key)
             values.append(value)
         return x_RLC, keys, values
