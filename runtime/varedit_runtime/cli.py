@@ -23,7 +23,7 @@ class EditGroup(CommandGroup):
         return super().parse_args(ctx, args)
 
     def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        formatter.write_usage(ctx.command_path, "IMAGE INSTRUCTION [OPTIONS]")
+        formatter.write_usage(ctx.command_path, "IMAGE... INSTRUCTION [OPTIONS]")
         formatter.write_usage(ctx.command_path, "COMMAND [ARGS]...", prefix="       ")
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -53,21 +53,26 @@ def _option_rows(command: click.Command, ctx: click.Context) -> Iterator[tuple[s
 @click.version_option(package_name="varedit-export")
 @debug_option
 def main() -> None:
-    """Edit a picture as instructed, with an exported VAREdit model.
+    """Edit pictures as instructed, with an exported VAREdit model.
 
     \b
     varedit-run photo.png "add a hat"
     varedit-run photo.jpg "make it night" -o night.jpg --seed 7
     varedit-run photo.png "add a hat" --bundle bundles/2b-512 --compare both.png
     varedit-run photo.png "add a hat" --mask head.png
+    varedit-run photo.png "add a hat" --then "make it night" --keep-steps
+    varedit-run a.png b.jpg photos "add a hat" -o edited
+    varedit-run --list edits.csv -o edited
     varedit-run photo.png "add a hat" --guidance-scale 4 --temperature 1,1,1,.5,.5,.5,.5
     varedit-run bench bundles/2b-512 --repeat 5
 
-    The result goes beside the picture, as photo-edited.png. The bundle is the one named by
-    --bundle or the environment variable VAREDIT_BUNDLE, else your default, which `bundles` shows
-    and sets, else nano, a small model for drawn scenes that comes with this program. X is a number
-    or one per scale, coarse to fine, separated by commas; by default the bundle's own. For a
-    picture named like a command, write ./bench.
+    The result goes beside the picture, as photo-edited.png, or photo-edited-2.png if that exists.
+    Results of several pictures go into the folder that -o names; run again, the command goes on
+    where it was interrupted. For IMAGE, - is standard input, and -o - standard output. The bundle
+    is the one named by --bundle or the environment variable VAREDIT_BUNDLE, else your default,
+    which `bundles` shows and sets, else nano, a small model for drawn scenes that comes with this
+    program. X is a number or one per scale, coarse to fine, separated by commas; by default the
+    bundle's own. For a picture named like a command, write ./bench.
     """
 
 

@@ -104,8 +104,11 @@ def lies_in(path: Path, folder: Path) -> bool:
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path, replace: bool = True) -> Iterator[Path]:
     """Yield a path to write to; rename it to `path` on success, delete it on any failure.
+
+    replace: False leaves what is at `path` as it is, also if it came there meanwhile, and raises
+    FileExistsError.
 
     It lies in a new folder beside `path`: nobody else knows its name, so no link planted under
     that name can be written through, and two writers never share it. Raises OSError.
@@ -115,12 +118,24 @@ def atomic_file(path: Path) -> Iterator[Path]:
     try:
         folder.mkdir(mode=0o700)
         yield folder / path.name
-        (folder / path.name).replace(path)
+        move = Path.replace if replace else _move_to_free
+        move(folder / path.name, path)
     finally:
         try:
             shutil.rmtree(folder, ignore_errors=True)
         finally:  # again, if Ctrl-C came in the middle
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _move_to_free(file: Path, path: Path) -> None:
+    """Move a file to a path where nothing is. Raises FileExistsError if something is."""
+    try:
+        path.hardlink_to(file)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links: an empty file takes the name first
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        file.replace(path)
 
 
 def read_kept(path: Path) -> bytes:

@@ -41,6 +41,9 @@ WRITE_FORMATS = {
 
 _WITH_ALPHA = ("PNG", "WEBP", "TIFF", "AVIF")
 
+# Names of files that may be pictures in one of READ_FORMATS.
+READ_SUFFIXES = (*WRITE_FORMATS, ".gif", ".jfif", ".jpe", ".dib", ".heic", ".heif")
+
 MAX_CANVAS_PIXELS = 2**28  # a square of 16384 px
 
 _PIECE = 2**20  # bytes or pixels that are handled at a time
@@ -190,14 +193,39 @@ def save_picture(image: Image.Image, path: AnyPath) -> None:
     other types.
     """
     image, target = checked("image", image, Image.Image), Path(checked("path", path, AnyPath))
-    written_as = check_target(target)
-    # Encode in memory: Pillow does not notice when a full disk takes only part of a write.
+    write_encoded(encode_picture(image, check_target(target), target), target)
+
+
+def encode_picture(image: Image.Image, written_as: str, target: Path | str) -> bytes:
+    """Return the content of a picture's file, without any metadata.
+
+    written_as: one of WRITE_FORMATS. target: where it goes, for the message of the PictureError
+    that is raised if the format cannot hold the picture.
+    """
+    # In memory: Pillow does not notice when a full disk takes only part of a write.
     encoded = BytesIO()
-    try:
+    with _writing(target):
         # quality is for JPEG, WebP and AVIF; the other formats are lossless.
         _pixels_only(image, written_as in _WITH_ALPHA).save(encoded, format=written_as, quality=95)
-        with atomic_file(target) as whole:
-            whole.write_bytes(encoded.getbuffer())
+    return encoded.getvalue()
+
+
+def write_encoded(content: bytes, target: Path, replace: bool = True) -> None:
+    """Write a picture's file whole or not at all.
+
+    replace: False raises FileExistsError where there is a file. Raises PictureError if it cannot be
+    written.
+    """
+    with _writing(target), atomic_file(target, replace) as whole:
+        whole.write_bytes(content)
+
+
+@contextmanager
+def _writing(target: Path | str) -> Iterator[None]:
+    try:
+        yield
+    except FileExistsError:
+        raise
     except (OSError, ValueError) as error:
         raise PictureError(f"{target} cannot be written: {_reason(error)}") from error
 

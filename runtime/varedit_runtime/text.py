@@ -49,8 +49,7 @@ class Instructions:
                 f"{self.limit} tokens: shorten it"
             )
         prompt = prompt[:most]
-        if not prompt.strip():
-            raise TextError("the instruction is empty: say what to change in the picture")
+        check_instruction(prompt)
         ids = self._encode(prompt).ids
         if self._nothing.issuperset(ids):
             raise TextError(
@@ -89,6 +88,12 @@ class Instructions:
         )
         with _any_failure_as(failed):
             return self._tokenizer.encode(prompt, add_special_tokens=False)
+
+
+def check_instruction(text: str) -> None:
+    """Raise TextError on an instruction that no model can follow: one that is empty."""
+    if not text.strip():
+        raise TextError("the instruction is empty: say what to change in the picture")
 
 
 def read_tokenizer(tokenizer_json: bytes) -> Tokenizer:

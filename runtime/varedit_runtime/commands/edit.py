@@ -1,12 +1,9 @@
-"""Edit a picture: `varedit-run IMAGE INSTRUCTION`."""
+"""Edit pictures: `varedit-run IMAGE... INSTRUCTION`."""
 
-import json
 import os
 import re
-import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,22 +11,21 @@ import click
 
 from varedit_runtime.backends import ChosenBackend
 from varedit_runtime.backends.auto import AutoBackend
-from varedit_runtime.errors import ConfigError, EditWarning, PictureError, shown
-from varedit_runtime.files import IN_BUNDLE, lies_in, same_file, unwritable
+from varedit_runtime.errors import ConfigError, EditWarning, shown
+from varedit_runtime.files import same_file
 from varedit_runtime.terminal.command import (
     BUNDLE,
     PATH,
+    TEXT_PATH,
     BackendCommand,
     backend_option,
     debug_option,
+    tell_errors_as_json,
 )
+from varedit_runtime.terminal.streams import STREAM
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from varedit_runtime.editing.arguments import OutputSize
-    from varedit_runtime.editing.editor import Editor, EditResult, OnScale, Progress
-    from varedit_runtime.locate import Found
 
 _backend = backend_option("What runs the bundle; auto: the best that can here.")
 EDIT = "edit"
@@ -44,18 +40,27 @@ class _Unnamed(click.Context):
 
 
 class EditCommand(BackendCommand):
-    """The command that edits a picture; its warnings are lines on stderr."""
+    """The command that edits pictures.
+
+    Its warnings are lines on stderr, each once. With `--json`, errors are JSON on stdout too.
+    """
 
     context_class = _Unnamed
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if "--json" in args:
+            tell_errors_as_json(ctx)
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
-        show = warnings.showwarning
+        show, told = warnings.showwarning, set[str]()
 
         def show_in_one_line(message: Warning | str, category: type[Warning], *of: Any) -> None:
-            if issubclass(category, EditWarning):
-                click.echo(f"Warning: {message}", err=True)
-            else:
+            if not issubclass(category, EditWarning):
                 show(message, category, *of)
+            elif str(message) not in told:  # that of another picture
+                told.add(str(message))
+                click.echo(f"Warning: {message}", err=True)
 
         with warnings.catch_warnings():
             warnings.simplefilter("always", EditWarning)
@@ -98,11 +103,25 @@ def _per_scale(name: str, help: str) -> Callable[[Callable[..., None]], Callable
 
 
 @click.command(EDIT, hidden=True, cls=EditCommand)
-@click.argument("image", type=PATH)
-@click.argument("instruction")
+@click.argument("images", nargs=-1, type=TEXT_PATH, metavar="IMAGE...")
+@click.argument("instruction", required=False, metavar="INSTRUCTION")
+@click.option("--then", multiple=True, metavar="INSTRUCTION", help="Edit the result; repeatable.")
 @click.option(
-    "-o", "--output", type=PATH, help="Where to write; by default IMAGE's name with -edited."
+    "--list",
+    "listed",
+    type=PATH,
+    metavar="FILE",
+    help="Edit what a .csv or .jsonl file lists: image, instruction and, if wanted, seed, "
+    "negative_prompt, mask.",
 )
+@click.option(
+    "-o",
+    "--output",
+    type=TEXT_PATH,
+    metavar="FILE|FOLDER",
+    help="Where to write; by default beside IMAGE, with -edited in the name.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace files that exist.")
 @click.option("--bundle", type=BUNDLE, help="The model's bundle; see `bundles`.")
 @click.option("--variant", metavar="NAME", help="The bundle's variant; by default its first.")
 @click.option("--seed", type=int, help="The same seed gives the same picture; random if left out.")
@@ -126,184 +145,109 @@ def _per_scale(name: str, help: str) -> Callable[[Callable[..., None]], Callable
 )
 @click.option("--compare", type=PATH, help="Write source and result side by side here.")
 @click.option("--previews", type=PATH, help="Write the picture after every scale to this folder.")
+@click.option("--keep-steps", is_flag=True, help="With --then: write the pictures between too.")
 @_backend
-@click.option("--json", "as_json", is_flag=True, help="Print what was done, as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print a line of JSON for each picture.")
 @debug_option
+@click.pass_context
 def edit(
-    image: Path,
-    instruction: str,
-    output: Path | None,
-    bundle: Path | None,
-    variant: str | None,
+    ctx: click.Context,
+    images: tuple[str, ...],
+    instruction: str | None,
+    listed: Path | None,
+    output: str | None,
+    seed: int | None,
+    negative_prompt: str | None,
     mask: Path | None,
     compare: Path | None,
     previews: Path | None,
+    then: tuple[str, ...],
+    bundle: Path | None,
+    variant: str | None,
     backend: ChosenBackend | AutoBackend,
+    keep_steps: bool,
+    overwrite: bool,
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Edit IMAGE as INSTRUCTION says.
+    """Edit IMAGE, a picture or a folder of pictures, as INSTRUCTION says.
 
     X is a number, or one per scale with commas between; by default the bundle's own.
 
     \b
     varedit-run photo.png "add a hat" --seed 7
+    varedit-run photos "add a hat" -o edited
     """
-    from varedit_runtime.editing.editor import Editor
-    from varedit_runtime.editing.masks import fitted
-    from varedit_runtime.pictures import open_mask, open_picture
+    _check_words(ctx, images, instruction, listed)
+    from varedit_runtime.commands.job import Job
+    from varedit_runtime.commands.one import edit_one, made_folder
+    from varedit_runtime.commands.orders import Order, Orders
+    from varedit_runtime.commands.record import RECORD
+    from varedit_runtime.commands.several import edit_several
 
-    output = _output(image, output)
-    check_targets(image, output, compare, previews, mask)
-    source, found = open_picture(image), _find_bundle(bundle, output, compare, previews)
-    marked = mask and fitted(open_mask(mask), source)
-    with (
-        nullcontext() if previews is None else _folder(previews),
-        Editor.open(found.path, backend=backend, variant=variant) as editor,
-        _watching(editor, previews) as on_scale,
-    ):
-        result = editor.edit(source, instruction, mask=marked, on_scale=on_scale, **settings)
-    _save(output, compare, source, result)
-    click.echo(_as_json(output, result, editor, found) if as_json else _as_line(output, result))
-
-
-def _output(image: Path, output: Path | None) -> Path:
-    """Return where the result goes: by default beside the picture."""
-    if not image.name:
-        raise PictureError(f"{image} is no picture: name a file")
-    return output or image.with_name(f"{image.stem}-edited.png")
+    job = Job(then, settings, bundle, variant, backend, keep_steps, overwrite, as_json)
+    usual = Order(Path(*images[:1]), instruction or "", negative_prompt, mask, seed)
+    orders = Orders(usual, list(map(Path, images)), listed)
+    folder = _folder(images, listed, output)
+    job.check()
+    count = orders.checked()
+    if folder is None:
+        edit_one(usual, images[0] == STREAM, output, compare, previews, job)
+    elif compare or previews:
+        raise ConfigError("--compare and --previews are of one picture: name a file with -o")
+    else:
+        with made_folder(folder, RECORD):
+            failed = edit_several(orders, count, folder, job)
+        ctx.exit(min(failed, 1))
 
 
-def _save(output: Path, compare: Path | None, source: "Image.Image", result: "EditResult") -> None:
-    from varedit_runtime.pictures import save_picture, side_by_side
-
-    save_picture(result.image, output)
-    if compare is not None:
-        save_picture(side_by_side(source, result.image), compare)
-
-
-def _as_line(output: Path, result: "EditResult") -> str:
-    seconds, (width, height) = sum(result.timings.values()), result.image.size
-    return f"{output}: {width} x {height}, seed {result.seed}, {seconds:.1f} s"
-
-
-def _as_json(output: Path, result: "EditResult", editor: "Editor", found: "Found") -> str:
-    """Return what an edit did, for `--json`."""
-    assert editor.chosen
-    told = {
-        "image": str(output),
-        "width": result.image.width,
-        "height": result.image.height,
-        "seed": result.seed,
-        "bundle": str(found.path),
-        "bundle_chosen": found.why,
-        "digest": editor.bundle.digest,
-        "variant": editor.variant.name,
-        "backend": editor.chosen.spec.name,
-        "backend_chosen": editor.chosen.why,
-        "provider": editor.provider,
-        "timings": result.timings,
-        "warnings": result.warnings,
-    }
-    return json.dumps(told, indent=1)
-
-
-def _find_bundle(named: Path | None, *targets: Path | None) -> "Found":
-    """Find the bundle to use, and tell on stderr which it is and why.
-
-    targets: where results go. Raises ConfigError if one of them lies in the bundle, BundleError if
-    that takes no instructions.
-    """
-    from varedit_runtime.bundle import Bundle
-    from varedit_runtime.locate import find_bundle
-
-    found = find_bundle(named)
-    click.echo(f"bundle: {found.path} ({found.why})", err=True)
-    _check_outside(found.path, *targets)
-    Bundle.open(found.path).check_text()  # before minutes are spent on loading
-    return found
-
-
-def check_targets(
-    image: Path,
-    output: Path,
-    compare: Path | None = None,
-    previews: Path | None = None,
-    mask: Path | None = None,
+def _check_words(
+    ctx: click.Context, images: Sequence[str], instruction: str | None, listed: Path | None
 ) -> None:
-    """Refuse what could not be written, or would overwrite what is read, before work is spent."""
-    from varedit_runtime.pictures import check_target
-
-    targets = [output] if compare is None else [output, compare]
-    for target in targets:
-        check_target(target)
-        if same_file(target, image):
-            raise ConfigError(f"{target} is the source picture: choose another file to write")
-        if mask is not None and same_file(target, mask):
-            raise ConfigError(f"{target} is the mask: choose another file to write")
-    if compare is not None and same_file(compare, output):
-        raise ConfigError(f"{compare} is where the result goes: choose another file for --compare")
-    for path in filter(None, (image, mask, *targets)):
-        if previews and same_file(path.parent, previews) and path.match(_preview("*")):
-            raise ConfigError(f"{path} could be overwritten by a preview: choose another folder")
-
-
-def _check_outside(bundle: Path, *targets: Path | None) -> None:
-    """Refuse to write into the bundle in use, before work is spent.
-
-    Of a folder that is no bundle, opening it says so.
-    """
-    from varedit_runtime.manifest import MANIFEST
-
-    for target in filter(None, targets):
-        if lies_in(target, bundle) and os.path.exists(bundle / MANIFEST):
-            raise ConfigError(f"{target} cannot be written: {IN_BUNDLE}")
-
-
-def _preview(scale: str) -> str:
-    return f"scale-{scale}.png"
-
-
-@contextmanager
-def _folder(path: Path) -> Iterator[None]:
-    """Make a folder for previews; delete it at the end if nothing was written to it."""
-    made = not os.path.lexists(path)
-    try:
-        try:
-            path.mkdir(exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"{path} cannot be made a folder: {error.strerror}") from error
-        if why := unwritable(path / _preview("*")):
-            raise ConfigError(f"previews cannot be written: {why}")
-        yield
-    finally:
-        if made:
-            with suppress(OSError):  # previews are in it
-                path.rmdir()
-
-
-@contextmanager
-def _watching(editor: "Editor", previews: Path | None) -> Iterator["OnScale | None"]:
-    """Previews into a folder and, on a terminal, a bar over the scales, by their tokens.
-
-    None where nobody watches: an edit may then be run in one piece.
-    """
-    from varedit_runtime.pictures import save_picture
-
-    tokens = [height * width for height, width in editor.variant.grids]
-    with ExitStack() as stack:
-        bar = None
-        if sys.stderr.isatty():
-            bar = click.progressbar(
-                length=sum(tokens), label="editing", file=sys.stderr, show_eta=False
+    """Raise UsageError unless there are pictures and an instruction, or else a list of both."""
+    if listed is not None:
+        if instruction is not None:
+            raise click.UsageError(
+                "--list names pictures and instructions: leave out IMAGE and INSTRUCTION", ctx
             )
-            stack.enter_context(bar)
+        return
+    if not images:
+        missing = "images" if instruction is None else "instruction"
+        (param,) = (param for param in ctx.command.params if param.name == missing)
+        raise click.MissingParameter(ctx=ctx, param=param)
+    from varedit_runtime.pictures import READ_SUFFIXES
 
-        def on_scale(progress: "Progress") -> None:
-            if previews is not None:
-                (preview,) = progress.preview()
-                save_picture(preview, previews / _preview(f"{progress.scale:02}"))
-            if bar is not None:
-                bar.update(tokens[progress.scale])
+    name = instruction or ""
+    if name.lower().endswith(READ_SUFFIXES) and os.path.isfile(name):
+        raise click.UsageError(f"{name} is a picture: the instruction comes last", ctx)
 
-        yield None if previews is None and bar is None else on_scale
+
+def _folder(images: Sequence[str], listed: Path | None, output: str | None) -> Path | None:
+    """Return the folder of the results, None if there is one result that goes to a file or stream.
+
+    Several pictures need a folder. For one, a folder is what exists as one or ends in a slash.
+    """
+    from varedit_runtime.pictures import WRITE_FORMATS
+
+    named = (output not in (None, STREAM) and output) or ""
+    is_folder = named.endswith("/") or os.path.isdir(named)
+    several = listed is not None or len(images) > 1 or os.path.isdir(images[0])
+    if not several and not is_folder:
+        return None
+    missing = next((image for image in images if not os.path.lexists(image)), STREAM)
+    if several and missing != STREAM:
+        raise ConfigError(
+            f"there is no picture {shown(missing)}; an instruction after the first is given with "
+            "--then"
+        )
+    if STREAM in images:
+        raise ConfigError(f"standard input is one picture: give -o FILE, or -o {STREAM}")
+    if not named or (not is_folder and Path(named).suffix.lower() in WRITE_FORMATS):
+        raise ConfigError("several results need a folder: name it with -o")
+    for image in images:
+        if os.path.isdir(image) and same_file(Path(image), Path(named)):
+            raise ConfigError(
+                f"{named} has the pictures, and results in it would be edited next time: choose "
+                "another folder"
+            )
+    return Path(named)

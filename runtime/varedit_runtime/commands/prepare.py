@@ -4,7 +4,6 @@ from pathlib import Path
 
 import click
 
-from varedit_runtime.commands.edit import check_targets
 from varedit_runtime.grids import ASPECT_RATIOS, RESOLUTIONS, is_trained, picture_size, scale_grids
 from varedit_runtime.terminal.command import PATH, debug_option
 
@@ -27,9 +26,10 @@ def prepare(image: Path, output: Path, res: int, aspect: str) -> None:
     \b
     varedit-run prepare photo.jpg -o square.png --res 256
     """
+    from varedit_runtime.commands.results import check_targets
     from varedit_runtime.pictures import open_picture, pad_and_resize, save_picture
 
-    check_targets(image, output)
+    check_targets(image, [output])
     size = picture_size(res, aspect)
     source = open_picture(image)
     save_picture(pad_and_resize(source, size), output)

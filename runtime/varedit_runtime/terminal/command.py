@@ -1,10 +1,12 @@
 """The behaviour that all commands share: one-line errors, `--debug`, exit codes, `--backend`."""
 
+import json
 import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import Field, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -21,13 +23,18 @@ from varedit_runtime.terminal.streams import OutputError, dependable_streams
 
 _OPTIONS = "varedit.backends"
 _FAILED = 1
+_INTERRUPTED = "Interrupted."
 
 
 @dataclass
 class _Run:
-    """One run of a command. debug: show tracebacks. signals: those that ended it."""
+    """One run of a command.
+
+    debug: show tracebacks. as_json: tell errors on stdout too. signals: those that ended it.
+    """
 
     debug: bool = False
+    as_json: bool = False
     signals: list[int] = field(default_factory=list)
 
 
@@ -69,13 +76,38 @@ class CommandGroup(click.Group):
         except BaseException as error:
             if run.debug and not isinstance(error, click.ClickException):
                 traceback.print_exception(error)
-            return _exit_code(error, run)
+            code = _exit_code(error, run)
+            if run.as_json and not isinstance(error, OutputError):
+                _print_json(error, code)
+            return code
+
+
+def tell_errors_as_json(context: click.Context) -> None:
+    """Let an error of the run be told as JSON on stdout too."""
+    context.ensure_object(_Run).as_json = True
+
+
+def error_as_json(error: BaseException, message: str, code: int) -> dict[str, Any]:
+    """Return what JSON says of an error."""
+    kind = "UsageError" if isinstance(error, click.UsageError) else type(error).__name__
+    return {"error": {"type": kind, "message": message, "exit_code": code}}
+
+
+def _print_json(error: BaseException, code: int) -> None:
+    if code > 2:
+        error, message = KeyboardInterrupt(), _INTERRUPTED
+    elif isinstance(error, click.ClickException):
+        message = printable(error.format_message())
+    else:
+        message = reason(error)
+    with suppress(OutputError):
+        click.echo(json.dumps(error_as_json(error, message, code)))
 
 
 def _exit_code(error: BaseException, run: _Run) -> int:
     """Tell an error on stderr; return the exit code. Raises it if nobody could have expected it."""
     if run.signals or isinstance(error, click.Abort | KeyboardInterrupt):
-        click.echo("Interrupted.", err=True)  # whatever a library has made of a signal
+        click.echo(_INTERRUPTED, err=True)  # whatever a library has made of a signal
         return 128 + next(iter(run.signals), signal.SIGINT)
     if isinstance(error, click.UsageError):
         if not isinstance(error, click.exceptions.NoArgsIsHelpError):
@@ -122,6 +154,7 @@ class _BundlePath(_Path):
 
 PATH = _Path(path_type=Path, readable=False)  # whatever opens it says what is wrong
 BUNDLE = _BundlePath(path_type=Path, readable=False)
+TEXT_PATH = _Path(readable=False)  # as it was typed: a Path would change `./-` and `folder/`
 
 
 class Registered(click.ParamType):

@@ -9,6 +9,8 @@ from typing import Any, TextIO, cast
 
 from varedit_runtime.errors import VareditError
 
+STREAM = "-"  # the argument that means standard input or output
+
 _AS_IT_CAN = "varedit-as-it-can"
 
 

@@ -1,0 +1,182 @@
+"""What all edits of a command have in common: the bundle, the settings, and how they are told."""
+
+import json
+import os
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+from PIL import Image
+
+from varedit_runtime.backends import ChosenBackend
+from varedit_runtime.backends.auto import AutoBackend
+from varedit_runtime.bundle import Bundle
+from varedit_runtime.commands.orders import Order
+from varedit_runtime.editing.arguments import DRAWN_SEEDS, Settings
+from varedit_runtime.editing.editor import Editor, EditResult, OnScale, read_instructions
+from varedit_runtime.errors import ConfigError
+from varedit_runtime.files import IN_BUNDLE, lies_in
+from varedit_runtime.locate import Found, find_bundle
+from varedit_runtime.manifest import MANIFEST
+from varedit_runtime.text import check_instruction
+from varedit_runtime.values import PerScale, per_scale, temperature_per_scale
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is done with every picture.
+
+    then: instructions that follow each order's own. settings: further arguments of `Editor.edit`.
+    """
+
+    then: tuple[str, ...]
+    settings: dict[str, Any]
+    bundle: Path | None
+    variant: str | None
+    backend: ChosenBackend | AutoBackend
+    keep_steps: bool
+    overwrite: bool
+    as_json: bool
+
+    @property
+    def kept(self) -> int:
+        """How many pictures are written for each order: those of the last turns."""
+        return 1 + len(self.then) if self.keep_steps else 1
+
+    def check(self) -> None:
+        """Raise ConfigError or TextError on what no bundle can take."""
+        for text in self.then:
+            check_instruction(text)
+        guidance, temperature = self.settings["guidance_scale"], self.settings["temperature"]
+        if guidance is not None:
+            per_scale(guidance, _scales(guidance), "guidance_scale")
+        if temperature is not None:
+            temperature_per_scale(temperature, _scales(temperature))
+
+    @contextmanager
+    def opened(self, *targets: Path | None) -> Iterator["OpenJob"]:
+        """Open the bundle, and tell on stderr which it is and why.
+
+        targets: where results go. Raises ConfigError if one of them lies in the bundle, BundleError
+        if that takes no instructions.
+        """
+        found = find_bundle(self.bundle)
+        click.echo(f"bundle: {found.path} ({found.why})", err=True)
+        _check_outside(found.path, *targets)
+        Bundle.open(found.path).check_text()  # before minutes are spent on loading
+        with Editor.open(found.path, backend=self.backend, variant=self.variant) as editor:
+            if self.then:  # not only after the first turns
+                instructions = read_instructions(editor.bundle, editor.variant.text_tokens)
+                for text in self.then:
+                    instructions.tokenise(text)
+            yield OpenJob(self, editor, found)
+
+
+@dataclass(frozen=True)
+class OpenJob:
+    """A job whose bundle is open."""
+
+    job: Job
+    editor: Editor
+    found: Found
+
+    def edit(
+        self,
+        orders: Sequence[Order],
+        sources: Sequence[Image.Image],
+        masks: Sequence[Image.Image | None],
+        on_scale: OnScale | None = None,
+    ) -> list[tuple[EditResult, ...]]:
+        """Edit pictures, in turn from instruction to instruction; return the results of each.
+
+        One seed serves all turns of a picture.
+        """
+        seeds = [
+            secrets.randbelow(DRAWN_SEEDS) if order.seed is None else order.seed for order in orders
+        ]
+        turns: list[list[EditResult]] = []
+        for place, instruction in enumerate((None, *self.job.then)):
+            settings = dict(self.job.settings)
+            if place < len(self.job.then):  # further instructions see the picture as large as it is
+                settings["output_size"] = "source"
+            images = [one.image for one in turns[-1]] if turns else sources
+            turns.append(
+                self.editor.edit(
+                    images,
+                    [instruction or order.instruction for order in orders],
+                    negative_prompt=[order.negative_prompt for order in orders],
+                    mask=masks,
+                    seed=seeds,
+                    on_scale=on_scale,
+                    **settings,
+                )
+            )
+        return list(zip(*turns, strict=True))
+
+    @property
+    def common(self) -> dict[str, Any]:
+        """Return what results depend on beside their orders, for the record."""
+        told = {"then": self.job.then, "keep_steps": self.job.keep_steps, **self.job.settings}
+        return {**told, "bundle": self.editor.bundle.digest, "variant": self.editor.variant.name}
+
+    def tell(self, order: Order, output: Path | str, turns: Sequence[EditResult]) -> str:
+        """Return a line about an edit: of JSON, if that is wanted."""
+        result, seconds = turns[-1], dict[str, float]()
+        for stage, took in (item for turn in turns for item in turn.timings.items()):
+            seconds[stage] = seconds.get(stage, 0.0) + took
+        if not self.job.as_json:
+            width, height = result.image.size
+            return (
+                f"{output}: {width} x {height}, seed {result.seed}, {sum(seconds.values()):.1f} s"
+            )
+        editor, given = self.editor, self.job.settings
+        settings = Settings(editor.bundle.manifest, editor.variant, given["fast"])
+        assert editor.chosen
+        told = {
+            **self.asked(order, output),
+            "width": result.image.width,
+            "height": result.image.height,
+            "seed": result.seed,
+            "guidance_scale": settings.guidance(given["guidance_scale"]),
+            "temperature": settings.temperature(given["temperature"]),
+            "bundle": str(self.found.path),
+            "bundle_chosen": self.found.why,
+            "digest": editor.bundle.digest,
+            "variant": editor.variant.name,
+            "backend": editor.chosen.spec.name,
+            "backend_chosen": editor.chosen.why,
+            "provider": editor.provider,
+            "timings": seconds,
+            "warnings": list(dict.fromkeys(text for turn in turns for text in turn.warnings)),
+        }
+        return json.dumps(told)
+
+    def asked(self, order: Order, output: Path | str | None = None) -> dict[str, Any]:
+        """Return what an order asks for, and where its result is, for JSON."""
+        return {
+            "input": str(order.image),
+            "output": output and str(output),
+            "instruction": order.instruction,
+            "then": self.job.then,
+            "negative_prompt": order.negative_prompt,
+            "mask": order.mask and str(order.mask),
+        }
+
+
+def _scales(value: PerScale) -> int:
+    """Return how many scales a value can be for."""
+    return len(value) if isinstance(value, list) else 1
+
+
+def _check_outside(bundle: Path, *targets: Path | None) -> None:
+    """Refuse to write into the bundle in use, before work is spent.
+
+    Of a folder that is no bundle, opening it says so.
+    """
+    for target in filter(None, targets):
+        if lies_in(target, bundle) and os.path.exists(bundle / MANIFEST):
+            raise ConfigError(f"{target} cannot be written: {IN_BUNDLE}")

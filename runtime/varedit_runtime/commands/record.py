@@ -1,0 +1,108 @@
+"""The record of a folder of results, by which an interrupted command goes on.
+
+Every result has a line of JSON: what was edited and how, and the sha256 of the file. A result is
+found again by a key, which is a digest of everything that it depends on: what the pictures hold,
+the instructions, the settings, the bundle. So it is never taken for that of another edit, and a
+file that was changed since is no result any more.
+
+A line is written before its file. A process that is killed in between leaves a line without a
+file, which counts for nothing.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from errno import ENOSPC
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from varedit_runtime.commands.orders import Order
+from varedit_runtime.errors import ConfigError
+
+RECORD = "varedit-run.jsonl"
+
+_LONGEST_LINE = 2**20  # bytes
+
+
+class Finished(msgspec.Struct):
+    """What a line says about a result. output: its name in the folder. key: see `key_of`."""
+
+    output: str
+    key: str
+    sha256: str
+    seed: int
+
+
+def key_of(order: Order, settings: Mapping[str, Any]) -> str:
+    """Return a digest of what the result of an order depends on. Raises OSError.
+
+    settings: what is the same for all orders of the command. The name of the picture counts, but
+    not its folder, so that pictures and results may be moved.
+    """
+    told = {
+        "image": [order.image.name, _file_digest(order.image)],
+        "instruction": order.instruction,
+        "negative_prompt": order.negative_prompt,
+        "mask": order.mask and _file_digest(order.mask),
+        "seed": order.seed,
+        **settings,
+    }
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+class Record:
+    """The record of the results in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read the record that the folder has. Raises ConfigError if it cannot be read."""
+        self._path = folder / RECORD
+        self._finished: dict[str, list[Finished]] = {}
+        self._cut_off = False
+        try:
+            self._read()
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise ConfigError(f"{self._path} cannot be read: {error.strerror}") from error
+
+    def _read(self) -> None:
+        with self._path.open("rb") as file:
+            while line := file.readline(_LONGEST_LINE):
+                self._cut_off = not line.endswith(b"\n")
+                try:
+                    # msgspec's own reader refuses names that are no text.
+                    found = msgspec.convert(json.loads(line), Finished)
+                except (msgspec.MsgspecError, ValueError, RecursionError):
+                    continue  # a line that was cut off
+                if found.output == Path(found.output).name:
+                    self._finished.setdefault(found.key, []).append(found)
+
+    def take(self, key: str) -> Finished | None:
+        """Return a result with a key whose file is as it was written, once for each result."""
+        for number, found in enumerate(candidates := self._finished.get(key, [])):
+            path = self._path.with_name(found.output)
+            with suppress(OSError):
+                if path.is_file() and _file_digest(path) == found.sha256:
+                    return candidates.pop(number)
+        return None
+
+    def add(self, content: bytes, **told: object) -> None:
+        """Write a line about a file that is about to be written. Raises ConfigError."""
+        line = json.dumps({**told, "sha256": hashlib.sha256(content).hexdigest()}) + "\n"
+        data = b"\n" * self._cut_off + line.encode()
+        try:
+            with self._path.open("ab", buffering=0) as file:  # at once: others may write to it too
+                self._cut_off = file.write(data) < len(data)
+            if self._cut_off:
+                raise OSError(ENOSPC, os.strerror(ENOSPC))
+        except OSError as error:
+            raise ConfigError(f"{self._path} cannot be written: {error.strerror}") from error
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,222 @@
+"""Edit several pictures into a folder: what was finished before is skipped, failures are told."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import click
+from PIL import Image
+
+from varedit_runtime.commands.job import Job, OpenJob
+from varedit_runtime.commands.orders import Order, Orders
+from varedit_runtime.commands.record import Record, key_of
+from varedit_runtime.commands.results import edited_names, step_names, write_steps
+from varedit_runtime.editing.editor import EditResult
+from varedit_runtime.editing.masks import fitted
+from varedit_runtime.errors import PictureError, VareditError, reason
+from varedit_runtime.pictures import open_mask, open_picture
+from varedit_runtime.terminal.command import error_as_json
+from varedit_runtime.terminal.streams import OutputError
+
+
+def edit_several(orders: Orders, count: int, folder: Path, job: Job) -> int:
+    """Edit pictures, of which there are `count`; return how many could not be edited."""
+    read = _read_files(orders) if job.overwrite else frozenset()
+    with job.opened(folder) as opened, _Told(opened, count) as told:
+        run = _Run(opened, told, folder, read)
+        places = enumerate(orders)
+        while waiting := list(islice(run.waiting(places), opened.editor.variant.batch)):
+            run.edit(waiting)
+    return told.ended()
+
+
+def _read_files(orders: Orders) -> frozenset[str]:
+    """Return the files that are read, which results must not replace."""
+    files = (path for order in orders for path in (order.image, order.mask) if path)
+    return frozenset(map(os.path.realpath, files))
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """An order whose picture was read. place: from 0. key: see `record.key_of`."""
+
+    place: int
+    order: Order
+    key: str
+    source: Image.Image
+    mask: Image.Image | None
+
+
+class _Run:
+    """Edits orders into a folder. read: files that are not replaced."""
+
+    def __init__(self, opened: OpenJob, told: "_Told", folder: Path, read: frozenset[str]) -> None:
+        self._opened, self._told, self._folder = opened, told, folder
+        self._record, self._read, self._own = Record(folder), read, set[str]()
+
+    def waiting(self, places: Iterator[tuple[int, Order]]) -> Iterator[_Waiting]:
+        """Yield the orders that are to be edited; tell of those that are finished or failed."""
+        for place, order in places:
+            try:
+                found = self._prepared(place, order)
+            except VareditError as error:
+                self._told.failed(place, order, error)
+                continue
+            if found is not None:
+                yield found
+
+    def _prepared(self, place: int, order: Order) -> _Waiting | None:
+        order.check_files()
+        try:
+            key = key_of(order, self._opened.common)
+        except OSError as error:
+            raise PictureError(f"{error.filename} cannot be read: {error.strerror}") from error
+        if finished := self._record.take(key):
+            self._own.add(finished.output)
+            self._told.finished(place, order, self._folder / finished.output, finished.seed)
+            return None
+        source = open_picture(order.image)
+        mask = order.mask and fitted(open_mask(order.mask), source)
+        return _Waiting(place, order, key, source, mask)
+
+    def edit(self, waiting: Sequence[_Waiting]) -> None:
+        """Edit a batch; if that fails, each picture alone."""
+        begun = perf_counter()
+        try:
+            results = self._opened.edit(
+                [one.order for one in waiting],
+                [one.source for one in waiting],
+                [one.mask for one in waiting],
+            )
+        except VareditError as error:
+            if len(waiting) > 1:
+                for one in waiting:
+                    self.edit([one])
+            else:
+                self._told.failed(waiting[0].place, waiting[0].order, error)
+            return
+        for one, turns in zip(waiting, results, strict=True):
+            self._write(one, turns, (perf_counter() - begun) / len(waiting))
+
+    def _write(self, one: _Waiting, turns: Sequence[EditResult], seconds: float) -> None:
+        kept = [turn.image for turn in turns][-self._opened.job.kept :]
+        seed, asked = turns[-1].seed, self._opened.asked
+
+        def record(path: Path, content: bytes) -> None:
+            told = asked(one.order, path.name) | {"seed": seed, "key": one.key}
+            self._record.add(content, **told)
+
+        try:
+            output = write_steps(self._names(one.order), kept, self._opened.job.overwrite, record)
+        except PictureError as error:
+            self._told.failed(one.place, one.order, error)
+            return
+        self._own.add(output.name)
+        self._told.edited(one.place, one.order, output, turns, seconds)
+
+    def _names(self, order: Order) -> Iterator[Path]:
+        """Yield names of a result that are of no other of this run, and of no file it reads."""
+        for path in edited_names(self._folder, order.image.stem):
+            written = (*step_names(path, self._opened.job.kept), path)
+            if path.name not in self._own and self._read.isdisjoint(map(os.path.realpath, written)):
+                yield path
+
+
+class _Told:
+    """Says what becomes of every picture, and on a terminal how much is left."""
+
+    def __init__(self, opened: OpenJob, count: int) -> None:
+        self._opened, self._count = opened, count
+        self._done = self._failed = self._edited = 0
+        self._seconds = 0.0
+        self._stack = ExitStack()
+        self._bar: Any = None
+
+    def __enter__(self) -> "_Told":
+        if sys.stderr.isatty():
+            bar = click.progressbar(
+                length=self._count,
+                label="editing",
+                file=sys.stderr,
+                show_eta=False,
+                show_percent=False,
+                show_pos=True,
+                item_show_func=lambda _: self._left(),
+            )
+            self._bar = self._stack.enter_context(bar)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def edited(
+        self,
+        place: int,
+        order: Order,
+        output: Path,
+        turns: Sequence[EditResult],
+        seconds: float,
+    ) -> None:
+        """Tell of an edit that took some seconds."""
+        self._edited += 1
+        self._seconds += seconds
+        self._say(self._opened.tell(order, output, turns))
+
+    def finished(self, place: int, order: Order, output: Path, seed: int) -> None:
+        """Tell of an edit that an earlier run made."""
+        told = self._opened.asked(order, output) | {"seed": seed, "finished_before": True}
+        as_json = self._opened.job.as_json
+        self._say(json.dumps(told) if as_json else f"{output}: finished before, seed {seed}")
+
+    def failed(self, place: int, order: Order, error: VareditError) -> None:
+        """Tell why a picture was not edited. Raises an error of standard output again."""
+        if isinstance(error, OutputError):
+            raise error
+        self._failed += 1
+        which = f"picture {place + 1} of {self._count}"
+        if str(order.image) not in str(error):
+            which += f", {order.image}"
+        message = f"{which}: {reason(error)}"
+        self._clear()
+        click.echo(f"Error: {message}", err=True)
+        if self._opened.job.as_json:
+            self._say(json.dumps(self._opened.asked(order) | error_as_json(error, message, 1)))
+        else:
+            self._advance()
+
+    def ended(self) -> int:
+        """Tell on stderr how many failed, and return that."""
+        if self._failed:
+            told = f"{self._failed} of {self._count} pictures could not be edited"
+            click.echo(f"Error: {told}", err=True)
+        return self._failed
+
+    def _say(self, line: str) -> None:
+        self._clear()
+        click.echo(line)
+        self._advance()
+
+    def _clear(self) -> None:
+        if self._bar is not None:
+            click.echo("\r\033[K", nl=False, err=True)
+
+    def _advance(self) -> None:
+        self._done += 1
+        if self._bar is not None:
+            self._bar.update(1)
+
+    def _left(self) -> str | None:
+        """Return how long the rest takes, as far as that is known."""
+        if not self._edited:
+            return None
+        left = self._seconds / self._edited * (self._count - self._done)
+        if left < 90:
+            return f"{left:.0f} s left"
+        return f"{left / 60:.0f} min left" if left < 5400 else f"{left / 3600:.1f} h left"
