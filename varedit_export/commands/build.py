@@ -163,9 +163,13 @@ def build(
     say(parity_summary(bundle.manifest.parity))
     click.echo(folder)
     if engines is not None:
-        for variant in bundle.manifest.variants:
-            path, _ = compile_and_show(bundle, replace(engines, variant=variant.name))
-            say(str(path))
+        _compile_all(bundle, engines)
+
+
+def _compile_all(bundle: Bundle, engines: EngineOptions) -> None:
+    for variant in bundle.manifest.variants:
+        path, _ = compile_and_show(bundle, replace(engines, variant=variant.name))
+        say(str(path))
 
 
 def _chosen_backend(backend: str, architectures: Sequence[str], precision: str) -> ChosenBackend:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from varedit_runtime.backends import ChosenBackend, backends_with, choose, find_backend
+from varedit_runtime.backends import BACKENDS, ChosenBackend, backends_with, choose, find_backend
 from varedit_runtime.backends.machine import Machine
 from varedit_runtime.backends.spec import BackendSpec, Verdict
 from varedit_runtime.errors import ANY_FAILURE, ConfigError, reason
@@ -63,9 +63,11 @@ def wanted_backend(
 
     An option that one backend alone has names that backend. Raises what `choose` raises.
     """
+    known = f"one of {AUTO}, {', '.join(BACKENDS)}"
+    backend = checked("backend", backend, str | ChosenBackend | AutoBackend, known)
     if isinstance(backend, AutoBackend):
         backend, say = AUTO, backend.say
-    if not isinstance(backend, str) or backend != AUTO:
+    if backend != AUTO:
         return choose(backend, **options)
     given = [name for name, value in options.items() if value is not None and value is not False]
     if not given:

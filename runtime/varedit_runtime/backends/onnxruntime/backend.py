@@ -138,6 +138,27 @@ def load_graph(
     the program has one pool for all sessions, and ONNX Runtime's own errors, which have no common
     base.
     """
+    settings = _session_options(folder, provider, threads, arena)
+    options = cuda.provider_options(captured) if provider == "cuda" else {}
+    chosen = (PROVIDERS[provider], options)
+    # Without our leave ONNX Runtime would print why a provider fails, and go on with another.
+    make = partial(ort.InferenceSession, graph, settings, providers=[chosen], enable_fallback=0)
+    try:
+        return make()
+    except Exception as error:
+        if _ONE_POOL not in str(error):
+            raise
+        if threads:
+            raise BackendError(
+                "this program has one pool of threads for all sessions of ONNX Runtime: leave out "
+                "threads"
+            ) from error
+    settings.use_per_session_threads, settings.intra_op_num_threads = False, 0
+    return make()
+
+
+def _session_options(folder: Path, provider: str, threads: int, arena: bool) -> ort.SessionOptions:
+    """Return what all sessions have in common, whatever their graph; see `load_graph`."""
     settings = ort.SessionOptions()
     # A session has threads of its own, and no arithmetic for them where CUDA computes.
     settings.intra_op_num_threads = threads or int(provider == "cuda")
@@ -158,22 +179,7 @@ def load_graph(
         "session.record_ep_graph_assignment_info": "1" if provider == "cuda" else "0",
     }.items():
         settings.add_session_config_entry(key, value)
-    options = cuda.provider_options(captured) if provider == "cuda" else {}
-    chosen = (PROVIDERS[provider], options)
-    # Without our leave ONNX Runtime would print why a provider fails, and go on with another.
-    make = partial(ort.InferenceSession, graph, settings, providers=[chosen], enable_fallback=0)
-    try:
-        return make()
-    except Exception as error:
-        if _ONE_POOL not in str(error):
-            raise
-        if threads:
-            raise BackendError(
-                "this program has one pool of threads for all sessions of ONNX Runtime: leave out "
-                "threads"
-            ) from error
-    settings.use_per_session_threads, settings.intra_op_num_threads = False, 0
-    return make()
+    return settings
 
 
 class Session:
