@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from varedit_reference.checkpoint import load_tokenizer, load_transformer
-from varedit_reference.golden import recorded_config
+from varedit_reference.golden.recordings import recorded_config
 from varedit_reference.quantisation import from_tokens, positions, quantise, source_tokens
 from varedit_reference.scale_loop import forced, predict_scales
 from varedit_runtime.pictures import from_decoder, restore, to_square

@@ -9,7 +9,7 @@ from bundles import small_bundle
 from commands_page import COMMANDS, PAGE, helps, refreshed
 
 from varedit_export.parity import measures
-from varedit_reference import golden
+from varedit_reference.golden import recordings
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.precision import FLOAT32, named
 
@@ -75,13 +75,13 @@ def test_the_stages_have_the_inputs_and_outputs_that_are_said() -> None:
         ("Gates of a bundle", "guided logits of every scale, 16", named("fp16").gates.logits),
         ("Gates of a bundle", "guided logits of every scale, int8", named("int8").gates.logits),
         ("Gates of a bundle", "the same, int8", named("int8").gates.blocks),
-        ("Gates of the reference", "encoder features", golden.FEATURES),
-        ("Gates of the reference", "quantiser", golden.SIGN_MARGIN),
-        ("Gates of the reference", "quantised sum", golden.SUMS),
-        ("Gates of the reference", "pooled text", golden.CONDITION),
-        ("Gates of the reference", "a block's output", golden.LOGITS),
-        ("Gates of the reference", "guided logits", golden.LOGITS),
-        ("Gates of the reference", "probability of bit 1", golden.PROBABILITY),
+        ("Gates of the reference", "encoder features", recordings.FEATURES),
+        ("Gates of the reference", "quantiser", recordings.SIGN_MARGIN),
+        ("Gates of the reference", "quantised sum", recordings.SUMS),
+        ("Gates of the reference", "pooled text", recordings.CONDITION),
+        ("Gates of the reference", "a block's output", recordings.LOGITS),
+        ("Gates of the reference", "guided logits", recordings.LOGITS),
+        ("Gates of the reference", "probability of bit 1", recordings.PROBABILITY),
     ],
 )
 def test_tolerances_are_those_of_the_code(heading: str, row: str, tolerance: float) -> None:

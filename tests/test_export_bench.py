@@ -120,7 +120,7 @@ def test_an_edit_that_is_timed_is_the_references_own(negative: str | None) -> No
     [
         (("nowhere",), "nowhere"),
         ((small_bundle, "--repeat", "0"), "repeat is 0"),
-        ((small_bundle, "--threads", "0"), "threads 0"),
+        ((small_bundle, "--threads", "0"), "threads is 0"),
         ((small_bundle, "--json", "missing/bench.json"), "there is no folder missing"),
     ],
 )

@@ -11,7 +11,8 @@ from click.testing import CliRunner
 from recorder import record
 from safetensors.torch import load_file, save_file
 
-from varedit_reference.golden import check, main, open_recording
+from varedit_reference.golden.__main__ import main
+from varedit_reference.golden.recordings import check, open_recording
 from varedit_runtime.errors import CheckpointError
 
 

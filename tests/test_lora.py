@@ -27,11 +27,11 @@ from varedit_export.weights.lora import (
     Adapter,
     Merged,
     merge_loras,
-    parse,
     product_names,
     read_adapter,
     short_name,
 )
+from varedit_export.weights.names import parse
 from varedit_reference.checkpoint import (
     FileLayout,
     NamedShape,

@@ -238,7 +238,8 @@ def test_without_torch_convert_names_the_extra_to_install(tmp_path: Path):
     failed = python(code, "convert", "--size", "2b", *CONVERT, cwd=tmp_path)
     assert failed.returncode == 1
     assert failed.stderr == (
-        'Error: torch is not installed; run: pip install "varedit-export[export]"\n'
+        "Error: varedit-export[export] is not installed (torch is missing); run: "
+        'pip install "varedit-export[export]"\n'
     )
 
 

@@ -20,7 +20,8 @@ from small_t5 import write_t5
 from varedit_export.cli import main
 from varedit_export.console import accept
 from varedit_export.weights import published
-from varedit_export.weights.published import Download, Places, Published, find_weights
+from varedit_export.weights.names import Published
+from varedit_export.weights.published import Download, Places, find_weights
 from varedit_reference.config import preset
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import CheckpointError, ConfigError, readable_size
@@ -181,6 +182,7 @@ def test_size_and_resolution_alone_build_a_bundle(
     table = {"tiny-2b": Published(VAREDIT, {256: "TINY.pth"}, "vae.pth")}
     monkeypatch.setattr(published, "PUBLISHED", table)
     monkeypatch.setattr("varedit_export.resolve_options.PUBLISHED", table)
+    monkeypatch.setattr("varedit_export.check_options.PUBLISHED", table)
 
     built = run("build", "--size", "tiny-2b", "--res", "256", "--yes")
     assert built.exit_code == 0, built.stderr

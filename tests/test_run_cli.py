@@ -268,7 +268,7 @@ def test_what_cannot_be_done_is_one_line_and_leaves_no_file(
 @pytest.mark.parametrize(
     ("backend", "absent", "said"),
     [
-        ("tensorrt", "tensorrt", r"tensorrt is not installed; run: pip install .*\[tensorrt\]"),
+        ("tensorrt", "tensorrt", r"\(tensorrt is missing\); run: pip install .*\[tensorrt\]"),
         ("tensorrt-rtx", "tensorrt_rtx", r"tensorrt_rtx is not .*export\[tensorrt-rtx\]"),
         ("tensorrt-rtx", "cuda.core", r"cuda.core is not .*export\[cuda\]"),
     ],

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from varedit_engines import OnStep
+from varedit_export.check_options import check_build
 from varedit_export.errors import ExportError, ParityError
 from varedit_export.options import BuildOptions, EngineOptions, VerifyOptions
 from varedit_runtime.backends import choose
@@ -70,6 +71,7 @@ def build(
     """
     options = checked("options", options, BuildOptions)
     _check_functions(on_step=on_step, notice=notice, accept=accept)
+    check_build(options)
     with needs_extra("export"):
         from varedit_export.assemble import assemble
         from varedit_export.estimate import needs
@@ -95,12 +97,16 @@ def compile_engines(
     Raises what `options.compiler()` raises, ConfigError on an unknown layout, BackendError if a
     graph does not compile, BundleError if existing engines were built on another machine.
     """
-    compiler = checked("options", options, EngineOptions).compiler()
+    options = checked("options", options, EngineOptions)
     _check_functions(on_step=on_step, notice=notice)
+    options.check()
+    opened = _opened(bundle)
+    opened.manifest.variant(options.variant)
+    compiler = options.compiler()
     with needs_extra("export"):
         from varedit_engines import compile_set
 
-    job = compile_set.CompileJob(_opened(bundle), options.layout, compiler, options.variant)
+    job = compile_set.CompileJob(opened, options.layout, compiler, options.variant)
     notice(str(job))
     if job.advice:
         notice(job.advice)
@@ -127,6 +133,8 @@ def verify(
     always = backend == choose()
     if always and options.variant:
         raise ConfigError("--variant: all are compared; leave it out, or name another --backend")
+    opened, others = _opened(bundle), iter(())
+    opened.manifest.variant(options.variant)
     with needs_extra("export"):
         from varedit_export.manifest_model import sources_of
         from varedit_export.parity.compare_bundle import (
@@ -136,9 +144,8 @@ def verify(
             compare_recording,
         )
         from varedit_export.parity.measures import gate
-        from varedit_reference.golden import open_recording
+        from varedit_reference.golden.recordings import open_recording
 
-    opened, others = _opened(bundle), iter(())
     if not always:  # opened first, so that it fails before the long comparison
         others = compare_chosen(opened, backend, options.variant)
     opened.verify()

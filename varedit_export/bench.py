@@ -21,11 +21,13 @@ from torch import nn
 
 from varedit_export.manifest_model import sources_of
 from varedit_export.parity.reference_backend import Reference, ReferenceBackend
+from varedit_runtime.backends import choose
 from varedit_runtime.backends.wiring import TEXT
 from varedit_runtime.bench import (
     INSTRUCTION,
     MemoryUse,
     Spread,
+    check_repeat,
     memory_lines,
     milliseconds,
     stages_of,
@@ -34,7 +36,7 @@ from varedit_runtime.bench import (
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.editing.editor import Editor, EditResult, read_instructions
 from varedit_runtime.editing.random_text import SAID, with_any_text
-from varedit_runtime.errors import BackendError, ConfigError
+from varedit_runtime.errors import BackendError
 
 # Results of the same edits, the reference's first.
 Turn = tuple[Sequence[EditResult], Sequence[EditResult]]
@@ -82,11 +84,11 @@ def measure_both(
     """Edit a synthetic picture with both: once to warm up, then `repeat` times in turns.
 
     Raises what `Editor.open` raises, BackendError if the runtime fails in the process that measures
-    its memory, and ConfigError unless repeat and threads are at least 1.
+    its memory, and ConfigError on repeat or threads out of range.
     """
+    check_repeat(repeat)
     count = (os.cpu_count() or 1) if threads is None else threads
-    if repeat < 1 or count < 1:
-        raise ConfigError(f"repeat is {repeat}, threads {count}; they must be at least 1")
+    choose("onnxruntime", threads=count)
     bundle = Bundle.open(path)
     chosen = bundle.manifest.variant(variant)
     # Measured before this process holds pages of the same files.

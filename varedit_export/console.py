@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from varedit_engines import OnStep
-from varedit_runtime.errors import ConfigError, needs_extra, printable
+from varedit_runtime.errors import ConfigError, printable
 
 if TYPE_CHECKING:
     from varedit_export.weights.published import Download
@@ -16,10 +16,13 @@ if TYPE_CHECKING:
 
 def say(line: str) -> None:
     """Show printable lines on stderr, above a bar if there is one."""
-    with needs_extra("export"):
+    lines = "\n".join(map(printable, line.split("\n")))
+    if "tqdm" in sys.modules:
         from tqdm import tqdm
 
-    tqdm.write("\n".join(map(printable, line.split("\n"))), file=sys.stderr)
+        tqdm.write(lines, file=sys.stderr)
+    else:  # there is no bar
+        click.echo(lines, err=True)
 
 
 @contextmanager
@@ -28,17 +31,16 @@ def progress() -> Iterator[OnStep]:
 
     There is no estimate of the time left: steps differ a hundredfold.
     """
-    with needs_extra("export"):
-        from tqdm import tqdm
-
     form = "{desc} |{bar}| {n_fmt} of {total_fmt}, {elapsed}"
     with ExitStack() as stack:
-        bar: tqdm[Any] | None = None  # from the first step on: what is before has bars of its own
+        bar: Any = None  # from the first step on: what is before has bars of its own
         last = ""
 
         def show(what: str, done: int, steps: int) -> None:
             nonlocal bar, last
             if bar is None:
+                from tqdm import tqdm
+
                 bar = stack.enter_context(tqdm(total=steps, disable=None, bar_format=form))
             bar.n = done
             bar.set_description_str(what)

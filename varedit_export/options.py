@@ -6,7 +6,7 @@ value of another type is a ConfigError.
 
 from dataclasses import dataclass, fields, replace
 
-from varedit_engines.engine_compiler import EngineCompiler, Flags
+from varedit_engines.engine_compiler import EngineCompiler, Flags, check_compiler
 from varedit_runtime.backends import DEFAULT, ChosenBackend
 from varedit_runtime.backends.auto import AUTO
 from varedit_runtime.backends.engines.engine_set import EngineLayout
@@ -83,14 +83,21 @@ class EngineOptions(Flags):
 
     again: bool = False  # whether to recompile engines that were built on this machine
 
+    def check(self) -> None:
+        """Raise ConfigError on options that the backend does not have, installed or not."""
+        check_compiler(self.backend, self.architectures, self._flags)
+
     def compiler(self) -> EngineCompiler:
         """Check all options and return the compiler for them.
 
         Raises MissingExtraError if the backend is not installed, ConfigError on options that the
         backend does not have, BackendError if there is no GPU and no architecture was named.
         """
-        flags = Flags(**{field.name: getattr(self, field.name) for field in fields(Flags)})
-        return EngineCompiler(self.backend, self.architectures, flags)
+        return EngineCompiler(self.backend, self.architectures, self._flags)
+
+    @property
+    def _flags(self) -> Flags:
+        return Flags(**{field.name: getattr(self, field.name) for field in fields(Flags)})
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 from msgspec import structs
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from varedit_export.check_options import check_limits
 from varedit_export.components import Component, laid_out, positions_component, tokenizer_component
 from varedit_export.graphs.attention import OPERATOR
 from varedit_export.graphs.blocks import TRACED_BLOCKS
@@ -44,7 +45,7 @@ from varedit_reference.config import ModelConfig, TextEncoderConfig
 from varedit_reference.tokenizer import Tokenizer
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import ConfigError, readable_size
-from varedit_runtime.manifest import GRAPHS, LARGEST_BATCH, scale_name
+from varedit_runtime.manifest import GRAPHS, scale_name
 from varedit_runtime.precision import Precision, named
 
 
@@ -69,19 +70,9 @@ class VariantRequest:
     fused_attention: bool = False
 
     def __post_init__(self) -> None:
-        named(self.precision)  # raises ConfigError if there is none of that name
         if self.config.transformer.conditioning == "full":
             raise ConfigError("models with full conditioning are not exported: use sar or finest")
-        if not (1 <= self.batch <= LARGEST_BATCH and 1 < self.text_tokens <= 512):
-            raise ConfigError(
-                f"a bundle takes a batch of 1 to {LARGEST_BATCH} and 2 to 512 text tokens, not "
-                f"{self.batch} and {self.text_tokens}"
-            )
-        if self.fused_attention and (not self.policy.onnxruntime or self.policy.no_gpu):
-            raise ConfigError(
-                f"ONNX Runtime runs no {self.precision} on a GPU: build with --precision fp16, or "
-                "without --fused-attention"
-            )
+        check_limits(self.policy, self.batch, self.text_tokens, self.fused_attention)
 
     @property
     def name(self) -> str:

@@ -4,40 +4,32 @@ import json
 import os
 from collections.abc import Callable, Collection
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
+from varedit_export.check_options import check_build, nano, text_tokens
 from varedit_export.estimate import check_memory, needs
 from varedit_export.graphs_from import check_requests, check_weights_fit
 from varedit_export.manifest_model import sources_of
 from varedit_export.options import BuildOptions
 from varedit_export.plan import BundlePlan, VariantRequest
 from varedit_export.sources import (
-    NANO_SIZE,
     Sources,
     checkpoint_sources,
-    missing_weights,
     random_sources,
 )
-from varedit_export.weights.lora import merge_loras, parse, short_name
-from varedit_export.weights.published import (
-    PUBLISHED,
-    Download,
-    Further,
-    Places,
-    bring,
-    find_weights,
-)
-from varedit_reference.config import PRESETS, ModelConfig, preset
-from varedit_reference.golden import PIXEL_BUDGETS, recorded_config
+from varedit_export.weights.lora import merge_loras, short_name
+from varedit_export.weights.names import NANO_SIZE, PUBLISHED, parse
+from varedit_export.weights.published import Download, Further, Places, bring, find_weights
+from varedit_reference.config import ModelConfig, preset
+from varedit_reference.golden.recordings import PIXEL_BUDGETS, recorded_config
 from varedit_reference.weights_file import open_weights, read_header_file
 from varedit_runtime.backends.auto import AUTO, best, best_precision
 from varedit_runtime.backends.detect import detect_machine
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.errors import CheckpointError, ConfigError, reason, shown
-from varedit_runtime.locate import default_root, embedded
+from varedit_runtime.errors import ConfigError, reason
+from varedit_runtime.locate import default_root
 
-TEXT_TOKENS = 128
 MOST_NAMED = 3  # LoRA adapters in the name of a folder
 
 
@@ -53,6 +45,7 @@ def plan_of(
     take graphs from that cannot be read, ExportError if memory is too small for what would be
     downloaded.
     """
+    check_build(options)
     options = options.for_graphs
     if options.precision == AUTO:
         options = replace(options, precision=best_precision(best(detect_machine())))
@@ -68,7 +61,7 @@ def plan_of(
             precision=options.precision,
             batch=options.batch,
             guided=options.guided,
-            text_tokens=_text_tokens(options),
+            text_tokens=text_tokens(options),
             fused_attention=options.fused_attention,
             target=target if options.output is None else Path(options.output),
         )
@@ -98,17 +91,10 @@ def _models(options: BuildOptions) -> list[tuple[ModelConfig, int]]:
     """Return the model with the grids of every resolution, and that resolution."""
     size, resolutions = options.size, options.resolutions
     if options.config is not None:
-        if size is not None or resolutions:
-            raise ConfigError("--config says the size and resolution: leave out --size and --res")
         return [_recorded(Path(options.config))]
     if size == NANO_SIZE:
-        return [_nano_model(options)]
-    if size is not None and size not in PRESETS:
-        raise ConfigError(
-            f"no size is called {shown(size)}; there are {NANO_SIZE}, {', '.join(PRESETS)}"
-        )
-    if size is None or not resolutions:
-        raise ConfigError("give both --size and --res, such as --size 2b --res 512, or --config")
+        return [(sources_of(nano())[0], nano().manifest.variant(None).resolution)]
+    assert size is not None
     return [(preset(size, resolution, options.aspect), resolution) for resolution in resolutions]
 
 
@@ -123,29 +109,6 @@ def _recorded(config: Path) -> tuple[ModelConfig, int]:
         ) from error
 
 
-def _nano_model(options: BuildOptions) -> tuple[ModelConfig, int]:
-    own = _nano().manifest.variant(None).resolution
-    if not {own}.issuperset(options.resolutions) or options.aspect != "1:1":
-        asked = ", ".join(map(str, options.resolutions)) or own
-        raise ConfigError(
-            f"nano was trained at {own} px and 1:1 alone, not at {asked} px and {options.aspect}: "
-            "leave out --res and --aspect"
-        )
-    return sources_of(_nano())[0], own
-
-
-@cache
-def _nano() -> Bundle:
-    """Open the embedded bundle, which a wheel has too; nano's fp32 weights come back exactly."""
-    return Bundle.open(embedded())
-
-
-def _text_tokens(options: BuildOptions) -> int:
-    if options.text_tokens is not None:
-        return options.text_tokens
-    return _nano().manifest.variant(None).text_tokens if options.size == NANO_SIZE else TEXT_TOKENS
-
-
 def _sources(
     config: ModelConfig,
     options: BuildOptions,
@@ -153,7 +116,7 @@ def _sources(
     further: Callable[[], Further],
 ) -> Sources:
     loras = [parse(os.fspath(lora)) for lora in options.loras]
-    places = _places(config, options)
+    places = _places(options)
     files = bring(places, accept, [place for place, _ in loras], further)
     stored: Collection[str] = ()
     if places:
@@ -170,13 +133,13 @@ def _sources(
     elif options.random_weights is not None:
         sources = random_sources(config, options.random_weights)
     else:
-        sources = sources_of(_nano())[1]
+        sources = sources_of(nano())[1]
     scaled = [(path, scale) for path, (_, scale) in zip(files.adapters, loras, strict=True)]
     merged = merge_loras(sources, scaled, config.transformer, stored)
     return replace(merged, origins=files.origins)
 
 
-def _places(config: ModelConfig, options: BuildOptions) -> list[str]:
+def _places(options: BuildOptions) -> list[str]:
     """Return where the weights are; nothing for random ones and nano's own."""
     given = Places(
         *(
@@ -184,25 +147,12 @@ def _places(config: ModelConfig, options: BuildOptions) -> list[str]:
             for place in (options.checkpoint, options.tokenizer, options.text_encoder)
         )
     )
-    own = given == Places() and options.source is None
-    if options.random_weights is not None or (options.size == NANO_SIZE and own):
-        if not own:
-            raise ConfigError("--random-weights replaces all checkpoints: give it or them")
-        if options.prefer_ema:
-            raise ConfigError("--prefer-ema chooses in a checkpoint: give one, or leave it out")
+    if options.random_weights is not None or (options.size == NANO_SIZE and given == Places()):
         return []
     if options.size in PUBLISHED:
         given = find_weights(options.size, options.resolutions, given, options.source)
-    elif options.source is not None:
-        raise ConfigError(f"--from: only {' and '.join(PUBLISHED)} are published")
-    needed = {"--checkpoint": given.transformer, "--tokenizer": given.tokenizer}
-    if options.config is None or given.text_encoder:
-        needed["--text-encoder"] = given.text_encoder
-    places = [place for place in needed.values() if place]
-    if len(places) < len(needed):
-        missing = [name for name, place in needed.items() if not place]
-        raise CheckpointError(missing_weights(config.name, missing))
-    return places
+    places = (given.transformer, given.tokenizer, given.text_encoder)
+    return [place for place in places if place is not None]
 
 
 def _name(config: ModelConfig, options: BuildOptions, resolutions: list[int]) -> str:

@@ -4,7 +4,7 @@ Both are mappings from the reference's parameter names to tensors, which are rea
 time.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import starmap
@@ -39,8 +39,6 @@ from varedit_reference.weights_file import Weights, check_there
 from varedit_runtime.errors import ConfigError, shown
 from varedit_runtime.manifest import TOKENIZER, HubOrigin, MergedLora
 from varedit_runtime.text import END_TOKEN
-
-NANO_SIZE = "nano"  # the size whose weights come with the package, in the embedded bundle
 
 
 @dataclass(frozen=True)
@@ -149,19 +147,6 @@ def byte_tokenizer() -> bytes:
     vocabulary.decoder = decoders.ByteLevel()
     vocabulary.add_special_tokens(names[:3])
     return vocabulary.to_str().encode()
-
-
-def missing_weights(size: str, missing: Collection[str]) -> str:
-    """Say which weights a build of this size must still be given. missing: names of options."""
-    if size == NANO_SIZE:
-        return (
-            "size nano has its own weights: give none, or all of --checkpoint, --tokenizer and "
-            "--text-encoder"
-        )
-    return (
-        f"size {size} needs {' and '.join(missing)}, each a path or hf://OWNER/REPOSITORY/PATH; or "
-        "--random-weights SEED for structure and speed alone"
-    )
 
 
 def _text_source(folder: Path, weights: Weights) -> TextSource:

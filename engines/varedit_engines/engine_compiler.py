@@ -5,6 +5,7 @@ time and without a GPU. Networks are strongly typed: the graph's types are the e
 """
 
 import importlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -89,20 +90,7 @@ class EngineCompiler:
     def __init__(
         self, backend: EngineKind, architectures: Sequence[str] = (), flags: Flags = Flags()
     ) -> None:
-        if backend not in ENGINE_KINDS:
-            raise ConfigError(
-                f"there is no backend {shown(backend)}; there are {', '.join(ENGINE_KINDS)}"
-            )
-        if architectures and backend != RTX:
-            raise ConfigError(
-                f"only {RTX} compiles for named architectures: leave them out, and {backend} "
-                "compiles for this machine's GPU"
-            )
-        if backend == RTX and (flags.version_compatible or flags.hardware_compatible):
-            raise ConfigError(
-                f"{RTX} has no version- or hardware-compatible engines: leave that out, and name "
-                "all architectures that they are for (--architecture sm86 --architecture sm89)"
-            )
+        check_compiler(backend, architectures, flags)
         self._trt = import_tensorrt(backend, compiling=True)
         if flags.hardware_compatible is not None:
             _level(self._trt, flags.hardware_compatible)
@@ -196,6 +184,33 @@ class EngineCompiler:
                     f"{self.backend} {self._trt.__version__} does not compile for "
                     f"{architecture.name.lower()}: {log.reason()}"
                 )
+
+
+def check_compiler(
+    backend: EngineKind, architectures: Sequence[str] = (), flags: Flags = Flags()
+) -> None:
+    """Check a compiler's arguments by themselves, whether or not the backend is installed.
+
+    Raises ConfigError on an unknown backend, on what is no architecture, and on what the backend
+    does not have.
+    """
+    if backend not in ENGINE_KINDS:
+        raise ConfigError(
+            f"there is no backend {shown(backend)}; there are {', '.join(ENGINE_KINDS)}"
+        )
+    if architectures and backend != RTX:
+        raise ConfigError(
+            f"only {RTX} compiles for named architectures: leave them out, and {backend} "
+            "compiles for this machine's GPU"
+        )
+    for name in architectures:
+        if not re.fullmatch(r"sm\d+", name.lower()):
+            raise ConfigError(f"architecture is {shown(name)}; give a GPU's, such as sm89")
+    if backend == RTX and (flags.version_compatible or flags.hardware_compatible):
+        raise ConfigError(
+            f"{RTX} has no version- or hardware-compatible engines: leave that out, and name "
+            "all architectures that they are for (--architecture sm86 --architecture sm89)"
+        )
 
 
 def _level(trt: ModuleType, name: Hardware) -> Any:

@@ -12,5 +12,5 @@ Where to look:
 - `text_encoder.py`: instructions to features.
 - `checkpoint.py`, `weights_file.py`: the released weights, by name; `convert.py`: one file each.
 - `initialise.py`: random weights by seed.
-- `golden.py`: the check against recordings of the released implementation.
+- `golden/`: recordings of the released implementation, and the check against them.
 """

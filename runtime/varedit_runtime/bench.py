@@ -135,8 +135,7 @@ def measure_bundle(
     backend, variant: as for `Editor.open`. If an edit is one launch, as many edits run stage by
     stage as well. Raises what `Editor.open` raises, and ConfigError if repeat is less than 1.
     """
-    if repeat < 1:
-        raise ConfigError(f"repeat is {repeat}; it must be at least 1")
+    check_repeat(repeat)
     before = memory_in_use()
     start = perf_counter()
     with Editor.open(bundle, backend=backend, variant=variant) as editor:
@@ -248,6 +247,12 @@ def memory_lines(memory: MemoryUse) -> list[str]:
         f"disk             {readable_size(memory.disk)}, {memory.disk_ratio:.3f} x weights"
     )
     return lines
+
+
+def check_repeat(repeat: int) -> None:
+    """Raise ConfigError unless a number of edits is at least 1."""
+    if repeat < 1:
+        raise ConfigError(f"repeat is {repeat}; it must be at least 1")
 
 
 def check_report(path: Path, bundle: Path) -> None:

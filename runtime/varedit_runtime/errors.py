@@ -132,5 +132,6 @@ def needs_extra(extra: str) -> Iterator[None]:
         if str(error.name).startswith("varedit_"):
             raise
         raise MissingExtraError(
-            f'{error.name} is not installed; run: pip install "varedit-export[{extra}]"'
+            f"varedit-export[{extra}] is not installed ({error.name} is missing); run: "
+            f'pip install "varedit-export[{extra}]"'
         ) from error

@@ -6,6 +6,8 @@ from pathlib import Path
 import click
 
 from varedit_export.commands.shared_options import variant_option
+from varedit_runtime.backends import choose
+from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import needs_extra
 from varedit_runtime.terminal.command import BUNDLE, PATH
 
@@ -26,12 +28,16 @@ def bench(
     \b
     varedit-export bench bundles/2b-512 --repeat 10 --threads 2 --json bench.json
     """
-    with needs_extra("export"):
-        from varedit_export.bench import comparison_table, measure_both
-    from varedit_runtime.bench import check_report, write_report
+    from varedit_runtime.bench import check_repeat, check_report, write_report
 
     if json_file is not None:
         check_report(json_file, bundle)
+    check_repeat(repeat)
+    choose("onnxruntime", threads=threads)
+    Bundle.open(bundle).manifest.variant(variant)
+    with needs_extra("export"):
+        from varedit_export.bench import comparison_table, measure_both
+
     report = measure_both(bundle, repeat, threads, variant)
     try:
         click.echo(comparison_table(report))

@@ -12,6 +12,7 @@ from click.core import ParameterSource
 
 import varedit_export
 from varedit_engines.engine_compiler import check_precision, slow_precision
+from varedit_export.check_options import check_build
 from varedit_export.commands.engines import compile_and_show
 from varedit_export.commands.shared_options import (
     architectures_option,
@@ -148,12 +149,9 @@ def build(
     """
     options = options.for_graphs
     chosen = _chosen_backend(backend, architectures, options.precision)
-    if options.precision == AUTO:
-        options = replace(options, precision=best_precision(chosen))
+    options = _checked(options, chosen, as_default)
     name = chosen.spec.name
     engines = _engine_options(context, name, layout, architectures, options.precision)
-    if as_default:
-        _check_default(options)
     if backend == AUTO:
         say(told(chosen))
     with progress() as on_step:
@@ -179,6 +177,16 @@ def _chosen_backend(backend: str, architectures: Sequence[str], precision: str) 
     if backend == AUTO and not architectures and precision != AUTO and named(precision).no_gpu:
         return replace(choose("onnxruntime", provider="cpu"), why=f"{precision} is for CPUs alone")
     return best(detect_machine(), RTX if backend == AUTO and architectures else backend)
+
+
+def _checked(options: BuildOptions, chosen: ChosenBackend, as_default: bool) -> BuildOptions:
+    """Return the options, with a precision, after checking them by themselves."""
+    if options.precision == AUTO:
+        options = replace(options, precision=best_precision(chosen))
+    check_build(options)
+    if as_default:
+        _check_default(options)
+    return options
 
 
 def _say_default(bundle: Bundle, folder: Path, chosen: bool) -> None:

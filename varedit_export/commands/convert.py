@@ -13,6 +13,7 @@ from varedit_export.commands.shared_options import (
     yes_option,
 )
 from varedit_export.console import accept, say
+from varedit_reference.config import preset
 from varedit_runtime.errors import CheckpointError, needs_extra
 from varedit_runtime.terminal.command import PATH
 
@@ -41,14 +42,15 @@ def convert(
         --tokenizer infinity_vae_d32reg.pth --text-encoder flan-t5-xl \\
         -o converted/2b-512
     """
-    with needs_extra("export"):
-        from varedit_export.weights.published import bring
-        from varedit_reference.convert import convert as convert_checkpoints
-
     given = {"checkpoint": checkpoint, "tokenizer": tokenizer, "text-encoder": text_encoder}
     if checkpoint is None or tokenizer is None or text_encoder is None:
         missing = " and ".join(f"--{name}" for name, path in given.items() if path is None)
         raise CheckpointError(f"convert needs {missing} too")
+    preset(size)
+    with needs_extra("export"):
+        from varedit_export.weights.published import bring
+        from varedit_reference.convert import convert as convert_checkpoints
+
     files = bring([checkpoint, tokenizer, text_encoder], partial(accept, yes))
     transformer, picture_tokenizer, text_folder = files.paths
     for path in convert_checkpoints(

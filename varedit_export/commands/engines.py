@@ -113,11 +113,13 @@ def layers(bundle: Path, stage: str, backend: Any, variant: str | None) -> None:
     \b
     varedit-export layers bundles/2b-512-fp16 scale_03 --backend tensorrt
     """
+    opened = Bundle.open(bundle)
+    opened.manifest.variant(variant).graph(stage)
     compiler = EngineOptions(backend).compiler()
     with needs_extra("export"):
         from varedit_export.parity.layers import first_wrong_layer
 
-    wrong = first_wrong_layer(Bundle.open(bundle), stage, compiler, variant)
+    wrong = first_wrong_layer(opened, stage, compiler, variant)
     if wrong is not None:
         raise ParityError(f"{stage} goes wrong first in {wrong}")
     click.echo("no layer is wrong when all are outputs: look at a fused kernel, or at the weights")

@@ -45,7 +45,7 @@ from varedit_export.parity.static_backend import StaticBackend
 from varedit_export.parity.streamed import compare_streamed
 from varedit_export.sources import Sources, TextSource
 from varedit_reference.config import ModelConfig
-from varedit_reference.golden import Recording
+from varedit_reference.golden.recordings import Recording
 from varedit_reference.weights_file import check_finite, open_weights
 from varedit_runtime.backends import DEFAULT, ChosenBackend
 from varedit_runtime.backends.base import Backend, ScaleOutput

@@ -14,7 +14,6 @@ adapter that is left out would edit wrongly without a sign of it.
 PEFT's fan_in_fan_out tells how the adapted model stored W, and changes neither A nor B.
 """
 
-import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +30,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from varedit_export.sources import Sources
+from varedit_export.weights.names import SUFFIX
 from varedit_reference.checkpoint import (
     NamedShape,
     empty_transformer,
@@ -41,11 +41,11 @@ from varedit_reference.checkpoint import (
 )
 from varedit_reference.config import TransformerConfig
 from varedit_reference.weights_file import check_finite, check_float, open_weights, read_header_file
-from varedit_runtime.errors import CheckpointError, ConfigError, one_line, printable, shown
+from varedit_runtime.errors import CheckpointError, one_line, printable, shown
 from varedit_runtime.manifest import MergedLora
 from varedit_runtime.values import LARGEST
 
-SUFFIX, SETTINGS = ".safetensors", "adapter_config.json"
+SETTINGS = "adapter_config.json"
 FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # in a folder
 METADATA = "lora_adapter_metadata"  # where diffusers keeps PEFT's settings in the file itself
 PEFT = "base_model.model."
@@ -168,26 +168,6 @@ class Merged(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._weights)
-
-
-def parse(text: str) -> tuple[str, float]:
-    """Return the place and the scale that FILE[:SCALE] stands for; the scale is 1 by default.
-
-    Raises ConfigError if the scale is no finite number.
-    """
-    place, colon, number = text.rpartition(":")
-    if not colon or number.startswith("//") or os.path.exists(text):
-        return text, 1.0
-    try:
-        scale = float(number)
-    except ValueError:
-        scale = float("nan")
-    if not (place and abs(scale) <= LARGEST):
-        raise ConfigError(
-            f"--lora {shown(text)}: {shown(number)} is no scale: give FILE or FILE:SCALE, such as "
-            f"style{SUFFIX}:0.8"
-        )
-    return place, scale
 
 
 def short_name(place: str) -> str:

@@ -7,41 +7,21 @@ after it has told what that takes.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from glob import escape
 from pathlib import Path
 
 from varedit_export.weights import hub
 from varedit_export.weights.hub import SCHEME, Choice, HubAddress, Wanted
-from varedit_export.weights.lora import FILES, SETTINGS, SUFFIX
+from varedit_export.weights.lora import FILES, SETTINGS
+from varedit_export.weights.names import PUBLISHED, SUFFIX
 from varedit_reference.text_encoder import BESIDE_WEIGHTS
 from varedit_reference.weights_file import PICKLED
 from varedit_runtime.errors import CheckpointError, ConfigError, printable, readable_size
 from varedit_runtime.files import free_space, same_disk
 from varedit_runtime.manifest import HubOrigin
 
-
-@dataclass(frozen=True)
-class Published:
-    """The published weights of a size: a repository, and its files.
-
-    transformers: by resolution in px. tokenizer: the picture tokenizer.
-    """
-
-    repository: str
-    transformers: Mapping[int, str]
-    tokenizer: str
-
-
-PUBLISHED = {
-    "2b": Published("HiDream-ai/VAREdit", {}, "infinity_vae_d32reg.pth"),
-    "8b": Published(
-        "HiDream-ai/VAREdit",
-        {512: "8B-512.pth", 1024: "8B-1024.pth"},
-        "infinity_vae_d56_f8_14_patchify.pth",
-    ),
-}
 TOKENIZERS = "FoundationVision/Infinity"  # has the picture tokenizers that a repository lacks
 TEXT_ENCODER = "flan-t5-xl"  # folder of a repository
 TEXT_ENCODERS = f"google/{TEXT_ENCODER}"  # has the text encoder that a repository lacks

@@ -1,6 +1,4 @@
-"""Check the reference against recordings of the released implementation.
-
-    python -m varedit_reference.golden DIR [DIR ...]
+"""Compare the reference with recordings of the released implementation.
 
 A recording is a folder of `config.json`, `var.pth`, `vae.pth` and `golden.safetensors`: a small
 model in the released layout, an edit's inputs, and what the released code computed from them in
@@ -8,20 +6,13 @@ fp32. Every stage reads what this reference computed before it, except that bits
 recording: one bit that flips at a tie would change everything after it.
 """
 
-if __name__ == "__main__":  # importing PyTorch takes seconds, in which Ctrl-C may come
-    from varedit_runtime.terminal.start import end_on_signals
-
-    end_on_signals()
-
 import json
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 import torch
 from PIL import Image
@@ -36,7 +27,7 @@ from varedit_reference.sampling import bit_probability, distance_to_cut, nucleus
 from varedit_reference.scale_loop import forced, predict_scales
 from varedit_reference.tokenizer import Tokenizer
 from varedit_reference.transformer import VAR
-from varedit_runtime.errors import CheckpointError, VareditError, shown
+from varedit_runtime.errors import CheckpointError, shown
 from varedit_runtime.grids import scale_grids
 from varedit_runtime.pictures import from_decoder, restore, to_square
 from varedit_runtime.values import per_scale, temperature_per_scale
@@ -274,35 +265,3 @@ def _measure(stage: str, actual: Tensor, expected: Tensor | float, tolerance: fl
         )
     error = (actual.double() - expected).abs()
     return Measurement(stage, error.max().item() if error.isfinite().all() else inf, tolerance)
-
-
-@click.command()
-@click.argument("folders", metavar="DIR [DIR ...]", nargs=-1, required=True, type=Path)
-def main(folders: tuple[Path, ...]) -> None:
-    """Check the reference against recordings.
-
-    Checks all of them. Exits with 1 if a tolerance is exceeded or a recording cannot be checked.
-    """
-    exceeded, unchecked = 0, 0
-    for folder in folders:
-        click.echo(f"{folder}")
-        try:
-            for measurement in check(open_recording(folder)):
-                exceeded += not _print(measurement)
-        except VareditError as error:
-            click.echo(f"Error: {error}", err=True)
-            unchecked += 1
-    if exceeded:
-        click.echo(f"{exceeded} measurements exceed their tolerance", err=True)
-    if exceeded or unchecked:
-        sys.exit(1)
-
-
-def _print(line: Measurement) -> bool:
-    verdict = "ok" if line.passed else "EXCEEDED"
-    click.echo(f"  {line.stage:<52} {line.error:9.2e}  <= {line.tolerance:7.1e}  {verdict}")
-    return line.passed
-
-
-if __name__ == "__main__":
-    main()
