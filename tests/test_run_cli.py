@@ -246,7 +246,7 @@ REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     ),
     "trust without engines": (
         ("--trust-engines",),
-        "onnxruntime does not take trust_engines, only tensorrt and tensorrt-rtx",
+        "threads and trust_engines: name the backend that takes this",
     ),
     "bundle": (("--bundle", "missing"), "no bundle at .*missing: build one with `varedit-export"),
     "no bundle": (("--bundle", "."), "is not a bundle"),
