@@ -33,7 +33,7 @@ $(INSTALLED): $(RUNTIME)
 demo: $(RUNTIME)  ## edit a sample picture
 	mkdir -p $(DEMO)
 	$(BIN)/varedit-run docs/samples/person.png "add a hat" --bundle $(NANO) --seed 3 \
-		-o $(DEMO)/hat.png --compare $(DEMO)/before-and-after.png
+		-o $(DEMO)/hat.png --compare $(DEMO)/before-and-after.png --overwrite
 	@echo "before and after: $(DEMO)/before-and-after.png"
 
 test: lint  ## lint, then run the tests

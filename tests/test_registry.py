@@ -118,7 +118,18 @@ def test_it_edits_as_a_library_and_as_a_command(photo: Path) -> None:
         assert editor.provider == "wood"
         assert editor.chosen and (editor.chosen.label, editor.chosen.why) == ("toy", "as asked for")
     out = photo.with_name("out.png")
-    asked = (photo, "add a hat", "--bundle", small_bundle(), "--seed", 7, "-o", out, "--json")
+    asked = (
+        photo,
+        "add a hat",
+        "--bundle",
+        small_bundle(),
+        "--seed",
+        7,
+        "-o",
+        out,
+        "--json",
+        "--overwrite",
+    )
     for named in (("--backend", "toy"), ()):  # an option of one backend alone names it
         done = run(*asked, *named, "--material", "tin")
         assert done.exit_code == 0 and '"provider": "tin"' in done.stdout
