@@ -97,10 +97,13 @@ def made_folder(path: Path, file: str) -> Iterator[None]:
     """Make a folder; delete it at the end if nothing was written to it. file: such as goes in."""
     made = not os.path.lexists(path)
     try:
-        try:
-            path.mkdir(exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"{path} cannot be made a folder: {error.strerror}") from error
+        if made:
+            try:
+                path.mkdir(exist_ok=True)
+            except OSError as error:
+                raise ConfigError(f"{path} cannot be made a folder: {error.strerror}") from error
+        elif not path.is_dir():
+            raise ConfigError(f"{path} cannot be made a folder: there is a file of that name")
         if why := unwritable(path / file):
             raise ConfigError(f"{path} cannot be written to: {why}")
         yield
