@@ -272,7 +272,12 @@ def built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
             ["fp16", ("tensorrt-rtx", ("sm89",))],
             None,
         ),
-        (SERVER, ("--architecture", "sm86"), ["fp16", ("tensorrt-rtx", ("sm86",))], "tensorrt-rtx"),
+        (
+            SERVER,
+            ("--architecture", "sm86"),
+            ["fp16", ("tensorrt-rtx", ("sm86",))],
+            "tensorrt-rtx (it",
+        ),
     ],
 )
 def test_a_build_is_for_the_best_backend(

@@ -179,7 +179,7 @@ def _turns(editor: Editor, repeat: int) -> Iterator[Turn]:
     with open_reference(editor) as reference:
         both = with_any_text(reference), with_any_text(editor)
         for _ in range(repeat + 1):
-            for one in (reference, editor):
+            for one in both:
                 one.forget()
             theirs, ours = (
                 one.edit([picture] * batch, INSTRUCTION, seed=list(range(batch))) for one in both

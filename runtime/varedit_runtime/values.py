@@ -86,7 +86,9 @@ def per_picture(name: str, value: object) -> list[Any] | None:
     It is a list of lists, or an array or tensor of two dimensions; each of its rows holds one
     number, which is returned alone, or one per scale. Raises ConfigError as `entries` does.
     """
-    rows = _entries(name, value, lambda x: _dimensions(x) == 2 or (is_list(x) and is_list(x[0])))
+    rows = _entries(
+        name, value, lambda x: _dimensions(x) == 2 or (is_list(x) and len(x) > 0 and is_list(x[0]))
+    )
     if rows is None:
         return None
     listed = [entries(name, row) for row in rows]
@@ -94,6 +96,10 @@ def per_picture(name: str, value: object) -> list[Any] | None:
         numbers[0] if numbers is not None and len(numbers) == 1 else row
         for row, numbers in zip(rows, listed, strict=True)
     ]
+
+
+def _has_rows(value: Any) -> bool:
+    return _dimensions(value) == 2 or (is_list(value) and len(value) > 0 and is_list(value[0]))
 
 
 def _entries(name: str, value: Any, is_kind: Callable[[Any], bool]) -> list[Any] | None:

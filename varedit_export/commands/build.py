@@ -176,7 +176,9 @@ def _chosen_backend(backend: str, architectures: Sequence[str], precision: str) 
 
     if backend == AUTO and not architectures and precision != AUTO and named(precision).no_gpu:
         return replace(choose("onnxruntime", provider="cpu"), why=f"{precision} is for CPUs alone")
-    return best(detect_machine(), RTX if backend == AUTO and architectures else backend)
+    if backend == AUTO and architectures:
+        return replace(choose(RTX), why="it alone compiles for architectures that are named")
+    return best(detect_machine(), backend)
 
 
 def _checked(options: BuildOptions, chosen: ChosenBackend, as_default: bool) -> BuildOptions:

@@ -93,7 +93,7 @@ def best(machine: Machine, backend: str = AUTO) -> ChosenBackend:
     backend: the one to choose a provider of; by default all are chosen from.
     """
     labels = [label for label in BEST_FIRST if backend in (AUTO, label.split()[0])]
-    if not labels:  # another backend, which has nothing to choose from
+    if len(labels) < 2:  # a named one without providers to choose from
         return choose(backend)
     if not machine.nvidia.gpus:
         return _chosen(labels[-1], NO_GPU)

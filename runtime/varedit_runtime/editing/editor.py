@@ -300,7 +300,8 @@ class Editor:
         return results if several or len(results) > 1 else results[0]
 
     def _tokenise(self, text: str) -> list[int]:
-        self.bundle.check_text()
+        if self._instructions is None:
+            self.bundle.check_text()
         assert self._instructions is not None
         return self._instructions.tokenise(text)
 

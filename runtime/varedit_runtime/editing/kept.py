@@ -67,7 +67,8 @@ def _of_rows(
         encoded = encode(*batch)
         if len(keys) > MOST_KEPT or not np.isfinite(encoded).all():
             return encoded
-        kept.update(zip(keys, encoded, strict=True))
+        # A copy of each: a row alone would keep the memory of the whole batch.
+        kept.update((key, row.copy()) for key, row in zip(keys, encoded, strict=True))
     for key in keys:
         kept.move_to_end(key)
     while len(kept) > MOST_KEPT:

@@ -36,6 +36,9 @@ class _AnyText(Instructions):
     def tokenise(self, prompt: str, *, truncate: bool = False) -> list[int]:
         return [0] * self.limit
 
+    def mostly_unknown(self, prompt: str) -> bool:
+        return False
+
 
 class _RandomText:
     """A backend, but for its text encoder."""

@@ -141,13 +141,13 @@ class EngineBackend(GraphBackend):
         for scale, sampling in enumerate(samplings):
             given |= self._chosen(scale, sampling)
         self._give(given)
-        guided = sum(sampling.guided for sampling in samplings)
-        self._whole_edit(
-            negatives is not None and bool(negatives.present.any()),
-            guided if self.drops_rows else len(samplings),
-            prefilled,
-        )()
+        guided = len(samplings)
+        if self.drops_rows:
+            guided = sum(sampling.guided for sampling in samplings)
+        encoded = negatives is not None and bool(negatives.present.any())
+        self._whole_edit(encoded, guided, prefilled)()
         self._device.wait()
+        self._unguided = guided == 0  # what the next edit by stages finds, if it begins at a scale
         logits = [self._host[f"logits.{scale}"].copy() for scale in range(len(samplings))]
         return WholeEdit(logits, self._host["decoded"].copy())
 

@@ -358,7 +358,9 @@ def _check_precision(precision: Precision, provider: str) -> None:
             "--precision fp32 for a CPU or fp16 for a GPU, or run engines"
         )
     if provider == "cuda" and precision.no_gpu:
-        raise BackendError(f"the bundle cannot run on a GPU ({precision.no_gpu}), or use the CPU")
+        raise BackendError(
+            f"the bundle cannot run on provider cuda: {precision.no_gpu}, or use provider cpu"
+        )
     check_exact(precision)
 
 
