@@ -14,6 +14,7 @@ from editing import picture
 from fake_bundles import publish, publish_random, publish_textless
 
 from varedit_export.cli import main as export_main
+from varedit_runtime.bundle import set_aside
 from varedit_runtime.cli import main as run_main
 from varedit_runtime.locate import RECORD, VARIABLE, data_folder, default_root, embedded
 from varedit_runtime.terminal.command import BUNDLE
@@ -109,7 +110,33 @@ def test_a_default_that_cannot_be_used_is_told_beside_the_list(home: Path) -> No
     assert f"your default bundle, {home / 'bundle'}, is gone" in listed.stderr
     assert json.loads(run("bundles", "--json").stdout)["used"] is None
     (data_folder() / RECORD).write_bytes(b"")
-    assert "is damaged" in run("bundles").stderr
+    listed = run("bundles")
+    assert listed.exit_code == 0 and "is damaged" in listed.stderr and "*" not in listed.stdout
+    picture(90, 60).save("photo.png")
+    edit = run("photo.png", "add a hat")
+    assert edit.exit_code == 1 and "`varedit-run bundles --set NAME`" in edit.stderr
+    assert json.loads(run("bundles", "--json").stdout)["used"] is None
+
+
+def test_a_bundle_whose_replacement_was_cut_short_is_listed_as_it_stands() -> None:
+    bundle = publish(default_root() / "8b-512")
+    run("bundles", "--set", "8b-512")
+    before = rows()["8b-512"]
+    aside = set_aside(bundle)
+    aside.parent.mkdir(exist_ok=True)
+    bundle.rename(aside)
+    assert rows()["8b-512"] == before and before[0] == "*"
+
+
+def test_a_default_that_was_set_through_a_link_is_listed_once(home: Path) -> None:
+    publish(default_root() / "8b-512")
+    (home / "link").symlink_to(default_root())
+    found = rows("--set", str(home / "link" / "8b-512"))
+    assert sorted(found) == ["8b-512", "nano"] and found["8b-512"][0] == "*"
+    # Of two names for one bundle, the one that was chosen is marked.
+    (default_root() / "8b").symlink_to("8b-512")
+    found = rows("--set", "8b-512")
+    assert [name for name, row in found.items() if row[0] == "*"] == ["8b-512"]
 
 
 def test_every_command_takes_bundles_by_name() -> None:

@@ -71,6 +71,21 @@ def test_choosing_says_how_to_undo_it(home: Path) -> None:
     assert not (data_folder() / RECORD).exists()
 
 
+def test_an_undo_is_said_only_where_it_undoes(home: Path) -> None:
+    assert choose_default(None) == "nano is varedit-run's default"
+    bundle = own("8b-512")
+    choose_default(bundle)
+    (home / "link").symlink_to(bundle)
+    assert choose_default(bundle) == "8b-512 is varedit-run's default"
+    assert choose_default(home / "link") == f"{home / 'link'} is varedit-run's default"
+    elsewhere = publish(home / "elsewhere")
+    choose_default(elsewhere)
+    elsewhere.rename(home / "gone")
+    assert choose_default(bundle) == "varedit-run now uses 8b-512 by default"
+    publish_random(bundle)  # which could not be chosen again
+    assert choose_default(None) == "varedit-run now uses nano by default"
+
+
 def test_the_default_is_the_folder_that_was_meant(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,17 +129,21 @@ def test_a_default_that_is_gone_is_not_replaced_by_another_model(home: Path) -> 
 
 
 @pytest.mark.parametrize("damage", [b"", b"\0", b"/a\0b", b"not/absolute"])
-def test_a_damaged_record_is_told_and_does_not_end_editing(home: Path, damage: bytes) -> None:
-    choose_default(publish(home / "bundle"))
+def test_of_a_damaged_record_no_other_model_is_taken(home: Path, damage: bytes) -> None:
+    bundle = publish(home / "bundle")
     record = data_folder() / RECORD
-    record.write_bytes(damage)
-    found = find_bundle(None)
-    assert found.path == embedded()
-    assert f"the record of your default, {record}, is damaged: `varedit-run bundles" in found.why
-    assert choose_default(home / "bundle").endswith("--clear")
-    record.unlink()
+    for chosen, name in ((bundle, str(bundle)), (None, "nano")):
+        choose_default(bundle)
+        record.write_bytes(damage)
+        with pytest.raises(BundleError, match=rf"{record}, is damaged: .*--set NAME.*--clear"):
+            find_bundle(None)
+        assert find_bundle(bundle).path == bundle
+        # What it was is not known, so nothing is said to restore it.
+        assert choose_default(chosen) == f"varedit-run now uses {name} by default"
+        assert find_bundle(None).path == (chosen or embedded())
     record.mkdir()
-    assert "cannot be read (Is a directory)" in find_bundle(None).why
+    with pytest.raises(BundleError, match=rf"cannot be read \(Is a dir.*--bundle or {VARIABLE}"):
+        find_bundle(None)
 
 
 def test_a_record_that_cannot_be_written_says_how_else_to_name_bundles(home: Path) -> None:

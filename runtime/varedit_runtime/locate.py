@@ -113,16 +113,18 @@ def find_bundle(explicit: Path | None) -> Found:
     """Return the bundle to use: that named, the environment's, the user's default, or nano's.
 
     The folder of one that is named may not exist; opening it then says what is wrong. Raises
-    BundleError if the default is gone or damaged, or no longer fit for editing.
+    BundleError if the default, or the record of it, is damaged, or the default is gone or no longer
+    fit for editing: no other model takes its place unasked.
     """
     if explicit is not None:
         return Found(explicit, "named by --bundle")
     if text := os.environ.get(VARIABLE):
         return Found(named(text), f"named by the environment variable {VARIABLE}")
-    try:
-        default = default_bundle()
-    except BundleError as error:
-        return Found(embedded(), f"{_DESCRIBED}, as {error}")
+    return _default()
+
+
+def _default() -> Found:
+    default = default_bundle()
     if default is None:
         return Found(embedded(), f"{_DESCRIBED}, as no other was named or chosen")
     if not os.path.exists(standing_folder(default)):
@@ -146,7 +148,8 @@ def default_bundle() -> Path | None:
         return None
     except OSError as error:
         raise BundleError(
-            f"the record of your default, {record}, cannot be read ({error.strerror}): {CHOICES}"
+            f"the record of your default, {record}, cannot be read ({error.strerror}): name "
+            f"bundles with --bundle or {VARIABLE}"
         ) from error
     if not path.is_absolute() or "\0" in str(path):
         raise BundleError(f"the record of your default, {record}, is damaged: {CHOICES}")
@@ -159,25 +162,29 @@ def choose_default(path: Path | None) -> str:
     Raises BundleError if the bundle cannot be opened or is unfit for editing, or if the record
     cannot be written.
     """
+    chosen = embedded() if path is None else path
+    name = NANO if same_file(chosen, embedded()) else label(chosen)
     previous = None
-    with suppress(BundleError):
-        previous = default_bundle()
+    with suppress(BundleError):  # there is none that could be chosen again
+        previous = _default().path
     record = data_folder() / RECORD
     try:
-        if path is None or same_file(path, embedded()):
+        if name == NANO:
             record.unlink(missing_ok=True)
         else:
-            _write(record, path)
+            _write(record, chosen)
     except OSError as error:
         raise BundleError(
             f"{record} cannot be written ({error.strerror}): name bundles with --bundle or "
             f"{VARIABLE}"
         ) from error
-    undo = "--clear" if previous is None else f"--set {shlex.quote(label(previous))}"
-    return (
-        f"varedit-run now uses {NANO if path is None else label(path)} by default; "
-        f"undo: varedit-run bundles {undo}"
-    )
+    if previous is not None and same_file(previous, chosen):
+        return f"{name} is varedit-run's default"
+    told = f"varedit-run now uses {name} by default"
+    if previous is None:
+        return told
+    undo = "--clear" if previous == embedded() else f"--set {shlex.quote(label(previous))}"
+    return f"{told}; undo: varedit-run bundles {undo}"
 
 
 def _write(record: Path, bundle: Path) -> None:

@@ -75,23 +75,24 @@ def bundles(chosen: Path | None, clear: bool, as_json: bool) -> None:
 
 def _listed() -> Iterator[Listed]:
     """Yield nano, the user's own bundles, and the default if it is another one."""
+    from varedit_runtime.files import same_file
     from varedit_runtime.locate import default_bundle, embedded, own_bundles
 
-    default = None
+    places, default = [embedded(), *own_bundles()], None
     with suppress(BundleError):  # `find_bundle` tells it
-        default = default_bundle()
-    places = [embedded(), *own_bundles()]
-    if default is not None and default not in places:
-        places.append(default)
+        default = default_bundle() or embedded()
+        if default not in places:  # by its own name; it may be one of them through a link
+            default = next((path for path in places if same_file(path, default)), default)
+            places = list(dict.fromkeys([*places, default]))
     for path in places:
-        yield _described(path, path == (default or embedded()))
+        yield _described(path, path == default)
 
 
 def _described(path: Path, default: bool) -> Listed:
-    from varedit_runtime.bundle import Bundle
+    from varedit_runtime.bundle import Bundle, standing_folder
     from varedit_runtime.locate import label
 
-    name, place, size = label(path), str(path), _size(path)
+    name, place, size = label(path), str(path), _size(standing_folder(path))
     try:
         bundle = Bundle.open(path)
     except BundleError as error:
