@@ -303,6 +303,31 @@ def test_a_file_is_made_only_where_there_is_none(
     assert names() == ["link", "new", "photo.png"]
 
 
+def test_a_file_that_cannot_be_moved_leaves_no_empty_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Path, "hardlink_to", fail)
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="Input"), atomic_file(Path("new"), replace=False) as whole:
+        whole.write_bytes(b"new")
+    assert names() == ["photo.png"]
+
+
+def test_a_folder_takes_a_name_as_a_file_does(photo: Path) -> None:
+    Path("photo-edited.png").mkdir()
+    path = write_steps(edited_names(Path(), "photo"), [picture(4, 4)], overwrite=False)
+    assert path == Path("photo-edited-2.png")
+    assert run(photo, "red").stdout.startswith("photo-edited-3.png: ")
+
+
+def test_a_name_is_free_if_those_of_its_steps_are(photo: Path) -> None:
+    Path("photo-edited-step-1.png").write_bytes(b"dear")
+    done = run(photo, "red", "--then", "blue", "--keep-steps")
+    assert done.stdout.startswith("photo-edited-2.png: "), done.output
+    assert Path("photo-edited-step-1.png").read_bytes() == b"dear"
+
+
 # Several instructions in turn
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -21,7 +22,7 @@ from PIL import Image
 
 from varedit_runtime.cli import main
 from varedit_runtime.commands.orders import LONGEST_LINE, Order, Orders
-from varedit_runtime.commands.record import RECORD
+from varedit_runtime.commands.record import RECORD, Record
 from varedit_runtime.editing.editor import Editor
 from varedit_runtime.errors import ConfigError, VareditError
 
@@ -324,6 +325,15 @@ def test_a_damaged_record_is_read_as_far_as_it_goes(damage: bytes) -> None:
         done = run("photos", "red", "-o", "out")
         assert done.exit_code == 0 and "a-edited.png: finished" in done.stdout
         assert done.stdout.count("finished") == finished
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "\0", "\ud800", "/", "folder", "../photos/a.png"])
+def test_a_record_names_files_in_its_folder_alone(name: str) -> None:
+    Path("out/folder").mkdir(parents=True)
+    told = {"output": name, "key": "k", "seed": 1}
+    told["sha256"] = sha256(Path("photos/a.png").read_bytes()).hexdigest()
+    Path("out", RECORD).write_text(json.dumps(told) + "\n")
+    assert Record(Path("out")).take("k") is None
 
 
 def test_names_that_are_no_text_are_found_again() -> None:

@@ -135,7 +135,11 @@ def _move_to_free(file: Path, path: Path) -> None:
         raise
     except OSError:  # a file system without links: an empty file takes the name first
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        file.replace(path)
+        try:
+            file.replace(path)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
 
 
 def read_kept(path: Path) -> bytes:

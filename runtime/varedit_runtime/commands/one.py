@@ -74,7 +74,11 @@ def _target(order: Order, output: str | None, job: Job) -> Path | None:
     """Return where the result goes, as far as it is known now: None for standard output."""
     if output is None:
         names = edited_names(order.image.parent, order.image.stem)
-        return next(name for name in names if job.overwrite or not os.path.lexists(name))
+        return next(
+            name
+            for name in names
+            if job.overwrite or not any(map(os.path.lexists, (*step_names(name, job.kept), name)))
+        )
     if output != STREAM:
         return Path(output)
     if sys.stdout.isatty():

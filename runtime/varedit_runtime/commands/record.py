@@ -84,7 +84,7 @@ class Record:
     def take(self, key: str) -> Finished | None:
         """Return a result with a key whose file is as it was written, once for each result."""
         for number, found in enumerate(candidates := self._finished.get(key, [])):
-            path = self._path.with_name(found.output)
+            path = self._path.parent / found.output
             with suppress(OSError):
                 if path.is_file() and _file_digest(path) == found.sha256:
                     return candidates.pop(number)

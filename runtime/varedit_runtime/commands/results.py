@@ -86,9 +86,9 @@ def write_steps(
     taken = Path()
     for name in names:
         paths = [*step_names(name, len(steps)), name]
-        encoded = encoded or [encode_picture(one, check_target(name), name) for one in steps]
         taken = next(filter(os.path.lexists, paths), name)
         if overwrite or not os.path.lexists(taken):
+            encoded = encoded or [encode_picture(one, check_target(name), name) for one in steps]
             with suppress(FileExistsError):  # another process was faster
                 _write_together(paths, encoded, overwrite, before)
                 return name
