@@ -398,6 +398,11 @@ def memory_cases(folder: Path) -> Iterator[Path]:
     ]:
         image.save(folder / name, **options)
         yield folder / name
+    scaled = bytearray(encoded(smooth(64, 64), "AVIF", subsampling="4:4:4"))
+    stated = scaled.index(b"ispe") + 8
+    scaled[stated : stated + 8] = struct.pack(">II", 3000, 3000)
+    (folder / "scaled.avif").write_bytes(scaled)
+    yield folder / "scaled.avif"
     with contextlib.suppress(ImportError):
         import pillow_heif
 

@@ -167,6 +167,43 @@ def test_tiles_and_chroma_of_heic(options: dict[str, Any]) -> None:
     assert open_picture(file).tobytes() == decoded(file).tobytes()
 
 
+def lengths_of(size: int, units: list[bytes]) -> bytes:
+    """Return an HEVC stream of units, each after its length in so many bytes."""
+    return b"".join(len(unit).to_bytes(size, "big") + unit for unit in units)
+
+
+def with_lengths_of(size: int, properties: Properties) -> Properties:
+    """Return an item's properties, of which hvcC says that lengths have so many bytes."""
+    return [
+        (kind, value[:21] + bytes([value[21] & 0xFC | size - 1]) + value[22:], essential)
+        if kind == b"hvcC"
+        else (kind, value, essential)
+        for kind, value, essential in properties
+    ]
+
+
+@needs_heif
+@pytest.mark.parametrize("size", [2, 3])
+def test_heic_with_short_lengths_of_units(size: int) -> None:
+    file = heic(smooth(64, 64, "RGB"))
+    kind, content, properties = parts(file)
+    short = lengths_of(size, [content[4:]])
+    assert lengths_of(4, [content[4:]]) == content
+    opened = open_picture(built([(kind, short, with_lengths_of(size, properties))], brand=b"heic"))
+    assert opened.tobytes() == open_picture(file).tobytes()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_decoders_see_the_units_that_were_checked(size: int) -> None:
+    """Whatever their lengths: libheif reads 4 bytes of each, and so could find other units."""
+    units = [b"\x4e\x01\1\2", b"\x26\x01\x80\0", b"\x26\x01\0\0"]
+    kind, content, properties = hevc_item(lengths_of(size, units), 64, 64)
+    file = built([(kind, content, with_lengths_of(size, properties))], brand=b"heic")
+    seen = parts(read_heif(file).data)
+    assert seen[1] == lengths_of(4, units)
+    assert {kind: value for kind, value, _ in seen[2]}[b"hvcC"] == configuration(64, 64)
+
+
 @needs_heif
 def test_more_than_8_bits_are_converted() -> None:
     file, samples = io.BytesIO(), np.asarray(smooth(mode="RGB")).astype(np.uint16) * 257
@@ -355,14 +392,15 @@ def hevc_slices(count: int) -> bytes:
 
 def test_the_size_of_frames() -> None:
     file = encoded(smooth(90, 61, "RGB"), "AVIF")
-    assert av1_frame(parts(file)[1]) == Frame(90, 61, 90 * 61 * 3 // 2)
+    assert av1_frame(parts(file)[1]) == Frame(90, 61, 1.5)
     file = encoded(smooth(90, 61, "RGB"), "AVIF", subsampling="4:4:4")
-    assert av1_frame(parts(file)[1]) == Frame(90, 61, 90 * 61 * 3)
-    assert av1_frame(av1_stream(70, 80, deep=1)) == Frame(70, 80, 70 * 80 * 3)
-    whole = Frame(2**16, 2**16, 2**32 * 3)
+    assert av1_frame(parts(file)[1]) == Frame(90, 61, 3)
+    assert av1_frame(av1_stream(70, 80, deep=1)) == Frame(70, 80, 3)
+    assert av1_frame(av1_stream(70, 80, frames=4)) == Frame(70, 80, 4 * 1.5)  # all are held
+    whole = Frame(2**16, 2**16, 3)
     assert av1_frame(av1_stream(70, 80, reduced=0)) == whole  # frames may be as large
-    assert hevc_frame(configuration(64, 72), hevc_stream(5)) == Frame(64, 72, 64 * 72 * 3 // 2)
-    assert hevc_frame(configuration(640, 72, 3, 2), hevc_stream()) == Frame(640, 72, 640 * 72 * 6)
+    assert hevc_frame(configuration(64, 72), hevc_stream(5)) == Frame(64, 72, 1.5)
+    assert hevc_frame(configuration(640, 72, 3, 2), hevc_stream()) == Frame(640, 72, 6)
 
 
 @needs_heif
@@ -374,16 +412,28 @@ def test_the_size_of_frames_of_an_encoder() -> None:
     ] == (90, 64)
 
 
-def av1_item(content: bytes, *more: tuple[bytes, bytes, bool]) -> tuple[bytes, bytes, Properties]:
-    return b"av01", content, [(b"av1C", b"\x81\0\x0c\0", True), size_box(64, 64), *more]
+def av1_item(
+    content: bytes, *more: tuple[bytes, bytes, bool], stated: tuple[int, int] = (64, 64)
+) -> tuple[bytes, bytes, Properties]:
+    return b"av01", content, [(b"av1C", b"\x81\0\x0c\0", True), size_box(*stated), *more]
 
 
 def hevc_item(content: bytes, *size: int) -> tuple[bytes, bytes, Properties]:
     return b"hvc1", content, [(b"hvcC", configuration(*size), True), size_box(64, 64)]
 
 
+def many_sets_item() -> tuple[bytes, bytes, Properties]:
+    """Return an item with a large parameter set after 1000 small ones."""
+    first, large = configuration(64, 64), configuration(8000, 8000)[26:]
+    sets = first[26:] + b"\0\3\x44\1\0" * 999 + large
+    content = first[:22] + struct.pack(">BBH", 1, 33, 1001) + sets
+    return b"hvc1", hevc_stream(), [(b"hvcC", content, True), size_box(64, 64)]
+
+
 TILE = av1_item(av1_stream(64, 64))
 MANY = [TILE] * 4
+ALPHA = b"auxC", bytes(4) + b"urn:mpeg:mpegB:cicp:systems:auxiliary:alpha\0", True
+TILE_OF_ALPHA = av1_item(av1_stream(64, 64), ALPHA)
 REFUSED: dict[str, tuple[bytes, str]] = {
     "a large AV1 frame": (built([av1_item(av1_stream(12000, 12000))]), "tiles are 12000 x 12000"),
     "an AV1 frame of any size": (built([av1_item(av1_stream(64, 64, reduced=0))]), "65536 x 65536"),
@@ -400,6 +450,36 @@ REFUSED: dict[str, tuple[bytes, str]] = {
             [grid(1, 4, (28000, 3000)), *[av1_item(av1_stream(7000, 3000, profile=1))] * 4],
             ((b"dimg", 1, [2, 3, 4, 5]),),
         ),
+        "of memory, of at most",
+    ),
+    "memory of a small frame that is scaled": (
+        built([av1_item(av1_stream(64, 64, profile=1), stated=(8696, 8696))]),
+        "of memory, of at most",
+    ),
+    "memory of small tiles that are scaled": (
+        built(
+            [grid(2, 2, (8696, 8696))]
+            + [av1_item(av1_stream(64, 64, profile=1), stated=(4348, 4348))] * 4,
+            ((b"dimg", 1, [2, 3, 4, 5]),),
+        ),
+        "of memory, of at most",
+    ),
+    "memory of a grid that is larger than its tiles": (
+        built(
+            [grid(2, 2, (8696, 8696)), *[av1_item(av1_stream(64, 64, profile=1))] * 4],
+            ((b"dimg", 1, [2, 3, 4, 5]),),
+        ),
+        "of memory, of at most",
+    ),
+    "memory of a small alpha that is scaled": (
+        built(
+            [av1_item(av1_stream(8000, 8000), stated=(8000, 8000)), TILE_OF_ALPHA],
+            ((b"auxl", 2, [1]),),
+        ),
+        "of memory, of at most",
+    ),
+    "memory of several frames": (
+        built([av1_item(av1_stream(8000, 8000, frames=4), stated=(8000, 8000))]),
         "of memory, of at most",
     ),
     "a large grid": (
@@ -424,6 +504,14 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "a grid of itself": (built([grid(1, 1, (64, 64))], ((b"dimg", 1, [1]),)), "of a rare kind"),
     "a missing tile": (built([grid(1, 1, (64, 64))], ((b"dimg", 1, [7]),)), "does not have"),
     "several frames": (built([av1_item(av1_stream(64, 64, frames=5))]), "not several"),
+    "several frames in repeated headers": (
+        built([av1_item(av1_stream(64, 64) + bytes([7 << 3 | 2, 1, 0]) * 4)]),
+        "not several",
+    ),
+    "many HEVC parameter sets": (
+        built([many_sets_item()], brand=b"heic"),
+        "over 1000 HEVC parameter sets",
+    ),
     "several HEVC frames": (
         built([hevc_item(hevc_stream() + hevc_stream(), 64, 64)], brand=b"heic"),
         "not several",

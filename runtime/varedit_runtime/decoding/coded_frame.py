@@ -3,6 +3,7 @@
 The boxes around a stream state a size too, which decoders do not hold themselves to.
 """
 
+import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -10,7 +11,8 @@ from varedit_runtime.errors import PictureError
 
 _MAX_UNITS = 1_000  # of a stream; a picture has one for each slice or group of tiles
 _MAX_FRAMES = 4  # layers of an AV1 picture, from coarse to fine
-_AV1_SEQUENCE, _AV1_FRAMES = 1, (3, 6)
+# Decoders also take what ought to be a repeated header (7) for a frame's first.
+_AV1_SEQUENCE, _AV1_FRAMES = 1, (3, 6, 7)
 _HEVC_SPS, _HEVC_SLICES = 33, range(32)
 _LONGEST_HEADER = 512  # bytes
 
@@ -18,16 +20,25 @@ _SAMPLES = {0: 1.0, 1: 1.5, 2: 2.0, 3: 3.0}  # of a pixel, by HEVC's number of a
 
 
 class Frame(NamedTuple):
-    """A frame. memory: the bytes of its samples."""
+    """A frame. pixel: the bytes per pixel, of all frames that a decoder holds at a time."""
 
     width: int
     height: int
-    memory: int
+    pixel: float
+
+    @property
+    def memory(self) -> int:
+        """Return the bytes of all samples."""
+        return int(self.width * self.height * self.pixel)
+
+    def resized(self, size: tuple[int, int]) -> "Frame":
+        """Return a frame of the same samples per pixel and another (width, height)."""
+        return Frame(*size, self.pixel)
 
     @classmethod
     def of(cls, width: int, height: int, samples: float, deep: bool) -> "Frame":
         """Return a frame with so many samples per pixel, deep ones of two bytes each."""
-        return cls(width, height, int(width * height * samples * (2 if deep else 1)))
+        return cls(width, height, samples * (2 if deep else 1))
 
 
 class _Bits:
@@ -53,7 +64,7 @@ class _Bits:
 
 
 def av1_frame(data: bytes) -> Frame:
-    """Return the largest frame that an AV1 stream can have.
+    """Return the largest frame that an AV1 stream can have, with the bytes of all its frames.
 
     Raises PictureError if it is damaged, or has more frames than a picture.
     """
@@ -65,15 +76,26 @@ def av1_frame(data: bytes) -> Frame:
     return _largest(sizes, count, _MAX_FRAMES)
 
 
-def hevc_frame(configuration: bytes, data: bytes) -> Frame:
-    """Return the largest frame that an HEVC stream can have.
+def with_long_lengths(configuration: bytes, data: bytes) -> tuple[bytes, bytes]:
+    """Return an HEVC configuration and stream with 4 bytes for the length of each unit.
 
-    configuration: the content of the box hvcC. Raises PictureError if the stream is damaged, or has
-    more frames than a picture.
+    libheif reads 4, whatever the configuration says. configuration: the content of the box hvcC.
+    Raises PictureError if one of them is damaged.
     """
     if len(configuration) < 23:
         raise PictureError("it is damaged: its HEVC configuration is cut short")
-    units = [*_parameter_sets(configuration), *_prefixed(data, 1 + (configuration[21] & 3))]
+    units = _prefixed(data, 1 + (configuration[21] & 3))
+    stream = b"".join(part for unit in units for part in (struct.pack(">I", len(unit)), unit))
+    return configuration[:21] + bytes([configuration[21] | 3]) + configuration[22:], stream
+
+
+def hevc_frame(configuration: bytes, data: bytes) -> Frame:
+    """Return the largest frame that an HEVC stream can have.
+
+    Takes what `with_long_lengths` returns. Raises PictureError if the stream is damaged, or has
+    more frames than a picture.
+    """
+    units = [*_parameter_sets(configuration), *_prefixed(data, 4)]
     kinds = [unit[0] >> 1 & 63 for unit in units]
     sizes = [_hevc_sequence(u) for u, k in zip(units, kinds, strict=True) if k == _HEVC_SPS]
     # The first bit of a slice says whether a frame begins with it.
@@ -84,7 +106,8 @@ def hevc_frame(configuration: bytes, data: bytes) -> Frame:
 def _largest(frames: list[Frame], count: int, most: int) -> Frame:
     if not frames or not 0 < count <= most:
         raise PictureError("it is damaged: a coded picture has a header and a frame, not several")
-    return max(frames, key=lambda frame: frame.memory)
+    largest = max(frames, key=lambda frame: frame.memory)
+    return largest._replace(pixel=largest.pixel * count)
 
 
 def _open_bitstream_units(data: bytes) -> Iterator[tuple[int, bytes]]:
@@ -152,7 +175,9 @@ def _parameter_sets(configuration: bytes) -> Iterator[bytes]:
     for _ in range(configuration[22]):
         count = int.from_bytes(configuration[position + 1 : position + 3], "big")
         position += 3
-        for _ in range(min(count, _MAX_UNITS)):
+        if count > _MAX_UNITS:
+            raise PictureError(f"it has over {_MAX_UNITS} HEVC parameter sets: save it again")
+        for _ in range(count):
             length = int.from_bytes(configuration[position : position + 2], "big")
             unit = configuration[position + 2 : position + 2 + length]
             if not 2 < length == len(unit):

@@ -5,9 +5,9 @@ So decoders see no other items, frames of animations, thumbnails, or kinds of bo
 
 import math
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from varedit_runtime.decoding.coded_frame import av1_frame, hevc_frame
+from varedit_runtime.decoding.coded_frame import Frame, av1_frame, hevc_frame, with_long_lengths
 from varedit_runtime.decoding.exif import EXIF, only_orientation
 from varedit_runtime.decoding.heif_items import Item, Items, Property
 from varedit_runtime.decoding.limits import Checked
@@ -41,10 +41,13 @@ def read_heif(data: bytes) -> Checked:
 def _read(data: bytes, codec: bytes, brand: bytes) -> Checked:
     items = Items(data)
     picture = _Picture(items, codec)
-    main, size = picture.add(items.primary, (*_OF_TILES, *_TURNS))
+    main, shown = picture.add(items.primary, (*_OF_TILES, *_TURNS))
     alpha = _alpha(items)
     if alpha is not None:
-        added, _ = picture.add(alpha, (*_OF_TILES, *_TURNS, _AUXILIARY))
+        before = picture.frames
+        added, own = picture.add(alpha, (*_OF_TILES, *_TURNS, _AUXILIARY))
+        # Decoders scale alpha to the size of the picture.
+        picture.frames = max(picture.frames, before + own.resized(shown[:2]).memory)
         picture.refer(b"auxl", added, [main])
         if alpha in items.references.get((b"prem", items.primary), []):
             picture.refer(b"prem", main, [added])
@@ -52,9 +55,9 @@ def _read(data: bytes, codec: bytes, brand: bytes) -> Checked:
         exif = picture.write(b"Exif", bytes(4) + only_orientation(b"").removeprefix(EXIF), [])
         picture.refer(b"cdsc", exif, [main])
     # Frames, and a copy of them that is joined, turned or converted; then interleaved colours.
-    colours = (3 if alpha is None else 4) * size[0] * size[1]
+    colours = (3 if alpha is None else 4) * shown.width * shown.height
     decoder = 2 * picture.frames + colours
-    return Checked(picture.file(brand, main), size, decoder, picture.largest)
+    return Checked(picture.file(brand, main), shown[:2], decoder, picture.largest)
 
 
 def _alpha(items: Items) -> int | None:
@@ -71,7 +74,8 @@ def _alpha(items: Items) -> int | None:
 class _Picture:
     """The file that decoders are to see: items of a checked file, numbered anew from 1.
 
-    frames: bytes that all of them take. largest: (width, height) of the one with the most pixels.
+    frames: bytes that all of them take, each as large as it is coded or as is stated, whichever is
+    more. largest: (width, height) of the one with the most pixels.
     """
 
     items: Items
@@ -83,8 +87,8 @@ class _Picture:
     _properties: list[list[Property]] = field(default_factory=list)
     _references: list[bytes] = field(default_factory=list)
 
-    def add(self, number: int, kept: tuple[bytes, ...]) -> tuple[int, Size]:
-        """Add a picture and its tiles; return its new number, and its size."""
+    def add(self, number: int, kept: tuple[bytes, ...]) -> tuple[int, Frame]:
+        """Add a picture and its tiles; return its new number, and a frame of its stated size."""
         item = self.items[number]
         if item.kind != _GRID:
             return self._add_coded(item, kept)
@@ -102,24 +106,34 @@ class _Picture:
             raise PictureError(f"it has {count} tiles, of at most {_MAX_TILES}: save it again")
         if len(tiles) != count:
             raise PictureError(f"it is damaged: its grid has {len(tiles)} of {count} tiles")
-        own = [self._add_coded(self.items[tile], _OF_TILES)[0] for tile in tiles]
+        before = self.frames
+        own = [self._add_coded(self.items[tile], _OF_TILES) for tile in tiles]
+        joined = Frame(width, height, max(frame.pixel for _, frame in own))
+        self.frames = max(self.frames, before + joined.memory)
         added = self.write(_GRID, content, _chosen(item, kept))
-        self.refer(b"dimg", added, own)
-        return added, (width, height)
+        self.refer(b"dimg", added, [number for number, _ in own])
+        return added, joined
 
-    def _add_coded(self, item: Item, kept: tuple[bytes, ...]) -> tuple[int, Size]:
+    def _add_coded(self, item: Item, kept: tuple[bytes, ...]) -> tuple[int, Frame]:
         if item.kind != self.codec:
             raise PictureError("its picture is of a rare kind: save it as PNG or JPEG")
         content, properties = self.items.content(item), _chosen(item, kept)
-        by_kind = {own.kind: bytes(own.content) for own in properties if own.kind != b"colr"}
-        configuration = by_kind.get(_CONFIGURATION[item.kind])
-        if configuration is None or len(by_kind.get(_SIZE, b"")) != 12:
+        by_kind = {own.kind: own for own in properties if own.kind != b"colr"}
+        configuration, size = by_kind.get(_CONFIGURATION[item.kind]), by_kind.get(_SIZE)
+        if configuration is None or size is None or len(size.content) != 12:
             raise PictureError("it is damaged: it does not say how its picture is coded")
-        frame = av1_frame(content) if item.kind == _AV1 else hevc_frame(configuration, content)
-        size = struct.unpack_from(">2I", by_kind[_SIZE], 4)
-        self.frames += frame.memory
-        self.largest = max(self.largest, frame[:2], size, key=math.prod)
-        return self.write(item.kind, content, properties), size
+        if item.kind == _AV1:
+            frame = av1_frame(content)
+        else:
+            settings, content = with_long_lengths(bytes(configuration.content), content)
+            frame = hevc_frame(settings, content)
+            changed = replace(configuration, content=memoryview(settings))
+            properties = [changed if own is configuration else own for own in properties]
+        # libavif scales a frame to the size that is stated.
+        shown = frame.resized(struct.unpack_from(">2I", size.content, 4))
+        self.frames += max(frame.memory, shown.memory)
+        self.largest = max(self.largest, frame[:2], shown[:2], key=math.prod)
+        return self.write(item.kind, content, properties), shown
 
     def write(self, kind: bytes, content: bytes, properties: list[Property]) -> int:
         """Add an item; return its number."""
