@@ -336,6 +336,19 @@ def test_a_record_names_files_in_its_folder_alone(name: str) -> None:
     assert Record(Path("out")).take("k") is None
 
 
+@pytest.mark.parametrize("target", ["victim.txt", "new.txt"])
+def test_the_record_is_no_way_to_a_file_elsewhere(
+    target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Editor, "open", None)  # it is told before work is spent
+    Path("victim.txt").write_text("mine")
+    Path("out").mkdir()
+    Path("out", RECORD).symlink_to(f"../{target}")
+    told = f"out/{RECORD} cannot be read: it is a link; delete it"
+    fails(run("photos", "red", "-o", "out"), told)
+    assert Path("victim.txt").read_text() == "mine" and not Path("new.txt").exists()
+
+
 def test_names_that_are_no_text_are_found_again() -> None:
     odd = Path("photos", os.fsdecode(b"\xff.png"))
     shutil.copy("photos/a.png", odd)

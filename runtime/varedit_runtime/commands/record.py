@@ -14,7 +14,8 @@ import json
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from errno import ENOSPC
+from errno import ELOOP, ENOSPC
+from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from varedit_runtime.errors import ConfigError
 RECORD = "varedit-run.jsonl"
 
 _LONGEST_LINE = 2**20  # bytes
+_NO_LINKS = getattr(os, "O_NOFOLLOW", 0)  # not even one that appears meanwhile
 
 
 class Finished(msgspec.Struct):
@@ -59,7 +61,7 @@ class Record:
 
     def __init__(self, folder: Path) -> None:
         """Read the record that the folder has. Raises ConfigError if it cannot be read."""
-        self._path = folder / RECORD
+        self.folder, self._path = folder, folder / RECORD
         self._finished: dict[str, list[Finished]] = {}
         self._cut_off = False
         try:
@@ -70,7 +72,7 @@ class Record:
             raise ConfigError(f"{self._path} cannot be read: {error.strerror}") from error
 
     def _read(self) -> None:
-        with self._path.open("rb") as file:
+        with BufferedReader(FileIO(self._path, "rb", opener=_itself)) as file:
             while line := file.readline(_LONGEST_LINE):
                 self._cut_off = not line.endswith(b"\n")
                 try:
@@ -95,12 +97,20 @@ class Record:
         line = json.dumps({**told, "sha256": hashlib.sha256(content).hexdigest()}) + "\n"
         data = b"\n" * self._cut_off + line.encode()
         try:
-            with self._path.open("ab", buffering=0) as file:  # at once: others may write to it too
+            # Without a buffer, so that a line is written at once: others may write to it too.
+            with FileIO(self._path, "ab", opener=_itself) as file:
                 self._cut_off = file.write(data) < len(data)
             if self._cut_off:
                 raise OSError(ENOSPC, os.strerror(ENOSPC))
         except OSError as error:
             raise ConfigError(f"{self._path} cannot be written: {error.strerror}") from error
+
+
+def _itself(path: str, flags: int) -> int:
+    """Open a file, and not one elsewhere that somebody has planted a link to."""
+    if os.path.islink(path):
+        raise OSError(ELOOP, "it is a link; delete it, or choose another folder")
+    return os.open(path, flags | _NO_LINKS, 0o666)
 
 
 def _file_digest(path: Path) -> str:

@@ -29,8 +29,9 @@ from varedit_runtime.terminal.streams import OutputError
 def edit_several(orders: Orders, count: int, folder: Path, job: Job) -> int:
     """Edit pictures, of which there are `count`; return how many could not be edited."""
     read = _read_files(orders) if job.overwrite else frozenset()
+    record = Record(folder)
     with job.opened(folder) as opened, _Told(opened, count) as told:
-        run = _Run(opened, told, folder, read)
+        run = _Run(opened, told, record, read)
         places = enumerate(orders)
         while waiting := list(islice(run.waiting(places), opened.editor.variant.batch)):
             run.edit(waiting)
@@ -55,11 +56,13 @@ class _Waiting:
 
 
 class _Run:
-    """Edits orders into a folder. read: files that are not replaced."""
+    """Edits orders into a record's folder. read: files that are not replaced."""
 
-    def __init__(self, opened: OpenJob, told: "_Told", folder: Path, read: frozenset[str]) -> None:
-        self._opened, self._told, self._folder = opened, told, folder
-        self._record, self._read, self._own = Record(folder), read, set[str]()
+    def __init__(
+        self, opened: OpenJob, told: "_Told", record: Record, read: frozenset[str]
+    ) -> None:
+        self._opened, self._told, self._folder = opened, told, record.folder
+        self._record, self._read, self._own = record, read, set[str]()
 
     def waiting(self, places: Iterator[tuple[int, Order]]) -> Iterator[_Waiting]:
         """Yield the orders that are to be edited; tell of those that are finished or failed."""
