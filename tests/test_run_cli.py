@@ -291,16 +291,23 @@ def test_what_engines_need_is_named(
         ("--previews", "link/new"),
     ],
 )
-def test_nothing_is_written_into_the_bundle(photo: Path, option: str, target: str) -> None:
+@pytest.mark.parametrize("in_use", [True, False])
+def test_nothing_is_written_into_a_bundle(
+    photo: Path, option: str, target: str, in_use: bool
+) -> None:
     folder = photo.parent
     shutil.copytree(small_bundle(), folder / "bundle")
     (folder / "link").symlink_to("bundle")
     (folder / "bundle" / "out.png").symlink_to(folder / "outside.png")
     before = sorted((folder / "bundle").iterdir())
-    options = ("--bundle", folder / "bundle", "--overwrite", option, folder / target)
-    result = run(photo, "red", *options)
-    fails(result, f"{folder / target} cannot be written: it would lie in the bundle, which never")
+    used = folder / "bundle" if in_use else small_bundle()
+    result = run(photo, "red", "--bundle", used, "--overwrite", option, folder / target)
+    said = f"it would lie in the bundle {folder / 'bundle'}, which never changes"
+    fails(result, f"{folder / target} cannot be written( to)?: {said}")
     assert sorted((folder / "bundle").iterdir()) == before
+    (folder / "other").mkdir()
+    (folder / "other" / "manifest.json").write_text("{}")  # of another program
+    assert edit(photo, "-o", folder / "other" / "new.png").exit_code == 0
     assert not photo.with_name("photo-edited.png").exists()
 
 

@@ -30,7 +30,7 @@ from varedit_runtime.bundle import Bundle, digest_line
 from varedit_runtime.editing.editor import WHOLE_EDIT, Editor, OnScale
 from varedit_runtime.editing.random_text import SAID, with_any_text
 from varedit_runtime.errors import ConfigError, readable_size
-from varedit_runtime.files import IN_BUNDLE, atomic_file, lies_in, unwritable
+from varedit_runtime.files import atomic_file, unwritable
 from varedit_runtime.geometry import scale_sizes
 from varedit_runtime.manifest import MANIFEST, Model, Variant, scale_of, weights_file
 
@@ -255,12 +255,9 @@ def check_repeat(repeat: int) -> None:
         raise ConfigError(f"repeat is {repeat}; it must be at least 1")
 
 
-def check_report(path: Path, bundle: Path) -> None:
-    """Raise ConfigError, before work is spent, if a report on a bundle cannot be written there."""
-    why = unwritable(path)
-    if why is None and lies_in(path, bundle):
-        why = IN_BUNDLE
-    if why is not None:
+def check_report(path: Path) -> None:
+    """Raise ConfigError, before work is spent, if a report cannot be written there."""
+    if why := unwritable(path):
         raise ConfigError(f"{path} cannot be written: {why}")
 
 

@@ -9,7 +9,7 @@ from secrets import token_hex
 from threading import Lock
 from weakref import finalize
 
-IN_BUNDLE = "it would lie in the bundle, which never changes; choose another folder"
+from varedit_runtime.manifest import DIGEST, MANIFEST
 
 
 class HeldFile:
@@ -62,6 +62,8 @@ def plain_name(text: str) -> str:
 
 def unwritable(path: Path) -> str | None:
     """Return why a file cannot be written there; None if nothing speaks against it."""
+    if bundle := bundle_around(path):
+        return f"it would lie in the bundle {bundle}, which never changes; choose another folder"
     if os.path.isdir(path):
         return "it is a folder; name a file in it"
     if os.path.exists(path) and not os.path.isfile(path):
@@ -96,11 +98,13 @@ def same_file(one: Path, other: Path) -> bool:
         return os.path.realpath(one) == os.path.realpath(other)
 
 
-def lies_in(path: Path, folder: Path) -> bool:
-    """Return whether a path is a folder or in it, itself or by what it links to."""
-    whole = os.path.realpath(folder)
-    places = (os.path.join(os.path.realpath(path.parent), path.name), os.path.realpath(path))
-    return any(Path(place).is_relative_to(whole) for place in places)
+def bundle_around(path: Path) -> Path | None:
+    """Return the bundle that a path is or lies in, itself or by what it links to, if in one."""
+    for place in (Path(os.path.realpath(path.parent), path.name), Path(os.path.realpath(path))):
+        for folder in (place, *place.parents):
+            if all(os.path.isfile(folder / name) for name in (MANIFEST, DIGEST)):
+                return folder
+    return None
 
 
 @contextmanager

@@ -31,7 +31,7 @@ def bench(
     from varedit_runtime.bench import check_repeat, check_report, write_report
 
     if json_file is not None:
-        check_report(json_file, bundle)
+        check_report(json_file)
     check_repeat(repeat)
     choose("onnxruntime", threads=threads)
     Bundle.open(bundle).manifest.variant(variant)

@@ -76,7 +76,7 @@ def engines(bundle: Path, report: Path | None, options: EngineOptions) -> None:
     from varedit_runtime.bench import check_report, write_report
 
     if report is not None:
-        check_report(report, bundle)
+        check_report(report)
     path, reports = compile_and_show(bundle, options)
     if report is not None:
         write_report(msgspec.to_builtins(reports), report)

@@ -40,7 +40,7 @@ def verify(bundle: Path, report: Path | None, options: VerifyOptions) -> None:
     from varedit_runtime.bench import check_report, write_report
 
     if report is not None:
-        check_report(report, bundle)
+        check_report(report)
     lines: list[ParityLine] = []
     failure: ParityError | None = None
     unwritten: OutputError | None = None

@@ -38,7 +38,7 @@ def bench(
     from varedit_runtime.bench import check_report, measure_bundle, report_table, write_report
 
     if json_file is not None:
-        check_report(json_file, bundle)
+        check_report(json_file)
     report = measure_bundle(bundle, repeat, backend, variant)
     try:
         click.echo(report_table(report))

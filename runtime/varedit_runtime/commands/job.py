@@ -1,7 +1,6 @@
 """What all edits of a command have in common: the bundle, the settings, and how they are told."""
 
 import json
-import os
 import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,9 +18,7 @@ from varedit_runtime.commands.orders import Order
 from varedit_runtime.editing.arguments import DRAWN_SEEDS, Settings
 from varedit_runtime.editing.editor import Editor, EditResult, OnScale, read_instructions
 from varedit_runtime.errors import ConfigError
-from varedit_runtime.files import IN_BUNDLE, lies_in
 from varedit_runtime.locate import Found, find_bundle
-from varedit_runtime.manifest import MANIFEST
 from varedit_runtime.text import check_instruction
 from varedit_runtime.values import PerScale, per_scale, temperature_per_scale
 
@@ -58,15 +55,13 @@ class Job:
             temperature_per_scale(temperature, _scales(temperature))
 
     @contextmanager
-    def opened(self, *targets: Path | None) -> Iterator["OpenJob"]:
+    def opened(self) -> Iterator["OpenJob"]:
         """Open the bundle, and tell on stderr which it is and why.
 
-        targets: where results go. Raises ConfigError if one of them lies in the bundle, BundleError
-        if that takes no instructions.
+        Raises BundleError if it takes no instructions.
         """
         found = find_bundle(self.bundle)
         click.echo(f"bundle: {found.path} ({found.why})", err=True)
-        _check_outside(found.path, *targets)
         Bundle.open(found.path).check_text()  # before minutes are spent on loading
         with Editor.open(found.path, backend=self.backend, variant=self.variant) as editor:
             if self.then:  # not only after the first turns
@@ -170,13 +165,3 @@ class OpenJob:
 def _scales(value: PerScale) -> int:
     """Return how many scales a value can be for."""
     return len(value) if isinstance(value, list) else 1
-
-
-def _check_outside(bundle: Path, *targets: Path | None) -> None:
-    """Refuse to write into the bundle in use, before work is spent.
-
-    Of a folder that is no bundle, opening it says so.
-    """
-    for target in filter(None, targets):
-        if lies_in(target, bundle) and os.path.exists(bundle / MANIFEST):
-            raise ConfigError(f"{target} cannot be written: {IN_BUNDLE}")

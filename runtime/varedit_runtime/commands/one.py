@@ -24,7 +24,7 @@ from varedit_runtime.commands.results import (
 from varedit_runtime.editing.editor import Editor, OnScale, Progress
 from varedit_runtime.editing.masks import fitted
 from varedit_runtime.errors import ConfigError
-from varedit_runtime.files import unwritable
+from varedit_runtime.files import bundle_around, unwritable
 from varedit_runtime.pictures import open_mask, open_picture, side_by_side
 from varedit_runtime.terminal.streams import STREAM
 
@@ -55,7 +55,7 @@ def edit_one(
     mask = order.mask and fitted(open_mask(order.mask), source)
     with (
         nullcontext() if previews is None else made_folder(previews, preview_name("*")),
-        job.opened(target, compare, previews) as opened,
+        job.opened() as opened,
         _watching(opened.editor, previews, job) as on_scale,
     ):
         (turns,) = opened.edit([order], [source], [mask], on_scale)
@@ -100,6 +100,8 @@ def _stdin() -> BinaryIO:
 def made_folder(path: Path, file: str) -> Iterator[None]:
     """Make a folder; delete it at the end if nothing was written to it. file: such as goes in."""
     made = not os.path.lexists(path)
+    if bundle_around(path):  # not even made and deleted there
+        raise ConfigError(f"{path} cannot be written to: {unwritable(path)}")
     try:
         if made:
             try:

@@ -30,7 +30,7 @@ def edit_several(orders: Orders, count: int, folder: Path, job: Job) -> int:
     """Edit pictures, of which there are `count`; return how many could not be edited."""
     read = _read_files(orders) if job.overwrite else frozenset()
     record = Record(folder)
-    with job.opened(folder) as opened, _Told(opened, count) as told:
+    with job.opened() as opened, _Told(opened, count) as told:
         run = _Run(opened, told, record, read)
         places = enumerate(orders)
         while waiting := list(islice(run.waiting(places), opened.editor.variant.batch)):
