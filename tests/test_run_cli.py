@@ -311,6 +311,17 @@ def test_nothing_is_written_into_a_bundle(
     assert not photo.with_name("photo-edited.png").exists()
 
 
+def test_a_prepared_picture_replaces_a_file_only_if_told_to(photo: Path) -> None:
+    output = photo.with_name("out.png")
+    output.write_bytes(b"mine")
+    prepare = ("prepare", photo, "-o", output)
+    fails(run(*prepare), "out.png exists: choose another name, or replace it with --overwrite")
+    assert output.read_bytes() == b"mine"
+    assert run(*prepare, "--overwrite").exit_code == 0
+    with Image.open(output) as image:
+        assert image.size == (512, 512)
+
+
 def test_a_link_to_the_source_is_the_source(photo: Path) -> None:
     link = photo.with_name("link.png")
     link.symlink_to(photo)

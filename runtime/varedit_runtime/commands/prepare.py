@@ -17,22 +17,25 @@ from varedit_runtime.terminal.command import PATH, debug_option
     required=True,
     help="The file to write; .png, .bmp and .tiff keep every pixel.",
 )
+@click.option("--overwrite", is_flag=True, help="Replace a file that exists.")
 @click.option("--res", default=512, show_default=True, help="256, 512 or 1024 px.")
 @click.option("--aspect", default="1:1", show_default=True, help="Height:width; see `grids`.")
 @debug_option
-def prepare(image: Path, output: Path, res: int, aspect: str) -> None:
+def prepare(image: Path, output: Path, overwrite: bool, res: int, aspect: str) -> None:
     """Write IMAGE as a model sees it: upright, sRGB, padded with white, resized.
 
     \b
     varedit-run prepare photo.jpg -o square.png --res 256
     """
-    from varedit_runtime.commands.results import check_targets
-    from varedit_runtime.pictures import open_picture, pad_and_resize, save_picture
+    from varedit_runtime.commands.results import check_free, check_targets, write_new
+    from varedit_runtime.pictures import open_picture, pad_and_resize
 
     check_targets(image, [output])
+    if not overwrite:
+        check_free([output])
     size = picture_size(res, aspect)
     source = open_picture(image)
-    save_picture(pad_and_resize(source, size), output)
+    write_new(pad_and_resize(source, size), output, overwrite)
     height, width = size
     click.echo(f"{output}: {width} x {height}, from {source.width} x {source.height}")
 

@@ -63,7 +63,9 @@ def check_targets(
             raise ConfigError(f"{path} could be overwritten by a preview: choose another folder")
 
 
-def check_free(outputs: Sequence[Path], compare: Path | None, previews: Path | None) -> None:
+def check_free(
+    outputs: Sequence[Path], compare: Path | None = None, previews: Path | None = None
+) -> None:
     """Refuse to replace files that exist, before work is spent."""
     shown = sorted(previews.glob(preview_name("*"))) if previews is not None else []
     for path in filter(None, (*outputs, *shown, compare)):
