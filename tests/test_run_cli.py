@@ -601,3 +601,16 @@ def test_what_cannot_be_measured_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be written"):
         bench.write_report({}, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_report_replaces_nothing_but_json(tmp_path: Path) -> None:
+    mine, old = tmp_path / "keep.png", tmp_path / "old.json"
+    for path in (mine, old):
+        path.write_text("mine")
+    fails(run("bench", small_bundle(), "--json", mine), "a report replaces only files that end in")
+    with pytest.raises(ConfigError, match="File exists"):  # one that appeared meanwhile
+        bench.write_report({}, mine)
+    assert mine.read_text() == "mine"
+    bench.check_report(old)
+    bench.write_report({}, old)
+    assert old.read_text() == "{}\n"

@@ -256,18 +256,28 @@ def check_repeat(repeat: int) -> None:
 
 
 def check_report(path: Path) -> None:
-    """Raise ConfigError, before work is spent, if a report cannot be written there."""
-    if why := unwritable(path):
+    """Raise ConfigError, before work is spent, if a report cannot be written there.
+
+    A report replaces a file only if its name ends in .json, so never a picture or a text.
+    """
+    why = unwritable(path)
+    if why is None and os.path.lexists(path) and not _is_json(path):
+        why = "it exists, and a report replaces only files that end in .json; choose another name"
+    if why is not None:
         raise ConfigError(f"{path} cannot be written: {why}")
 
 
 def write_report(report: Any, path: Path) -> None:
     """Write a report of JSON values, whole or not at all. Raises ConfigError if that fails."""
     try:
-        with atomic_file(path) as whole:
+        with atomic_file(path, replace=_is_json(path)) as whole:
             whole.write_text(json.dumps(report, indent=1) + "\n")
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _is_json(path: Path) -> bool:
+    return path.suffix.lower() == ".json"
 
 
 def memory_in_use() -> int | None:
