@@ -260,6 +260,15 @@ def test_overwriting_replaces_results_of_before_and_nothing_else() -> None:
     assert "b-edited-2.png" not in names()
 
 
+def test_overwriting_edits_anew_what_is_finished() -> None:
+    again = [run("photos/a.png", "red", "-o", "out/", "--overwrite", "--json") for _ in range(2)]
+    first, second = (line for done in again for line in lines(done))
+    assert first["output"] == second["output"] == "out/a-edited.png"
+    assert first["seed"] != second["seed"] and "finished_before" not in second
+    (kept,) = lines(run("photos/a.png", "red", "-o", "out/", "--json"))
+    assert kept["finished_before"] and kept["seed"] == second["seed"]
+
+
 # Resuming
 
 

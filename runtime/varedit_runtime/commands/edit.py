@@ -121,7 +121,7 @@ def _per_scale(name: str, help: str) -> Callable[[Callable[..., None]], Callable
     metavar="FILE|FOLDER",
     help="Where to write; by default beside IMAGE, with -edited in the name.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace files that exist.")
+@click.option("--overwrite", is_flag=True, help="Replace files that exist, finished results too.")
 @click.option("--bundle", type=BUNDLE, help="The model's bundle; see `bundles`.")
 @click.option("--variant", metavar="NAME", help="The bundle's variant; by default its first.")
 @click.option("--seed", type=int, help="The same seed gives the same picture; random if left out.")

@@ -81,7 +81,7 @@ class _Run:
             key = key_of(order, self._opened.common)
         except OSError as error:
             raise PictureError(f"{error.filename} cannot be read: {error.strerror}") from error
-        if finished := self._record.take(key):
+        if not self._opened.job.overwrite and (finished := self._record.take(key)):
             self._own.add(finished.output)
             self._told.finished(place, order, self._folder / finished.output, finished.seed)
             return None
