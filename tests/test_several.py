@@ -484,8 +484,10 @@ def test_a_full_disk_ends_the_run() -> None:
 
 REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "no folder": (("photos", "red"), "several results need a folder: name it with -o"),
-    "to stdout": (("photos", "red", "-o", "-"), "several results need a folder"),
-    "a file": (("photos", "red", "-o", "out.png"), "several results need a folder"),
+    "to stdout": (("photos", "red", "-o", "-"), "standard output takes one picture"),
+    "a file": (("photos", "red", "-o", "out.png"), "out.png is no folder, and several results"),
+    "missing": (("missing/", "red", "-o", "new"), "missing cannot be read: No such file"),
+    "no slash": (("photos/a.png", "red", "-o", "new"), "end it in .png for a picture, or in / for"),
     "nowhere": (("photos", "red", "-o", "no/out"), "no/out cannot be made a folder: No such file"),
     "in a bundle": (("photos", "red", "-o", small_bundle), "it would lie in the bundle"),
     "the same": (("photos", "red", "-o", "photos/"), "photos/ has the pictures"),
@@ -494,8 +496,8 @@ REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
         ("photos/a.png", "red", "blue", "-o", "out"),
         "there is no picture 'red'; an instruction after the first is given with --then",
     ),
-    "stdin too": (("-", "photos/a.png", "red", "-o", "out"), "standard input is one picture"),
-    "stdin in a folder": (("-", "red", "-o", "out/"), "standard input is one picture"),
+    "stdin too": (("-", "photos/a.png", "red", "-o", "out"), "must be the only picture"),
+    "stdin in a folder": (("-", "red", "-o", "out/"), "has no name for a result in out/: give"),
     "compare": (("photos", "red", "-o", "out", "--compare", "c.png"), "are of one picture"),
     "previews": (("photos", "red", "-o", "out", "--previews", "p"), "are of one picture"),
 }

@@ -241,9 +241,17 @@ def _folder(images: Sequence[str], listed: Path | None, output: str | None) -> P
             "--then"
         )
     if STREAM in images:
-        raise ConfigError(f"standard input is one picture: give -o FILE, or -o {STREAM}")
-    if not named or (not is_folder and Path(named).suffix.lower() in WRITE_FORMATS):
+        raise ConfigError(
+            "standard input must be the only picture: save it as a file, to edit it with others"
+            if several
+            else f"standard input has no name for a result in {named}: give -o FILE, or -o {STREAM}"
+        )
+    if output == STREAM:
+        raise ConfigError("standard output takes one picture: name a folder with -o")
+    if not named:
         raise ConfigError("several results need a folder: name it with -o")
+    if not is_folder and Path(named).suffix.lower() in WRITE_FORMATS:
+        raise ConfigError(f"{named} is no folder, and several results need one: name it with -o")
     for image in images:
         if os.path.isdir(image) and same_file(Path(image), Path(named)):
             raise ConfigError(

@@ -23,7 +23,7 @@ from varedit_runtime.commands.results import (
 )
 from varedit_runtime.editing.editor import Editor, OnScale, Progress
 from varedit_runtime.editing.masks import fitted
-from varedit_runtime.errors import ConfigError
+from varedit_runtime.errors import ConfigError, PictureError
 from varedit_runtime.files import bundle_around, unwritable
 from varedit_runtime.pictures import open_mask, open_picture, side_by_side
 from varedit_runtime.terminal.streams import STREAM
@@ -43,6 +43,7 @@ def edit_one(
     """
     if from_stdin and output is None:
         raise ConfigError(f"name the result of standard input: -o FILE, or -o {STREAM}")
+    _check_there(None if from_stdin else order.image, order.mask)
     target = _target(order, output, job)
     image = None if from_stdin else order.image
     outputs = [] if target is None else [*step_names(target, job.kept), target]
@@ -70,6 +71,15 @@ def edit_one(
     click.echo(opened.tell(order, target or STREAM, turns), err=target is None)
 
 
+def _check_there(*paths: Path | None) -> None:
+    """Raise PictureError if a file is missing, before the name of the result is judged."""
+    for path in filter(None, paths):
+        try:
+            path.stat()
+        except OSError as error:
+            raise PictureError(f"{path} cannot be read: {error.strerror}") from error
+
+
 def _target(order: Order, output: str | None, job: Job) -> Path | None:
     """Return where the result goes, as far as it is known now: None for standard output."""
     if output is None:
@@ -80,6 +90,11 @@ def _target(order: Order, output: str | None, job: Job) -> Path | None:
             if job.overwrite or not any(map(os.path.lexists, (*step_names(name, job.kept), name)))
         )
     if output != STREAM:
+        if not Path(output).suffix:
+            raise ConfigError(
+                f"{output} is neither a folder that exists nor a picture's name: end it in .png for "
+                "a picture, or in / for a new folder"
+            )
         return Path(output)
     if sys.stdout.isatty():
         raise ConfigError("a terminal shows no picture: send standard output into a file or a pipe")
