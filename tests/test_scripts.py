@@ -98,6 +98,7 @@ def test_a_file_named_like_a_stream_is_written_with_a_slash(photo: Path) -> None
             ("photo.png", "red", "-o", "-", "--then", "blue", "--keep-steps"),
             "--keep-steps needs names: give -o a file",
         ),
+        (("photo.png", "red", "--keep-steps"), "--keep-steps is for the pictures between turns"),
     ],
 )
 def test_what_streams_cannot_do_is_refused(words: tuple[str, ...], message: str) -> None:

@@ -427,7 +427,7 @@ def test_two_commands_at_once_share_a_folder() -> None:
 def test_a_picture_that_fails_does_not_stop_the_others(photos: Path) -> None:
     (photos / "b.png").write_bytes(b"no picture")
     os.mkfifo(photos / "pipe.png")
-    done = run("photos", "red", "-o", "out", "--json")
+    done = run("photos", "red", "--seed", 5, "-o", "out", "--json")
     fails(
         done,
         "picture 2 of 4: photos/b.png cannot be read: it is not a picture",
@@ -436,12 +436,12 @@ def test_a_picture_that_fails_does_not_stop_the_others(photos: Path) -> None:
     )
     assert names() == ["a-edited.png", "c-edited.png", RECORD]
     error = lines(done)[1]
-    assert (error["input"], error["output"]) == ("photos/b.png", None)
+    assert (error["input"], error["output"], error["seed"]) == ("photos/b.png", None, 5)
     assert error["error"]["type"] == "PictureError" and error["error"]["exit_code"] == 1
     assert error["error"]["message"].startswith("picture 2 of 4: photos/b.png cannot be read")
     picture(9, 9).save(photos / "b.png")
     (photos / "pipe.png").unlink()
-    assert run("photos", "red", "-o", "out").stdout.count("finished") == 2
+    assert run("photos", "red", "--seed", 5, "-o", "out").stdout.count("finished") == 2
 
 
 def test_a_batch_with_one_that_fails_is_edited_without_it() -> None:

@@ -46,6 +46,8 @@ class Job:
 
     def check(self) -> None:
         """Raise ConfigError or TextError on what no bundle can take."""
+        if self.keep_steps and not self.then:
+            raise ConfigError("--keep-steps is for the pictures between turns: give --then too")
         for text in self.then:
             check_instruction(text)
         guidance, temperature = self.settings["guidance_scale"], self.settings["temperature"]
@@ -159,6 +161,7 @@ class OpenJob:
             "then": self.job.then,
             "negative_prompt": order.negative_prompt,
             "mask": order.mask and str(order.mask),
+            "seed": order.seed,
         }
 
 
