@@ -517,6 +517,7 @@ def test_what_cannot_be_done_is_refused_at_once(words: tuple[object, ...], messa
         (("--list", "l.csv", "red"), "--list names pictures and instructions: leave out"),
         (("photos/a.png", "photos/b.png"), "photos/b.png is a picture: the instruction comes last"),
         (("photos/a.png",), "Missing argument 'INSTRUCTION'"),
+        (("bundels",), "no command 'bundels'; did you mean bundles?"),
         (("-o", "out"), "Missing argument 'IMAGE...'"),
     ],
 )

@@ -4,6 +4,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -212,6 +213,8 @@ def _check_words(
             )
         return
     if not images:
+        if instruction is not None and not os.path.lexists(instruction):
+            _check_command(ctx, instruction)
         missing = "images" if instruction is None else "instruction"
         (param,) = (param for param in ctx.command.params if param.name == missing)
         raise click.MissingParameter(ctx=ctx, param=param)
@@ -220,6 +223,15 @@ def _check_words(
     name = instruction or ""
     if name.lower().endswith(READ_SUFFIXES) and os.path.isfile(name):
         raise click.UsageError(f"{name} is a picture: the instruction comes last", ctx)
+
+
+def _check_command(ctx: click.Context, word: str) -> None:
+    """Raise UsageError if the only word that was typed is nearly the name of a command."""
+    group = ctx.find_root().command
+    assert isinstance(group, click.Group)
+    commands = [name for name, command in group.commands.items() if not command.hidden]
+    if close := get_close_matches(word, commands, n=1):
+        raise click.UsageError(f"no command {shown(word)}; did you mean {close[0]}?", ctx)
 
 
 def _folder(images: Sequence[str], listed: Path | None, output: str | None) -> Path | None:
