@@ -367,7 +367,7 @@ class Manifest(FolderManifest, frozen=True):
             if name in (None, variant.name):
                 return variant
         known = ", ".join(variant.name for variant in self.variants)
-        raise BundleError(f"bundle {self.name} has no variant {shown(name)}; it has {known}")
+        raise BundleError(f"the bundle has no variant {shown(name)}; it has {known}")
 
 
 AnyManifest = TypeVar("AnyManifest", bound=FolderManifest)

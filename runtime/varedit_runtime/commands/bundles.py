@@ -16,7 +16,7 @@ from varedit_runtime.terminal.command import BUNDLE, debug_option
 if TYPE_CHECKING:
     from varedit_runtime.manifest import Variant
 
-_HEADINGS = ("", "name", "model", "resolution", "precision", "size", "edits", "folder")
+_HEADINGS = ("", "name", "model", "resolution", "precision", "size", "can edit", "folder")
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,9 @@ class Listed:
 
 
 @click.command()
-@click.option("--set", "chosen", type=BUNDLE, help="Make this bundle the default.")
+@click.option(
+    "--set", "chosen", type=BUNDLE, metavar="NAME|PATH", help="Make this bundle the default."
+)
 @click.option("--clear", is_flag=True, help="Make nano the default again.")
 @click.option("--json", "as_json", is_flag=True, help="Print the list as JSON.")
 @debug_option

@@ -123,7 +123,9 @@ def _per_scale(name: str, help: str) -> Callable[[Callable[..., None]], Callable
     help="Where to write; by default beside IMAGE, with -edited in the name.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace files that exist, finished results too.")
-@click.option("--bundle", type=BUNDLE, help="The model's bundle; see `bundles`.")
+@click.option(
+    "--bundle", type=BUNDLE, metavar="NAME|PATH", help="The model's bundle; see `bundles`."
+)
 @click.option("--variant", metavar="NAME", help="The bundle's variant; by default its first.")
 @click.option("--seed", type=int, help="The same seed gives the same picture; random if left out.")
 @_per_scale("--guidance-scale", "How much the instruction counts.")

@@ -92,8 +92,8 @@ def _target(order: Order, output: str | None, job: Job) -> Path | None:
     if output != STREAM:
         if not Path(output).suffix:
             raise ConfigError(
-                f"{output} is neither a folder that exists nor a picture's name: end it in .png for "
-                "a picture, or in / for a new folder"
+                f"{output} is neither a folder that exists nor a picture's name: end it in .png "
+                "for a picture, or in / for a new folder"
             )
         return Path(output)
     if sys.stdout.isatty():

@@ -134,8 +134,6 @@ class _Path(click.Path):
 class _BundlePath(_Path):
     """A bundle, by a name that `locate.named` knows or by its folder."""
 
-    name = "name|path"
-
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         from varedit_runtime.locate import named
 
