@@ -262,7 +262,7 @@ def test_prepare_writes_what_a_model_sees(tmp_path: Path):
         assert (written.mode, written.size) == ("RGB", (256, 256))
         assert written.getpixel((255, 100)) == (0, 0, 0)
         assert written.getpixel((255, 156)) == (255, 255, 255)
-    done = command("varedit-run", "prepare", source, "-o", output, "--aspect", "2:1")
+    done = command("varedit-run", "prepare", source, "-o", output, "--aspect", "2:1", "--overwrite")
     assert done.stdout == f"{output}: 368 x 736, from 40 x 20\n"
 
 
