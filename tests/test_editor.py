@@ -625,7 +625,7 @@ def test_threads_are_counted_from_one(threads: Any) -> None:
 
 def test_a_provider_is_taken_or_refused_and_told(shared: Editor) -> None:
     assert shared.provider == shared.backend.provider == "cpu"
-    with pytest.raises(BackendError, match="there are cpu, cuda"):
+    with pytest.raises(ConfigError, match="there are cpu, cuda"):
         Editor.open(small_bundle(), provider="CPU")
     with pytest.raises(ConfigError, match="no backend is called 'cuda'; there are onnxruntime, t"):
         Editor.open(small_bundle(), backend="cuda")

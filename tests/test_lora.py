@@ -596,7 +596,7 @@ def test_the_command_takes_several(tmp_path: Path) -> None:
     arguments = ("build", *recorded, "--lora", style, "--lora", f"{tmp_path}/none:0.5")
     run = CliRunner().invoke(main, [str(argument) for argument in arguments])
     assert run.exit_code == 1
-    assert run.stderr.startswith(f"Error: {tmp_path}/none is no .safetensors file: adapters are")
+    assert f"\nError: {tmp_path}/none is no .safetensors file: adapters are" in run.stderr
 
 
 def test_the_default_folder_is_not_that_of_none(tmp_path: Path) -> None:

@@ -118,10 +118,11 @@ def test_the_command_takes_a_longest_side(tmp_path: Path, nano: Editor) -> None:
     source.save(tmp_path / "photo.png")
     sizes: dict[str, Any] = {"45": 45, "model": "model", str(10 * height): "source"}
     for given, wanted in sizes.items():
-        done = run(tmp_path, "--seed", 7, "--max-side", given)
+        edited_file = tmp_path / f"{given}.png"
+        done = run(tmp_path, "--seed", 7, "--max-side", given, "-o", edited_file)
         assert done.exit_code == 0, done.output
         expected = nano.edit(source, "red", seed=7, output_size=wanted).image
-        with Image.open(tmp_path / "photo-edited.png") as edited:
+        with Image.open(edited_file) as edited:
             assert (edited.size, edited.tobytes()) == (expected.size, expected.tobytes())
         assert f"{expected.width} x {expected.height}" in done.stdout
 
