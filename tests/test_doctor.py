@@ -399,6 +399,10 @@ ROW = "570.1, NVIDIA RTX 4090, 8.9, 22888, 19073\n"
             Nvidia("540.4.0", (Gpu("Orin", "sm87", None, AVAILABLE),)),
         ),
         (smi(""), Nvidia(None, (), "nvidia-smi names none")),
+        (
+            smi("570.1, \x1b[2J, 8.9, 22888, 19073\n"),
+            Nvidia("570.1", (replace(ADA, name="\\x1b[2J", memory=22888 << 20, free=19073 << 20),)),
+        ),
         (timed_out, Nvidia(None, (), "nvidia-smi gave no answer in 10 s")),
     ],
 )

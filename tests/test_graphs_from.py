@@ -118,6 +118,14 @@ def test_a_damaged_graph_is_refused(tmp_path: Path, base: Bundle) -> None:
         quick(tmp_path / "quick", base)
 
 
+@pytest.mark.parametrize("damage", [b"", b"\xff" * 100])
+def test_what_is_no_graph_is_refused(tmp_path: Path, base: Bundle, damage: bytes) -> None:
+    (variant,) = base.manifest.variants
+    write_graph(base, variant.graphs["scale_02"].file, damage)
+    with pytest.raises(BundleError, match=r"scale_02\.onnx "):
+        quick(tmp_path / "quick", Bundle.open(base.path))
+
+
 def test_nothing_is_planned_for_tracing(tmp_path: Path, base: Bundle) -> None:
     traced, taken = plan(tmp_path / "new", None), plan(tmp_path / "new", base)
     assert needs(traced).seconds - needs(taken).seconds >= 100

@@ -26,7 +26,7 @@ def editor() -> Iterator[Editor]:
 
 def counted(editor: Editor) -> Counter[str]:
     """Count the stages that run from now on, by name."""
-    runs, backend = Counter[str](), editor.backend
+    runs, backend = Counter[str](), editor._open_backend()
     assert isinstance(backend, GraphBackend)
     run = backend._run
 
@@ -125,6 +125,13 @@ def test_whoever_takes_the_backend_may_have_changed_its_caches(editor: Editor) -
     editor.backend.prefill(np.zeros((1, 6, 6, 16), np.float32))
     assert same([editor.edit(PHOTO, "red", seed=1)], [first])
     assert runs["prefill"] == 3
+
+
+def test_the_backend_may_be_held_while_the_editor_edits(editor: Editor) -> None:
+    first, backend = editor.edit(PHOTO, "red", seed=1), editor.backend
+    editor.edit(PHOTO, "red", seed=2)
+    backend.prefill(np.zeros((1, 6, 6, 16), np.float32))
+    assert same([editor.edit(PHOTO, "red", seed=1)], [first])
 
 
 def test_an_edit_that_ended_early_leaves_no_prefill(editor: Editor) -> None:

@@ -192,6 +192,20 @@ def test_a_folder_that_is_no_bundle_is_never_replaced(target: Path):
     assert (target / "thesis.txt").read_text() == "years of work"
 
 
+def test_files_of_others_in_a_bundle_are_not_deleted_with_it(target: Path):
+    publish(target)
+    for name in ("edited.png", "graphs/notes.txt"):
+        (target / name).parent.mkdir(exist_ok=True)
+        (target / name).write_text("mine")
+        with pytest.raises(BundleError, match=f"{name} is no file of the bundle"):
+            publish(target, seed=1)
+        assert (target / name).read_text() == "mine"
+        (target / name).unlink()
+        assert seed_of(target) == 0
+    publish(target, seed=1)
+    assert seed_of(target) == 1
+
+
 def test_a_place_that_cannot_be_written_is_an_error(tmp_path: Path):
     (tmp_path / "file").touch()
     with pytest.raises(BundleError, match="Not a directory"):

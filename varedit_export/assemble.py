@@ -7,6 +7,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import onnx_ir as ir
+from msgspec import structs
 
 from varedit_engines import OnStep
 from varedit_engines.engine_cache import copy_sets
@@ -19,6 +20,7 @@ from varedit_export.parity.compare_bundle import compare_bundle
 from varedit_export.parity.measures import gate
 from varedit_export.plan import BundlePlan, GraphPlan, VariantPlan, VariantRequest
 from varedit_reference.weights_file import check_room
+from varedit_runtime.backends.graph_file import read_graph
 from varedit_runtime.backends.onnxruntime.integers import check_exact
 from varedit_runtime.bundle import Bundle, work_folder
 from varedit_runtime.manifest import (
@@ -108,10 +110,11 @@ class _Work:
         self._next(f"graph {graph.name}{several}")
         file, key = variant.file(graph), _key(self.plan, variant.request, graph.name)
         if (other := self.plan.graphs_from) is not None:
-            data = other.graph_bytes(variant.request.name, graph.name)
-            self.staging.file(file).write_bytes(data)
+            there = other.manifest.variant(variant.request.name)
+            self.staging.file(file).write_bytes(read_graph(other, there, graph.name))
             self.staging.record(file)
-        elif not self.staging.kept(file, key):
+            return structs.replace(there.graphs[graph.name], file=file)
+        if not self.staging.kept(file, key):
             model = tracer.graph(graph.stage, graph.depth, graph.binding)
             ir.save(model, self.staging.file(file))
             self.staging.record(file, key)

@@ -21,6 +21,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from filelock import FileLock, Timeout
@@ -46,6 +47,12 @@ class _Finished(msgspec.Struct, frozen=True):
 
     key: str
     entry: FileEntry
+
+
+class _Listing(msgspec.Struct):
+    """What a manifest of any version says of its folder's files."""
+
+    files: dict[str, Any]
 
 
 class Staging:
@@ -194,6 +201,11 @@ class Staging:
                 f"{self.target} exists and is not a bundle, so it is not replaced: "
                 "choose another folder"
             )
+        if names and (others := _unlisted(self.target)):
+            raise BundleError(
+                f"{others[0]} is no file of the bundle in {self.target}, which replacing it would "
+                "delete: move it, or choose another folder"
+            )
 
     def _refuse_links(self) -> None:
         """Refuse symlinks: one planted here would make us write outside the build folder."""
@@ -257,6 +269,19 @@ class Staging:
         self._journal_path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(self._journal_path) as whole:
             whole.write_bytes(msgspec.json.encode(self._journal))
+
+
+def _unlisted(bundle: Path) -> list[Path]:
+    """Return the files in a bundle that are not its own: neither listed nor of engine sets."""
+    try:
+        listed = msgspec.json.decode((bundle / MANIFEST).read_bytes(), type=_Listing).files
+    except (OSError, ValueError):  # a damaged bundle is replaced, as errors advise
+        return []
+    own = {bundle / name for name in (MANIFEST, DIGEST, *listed)}
+    files = (Path(folder, file) for folder, _, files in os.walk(bundle) for file in files)
+    return sorted(
+        path for path in files if path not in own and bundle / ENGINES not in path.parents
+    )
 
 
 def _move_engines(previous: Path, target: Path) -> None:

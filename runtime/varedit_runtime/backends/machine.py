@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from varedit_runtime.errors import one_line
+from varedit_runtime.errors import one_line, printable
 from varedit_runtime.precision import Precision
 
 if TYPE_CHECKING:
@@ -134,7 +134,13 @@ def _by_cuda(otherwise: Nvidia) -> Nvidia:
 def _by_smi() -> Nvidia:
     command = ["nvidia-smi", f"--query-gpu={SMI_FIELDS}", "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SMI_SECONDS)
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            errors="backslashreplace",
+            timeout=SMI_SECONDS,
+        )
     except subprocess.TimeoutExpired:
         return Nvidia(None, (), f"nvidia-smi gave no answer in {SMI_SECONDS} s")
     except OSError as error:
@@ -142,7 +148,7 @@ def _by_smi() -> Nvidia:
     rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines()]
     rows = [row for row in rows if len(row) == 5]
     gpus = tuple(
-        Gpu(name, f"sm{capability.replace('.', '')}", _mebibytes(total), _free(free))
+        Gpu(printable(name), f"sm{capability.replace('.', '')}", _mebibytes(total), _free(free))
         for _, name, capability, total, free in rows
         if capability[:1].isdecimal()
     )

@@ -204,9 +204,11 @@ class Editor:
     def backend(self) -> Backend:
         """The backend, to run stages one by one while nothing else uses the editor.
 
+        Once it was asked for, edits keep no prefill: its caches may be another picture's.
+
         Raises EditorError if the editor is closed.
         """
-        self._kept.forget()  # it can be given other caches
+        self._kept.share()
         return self._open_backend()
 
     def _open_backend(self) -> Backend:

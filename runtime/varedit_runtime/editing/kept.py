@@ -28,6 +28,11 @@ class Kept:
         self._texts: OrderedDict[bytes, np.ndarray] = OrderedDict()
         self._sources: OrderedDict[bytes, np.ndarray] = OrderedDict()
         self._prefilled: tuple[Prompts, np.ndarray] | None = None
+        self._shared = False
+
+    def share(self) -> None:
+        """Trust no prefill from now on: others have the backend, and may fill its caches."""
+        self._shared, self._prefilled = True, None
 
     def forget(self) -> None:
         """Drop everything."""
@@ -53,7 +58,7 @@ class Kept:
 
     def prefilled(self, prompts: Prompts, pictures: np.ndarray) -> None:
         """Say that the caches hold the prefill of an edit, with all rows that it began with."""
-        self._prefilled = prompts, pictures
+        self._prefilled = None if self._shared else (prompts, pictures)
 
 
 def _of_rows(
