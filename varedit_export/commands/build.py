@@ -185,9 +185,9 @@ def _checked(options: BuildOptions, chosen: ChosenBackend, as_default: bool) -> 
     """Return the options, with a precision, after checking them by themselves."""
     if options.precision == AUTO:
         options = replace(options, precision=best_precision(chosen))
-    check_build(options)
     if as_default:
         _check_default(options)
+    check_build(options)
     return options
 
 
