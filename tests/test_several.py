@@ -444,6 +444,17 @@ def test_a_picture_that_fails_does_not_stop_the_others(photos: Path) -> None:
     assert run("photos", "red", "--seed", 5, "-o", "out").stdout.count("finished") == 2
 
 
+def test_names_of_files_say_nothing_to_the_terminal_on_stderr() -> None:
+    odd = Path("photos/\033]0;title\a\nError: mine.png")
+    odd.write_bytes(b"no picture")
+    done = run(odd, "red", "-o", "out/", "--json")
+    shown = r"photos/\x1b]0;title\x07 Error: mine.png"
+    fails(done, f"picture 1 of 1: {shown} cannot be read", "1 of 1 pictures could not")
+    assert lines(done)[0]["error"]["message"].startswith(f"picture 1 of 1: {shown} cannot be read")
+    done = run("photos/a.png", "red", bundle=lambda: Path("no\033]0;title\a"))
+    assert done.exit_code == 1 and all(map(str.isprintable, done.stderr.splitlines()))
+
+
 def test_a_batch_with_one_that_fails_is_edited_without_it() -> None:
     rows = ["a.png,red", f"b.png,{'x' * TEXT_TOKENS}", "c.png,red"]
     Path("photos/list.csv").write_text("\n".join(["image,instruction", *rows]))

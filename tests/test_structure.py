@@ -71,6 +71,18 @@ def imports(module: str) -> Iterator[str]:
         yield from (name for name in names if name in sources())
 
 
+def test_one_function_of_each_command_says_lines_on_stderr() -> None:
+    """Any other would have to make them printable itself."""
+    writing = {
+        module
+        for module in sources()
+        if module.startswith(("varedit_runtime", "varedit_export"))
+        for node in ast.walk(tree(module))
+        if isinstance(node, ast.keyword) and node.arg == "err"
+    }
+    assert writing == {"varedit_runtime.terminal.command", "varedit_export.console"}
+
+
 def test_files_import_each_other_in_no_circle() -> None:
     try:
         TopologicalSorter({module: set(imports(module)) for module in sources()}).prepare()

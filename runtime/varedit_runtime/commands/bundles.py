@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from varedit_runtime.errors import BundleError, ConfigError, VareditError, printable, readable_size
-from varedit_runtime.terminal.command import BUNDLE, debug_option
+from varedit_runtime.terminal.command import BUNDLE, debug_option, say
 
 if TYPE_CHECKING:
     from varedit_runtime.manifest import Variant
@@ -60,7 +60,7 @@ def bundles(chosen: Path | None, clear: bool, as_json: bool) -> None:
     if chosen and clear:
         raise ConfigError("--set and --clear contradict each other: give one of them")
     if chosen or clear:
-        click.echo(choose_default(chosen), err=True)
+        say(choose_default(chosen))
     listed = list(_listed())
     try:
         found = find_bundle(None)
@@ -72,7 +72,7 @@ def bundles(chosen: Path | None, clear: bool, as_json: bool) -> None:
         click.echo(json.dumps(told, indent=1))
     else:
         click.echo(_table(listed))
-        click.echo(f"varedit-run uses {used} ({why})" if used else why, err=True)
+        say(f"varedit-run uses {used} ({why})" if used else why)
 
 
 def _listed() -> Iterator[Listed]:

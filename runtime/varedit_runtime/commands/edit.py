@@ -21,6 +21,7 @@ from varedit_runtime.terminal.command import (
     BackendCommand,
     backend_option,
     debug_option,
+    say,
     tell_errors_as_json,
 )
 from varedit_runtime.terminal.streams import STREAM
@@ -61,7 +62,7 @@ class EditCommand(BackendCommand):
                 show(message, category, *of)
             elif str(message) not in told:  # that of another picture
                 told.add(str(message))
-                click.echo(f"Warning: {message}", err=True)
+                say(f"Warning: {message}")
 
         with warnings.catch_warnings():
             warnings.simplefilter("always", EditWarning)

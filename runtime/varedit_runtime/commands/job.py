@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import click
 from PIL import Image
 
 from varedit_runtime.backends import ChosenBackend
@@ -19,6 +18,7 @@ from varedit_runtime.editing.arguments import DRAWN_SEEDS, Settings
 from varedit_runtime.editing.editor import Editor, EditResult, OnScale, read_instructions
 from varedit_runtime.errors import ConfigError
 from varedit_runtime.locate import Found, find_bundle
+from varedit_runtime.terminal.command import say
 from varedit_runtime.text import check_instruction
 from varedit_runtime.values import PerScale, per_scale, temperature_per_scale
 
@@ -63,7 +63,7 @@ class Job:
         Raises BundleError if it takes no instructions.
         """
         found = find_bundle(self.bundle)
-        click.echo(f"bundle: {found.path} ({found.why})", err=True)
+        say(f"bundle: {found.path} ({found.why})")
         Bundle.open(found.path).check_text()  # before minutes are spent on loading
         with Editor.open(found.path, backend=self.backend, variant=self.variant) as editor:
             if self.then:  # not only after the first turns

@@ -26,6 +26,7 @@ from varedit_runtime.editing.masks import fitted
 from varedit_runtime.errors import ConfigError, PictureError
 from varedit_runtime.files import bundle_around, unwritable
 from varedit_runtime.pictures import open_mask, open_picture, side_by_side
+from varedit_runtime.terminal.command import say
 from varedit_runtime.terminal.streams import STREAM
 
 
@@ -68,7 +69,8 @@ def edit_one(
         target = write_steps(names, images[-job.kept :], job.overwrite)
     if compare is not None:
         write_new(side_by_side(source, images[-1]), compare, job.overwrite)
-    click.echo(opened.tell(order, target or STREAM, turns), err=target is None)
+    show = say if target is None else click.echo
+    show(opened.tell(order, target or STREAM, turns))
 
 
 def _check_there(*paths: Path | None) -> None:

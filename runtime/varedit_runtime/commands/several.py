@@ -20,9 +20,9 @@ from varedit_runtime.commands.record import Record, key_of
 from varedit_runtime.commands.results import edited_names, step_names, write_steps
 from varedit_runtime.editing.editor import EditResult
 from varedit_runtime.editing.masks import fitted
-from varedit_runtime.errors import PictureError, VareditError, reason
+from varedit_runtime.errors import PictureError, VareditError, printable, reason
 from varedit_runtime.pictures import open_mask, open_picture
-from varedit_runtime.terminal.command import error_as_json
+from varedit_runtime.terminal.command import error_as_json, say
 from varedit_runtime.terminal.streams import OutputError
 
 
@@ -184,11 +184,11 @@ class _Told:
             raise error
         self._failed += 1
         which = f"picture {place + 1} of {self._count}"
-        if str(order.image) not in str(error):
+        if printable(str(order.image)) not in str(error):
             which += f", {order.image}"
-        message = f"{which}: {reason(error)}"
+        message = printable(f"{which}: {reason(error)}")
         self._clear()
-        click.echo(f"Error: {message}", err=True)
+        say(f"Error: {message}")
         if self._opened.job.as_json:
             self._say(json.dumps(self._opened.asked(order) | error_as_json(error, message, 1)))
         else:
@@ -198,7 +198,7 @@ class _Told:
         """Tell on stderr how many failed, and return that."""
         if self._failed:
             told = f"{self._failed} of {self._count} pictures could not be edited"
-            click.echo(f"Error: {told}", err=True)
+            say(f"Error: {told}")
         return self._failed
 
     def _say(self, line: str) -> None:
@@ -208,7 +208,7 @@ class _Told:
 
     def _clear(self) -> None:
         if self._bar is not None:
-            click.echo("\r\033[K", nl=False, err=True)
+            click.echo("\r\033[K", nl=False, file=sys.stderr)
 
     def _advance(self) -> None:
         self._done += 1

@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import Field, dataclass, field, fields
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -51,6 +50,11 @@ debug_option = click.option(
     callback=_remember,
     help="Show tracebacks, and the warnings of libraries.",
 )
+
+
+def say(line: str) -> None:
+    """Print a line on stderr, `printable` whatever names of files or messages are in it."""
+    click.echo(printable(line), err=True)
 
 
 class CommandGroup(click.Group):
@@ -107,7 +111,7 @@ def _print_json(error: BaseException, code: int) -> None:
 def _exit_code(error: BaseException, run: _Run) -> int:
     """Tell an error on stderr; return the exit code. Raises it if nobody could have expected it."""
     if run.signals or isinstance(error, click.Abort | KeyboardInterrupt):
-        click.echo(_INTERRUPTED, err=True)  # whatever a library has made of a signal
+        say(_INTERRUPTED)  # whatever a library has made of a signal
         return 128 + next(iter(run.signals), signal.SIGINT)
     if isinstance(error, click.UsageError):
         if not isinstance(error, click.exceptions.NoArgsIsHelpError):
@@ -117,7 +121,7 @@ def _exit_code(error: BaseException, run: _Run) -> int:
     if isinstance(error, OutputError) and isinstance(error.__cause__, BrokenPipeError):
         return _FAILED  # `| head` has read enough, and wants no message
     if isinstance(error, VareditError | OSError | MemoryError):
-        click.echo(f"Error: {reason(error)}", err=True)
+        say(f"Error: {reason(error)}")
         return _FAILED
     raise error
 
@@ -191,9 +195,7 @@ class BackendCommand(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         options = {name: ctx.params.pop(name) for name in _backend_options(ctx)}
-        ctx.params["backend"] = wanted_backend(
-            ctx.params["backend"], partial(click.echo, err=True), **options
-        )
+        ctx.params["backend"] = wanted_backend(ctx.params["backend"], say, **options)
         return super().invoke(ctx)
 
 
