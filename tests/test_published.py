@@ -269,6 +269,7 @@ def tiny_table(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     table = {"tiny-2b": Published(VAREDIT, {256: "TINY.pth"}, "vae.pth")}
     monkeypatch.setattr(published, "PUBLISHED", table)
     monkeypatch.setattr("varedit_export.resolve_options.PUBLISHED", table)
+    monkeypatch.setattr("varedit_export.check_options.PUBLISHED", table)
 
 
 def test_what_the_build_needs_is_told_before_the_download(

@@ -269,8 +269,8 @@ def test_what_cannot_be_done_is_one_line_and_leaves_no_file(
     ("backend", "absent", "said"),
     [
         ("tensorrt", "tensorrt", r"\(tensorrt is missing\); run: pip install .*\[tensorrt\]"),
-        ("tensorrt-rtx", "tensorrt_rtx", r"tensorrt_rtx is not .*export\[tensorrt-rtx\]"),
-        ("tensorrt-rtx", "cuda.core", r"cuda.core is not .*export\[cuda\]"),
+        ("tensorrt-rtx", "tensorrt_rtx", r"\(tensorrt_rtx is missing\); .*\[tensorrt-rtx\]"),
+        ("tensorrt-rtx", "cuda.core", r"\(cuda.core is missing\); run: pip install .*\[cuda\]"),
     ],
 )
 def test_what_engines_need_is_named(
