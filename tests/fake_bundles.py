@@ -118,6 +118,7 @@ def publish_textless(target: Path) -> Path:
 
     def drop(manifest: dict[str, Any]) -> None:
         del manifest["files"]["tokenizer.json"]
+        (target / "tokenizer.json").unlink()
         del manifest["variants"][0]["graphs"]["text_encoder"]
 
     return _republished(target, drop)
