@@ -86,9 +86,7 @@ def per_picture(name: str, value: object) -> list[Any] | None:
     It is a list of lists, or an array or tensor of two dimensions; each of its rows holds one
     number, which is returned alone, or one per scale. Raises ConfigError as `entries` does.
     """
-    rows = _entries(
-        name, value, lambda x: _dimensions(x) == 2 or (is_list(x) and len(x) > 0 and is_list(x[0]))
-    )
+    rows = _entries(name, value, _has_rows)
     if rows is None:
         return None
     listed = [entries(name, row) for row in rows]
