@@ -21,6 +21,7 @@ from typing import Any
 
 import msgspec
 
+from varedit_runtime.bundle import file_digest
 from varedit_runtime.commands.orders import Order
 from varedit_runtime.errors import ConfigError
 
@@ -46,10 +47,10 @@ def key_of(order: Order, settings: Mapping[str, Any]) -> str:
     not its folder, so that pictures and results may be moved.
     """
     told = {
-        "image": [order.image.name, _file_digest(order.image)],
+        "image": [order.image.name, file_digest(order.image)],
         "instruction": order.instruction,
         "negative_prompt": order.negative_prompt,
-        "mask": order.mask and _file_digest(order.mask),
+        "mask": order.mask and file_digest(order.mask),
         "seed": order.seed,
         **settings,
     }
@@ -88,7 +89,7 @@ class Record:
         for number, found in enumerate(candidates := self._finished.get(key, [])):
             path = self._path.parent / found.output
             with suppress(OSError):
-                if path.is_file() and _file_digest(path) == found.sha256:
+                if path.is_file() and file_digest(path) == found.sha256:
                     return candidates.pop(number)
         return None
 
@@ -111,8 +112,3 @@ def _itself(path: str, flags: int) -> int:
     if os.path.islink(path):
         raise OSError(ELOOP, "it is a link; delete it, or choose another folder")
     return os.open(path, flags | _NO_LINKS, 0o666)
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
