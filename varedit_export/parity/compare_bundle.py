@@ -10,9 +10,10 @@
   `verify --backend` compares engines with ONNX Runtime and with the reference.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import replace
+from itertools import chain
 from math import prod
 
 import numpy as np
@@ -120,18 +121,16 @@ def compare_graphs(bundle: Bundle, model: Reference) -> Iterator[ParityLine]:
         else:
             with closing(StaticBackend(bundle, variant)) as static:
                 yield from compare_run(static, expected, edit, inputs, rules)
-                for unguided, scales in without:
-                    own = replace(rules, form=UNGUIDED)
-                    yield from compare_run(static, scales, unguided, {}, own)
+                yield from _compare_unguided(static, without, replace(rules, form=UNGUIDED))
             for stage in (SYMBOLIC, FUSED):
                 if stage in variant.graphs:
                     twin_rules = _twin_rules(stage, precision)
                     with closing(_onnx(bundle, variant, stage)) as twin:
                         scales = Expected(expected.scales)
                         yield from compare_run(twin, scales, edit, {}, twin_rules)
-                        for unguided, scales in without if twin.drops_rows else ():
+                        if twin.drops_rows:
                             own = replace(twin_rules, against=WITHOUT)
-                            yield from compare_run(twin, scales, unguided, {}, own)
+                            yield from _compare_unguided(twin, without, own)
         if not exact:
             yield from _compare_rounding(reference, Expected(expected.scales), edit, precision)
 
@@ -148,6 +147,14 @@ def _without_guidance(backend: Backend, edit: ComparedEdit) -> list[tuple[Compar
         return []
     unguided = edit.without_guidance
     return [(unguided, run_edit(backend, unguided, {}))]
+
+
+def _compare_unguided(
+    backend: Backend, without: Iterable[tuple[ComparedEdit, Expected]], rules: Rules
+) -> Iterator[ParityLine]:
+    """Compare what `_without_guidance` returns."""
+    for unguided, scales in without:
+        yield from compare_run(backend, scales, unguided, {}, rules)
 
 
 def _twin_rules(stage: str, precision: Precision) -> Rules:
@@ -246,20 +253,17 @@ def compare_backend(bundle: Bundle, variant: Variant, backend: Backend) -> Itera
             expected = run_edit(onnx, edit, inputs)
             without = _without_guidance(onnx, edit) if backend.drops_rows else []
         against = replace(rules, against=" against ONNX Runtime")
-        for line in compare_run(backend, expected, edit, inputs, against):
+        own = replace(against, form=UNGUIDED)
+        lines = compare_run(backend, expected, edit, inputs, against)
+        for line in chain(lines, _compare_unguided(backend, without, own)):
             yield structs.replace(line, against=DEFAULT)
-        for unguided, scales in without:
-            own = replace(against, form=UNGUIDED)
-            for line in compare_run(backend, scales, unguided, {}, own):
-                yield structs.replace(line, against=DEFAULT)
     if not large:
         reference = ReferenceBackend(Reference.from_sources(config, sources).of(variant), variant)
         expected = run_edit(reference, edit, inputs)
         without = _without_guidance(reference, edit) if backend.drops_rows else []
         against = replace(rules, against=" against the reference")
         yield from compare_run(backend, expected, edit, inputs, against)
-        for unguided, scales in without:
-            yield from compare_run(backend, scales, unguided, {}, replace(against, form=UNGUIDED))
+        yield from _compare_unguided(backend, without, replace(against, form=UNGUIDED))
     if (whole := backend.whole) is not None:
         yield compare_whole(backend, whole, edit, inputs)
 
