@@ -117,10 +117,10 @@ def _check_weights(options: BuildOptions) -> None:
         missing.remove("--text-encoder")
     if missing:
         size = options.size or Path(options.config or "").resolve().parent.name
-        raise CheckpointError(missing_weights(size, missing))
+        raise CheckpointError(_missing_weights(size, missing))
 
 
-def missing_weights(size: str, missing: Collection[str]) -> str:
+def _missing_weights(size: str, missing: Collection[str]) -> str:
     """Say which weights a build of this size must still be given. missing: names of options."""
     if size == NANO_SIZE:
         return (

@@ -1,15 +1,14 @@
 """Time a bundle against the reference: `varedit-export bench`."""
 
-from dataclasses import asdict
 from pathlib import Path
 
 import click
 
-from varedit_export.commands.shared_options import variant_option
 from varedit_runtime.backends import choose
 from varedit_runtime.bundle import Bundle
+from varedit_runtime.commands.bench import show_report
 from varedit_runtime.errors import needs_extra
-from varedit_runtime.terminal.command import BUNDLE, PATH
+from varedit_runtime.terminal.command import BUNDLE, PATH, variant_option
 
 
 @click.command()
@@ -28,7 +27,7 @@ def bench(
     \b
     varedit-export bench bundles/2b-512 --repeat 10 --threads 2 --json bench.json
     """
-    from varedit_runtime.bench import check_repeat, check_report, write_report
+    from varedit_runtime.bench import check_repeat, check_report
 
     if json_file is not None:
         check_report(json_file)
@@ -39,8 +38,4 @@ def bench(
         from varedit_export.bench import comparison_table, measure_both
 
     report = measure_both(bundle, repeat, threads, variant)
-    try:
-        click.echo(comparison_table(report))
-    finally:  # also where the output cannot be written
-        if json_file is not None:
-            write_report(asdict(report), json_file)
+    show_report(comparison_table(report), report, json_file)

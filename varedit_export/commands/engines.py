@@ -10,7 +10,6 @@ import varedit_export
 from varedit_export.commands.shared_options import (
     architectures_option,
     layout_option,
-    variant_option,
     with_options,
 )
 from varedit_export.console import progress, say
@@ -18,7 +17,7 @@ from varedit_export.errors import ParityError
 from varedit_export.options import EngineOptions
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import needs_extra, readable_size
-from varedit_runtime.terminal.command import BUNDLE, PATH, backend_option
+from varedit_runtime.terminal.command import BUNDLE, PATH, backend_option, variant_option
 
 if TYPE_CHECKING:
     from varedit_engines.engine_report import EngineReport

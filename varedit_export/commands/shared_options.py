@@ -61,8 +61,3 @@ def with_options(
         return call
 
     return decorate
-
-
-variant_option = click.option(
-    "--variant", metavar="NAME", help="The bundle's variant; by default its first."
-)

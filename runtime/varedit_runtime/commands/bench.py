@@ -2,6 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -13,14 +14,15 @@ from varedit_runtime.terminal.command import (
     BackendCommand,
     backend_option,
     debug_option,
+    variant_option,
 )
 
 
 @click.command(cls=BackendCommand)
 @click.argument("bundle", type=BUNDLE)
-@click.option("--variant", metavar="NAME", help="The bundle's variant; by default its first.")
+@variant_option
 @click.option("--repeat", default=5, show_default=True, help="Number of timed edits.")
-@backend_option("What runs the bundle; auto: the best that can here.")
+@backend_option()
 @click.option("--json", "json_file", type=PATH, help="Write all numbers here, as JSON.")
 @debug_option
 def bench(
@@ -35,13 +37,20 @@ def bench(
     \b
     varedit-run bench bundles/2b-512 --repeat 10 --threads 2 --json bench.json
     """
-    from varedit_runtime.bench import check_report, measure_bundle, report_table, write_report
+    from varedit_runtime.bench import check_report, measure_bundle, report_table
 
     if json_file is not None:
         check_report(json_file)
     report = measure_bundle(bundle, repeat, backend, variant)
+    show_report(report_table(report), report, json_file)
+
+
+def show_report(table: str, report: Any, json_file: Path | None) -> None:
+    """Print a report's table; write its numbers, if a file is named, even if nobody reads that."""
+    from varedit_runtime.bench import write_report
+
     try:
-        click.echo(report_table(report))
-    finally:  # also where the output cannot be written
+        click.echo(table)
+    finally:
         if json_file is not None:
             write_report(asdict(report), json_file)

@@ -23,13 +23,13 @@ from varedit_runtime.terminal.command import (
     debug_option,
     say,
     tell_errors_as_json,
+    variant_option,
 )
 from varedit_runtime.terminal.streams import STREAM
 
 if TYPE_CHECKING:
     from varedit_runtime.editing.arguments import OutputSize
 
-_backend = backend_option("What runs the bundle; auto: the best that can here.")
 EDIT = "edit"
 
 
@@ -127,7 +127,7 @@ def _per_scale(name: str, help: str) -> Callable[[Callable[..., None]], Callable
 @click.option(
     "--bundle", type=BUNDLE, metavar="NAME|PATH", help="The model's bundle; see `bundles`."
 )
-@click.option("--variant", metavar="NAME", help="The bundle's variant; by default its first.")
+@variant_option
 @click.option("--seed", type=int, help="The same seed gives the same picture; random if left out.")
 @_per_scale("--guidance-scale", "How much the instruction counts.")
 @_per_scale("--temperature", "Sampling temperature (> 0); higher is more varied.")
@@ -150,7 +150,7 @@ def _per_scale(name: str, help: str) -> Callable[[Callable[..., None]], Callable
 @click.option("--compare", type=PATH, help="Write source and result side by side here.")
 @click.option("--previews", type=PATH, help="Write the picture after every scale to this folder.")
 @click.option("--keep-steps", is_flag=True, help="With --then: write the pictures between too.")
-@_backend
+@backend_option()
 @click.option("--json", "as_json", is_flag=True, help="Print a line of JSON for each picture.")
 @debug_option
 @click.pass_context

@@ -44,9 +44,9 @@ def edit_one(
     """
     if from_stdin and output is None:
         raise ConfigError(f"name the result of standard input: -o FILE, or -o {STREAM}")
-    _check_there(None if from_stdin else order.image, order.mask)
-    target = _target(order, output, job)
     image = None if from_stdin else order.image
+    _check_there(image, order.mask)
+    target = _target(order, output, job)
     outputs = [] if target is None else [*step_names(target, job.kept), target]
     check_targets(image, outputs, compare, previews, order.mask)
     if not job.overwrite:

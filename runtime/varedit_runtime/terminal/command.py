@@ -212,8 +212,15 @@ def _backend_options(ctx: click.Context) -> dict[str, click.Option]:
     return ctx.meta[_OPTIONS]
 
 
+variant_option = click.option(
+    "--variant", metavar="NAME", help="The bundle's variant; by default its first."
+)
+
+
 def backend_option(
-    help: str, default: str = AUTO, compiling: bool = False
+    help: str = "What runs the bundle; auto: the best that can here.",
+    default: str = AUTO,
+    compiling: bool = False,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Return the option `--backend`, with auto where that is the default.
 
