@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from varedit_export.graphs import trace
 from varedit_export.graphs.stages import Stage
+from varedit_runtime.locate import VARIABLE
 
 RECORDINGS = Path(__file__).parent / "golden"
 
@@ -40,6 +41,16 @@ def cases(pytestconfig: pytest.Config) -> Callable[[int], Iterator[Random]]:
             yield Random(number)
 
     return numbered
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Become a user who has never built anything, in an empty folder."""
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,11 +1,18 @@
-"""Build picture files that no encoder writes."""
+"""Build picture files that no encoder writes, and check what damaged ones give."""
 
 import io
+import math
 import struct
+import warnings
 import zlib
+from collections.abc import Iterable, Sequence
 from random import Random
 
+import pytest
 from PIL import Image
+
+from varedit_runtime.errors import PictureError
+from varedit_runtime.pictures import open_picture
 
 
 def encoded(image: Image.Image, written_as: str, **options: object) -> bytes:
@@ -118,3 +125,25 @@ def damaged(file: bytes, random: Random) -> bytes:
         if not data:
             return b""
     return bytes(data) if random.random() < 0.5 else with_checksums(data)
+
+
+def check_damaged(
+    files: Sequence[bytes], cases: Iterable[Random], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Check that files, damaged at random, give a plain picture or one error, and say nothing."""
+    refused = total = 0
+    for random in cases:
+        file, total = damaged(random.choice(files), random), total + 1
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            try:
+                picture = open_picture(file, max_pixels=10**6, max_memory=2**26)
+            except PictureError as error:
+                assert "cannot be read: " in str(error)
+                refused += 1
+            else:
+                assert picture.mode in ("RGB", "RGBA") and picture.info == {}
+                assert len(picture.tobytes()) == len(picture.mode) * math.prod(picture.size) > 0
+        assert not told, str(told[0].message)
+        assert capfd.readouterr().err == ""
+    assert total / 5 < refused < total

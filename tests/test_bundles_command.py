@@ -19,15 +19,7 @@ from varedit_runtime.cli import main as run_main
 from varedit_runtime.locate import RECORD, VARIABLE, data_folder, default_root, embedded
 from varedit_runtime.terminal.command import BUNDLE
 
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Become a user who has never built anything, in an empty folder."""
-    monkeypatch.delenv(VARIABLE, raising=False)
-    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("home")
 
 
 def run(*arguments: object, main: click.Group = run_main) -> Result:

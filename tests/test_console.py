@@ -7,11 +7,11 @@ import sys
 import termios
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+from terminals import read_terminal
 
 from varedit_engines import OnStep
 from varedit_export.console import progress, say
@@ -38,19 +38,13 @@ def on_terminal(monkeypatch: pytest.MonkeyPatch, action: Callable[[], None]) -> 
     termios.tcsetwinsize(writing, (24, 80))
     shown: list[bytes] = []
 
-    def read() -> None:
-        with suppress(OSError):  # the terminal was closed
-            while part := os.read(reading, 4096):
-                shown.append(part)
-
-    reader = threading.Thread(target=read)
+    reader = threading.Thread(target=lambda: shown.append(read_terminal(reading)))
     reader.start()
     with os.fdopen(writing, "w") as terminal, monkeypatch.context() as patched:
         patched.setattr(sys, "stderr", terminal)
         action()
     reader.join()
-    os.close(reading)
-    return b"".join(shown).decode()
+    return shown[0].decode()
 
 
 def test_names_from_strangers_are_shown_as_text(capsys: pytest.CaptureFixture[str]) -> None:

@@ -206,6 +206,12 @@ def test_a_download_that_fails_for_good_can_be_tried_again(
     assert path.read_bytes() == WEIGHTS
 
 
+def users_of(hub: Hub, cache: Path) -> dict[str, str]:
+    """Return the environment of a process that downloads from a hub into an own cache."""
+    asked = {"HF_ENDPOINT": hub.address, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "0"}
+    return {**os.environ, **asked}
+
+
 def test_a_killed_download_keeps_the_files_that_were_whole(tmp_path: Path) -> None:
     """The library itself begins the file anew in which it was killed."""
     script = (
@@ -215,8 +221,7 @@ def test_a_killed_download_keeps_the_files_that_were_whole(tmp_path: Path) -> No
     )
     files = {"first": WEIGHTS, "second": WEIGHTS[::-1]}
     with serve({REPOSITORY: Repository(files)}) as hub:
-        environment = {**os.environ, "HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path)}
-        environment["HF_HUB_OFFLINE"] = "0"
+        environment = users_of(hub, tmp_path)
         command = [sys.executable, "-c", script]
         hub.cuts, hub.hangs = [len(WEIGHTS), 100], True
         first = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
@@ -239,8 +244,7 @@ def test_an_interrupted_download_ends_at_once_and_leaves_nothing(tmp_path: Path)
     )
     files = {"first": WEIGHTS, "second": WEIGHTS[::-1]}
     with serve({REPOSITORY: Repository(files)}) as hub:
-        environment = {**os.environ, "HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path)}
-        environment["HF_HUB_OFFLINE"] = "0"
+        environment = users_of(hub, tmp_path)
         hub.cuts, hub.hangs = [100, 100], True
         command = [sys.executable, "-c", script]
         running = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)

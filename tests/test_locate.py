@@ -28,14 +28,7 @@ from varedit_runtime.locate import (
 NANO = "the embedded nano, a small demonstration model for drawn scenes, as"
 
 
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Become a user who has never built anything, in an empty folder."""
-    monkeypatch.delenv(VARIABLE, raising=False)
-    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("home")
 
 
 def own(name: str) -> Path:

@@ -21,6 +21,7 @@ from click.testing import CliRunner, Result
 from editing import picture, reference
 from PIL import Image
 from product_graph import product_graph
+from terminals import read_terminal
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -405,14 +406,7 @@ def test_a_terminal_sees_a_bar_and_a_pipe_does_not(photo: Path) -> None:
     command = [COMMAND, photo, "red", "--bundle", small_bundle(), "--threads", "1", "--json"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs)
     os.close(theirs)
-    shown = b""
-    while True:
-        try:
-            part = os.read(ours, 4096)
-        except OSError:  # the end of a terminal
-            break
-        shown += part
-    os.close(ours)
+    shown = read_terminal(ours)
     assert process.stdout is not None
     told = json.loads(process.stdout.read())
     assert process.wait() == 0

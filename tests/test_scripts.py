@@ -6,7 +6,6 @@ import os
 import pty
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from bundles import TEXT_TOKENS, small_bundle
 from click.testing import CliRunner, Result
 from editing import picture
 from PIL import Image
+from terminals import read_terminal
 
 from varedit_runtime.cli import main
 from varedit_runtime.commands import results
@@ -386,11 +386,7 @@ def test_a_terminal_sees_one_bar_over_all_turns(photo: Path) -> None:
     ours, theirs = pty.openpty()
     done = process(photo, "red", "--then", "blue", stdout=-1, stderr=theirs)
     os.close(theirs)
-    shown = b""
-    with suppress(OSError):  # the end of a terminal
-        while part := os.read(ours, 4096):
-            shown += part
-    os.close(ours)
+    shown = read_terminal(ours)
     done.communicate()
     assert done.returncode == 0
     assert shown.count(b"100%") == 1 and b" 50%" in shown

@@ -19,6 +19,7 @@ from bundles import TEXT_TOKENS, small_bundle
 from click.testing import CliRunner, Result
 from editing import pair_bundle, picture, plain_bundle
 from PIL import Image
+from terminals import read_terminal
 
 from varedit_runtime.cli import main
 from varedit_runtime.commands.orders import LONGEST_LINE, Order, Orders
@@ -545,14 +546,7 @@ def test_a_terminal_sees_how_many_are_done_and_how_long_the_rest_takes() -> None
     ours, theirs = pty.openpty()
     process = as_process("photos", "red", "-o", "out", stdout=theirs, stderr=theirs)
     os.close(theirs)
-    shown = b""
-    while True:
-        try:
-            part = os.read(ours, 4096)
-        except OSError:  # the end of a terminal
-            break
-        shown += part
-    os.close(ours)
+    shown = read_terminal(ours)
     assert process.wait() == 1
     text = shown.decode()
     for told in ("editing", "1/3", "2/3", "3/3", "0 s left"):
