@@ -22,6 +22,7 @@ from PIL import Image
 from terminals import read_terminal
 
 from varedit_runtime.cli import main
+from varedit_runtime.commands import several
 from varedit_runtime.commands.orders import LONGEST_LINE, Order, Orders
 from varedit_runtime.commands.record import RECORD, Record
 from varedit_runtime.editing.editor import Editor
@@ -344,6 +345,24 @@ def test_a_record_names_files_in_its_folder_alone(name: str) -> None:
     told["sha256"] = sha256(Path("photos/a.png").read_bytes()).hexdigest()
     Path("out", RECORD).write_text(json.dumps(told) + "\n")
     assert Record(Path("out")).take("k") is None
+
+
+@pytest.mark.parametrize("name", ["a.png", "mask.png"])
+def test_what_is_recorded_is_what_was_edited(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file is read once: what it holds after its digest was taken is not edited."""
+    key_of = several.key_of
+
+    def replacing(*arguments: Any) -> str:
+        key = key_of(*arguments)
+        picture(50, 40).save(Path("photos", name))
+        return key
+
+    Image.new("L", (30, 20), 255).save("photos/mask.png")
+    monkeypatch.setattr(several, "key_of", replacing)
+    done = run("photos/a.png", "red", "-o", "out/", "--mask", "photos/mask.png")
+    assert done.exit_code == 0, done.output
+    with Image.open("out/a-edited.png") as edited:
+        assert edited.size == (30, 20)
 
 
 @pytest.mark.parametrize("target", ["victim.txt", "new.txt"])

@@ -8,6 +8,7 @@ Sizes follow their library: Pillow's are (width, height), an array's are (height
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from threading import RLock
@@ -26,7 +27,16 @@ from varedit_runtime.errors import PictureError, reason, shown
 from varedit_runtime.files import atomic_file, unwritable
 from varedit_runtime.values import AnyPath, checked
 
-Source = AnyPath | bytes | bytearray | memoryview | BinaryIO | Image.Image
+
+@dataclass(frozen=True)
+class FileContent:
+    """What a file held when it was read, and its path, which errors name."""
+
+    path: Path
+    content: bytes
+
+
+Source = AnyPath | bytes | bytearray | memoryview | BinaryIO | Image.Image | FileContent
 
 WRITE_FORMATS = {
     ".png": "PNG",
@@ -80,6 +90,12 @@ def open_picture(
     """
     limits = Limits(checked("max_pixels", max_pixels, int), checked("max_memory", max_memory, int))
     return _opened("picture", source, limits, to_rgb)
+
+
+def read_file(path: Path) -> FileContent:
+    """Read a picture's file, to open it later. Raises PictureError as `open_picture` does."""
+    with _explained(str(path)):
+        return FileContent(path, _read(path, Limits()))
 
 
 def open_mask(source: Source) -> Image.Image:
@@ -241,8 +257,12 @@ def _explained(name: str) -> Iterator[None]:
 
 def _opened(what: str, source: Source, limits: Limits, convert: "_Convert") -> Image.Image:
     """Read and decode a source and convert it. what: "picture" or "mask", for messages."""
-    known = _known(what, source)
-    with _explained(str(known) if isinstance(known, Path) else f"the {what}"):
+    known, name = _known(what, source), f"the {what}"
+    if isinstance(known, FileContent):
+        known, name = known.content, str(known.path)
+    elif isinstance(known, Path):
+        name = str(known)
+    with _explained(name):
         if isinstance(known, Image.Image):
             return _from_pillow(known, limits, convert)
         image = open_file(_read(known, limits), limits).decode()
@@ -259,12 +279,14 @@ def _reason(error: Exception) -> str:
     return (error.strerror if isinstance(error, OSError) else "") or reason(error)
 
 
-def _known(what: str, source: Any) -> Path | bytes | BinaryIO | Image.Image:
+def _known(what: str, source: Any) -> Path | bytes | BinaryIO | Image.Image | FileContent:
     """Return a source of a kind that can be read. Raises PictureError on all others."""
     with suppress(Exception):  # a caller's object may raise anything
         if isinstance(source, bytes | bytearray | memoryview):
             return bytes(source)
-        if isinstance(source, Image.Image) or callable(getattr(source, "read", None)):
+        if isinstance(source, Image.Image | FileContent):
+            return source
+        if callable(getattr(source, "read", None)):
             return source
         return Path(checked(what, source, AnyPath))
     raise PictureError(

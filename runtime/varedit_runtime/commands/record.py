@@ -24,6 +24,7 @@ import msgspec
 from varedit_runtime.bundle import file_digest
 from varedit_runtime.commands.orders import Order
 from varedit_runtime.errors import ConfigError
+from varedit_runtime.pictures import FileContent
 
 RECORD = "varedit-run.jsonl"
 
@@ -40,17 +41,20 @@ class Finished(msgspec.Struct):
     seed: int
 
 
-def key_of(order: Order, settings: Mapping[str, Any]) -> str:
-    """Return a digest of what the result of an order depends on. Raises OSError.
+def key_of(
+    order: Order, image: FileContent, mask: FileContent | None, settings: Mapping[str, Any]
+) -> str:
+    """Return a digest of what the result of an order depends on.
 
-    settings: what is the same for all orders of the command. The name of the picture counts, but
-    not its folder, so that pictures and results may be moved.
+    image, mask: what is edited, as it was read. settings: what is the same for all orders of the
+    command. The name of the picture counts, but not its folder, so that pictures and results may be
+    moved.
     """
     told = {
-        "image": [order.image.name, file_digest(order.image)],
+        "image": [image.path.name, hashlib.sha256(image.content).hexdigest()],
         "instruction": order.instruction,
         "negative_prompt": order.negative_prompt,
-        "mask": order.mask and file_digest(order.mask),
+        "mask": mask and hashlib.sha256(mask.content).hexdigest(),
         "seed": order.seed,
         **settings,
     }

@@ -21,7 +21,7 @@ from varedit_runtime.commands.results import edited_names, step_names, write_ste
 from varedit_runtime.editing.editor import EditResult
 from varedit_runtime.editing.masks import fitted
 from varedit_runtime.errors import PictureError, VareditError, printable, reason
-from varedit_runtime.pictures import open_mask, open_picture
+from varedit_runtime.pictures import open_mask, open_picture, read_file
 from varedit_runtime.terminal.command import error_as_json, say
 from varedit_runtime.terminal.streams import OutputError
 
@@ -77,16 +77,15 @@ class _Run:
 
     def _prepared(self, place: int, order: Order) -> _Waiting | None:
         order.check_files()
-        try:
-            key = key_of(order, self._opened.common)
-        except OSError as error:
-            raise PictureError(f"{error.filename} cannot be read: {error.strerror}") from error
+        # Once: what is recorded is what was edited, though others write to the file meanwhile.
+        image, marked = read_file(order.image), order.mask and read_file(order.mask)
+        key = key_of(order, image, marked, self._opened.common)
         if not self._opened.job.overwrite and (finished := self._record.take(key)):
             self._own.add(finished.output)
             self._told.finished(place, order, self._folder / finished.output, finished.seed)
             return None
-        source = open_picture(order.image)
-        mask = order.mask and fitted(open_mask(order.mask), source)
+        source = open_picture(image)
+        mask = marked and fitted(open_mask(marked), source)
         return _Waiting(place, order, key, source, mask)
 
     def edit(self, waiting: Sequence[_Waiting]) -> None:
