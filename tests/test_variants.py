@@ -58,7 +58,12 @@ def test_variants_have_one_copy_of_the_weights(bundle: Path) -> None:
 def test_every_variant_was_compared(bundle: Path) -> None:
     parity = Bundle.open(bundle).manifest.parity
     compared = [line.stage for line in parity if line.measure == "logits, largest error"]
-    assert compared == [f"scale_{k:02}" for scales in (4, 3, 3) for k in range(scales)]
+    assert compared == [
+        f"scale_{k:02}{form}"
+        for scales in (4, 3, 3)
+        for form in ("", "_unguided")
+        for k in range(scales)
+    ]
 
 
 def test_an_editor_has_one_of_them(bundle: Path) -> None:
