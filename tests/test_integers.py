@@ -16,6 +16,7 @@ from torch import Tensor
 
 from varedit_engines.compile_set import CompileJob
 from varedit_engines.engine_compiler import EngineCompiler
+from varedit_export import components
 from varedit_export.assemble import assemble
 from varedit_export.cli import main
 from varedit_export.commands import build
@@ -24,14 +25,23 @@ from varedit_export.graphs.model import GraphLinear
 from varedit_export.parity.measures import gate
 from varedit_export.parity.streamed import compare_streamed
 from varedit_export.plan import BundlePlan
+from varedit_reference.weights_file import read_header
 from varedit_runtime.backends import choose, detect
 from varedit_runtime.backends.onnxruntime import backend as onnx_backend
 from varedit_runtime.backends.onnxruntime import integers
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.editing.editor import Editor
 from varedit_runtime.errors import BackendError, ConfigError
-from varedit_runtime.manifest import scale_name, weights_file
-from varedit_runtime.precision import FLOAT32, SEVEN_BITS, WHOLE_BYTE, Format, Int8Columns, named
+from varedit_runtime.manifest import GRAPHS, scale_name, weights_file
+from varedit_runtime.precision import (
+    FLOAT32,
+    SEVEN_BITS,
+    WHOLE_BYTE,
+    Format,
+    Int8Columns,
+    Storage,
+    named,
+)
 
 INTEGERS = ("int8", "int7")
 CHANNELS_IN, CHANNELS = 96, 48
@@ -143,6 +153,26 @@ def test_its_products_are_stored_in_bytes(bundle: Bundle) -> None:
         assert product not in names
         assert values.dtype == torch.int8
         assert values.abs().amax() == cast("Int8Columns", largest).largest
+
+
+def test_every_weight_is_made_once_and_every_tensor_is_aligned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[int, ...]] = []
+    monkeypatch.setattr(components, "pack", lambda storage, weight: _counted(made, storage, weight))
+    (tmp_path / GRAPHS / "weights").mkdir(parents=True)
+    for component in BundlePlan([request(tmp_path, "int7")], random_weights()).shared:
+        names, before = component.module.state_dict().keys(), len(made)
+        component.write(tmp_path)
+        assert len(made) - before == sum(name.endswith(".values") for name in names)
+        for tensor in read_header(tmp_path, component.file).values():
+            assert tensor.place.offset % tensor.dtype.itemsize == 0
+    assert made
+
+
+def _counted(made: list[tuple[int, ...]], storage: Storage, weight: Tensor) -> dict[str, Tensor]:
+    made.append(tuple(weight.shape))
+    return pack(storage, weight)
 
 
 def test_it_is_verified_from_its_own_weights(bundle: Bundle) -> None:

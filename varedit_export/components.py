@@ -80,15 +80,24 @@ def laid_out(
     state: Mapping[str, Tensor],
     attribute: str,
 ) -> Component:
-    """Return a component whose weights a layout makes from the reference's parameters by name."""
+    """Return a component whose weights a layout makes from the reference's parameters by name.
+
+    The parts of a packed weight are made at once: the smaller ones wait until they are asked for.
+    """
     dtypes = {name: tensor.dtype for name, tensor in module.state_dict().items()}
     packed = {name: m.storage for name, m in module.named_modules() if isinstance(m, Packed)}
+    waiting: dict[str, Tensor] = {}
 
     def make(name: str) -> Tensor:
         whole, _, part = name.rpartition(".")
-        if whole in packed:
-            return pack(packed[whole], make_weight(layout[whole], state, torch.float32))[part]
-        return make_weight(layout[name], state, dtypes[name])
+        if whole not in packed:
+            return make_weight(layout[name], state, dtypes[name])
+        if name in waiting:
+            return waiting.pop(name)
+        parts = pack(packed[whole], make_weight(layout[whole], state, torch.float32))
+        made = parts.pop(part)
+        waiting.update((f"{whole}.{n}", p) for n, p in parts.items() if p.nbytes < made.nbytes)
+        return made
 
     return Component(name, module, make, attribute)
 

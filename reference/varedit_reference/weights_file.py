@@ -379,8 +379,15 @@ def _ahead(make: Callable[[str], Tensor], names: Iterable[str]) -> Iterator[Tens
 
 
 def _in_order(layout: Mapping[str, Tensor]) -> list[str]:
-    """Return the names with wide types first, so that every tensor is aligned to its own type."""
-    return sorted(layout, key=lambda name: -layout[name].itemsize)
+    """Return the names in an order in which every tensor is aligned to its own type.
+
+    Wide types come first. But before them come packed bytes, where the rest stays aligned behind
+    those: what is made together with them, such as scales, is small enough to wait for its turn.
+    """
+    widest = max((tensor.itemsize for tensor in layout.values()), default=1)
+    aligned = all(tensor.itemsize > 1 or tensor.nbytes % widest == 0 for tensor in layout.values())
+    first = 1 if aligned else 0
+    return sorted(layout, key=lambda n: (layout[n].itemsize != first, -layout[n].itemsize))
 
 
 def planned_header(layout: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
