@@ -25,6 +25,7 @@ from varedit_runtime.cli import main
 from varedit_runtime.commands import several
 from varedit_runtime.commands.orders import LONGEST_LINE, Order, Orders
 from varedit_runtime.commands.record import RECORD, Record
+from varedit_runtime.commands.results import edited_names
 from varedit_runtime.editing.editor import Editor
 from varedit_runtime.errors import ConfigError, VareditError
 
@@ -139,7 +140,9 @@ BAD_LISTS = {
     "empty instruction": ("l.csv", "image,instruction\na.png, \n", "line 2: the instruction is"),
     "many cells": ("l.csv", "image,instruction\na.png,red,7\n", "line 2: it has 3 cells for 2"),
     "a quote": ("l.csv", 'image,instruction\na.png,"red\n', "line 2: unexpected end of data"),
-    "a seed": ("l.csv", "image,instruction,seed\na.png,red,x\n", "line 2: Expected `int"),
+    "a seed": ("l.csv", "image,instruction,seed\na.png,red,x\n", "line 2: the seed is 'x', not a"),
+    "no seed": ("l.csv", "image,instruction,seed\na.png,red,null\n", "line 2: the seed is 'null'"),
+    "a broken seed": ("l.csv", "image,instruction,seed\na.png,red,7.0\n", "line 2: the seed is"),
     "a low seed": ("l.csv", "image,instruction,seed\na.png,red,-1\n", "line 2: the seed is -1"),
     "a long seed": ("l.csv", f"image,instruction,seed\na.png,red,{'9' * 6000}\n", "line 2: "),
     "nothing": ("l.csv", "image,instruction\n", "l.csv lists no edits"),
@@ -324,6 +327,31 @@ def test_equal_lines_of_a_list_are_edits_of_their_own() -> None:
         assert names() == ["a-edited-2.png", "a-edited.png", RECORD]
 
 
+def test_an_equal_line_does_not_take_the_result_of_another() -> None:
+    """The line of a result that was never written names the file that another edit has made."""
+    Path("photos/list.csv").write_text("image,instruction,seed\na.png,red,7\na.png,red,7\n")
+    assert run("--list", "photos/list.csv", "-o", "whole").exit_code == 0
+    Path("out").mkdir()
+    first, _ = Path("whole", RECORD).read_text().splitlines()
+    Path("out", RECORD).write_text(first + "\n")
+    assert run("--list", "photos/list.csv", "-o", "out").exit_code == 0
+    assert names() == ["a-edited-2.png", "a-edited.png", RECORD]
+
+
+def test_a_name_that_was_tried_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+
+    def noted(folder: Path, stem: str) -> Iterator[Path]:
+        for path in edited_names(folder, stem):
+            tried.append(path.name)
+            yield path
+
+    monkeypatch.setattr(several, "edited_names", noted)
+    Path("photos/list.csv").write_text("image,instruction\n" + "a.png,red\n" * 4)
+    assert run("--list", "photos/list.csv", "-o", "out").exit_code == 0
+    assert tried == ["a-edited.png", "a-edited-2.png", "a-edited-3.png", "a-edited-4.png"]
+
+
 @pytest.mark.parametrize(
     "damage",
     [b'{"output": "a', b"\n[]\n", b'{"output": "../x", "key": "k", "sha256": "", "seed": 1}'],
@@ -473,6 +501,12 @@ def test_names_of_files_say_nothing_to_the_terminal_on_stderr() -> None:
     assert lines(done)[0]["error"]["message"].startswith(f"picture 1 of 1: {shown} cannot be read")
     done = run("photos/a.png", "red", bundle=lambda: Path("no\033]0;title\a"))
     assert done.exit_code == 1 and all(map(str.isprintable, done.stderr.splitlines()))
+
+
+def test_names_of_files_are_told_on_stdout_as_they_are(photos: Path) -> None:
+    photos.joinpath("a.png").rename(photos / "n\033[31mame.png")
+    done = run("photos", "red", "-o", "out/")
+    assert "out/n\033[31mame-edited.png: " in done.stdout
 
 
 def test_a_batch_with_one_that_fails_is_edited_without_it() -> None:

@@ -6,11 +6,13 @@ and count all of it before any work is spent, once to edit.
 
 import csv
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -151,9 +153,20 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, _Row]]:
                 continue
             if len(cells) > len(columns):
                 raise ValueError(f"it has {len(cells)} cells for {len(columns)} columns")
-            filled = {name: cell for name, cell in zip(columns, cells, strict=False) if cell}
-            row = msgspec.convert(filled, _Row, strict=False)
+            filled: dict[str, Any] = {
+                name: cell for name, cell in zip(columns, cells, strict=False) if cell
+            }
+            if "seed" in filled:
+                filled["seed"] = _whole_number(filled["seed"])
+            row = msgspec.convert(filled, _Row)
         yield place, row
+
+
+def _whole_number(text: str) -> int:
+    """Return a seed. Raises ValueError on all but decimal digits; int() takes more."""
+    if not re.fullmatch(r"\s*-?[0-9]+\s*", text):
+        raise ValueError(f"the seed is {shown(text)}, not a whole number")
+    return int(text)
 
 
 def _checked_columns(names: list[str]) -> list[str]:

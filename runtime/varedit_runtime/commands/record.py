@@ -12,7 +12,7 @@ file, which counts for nothing.
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from contextlib import suppress
 from errno import ELOOP, ENOSPC
 from io import BufferedReader, FileIO
@@ -88,9 +88,14 @@ class Record:
                 if found.output == Path(found.output).name:
                     self._finished.setdefault(found.key, []).append(found)
 
-    def take(self, key: str) -> Finished | None:
-        """Return a result with a key whose file is as it was written, once for each result."""
+    def take(self, key: str, taken: Container[str] = ()) -> Finished | None:
+        """Return a result with a key whose file is as it was written, once for each result.
+
+        taken: names of results that are of other edits. A line without a file may name one of them.
+        """
         for number, found in enumerate(candidates := self._finished.get(key, [])):
+            if found.output in taken:
+                continue
             path = self._path.parent / found.output
             with suppress(OSError):
                 if path.is_file() and file_digest(path) == found.sha256:

@@ -63,6 +63,7 @@ class _Run:
     ) -> None:
         self._opened, self._told, self._folder = opened, told, record.folder
         self._record, self._read, self._own = record, read, set[str]()
+        self._untried: dict[str, Iterator[Path]] = {}
 
     def waiting(self, places: Iterator[tuple[int, Order]]) -> Iterator[_Waiting]:
         """Yield the orders that are to be edited; tell of those that are finished or failed."""
@@ -80,7 +81,7 @@ class _Run:
         # Once: what is recorded is what was edited, though others write to the file meanwhile.
         image, marked = read_file(order.image), order.mask and read_file(order.mask)
         key = key_of(order, image, marked, self._opened.common)
-        if not self._opened.job.overwrite and (finished := self._record.take(key)):
+        if not self._opened.job.overwrite and (finished := self._record.take(key, self._own)):
             self._own.add(finished.output)
             self._told.finished(place, order, self._folder / finished.output, finished.seed)
             return None
@@ -125,7 +126,9 @@ class _Run:
 
     def _names(self, order: Order) -> Iterator[Path]:
         """Yield names of a result that are of no other of this run, and of no file it reads."""
-        for path in edited_names(self._folder, order.image.stem):
+        stem = order.image.stem
+        # Of many pictures of one stem each goes on where the last one found its name.
+        for path in self._untried.setdefault(stem, edited_names(self._folder, stem)):
             written = (*step_names(path, self._opened.job.kept), path)
             if path.name not in self._own and self._read.isdisjoint(map(os.path.realpath, written)):
                 yield path

@@ -76,7 +76,8 @@ class CommandGroup(click.Group):
         try:
             with exit_on_signals(run.signals), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                return super().main(*args, **extra, standalone_mode=False, obj=run)
+                # With color, click keeps names of files on stdout as they are, also in a pipe.
+                return super().main(*args, **extra, standalone_mode=False, obj=run, color=True)
         except BaseException as error:
             if run.debug and not isinstance(error, click.ClickException):
                 traceback.print_exception(error)
