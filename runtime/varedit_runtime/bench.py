@@ -5,11 +5,9 @@ threads of ONNX Runtime: a stage that reaches the product's rate in its own prod
 of 1. So a share says how much a faster implementation could gain.
 """
 
-import ctypes
 import json
 import os
 import statistics
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from PIL import Image
 
 from varedit_runtime.backends import ChosenBackend
 from varedit_runtime.backends.auto import AUTO, AutoBackend
+from varedit_runtime.backends.machine import return_freed_memory
 from varedit_runtime.backends.onnxruntime.backend import Buffer, Session
 from varedit_runtime.backends.wiring import TEXT
 from varedit_runtime.bundle import Bundle, digest_line
@@ -198,7 +197,7 @@ def _run(editor: Editor, repeat: int) -> _Runs:
     with peak_memory() as samples:
         edit()
     first_seconds = perf_counter() - start
-    _return_freed_memory()
+    return_freed_memory()
     after = memory_in_use()
     edits = stages = [edit() for _ in range(repeat)]
     if WHOLE_EDIT in edits[0]:
@@ -290,13 +289,6 @@ def memory_in_use() -> int | None:
     except OSError:
         return None
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:"))
-
-
-def _return_freed_memory() -> None:
-    """Ask glibc to return freed memory that it keeps, which nothing in the process uses."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
 
 
 @contextmanager

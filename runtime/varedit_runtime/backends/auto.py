@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from varedit_runtime.backends import BACKENDS, ChosenBackend, backends_with, choose, find_backend
 from varedit_runtime.backends.machine import Machine
-from varedit_runtime.backends.spec import BackendSpec, Verdict
+from varedit_runtime.backends.spec import BackendSpec, OffloadOptions, Verdict
 from varedit_runtime.errors import ANY_FAILURE, ConfigError, reason
 from varedit_runtime.precision import BEST_ON_CPU, BEST_ON_GPU
 from varedit_runtime.values import CheckedOptions, checked
@@ -34,10 +34,12 @@ def _ignore(_: str) -> None:
 class AutoBackend(CheckedOptions):
     """The best backend, chosen when a bundle is opened.
 
-    say: called with one line that says what was chosen, and why nothing better.
+    say: called with one line that says what was chosen, and why nothing better. offload: see
+    `OffloadOptions`, which all that auto chooses from have.
     """
 
     say: Callable[[str], None] = _ignore
+    offload: str | None = None
 
     def pick(self, bundle: "Bundle", variant: "Variant") -> ChosenBackend:
         """Choose for a variant of a bundle on this machine."""
@@ -46,10 +48,12 @@ class AutoBackend(CheckedOptions):
 
         found = nvidia()
         if found.gpus:
-            chosen = best(detect_machine(bundle, variant.name, found))
+            chosen = best(detect_machine(bundle, variant.name, found, self.offload))
         else:  # nothing else needs to be asked, which takes time
             chosen = _chosen(BEST_FIRST[-1], NO_GPU)
         self.say(told(chosen))
+        if self.offload and isinstance(chosen.options, OffloadOptions):
+            return replace(chosen, options=replace(chosen.options, offload=self.offload))
         return chosen
 
 
@@ -66,12 +70,14 @@ def wanted_backend(
     known = f"one of {AUTO}, {', '.join(BACKENDS)}"
     backend = checked("backend", backend, str | ChosenBackend | AutoBackend, known)
     if isinstance(backend, AutoBackend):
+        options = {**options, "offload": options.get("offload") or backend.offload}
         backend, say = AUTO, backend.say
     if backend != AUTO:
         return choose(backend, **options)
     given = [name for name, value in options.items() if value is not None and value is not False]
-    if not given:
-        return AutoBackend(say)
+    if given in ([], ["offload"]):
+        offload = checked("offload", options.get("offload"), str | None)
+        return AutoBackend(say, OffloadOptions(offload=offload).offload)
     owners = backends_with(given)
     if len(owners) != 1:
         whose = f" ({' or '.join(owners)})" if owners else ""

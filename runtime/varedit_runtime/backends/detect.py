@@ -28,12 +28,16 @@ from varedit_runtime.values import checked
 
 
 def detect_machine(
-    bundle: Bundle | Path | None = None, variant: str | None = None, gpus: Nvidia | None = None
+    bundle: Bundle | Path | None = None,
+    variant: str | None = None,
+    gpus: Nvidia | None = None,
+    offload: str | None = None,
 ) -> Machine:
     """Return this machine as it is now.
 
     variant: whose engines count; by default those of all variants. gpus: what `nvidia` found, where
-    it was asked already. Raises BundleError when the bundle cannot be opened.
+    it was asked already. offload: what the bundle is to be opened with, for less memory. Raises
+    BundleError when the bundle cannot be opened.
     """
     opened = Bundle.open(bundle) if isinstance(bundle, Path) else bundle
     return Machine(
@@ -43,7 +47,7 @@ def detect_machine(
         probes=_Probes(),
         memory=available_memory(),
         disk=free_space(default_root()),
-        bundle=None if opened is None else _bundle_facts(opened, variant),
+        bundle=None if opened is None else _bundle_facts(opened, variant, offload),
     )
 
 
@@ -83,9 +87,9 @@ def installed() -> dict[str, str]:
     return packages
 
 
-def _bundle_facts(bundle: Bundle, variant: str | None) -> BundleFacts:
+def _bundle_facts(bundle: Bundle, variant: str | None, offload: str | None) -> BundleFacts:
     manifest, sets = bundle.manifest, EngineSets(bundle)
-    engines = [_engines(sets, path) for path in sets.folders]
+    engines = [_engines(sets, path, offload) for path in sets.folders]
     return BundleFacts(
         path=bundle.path,
         precision=manifest.policy,
@@ -100,7 +104,7 @@ def _bundle_facts(bundle: Bundle, variant: str | None) -> BundleFacts:
     )
 
 
-def _engines(sets: EngineSets, path: Path) -> EngineSetFacts:
+def _engines(sets: EngineSets, path: Path, offload: str | None) -> EngineSetFacts:
     bundle = sets.bundle
     try:
         engines = EngineSet.open(path).manifest
@@ -111,7 +115,7 @@ def _engines(sets: EngineSets, path: Path) -> EngineSetFacts:
             )
         sets.open(recipe)  # says whether they were built here
         variant = bundle.manifest.variant(recipe.variant)
-        needed = budget(bundle, variant, recipe.layout, engines)
+        needed = budget(bundle, variant, recipe.layout, engines, offload)
     except BundleError as error:
         return EngineSetFacts(path, None, one_line(error))
     return EngineSetFacts(path, recipe, gpu_memory=needed.total)

@@ -4,9 +4,11 @@ They are data without behaviour, so that a test can make up a machine. `detect.p
 Nothing here needs PyTorch, TensorRT or a GPU.
 """
 
+import ctypes
 import importlib
 import os
 import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -166,6 +168,13 @@ def available_memory() -> int | None:
         return None
     sizes = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
     return 1024 * sizes[0] if sizes else None
+
+
+def return_freed_memory() -> None:
+    """Ask glibc to return freed memory that it keeps, which nothing in the process uses."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _free(cell: str) -> int | None:

@@ -58,6 +58,24 @@ def option(default: Any, help: str, metavar: str | None = None) -> Any:
     return field(default=default, metadata={"help": help, "metavar": metavar})
 
 
+@dataclass(frozen=True, kw_only=True)
+class OffloadOptions(BackendOptions):
+    """The options of a backend that need not hold all weights at once.
+
+    offload: "text" to load the text encoder's weights when an instruction is encoded, and to
+    release them before the transformer runs; None to hold all weights.
+    """
+
+    offload: str | None = option(
+        None, "text: hold the text encoder only while it runs, for less memory.", "text"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.offload not in (None, "text"):
+            raise ConfigError(f"offload is {shown(self.offload)}; it can only be text")
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What `doctor` says about a backend.

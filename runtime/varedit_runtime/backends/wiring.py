@@ -33,6 +33,7 @@ from varedit_runtime.geometry import Sizes, scale_inputs, scale_sizes
 from varedit_runtime.manifest import UNGUIDED, Model, TensorSpec, Variant, scale_name
 
 KINDS = ("key", "value")
+CACHE = "cache_"  # how the names of caches begin
 # What the host gives to a scale, and what it takes from it.
 CHOSEN = ("guidance_scale", "temperature", "noise", "forced_bits", "forced_mask")
 PREDICTED = ("logits", "bits")
@@ -402,7 +403,7 @@ class _Wiring:
     def _cached(self, what: str, kind: str, block: int, scale: int | None) -> tuple[str, int]:
         if scale is None and what == "new" and block == 0 and self.sar:
             return f"source_{kind}", 0  # the references are made from it
-        cache = f"cache_{kind}.{block}"
+        cache = f"{CACHE}{kind}.{block}"
         if what != "new" or scale is None:
             return cache, 0
         before = "past_0" if self.sar and block == 0 else "past"

@@ -97,6 +97,7 @@ class Editor:
         variant: str | None = None,
         engines_digest: str | None = None,
         trust_engines: bool = False,
+        offload: str | None = None,
     ) -> "Editor":
         """Open a bundle for editing.
 
@@ -107,7 +108,9 @@ class Editor:
         variant: its name; by default the bundle's first.
 
         provider, threads: see `OnnxRuntimeOptions`; they name that backend in place of "auto".
-        engines_digest, trust_engines: see `EngineBackendOptions`; for engines alone.
+        engines_digest, trust_engines: see `EngineBackendOptions`; for engines alone. offload:
+        "text" to hold the text encoder's weights only while instructions are encoded: results are
+        the same, with less memory at the peak and more time for every new instruction.
 
         Raises BundleError if the folder is no bundle, is damaged, has another digest, or has no
         such variant or no engines for this GPU; BackendError if the provider or a GPU is missing, a
@@ -121,6 +124,7 @@ class Editor:
             threads=threads,
             engines_digest=engines_digest,
             trust_engines=trust_engines,
+            offload=offload,
         )
 
         def load(opened: Bundle) -> Editor:

@@ -28,6 +28,7 @@ from varedit_runtime.backends.engines.memory import aligned, budget, landing, la
 from varedit_runtime.backends.engines.weights import EngineWeights
 from varedit_runtime.backends.graph_backend import GraphBackend
 from varedit_runtime.backends.wiring import (
+    CACHE,
     DECODER,
     NEGATIVE,
     TEXT,
@@ -47,23 +48,39 @@ class EngineBackend(GraphBackend):
     """All engines of a variant on one GPU, which makes one edit at a time."""
 
     def __init__(
-        self, bundle: Bundle, variant: Variant, engines: EngineSet, device: Device
+        self,
+        bundle: Bundle,
+        variant: Variant,
+        engines: EngineSet,
+        device: Device,
+        offload: str | None = None,
     ) -> None:
         """Load engines, which must have been checked to fit the bundle, and allocate memory.
 
-        Raises BackendError if they do not fit into the GPU's memory (before allocating any) or
-        cannot be loaded, BundleError if a file is damaged.
+        offload: see `OffloadOptions`. The text encoder's weights then lie in the caches' place, and
+        are copied there before every run that follows another stage's. Raises BackendError if
+        engines do not fit into the GPU's memory (before allocating any), cannot be loaded or hold
+        the weights that are to be released; BundleError if a file is damaged.
         """
         recipe = engines.manifest.recipe
+        if offload and recipe.layout != "external":
+            raise BackendError(
+                f"these engines contain their weights (layout {recipe.layout}), which cannot be "
+                "released: leave out offload, or compile engines with `varedit-export engines "
+                "--layout external`"
+            )
         symbolic = recipe.layout == "profiles"
         # Baked engines hold the weights each: a second one of every scale would hold them again.
         unguided = recipe.layout != "baked"
         super().__init__(
             variant, bundle.manifest.model, recipe.backend, symbolic, unguided=unguided
         )
-        self._device, self._weights = device, EngineWeights(engines.manifest.weights)
+        inputs = dict(engines.manifest.weights)
+        self._text = EngineWeights({TEXT: inputs.pop(TEXT, ())} if offload else {})
+        self._text_copied = False
+        self._device, self._weights = device, EngineWeights(inputs)
         self._bundle, self._layout = bundle, recipe.layout
-        self.budget = budget(bundle, variant, recipe.layout, engines.manifest)
+        self.budget = budget(bundle, variant, recipe.layout, engines.manifest, offload)
         self.budget.check(self.budget.total, device.free_memory())
         self._engines = self._load(engines)
         self._values = values_of(list(self.steps.values()))
@@ -105,7 +122,7 @@ class EngineBackend(GraphBackend):
         except Exception as error:
             self._put_back(error)
             raise
-        self._bundle = bundle
+        self._bundle, self._text_copied = bundle, False
 
     def _put_back(self, cause: Exception) -> None:
         try:
@@ -124,7 +141,7 @@ class EngineBackend(GraphBackend):
 
     @property
     def whole(self) -> EditWhole | None:
-        return self._edit if TEXT in self.steps else None
+        return self._edit if TEXT in self.steps and not self._text.size else None
 
     def _edit(
         self,
@@ -152,6 +169,9 @@ class EngineBackend(GraphBackend):
         return WholeEdit(logits, self._host["decoded"].copy())
 
     def _run(self, step: Step, given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if step.stage == TEXT and not self._text_copied:
+            self._text.fill(self._bundle, self._device)
+        self._text_copied = step.stage == TEXT  # other stages write over it
         self._give(given)
         self._graphs[step.name]()
         self._device.wait()
@@ -181,7 +201,7 @@ class EngineBackend(GraphBackend):
         loaded = {stage: self._device.load(stage, engines.plan_bytes(stage)) for stage in stages}
         for step in self.steps.values():
             views = {**step.inputs, **step.outputs}
-            weights = self._weights.lengths(step.stage)
+            weights = self._weights.lengths(step.stage) | self._text.lengths(step.stage)
             if different := _different(views, weights, loaded[step.stage].tensors):
                 raise BundleError(
                     f"{engines.path} has an engine for {step.stage} whose {', '.join(different)} "
@@ -193,21 +213,27 @@ class EngineBackend(GraphBackend):
         """Allocate all values and the engines' scratch as one arena.
 
         Values that only the host writes come first, so that one copy brings them all; those and the
-        ones that the host reads are mirrored in host memory.
+        ones that the host reads are mirrored in host memory. Caches come last, so that offloaded
+        weights may take more room than they.
         """
         steps = self.steps.values()
         given, taken = _on_the_host(steps)
         rest = [name for name in self._values if name not in (*given, *taken)]
+        rest.sort(key=lambda name: name.startswith(CACHE))
         sizes = {name: self._values[name].size for name in (*given, *taken, *rest)}
         scratch = max(self._engines[step.stage].scratch(step.profile) for step in steps)
         self._arena = lay_out(sizes)
-        parts = {"values": self._arena.size, "landing": landing(steps), "scratch": scratch}
+        first = next((name for name in rest if name.startswith(CACHE)), None)
+        caches = self._arena.offsets[first] if first else self._arena.size
+        values = max(self._arena.size, caches + self._text.size)
+        parts = {"values": values, "landing": landing(steps), "scratch": scratch}
         whole = lay_out(parts)
         self.budget = replace(self.budget, scratch=aligned(scratch))
         # Weights inside engines are loaded by now: only the rest must still fit.
         self.budget.check(whole.size + self._weights.size, self._device.free_memory())
         self._start = self._device.allocate(whole.size)
         self._device.clear(self._start, whole.size)
+        self._text.allocate(self._device, self._start + caches)
         self._landing = self._start + whole.offsets["landing"]
         self._scratch = self._start + whole.offsets["scratch"], scratch
         self._given = lay_out({name: sizes[name] for name in given}).size
@@ -239,7 +265,7 @@ class EngineBackend(GraphBackend):
         """Return a function that runs a step; unaligned outputs land elsewhere and are copied."""
         tensors = {**step.inputs, **step.outputs}
         addresses = {name: self._address(view) for name, view in tensors.items()}
-        addresses |= self._weights.addresses(step.stage)
+        addresses |= self._weights.addresses(step.stage) | self._text.addresses(step.stage)
         free = self._landing
         copies: list[tuple[int, int, int]] = []
         for name, view in step.outputs.items():
@@ -322,7 +348,12 @@ class EngineBackend(GraphBackend):
 
 
 def open_engines(
-    bundle: Bundle, variant: Variant, kind: EngineKind, digest: str | None, trust: bool
+    bundle: Bundle,
+    variant: Variant,
+    kind: EngineKind,
+    digest: str | None,
+    trust: bool,
+    offload: str | None,
 ) -> EngineBackend:
     """Open a variant's engines on this machine's GPU. digest, trust: see `EngineSets.find`.
 
@@ -333,7 +364,7 @@ def open_engines(
     try:
         sets = EngineSets(bundle)
         engines = sets.find(variant.name, kind, device.tools, device.gpu, digest, trust)
-        return EngineBackend(bundle, variant, engines, device)
+        return EngineBackend(bundle, variant, engines, device, offload)
     except BaseException:
         device.close()
         raise

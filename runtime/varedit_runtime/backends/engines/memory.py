@@ -18,7 +18,7 @@ from varedit_runtime.backends.engines.engine_set import (
     EngineSetManifest,
     EngineSets,
 )
-from varedit_runtime.backends.wiring import Step, View, values_of, wire
+from varedit_runtime.backends.wiring import CACHE, TEXT, Step, View, values_of, wire
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import BackendError, BundleError, readable_size
 from varedit_runtime.manifest import StoredWeight, Variant, weights_file
@@ -90,25 +90,31 @@ def budget(
     variant: Variant,
     layout: EngineLayout = "external",
     engines: EngineSetManifest | None = None,
+    offload: str | None = None,
 ) -> Budget:
     """Return what a variant's engines take, without what the driver needs for their code.
 
     engines: the compiled set, of this layout. Without it, scratch is not counted, and weights are
     estimated from the sizes of the bundle's files, as are those inside engines of which the set
-    does not tell them.
+    does not tell them. offload: "text" where the text encoder's weights lie in the caches' place
+    while it runs, which engines of external weights can do.
     """
     symbolic = layout == "profiles"
     steps = wire(variant, bundle.manifest.model, symbolic, unguided=layout != "baked")
     sizes = {name: aligned(view.size) for name, view in values_of(steps).items()}
-    caches = sum(size for name, size in sizes.items() if name.startswith("cache_"))
+    caches = sum(size for name, size in sizes.items() if name.startswith(CACHE))
     between = sum(sizes.values()) - caches + landing(steps)
     weights, scratch = weights_on_gpu(bundle, variant, layout), None
     if engines is not None:
         scratch = None if engines.scratch is None else aligned(engines.scratch)
-        places = distinct(engines.weights)
-        inputs = lay_out({place: weight.length for place, weight in places.items()}).size
         if layout == "external" or engines.resident is not None:
-            weights = inputs + (engines.resident or 0)
+            weights = place_inputs(engines.weights).size + (engines.resident or 0)
+    if offload and layout == "external":
+        text = bundle.manifest.files.get(weights_file(TEXT))
+        size = 0 if text is None else text.size
+        if engines is not None:
+            size = place_inputs({TEXT: engines.weights.get(TEXT, ())}).size
+        weights, caches = weights - size, max(caches, size)
     return Budget(weights, caches, between, scratch)
 
 
@@ -137,6 +143,11 @@ def distinct(weights: Mapping[str, Sequence[StoredWeight]]) -> dict[tuple[str, i
     # kept, and holds the others.
     every.sort(key=lambda weight: (weight.file, weight.offset, weight.length))
     return {(weight.file, weight.offset): weight for weight in every}
+
+
+def place_inputs(weights: Mapping[str, Sequence[StoredWeight]]) -> Arena[tuple[str, int]]:
+    """Lay out the weights that engines have as inputs, given by stage, by their places in files."""
+    return lay_out({place: weight.length for place, weight in distinct(weights).items()})
 
 
 def landing(steps: Iterable[Step]) -> int:

@@ -18,8 +18,8 @@ from varedit_runtime.backends.engines.import_tensorrt import (
 )
 from varedit_runtime.backends.machine import EngineSetFacts, Gpu, Machine, ProbeResult
 from varedit_runtime.backends.spec import (
-    BackendOptions,
     BackendSpec,
+    OffloadOptions,
     Verdict,
     install_command,
     option,
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class EngineBackendOptions(BackendOptions):
+class EngineBackendOptions(OffloadOptions):
     """Which engines are loaded; they are native code.
 
     engines_digest: the digest of the engine set to load, published by whoever compiled it.
@@ -78,9 +78,8 @@ class EngineSpec(BackendSpec[EngineBackendOptions]):
             )
         from varedit_runtime.backends.engines.backend import open_engines
 
-        return open_engines(
-            bundle, variant, self.kind, options.engines_digest, options.trust_engines
-        )
+        trusted = options.engines_digest, options.trust_engines
+        return open_engines(bundle, variant, self.kind, *trusted, options.offload)
 
     def compile_command(self, machine: Machine) -> str | None:
         """Return the command that compiles the bundle's engines for the GPU in use, if any can."""

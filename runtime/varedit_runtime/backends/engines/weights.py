@@ -7,7 +7,7 @@ from itertools import cycle, groupby
 import numpy as np
 
 from varedit_runtime.backends.engines.device import Device, Launch, address_of
-from varedit_runtime.backends.engines.memory import distinct, lay_out
+from varedit_runtime.backends.engines.memory import distinct, place_inputs
 from varedit_runtime.bundle import Bundle, readable
 from varedit_runtime.errors import BundleError
 from varedit_runtime.manifest import StoredWeight
@@ -29,7 +29,7 @@ class EngineWeights:
     def __init__(self, by_stage: Mapping[str, Sequence[StoredWeight]]) -> None:
         self._by_stage = by_stage
         self._distinct = distinct(by_stage)
-        self._arena = lay_out({place: w.length for place, w in self._distinct.items()})
+        self._arena = place_inputs(by_stage)
         self._start = 0
         self._staging: list[_Staged] = []
 
@@ -49,10 +49,13 @@ class EngineWeights:
             for weight in self._by_stage.get(stage, ())
         }
 
-    def allocate(self, device: Device) -> None:
-        """Allocate memory for all weights on the GPU, and for two parts of a file on the host."""
+    def allocate(self, device: Device, start: int | None = None) -> None:
+        """Allocate memory for all weights on the GPU, and for two parts of a file on the host.
+
+        start: where they lie on the GPU, if that is allocated.
+        """
         if self._distinct:
-            self._start = device.allocate(self.size)
+            self._start = device.allocate(self.size) if start is None else start
             chunk = min(CHUNK, max(weight.length for weight in self._distinct.values()))
             self._staging = [_Staged(device.allocate_host(chunk)) for _ in range(2)]
 

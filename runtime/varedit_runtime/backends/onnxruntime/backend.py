@@ -19,12 +19,14 @@ import onnxruntime as ort
 from varedit_runtime.backends.graph_backend import GraphBackend
 from varedit_runtime.backends.graph_file import read_graph
 from varedit_runtime.backends.interrupt import run_stoppable
+from varedit_runtime.backends.machine import return_freed_memory
 from varedit_runtime.backends.onnxruntime import cuda
 from varedit_runtime.backends.onnxruntime.integers import check_exact
 from varedit_runtime.backends.onnxruntime.options import PROVIDERS, OnnxRuntimeOptions
 from varedit_runtime.backends.wiring import (
     FUSED,
     SYMBOLIC,
+    TEXT,
     Crowded,
     Step,
     View,
@@ -249,7 +251,7 @@ class OnnxBackend(GraphBackend):
         options: OnnxRuntimeOptions,
         twin: str | None = None,
     ) -> None:
-        """Load all graphs and allocate their memory.
+        """Load all graphs and allocate their memory; the text encoder's later, if it is offloaded.
 
         twin: the graph that runs prefill and scales; by default FUSED on provider cuda, where the
         bundle has it, else SYMBOLIC. Raises BackendError if the installed onnxruntime lacks the
@@ -270,8 +272,11 @@ class OnnxBackend(GraphBackend):
         )
         _check_precision(bundle.manifest.policy, provider)
         self._threads, self._twin = options.threads or 0, twin
+        self._bundle, self._offloads = bundle, bool(options.offload)
         self._sessions = self._load(bundle)
-        self._values = self._allocate(list(self.steps.values()))
+        self._phase: bool | None = None
+        self._values: dict[str, Buffer] = {}
+        self._enter(text=False)
 
     @property
     def buffer_bytes(self) -> int:
@@ -279,14 +284,41 @@ class OnnxBackend(GraphBackend):
 
     def prepare_weights(self, bundle: Bundle) -> Callable[[], None]:
         # Both are in memory until the old sessions go: a failure leaves those as they are.
-        sessions = self._load(bundle)
-        return partial(setattr, self, "_sessions", sessions)
+        return partial(self._take_weights, bundle, self._load(bundle))
+
+    def _take_weights(self, bundle: Bundle, sessions: dict[str, Session]) -> None:
+        self._bundle, self._sessions = bundle, sessions
+        if self._offloads:  # the text encoder may have been held
+            self._phase = None
 
     def close(self) -> None:
         self._sessions, self._values = {}, {}
 
-    def _load(self, bundle: Bundle) -> dict[str, Session]:
-        """Load all graphs, by stage, with a bundle's weights."""
+    def _enter(self, text: bool) -> None:
+        """Hold what the text encoder needs or, if it is offloaded, what all other stages need.
+
+        What was held is freed first. After an error nothing is, and the next run tries again.
+        """
+        text = text and self._offloads
+        if text == self._phase:
+            return
+        self._phase, self._values = None, {}
+        if self._offloads:
+            self._sessions.pop(TEXT, None)
+            return_freed_memory()
+        if text:
+            self._sessions |= self._load(self._bundle, text)
+            self._bundle.check_stands()  # libraries open weights by their path
+        self._values = self._allocate(
+            [step for step in self.steps.values() if self._holds(step.stage, text)]
+        )
+        self._phase = text
+
+    def _holds(self, stage: str, text: bool) -> bool:
+        return not self._offloads or (stage == TEXT) == text
+
+    def _load(self, bundle: Bundle, text: bool = False) -> dict[str, Session]:
+        """Load graphs, by stage, with a bundle's weights; text: see `_enter`."""
         stages = dict.fromkeys(step.stage for step in self.steps.values())
         # All graphs are checked before any of them makes a library open files.
         graphs = {stage: read_graph(bundle, self.variant, stage) for stage in stages}
@@ -297,12 +329,15 @@ class OnnxBackend(GraphBackend):
                 bundle.graphs_folder,
                 self.provider,
                 self._threads,
-                captured=self.provider == "cuda" and stage == self._twin,
+                # Captured graphs contain addresses, and values are allocated again.
+                captured=self.provider == "cuda" and stage == self._twin and not self._offloads,
             )
             for stage, graph in graphs.items()
+            if self._holds(stage, text)
         }
 
     def _run(self, step: Step, given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        self._enter(step.stage == TEXT)
         with _explained(f"run graph {step.stage}", self.provider):
             for name, array in given.items():
                 self._values[name].write(array)

@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 
-from varedit_runtime.backends.spec import BackendOptions, option
+from varedit_runtime.backends.spec import OffloadOptions, option
 from varedit_runtime.errors import ConfigError, shown
 
 THREADS_PER_CORE = 8  # more only wait for each other, and thousands end the process
@@ -11,7 +11,7 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 @dataclass(frozen=True)
-class OnnxRuntimeOptions(BackendOptions):
+class OnnxRuntimeOptions(OffloadOptions):
     """Where and how ONNX Runtime runs.
 
     provider: "cpu" or "cuda"; it never falls back to the other. threads: of the CPU that compute
