@@ -45,7 +45,7 @@ def _described(bundle: Bundle, variant: Variant) -> dict[str, object]:
     found |= {name: getattr(variant, name) for name in SHAPES}
     digests = {f"graph {stage}": graph.file for stage, graph in variant.graphs.items()}
     digests |= {TOKENIZER: TOKENIZER} if TOKENIZER in files else {}
-    found |= {name: files[file].sha256 for name, file in digests.items()}
+    found |= {name: files[file].sha256[:16] for name, file in digests.items()}
     tables = {positions(other.name) for other in manifest.variants if other.name != variant.name}
     weights = (weights_file(name) for name in bundle.components if name not in tables)
     found |= {f"size of {file}": files[file].size for file in weights}
