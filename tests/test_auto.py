@@ -83,7 +83,11 @@ def on_hopper(machine: Machine) -> Machine:
             "onnxruntime cpu",
             "onnxruntime cuda cannot: cuDNN is missing",
         ),
-        (with_bundle(SERVER, weights=16 * 10**9), "onnxruntime cpu", "about 20.8 GB of GPU memory"),
+        (
+            with_bundle(SERVER, gpu_memory=21 * 10**9),
+            "onnxruntime cpu",
+            "about 21.0 GB of GPU memory",
+        ),
     ],
 )
 def test_the_best_backend_that_can_run_is_chosen(machine: Machine, label: str, why: str) -> None:

@@ -31,6 +31,7 @@ from varedit_runtime.manifest import ParityLine
 from varedit_runtime.values import AnyPath, checked
 
 if TYPE_CHECKING:
+    from varedit_export.plan import BundlePlan
     from varedit_export.weights.published import Download
     from varedit_runtime.backends.engines.engine_set import EngineSet
 
@@ -43,6 +44,7 @@ __all__ = [
     "VerifyOptions",
     "build",
     "compile_engines",
+    "plan_build",
     "verify",
 ]
 
@@ -74,13 +76,33 @@ def build(
     check_build(options)
     with needs_extra("export"):
         from varedit_export.assemble import assemble
-        from varedit_export.estimate import needs
+
+    plan, told = _planned(options, accept)
+    notice(told)
+    assemble(plan, on_step)
+    return Bundle.open(plan.request.target)
+
+
+def plan_build(options: BuildOptions, accept: Callable[["Download"], None] = _ignore) -> str:
+    """Return what `build` would make, and what building it and editing with it take, in lines.
+
+    Nothing is built. accept, and what is raised: as for `build`.
+    """
+    options = checked("options", options, BuildOptions)
+    _check_functions(accept=accept)
+    check_build(options)
+    return _planned(options, accept)[1]
+
+
+def _planned(
+    options: BuildOptions, accept: Callable[["Download"], None]
+) -> "tuple[BundlePlan, str]":
+    with needs_extra("export"):
+        from varedit_export.estimate import editing, needs
         from varedit_export.resolve_options import plan_of
 
     plan = plan_of(options, accept)
-    notice(f"{plan}\n  needs {needs(plan)}")
-    assemble(plan, on_step)
-    return Bundle.open(plan.request.target)
+    return plan, "\n  ".join([str(plan), f"needs {needs(plan)}", *editing(plan)])
 
 
 def compile_engines(

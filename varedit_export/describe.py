@@ -13,7 +13,8 @@ def described(bundle: Bundle) -> str:
 
 
 def _lines(bundle: Bundle) -> Iterator[str]:
-    from varedit_runtime.backends.engines.memory import budget, set_budgets
+    from varedit_runtime.backends.engines.memory import budget, set_budgets, with_offload
+    from varedit_runtime.backends.onnxruntime.memory import host_budget
 
     manifest, model = bundle.manifest, bundle.manifest.model
     yield f"{manifest.name}  {bundle.digest}"
@@ -33,7 +34,10 @@ def _lines(bundle: Bundle) -> Iterator[str]:
             f"{variant.text_tokens} text tokens"
         )
         if manifest.policy.no_gpu is None:
-            yield f"             on a GPU: {budget(bundle, variant)}"
+            offloaded = with_offload(budget(bundle, variant, offload="text"))
+            yield f"             on a GPU: {budget(bundle, variant)}{offloaded}"
+        if manifest.policy.onnxruntime:
+            yield f"             on a CPU: {host_budget(bundle, variant)}"
         for name, needed in set_budgets(bundle, variant):
             yield f"             on a GPU, {name}: {needed}"
     for name, entry in sorted(manifest.files.items()):

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from varedit_runtime.backends import BACKENDS, find_backend, specs
 from varedit_runtime.backends.auto import AUTO, best, verdicts
 from varedit_runtime.backends.engines.spec import EngineSpec, unfit
-from varedit_runtime.backends.machine import BundleFacts, EngineSetFacts, Machine, cpu_bytes
+from varedit_runtime.backends.machine import BundleFacts, EngineSetFacts, Machine
 from varedit_runtime.backends.spec import (
     Verdict,
     commands_hint,
@@ -84,10 +84,9 @@ def _bundle(machine: Machine, bundle: BundleFacts) -> Iterator[str]:
     yield report_line("bundle", f"{bundle.path}: {bundle.precision.name}, {variants}")
     edits = "yes" if bundle.unfit is None else f"no: {bundle.unfit}"
     yield report_line("edits pictures", edits)
-    needed = cpu_bytes(bundle)
     fits = (
-        too_little(machine.memory, needed, "memory")
-        or f"fit in memory, about {readable_size(needed)}"
+        too_little(machine.memory, bundle.memory, "memory")
+        or f"editing fits in memory, about {readable_size(bundle.memory)}"
     )
     yield report_line("weights", f"{readable_size(bundle.weights)}: {fits}")
     for engines in bundle.engines:

@@ -5,15 +5,20 @@ in fp16 with random weights, on two cores of an x86 server, PyTorch 2.13 and ONN
 """
 
 import os
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 from varedit_export.errors import ExportError
-from varedit_export.graphs.stages import Shapes
+from varedit_export.graphs.stages import Shapes, has_references, text_input_specs
 from varedit_export.parity.compare_bundle import is_large
 from varedit_export.plan import BundlePlan
+from varedit_runtime.backends.engines.memory import Budget, with_offload
 from varedit_runtime.backends.machine import available_memory
+from varedit_runtime.backends.onnxruntime.memory import SCORES, HostBudget, activations
+from varedit_runtime.backends.wiring import TEXT
 from varedit_runtime.errors import readable_size
 from varedit_runtime.precision import named
 
@@ -23,7 +28,6 @@ PROGRAM = 450 * 10**6
 DRAWN = 4  # fp32 tensors of the largest weight: drawn, converted, waiting, written
 WHOLE = 3  # fp32 copies of a small model's weights, in the reference and ONNX Runtime's sessions
 ROUNDED = 1  # one more of a reference whose products are rounded
-SCORES = 2.5  # fp32 arrays of the last scale's attention, of all heads
 KEYS_VALUES = 4  # fp32 arrays of all keys, or values, that the last scale sees
 HIDDEN = 3  # fp32 arrays of the last scale's MLP
 TRACING = 100.0  # seconds, whatever the model, on one core
@@ -92,6 +96,69 @@ def _attention(shapes: Shapes) -> int:
     caches = 2 * config.depth * seen * max(shapes.forms.values()) * config.width
     scores = max(shapes.forms.values()) * config.heads * config.lengths[-1] * seen
     return int(4 * (caches + SCORES * scores))
+
+
+def editing(plan: BundlePlan) -> Iterator[str]:
+    """Yield what editing with each variant will take, as `inspect` says it of the bundle."""
+    for variant in plan.variants:
+        shapes = variant.request.shapes
+        gpu, cpu = gpu_editing(plan, shapes), cpu_editing(plan, shapes)
+        if shapes.precision.no_gpu is None:
+            yield f"{variant.request.name} edits with {gpu[0]}{with_offload(gpu[1])}"
+        if shapes.precision.onnxruntime:
+            yield f"{variant.request.name} edits with {cpu}"
+
+
+def gpu_editing(plan: BundlePlan, shapes: Shapes) -> tuple[Budget, Budget]:
+    """Return what editing takes of a GPU's memory, and what with the text encoder offloaded."""
+    text, weights = _weights(plan)
+    caches, between = _caches(shapes), _between(shapes)
+    whole = Budget(weights + text, caches, between)
+    return whole, Budget(weights, max(caches, text), between)
+
+
+def cpu_editing(plan: BundlePlan, shapes: Shapes) -> HostBudget:
+    """Return what editing takes on a CPU."""
+    text, weights = (size * shapes.precision.cpu_growth for size in _weights(plan))
+    config = shapes.config.transformer
+    rows = max(shapes.forms.values())
+    running = activations(
+        shapes.batch, rows, config.heads, config.lengths, shapes.config.picture_size
+    )
+    return HostBudget(text, weights, _caches(shapes), _between(shapes), running)
+
+
+def _weights(plan: BundlePlan) -> tuple[int, int]:
+    """Return the bytes of the text encoder's weights, and of all others."""
+    text = sum(component.size for component in plan.components if component.name == TEXT)
+    return text, plan.weight_bytes - text
+
+
+def _caches(shapes: Shapes) -> int:
+    """Return the bytes of all keys and values; with SAR the first block has none of the source."""
+    config, rows = shapes.config.transformer, max(shapes.forms.values())
+    own, source = sum(config.lengths), config.lengths[-1]
+    seen = config.depth * (own + source) - source * has_references(shapes)
+    return 2 * seen * rows * config.width * shapes.dtype.itemsize
+
+
+def _between(shapes: Shapes) -> int:
+    """Return the bytes of what else passes between graphs."""
+    config, rows = shapes.config.transformer, max(shapes.forms.values())
+    text = sum(
+        spec.dtype.itemsize * prod(rows if isinstance(size, str) else size for size in spec.shape)
+        for spec in text_input_specs(shapes, head=True).values()
+    )
+    own, source = sum(config.lengths), config.lengths[-1]
+    # Of SAR: the first block's keys and values of the source, and those averaged to each grid.
+    references = 2 * has_references(shapes) * (own + source) * rows * config.width
+    features = rows * shapes.text_tokens * config.text_channels
+    # Of a bit: two logits, its noise, three bools. Of a token: itself.
+    tokens = shapes.batch * (own * (8 + 4 + 3 + 4) + source * 4) * config.token_channels
+    bits, (height, width) = shapes.config.tokenizer.bits, shapes.positions
+    sums = (len(config.grids) + 1) * shapes.batch * bits * height * width
+    pictures = 2 * 3 * shapes.batch * prod(shapes.config.picture_size)
+    return text + references * shapes.dtype.itemsize + tokens + 4 * (features + sums + pictures)
 
 
 def check_memory(needed: int) -> None:

@@ -107,6 +107,7 @@ if TYPE_CHECKING:
     metavar="BUNDLE",
     help="Take the graphs and engines of a bundle of the same shapes: the weights alone are new.",
 )
+@click.option("--dry-run", is_flag=True, help="Say what building and editing take; build nothing.")
 @click.option("-o", "--output", type=PATH, help="The bundle's folder; by default one of yours.")
 @click.option(
     "--default",
@@ -124,6 +125,7 @@ def build(
     architectures: tuple[str, ...],
     as_default: bool,
     yes: bool,
+    dry_run: bool,
 ) -> None:
     """Build a bundle, prove its parity with the reference, and publish it.
 
@@ -154,6 +156,9 @@ def build(
     engines = _engine_options(context, name, layout, architectures, options.precision)
     if backend == AUTO:
         say(told(chosen))
+    if dry_run:
+        click.echo(varedit_export.plan_build(options, partial(accept, yes)))
+        return
     with progress() as on_step:
         bundle = varedit_export.build(options, on_step, say, partial(accept, yes))
     folder = Path(options.output or bundle.path)

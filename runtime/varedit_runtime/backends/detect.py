@@ -2,6 +2,7 @@
 
 import platform
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from varedit_runtime.backends.machine import (
     available_memory,
     nvidia,
 )
+from varedit_runtime.backends.onnxruntime.memory import host_budget
 from varedit_runtime.backends.spec import BackendSpec
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import ANY_FAILURE, BundleError, one_line, reason
@@ -90,18 +92,31 @@ def installed() -> dict[str, str]:
 def _bundle_facts(bundle: Bundle, variant: str | None, offload: str | None) -> BundleFacts:
     manifest, sets = bundle.manifest, EngineSets(bundle)
     engines = [_engines(sets, path, offload) for path in sets.folders]
+    needed = list(_needed(bundle, variant, offload))
     return BundleFacts(
         path=bundle.path,
         precision=manifest.policy,
         weights=sum(manifest.files[weights_file(name)].size for name in bundle.components),
         variants=tuple(variant.name for variant in manifest.variants),
         unfit=manifest.unfit,
+        memory=max((on_cpu for on_cpu, _ in needed), default=0),
+        gpu_memory=max((on_gpu for _, on_gpu in needed), default=0),
         engines=tuple(
             facts
             for facts in engines
             if variant is None or facts.recipe is None or facts.recipe.variant == variant
         ),
     )
+
+
+def _needed(bundle: Bundle, variant: str | None, offload: str | None) -> Iterator[tuple[int, int]]:
+    """Yield the bytes that editing takes on a CPU and on a GPU, for the variants that count."""
+    for one in bundle.manifest.variants:
+        if variant in (None, one.name):
+            with suppress(BundleError):  # opening it says what is wrong
+                told = host_budget(bundle, one)
+                gpu = budget(bundle, one, offload=offload).total + told.activations
+                yield told.offloaded if offload else told.total, gpu
 
 
 def _engines(sets: EngineSets, path: Path, offload: str | None) -> EngineSetFacts:

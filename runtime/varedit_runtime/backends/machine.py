@@ -20,7 +20,6 @@ from varedit_runtime.precision import Precision
 if TYPE_CHECKING:
     from varedit_runtime.backends.engines.engine_set import EngineRecipe
 
-PEAK = 1.3  # of the weights: they, packed copies, caches and activations
 SMI_SECONDS = 10  # a driver that hangs must not hang this program
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 SMI_FIELDS = "driver_version,name,compute_cap,memory.total,memory.free"
@@ -65,7 +64,11 @@ class EngineSetFacts:
 
 @dataclass(frozen=True)
 class BundleFacts:
-    """A bundle. weights: bytes of all its weights files. unfit: why it is not for editing."""
+    """A bundle.
+
+    weights: bytes of all its weights files. unfit: why it is not for editing. memory, gpu_memory:
+    bytes that editing takes on a CPU, and with ONNX Runtime on a GPU; 0 where that is unknown.
+    """
 
     path: Path
     precision: Precision
@@ -73,6 +76,8 @@ class BundleFacts:
     variants: tuple[str, ...]
     engines: tuple[EngineSetFacts, ...]
     unfit: str | None = None
+    memory: int = 0
+    gpu_memory: int = 0
 
 
 @dataclass(frozen=True)
@@ -108,11 +113,6 @@ class Machine:
     def probe(self, backend: str) -> ProbeResult:
         """Return what a backend found; an empty probe where it was not asked."""
         return self.probes.get(backend, ProbeResult())
-
-
-def cpu_bytes(bundle: BundleFacts) -> int:
-    """Return the memory that editing takes on a CPU, where 16-bit weights become fp32."""
-    return int(PEAK * bundle.weights * bundle.precision.cpu_growth)
 
 
 def nvidia() -> Nvidia:

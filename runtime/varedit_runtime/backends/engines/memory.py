@@ -118,6 +118,11 @@ def budget(
     return Budget(weights, caches, between, scratch)
 
 
+def with_offload(budget: Budget) -> str:
+    """Return the end of a sentence on a budget, given the one with the text encoder offloaded."""
+    return f"; {readable_size(budget.total)} with --offload text"
+
+
 def set_budgets(bundle: Bundle, variant: Variant) -> Iterator[tuple[str, Budget]]:
     """Yield what each set of a variant's engines takes, with the GPU and layout it is for.
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from varedit_runtime.backends.machine import PEAK, Machine, ProbeResult, cpu_bytes
+from varedit_runtime.backends.machine import Machine, ProbeResult
 from varedit_runtime.backends.onnxruntime.options import PROVIDERS, OnnxRuntimeOptions
 from varedit_runtime.backends.spec import (
     BackendSpec,
@@ -77,7 +77,7 @@ class OnnxRuntime(BackendSpec[OnnxRuntimeOptions]):
         if not bundle.precision.onnxruntime:
             why = f"CPUs do not compute {bundle.precision.name}: build with --precision fp32"
             return Verdict(CPU, "cannot", why)
-        if why := too_little(machine.memory, cpu_bytes(bundle), "memory"):
+        if why := too_little(machine.memory, bundle.memory, "memory"):
             return Verdict(CPU, "cannot", why)
         if bundle.precision.cpu_growth > 1:
             less = "this bundle, in fp32: --precision fp32 takes less memory"
@@ -105,7 +105,7 @@ class OnnxRuntime(BackendSpec[OnnxRuntimeOptions]):
         if why := machine.bundle.precision.no_gpu:
             return Verdict(CUDA, "cannot", why)
         most_free = max((gpu.free for gpu in gpus if gpu.free is not None), default=None)
-        if why := too_little(most_free, int(PEAK * machine.bundle.weights), "GPU memory"):
+        if why := too_little(most_free, machine.bundle.gpu_memory, "GPU memory"):
             return Verdict(CUDA, "cannot", why)
         return Verdict(CUDA, "can run", "this bundle")
 

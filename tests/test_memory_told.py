@@ -1,0 +1,121 @@
+"""What editing is said to take: told before a bundle is built, of a bundle, and by the docs."""
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from bundles import bundle_config, random_weights, request, small_bundle
+from click.testing import CliRunner
+from editing import pair_bundle, plain_bundle, plain_config
+
+from varedit_export.cli import main
+from varedit_export.estimate import cpu_editing, gpu_editing
+from varedit_export.plan import BundlePlan, VariantRequest
+from varedit_export.sources import random_sources
+from varedit_reference.config import preset
+from varedit_runtime.backends.detect import detect_machine
+from varedit_runtime.backends.engines.memory import budget
+from varedit_runtime.backends.onnxruntime.memory import host_budget
+from varedit_runtime.bundle import Bundle
+from varedit_runtime.editing.editor import Editor
+from varedit_runtime.errors import readable_size
+
+ROOT = Path(__file__).parent.parent
+
+
+def planned(path: Path) -> BundlePlan:
+    """Return the plan of one of the bundles for tests."""
+    wanted, config = request(path), bundle_config()
+    if path == pair_bundle():
+        wanted = replace(wanted, batch=2)
+    if path == plain_bundle():
+        config = plain_config()
+        wanted = replace(wanted, config=config, guided=False)
+        return BundlePlan([wanted], random_sources(config, seed=0))
+    return BundlePlan([wanted], random_weights())
+
+
+@pytest.mark.parametrize("path", [small_bundle, pair_bundle, plain_bundle])
+def test_it_is_what_an_editor_allocates(path: Callable[[], Path]) -> None:
+    bundle = Bundle.open(path())
+    (variant,) = bundle.manifest.variants
+    told = host_budget(bundle, variant)
+    with Editor.open(path(), threads=1) as editor:
+        assert told.caches + told.between == editor.backend.buffer_bytes
+    plan = planned(path())
+    before = cpu_editing(plan, plan.request.shapes)
+    assert (before.caches, before.activations) == (told.caches, told.activations)
+    for name in ("weights", "text", "between", "total", "offloaded"):
+        assert getattr(before, name) == pytest.approx(getattr(told, name), rel=0.05)
+
+
+@pytest.mark.parametrize("path", [small_bundle, pair_bundle, plain_bundle])
+def test_a_plan_tells_what_engines_take(path: Callable[[], Path]) -> None:
+    bundle = Bundle.open(path())
+    (variant,) = bundle.manifest.variants
+    plan = planned(path())
+    for before, offload in zip(gpu_editing(plan, plan.request.shapes), (None, "text"), strict=True):
+        told = budget(bundle, variant, offload=offload)
+        assert before.caches == pytest.approx(told.caches, rel=0.01)  # places are aligned
+        assert before.weights == pytest.approx(told.weights, rel=0.01)
+        assert before.total == pytest.approx(told.total, rel=0.03)
+
+
+def test_inspect_tells_it() -> None:
+    bundle = Bundle.open(small_bundle())
+    (variant,) = bundle.manifest.variants
+    shown = CliRunner().invoke(main, ["inspect", str(bundle.path)]).output
+    told = host_budget(bundle, variant)
+    assert f"on a CPU: {readable_size(told.total)} of memory" in shown
+    assert f"and the program; {readable_size(told.offloaded)} with --offload text" in shown
+    offloaded = budget(bundle, variant, offload="text")
+    assert f"the driver takes; {readable_size(offloaded.total)} with --offload text" in shown
+
+
+@pytest.mark.parametrize("offload", [None, "text"])
+def test_backends_are_judged_by_it(offload: str | None) -> None:
+    bundle = Bundle.open(small_bundle())
+    (variant,) = bundle.manifest.variants
+    facts, told = detect_machine(bundle, offload=offload).bundle, host_budget(bundle, variant)
+    assert facts and facts.memory == (told.offloaded if offload else told.total)
+    on_gpu = budget(bundle, variant, offload=offload).total
+    assert facts.gpu_memory == on_gpu + told.activations
+
+
+def test_a_dry_run_tells_it_and_builds_nothing(tmp_path: Path) -> None:
+    asked = ("--size", "tiny-8b", "--res", "256", "--random-weights", "0", "--dry-run")
+    done = CliRunner().invoke(main, ["build", *asked, "-o", str(tmp_path / "bundle")])
+    assert done.exit_code == 0, done.output
+    assert re.search(r"256-b1 edits with .* of GPU memory \(.*\), and what the driver", done.stdout)
+    assert re.search(r"256-b1 edits with .* of memory \(.* activations\), and the", done.stdout)
+    assert not list(tmp_path.iterdir())
+
+
+def full_size(size: str, resolution: int, precision: str, gpu: bool) -> list[str]:
+    """Return what editing takes, and what with the text encoder offloaded."""
+    config = preset(size, resolution)
+    wanted = VariantRequest(config, resolution, "1:1", precision, 1, True, 128, Path("none"))
+    plan = BundlePlan([wanted], random_sources(config, seed=0))
+    on_cpu = cpu_editing(plan, wanted.shapes)
+    on_gpu = [whole.total for whole in gpu_editing(plan, wanted.shapes)]
+    totals = on_gpu if gpu else [on_cpu.total, on_cpu.offloaded]
+    return [f"{total / 1e9:.1f} GB" for total in totals]
+
+
+@pytest.mark.parametrize("size", ["2b", "8b"])
+@pytest.mark.parametrize("resolution", [512, 1024])
+def test_the_docs_tell_what_full_sizes_take(size: str, resolution: int) -> None:
+    cells = [full_size(size, resolution, *of) for of in (("fp16", True), ("int8", False))]
+    row = " | ".join([f"{size}, {resolution} px", *cells[0], *cells[1]])
+    assert f"| {row} |" in (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
+
+
+def test_the_readme_tells_it() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    half, full = full_size("8b", 512, "fp16", True), full_size("8b", 512, "fp32", False)
+    assert re.search(rf"\| {half[0]} of the GPU's \(.*\), and scratch \| {full[0]} \(", readme)
+    assert f"with `--offload text` | {half[1]} | {full[1]} |" in readme
+    whole, offloaded = full_size("8b", 512, "int8", False)
+    assert f"editing takes {whole}, and {offloaded} with `--offload text`" in readme
