@@ -228,6 +228,7 @@ def test_profiles_are_the_shapes_of_the_static_graphs(bundle: Bundle) -> None:
             assert shape == static[name], (index, name)
     assert profiles[0]["past"] == profiles[0]["reference"] == 0
     assert [sizes["rows"] for sizes in profiles_of("condition", variant)] == [2, 1]
+    assert {sizes["text_tokens"] for sizes in profiles_of("scale", variant)} == {24}
 
 
 def test_a_second_compilation_compiles_nothing(bundle: Bundle, compiled: list[str]) -> None:

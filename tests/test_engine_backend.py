@@ -31,7 +31,7 @@ from varedit_runtime.backends.engines.engine_set import (
 )
 from varedit_runtime.backends.engines.memory import budget, lay_out
 from varedit_runtime.backends.engines.weights import EngineWeights
-from varedit_runtime.backends.wiring import sized
+from varedit_runtime.backends.wiring import profiles_of, sized
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.editing.editor import Editor, Progress, read_instructions
 from varedit_runtime.errors import BackendError, BundleError, readable_size
@@ -131,7 +131,7 @@ def test_bits_can_be_forced(small: tuple[Editor, SimulatedGpu]) -> None:
 def forced(editor: Editor) -> list[ScaleOutput]:
     backend, variant = editor.backend, editor.variant
     channels = editor.bundle.manifest.model.token_channels
-    random, sizes = np.random.default_rng(0), {"rows": variant.rows}
+    random, sizes = np.random.default_rng(0), profiles_of("condition", variant)[0]
     backend.condition(
         {
             spec.name: np.ones(sized(spec, sizes), np.bool_)

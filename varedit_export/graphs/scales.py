@@ -33,6 +33,7 @@ from varedit_export.graphs.attention import OPERATOR_OPSET
 from varedit_export.graphs.model import GraphTransformer, Past, layer_norm
 from varedit_export.graphs.stages import (
     ROWS,
+    TEXT_TOKENS,
     InputSpec,
     PositionTable,
     Shapes,
@@ -139,7 +140,8 @@ class Binding:
 
 def row_binding(shapes: Shapes, name: str, rows: int) -> Binding:
     """Return what makes a template a graph for a number of rows."""
-    return Binding(name, {ROWS: rows}, {PICTURES: np.arange(rows) % shapes.batch})
+    sizes = {ROWS: rows, TEXT_TOKENS: shapes.text_tokens}
+    return Binding(name, sizes, {PICTURES: np.arange(rows) % shapes.batch})
 
 
 def kind_of(shapes: Shapes, index: int) -> Kind:
@@ -216,7 +218,7 @@ class FusedScaleStage(SymbolicScaleStage):
     opset = OPERATOR_OPSET
 
     def __init__(self, shapes: Shapes, model: GraphTransformer, table: PositionTable) -> None:
-        super().__init__(replace(shapes, all_rows=True), model, table)
+        super().__init__(replace(shapes, fixed=True), model, table)
 
 
 def _predict(

@@ -21,7 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from varedit_export.graphs.model import GraphTransformer, Past, TextInputs, parameter
+from varedit_export.graphs.model import (
+    GraphTransformer,
+    Past,
+    TextInputs,
+    first_tokens,
+    parameter,
+)
 from varedit_export.graphs.text import GraphTextEncoder
 from varedit_reference.config import Grid, ModelConfig, TransformerConfig
 from varedit_reference.kv_cache import source_length, target_length
@@ -33,7 +39,8 @@ from varedit_runtime.geometry import area_matrix
 from varedit_runtime.manifest import UNGUIDED
 from varedit_runtime.precision import Precision
 
-ROWS = "rows"  # the name of the symbolic number of rows
+# The names of the symbolic numbers of rows and of text tokens.
+ROWS, TEXT_TOKENS = "rows", "text_tokens"
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,8 @@ class Shapes:
     """What a variant's graphs are shaped by.
 
     rows: of the transformer, a symbolic length in a variant with guidance: twice the batch or,
-    where no picture needs guidance, the batch. all_rows: always twice the batch. dtype: of keys and
+    where no picture needs guidance, the batch. text_tokens: the most that an instruction has; their
+    number is symbolic as well. fixed: neither is, and both are the largest. dtype: of keys and
     values.
     """
 
@@ -58,7 +66,7 @@ class Shapes:
     guided: bool
     text_tokens: int
     precision: Precision
-    all_rows: bool = False
+    fixed: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -66,7 +74,11 @@ class Shapes:
 
     @property
     def rows(self) -> int | str:
-        return ROWS if self.guided and not self.all_rows else max(self.forms.values())
+        return ROWS if self.guided and not self.fixed else max(self.forms.values())
+
+    @property
+    def tokens(self) -> int | str:
+        return self.text_tokens if self.fixed else TEXT_TOKENS
 
     @property
     def forms(self) -> dict[str, int]:
@@ -118,14 +130,15 @@ class TextEncoderStage(Stage):
         self.shapes, self.text_encoder = shapes, text_encoder
 
     def inputs(self) -> dict[str, InputSpec]:
-        shape = (self.shapes.batch, self.shapes.text_tokens)
+        shape = (self.shapes.batch, self.shapes.tokens)
         return {
             "token_ids": InputSpec(torch.int64, shape),
             "text_mask": InputSpec(torch.bool, shape),
         }
 
     def compute(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {"text_features": self.text_encoder(given["token_ids"], given["text_mask"])}
+        ids, mask, most = given["token_ids"], given["text_mask"], self.shapes.text_tokens
+        return {"text_features": self.text_encoder(ids, mask, most)}
 
 
 class ImageEncoderStage(Stage):
@@ -177,7 +190,7 @@ class ConditionStage(Stage):
         self.shapes, self.model = shapes, model
 
     def inputs(self) -> dict[str, InputSpec]:
-        rows, tokens = self.shapes.rows, self.shapes.text_tokens
+        rows, tokens = self.shapes.rows, self.shapes.tokens
         channels = self.shapes.config.transformer.text_channels
         inputs = {
             "text_features": InputSpec(torch.float32, (rows, tokens, channels)),
@@ -191,7 +204,7 @@ class ConditionStage(Stage):
         model = self.model
         features, mask = given["text_features"], given["text_mask"]
         if self.shapes.guided:
-            learned = model.unconditional_text[: self.shapes.text_tokens]
+            learned = first_tokens(model.unconditional_text[None], features.shape[1])
             features = torch.where(given["learned"][:, None, None], learned, features)
         bias_RT = torch.where(mask, 0.0, -torch.inf)
         text_RTC = F.rms_norm(features, features.shape[-1:], model.text_norm, 1e-6)
@@ -325,7 +338,7 @@ def has_references(shapes: Shapes) -> bool:
 
 def text_input_specs(shapes: Shapes, head: bool = False) -> dict[str, InputSpec]:
     """Return the inputs that the condition makes of the text. head: the head's signal too."""
-    transformer, rows, tokens = shapes.config.transformer, shapes.rows, shapes.text_tokens
+    transformer, rows, tokens = shapes.config.transformer, shapes.rows, shapes.tokens
     width, heads, head_width = transformer.width, transformer.heads, transformer.head_width
     inputs = {"modulation": InputSpec(torch.float32, (rows, 6, width))}
     if head:

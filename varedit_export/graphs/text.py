@@ -32,17 +32,19 @@ class GraphTextEncoder(nn.Module):
         self.blocks = nn.ModuleList(GraphTextBlock(config, formats) for _ in range(config.depth))
         self.final_norm = parameter(config.width)
 
-    def forward(self, token_ids: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, token_ids: Tensor, mask: Tensor, most: int) -> Tensor:
+        """Encode texts of at most `most` tokens."""
         x_BTC = F.embedding(token_ids, self.embedding).float()
-        bias_BHTT = self._position_bias(token_ids.shape[1])[None]
+        bias_BHTT = self._position_bias(token_ids.shape[1], most)[None]
         bias_BHTT = bias_BHTT + torch.where(mask, 0.0, -torch.inf)[:, None, None]
         for block in self.blocks:
             x_BTC = block(x_BTC, bias_BHTT)
         return _rms_norm(x_BTC, self.final_norm, self.config)
 
-    def _position_bias(self, tokens: int) -> Tensor:
-        """Return the bias of relative positions, [H, T, T]."""
-        buckets = relative_buckets(tokens, self.config)
+    def _position_bias(self, tokens: int, most: int) -> Tensor:
+        """Return the bias of relative positions, [H, T, T]: the first of those of `most` tokens."""
+        buckets, first = relative_buckets(most, self.config), torch.arange(tokens)
+        buckets = buckets.index_select(0, first).index_select(1, first)
         return F.embedding(buckets, self.relative_attention_bias).permute(2, 0, 1)
 
 

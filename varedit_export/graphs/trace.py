@@ -23,7 +23,7 @@ from torch.export import Dim
 from varedit_export.errors import ExportError
 from varedit_export.graphs.blocks import grow
 from varedit_export.graphs.scales import Binding, WeightRows
-from varedit_export.graphs.stages import ROWS, InputSpec, Stage
+from varedit_export.graphs.stages import ROWS, TEXT_TOKENS, InputSpec, Stage
 from varedit_runtime.geometry import LENGTHS
 from varedit_runtime.manifest import StoredWeight
 
@@ -32,6 +32,7 @@ LARGEST_CONSTANT = 2**20  # bytes of an input that is folded: resizing matrices,
 SAMPLE_SIZES: dict[str, int] = {
     **dict(zip(LENGTHS, (3, 5, 2, 7, 4, 6, 11, 13, 17), strict=True)),
     ROWS: 4099,  # more than any batch has
+    TEXT_TOKENS: 23,
 }
 
 

@@ -79,7 +79,8 @@ class Negatives:
 class Prompts:
     """A batch's instructions: token ids int64 [B, T], padded, and mask bool [B, T] of real tokens.
 
-    negatives: None where the edit has no unconditional rows, and so no guidance.
+    T is one of the backend's `text_lengths`. negatives: None where the edit has no unconditional
+    rows, and so no guidance.
     """
 
     ids: np.ndarray
@@ -116,7 +117,10 @@ class Backend(Protocol):
 
     @abstractmethod
     def encode_text(self, token_ids: np.ndarray, text_mask: np.ndarray) -> np.ndarray:
-        """Encode token ids int64 and mask bool [B, T] as features float32 [B, T, text]."""
+        """Encode token ids int64 and mask bool [B, T] as features float32 [B, T, text].
+
+        T is one of `text_lengths`.
+        """
 
     @abstractmethod
     def encode_pictures(self, pictures: np.ndarray) -> np.ndarray:
@@ -150,6 +154,11 @@ class Backend(Protocol):
     def drops_rows(self) -> bool:
         """Whether unconditional rows can be left out of an edit, or of its last scales."""
         return False
+
+    @property
+    def text_lengths(self) -> Sequence[int]:
+        """The numbers of tokens that texts may be padded to, ascending, the most at last."""
+        return [self.variant.text_tokens]
 
     @property
     def whole(self) -> EditWhole | None:

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
 
@@ -42,9 +43,10 @@ class GraphBackend(Backend):
         BundleError when the graphs are not those of an edit.
         """
         self.variant, self.model, self.provider = variant, model, provider
-        self.steps: dict[str, Step] = {
-            step.name: step for step in wire(variant, model, symbolic, twin, unguided)
-        }
+        self._wire = partial(wire, variant, model, symbolic, twin, unguided)
+        self._tokens = variant.text_tokens  # of the text that was taken last
+        self._steps_of: dict[int, dict[str, Step]] = {}
+        self.steps = self._steps(variant.text_tokens)
         self._unguided = False
 
     @abstractmethod
@@ -60,14 +62,19 @@ class GraphBackend(Backend):
         return CONDITION + UNGUIDED in self.steps
 
     def encode_text(self, token_ids: np.ndarray, text_mask: np.ndarray) -> np.ndarray:
-        given = {"token_ids": token_ids, "prompt_mask": text_mask}
-        return self._code(TEXT, given)[: self.variant.batch]  # unconditional rows are behind it
+        batch, tokens = token_ids.shape
+        step = self._steps(tokens)[TEXT]
+        given = self._filled(TEXT, {"token_ids": token_ids, "prompt_mask": text_mask})
+        (taken,) = self._run(step, given).values()
+        # Features are the value's beginning: unconditional rows, or nothing, are behind them.
+        return np.resize(taken, (batch, tokens, taken.shape[2]))
 
     def encode_pictures(self, pictures: np.ndarray) -> np.ndarray:
         return self._code(ENCODER, {"pictures": pictures})
 
     def condition(self, inputs: Mapping[str, np.ndarray]) -> None:
-        self._unguided = len(inputs["text_mask"]) < self.variant.rows
+        rows, self._tokens = inputs["text_mask"].shape
+        self._unguided = rows < self.variant.rows
         self._run(self._step(CONDITION), self._of_all_rows(inputs))
 
     def prefill(self, source_tokens: np.ndarray) -> None:
@@ -88,17 +95,29 @@ class GraphBackend(Backend):
         return self._code(DECODER, {f"sum.{len(self.variant.grids)}": running_sum})
 
     def _of_all_rows(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Return inputs of the condition with all rows that their values have.
+        """Return inputs of the condition as large as their values."""
+        given = self._filled(CONDITION, inputs)
+        learned = {"learned": np.zeros(self.variant.rows, np.bool_)}
+        return {**learned, **given} if self.variant.guided else given
 
-        What fills up those of an edit without guidance is not read.
+    def _filled(self, name: str, given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return what a step is fed, as large as its values.
+
+        An edit without guidance, or with a short text, reads their beginning alone.
         """
-        rows = self.variant.rows
-        given = {name: np.resize(x, (rows, *x.shape[1:])) for name, x in inputs.items()}
-        return {"learned": np.zeros(rows, np.bool_), **given} if self.variant.guided else given
+        shapes = {view.value: view.shape for view in self.steps[name].inputs.values()}
+        return {value: np.resize(x, shapes[value]) for value, x in given.items()}
+
+    def _steps(self, tokens: int) -> dict[str, Step]:
+        """Return the steps of an edit whose texts are padded to a number of tokens, by name."""
+        if tokens not in self._steps_of:
+            steps = self._wire(text_tokens=tokens)
+            self._steps_of[tokens] = {step.name: step for step in steps}
+        return self._steps_of[tokens]
 
     def _step(self, name: str) -> Step:
-        """Return a step in the form for the rows that the edit has."""
-        return self.steps[name + UNGUIDED if self._unguided else name]
+        """Return a step in the form for the rows and the text that the edit has."""
+        return self._steps(self._tokens)[name + UNGUIDED if self._unguided else name]
 
     def _code(self, name: str, given: Mapping[str, np.ndarray]) -> np.ndarray:
         """Run a coder, which has one output."""

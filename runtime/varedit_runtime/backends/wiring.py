@@ -19,6 +19,9 @@ on the same values. Rows come first in what is made of the text: the second form
 beginning. In caches they come after tokens: [tokens, R, H, D]. There the second form reads a cache
 that is half as large, from the value's start on, and whoever changes forms within an edit moves the
 conditional rows together first (`Crowded`).
+
+Graphs of symbolic lengths take texts that are padded to fewer tokens as well (`text_lengths`). Such
+an edit has steps of its own, which read and write the beginning of what is made of the text.
 """
 
 import re
@@ -39,8 +42,14 @@ CHOSEN = ("guidance_scale", "temperature", "noise", "forced_bits", "forced_mask"
 PREDICTED = ("logits", "bits")
 TEXT, NEGATIVE, CONDITION, PREFILL = "text_encoder", "negative_encoder", "condition", "prefill"
 ENCODER, DECODER, REFERENCES, SYMBOLIC = "image_encoder", "image_decoder", "references", "scale"
+TEXT_LENGTHS = 16, 32, 64, 128, 256  # besides the most tokens that a variant takes
 PICTURES = "picture_of_row"  # the twins' index of pictures
 FUSED = "fused_scale"  # what SYMBOLIC is, its attention in one operator, if a bundle has it
+
+
+def text_lengths(most: int) -> list[int]:
+    """Return the numbers of tokens that texts of at most `most` tokens are padded to, ascending."""
+    return [length for length in TEXT_LENGTHS if length < most] + [most]
 
 
 def item_size(dtype: str) -> int:
@@ -188,14 +197,16 @@ def wire(
     symbolic: bool,
     twin: str = SYMBOLIC,
     unguided: bool = True,
+    text_tokens: int | None = None,
 ) -> list[Step]:
     """Return the steps of an edit in order; then a guided variant's steps without guidance.
 
     symbolic: run prefill and scales on the one graph of symbolic lengths, the twin, with one
-    profile each. unguided: whether to have the second form. Raises BundleError if a graph lacks a
-    tensor that the host gives or takes, or has an input that nothing writes.
+    profile each. unguided: whether to have the second form. text_tokens: what texts are padded to,
+    by default the most, as in all static graphs. Raises BundleError if a graph lacks a tensor that
+    the host gives or takes, or has an input that nothing writes.
     """
-    wiring = _Wiring(variant, model, twin)
+    wiring = _Wiring(variant, model, twin, text_tokens or variant.text_tokens)
     steps = wiring.steps(symbolic)
     if variant.guided and unguided:
         steps += wiring.unguided_steps(symbolic)
@@ -246,8 +257,10 @@ def constants(variant: Variant, model: Model) -> dict[str, np.ndarray]:
     return found
 
 
-def profiles_of(stage: str, variant: Variant) -> list[Sizes]:
+def profiles_of(stage: str, variant: Variant, text_tokens: int | None = None) -> list[Sizes]:
     """Return the symbolic lengths that a graph is run with, in the order of its steps' profiles.
+
+    text_tokens: see `wire`.
 
     The twins': for the prefill, then for every scale. With guidance, all of these again, for the
     conditional rows only.
@@ -256,7 +269,8 @@ def profiles_of(stage: str, variant: Variant) -> list[Sizes]:
     if stage in (SYMBOLIC, FUSED):
         scales = [scale_sizes(variant.grids, k) for k in (None, *range(len(variant.grids)))]
     forms = (variant.rows, variant.batch) if variant.guided else (variant.rows,)
-    return [sizes | {"rows": rows} for rows in forms for sizes in scales]
+    text = {"text_tokens": text_tokens or variant.text_tokens}
+    return [sizes | {"rows": rows} | text for rows in forms for sizes in scales]
 
 
 def sized(spec: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -276,8 +290,8 @@ def sized(spec: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
 
 
 class _Wiring:
-    def __init__(self, variant: Variant, model: Model, twin: str) -> None:
-        self.variant, self.model, self.twin = variant, model, twin
+    def __init__(self, variant: Variant, model: Model, twin: str, text_tokens: int) -> None:
+        self.variant, self.model, self.twin, self.tokens = variant, model, twin, text_tokens
         self.sar = model.conditioning == "sar"
         self.guided = variant.guided
         self.scales = range(len(variant.grids))
@@ -313,7 +327,7 @@ class _Wiring:
             if not symbolic:
                 yield self._scale(name, name + unguided * UNGUIDED, scale, {}, 0)
                 continue
-            profiles = profiles_of(self.twin, self.variant)
+            profiles = profiles_of(self.twin, self.variant, self.tokens)
             profile = form * (1 + len(self.scales)) + (0 if scale is None else 1 + scale)
             yield self._scale(name, self.twin, scale, profiles[profile], profile)
             if scale is None and self.sar:
@@ -349,7 +363,8 @@ class _Wiring:
         only.
         """
         called = renamed or {}
-        graph, sizes = self.variant.graph(stage), profiles_of(stage, self.variant)[form]
+        graph = self.variant.graph(stage)
+        sizes = profiles_of(stage, self.variant, self.tokens)[form]
         inputs, outputs = (
             {
                 spec.name: View(called.get(spec.name, spec.name), sized(spec, sizes), spec.dtype)

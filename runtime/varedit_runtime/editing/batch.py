@@ -12,7 +12,6 @@ from varedit_runtime.backends.base import Negatives, Prompts, StageOutput
 from varedit_runtime.editing.arguments import Wanted
 from varedit_runtime.editing.results import OnScale
 from varedit_runtime.errors import one_of_many
-from varedit_runtime.manifest import Variant
 
 
 class Timings:
@@ -64,15 +63,24 @@ class PictureBatch:
         """Say in an error about a row which of the call's results it is."""
         return one_of_many("result", self.places[min(row, len(self.places) - 1)], self.results)
 
-    def prompts(self, variant: Variant) -> Prompts:
-        """Return the texts' token ids; with those of unconditional rows if any scale needs them."""
-        ids, mask = _padded([one.prompt for one in self.rows], variant.text_tokens)
-        if not (variant.guided and self.guided_scales):
-            return Prompts(ids, mask)
+    def prompts(self, guided: bool, lengths: Sequence[int]) -> Prompts:
+        """Return the texts' token ids; with those of unconditional rows if any scale needs them.
+
+        guided: whether there are such rows. lengths: that texts may be padded to; the first that
+        all of them fit into is taken.
+        """
+        prompts = [one.prompt for one in self.rows]
         # Rows without a negative prompt use the model's own; their ids here are only a filling.
         negatives = [one.negative or one.prompt for one in self.rows]
+        if not (guided and self.guided_scales):
+            negatives = []
+        longest = max(map(len, (*prompts, *negatives)))
+        length = next(length for length in lengths if length >= longest)
+        ids, mask = _padded(prompts, length)
+        if not negatives:
+            return Prompts(ids, mask)
         present = np.array([bool(one.negative) for one in self.rows])
-        return Prompts(ids, mask, Negatives(*_padded(negatives, variant.text_tokens), present))
+        return Prompts(ids, mask, Negatives(*_padded(negatives, length), present))
 
     @property
     def masked(self) -> bool:

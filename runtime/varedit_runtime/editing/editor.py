@@ -348,9 +348,10 @@ class Editor:
 
     def _edit_batch(self, batch: "PictureBatch") -> list[EditResult]:
         # What a mask forces depends on every scale before: the host must see it.
-        edit = None if batch.on_scale or batch.masked else self._open_backend().whole
+        backend = self._open_backend()
+        edit = None if batch.on_scale or batch.masked else backend.whole
         with batch.timings.of(WHOLE_EDIT if edit else TEXT):
-            prompts = batch.prompts(self.variant)
+            prompts = batch.prompts(self.variant.guided, backend.text_lengths)
         with batch.timings.of(WHOLE_EDIT if edit else ENCODER):
             squares = self._squares(batch)
             prefilled = self._kept.take_prefilled(prompts, squares)

@@ -32,6 +32,7 @@ from varedit_runtime.backends.wiring import (
     View,
     constants,
     crowded,
+    text_lengths,
     values_of,
 )
 from varedit_runtime.bundle import Bundle
@@ -277,6 +278,12 @@ class OnnxBackend(GraphBackend):
         self._phase: bool | None = None
         self._values: dict[str, Buffer] = {}
         self._enter(text=False)
+
+    @property
+    def text_lengths(self) -> Sequence[int]:
+        # What CUDA captured has the addresses, and so the shapes, of one length.
+        most = self.variant.text_tokens
+        return text_lengths(most) if self.provider == "cpu" else super().text_lengths
 
     @property
     def buffer_bytes(self) -> int:
