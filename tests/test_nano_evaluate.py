@@ -209,6 +209,10 @@ def test_the_command_writes_table_scores_and_sheet(
     against = ["--against", str(tmp_path / "out/scores.json"), "--guidance-scale", "1"]
     same = CliRunner().invoke(evaluate.main, [*arguments, *against], catch_exceptions=False)
     assert "accuracy +0.0 (+0.0 to +0.0) points against" in same.output
+    fast = [*arguments, "--fast", "--count", "1"]
+    assert CliRunner().invoke(evaluate.main, fast, catch_exceptions=False).exit_code == 0
+    guidance = json.loads((tmp_path / "out/scores.json").read_text())["guidance_scale"]
+    assert guidance == [tiny.config.guidance_scale, 1, 1]
     fewer = CliRunner().invoke(evaluate.main, [*arguments, *against, "--count", "8"])
     assert fewer.exit_code == 1 and "scores of other edits" in fewer.output
 

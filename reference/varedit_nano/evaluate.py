@@ -35,6 +35,7 @@ from varedit_nano.training import tokenizer_options
 from varedit_reference.config import Conditioning, TokenizerConfig
 from varedit_reference.pipeline import VAREdit
 from varedit_reference.quantisation import quantise
+from varedit_runtime.editing.arguments import fast_guidance
 from varedit_runtime.editing.editor import Editor
 
 ALTERNATIVES = 12
@@ -108,7 +109,7 @@ def _draw_question(seed: int, kind: str, size: int) -> Question:
 class SamplingSettings:
     """Settings of sampling; None is the model's own."""
 
-    guidance_scale: float | None = None
+    guidance_scale: float | tuple[float, ...] | None = None
     temperature: float | None = None
 
 
@@ -266,6 +267,7 @@ def _mean(values: Iterable[float]) -> float:
 @click.option("--weights", type=click.Path(exists=True, path_type=Path), default=WEIGHTS)
 @click.option("--count", default=540, show_default=True, help="Edits, all kinds in turn.")
 @click.option("--guidance-scale", type=float, help="Default: the model's own.")
+@click.option("--fast", is_flag=True, help="No guidance at the last two scales.")
 @click.option("--temperature", type=float, help="Default: the model's own.")
 @click.option("--conditioning", type=click.Choice(["sar", "finest", "full"]), default="sar")
 @click.option("--batch", default=20, show_default=True)
@@ -279,6 +281,7 @@ def main(
     weights: Path,
     count: int,
     guidance_scale: float | None,
+    fast: bool,
     temperature: float | None,
     conditioning: Conditioning,
     batch: int,
@@ -289,8 +292,10 @@ def main(
 ) -> None:
     """Score nano; write OUT/scores.json and OUT/sheet.png, and print a table."""
     model = load_nano(weights, conditioning, device, size)
+    guidance = model.config.guidance_scale if guidance_scale is None else guidance_scale
+    scales = len(model.config.transformer.grids)
     sampling = SamplingSettings(
-        model.config.guidance_scale if guidance_scale is None else guidance_scale,
+        fast_guidance((guidance,) * scales) if fast else guidance,
         model.config.temperature if temperature is None else temperature,
     )
     questions = draw_questions(count, model.config.picture_size[0])

@@ -79,9 +79,7 @@ class Settings:
             value = self.manifest.guidance_scale if self.variant.guided else 1.0
         guidance = per_scale(value, len(self.variant.grids), "guidance_scale")
         self.check(set(guidance) != {1.0})
-        if self.fast:
-            guidance = (*guidance[:-FAST_SCALES], *(1.0 for _ in guidance[-FAST_SCALES:]))
-        return guidance
+        return fast_guidance(guidance) if self.fast else guidance
 
     def temperature(self, value: PerScale | None) -> tuple[float, ...]:
         """Return the temperature of every scale, or raise as `temperature_per_scale` does."""
@@ -95,6 +93,11 @@ class Settings:
                 "this bundle was built without guidance: leave out negative_prompt and any "
                 "guidance_scale but 1, or build a bundle with guidance"
             )
+
+
+def fast_guidance(guidance: tuple[float, ...]) -> tuple[float, ...]:
+    """Return the guidance of every scale with 1 at the last FAST_SCALES."""
+    return (*guidance[:-FAST_SCALES], *(1.0 for _ in guidance[-FAST_SCALES:]))
 
 
 def choose_size(output_size: OutputSize, model: tuple[int, int]) -> SizeOf:
