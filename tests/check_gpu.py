@@ -246,7 +246,7 @@ def _eager(editor: Any) -> Callable[[], Any] | None:
 
     if not torch.cuda.is_available():
         return None
-    eager = open_reference(editor)
+    eager = open_reference(editor.bundle, editor.variant)
     backend: Any = eager.backend
     model = backend.reference
     compute_in_fp16(model.transformer)

@@ -1,4 +1,4 @@
-"""Write docs/commands.md anew from the commands' own help: `make docs`.
+"""Write docs/commands.md anew from the commands' own help, and docs/bench.schema.json: `make docs`.
 
 What lies above the mark in the page is written by hand and stays.
 """
@@ -10,6 +10,7 @@ from textwrap import indent
 import click
 
 from varedit_export.cli import main as export_main
+from varedit_runtime.bench_report import schema
 from varedit_runtime.cli import main as run_main
 
 PAGE = Path(__file__).parent.parent / "docs" / "commands.md"
@@ -38,3 +39,4 @@ def refreshed(page: str) -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(refreshed(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    PAGE.with_name("bench.schema.json").write_bytes(schema())

@@ -2,8 +2,10 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -12,16 +14,17 @@ from click.testing import CliRunner, Result
 from editing import pair_bundle, picture, plain_bundle, reference, without_text
 
 from varedit_export import bench
+from varedit_export.bench import entrants, measure_all
 from varedit_export.cli import main
 from varedit_export.parity.reference_backend import Reference, ReferenceBackend
-from varedit_runtime.bench import INSTRUCTION, ROLLUP, MemoryUse, memory_in_use
+from varedit_runtime.bench import INSTRUCTION, ROLLUP, memory_in_use
+from varedit_runtime.bench_report import Measurement, Report, Spread
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.editing.editor import Editor, read_instructions
 from varedit_runtime.errors import BackendError
 
 SCALES = [f"scale_{k:02}" for k in range(len(bundle_config().transformer.grids))]
 STAGES = ["text_encoder", "image_encoder", "condition", "prefill", *SCALES, "image_decoder"]
-NOT_MEASURED = MemoryUse(None, None, None, None, 1, 1, 1, None, None, 1.0)
 
 
 def run(*arguments: object) -> Result:
@@ -29,44 +32,54 @@ def run(*arguments: object) -> Result:
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Report]:
     file = tmp_path_factory.mktemp("bench") / "bench.json"
-    done = run("bench", small_bundle(), "--repeat", 2, "--threads", 1, "--json", file)
+    options = ["--repeat", 2, "--threads", 1, "--dial", "fast", "--dial", "further"]
+    done = run("bench", small_bundle(), *options, "--json", file)
     assert done.exit_code == 0, done.output
     assert [path.name for path in file.parent.iterdir()] == ["bench.json"]
-    return done.stdout, json.loads(file.read_text())
+    return done.stdout, msgspec.json.decode(file.read_bytes(), type=Report)
 
 
-def test_every_stage_is_measured_for_both(measured: tuple[str, dict[str, Any]]) -> None:
+def test_every_stage_is_measured_for_both(measured: tuple[str, Report]) -> None:
     table, report = measured
-    assert [stage["name"] for stage in report["stages"]] == STAGES
-    for row in (*report["stages"], report["edit"]):
-        for side in ("reference", "bundle"):
-            assert 0 < row[side]["lower"] <= row[side]["median"] <= row[side]["upper"]
-        assert row["ratio"] == row["reference"]["median"] / row["bundle"]["median"]
-        (line,) = [line for line in table.splitlines() if line.split()[:1] == [row["name"]]]
-        assert line.endswith(f"{row['ratio']:.2f}x")
-    for side in ("reference", "bundle"):
-        least = sum(stage[side]["lower"] for stage in report["stages"])
-        assert report["edit"][side]["upper"] > least / 2
-    assert report["digest"] == Bundle.open(small_bundle()).digest
-    assert (report["repeat"], report["threads"], report["batch"]) == (2, 1, 1)
-    assert report["torch"] == torch.__version__
+    eager, whole, further, fast = report.measurements
+    assert [one.dial for one in report.measurements] == [None, None, "further", "fast"]
+    assert (eager.name, eager.provider, eager.process) == ("reference", "pytorch", None)
+    for one in report.measurements:
+        shared = STAGES[:4] if one is further else []
+        assert [s.name for s in one.stages if s.name not in shared] == STAGES[len(shared) :]
+        for taken in (one, *one.stages):
+            for clock in (taken.wall, taken.cpu):
+                assert 0 <= clock.lower <= clock.median <= clock.upper
+            assert (taken.faster is None) == (one is eager)
+        assert one.wall.upper > sum(stage.wall.lower for stage in one.stages) / 2
+        assert one.digest == Bundle.open(small_bundle()).digest
+    assert whole.faster == eager.wall.median / whole.wall.median
+    assert whole.faster_cpu == eager.cpu.median / whole.cpu.median
+    assert f"{whole.faster:.2f}x" in table and "CPU s" in table
+    assert (report.repeat, report.threads, whole.batch) == (2, 1, 1)
+    assert report.versions["torch"] == torch.__version__
+    assert report.machine.processor in table
+    unguided = fast.stages[-2].flops, whole.stages[-2].flops
+    assert unguided[0] and unguided[0] * 2 == unguided[1]
 
 
-def test_both_draw_the_same_picture(measured: tuple[str, dict[str, Any]]) -> None:
-    table, report = measured
-    assert report["differing"] < 0.01
-    assert "of values differ" in table
+def test_both_draw_the_same_picture(measured: tuple[str, Report]) -> None:
+    _, whole, further, _ = measured[1].measurements
+    assert whole.differing is not None and whole.differing < 0.01
+    assert further.differing == whole.differing
 
 
 @pytest.mark.skipif(not ROLLUP.exists(), reason="the system does not tell")
-def test_the_memory_is_of_a_process_without_pytorch(measured: tuple[str, dict[str, Any]]) -> None:
+def test_the_memory_is_of_a_process_without_pytorch(measured: tuple[str, Report]) -> None:
     table, report = measured
-    memory, own = report["memory"], memory_in_use()
-    assert own is not None
-    assert memory["before"] < memory["peak"] < own
-    assert memory["peak_ratio"] == memory["peak"] / memory["weights"]
+    _, whole, *dials = report.measurements
+    assert whole.process and not any(one.process for one in dials)
+    memory, own = whole.process.memory, memory_in_use()
+    assert own and memory.before and memory.peak
+    assert memory.before < memory.peak < own
+    assert memory.peak_ratio == memory.peak / memory.weights
     for told in ("memory", "activations", "x weights", "disk"):
         assert told in table
 
@@ -75,19 +88,48 @@ def test_the_memory_is_of_a_process_without_pytorch(measured: tuple[str, dict[st
 def test_batches_and_bundles_without_guidance_are_measured(
     path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench, "measure_memory", lambda *_: NOT_MEASURED)
+    monkeypatch.setattr(bench, "measure_process", lambda *_: None)
     threads = torch.get_num_threads()
-    report = bench.measure_both(path(), 1, threads=2)
+    report = measure_all(entrants(path(), ["reference"]), 1, threads=2)
     assert torch.get_num_threads() == threads
+    _, own = report.measurements
     assert report.threads == 2
-    assert report.differing < 0.01
-    assert report.edit.ratio > 0
+    assert own.differing is not None and own.differing < 0.01
+    assert own.faster and own.faster > 0
+
+
+def test_another_bundle_and_another_backend_are_opponents(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "measure_process", lambda *_: None)
+    both = entrants(small_bundle(), [small_bundle(), "onnxruntime"])
+    other, backend, own = measure_all(both, 1, threads=1).measurements
+    assert other.faster is None and other.name == own.name == str(small_bundle())
+    assert backend.provider == own.provider == "cpu"
+    assert own.differing == backend.differing == 0
+    refused = run("bench", small_bundle(), "--against", "nowhere")
+    assert refused.exit_code == 1 and "nowhere" in refused.stderr
+
+
+def test_growth_is_the_exponent_of_a_pictures_tokens() -> None:
+    grids = {"a": ((1, 1), (2, 2)), "b": ((4, 4),)}
+    variants: list[Any] = [SimpleNamespace(name=name, grids=own) for name, own in grids.items()]
+
+    def timed(variant: str, seconds: float, batch: int) -> Measurement:
+        given: dict[str, Any] = dict.fromkeys(Measurement.__struct_fields__)
+        given |= {"name": "x", "variant": variant, "wall": Spread(seconds, 0, 0), "batch": batch}
+        return Measurement(**given)
+
+    # 9 and 32 tokens; seconds of a picture grow by the square of that.
+    measurements = [timed("a", 81, 1), timed("b", 2 * 1024, 2)]
+    (growth,) = bench._growths(measurements, variants)
+    assert (growth.name, growth.dial) == ("x", None)
+    assert growth.exponent == pytest.approx(2)
+    assert not list(bench._growths(measurements[:1], variants[:1]))
 
 
 def test_the_reference_has_the_bundles_weights_as_they_were_loaded() -> None:
     theirs = reference(bundle_config())
     with Editor.open(small_bundle(), threads=1) as editor:
-        backend = bench.open_reference(editor).backend
+        backend = bench.open_reference(editor.bundle, editor.variant).backend
     assert isinstance(backend, ReferenceBackend)
     for name in ("transformer", "tokenizer"):
         expected = getattr(theirs, name).state_dict()
@@ -137,9 +179,9 @@ def test_a_bundle_without_a_text_encoder_is_measured_on_random_features(tmp_path
     done = run("bench", bundle, "--repeat", 1, "--threads", 1, "--json", file)
     assert done.exit_code == 0, done.output
     assert "no text encoder: random features in place of an instruction's" in done.stdout
-    report = json.loads(file.read_text())
-    assert report["random_text"] and report["differing"] < 0.01
-    assert [stage["name"] for stage in report["stages"]] == STAGES[1:]
+    *_, own = json.loads(file.read_text())["measurements"]
+    assert own["random_text"] and own["differing"] < 0.01
+    assert [stage["name"] for stage in own["stages"]] == STAGES[1:]
 
 
 @pytest.mark.parametrize(
@@ -154,4 +196,4 @@ def test_a_process_that_fails_is_one_line(
 ) -> None:
     monkeypatch.setattr(bench, "RUNTIME", program)
     with pytest.raises(BackendError, match=said):
-        bench.measure_memory(small_bundle(), 1, "96-b1")
+        bench.measure_process(bench.Entrant(small_bundle()), 1, "96-b1")

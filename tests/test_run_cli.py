@@ -9,16 +9,18 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
 from bundles import bundle_config, small_bundle
 from click.testing import CliRunner, Result
 from editing import picture, reference
+from msgspec import structs
 from PIL import Image
 from product_graph import product_graph
 from terminals import read_terminal
@@ -26,13 +28,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from varedit_reference.scale_loop import predict_scales, seeded
-from varedit_runtime import bench
+from varedit_runtime import bench, bench_report
 from varedit_runtime.backends import choose
 from varedit_runtime.backends.onnxruntime.backend import Buffer, Session
+from varedit_runtime.bench_report import Report, Spread, report_table
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.cli import main
 from varedit_runtime.editing.editor import Editor
 from varedit_runtime.errors import ConfigError
+from varedit_runtime.grids import scale_grids
 
 RANDOM = (
     "Warning: the bundle's weights are random, so the result is noise: use a bundle that was built "
@@ -470,53 +474,56 @@ def test_interrupted_at_any_time_there_is_a_whole_picture_or_none(
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Report]:
     file = tmp_path_factory.mktemp("bench") / "bench.json"
     done = run("bench", small_bundle(), "--repeat", 2, "--threads", 1, "--json", file)
     assert done.exit_code == 0, done.output
     assert [path.name for path in file.parent.iterdir()] == ["bench.json"]
-    return done.stdout, json.loads(file.read_text())
+    return done.stdout, msgspec.json.decode(file.read_bytes(), type=Report)
 
 
-def test_bench_measures_every_stage_and_scale(measured: tuple[str, dict[str, Any]]) -> None:
+def test_bench_measures_every_stage_and_scale(measured: tuple[str, Report]) -> None:
     table, report = measured
-    stages = [stage["name"] for stage in report["stages"]]
+    (own,) = report.measurements
     scales = [f"scale_{k:02}" for k in range(SCALES)]
     expected = ["text_encoder", "image_encoder", "condition", "prefill", *scales, "image_decoder"]
-    assert stages == expected
-    for stage in report["stages"]:
-        seconds = stage["seconds"]
-        assert 0 < seconds["lower"] <= seconds["median"] <= seconds["upper"]
-        assert stage["name"] in table
-        counted = stage["name"] == "prefill" or stage["name"] in scales
-        assert (stage["share"] is not None) == counted
+    assert [stage.name for stage in own.stages] == expected
+    for stage in own.stages:
+        for clock in (stage.wall, stage.cpu):
+            assert 0 < clock.lower <= clock.median <= clock.upper
+        assert stage.name in table
+        counted = stage.name == "prefill" or stage.name in scales
+        assert (stage.share is not None) == counted
         if counted:
-            rate = stage["flops"] / seconds["median"]
-            assert stage["share"] == pytest.approx(rate / report["product_rate"])
-    assert report["digest"] == Bundle.open(small_bundle()).digest
-    assert (report["repeat"], report["threads"], report["batch"]) == (2, 1, 1)
-    assert report["first_edit_seconds"] > 0 and report["open_seconds"] > 0
+            assert stage.flops and stage.rate and own.product_rate
+            assert stage.rate == stage.flops / stage.wall.median
+            assert stage.share == stage.rate / own.product_rate
+    assert own.digest == Bundle.open(small_bundle()).digest
+    assert (report.repeat, report.threads, own.batch) == (2, 1, 1)
+    assert own.process and own.process.first_edit_seconds > 0 and own.process.open_seconds > 0
 
 
-def test_bench_tells_where_the_memory_is(measured: tuple[str, dict[str, Any]]) -> None:
+def test_bench_tells_where_the_memory_is(measured: tuple[str, Report]) -> None:
     table, report = measured
-    memory, bundle = report["memory"], Bundle.open(small_bundle())
+    assert report.measurements[0].process
+    memory, bundle = report.measurements[0].process.memory, Bundle.open(small_bundle())
     stored = [bundle.weights_path(name).stat().st_size for name in bundle.components]
-    assert memory["weights"] == sum(stored)
+    assert memory.weights == sum(stored)
     with Editor.open(small_bundle(), threads=1) as editor:
-        assert memory["buffers"] == editor.backend.buffer_bytes
+        assert memory.buffers == editor.backend.buffer_bytes
     assert "memory" in table
     files = [file for file in small_bundle().rglob("*") if file.is_file()]
-    assert memory["disk"] == sum(file.stat().st_size for file in files)
-    assert memory["disk_ratio"] == memory["disk"] / memory["weights"]
-    assert f"{memory['disk_ratio']:.3f} x weights" in table
+    assert memory.disk == sum(file.stat().st_size for file in files)
+    assert memory.disk_ratio == memory.disk / memory.weights
+    assert f"{memory.disk_ratio:.3f} x weights" in table
     if bench.ROLLUP.exists():
-        assert 0 < memory["before"] < memory["peak"]
-        assert 0 <= memory["activations"] < memory["peak"]
-        assert memory["peak_ratio"] == memory["peak"] / memory["weights"]
-        held = memory["peak"] - memory["buffers"] - memory["activations"]
-        assert memory["held_ratio"] == held / memory["weights"]
-        assert f"peak {memory['peak_ratio']:.2f} x weights" in table
+        assert memory.before and memory.peak and memory.activations is not None
+        assert 0 < memory.before < memory.peak
+        assert 0 <= memory.activations < memory.peak
+        assert memory.peak_ratio == memory.peak / memory.weights
+        held = memory.peak - memory.buffers - memory.activations
+        assert memory.held_ratio == held / memory.weights
+        assert f"peak {memory.peak_ratio:.2f} x weights" in table
 
 
 def test_memory_is_left_out_where_the_system_does_not_tell(
@@ -528,11 +535,27 @@ def test_memory_is_left_out_where_the_system_does_not_tell(
         pass
     assert samples == []
     report = bench.measure_bundle(small_bundle(), 1, choose("onnxruntime", threads=1))
-    assert report.memory.peak is report.memory.activations is report.memory.held_ratio is None
-    memory = replace(report.memory, weights=10**6, buffers=2 * 10**6)
-    table = bench.report_table(replace(report, memory=memory))
+    (own,) = report.measurements
+    assert own.process
+    memory = own.process.memory
+    assert memory.peak is memory.activations is memory.held_ratio is None
+    memory = structs.replace(memory, weights=10**6, buffers=2 * 10**6)
+    own = structs.replace(own, process=structs.replace(own.process, memory=memory))
+    table = report_table(structs.replace(report, measurements=(own,)))
     assert "weights 1.0 MB, caches 2.0 MB; this system does not report" in table
     assert "disk" in table
+
+
+def test_the_processor_and_its_instruction_sets_are_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(bench_report, "CPUINFO", tmp_path / "cpuinfo")
+    assert bench_report.Machine.detect().processor
+    lines = ["model name\t: EPYC: 9", "flags\t\t: fpu avx2 avx512f avx512_vnni avx512_vnni2", ""]
+    (tmp_path / "cpuinfo").write_text("\n".join(lines * 2))
+    machine = bench_report.Machine.detect()
+    assert machine.processor == "EPYC: 9"
+    assert machine.instruction_sets == ("avx2", "avx512f", "avx512_vnni")
 
 
 @pytest.mark.skipif(not bench.ROLLUP.exists(), reason="the system does not tell")
@@ -560,12 +583,27 @@ def test_products_are_counted_as_the_reference_computes_them() -> None:
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         list(predict_scales(model.transformer, config, source, text, seeded([1]), 3.0, 0.5))
     stages = ["prefill", *(f"scale_{k:02}" for k in range(SCALES))]
-    counted = [bench.product_flops(stage, bundle.manifest.model, variant) for stage in stages]
+    counted = [bench.product_flops(s, bundle.manifest.model, variant, variant.rows) for s in stages]
     tokens = sum(transformer.lengths)
     head = 2 * tokens * variant.rows * transformer.width * transformer.token_channels * 2
     total = sum(flops or 0 for flops in counted) + head
     assert counter.get_total_flops() == pytest.approx(total, rel=0.02)
-    assert bench.product_flops("image_encoder", bundle.manifest.model, variant) is None
+    assert bench.product_flops("image_encoder", bundle.manifest.model, variant, 1) is None
+
+
+def test_products_are_counted_as_by_hand() -> None:
+    """Of one block of width 256 that has seen one token, and of 125m at 512 px."""
+    model: Any = SimpleNamespace(depth=1, width=256, conditioning="finest")
+    variant: Any = SimpleNamespace(grids=((1, 1),), text_tokens=3)
+    # Six products of 256 x 256 and two of 256 x 1024; queries and values of itself, the source
+    # and three tokens of text.
+    by_hand = 2 * (6 * 256**2 + 2 * 256 * 1024) + 4 * 256 * (1 + 1 + 3)
+    assert bench.product_flops("scale_00", model, variant, 1) == by_hand
+    model = SimpleNamespace(depth=12, width=768, conditioning="sar")
+    variant = SimpleNamespace(grids=scale_grids(512), text_tokens=128)
+    stages = ["prefill", *(f"scale_{k:02}" for k in range(10))]
+    counted = [bench.product_flops(stage, model, variant, 2) for stage in stages]
+    assert sum(flops or 0 for flops in counted) == pytest.approx(1.995e12, rel=2e-4)
 
 
 def test_the_yardstick_is_a_matrix_product() -> None:
@@ -582,8 +620,13 @@ def test_the_yardstick_is_a_matrix_product() -> None:
     assert bench.product_rate("cpu", 1) > 1e8
 
 
+def test_the_schema_of_reports_is_current() -> None:
+    file = Path(__file__).parent.parent / "docs" / "bench.schema.json"
+    assert file.read_bytes() == bench_report.schema(), "run `make docs`"
+
+
 def test_quartiles() -> None:
-    assert bench.Spread.of([5, 1, 2, 4, 3]) == bench.Spread(3, 2, 4)
+    assert Spread.of([5, 1, 2, 4, 3]) == Spread(3, 2, 4)
 
 
 def test_what_cannot_be_measured_is_one_line(tmp_path: Path) -> None:
@@ -593,7 +636,7 @@ def test_what_cannot_be_measured_is_one_line(tmp_path: Path) -> None:
     own = small_bundle() / "manifest.json"
     fails(run("bench", small_bundle(), "--json", own), "it would lie in the bundle")
     with pytest.raises(ConfigError, match="cannot be written"):
-        bench.write_report({}, tmp_path)
+        bench_report.write_report({}, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -603,8 +646,8 @@ def test_a_report_replaces_nothing_but_json(tmp_path: Path) -> None:
         path.write_text("mine")
     fails(run("bench", small_bundle(), "--json", mine), "a report replaces only files that end in")
     with pytest.raises(ConfigError, match="File exists"):  # one that appeared meanwhile
-        bench.write_report({}, mine)
+        bench_report.write_report({}, mine)
     assert mine.read_text() == "mine"
-    bench.check_report(old)
-    bench.write_report({}, old)
+    bench_report.check_report(old)
+    bench_report.write_report({}, old)
     assert old.read_text() == "{}\n"

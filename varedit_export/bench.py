@@ -1,19 +1,20 @@
-"""Measure a bundle against the reference, in turns: time, memory and disk.
+"""Measure a bundle against the reference, other bundles or other backends: all in turns.
 
-Both edit one picture with the same weights, seeds and noise, on as many threads. The memory is of
-the runtime alone, in a process of its own, as the process of the reference holds PyTorch.
+They edit one picture with the same seeds and noise, in one process. The memory is of the runtime
+alone, in processes of its own, as the process of the reference holds PyTorch.
 """
 
-import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from math import log
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import msgspec
 import numpy as np
 import onnxruntime as ort
 import torch
@@ -21,185 +22,164 @@ from torch import nn
 
 from varedit_export.manifest_model import sources_of
 from varedit_export.parity.reference_backend import Reference, ReferenceBackend
-from varedit_runtime.backends import choose
-from varedit_runtime.backends.wiring import TEXT
-from varedit_runtime.bench import (
-    INSTRUCTION,
-    MemoryUse,
-    Spread,
-    check_repeat,
-    memory_lines,
-    milliseconds,
-    stages_of,
-    synthetic_picture,
-)
+from varedit_runtime.bench import Contestant, check_repeat, measure
+from varedit_runtime.bench_report import Dial, Growth, Machine, Measurement, Process, Report
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.editing.editor import Editor, EditResult, read_instructions
-from varedit_runtime.editing.random_text import SAID, with_any_text
+from varedit_runtime.editing.editor import Editor, read_instructions
+from varedit_runtime.editing.random_text import with_any_text
 from varedit_runtime.errors import BackendError
+from varedit_runtime.manifest import Variant
 
-# Results of the same edits, the reference's first.
-Turn = tuple[Sequence[EditResult], Sequence[EditResult]]
+REFERENCE = "reference"
+ALL = "all"
 RUNTIME = "from varedit_runtime.cli import main; main()"
+_ONNXRUNTIME = "onnxruntime"
 
 
 @dataclass(frozen=True)
-class TimeComparison:
-    """Seconds per batch of both. ratio: the reference's median over the bundle's."""
+class Entrant:
+    """A bundle, and the backend that runs it, or REFERENCE."""
 
-    name: str
-    reference: Spread
-    bundle: Spread
-    ratio: float
+    bundle: Path
+    backend: str = _ONNXRUNTIME
+
+    @property
+    def name(self) -> str:
+        """What a report calls it."""
+        if self.backend == REFERENCE:
+            return REFERENCE
+        return str(self.bundle) + f", {self.backend}" * (self.backend != _ONNXRUNTIME)
 
 
-@dataclass(frozen=True)
-class ComparisonReport:
-    """The result of `measure_both`.
+def entrants(bundle: Path, against: Sequence[str | Path]) -> list[Entrant]:
+    """Return what is compared, the bundle last.
 
-    differing: the share of the pictures' values that differ. random_text: whether the bundle has no
-    text encoder, and random features took its place in both.
+    against: a backend or REFERENCE, which take this bundle, or the folder of another bundle.
     """
-
-    bundle: str
-    digest: str
-    variant: str
-    random_text: bool
-    precision: str
-    batch: int
-    threads: int
-    cores: int | None
-    onnxruntime: str
-    torch: str
-    repeat: int
-    edit: TimeComparison
-    stages: tuple[TimeComparison, ...]
-    differing: float
-    memory: MemoryUse
+    others = (
+        Entrant(bundle, other) if isinstance(other, str) else Entrant(other) for other in against
+    )
+    return [*others, Entrant(bundle)]
 
 
-def measure_both(
-    path: Path, repeat: int, threads: int | None = None, variant: str | None = None
-) -> ComparisonReport:
-    """Edit a synthetic picture with both: once to warm up, then `repeat` times in turns.
+def measure_all(
+    compared: Sequence[Entrant],
+    repeat: int,
+    threads: int | None = None,
+    variant: str | None = None,
+    dials: Sequence[Dial] = (),
+) -> Report:
+    """Edit a synthetic picture with all of them: once to warm up, then `repeat` times in turns.
 
-    Raises what `Editor.open` raises, BackendError if the runtime fails in the process that measures
-    its memory, and ConfigError on repeat or threads out of range.
+    variant: a name that all bundles have, by default the last one's first; ALL for all of that one.
+    dials: see `Contestant`; the reference is measured without. Raises what `Editor.open` raises,
+    BackendError if the runtime fails in a process that measures memory, and ConfigError on repeat
+    or threads out of range.
     """
     check_repeat(repeat)
+    machine = Machine.detect()
     count = (os.cpu_count() or 1) if threads is None else threads
-    choose("onnxruntime", threads=count)
-    bundle = Bundle.open(path)
-    chosen = bundle.manifest.variant(variant)
-    # Measured before this process holds pages of the same files.
-    memory = measure_memory(path, count, chosen.name)
-    with Editor.open(path, threads=count, variant=chosen.name) as editor, torch_threads(count):
-        turns = list(_turns(editor, repeat))
+    bundle = Bundle.open(compared[-1].bundle)
+    variants = bundle.manifest.variants
+    if variant != ALL:
+        variants = (bundle.manifest.variant(variant),)
+    measurements: list[Measurement] = []
+    for one in variants:
+        measurements += _measure_variant(compared, repeat, count, one.name, dials)
     bundle.check_stands()  # it was opened several times, and read by its path
-    warm, *timed = turns
-    return ComparisonReport(
-        bundle=str(bundle.path),
-        digest=bundle.digest,
-        variant=editor.variant.name,
-        random_text=TEXT not in chosen.graphs,
-        precision=bundle.manifest.precision,
-        batch=editor.variant.batch,
+    return Report(
+        machine=machine,
         threads=count,
-        cores=os.cpu_count(),
-        onnxruntime=ort.__version__,
-        torch=torch.__version__,
+        versions={"onnxruntime": ort.__version__, "torch": str(torch.__version__)},
         repeat=repeat,
-        edit=_compare("edit", timed, lambda seconds: sum(seconds.values())),
-        stages=tuple(
-            _compare(name, timed, lambda seconds, name=name: seconds[name])
-            for name in stages_of(warm[0][0].timings, chosen)
-        ),
-        differing=_share_differing(*warm),
-        memory=memory,
+        measurements=tuple(measurements),
+        growth=tuple(_growths(measurements, variants)),
     )
 
 
-def comparison_table(report: ComparisonReport) -> str:
-    """Format a report as a table for people."""
-    lines = [
-        f"{report.bundle}: {report.variant}, {report.precision}, batch {report.batch}",
-        f"PyTorch {report.torch}, eager, fp32, and onnxruntime {report.onnxruntime}; "
-        f"{report.threads} threads; median of {report.repeat}, in turns",
-        *([SAID] if report.random_text else []),
-        "",
-        f"{'stage':<16}{'reference ms':>12}{'quartiles ms':>22}{'bundle ms':>12}"
-        f"{'quartiles ms':>22}{'ratio':>8}",
-    ]
-    for row in (*report.stages, report.edit):
-        seconds = f"{milliseconds(row.reference)}{milliseconds(row.bundle)}"
-        lines.append(f"{row.name:<16}{seconds}{row.ratio:>7.2f}x")
-    lines += [
-        "",
-        f"pictures         {report.differing:.2%} of values differ",
-        *memory_lines(report.memory),
-    ]
-    return "\n".join(lines)
+def _measure_variant(
+    compared: Sequence[Entrant], repeat: int, threads: int, variant: str, dials: Sequence[Dial]
+) -> Iterator[Measurement]:
+    # Measured before this process holds pages of the same files.
+    processes = {
+        one.name: measure_process(one, threads, variant)
+        for one in compared
+        if one.backend != REFERENCE
+    }
+    with ExitStack() as stack, torch_threads(threads):
+        opened = [stack.enter_context(_open(one, threads, variant)) for one in compared]
+        contestants = [
+            Contestant(REFERENCE, with_any_text(editor), "fp32")
+            if one.backend == REFERENCE
+            else Contestant(
+                one.name, with_any_text(editor), editor.bundle.manifest.precision, dials
+            )
+            for one, editor in zip(compared, opened, strict=True)
+        ]
+        for measured in measure(contestants, repeat):
+            process = processes.get(measured.name) if measured.dial is None else None
+            yield msgspec.structs.replace(measured, process=process)
 
 
-def measure_memory(path: Path, threads: int, variant: str) -> MemoryUse:
-    """Measure memory with `varedit-run bench`, in a process without PyTorch.
+def _open(one: Entrant, threads: int, variant: str) -> Editor:
+    if one.backend == REFERENCE:
+        bundle = Bundle.open(one.bundle)
+        return open_reference(bundle, bundle.manifest.variant(variant))
+    own = threads if one.backend == _ONNXRUNTIME else None
+    return Editor.open(one.bundle, backend=one.backend, threads=own, variant=variant)
+
+
+def _growths(measurements: Sequence[Measurement], variants: Sequence[Variant]) -> Iterator[Growth]:
+    """Fit a power of the tokens of a picture, the source's included, to the seconds of its edit."""
+    tokens = {
+        variant.name: sum(h * w for h, w in (*variant.grids, variant.grids[-1]))
+        for variant in variants
+    }
+    if len(set(tokens.values())) < 2:
+        return
+    kinds: dict[tuple[str, Dial | None], list[Measurement]] = {}
+    for one in measurements:
+        kinds.setdefault((one.name, one.dial), []).append(one)
+    for (name, dial), own in kinds.items():
+        counts = [log(tokens[one.variant]) for one in own]
+        seconds = [log(one.wall.median / one.batch) for one in own]
+        yield Growth(name, dial, float(np.polyfit(counts, seconds, 1)[0]))
+
+
+def measure_process(one: Entrant, threads: int, variant: str) -> Process:
+    """Measure start-up and memory with `varedit-run bench`, in a process without PyTorch.
 
     Raises BackendError, with its message, if it fails.
     """
     with TemporaryDirectory(prefix="varedit-bench-") as folder:
         file = Path(folder) / "report.json"
-        options = ["--repeat", "1", "--threads", str(threads), "--json", str(file)]
-        options += ["--variant", variant]
+        options = ["--repeat", "1", "--variant", variant, "--json", str(file)]
+        options += ["--backend", one.backend]
+        if one.backend == _ONNXRUNTIME:
+            options += ["--threads", str(threads)]
         done = subprocess.run(
-            [sys.executable, "-c", RUNTIME, "bench", os.path.abspath(path), *options],
+            [sys.executable, "-c", RUNTIME, "bench", os.path.abspath(one.bundle), *options],
             capture_output=True,
             text=True,
         )
         if done.returncode != 0:
             said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-            raise BackendError(f"`varedit-run bench {path}` failed: {said[-1]}")
-        return MemoryUse(**json.loads(file.read_bytes())["memory"])
+            raise BackendError(f"`varedit-run bench {one.bundle}` failed: {said[-1]}")
+        (measured,) = msgspec.json.decode(file.read_bytes(), type=Report).measurements
+        assert measured.process is not None
+        return measured.process
 
 
-def open_reference(editor: Editor) -> Editor:
-    """Open a bundle a second time, for PyTorch to edit with: the same weights, eager, in fp32."""
-    reference = Reference.from_sources(*sources_of(editor.bundle)).of(editor.variant)
-    backend, instructions = ReferenceBackend(reference, editor.variant), None
+def open_reference(bundle: Bundle, variant: Variant) -> Editor:
+    """Open a bundle for PyTorch to edit with: the same weights, eager, in fp32."""
+    reference = Reference.from_sources(*sources_of(bundle)).of(variant)
+    backend, instructions = ReferenceBackend(reference, variant), None
     _lay_out(reference.transformer)
     _lay_out(reference.tokenizer)
     if reference.text is not None:
         _lay_out(backend.text_encoder)
-        instructions = read_instructions(editor.bundle, editor.variant.text_tokens)
-    return Editor(editor.bundle, editor.variant, backend, instructions)
-
-
-def _turns(editor: Editor, repeat: int) -> Iterator[Turn]:
-    """Edit with both, the reference first; the first turn is a warm-up."""
-    picture, batch = synthetic_picture(editor.variant), editor.variant.batch
-    with open_reference(editor) as reference:
-        both = with_any_text(reference), with_any_text(editor)
-        for _ in range(repeat + 1):
-            for one in both:
-                one.forget()
-            theirs, ours = (
-                one.edit([picture] * batch, INSTRUCTION, seed=list(range(batch))) for one in both
-            )
-            yield theirs, ours
-
-
-def _compare(
-    name: str, turns: Sequence[Turn], seconds: Callable[[Mapping[str, float]], float]
-) -> TimeComparison:
-    theirs, ours = (
-        Spread.of([seconds(results[0].timings) for results in side])
-        for side in zip(*turns, strict=True)
-    )
-    return TimeComparison(name, theirs, ours, theirs.median / ours.median)
-
-
-def _share_differing(one: Sequence[EditResult], other: Sequence[EditResult]) -> float:
-    pairs = zip(one, other, strict=True)
-    return float(np.mean([np.asarray(a.image) != np.asarray(b.image) for a, b in pairs]))
+        instructions = read_instructions(bundle, variant.text_tokens)
+    return Editor(bundle, variant, backend, instructions)
 
 
 def _lay_out(module: nn.Module) -> None:

@@ -7,7 +7,8 @@
     result.image.save("edited.png")
 
 - `editing/`: edits, as a library: the `Editor`, the check of its arguments, masks.
-- `cli.py`, `commands/`, `terminal/`: the `varedit-run` command; `bench.py`: how fast a backend is.
+- `cli.py`, `commands/`, `terminal/`: the `varedit-run` command; `bench.py`: how fast a
+  backend is, with the report in `bench_report.py`.
 - `backends/`: the registry of what can run the stages of an edit: ONNX Runtime, or compiled engines
   on a GPU; and what a machine has for them.
 - `bundle.py`, `manifest.py`, `locate.py`: opening bundles, checking them, finding them.

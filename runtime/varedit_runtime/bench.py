@@ -1,21 +1,21 @@
 """Measure a bundle on this machine: the time of every stage and scale, start-up, and memory.
 
-The yardstick is one large fp32 matrix product, measured in the same run on the same provider and
+The yardstick is one large fp32 matrix product, measured in the same turns on the same provider and
 threads of ONNX Runtime: a stage that reaches the product's rate in its own products has a share
 of 1. So a share says how much a faster implementation could gain.
 """
 
-import json
 import os
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event, Thread
 from time import perf_counter
-from typing import Any
+from typing import get_args
 
+import msgspec
 import numpy as np
 import onnxruntime as ort
 from PIL import Image
@@ -25,15 +25,27 @@ from varedit_runtime.backends.auto import AUTO, AutoBackend
 from varedit_runtime.backends.machine import return_freed_memory
 from varedit_runtime.backends.onnxruntime.backend import Buffer, Session
 from varedit_runtime.backends.wiring import TEXT
+from varedit_runtime.bench_report import (
+    Dial,
+    Machine,
+    Measurement,
+    MemoryUse,
+    Process,
+    Report,
+    Spread,
+    StageMeasurement,
+)
 from varedit_runtime.bundle import Bundle, digest_line
-from varedit_runtime.editing.editor import WHOLE_EDIT, Editor, OnScale
-from varedit_runtime.editing.random_text import SAID, with_any_text
-from varedit_runtime.errors import ConfigError, readable_size
-from varedit_runtime.files import atomic_file, unwritable
+from varedit_runtime.editing.arguments import Settings
+from varedit_runtime.editing.batch import guided_scales
+from varedit_runtime.editing.editor import WHOLE_EDIT, Editor, EditResult, OnScale
+from varedit_runtime.editing.random_text import with_any_text
+from varedit_runtime.errors import ConfigError
 from varedit_runtime.geometry import scale_sizes
 from varedit_runtime.manifest import MANIFEST, Model, Variant, scale_of, weights_file
 
 INSTRUCTION = "add a hat"
+DIALS: tuple[Dial, ...] = get_args(Dial)
 PRODUCT_SIZES = {"cpu": 1024, "cuda": 8192}
 PRODUCT_RUNS = 10
 # ONNX: c = a @ b on square fp32 matrices of any size; tests/product_graph.py writes it.
@@ -43,84 +55,67 @@ ROLLUP = Path("/proc/self/smaps_rollup")
 
 
 @dataclass(frozen=True)
-class Spread:
-    """The median of repeated measurements, and their lower and upper quartile."""
+class Contestant:
+    """An editor to measure.
 
-    median: float
-    lower: float
-    upper: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Spread":
-        lower, median, upper = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
-        return cls(median, lower, upper)
-
-
-@dataclass(frozen=True)
-class StageMeasurement:
-    """A stage's measurements.
-
-    seconds: per batch, including the host's work for the stage. flops: floating-point operations of
-    its matrix products, if counted. share: its rate, relative to the yardstick's.
+    dials: the ways to make an edit faster that are measured besides a whole edit. "further": a
+    further result of the picture and instruction before; "fast": `Editor.edit(fast=True)`;
+    "unguided": no guidance at any scale. first: the first results of each kind.
     """
 
     name: str
-    seconds: Spread
-    flops: int | None
-    share: float | None
-
-
-@dataclass(frozen=True)
-class MemoryUse:
-    """Bytes of the process: its proportional set size, None if the system does not report it.
-
-    before: with Python and libraries alone. opened: with the bundle. peak: during an edit.
-    activations: the peak minus what is held after the edit; graphs free their activations after a
-    run, and the allocator is asked to return them. weights: their files. buffers: caches and
-    tensors between graphs, by their shapes. disk: all files of the bundle.
-
-    Ratios are relative to weights. peak_ratio: of the peak. held_ratio: of the peak without buffers
-    and activations. disk_ratio: of the disk.
-    """
-
-    before: int | None
-    opened: int | None
-    peak: int | None
-    activations: int | None
-    weights: int
-    buffers: int
-    disk: int
-    peak_ratio: float | None
-    held_ratio: float | None
-    disk_ratio: float
-
-
-@dataclass(frozen=True)
-class BenchReport:
-    """The result of `measure_bundle`, in seconds, bytes, and floating-point operations per second.
-
-    memory: of the process, on the host. gpu_memory: what engines take of the GPU's memory.
-    random_text: whether the bundle has no text encoder, and random features took its place.
-    """
-
-    bundle: str
-    digest: str
-    variant: str
-    random_text: bool
+    editor: Editor
     precision: str
-    batch: int
-    provider: str
-    threads: int | None
-    cores: int | None
-    onnxruntime: str
-    repeat: int
-    open_seconds: float
-    first_edit_seconds: float
-    edit_seconds: Spread
-    stages: tuple[StageMeasurement, ...]
-    product_rate: float | None
-    memory: MemoryUse
-    gpu_memory: int | None
+    dials: Sequence[Dial] = ()
+    first: dict[Dial | None, list[EditResult]] = field(default_factory=dict)
+
+    @property
+    def kinds(self) -> list[Dial | None]:
+        """What is measured: None is a whole edit, with which a further result shares its start."""
+        return [None, *(dial for dial in DIALS if dial in self.dials)]
+
+    def edit(self, dial: Dial | None = None, on_scale: OnScale | None = None) -> EditResult:
+        """Edit a batch of synthetic pictures; return the first result."""
+        if dial != "further":
+            self.editor.forget()
+        batch = self.editor.variant.batch
+        results = self.editor.edit(
+            [synthetic_picture(self.editor.variant)] * batch,
+            INSTRUCTION,
+            seed=list(range(batch)),
+            guidance_scale=1 if dial == "unguided" else None,
+            fast=dial == "fast",
+            on_scale=on_scale,
+        )
+        self.first.setdefault(dial, results)
+        return results[0]
+
+
+@dataclass(frozen=True)
+class Taken:
+    """The edits of one kind, and the same ones stage by stage."""
+
+    contestant: Contestant
+    dial: Dial | None
+    edits: list[EditResult] = field(default_factory=list)
+    stages: list[EditResult] = field(default_factory=list)
+
+    def again(self) -> None:
+        """Edit once more, and by stages if that differs."""
+        result = self.contestant.edit(self.dial)
+        self.edits.append(result)
+        if WHOLE_EDIT in result.timings:
+            result = self.contestant.edit(self.dial, on_scale=lambda progress: None)
+        self.stages.append(result)
+
+    def rows(self, stage: str) -> int:
+        """Return the rows that a stage needs: without guidance, one for each picture."""
+        manifest, variant = self.contestant.editor.bundle.manifest, self.contestant.editor.variant
+        guidance = Settings(manifest, variant, self.dial == "fast").guidance(
+            1 if self.dial == "unguided" else None
+        )
+        guided = (scale_of(stage) or 0) < guided_scales([guidance])
+        return variant.rows if guided else variant.batch
 
 
 def measure_bundle(
@@ -128,7 +123,8 @@ def measure_bundle(
     repeat: int,
     backend: str | ChosenBackend | AutoBackend = AUTO,
     variant: str | None = None,
-) -> BenchReport:
+    dials: Sequence[Dial] = (),
+) -> Report:
     """Open a bundle and edit a synthetic picture: once to warm up, then `repeat` times.
 
     backend, variant: as for `Editor.open`. If an edit is one launch, as many edits run stage by
@@ -138,145 +134,120 @@ def measure_bundle(
     before = memory_in_use()
     start = perf_counter()
     with Editor.open(bundle, backend=backend, variant=variant) as editor:
-        opened_seconds, opened = perf_counter() - start, memory_in_use()
-        runs = _run(with_any_text(editor), repeat)
+        open_seconds, opened = perf_counter() - start, memory_in_use()
+        precision = editor.bundle.manifest.precision
+        one = Contestant(str(editor.bundle.path), with_any_text(editor), precision, dials)
+        start = perf_counter()
+        with peak_memory() as samples:
+            one.edit()
+        first_seconds = perf_counter() - start
+        return_freed_memory()
+        after = memory_in_use()
+        measurements = measure([one], repeat)
         gpu, buffers = editor.backend.gpu_memory, editor.backend.buffer_bytes
-    provider = editor.provider
-    threads = getattr(editor.chosen and editor.chosen.options, "threads", None)
-    rate = product_rate(provider, threads) if provider in PRODUCT_SIZES else None
-    manifest, measured = editor.bundle.manifest, editor.variant
-    return BenchReport(
-        bundle=str(editor.bundle.path),
-        digest=editor.bundle.digest,
-        variant=measured.name,
-        random_text=TEXT not in measured.graphs,
-        precision=manifest.precision,
-        batch=measured.batch,
-        provider=provider,
-        threads=threads,
-        cores=os.cpu_count(),
-        onnxruntime=ort.__version__,
+    peak = max(samples, default=None)
+    memory = _memory(editor.bundle, before, opened, peak, after, 0 if gpu else buffers)
+    process = Process(open_seconds, first_seconds, memory, gpu)
+    return Report(
+        machine=Machine.detect(),
+        threads=threads_of(editor),
+        versions={"onnxruntime": ort.__version__},
         repeat=repeat,
-        open_seconds=opened_seconds,
-        first_edit_seconds=runs.first_seconds,
-        edit_seconds=Spread.of([sum(timings.values()) for timings in runs.edits]),
-        stages=tuple(
-            _stage(name, [timings[name] for timings in runs.stages], manifest.model, measured, rate)
-            for name in stages_of(runs.stages[0], measured)
-        ),
-        product_rate=rate,
-        memory=_memory(editor.bundle, before, opened, runs, 0 if gpu else buffers),
-        gpu_memory=gpu,
+        measurements=(msgspec.structs.replace(measurements[0], process=process), *measurements[1:]),
     )
 
 
-@dataclass(frozen=True)
-class _Runs:
-    """The edits of a measurement.
+def measure(contestants: Sequence[Contestant], repeat: int) -> list[Measurement]:
+    """Let each make edits of each kind, in turns, after one of each to warm up.
 
-    samples: `memory_in_use` during the first edit. after: the same when it had ended. edits,
-    stages: seconds by stage of every later edit, and of every edit that ran stage by stage.
+    The yardstick runs as the last contestant does.
     """
-
-    first_seconds: float
-    samples: Sequence[int]
-    after: int | None
-    edits: Sequence[Mapping[str, float]]
-    stages: Sequence[Mapping[str, float]]
-
-
-def _run(editor: Editor, repeat: int) -> _Runs:
-    """Edit once to warm up, then `repeat` times, and as often by stages if they differ."""
-    pictures = [synthetic_picture(editor.variant)] * editor.variant.batch
-
-    def edit(on_scale: OnScale | None = None) -> Mapping[str, float]:
-        editor.forget()
-        return editor.edit(pictures, INSTRUCTION, seed=0, on_scale=on_scale)[0].timings
-
-    start = perf_counter()
-    with peak_memory() as samples:
-        edit()
-    first_seconds = perf_counter() - start
-    return_freed_memory()
-    after = memory_in_use()
-    edits = stages = [edit() for _ in range(repeat)]
-    if WHOLE_EDIT in edits[0]:
-        stages = [edit(on_scale=lambda progress: None) for _ in range(repeat)]
-    return _Runs(first_seconds, samples, after, edits, stages)
+    everything = [Taken(one, dial) for one in contestants for dial in one.kinds]
+    for taken in everything:
+        if taken.dial not in taken.contestant.first:
+            taken.contestant.edit(taken.dial)
+    rates, last = [], contestants[-1].editor
+    for _ in range(repeat):
+        if last.provider in PRODUCT_SIZES:
+            rates.append(product_rate(last.provider, threads_of(last)))
+        for taken in everything:
+            taken.again()
+    rate = statistics.median(rates) if rates else None
+    return [_measurement(taken, everything[0], rate) for taken in everything]
 
 
-def report_table(report: BenchReport) -> str:
-    """Format a report as a table for people."""
-    cores = f"{report.cores} cores" if report.threads is None else f"{report.threads} threads"
-    lines = [
-        f"{report.bundle}: {report.variant}, {report.precision}, batch {report.batch}",
-        f"onnxruntime {report.onnxruntime}, {report.provider}, {cores}; median of {report.repeat}",
-        *([SAID] if report.random_text else []),
-        "",
-        f"{'stage':<16}{'median ms':>12}{'quartiles ms':>22}{'of product rate':>18}",
-    ]
-    for stage in report.stages:
-        share = "" if stage.share is None else f"{stage.share:.0%}"
-        lines.append(f"{stage.name:<16}{milliseconds(stage.seconds)}{share:>18}")
-    lines += [
-        f"{'edit':<16}{milliseconds(report.edit_seconds)}",
-        "",
-        f"start-up         {report.open_seconds:.2f} s, the first edit "
-        f"{report.first_edit_seconds:.2f} s",
-    ]
-    if report.product_rate is not None:
-        lines.append(f"matrix product   {report.product_rate / 1e9:.1f} GFLOP/s in fp32")
-    lines += memory_lines(report.memory)
-    if report.gpu_memory is not None:
-        lines.append(
-            f"GPU memory       {readable_size(report.gpu_memory)}, and what the driver takes"
-        )
-    return "\n".join(lines)
+def threads_of(editor: Editor) -> int | None:
+    """Return the threads that an editor's backend was opened with; None for one per core."""
+    return getattr(editor.chosen and editor.chosen.options, "threads", None)
 
 
-def memory_lines(memory: MemoryUse) -> list[str]:
-    """Describe memory and disk for people, by use."""
-    lines = [f"memory           {_process(memory)}"]
-    if memory.peak_ratio is not None and memory.held_ratio is not None:
-        lines.append(
-            f"                 peak {memory.peak_ratio:.2f} x weights, without caches and "
-            f"activations {memory.held_ratio:.2f} x"
-        )
-    lines.append(
-        f"disk             {readable_size(memory.disk)}, {memory.disk_ratio:.3f} x weights"
+def _measurement(taken: Taken, base: Taken, rate: float | None) -> Measurement:
+    editor = taken.contestant.editor
+    variant = editor.variant
+    wall, cpu = _seconds(taken.edits)
+    base_wall, base_cpu = _seconds(base.edits)
+    is_base = taken is base
+    stages = (name for name in taken.stages[0].timings if name != TEXT or name in variant.graphs)
+    return Measurement(
+        name=taken.contestant.name,
+        dial=taken.dial,
+        variant=variant.name,
+        digest=editor.bundle.digest,
+        precision=taken.contestant.precision,
+        provider=editor.provider,
+        batch=variant.batch,
+        random_text=TEXT not in variant.graphs,
+        product_rate=rate,
+        wall=wall,
+        cpu=cpu,
+        faster=None if is_base else base_wall.median / wall.median,
+        faster_cpu=None if is_base else base_cpu.median / cpu.median,
+        differing=None if is_base else _share_differing(taken, base),
+        stages=tuple(_stage(name, taken, base, rate) for name in stages),
+        process=None,
     )
-    return lines
+
+
+def _stage(name: str, taken: Taken, base: Taken, rate: float | None) -> StageMeasurement:
+    editor = taken.contestant.editor
+    wall, cpu = _seconds(taken.stages, name)
+    flops = product_flops(name, editor.bundle.manifest.model, editor.variant, taken.rows(name))
+    speed = None if flops is None else flops / wall.median
+    compared = taken is not base and name in base.stages[0].timings
+    return StageMeasurement(
+        name=name,
+        wall=wall,
+        cpu=cpu,
+        flops=flops,
+        rate=speed,
+        share=None if speed is None or rate is None else speed / rate,
+        faster=_seconds(base.stages, name)[0].median / wall.median if compared else None,
+    )
+
+
+def _seconds(results: Sequence[EditResult], stage: str | None = None) -> tuple[Spread, Spread]:
+    """Return the seconds of a stage, or of whole edits: of the wall clock, and of all threads."""
+    clocks = [one.timings for one in results], [one.cpu_timings for one in results]
+    wall, cpu = (
+        Spread.of([sum(of.values()) if stage is None else of[stage] for of in clock])
+        for clock in clocks
+    )
+    return wall, cpu
+
+
+def _share_differing(taken: Taken, base: Taken) -> float | None:
+    """Return the share of the pictures' values that differ; None if their sizes do."""
+    ours, theirs = (
+        np.array([np.asarray(result.image) for result in one.contestant.first[one.dial]])
+        for one in (taken, base)
+    )
+    return float(np.mean(ours != theirs)) if ours.shape == theirs.shape else None
 
 
 def check_repeat(repeat: int) -> None:
     """Raise ConfigError unless a number of edits is at least 1."""
     if repeat < 1:
         raise ConfigError(f"repeat is {repeat}; it must be at least 1")
-
-
-def check_report(path: Path) -> None:
-    """Raise ConfigError, before work is spent, if a report cannot be written there.
-
-    A report replaces a file only if its name ends in .json, so never a picture or a text.
-    """
-    why = unwritable(path)
-    if why is None and os.path.lexists(path) and not _is_json(path):
-        why = "it exists, and a report replaces only files that end in .json; choose another name"
-    if why is not None:
-        raise ConfigError(f"{path} cannot be written: {why}")
-
-
-def write_report(report: Any, path: Path) -> None:
-    """Write a report of JSON values, whole or not at all. Raises ConfigError if that fails."""
-    try:
-        with atomic_file(path, replace=_is_json(path)) as whole:
-            whole.write_text(json.dumps(report, indent=1) + "\n")
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
-
-
-def _is_json(path: Path) -> bool:
-    return path.suffix.lower() == ".json"
 
 
 def memory_in_use() -> int | None:
@@ -328,8 +299,10 @@ def product_rate(provider: str, threads: int | None = None) -> float:
     return 2 * size**3 / statistics.median(seconds[1:])
 
 
-def product_flops(stage: str, model: Model, variant: Variant) -> int | None:
+def product_flops(stage: str, model: Model, variant: Variant, rows: int) -> int | None:
     """Count the operations in matrix products of the prefill or a scale; None for other stages.
+
+    They are those of the model, however its graphs compute it, with texts of the full length.
 
     Per token and block: 2 · (weights of the linear layers) + 4 · C · (keys seen, text included).
     """
@@ -344,20 +317,7 @@ def product_flops(stage: str, model: Model, variant: Variant) -> int | None:
     mlp = round(4 * width / 256) * 256
     linear = 2 * (6 * width**2 + 2 * width * mlp)
     blocks = sum(linear + 4 * width * (keys + variant.text_tokens) for keys in seen)
-    return variant.rows * tokens * blocks
-
-
-def _stage(
-    name: str, seconds: Sequence[float], model: Model, variant: Variant, rate: float | None
-) -> StageMeasurement:
-    spread, flops = Spread.of(seconds), product_flops(name, model, variant)
-    share = None if flops is None or rate is None else flops / spread.median / rate
-    return StageMeasurement(name, spread, flops, share)
-
-
-def stages_of(timings: Iterable[str], variant: Variant) -> list[str]:
-    """Return the stages among an edit's timings, without a text encoder that does not exist."""
-    return [name for name in timings if name != TEXT or name in variant.graphs]
+    return rows * tokens * blocks
 
 
 def synthetic_picture(variant: Variant) -> Image.Image:
@@ -365,20 +325,20 @@ def synthetic_picture(variant: Variant) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def milliseconds(seconds: Spread) -> str:
-    quartiles = f"{seconds.lower * 1e3:.1f} - {seconds.upper * 1e3:.1f}"
-    return f"{seconds.median * 1e3:>12.1f}{quartiles:>22}"
-
-
 def _memory(
-    bundle: Bundle, before: int | None, opened: int | None, runs: _Runs, buffers: int
+    bundle: Bundle,
+    before: int | None,
+    opened: int | None,
+    peak: int | None,
+    after: int | None,
+    buffers: int,
 ) -> MemoryUse:
+    """Say what memory is used for. after: what is held after the edit."""
     files = bundle.manifest.files
     weights = sum(files[weights_file(name)].size for name in bundle.components)
     disk = sum(entry.size for entry in files.values())
     disk += bundle.held[MANIFEST].size + len(digest_line(bundle.digest))
-    peak = max(runs.samples, default=None)
-    activations = None if peak is None or runs.after is None else max(peak - runs.after, 0)
+    activations = None if peak is None or after is None else max(peak - after, 0)
     held = None if peak is None or activations is None else peak - buffers - activations
     return MemoryUse(
         before,
@@ -391,16 +351,4 @@ def _memory(
         peak_ratio=None if peak is None else peak / weights,
         held_ratio=None if held is None else held / weights,
         disk_ratio=disk / weights,
-    )
-
-
-def _process(memory: MemoryUse) -> str:
-    parts = f"weights {readable_size(memory.weights)}, caches {readable_size(memory.buffers)}"
-    if memory.peak is None or memory.activations is None or memory.before is None:
-        return f"{parts}; this system does not report the process's memory"
-    parts += f", activations {readable_size(memory.activations)}"
-    known = memory.before + memory.weights + memory.buffers + memory.activations
-    return (
-        f"peak {readable_size(memory.peak)}: before opening {readable_size(memory.before)}, "
-        f"{parts}, all else {readable_size(max(memory.peak - known, 0))}"
     )

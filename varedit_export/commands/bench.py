@@ -1,41 +1,77 @@
-"""Time a bundle against the reference: `varedit-export bench`."""
+"""Time a bundle against the reference or other bundles: `varedit-export bench`."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from varedit_runtime.backends import choose
+from varedit_runtime.backends import BACKENDS, choose
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.commands.bench import show_report
+from varedit_runtime.commands.bench import dial_option, show_report
 from varedit_runtime.errors import needs_extra
-from varedit_runtime.terminal.command import BUNDLE, PATH, variant_option
+from varedit_runtime.terminal.command import BUNDLE, PATH
+
+if TYPE_CHECKING:
+    from varedit_runtime.bench_report import Dial
+
+
+class _Opponent(click.ParamType):
+    """The reference or a backend, by its name, or a bundle."""
+
+    name = "opponent"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> str | Path:
+        return value if value in ("reference", *BACKENDS) else BUNDLE.convert(value, param, ctx)
 
 
 @click.command()
 @click.argument("bundle", type=BUNDLE)
-@variant_option
-@click.option("--repeat", default=5, show_default=True, help="Number of timed edits by each.")
+@click.option(
+    "--against",
+    type=_Opponent(),
+    metavar="reference|BUNDLE|BACKEND",
+    multiple=True,
+    default=["reference"],
+    help="What it is compared with: the reference, another bundle, or another backend that runs "
+    "this one; repeatable. BUNDLE runs in onnxruntime.  [default: reference]",
+)
+@click.option("--variant", metavar="NAME|all", help="The variant; by default BUNDLE's first.")
+@click.option("--repeat", default=5, show_default=True, help="Number of timed edits of each.")
+@dial_option
 @click.option("--threads", type=int, help="Threads of each; by default one per core.")
 @click.option("--json", "json_file", type=PATH, help="Write all numbers here, as JSON.")
 def bench(
-    bundle: Path, variant: str | None, repeat: int, threads: int | None, json_file: Path | None
+    bundle: Path,
+    against: tuple[str | Path, ...],
+    variant: str | None,
+    repeat: int,
+    dials: "tuple[Dial, ...]",
+    threads: int | None,
+    json_file: Path | None,
 ) -> None:
-    """Time BUNDLE against the reference, in turns: every stage and scale, memory, disk.
+    """Time BUNDLE against others, in turns: every stage and scale, memory, disk.
 
-    The reference is eager PyTorch in fp32 with the bundle's own weights.
+    The reference is eager PyTorch in fp32 with the bundle's own weights. How many times as fast
+    something is refers to the first that BUNDLE is compared with.
 
     \b
     varedit-export bench bundles/2b-512 --repeat 10 --threads 2 --json bench.json
+    varedit-export bench bundles/2b --variant all --dial fast --dial unguided
+    varedit-export bench bundles/2b-int8 --against reference --against bundles/2b-512
     """
-    from varedit_runtime.bench import check_repeat, check_report
+    from varedit_runtime.bench import check_repeat
+    from varedit_runtime.bench_report import check_report
 
     if json_file is not None:
         check_report(json_file)
     check_repeat(repeat)
     choose("onnxruntime", threads=threads)
-    Bundle.open(bundle).manifest.variant(variant)
+    for one in (bundle, *(other for other in against if isinstance(other, Path))):
+        Bundle.open(one).manifest.variant(None if variant == "all" else variant)
     with needs_extra("export"):
-        from varedit_export.bench import comparison_table, measure_both
+        from varedit_export.bench import entrants, measure_all
 
-    report = measure_both(bundle, repeat, threads, variant)
-    show_report(comparison_table(report), report, json_file)
+    report = measure_all(entrants(bundle, against), repeat, threads, variant, dials)
+    show_report(report, json_file)

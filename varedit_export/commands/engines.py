@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-import msgspec
 
 import varedit_export
 from varedit_export.commands.shared_options import (
@@ -72,13 +71,13 @@ def engines(bundle: Path, report: Path | None, options: EngineOptions) -> None:
     varedit-export engines bundles/2b-512 --hardware-compatible ampere-plus
     varedit-export engines bundles/2b-512 --report kernels.json
     """
-    from varedit_runtime.bench import check_report, write_report
+    from varedit_runtime.bench_report import check_report, write_report
 
     if report is not None:
         check_report(report)
     path, reports = compile_and_show(bundle, options)
     if report is not None:
-        write_report(msgspec.to_builtins(reports), report)
+        write_report(reports, report)
     click.echo(path)
 
 

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import click
-import msgspec
 
 import varedit_export
 from varedit_export.commands.shared_options import with_options
@@ -37,7 +36,7 @@ def verify(bundle: Path, report: Path | None, options: VerifyOptions) -> None:
     varedit-export verify bundles/2b-512 --report parity.json
     varedit-export verify bundles/2b-512 --backend tensorrt
     """
-    from varedit_runtime.bench import check_report, write_report
+    from varedit_runtime.bench_report import check_report, write_report
 
     if report is not None:
         check_report(report)
@@ -60,7 +59,7 @@ def verify(bundle: Path, report: Path | None, options: VerifyOptions) -> None:
     except ParityError as error:
         failure = error
     if report is not None:
-        write_report(msgspec.to_builtins(lines), report)
+        write_report(lines, report)
     if failure is not None:
         _say_where_to_look(lines, bundle, options)
         raise failure

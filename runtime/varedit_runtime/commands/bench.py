@@ -1,8 +1,7 @@
 """Measure a bundle: `varedit-run bench`."""
 
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -17,11 +16,24 @@ from varedit_runtime.terminal.command import (
     variant_option,
 )
 
+if TYPE_CHECKING:
+    from varedit_runtime.bench_report import Dial, Report
+
+dial_option = click.option(
+    "--dial",
+    "dials",
+    type=click.Choice(["further", "fast", "unguided"]),
+    multiple=True,
+    help="Also measure a further result of one picture and instruction, edits with --fast, or "
+    "without guidance; repeatable.",
+)
+
 
 @click.command(cls=BackendCommand)
 @click.argument("bundle", type=BUNDLE)
 @variant_option
 @click.option("--repeat", default=5, show_default=True, help="Number of timed edits.")
+@dial_option
 @backend_option()
 @click.option("--json", "json_file", type=PATH, help="Write all numbers here, as JSON.")
 @debug_option
@@ -29,6 +41,7 @@ def bench(
     bundle: Path,
     variant: str | None,
     repeat: int,
+    dials: "tuple[Dial, ...]",
     backend: ChosenBackend | AutoBackend,
     json_file: Path | None,
 ) -> None:
@@ -36,21 +49,22 @@ def bench(
 
     \b
     varedit-run bench bundles/2b-512 --repeat 10 --threads 2 --json bench.json
+    varedit-run bench bundles/2b-512 --dial further --dial fast
     """
-    from varedit_runtime.bench import check_report, measure_bundle, report_table
+    from varedit_runtime.bench import measure_bundle
+    from varedit_runtime.bench_report import check_report
 
     if json_file is not None:
         check_report(json_file)
-    report = measure_bundle(bundle, repeat, backend, variant)
-    show_report(report_table(report), report, json_file)
+    show_report(measure_bundle(bundle, repeat, backend, variant, dials), json_file)
 
 
-def show_report(table: str, report: Any, json_file: Path | None) -> None:
-    """Print a report's table; write its numbers, if a file is named, even if nobody reads that."""
-    from varedit_runtime.bench import write_report
+def show_report(report: "Report", json_file: Path | None) -> None:
+    """Print a report's tables; write its JSON, if a file is named, even if nobody reads those."""
+    from varedit_runtime.bench_report import report_table, write_report
 
     try:
-        click.echo(table)
+        click.echo(report_table(report))
     finally:
         if json_file is not None:
-            write_report(asdict(report), json_file)
+            write_report(report, json_file)

@@ -1,10 +1,10 @@
 """The pictures that are edited at once, and the time that their stages take."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from threading import Event
-from time import perf_counter
+from time import perf_counter, process_time
 
 import numpy as np
 
@@ -15,28 +15,39 @@ from varedit_runtime.errors import one_of_many
 
 
 class Timings:
-    """Seconds by stage, in the order that stages began."""
+    """Seconds by stage, in the order that stages began.
+
+    cpu_seconds: the same of the processors, all threads of this process together.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.cpu_seconds: dict[str, float] = {}
 
     @contextmanager
     def of(self, stage: str) -> Iterator[None]:
         """Count the time in the context for a stage, besides what it took before."""
-        start = perf_counter()
+        start = _clocks()
         yield
-        self._add(stage, perf_counter() - start)
+        self._add(stage, start)
 
     def of_each(self, outputs: Iterator[StageOutput]) -> Iterator[StageOutput]:
         """Hand outputs on, counting the time that each takes to come for its stage."""
-        start = perf_counter()
+        start = _clocks()
         for output in outputs:
-            self._add(output.stage, perf_counter() - start)
+            self._add(output.stage, start)
             yield output
-            start = perf_counter()
+            start = _clocks()
 
-    def _add(self, stage: str, seconds: float) -> None:
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+    def _add(self, stage: str, start: tuple[float, float]) -> None:
+        for kept, since, now in zip(
+            (self.seconds, self.cpu_seconds), start, _clocks(), strict=True
+        ):
+            kept[stage] = kept.get(stage, 0.0) + now - since
+
+
+def _clocks() -> tuple[float, float]:
+    return perf_counter(), process_time()
 
 
 @dataclass(frozen=True)
@@ -87,13 +98,10 @@ class PictureBatch:
         return any(row.mask is not None for row in self.rows)
 
 
-def guided_scales(rows: Sequence[Wanted]) -> int:
+def guided_scales(guidances: Iterable[Sequence[float]]) -> int:
     """Return how many scales, the first ones, need unconditional rows for some picture."""
     guided = (
-        scale + 1
-        for row in rows
-        for scale, guidance in enumerate(row.settings.guidance_scale)
-        if guidance != 1
+        scale + 1 for guidance in guidances for scale, value in enumerate(guidance) if value != 1
     )
     return max(guided, default=0)
 

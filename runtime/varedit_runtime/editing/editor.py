@@ -340,7 +340,7 @@ class Editor:
             rows = [wanted[min(i, own[-1])] for i in range(first, first + size)]
             guided = len(self.variant.grids)
             if self._open_backend().drops_rows:
-                guided = guided_scales(rows)
+                guided = guided_scales(row.settings.guidance_scale for row in rows)
             results += self._edit_batch(
                 PictureBatch(rows, own, len(wanted), guided, on_scale, cancelled)
             )
@@ -359,8 +359,9 @@ class Editor:
         images = self._edit_whole(*given, edit) if edit else self._edit_by_stages(*given)
         if batch.guided_scales in (0, len(self.variant.grids)):  # else half of the rows is gone
             self._kept.prefilled(prompts, squares)
+        seconds, cpu_seconds = batch.timings.seconds, batch.timings.cpu_seconds
         return [
-            EditResult(image, one.seed, batch.timings.seconds, one.warnings)
+            EditResult(image, one.seed, seconds, cpu_seconds, one.warnings)
             for one, image in zip(batch.wanted, images, strict=True)
         ]
 

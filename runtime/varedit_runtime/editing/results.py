@@ -14,13 +14,14 @@ class EditResult:
     image: RGB, or RGBA with the source's alpha if any pixel of the source is not wholly opaque; of
     the source's size unless another was asked for. seed: the same edit with it gives the same bits,
     up to ties, alone or in any batch. timings: seconds by stage, in the order they ran, of the
-    whole batch that the picture was in. warnings: why the picture will hardly be what was wanted,
-    a line each.
+    whole batch that the picture was in. cpu_timings: the same of the processors, all threads of the
+    process together. warnings: why the picture will hardly be what was wanted, a line each.
     """
 
     image: Image.Image
     seed: int
     timings: Mapping[str, float]
+    cpu_timings: Mapping[str, float]
     warnings: tuple[str, ...]
 
 
