@@ -23,6 +23,7 @@ from varedit_runtime import bundle as bundle_module
 from varedit_runtime.backends.engines.engine_set import EngineLayout
 from varedit_runtime.backends.engines.weights import EngineWeights
 from varedit_runtime.backends.onnxruntime import backend as onnx_backend
+from varedit_runtime.bench_report import Measurement
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.editing.editor import Editor
 from varedit_runtime.errors import BundleError
@@ -237,10 +238,13 @@ def test_a_bundle_that_is_replaced_while_it_is_verified_is_not_verified(
 def test_a_bundle_that_is_replaced_while_it_is_measured_is_not_reported(
     sources: tuple[Path, Path], target: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(bench, "measure_memory", lambda *_: None)
-    monkeypatch.setattr(bench, "_turns", lambda *_: [republish(sources[1], target)])
+    def measured(*_: object) -> list[Measurement]:
+        republish(sources[1], target)
+        return []
+
+    monkeypatch.setattr(bench, "_measure_variant", measured)
     with pytest.raises(BundleError, match="was replaced while it was used"):
-        bench.measure_both(target, repeat=1, threads=1)
+        bench.measure_all(bench.entrants(target, []), repeat=1, threads=1)
 
 
 @pytest.fixture
