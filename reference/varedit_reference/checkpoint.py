@@ -162,9 +162,8 @@ def load_transformer(
     same. Weights that the file stores in their final type stay views of the file's memory map.
     Raises CheckpointError if the file cannot be read or does not hold this transformer.
     """
-    weights = _open_transformer(path, config)
     model = empty_transformer(config, compute_dtype, weight_dtype)
-    return load(model, weights, recognise_transformer_layout(weights, config), path)
+    return load(model, transformer_weights(path, config))
 
 
 def load_tokenizer(path: str | Path, config: TokenizerConfig) -> Tokenizer:
@@ -172,8 +171,7 @@ def load_tokenizer(path: str | Path, config: TokenizerConfig) -> Tokenizer:
 
     Raises CheckpointError if the file cannot be read or does not hold this tokenizer.
     """
-    weights = open_weights(path)
-    return load(empty_tokenizer(config), weights, recognise_tokenizer_layout(weights), path)
+    return load(empty_tokenizer(config), tokenizer_weights(path, config))
 
 
 def transformer_weights(
@@ -181,27 +179,9 @@ def transformer_weights(
 ) -> Weights:
     """Open a checkpoint's transformer by this reference's names, in the file's types; see `fit`.
 
+    The learned unconditional text gets the model's rows: an instruction of T tokens takes its first
+    T rows, so those past the longest instruction are never read, and missing ones are zero.
     prefer_ema: see `open_weights`.
-    """
-    weights = _open_transformer(path, config, prefer_ema)
-    return fit(
-        empty_transformer(config), weights, recognise_transformer_layout(weights, config), path
-    )
-
-
-def tokenizer_weights(path: str | Path, config: TokenizerConfig) -> Weights:
-    """Open a checkpoint's tokenizer by this reference's names, in the file's types; see `fit`."""
-    weights = open_weights(path)
-    return fit(empty_tokenizer(config), weights, recognise_tokenizer_layout(weights), path)
-
-
-def _open_transformer(
-    path: str | Path, config: TransformerConfig, prefer_ema: bool = False
-) -> Weights:
-    """Open a transformer's weights, the learned unconditional text with the model's rows.
-
-    An instruction of T tokens takes the text's first T rows. So rows past the longest instruction
-    are never read, and rows that a shorter text has not are zero.
     """
     weights = open_weights(path, prefer_ema)
     for name in (UNCONDITIONAL_TEXT, TRANSFORMER_TABLE[UNCONDITIONAL_TEXT]):
@@ -212,7 +192,14 @@ def _open_transformer(
             weights[name] = torch.cat([text, missing])
             done = "cut" if rows > MAX_TEXT_TOKENS else "padded with zeros"
             weights.notes += (f"{name} {done} from {rows} to {MAX_TEXT_TOKENS} rows",)
-    return weights
+    layout = recognise_transformer_layout(weights, config)
+    return fit(empty_transformer(config), weights, layout, path)
+
+
+def tokenizer_weights(path: str | Path, config: TokenizerConfig) -> Weights:
+    """Open a checkpoint's tokenizer by this reference's names, in the file's types; see `fit`."""
+    weights = open_weights(path)
+    return fit(empty_tokenizer(config), weights, recognise_tokenizer_layout(weights), path)
 
 
 def empty_transformer(
@@ -246,14 +233,9 @@ def recognise_tokenizer_layout(names: Collection[str]) -> FileLayout:
     return released_tokenizer(inner_names="encoder.conv_in.conv.weight" in names)
 
 
-def load(
-    model: Module, weights: Mapping[str, Tensor], layout: FileLayout, path: str | Path
-) -> Module:
-    """Give a model on the meta device its weights, converted to its parameters' types.
-
-    Returns the model in eval mode, without gradients. Raises CheckpointError as `fit` and `assign`.
-    """
-    return assign(model, fit(model, weights, layout, path)).requires_grad_(False).eval()
+def load(model: Module, weights: Mapping[str, Tensor]) -> Module:
+    """Give a model its weights as `assign` does; return it in eval mode, without gradients."""
+    return assign(model, weights).requires_grad_(False).eval()
 
 
 def assign(model: Module, weights: Mapping[str, Tensor]) -> Module:

@@ -48,7 +48,8 @@ class TextEncoder:
         """
         vocabulary = read_vocabulary(folder)
         model = empty_encoder(read_config(folder), precision)
-        return cls(load(model, encoder_weights(folder), t5_layout, folder), vocabulary)
+        weights = fit(model, encoder_weights(folder), t5_layout, folder)
+        return cls(load(model, weights), vocabulary)
 
     @torch.inference_mode()
     def encode(self, prompts: Sequence[str], *, truncate: bool = False) -> list[Tensor]:
