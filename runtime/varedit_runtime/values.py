@@ -160,13 +160,17 @@ def _converted(name: str, value: Any, kind: Any) -> Any:
         if listed is None:
             raise TypeError
         return tuple(checked(name, entry, get_args(kind)[0]) for entry in listed)
-    if origin is Literal:
-        return _one_of(get_args(kind), _text(_plain(value)))
+    plain = _plain(value)
     if origin in _CONVERSIONS:
-        return _CONVERSIONS[origin][1](_plain(value))
-    if not isinstance(value, origin):
+        return _CONVERSIONS[origin](plain)
+    if origin is Literal:
+        text = _text(plain)
+        if text not in get_args(kind):
+            raise ValueError
+        return text
+    if not isinstance(plain, origin):
         raise TypeError
-    return value
+    return plain
 
 
 def _told(kind: Any) -> str:
@@ -176,7 +180,7 @@ def _told(kind: Any) -> str:
         return f"a list ({_told(get_args(kind)[0])} each)"
     if origin is Literal:
         return f"one of {', '.join(get_args(kind))}"
-    return _CONVERSIONS[origin][0] if origin in _CONVERSIONS else origin.__name__
+    return _NAMES.get(origin) or origin.__name__
 
 
 def _dimensions(value: object) -> object:
@@ -189,17 +193,6 @@ def _plain(value: Any) -> Any:
     if dimensions:
         raise TypeError
     return value.item() if dimensions == 0 else value
-
-
-def _none(value: object) -> None:
-    if value is not None:
-        raise TypeError
-
-
-def _flag(value: object) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError
-    return value
 
 
 def _integer(value: Any) -> int:
@@ -223,12 +216,6 @@ def _text(value: str) -> str:
     return str.__str__(value)  # of a subclass the text alone
 
 
-def _one_of(allowed: tuple[str, ...], value: str) -> str:
-    if value not in allowed:
-        raise ValueError
-    return value
-
-
 def _path(value: AnyPath) -> str:
     text = _text(os.fspath(value))
     if not text or b"\0" in os.fsencode(text):
@@ -236,19 +223,20 @@ def _path(value: AnyPath) -> str:
     return text  # a Path would change what is no path here, such as hf://OWNER/REPOSITORY
 
 
-def _function(value: object) -> object:
-    if not callable(value):
-        raise TypeError
-    return value
-
-
-# What each type is called, and how to convert to it.
-_CONVERSIONS: dict[Any, tuple[str, Callable[[Any], Any]]] = {
-    NoneType: ("None", _none),
-    bool: ("True or False", _flag),
-    int: ("an integer", _integer),
-    float: ("a number", _number),
-    str: ("a string", _text),
-    os.PathLike: ("a path", _path),
-    get_origin(Callable[..., object]): ("a function", _function),
+# What types are called, where their own name tells less.
+_NAMES: dict[Any, str] = {
+    NoneType: "None",
+    bool: "True or False",
+    int: "an integer",
+    float: "a number",
+    str: "a string",
+    os.PathLike: "a path",
+    Callable: "a function",
+}
+# How values are converted to types; those of other types are taken as they are.
+_CONVERSIONS: dict[Any, Callable[[Any], Any]] = {
+    int: _integer,
+    float: _number,
+    str: _text,
+    os.PathLike: _path,
 }
