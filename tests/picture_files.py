@@ -8,9 +8,11 @@ import zlib
 from collections.abc import Iterable, Sequence
 from random import Random
 
+import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
+from varedit_runtime.decoding.to_rgb import on_white
 from varedit_runtime.errors import PictureError
 from varedit_runtime.pictures import open_picture
 
@@ -20,6 +22,30 @@ def encoded(image: Image.Image, written_as: str, **options: object) -> bytes:
     file = io.BytesIO()
     image.save(file, written_as, **options)
     return file.getvalue()
+
+
+WHITE = [255, 255, 255]
+
+
+def pixels(source: Image.Image | bytes) -> list[list[int]]:
+    """Return the pixels of a picture as it is opened, on white."""
+    return np.asarray(on_white(open_picture(source))).reshape(-1, 3).tolist()
+
+
+def noise(height: int, width: int) -> Image.Image:
+    """Return a picture of which every pixel is drawn at random."""
+    samples = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(samples)
+
+
+def srgb_profile(padding: int = 0) -> bytes:
+    return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes() + bytes(padding)
+
+
+def swapped_profile() -> bytes:
+    """Return an sRGB profile with its red and green primaries exchanged."""
+    profile = srgb_profile().replace(b"rXYZ", b"swap")
+    return profile.replace(b"gXYZ", b"rXYZ").replace(b"swap", b"gXYZ")
 
 
 def chunk(kind: bytes, content: bytes, checksum: int | None = None) -> bytes:

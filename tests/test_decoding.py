@@ -16,38 +16,31 @@ from threading import Event
 import numpy as np
 import pytest
 from picture_files import (
+    WHITE,
     check_damaged,
     chunk,
     encoded,
     jpeg_tiff,
     many_scans,
+    noise,
+    pixels,
     png,
+    srgb_profile,
+    swapped_profile,
     tiff,
     with_segments,
 )
-from PIL import Image, ImageCms
+from PIL import Image
 from PIL.ImageFile import ImageFile
 
 from varedit_runtime.decoding.jpeg import MAX_SCANS
-from varedit_runtime.decoding.to_rgb import on_white
 from varedit_runtime.errors import PictureError
 from varedit_runtime.pictures import open_picture
-
-WHITE = [255, 255, 255]
-
-
-def noise(height: int, width: int, channels: int = 3) -> Image.Image:
-    samples = np.random.default_rng(0).integers(0, 256, (height, width, channels), dtype=np.uint8)
-    return Image.fromarray(samples.squeeze())
 
 
 def smooth(height: int, width: int) -> Image.Image:
     rows, columns = np.mgrid[:height, :width]
     return Image.fromarray(((rows * 3 + columns) % 256).astype(np.uint8)).convert("RGB")
-
-
-def pixels(source: Image.Image | bytes) -> list[list[int]]:
-    return np.asarray(on_white(open_picture(source))).reshape(-1, 3).tolist()
 
 
 # Transparent colours
@@ -92,16 +85,6 @@ def test_bits_beyond_the_depth_of_a_transparent_colour_are_ignored():
 
 
 # PNGs whose pixels are sound
-
-
-def srgb_profile(padding: int = 0) -> bytes:
-    return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes() + bytes(padding)
-
-
-def swapped_profile() -> bytes:
-    """Return an sRGB profile with its red and green primaries exchanged."""
-    profile = srgb_profile().replace(b"rXYZ", b"swap")
-    return profile.replace(b"gXYZ", b"rXYZ").replace(b"swap", b"gXYZ")
 
 
 def large_chunks() -> dict[str, bytes]:

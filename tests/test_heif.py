@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from picture_files import check_damaged, encoded
-from PIL import Image, ImageCms, ImageOps
+from picture_files import check_damaged, encoded, swapped_profile
+from PIL import Image, ImageOps
 
 from varedit_runtime.decoding.coded_frame import Frame, av1_frame, hevc_frame
 from varedit_runtime.decoding.heif import read_avif, read_heif
@@ -237,11 +237,6 @@ def test_pictures_are_turned_upright_once(written_as: str, orientation: int) -> 
     assert np.abs(np.asarray(opened, int) - np.asarray(expected)).mean() < 10
 
 
-def swapped_profile() -> bytes:
-    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    return profile.replace(b"rXYZ", b"swap").replace(b"gXYZ", b"rXYZ").replace(b"swap", b"gXYZ")
-
-
 @pytest.mark.parametrize("written_as", FORMATS)
 def test_an_embedded_profile_is_applied(written_as: str) -> None:
     image = Image.new("RGB", (64, 64), (255, 0, 0))
@@ -430,6 +425,8 @@ def many_sets_item() -> tuple[bytes, bytes, Properties]:
 
 TILE = av1_item(av1_stream(64, 64))
 MANY = [TILE] * 4
+FOUR = ((b"dimg", 1, [2, 3, 4, 5]),)  # references of a grid to its tiles
+MEMORY = "of memory, of at most"
 ALPHA = b"auxC", bytes(4) + b"urn:mpeg:mpegB:cicp:systems:auxiliary:alpha\0", True
 TILE_OF_ALPHA = av1_item(av1_stream(64, 64), ALPHA)
 REFUSED: dict[str, tuple[bytes, str]] = {
@@ -439,51 +436,41 @@ REFUSED: dict[str, tuple[bytes, str]] = {
         built([hevc_item(hevc_stream(), 20000, 20000)], brand=b"heic"),
         "tiles are 20000 x 20000",
     ),
-    "memory": (
-        built([av1_item(av1_stream(9000, 9000, profile=1, deep=1))]),
-        "of memory, of at most",
-    ),
+    "memory": (built([av1_item(av1_stream(9000, 9000, profile=1, deep=1))]), MEMORY),
     "memory of a grid": (
         built(
-            [grid(1, 4, (28000, 3000)), *[av1_item(av1_stream(7000, 3000, profile=1))] * 4],
-            ((b"dimg", 1, [2, 3, 4, 5]),),
+            [grid(1, 4, (28000, 3000)), *[av1_item(av1_stream(7000, 3000, profile=1))] * 4], FOUR
         ),
-        "of memory, of at most",
+        MEMORY,
     ),
     "memory of a small frame that is scaled": (
         built([av1_item(av1_stream(64, 64, profile=1), stated=(8696, 8696))]),
-        "of memory, of at most",
+        MEMORY,
     ),
     "memory of small tiles that are scaled": (
         built(
             [grid(2, 2, (8696, 8696))]
             + [av1_item(av1_stream(64, 64, profile=1), stated=(4348, 4348))] * 4,
-            ((b"dimg", 1, [2, 3, 4, 5]),),
+            FOUR,
         ),
-        "of memory, of at most",
+        MEMORY,
     ),
     "memory of a grid that is larger than its tiles": (
-        built(
-            [grid(2, 2, (8696, 8696)), *[av1_item(av1_stream(64, 64, profile=1))] * 4],
-            ((b"dimg", 1, [2, 3, 4, 5]),),
-        ),
-        "of memory, of at most",
+        built([grid(2, 2, (8696, 8696)), *[av1_item(av1_stream(64, 64, profile=1))] * 4], FOUR),
+        MEMORY,
     ),
     "memory of a small alpha that is scaled": (
         built(
             [av1_item(av1_stream(8000, 8000), stated=(8000, 8000)), TILE_OF_ALPHA],
             ((b"auxl", 2, [1]),),
         ),
-        "of memory, of at most",
+        MEMORY,
     ),
     "memory of several frames": (
         built([av1_item(av1_stream(8000, 8000, frames=4), stated=(8000, 8000))]),
-        "of memory, of at most",
+        MEMORY,
     ),
-    "a large grid": (
-        built([grid(2, 2, (60000, 60000)), *MANY], ((b"dimg", 1, [2, 3, 4, 5]),)),
-        "it is 60000 x 60000",
-    ),
+    "a large grid": (built([grid(2, 2, (60000, 60000)), *MANY], FOUR), "it is 60000 x 60000"),
     "many tiles": (
         built([grid(40, 40, (64, 64)), *MANY], ((b"dimg", 1, [2] * 1600),)),
         "1600 tiles",

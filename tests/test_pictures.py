@@ -1,14 +1,14 @@
 """Pictures in and out: exact against the recordings, safe with untrusted files."""
 
 import io
-import resource
 import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
-from picture_files import encoded, png, tiff
-from PIL import Image, ImageCms
+from disks import file_size_limit
+from picture_files import WHITE, encoded, noise, pixels, png, srgb_profile, swapped_profile, tiff
+from PIL import Image
 from safetensors.numpy import load_file
 
 from varedit_runtime.decoding.to_rgb import on_white
@@ -25,23 +25,13 @@ from varedit_runtime.pictures import (
 )
 
 RECORDINGS = sorted((Path(__file__).parent / "golden").iterdir())
-WHITE = [255, 255, 255]
 # 3 x 2 pixels, all of them different; repeated into blocks, so that JPEG keeps them apart.
 STEPS = np.arange(6, dtype=np.uint8).reshape(2, 3) * 40
 BLOCKS = Image.fromarray(STEPS.repeat(16, 0).repeat(16, 1)).convert("RGB")
 
 
-def pixels(source: Image.Image | bytes) -> list[list[int]]:
-    return np.asarray(on_white(open_picture(source))).reshape(-1, 3).tolist()
-
-
 def grey(*levels: int) -> list[list[int]]:
     return [[level] * 3 for level in levels]
-
-
-def noise_picture(height: int, width: int) -> Image.Image:
-    samples = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(samples)
 
 
 # As released
@@ -60,7 +50,7 @@ def test_in_and_out_are_exactly_as_recorded(recording: Path):
 
 
 def test_a_square_of_the_models_size_is_not_touched():
-    picture = noise_picture(32, 32)
+    picture = noise(32, 32)
     assert np.array_equal(np.asarray(pad_and_resize(picture, (32, 32))), np.asarray(picture))
 
 
@@ -86,7 +76,7 @@ def test_a_decoded_picture_that_is_not_finite_never_passes(value: float):
     ("height", "width"), [(40, 60), (60, 40), (50, 50), (1, 7), (1500, 900), (900, 1500)]
 )
 def test_a_square_canvas_is_the_released_one(height: int, width: int):
-    picture = noise_picture(height, width)
+    picture = noise(height, width)
     side = max(height, width)
     canvas = Image.new("RGB", (side, side), "white")
     canvas.paste(picture, (0, 0))
@@ -94,15 +84,12 @@ def test_a_square_canvas_is_the_released_one(height: int, width: int):
     assert np.array_equal(to_square(picture, (32, 32)), released.transpose(2, 0, 1))
 
 
-def test_a_wide_picture_fills_the_top_of_an_upright_canvas():
+def test_padding_lies_below_or_on_the_right():
     picture = Image.new("RGB", (30, 20))
     square = to_square(picture, (180, 60))
     assert square.shape == (3, 180, 60)
     # 40 rows of picture; Lanczos blurs its edge by 6 rows at most.
     assert np.all(square[:, :34] == -1) and np.all(square[:, 46:] == 1)
-
-
-def test_an_upright_picture_fills_the_left_of_a_wide_canvas():
     square = to_square(Image.new("RGB", (20, 30)), (60, 180))
     assert np.all(square[:, :, :34] == -1) and np.all(square[:, :, 46:] == 1)
 
@@ -118,7 +105,7 @@ def test_restoring_gives_back_size_and_content(size: tuple[int, int], original: 
 
 @pytest.mark.parametrize("original", [(1500, 900), (900, 1500), (7, 1), (1300, 1300)])
 def test_restoring_is_resizing_the_whole_canvas_and_cropping(original: tuple[int, int]):
-    edited, side = noise_picture(64, 64), max(original)
+    edited, side = noise(64, 64), max(original)
     canvas = edited.resize((side, side), Image.Resampling.LANCZOS)
     expected = canvas.crop((0, 0, *original))
     assert restore(np.asarray(edited), original).tobytes() == expected.tobytes()
@@ -163,15 +150,6 @@ def test_16_bit_grey_is_scaled(mode: str, sample: int, level: int):
     assert pixels(Image.new(mode, (1, 1), sample)) == grey(level)
 
 
-def test_a_16_bit_grey_png_is_scaled_and_its_transparent_sample_white():
-    samples = struct.pack(">4H", 0, 1000, 32768, 65535)
-    file = png(4, 1, depth=16, data=b"\0" + samples)
-    assert pixels(file) == grey(0, 4, 128, 255)
-    assert pixels(encoded(Image.open(io.BytesIO(file)), "PNG", transparency=1000)) == grey(
-        0, 255, 128, 255
-    )
-
-
 @pytest.mark.parametrize(
     "samples",
     [np.array([[-100, 0, 300]], np.int32), np.array([[0.25, 0.375, 0.75]], np.float32)],
@@ -205,25 +183,6 @@ def test_float_samples_must_be_finite():
         open_picture(Image.fromarray(np.array([[0, np.nan]], np.float32)))
 
 
-@pytest.mark.parametrize("written_as", ["PNG", "GIF", "WEBP", "TIFF"])
-def test_transparency_in_files_is_composited_on_white(written_as: str):
-    image = Image.new("RGBA", (2, 1), (0, 0, 255, 255))
-    image.putpixel((1, 0), (0, 0, 0, 0))
-    lossless = {"lossless": True} if written_as == "WEBP" else {}
-    assert pixels(encoded(image, written_as, **lossless)) == [[0, 0, 255], WHITE]
-
-
-def test_transparent_palette_entries_and_colours_are_white():
-    palette = Image.new("P", (2, 1))
-    palette.putpalette([9, 9, 9, 50, 60, 70])
-    palette.putpixel((1, 0), 1)
-    assert pixels(encoded(palette, "PNG")) == [[9, 9, 9], [50, 60, 70]]
-    assert pixels(encoded(palette, "PNG", transparency=0)) == [WHITE, [50, 60, 70]]
-    assert pixels(encoded(palette, "PNG", transparency=b"\xff\x00")) == [[9, 9, 9], WHITE]
-    keyed = encoded(palette.convert("RGB"), "PNG", transparency=(9, 9, 9))
-    assert pixels(keyed) == [WHITE, [50, 60, 70]]
-
-
 @pytest.mark.parametrize("written_as", ["GIF", "PNG", "WEBP", "TIFF"])
 def test_the_first_frame_of_an_animation_is_taken(written_as: str):
     first, second = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
@@ -242,19 +201,9 @@ def test_a_jpeg_of_several_pictures_gives_its_first():
 # Colour profiles
 
 
-def srgb_profile() -> bytes:
-    return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-
-
-def profile_with_red_and_green_swapped() -> bytes:
-    """Return an sRGB profile with its red and green primaries exchanged."""
-    profile = srgb_profile().replace(b"rXYZ", b"swap")
-    return profile.replace(b"gXYZ", b"rXYZ").replace(b"swap", b"gXYZ")
-
-
 @pytest.mark.parametrize("written_as", ["PNG", "TIFF"])
 def test_an_embedded_profile_is_applied(written_as: str):
-    profile = profile_with_red_and_green_swapped()
+    profile = swapped_profile()
     file = encoded(Image.new("RGB", (1, 1), (255, 0, 0)), written_as, icc_profile=profile)
     assert np.allclose(pixels(file), [[0, 255, 0]], atol=2)
     file = encoded(Image.new("RGBA", (1, 1), (255, 0, 0, 128)), written_as, icc_profile=profile)
@@ -281,7 +230,7 @@ def test_a_grey_profile_is_applied_to_a_grey_picture(mode: str):
 
 
 def test_an_srgb_profile_changes_nothing():
-    picture = noise_picture(16, 16)
+    picture = noise(16, 16)
     file = encoded(picture, "PNG", icc_profile=srgb_profile())
     assert np.array_equal(np.asarray(open_picture(file)), np.asarray(picture))
 
@@ -362,7 +311,7 @@ def test_all_kinds_of_sources_give_the_same(tmp_path: Path):
 @pytest.mark.parametrize("written_as", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"])
 @pytest.mark.parametrize("kept", [0.02, 0.5, 0.95])
 def test_a_truncated_file_is_refused(written_as: str, kept: float):
-    file = encoded(noise_picture(64, 64), written_as)
+    file = encoded(noise(64, 64), written_as)
     with pytest.raises(PictureError):
         open_picture(file[: int(len(file) * kept)])
 
@@ -454,13 +403,8 @@ def test_a_path_that_cannot_be_written_is_refused(tmp_path: Path):
 def test_a_full_disk_leaves_the_older_file(tmp_path: Path):
     path = tmp_path / "out.bmp"
     path.write_text("an older file")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    try:
-        with pytest.raises(PictureError, match="cannot be written"):
-            save_picture(BLOCKS, path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with file_size_limit(1000), pytest.raises(PictureError, match="cannot be written"):
+        save_picture(BLOCKS, path)
     assert path.read_text() == "an older file"
     assert list(tmp_path.iterdir()) == [path]
 

@@ -6,13 +6,13 @@ Sizes follow their library: Pillow's are (width, height), an array's are (height
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from threading import RLock
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -22,7 +22,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from varedit_runtime.decoding.limits import MAX_MEMORY, MAX_PIXELS, Limits, picture_memory
 from varedit_runtime.decoding.picture_file import NO_AVIF, READ_FORMATS, has_avif, open_file
 from varedit_runtime.decoding.tiff_directory import beginning_at
-from varedit_runtime.decoding.to_rgb import WHITE, on_white, to_mask, to_rgb
+from varedit_runtime.decoding.to_rgb import WHITE, on_white, to_mask, to_rgb, to_rgba
 from varedit_runtime.errors import PictureError, reason, shown
 from varedit_runtime.files import atomic_file, unwritable
 from varedit_runtime.values import AnyPath, checked
@@ -36,6 +36,8 @@ class FileContent:
     content: bytes
 
 
+# Of a decoded picture, its EXIF orientation, limits, and whether it may be overwritten.
+_Convert = Callable[[Image.Image, int, Limits, bool], Image.Image]
 Source = AnyPath | bytes | bytearray | memoryview | BinaryIO | Image.Image | FileContent
 
 WRITE_FORMATS = {
@@ -255,7 +257,7 @@ def _explained(name: str) -> Iterator[None]:
         raise PictureError(f"{name} cannot be read: {_reason(error)}") from error
 
 
-def _opened(what: str, source: Source, limits: Limits, convert: "_Convert") -> Image.Image:
+def _opened(what: str, source: Source, limits: Limits, convert: _Convert) -> Image.Image:
     """Read and decode a source and convert it. what: "picture" or "mask", for messages."""
     known, name = _known(what, source), f"the {what}"
     if isinstance(known, FileContent):
@@ -266,13 +268,7 @@ def _opened(what: str, source: Source, limits: Limits, convert: "_Convert") -> I
         if isinstance(known, Image.Image):
             return _from_pillow(known, limits, convert)
         image = open_file(_read(known, limits), limits).decode()
-        return convert(image, _orientation(image), limits, reuse=True)
-
-
-class _Convert(Protocol):
-    def __call__(
-        self, image: Image.Image, orientation: int, limits: Limits, *, reuse: bool
-    ) -> Image.Image: ...
+        return convert(image, _orientation(image), limits, True)
 
 
 def _reason(error: Exception) -> str:
@@ -338,13 +334,13 @@ def _from_pillow(image: Image.Image, limits: Limits, convert: _Convert) -> Image
     limits.check_pixels(image.size)
     ours = _decoded_again(image, limits)
     if ours is not None:
-        return convert(ours, _orientation(ours), limits, reuse=True)
+        return convert(ours, _orientation(ours), limits, True)
     with _ONE_AT_A_TIME:
         if getattr(image, "fp", None) is not None:
             limits.check_memory(picture_memory(image.size, image.mode))
         image.load()
         orientation = _orientation(image)
-    return convert(image, orientation, limits, reuse=False)
+    return convert(image, orientation, limits, False)
 
 
 def _decoded_again(image: Image.Image, limits: Limits) -> Image.Image | None:
@@ -384,18 +380,13 @@ def _pixels_only(image: Image.Image, alpha: bool) -> Image.Image:
     The copy is RGBA if the picture has alpha and the format takes it, else RGB on white.
     """
     if image.has_transparency_data:
-        shown = _with_alpha(image)
+        shown = to_rgba(image)
         shown = shown if alpha else on_white(shown)
     else:
         shown = image if image.mode == "RGB" else image.convert("RGB")
     plain = Image.new(shown.mode, image.size)
     plain.paste(shown)
     return plain
-
-
-def _with_alpha(image: Image.Image) -> Image.Image:
-    """Convert a picture with transparent pixels to RGBA."""
-    return (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
 
 
 def canvas_size(picture: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:

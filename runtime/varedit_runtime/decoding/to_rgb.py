@@ -30,7 +30,7 @@ _TURNS = {
 }
 
 
-def to_rgb(image: Image.Image, orientation: int, limits: Limits, *, reuse: bool) -> Image.Image:
+def to_rgb(image: Image.Image, orientation: int, limits: Limits, reuse: bool) -> Image.Image:
     """Convert a decoded picture as `pictures.open_picture` says.
 
     orientation: as in EXIF. reuse: whether the picture is no one else's and may be overwritten.
@@ -52,6 +52,11 @@ def to_rgb(image: Image.Image, orientation: int, limits: Limits, *, reuse: bool)
     return converted if turn is None else converted.transpose(turn)
 
 
+def to_rgba(image: Image.Image) -> Image.Image:
+    """Convert a picture with transparent pixels to RGBA."""
+    return (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+
+
 def on_white(image: Image.Image) -> Image.Image:
     """Composite an RGB or RGBA picture on white; an RGB picture is returned as it is."""
     if image.mode == "RGB":
@@ -61,7 +66,7 @@ def on_white(image: Image.Image) -> Image.Image:
     return white
 
 
-def to_mask(image: Image.Image, orientation: int, limits: Limits, *, reuse: bool) -> Image.Image:
+def to_mask(image: Image.Image, orientation: int, limits: Limits, reuse: bool) -> Image.Image:
     """Convert a decoded picture as `pictures.open_mask` says. Arguments and errors: as of `to_rgb`.
 
     Colours of a mask with a hole are no matter: the hole is what is marked.
@@ -85,7 +90,7 @@ def _white(image: Image.Image, orientation: int, limits: Limits, reuse: bool) ->
 
     Samples of 32 bits that are all equal have no darkest and brightest: all but 0 are white.
     """
-    upright = to_rgb(image, orientation, limits, reuse=reuse)
+    upright = to_rgb(image, orientation, limits, reuse)
     white = Image.new("L", upright.size)
     for box in pieces(upright.size):
         white.paste(on_white(upright.crop(box)).convert("L").point(MORE), box[:2])
@@ -176,10 +181,8 @@ def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     """Split off the 8-bit alpha channel, if there is one; a grey picture's colours stay grey."""
     if not image.has_transparency_data:
         return image, None
-    if image.mode == "La":
-        image = image.convert("LA")
-    rgba = image.convert("RGBA")
-    colours = image.convert("L") if image.mode in ("L", "LA") else rgba.convert("RGB")
+    rgba = to_rgba(image)
+    colours = rgba.convert("L" if image.mode in ("L", "LA", "La") else "RGB")
     return colours, rgba.getchannel("A")
 
 
