@@ -3,17 +3,15 @@
 import errno
 import os
 import random
-import resource
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import pytest
+from disks import file_size_limit
 from fake_bundles import FILES, content, manifest, publish, write_files
 from killing import FORKS, killed_at
 
@@ -282,16 +280,6 @@ def test_what_an_earlier_attempt_left_is_not_published(target: Path):
 
 
 # No space
-
-
-@contextmanager
-def file_size_limit(size: int) -> Iterator[None]:
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.mark.parametrize("size", [100, 1000])

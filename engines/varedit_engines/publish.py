@@ -155,7 +155,8 @@ class Staging:
             self._delete_unlisted()
             digest = self._write_manifest(manifest)
             self._check(self.path)
-            self._flush_all()
+            for path in (self.path, *self.path.rglob("*")):
+                _flush(path)
             self._refuse_other_folders()
             self._swap()
         return digest
@@ -210,10 +211,7 @@ class Staging:
     def _refuse_links(self) -> None:
         """Refuse symlinks: one planted here would make us write outside the build folder."""
         work = work_folder(self.target)
-        links = [work] if work.is_symlink() else []
-        for folder, folders, files in os.walk(work):
-            links += filter(os.path.islink, (Path(folder, name) for name in (*folders, *files)))
-        if links:
+        if links := list(filter(Path.is_symlink, (work, *work.rglob("*")))):
             raise BundleError(f"{links[0]} is a link, which a build never makes: delete it")
 
     def _compare_files(self, listed: Mapping[str, FileEntry]) -> None:
@@ -226,14 +224,12 @@ class Staging:
 
     def _delete_unlisted(self) -> None:
         """Delete files that an interrupted build of another bundle left in the folder."""
-        for folder, folders, files in os.walk(self.path, topdown=False):
-            for file in files:
-                path = Path(folder, file)
-                if path.relative_to(self.path).as_posix() not in self.files:
-                    path.unlink()
-            for name in folders:
+        for path in sorted(self.path.rglob("*"), reverse=True):  # a folder after what is in it
+            if path.is_dir():
                 with suppress(OSError):  # not empty
-                    os.rmdir(Path(folder, name))
+                    path.rmdir()
+            elif path.relative_to(self.path).as_posix() not in self.files:
+                path.unlink()
 
     def _write_manifest(self, manifest: FolderManifest) -> str:
         data = canonical_json(manifest)
@@ -241,12 +237,6 @@ class Staging:
         (self.path / MANIFEST).write_bytes(data)
         (self.path / DIGEST).write_bytes(digest_line(digest))
         return digest
-
-    def _flush_all(self) -> None:
-        for folder, _, files in os.walk(self.path):
-            for file in files:
-                _flush(Path(folder, file))
-            _flush(Path(folder))
 
     def _swap(self) -> None:
         try:
@@ -278,10 +268,8 @@ def _unlisted(bundle: Path) -> list[Path]:
     except (OSError, ValueError):  # a damaged bundle is replaced, as errors advise
         return []
     own = {bundle / name for name in (MANIFEST, DIGEST, *listed)}
-    files = (Path(folder, file) for folder, _, files in os.walk(bundle) for file in files)
-    return sorted(
-        path for path in files if path not in own and bundle / ENGINES not in path.parents
-    )
+    others = (path for path in bundle.rglob("*") if path not in own and not path.is_dir())
+    return sorted(path for path in others if bundle / ENGINES not in path.parents)
 
 
 def _move_engines(previous: Path, target: Path) -> None:
