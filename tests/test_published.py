@@ -44,6 +44,16 @@ def publish(hub: Hub, *names: str, repository: str = VAREDIT) -> None:
     hub.repositories[repository] = Repository(dict.fromkeys(names, b"weights"))
 
 
+@pytest.fixture
+def tiny(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let tiny-2b be a published size; publish files of its names that hold no weights."""
+    publish(hub, "TINY.pth", "vae.pth", *T5)
+    table = {"tiny-2b": Published(VAREDIT, {256: "TINY.pth"}, "vae.pth")}
+    monkeypatch.setattr(published, "PUBLISHED", table)
+    monkeypatch.setattr("varedit_export.resolve_options.PUBLISHED", table)
+    monkeypatch.setattr("varedit_export.check_options.PUBLISHED", table)
+
+
 def run(*arguments: str | Path, answer: str | None = None) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments], input=answer)
 
@@ -166,9 +176,8 @@ def test_a_bundle_from_the_hub_is_the_one_from_files(hub: Hub, tmp_path: Path) -
     assert f"var.pth of me/x at {repository.commit}" in run("inspect", tmp_path / "hub").output
 
 
-def test_size_and_resolution_alone_build_a_bundle(
-    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("tiny")
+def test_size_and_resolution_alone_build_a_bundle(hub: Hub, tmp_path: Path) -> None:
     config = preset("tiny-2b")
     folder = tmp_path / "weights"
     write_released_transformer(config, 1, folder / "TINY.pth", torch.float32, chunks=2)
@@ -179,11 +188,6 @@ def test_size_and_resolution_alone_build_a_bundle(
     files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in names}
     hub.repositories[VAREDIT] = Repository(files)
     shutil.rmtree(folder)
-    table = {"tiny-2b": Published(VAREDIT, {256: "TINY.pth"}, "vae.pth")}
-    monkeypatch.setattr(published, "PUBLISHED", table)
-    monkeypatch.setattr("varedit_export.resolve_options.PUBLISHED", table)
-    monkeypatch.setattr("varedit_export.check_options.PUBLISHED", table)
-
     built = run("build", "--size", "tiny-2b", "--res", "256", "--yes")
     assert built.exit_code == 0, built.stderr
     bundle = Bundle.open(built.stdout.strip())
@@ -263,19 +267,8 @@ def test_a_download_that_does_not_fit_is_refused(
     assert not any("/blobs/" in request for request in hub.requests)
 
 
-def tiny_table(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Publish files of tiny-2b's names that hold no weights."""
-    publish(hub, "TINY.pth", "vae.pth", *T5)
-    table = {"tiny-2b": Published(VAREDIT, {256: "TINY.pth"}, "vae.pth")}
-    monkeypatch.setattr(published, "PUBLISHED", table)
-    monkeypatch.setattr("varedit_export.resolve_options.PUBLISHED", table)
-    monkeypatch.setattr("varedit_export.check_options.PUBLISHED", table)
-
-
-def test_what_the_build_needs_is_told_before_the_download(
-    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tiny_table(hub, monkeypatch)
+@pytest.mark.usefixtures("tiny")
+def test_what_the_build_needs_is_told_before_the_download(tmp_path: Path) -> None:
     built = run("build", "--size", "tiny-2b", "--res", "256", "-o", tmp_path / "bundle")
     assert re.search(
         r"  then the build needs \S+ MB of disk, \S+ MB of memory, about \d+ min; \S+ GB are free "
@@ -286,23 +279,23 @@ def test_what_the_build_needs_is_told_before_the_download(
     assert built.exit_code == 1 and "give --yes" in built.stderr
 
 
+@pytest.mark.usefixtures("tiny")
 @pytest.mark.parametrize(
     ("words", "message"),
     [(("--batch", "0"), "a batch of 1 to"), (("--text-tokens", "600"), "2 to 512 text tokens")],
 )
 def test_impossible_options_are_refused_before_the_download(
-    hub: Hub, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], message: str
+    hub: Hub, words: tuple[str, ...], message: str
 ) -> None:
-    tiny_table(hub, monkeypatch)
     built = run("build", "--size", "tiny-2b", "--res", "256", "--yes", *words)
     assert built.exit_code == 1 and message in built.stderr
     assert not any("/blobs/" in request or "/resolve/" in request for request in hub.requests)
 
 
+@pytest.mark.usefixtures("tiny")
 def test_too_little_memory_is_told_before_the_download(
     hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tiny_table(hub, monkeypatch)
     monkeypatch.setattr("varedit_export.estimate.available_memory", lambda: 10**8)
     built = run("build", "--size", "tiny-2b", "--res", "256", "--yes")
     assert built.exit_code == 1 and "100 MB of memory are available" in built.stderr

@@ -129,7 +129,7 @@ def list_files(address: HubAddress) -> list[str]:
     except _UnreachableError:
         pass
     try:
-        return sorted(_files(_snapshot(address, [""])))  # no file has to be there
+        return files_in(_snapshot(address, [""]))  # no file has to be there
     except _UnreachableError as error:
         raise _absent(address) from error
 
@@ -175,7 +175,7 @@ def fetch(wanted: Wanted) -> tuple[Path, list[HubOrigin]]:
     folder, choice = _download(wanted)
     stated = {file.path: file.sha256 for file in wanted.files}
     origins = []
-    for name in sorted(_matching(_files(folder), choice)):
+    for name in sorted(_matching(files_in(folder), choice)):
         with open(folder / name, "rb") as file:
             sha256 = file_digest(file, "sha256").hexdigest()
         if sha256 != (stated.get(name) or sha256):
@@ -287,8 +287,10 @@ def _absent(address: HubAddress) -> CheckpointError:
     )
 
 
-def _files(folder: Path) -> list[str]:
-    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+def files_in(folder: Path) -> list[str]:
+    """Return the paths of all files in a folder, as of a repository that it is laid out as."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(path.relative_to(folder).as_posix() for path in files)
 
 
 def _matching(names: Iterable[str], patterns: Choice) -> list[str]:

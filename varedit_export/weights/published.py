@@ -147,8 +147,7 @@ class _Shelf:
 def _shelf(source: str) -> _Shelf:
     folder = Path(source)
     if folder.is_dir():
-        files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-        return _Shelf(folder, sorted(map(Path.as_posix, files)))
+        return _Shelf(folder, hub.files_in(folder))
     if not (source.startswith(SCHEME) or hub.is_repository(source)):
         raise CheckpointError(f"there is no folder {source}, and no repository has such a name")
     address = hub.parse(SCHEME + source.removeprefix(SCHEME))
@@ -198,7 +197,11 @@ def bring(
     """
     kinds = (_weight_files, _weight_files, _text_encoder_files)
     asked = [*zip(places, kinds, strict=False), *((place, _adapter_files) for place in adapters)]
-    wanted = [_look_up(place, files) for place, files in asked]
+    addresses = [_address(place) for place, _ in asked]
+    wanted = [
+        address and hub.look_up(address, files(address.path))
+        for address, (_, files) in zip(addresses, asked, strict=True)
+    ]
     missing = tuple(one for one in wanted if one is not None and not one.cached)
     if missing:
         download = Download(missing, further())
@@ -213,12 +216,6 @@ def bring(
         origins += fetched
     count = len(places)
     return Files(paths[:count], paths[count:], tuple(map(_name, places)), tuple(origins))
-
-
-def _look_up(place: str, files: Callable[[str], list[Choice]]) -> Wanted | None:
-    """Find what a place on the hub stands for; None for a path."""
-    address = _address(place)
-    return None if address is None else hub.look_up(address, files(address.path))
 
 
 def _address(place: str) -> HubAddress | None:
@@ -237,9 +234,7 @@ def _address(place: str) -> HubAddress | None:
 def _name(place: str) -> str:
     """Return what a place is called in a bundle."""
     address = _address(place)
-    return (
-        Path(place).name if address is None else (address.path or address.repository).split("/")[-1]
-    )
+    return Path(place if address is None else address.path or address.repository).name
 
 
 def _weight_files(path: str) -> list[Choice]:
