@@ -5,13 +5,14 @@ import json
 import os
 import pty
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import commands
 import pytest
 from bundles import TEXT_TOKENS, small_bundle
 from click.testing import CliRunner, Result
+from commands import fails, spoken
 from editing import picture
 from PIL import Image
 from terminals import read_terminal
@@ -20,10 +21,8 @@ from varedit_runtime.cli import main
 from varedit_runtime.commands import results
 from varedit_runtime.commands.results import edited_names, write_steps
 from varedit_runtime.editing.editor import Editor
-from varedit_runtime.errors import ConfigError, PictureError
+from varedit_runtime.errors import PictureError
 from varedit_runtime.files import atomic_file
-
-USUAL = ("--threads", 1, "--backend", "onnxruntime", "--seed", 7)
 
 
 @pytest.fixture(autouse=True)
@@ -33,32 +32,16 @@ def photo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return Path("photo.png")
 
 
-def run(*words: object, **more: Any) -> Result:
-    line = ["--bundle", small_bundle(), *USUAL, *words]
-    return CliRunner().invoke(main, [str(word) for word in line], prog_name="varedit-run", **more)
-
-
-def spoken(stderr: str) -> list[str]:
-    """Return the lines on stderr beside those about the bundle, whose weights are random."""
-    usual = ("bundle: ", "Warning: the bundle's weights are random")
-    return [line for line in stderr.splitlines() if not line.startswith(usual)]
-
-
-def fails(result: Result, message: str) -> None:
-    assert result.exit_code == 1, result.output
-    told = spoken(result.stderr)
-    assert len(told) == 1 and told[0].startswith("Error: ") and message in told[0]
-
-
 def names() -> list[str]:
     return sorted(path.name for path in Path().iterdir())
 
 
+def run(*words: object, **more: Any) -> Result:
+    return commands.run("--seed", 7, *words, **more)
+
+
 def process(*words: object, **streams: Any) -> "subprocess.Popen[bytes]":
-    script = "from varedit_runtime.terminal.start import varedit_run; varedit_run()"
-    line = ["--bundle", small_bundle(), *USUAL, *words]
-    command = [sys.executable, "-c", script, *map(str, line)]
-    return subprocess.Popen[bytes](command, **streams)
+    return commands.start("--seed", 7, *words, **streams)
 
 
 # Standard input and output
@@ -99,9 +82,10 @@ def test_a_file_named_like_a_stream_is_written_with_a_slash(photo: Path) -> None
             "--keep-steps needs names: give -o a file",
         ),
         (("photo.png", "red", "--keep-steps"), "--keep-steps is for the pictures between turns"),
+        (("photo.png", "red", "--then", "blue", "--previews", "p"), "leave out --then"),
     ],
 )
-def test_what_streams_cannot_do_is_refused(words: tuple[str, ...], message: str) -> None:
+def test_what_does_not_go_together_is_refused(words: tuple[str, ...], message: str) -> None:
     fails(run(*words), message)
 
 
@@ -377,11 +361,6 @@ def test_several_pictures_are_edited_in_turn_too(photo: Path) -> None:
     assert len(list(Path("out").glob("*-edited-step-1.png"))) == 2
 
 
-def test_previews_are_of_one_edit(photo: Path) -> None:
-    said = "--previews are of one edit: leave out --then"
-    fails(run(photo, "red", "--then", "blue", "--previews", "p"), said)
-
-
 def test_a_terminal_sees_one_bar_over_all_turns(photo: Path) -> None:
     ours, theirs = pty.openpty()
     done = process(photo, "red", "--then", "blue", stdout=-1, stderr=theirs)
@@ -390,8 +369,3 @@ def test_a_terminal_sees_one_bar_over_all_turns(photo: Path) -> None:
     done.communicate()
     assert done.returncode == 0
     assert shown.count(b"100%") == 1 and b" 50%" in shown
-
-
-def test_exists_is_a_config_error() -> None:
-    with pytest.raises(ConfigError, match=r"photo\.png exists"):
-        write_steps([Path("photo.png")], [picture(4, 4)], overwrite=False)

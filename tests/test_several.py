@@ -3,11 +3,10 @@
 import json
 import os
 import pty
-import resource
+import re
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -16,20 +15,19 @@ from typing import Any
 
 import pytest
 from bundles import TEXT_TOKENS, small_bundle
-from click.testing import CliRunner, Result
+from click.testing import Result
+from commands import fails, run, slowed, spoken, start
+from disks import file_size_limit
 from editing import pair_bundle, picture, plain_bundle
 from PIL import Image
 from terminals import read_terminal
 
-from varedit_runtime.cli import main
 from varedit_runtime.commands import several
 from varedit_runtime.commands.orders import LONGEST_LINE, Order, Orders
 from varedit_runtime.commands.record import RECORD, Record
 from varedit_runtime.commands.results import edited_names
 from varedit_runtime.editing.editor import Editor
 from varedit_runtime.errors import ConfigError, VareditError
-
-COMMAND = Path(sys.executable).with_name("varedit-run")
 
 
 @pytest.fixture(autouse=True)
@@ -41,26 +39,6 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for number, name in enumerate(("a.png", "b.png", "c.png")):
         picture(30 + number, 20).save(folder / name)
     return folder
-
-
-def run(*words: object, bundle: Callable[[], Path] = small_bundle) -> Result:
-    line = [*words, "--bundle", bundle(), "--threads", 1, "--backend", "onnxruntime"]
-    return CliRunner().invoke(main, [str(word) for word in line], prog_name="varedit-run")
-
-
-def spoken(stderr: str) -> list[str]:
-    """Return the lines on stderr beside those about the bundle, whose weights are random."""
-    usual = ("bundle: ", "Warning: the bundle's weights are random")
-    return [line for line in stderr.splitlines() if not line.startswith(usual)]
-
-
-def fails(result: Result, *messages: str) -> None:
-    """Check for exit code 1 and these errors, in order."""
-    assert result.exit_code == 1, result.output
-    told = spoken(result.stderr)
-    assert len(told) == len(messages), told
-    for line, message in zip(told, messages, strict=True):
-        assert line.startswith("Error: ") and message in line
 
 
 def names(folder: str | Path = "out") -> list[str]:
@@ -92,6 +70,7 @@ def test_several_pictures_and_folders_go_into_a_folder(words: list[str]) -> None
     assert [line.split(": ")[0] for line in done.stdout.splitlines()] == [
         f"out/{name}" for name in EDITED
     ]
+    assert spoken(done.stderr) == [] and done.stderr.count("weights are random") == 1
     assert run("photos/b.png", "red", "--seed", 7, "-o", "alone.png").exit_code == 0
     assert same("alone.png", "out/b-edited.png")
 
@@ -410,39 +389,22 @@ def test_names_that_are_no_text_are_found_again() -> None:
     odd = Path("photos", os.fsdecode(b"\xff.png"))
     shutil.copy("photos/a.png", odd)
     for expected in (0, 1):
-        done = CliRunner().invoke(
-            main,
-            [str(odd), "red", "-o", "out/", "--bundle", str(small_bundle()), "--threads", "1"],
-        )
+        done = run(odd, "red", "-o", "out/")
         assert done.exit_code == 0 and done.stdout.count("finished") == expected
-
-
-def as_process(*words: object, code: str = "", **streams: Any) -> "subprocess.Popen[bytes]":
-    """Start the command, after some code that changes it."""
-    script = f"{code}\nfrom varedit_runtime.terminal.start import varedit_run; varedit_run()"
-    line = [*words, "--bundle", small_bundle(), "--threads", 1, "--backend", "onnxruntime"]
-    command = [sys.executable, "-c", script, *map(str, line)]
-    return subprocess.Popen[bytes](command, **streams)
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_loses_the_picture_in_work_alone(sent: signal.Signals) -> None:
-    slow = """if True:
-        import sys, time
-        from varedit_runtime.editing import editor
-        noise = editor.uniform_noise
-        def uniform_noise(seed, scale, *rest):
-            if seed == 8 and scale == 2:
-                print("under way", flush=True)
-                time.sleep(120)
-            return noise(seed, scale, *rest)
-        editor.uniform_noise = uniform_noise
-        """
     Path("photos/list.csv").write_text(
         "image,instruction,seed\na.png,red,7\nb.png,red,8\nc.png,red,9\n"
     )
     words = ("--list", "photos/list.csv", "-o", "out")
-    process = as_process(*words, code=slow, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = start(
+        *words,
+        code=slowed("seed == 8 and scale == 2"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     assert process.stdout is not None
     while b"under way" not in process.stdout.readline():
         pass
@@ -458,9 +420,7 @@ def test_a_signal_loses_the_picture_in_work_alone(sent: signal.Signals) -> None:
 
 
 def test_two_commands_at_once_share_a_folder() -> None:
-    both = [
-        as_process("photos", text, "-o", "out", stdout=subprocess.PIPE) for text in ("red", "blue")
-    ]
+    both = [start("photos", text, "-o", "out", stdout=subprocess.PIPE) for text in ("red", "blue")]
     told = [process.communicate(timeout=120)[0].decode().splitlines() for process in both]
     assert [process.returncode for process in both] == [0, 0]
     written = {line.split(": ")[0] for lines in told for line in lines}
@@ -497,7 +457,7 @@ def test_names_of_files_say_nothing_to_the_terminal_on_stderr() -> None:
     odd.write_bytes(b"no picture")
     done = run(odd, "red", "-o", "out/", "--json")
     shown = r"photos/\x1b]0;title\x07 Error: mine.png"
-    fails(done, f"picture 1 of 1: {shown} cannot be read", "1 of 1 pictures could not")
+    fails(done, re.escape(f"picture 1 of 1: {shown} cannot be read"), "1 of 1 pictures could not")
     assert lines(done)[0]["error"]["message"].startswith(f"picture 1 of 1: {shown} cannot be read")
     done = run("photos/a.png", "red", bundle=lambda: Path("no\033]0;title\a"))
     assert done.exit_code == 1 and all(map(str.isprintable, done.stderr.splitlines()))
@@ -535,12 +495,8 @@ def test_batches_have_the_size_of_the_bundle(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_full_disk_ends_the_run() -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50, hard))
-    try:
+    with file_size_limit(50):
         done = run("photos", "red", "-o", "out")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     fails(done, f"out/{RECORD} cannot be written: No space left on device")
     assert names() == [RECORD]
     assert run("photos", "red", "-o", "out").exit_code == 0
@@ -597,7 +553,7 @@ def test_words_that_cannot_be_meant_are_wrong_usage(words: tuple[str, ...], mess
 def test_a_terminal_sees_how_many_are_done_and_how_long_the_rest_takes() -> None:
     Path("photos/b.png").write_bytes(b"no picture")
     ours, theirs = pty.openpty()
-    process = as_process("photos", "red", "-o", "out", stdout=theirs, stderr=theirs)
+    process = start("photos", "red", "-o", "out", stdout=theirs, stderr=theirs)
     os.close(theirs)
     shown = read_terminal(ours)
     assert process.wait() == 1
@@ -607,16 +563,3 @@ def test_a_terminal_sees_how_many_are_done_and_how_long_the_rest_takes() -> None
     # Each line begins where a bar was cleared.
     for line in ("out/a-edited.png: 30 x 20", "Error: picture 2 of 3", "out/c-edited.png"):
         assert f"\r\033[K{line}" in text
-
-
-def test_a_pipe_sees_a_line_for_each() -> None:
-    process = as_process(
-        "photos", "red", "-o", "out", stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    stdout, stderr = process.communicate()
-    assert process.returncode == 0
-    assert [line.split(b":")[0] for line in stdout.splitlines()] == [
-        f"out/{name}".encode() for name in EDITED
-    ]
-    assert spoken(stderr.decode()) == []
-    assert stderr.decode().count("weights are random") == 1  # for all pictures

@@ -2,7 +2,6 @@
 
 import io
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TextIO
 
 import pytest
+from disks import file_size_limit
 from PIL import Image
 
 from varedit_runtime.cli import main
@@ -168,6 +168,24 @@ def test_streams_of_any_encoding_take_any_name(
 # Signals
 
 
+def pressed(
+    module: str, sent: signal.Signals, start: str, *words: object
+) -> "subprocess.CompletedProcess[str]":
+    """Run code in a process that gets a signal when it begins to import a module."""
+    code = f"""if True:
+        import os, runpy, sys
+        from varedit_runtime.terminal.start import varedit_run
+        class Pressed:
+            def find_spec(self, name, *_):
+                if name == {module!r}:
+                    os.kill(os.getpid(), {int(sent)})
+        sys.meta_path.insert(0, Pressed())
+        {start}
+        """
+    command = [sys.executable, "-c", code, *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
 MODULES = ("click", "varedit_runtime.cli", "platformdirs", "msgspec", "onnxruntime", "PIL.Image")
 
 
@@ -176,18 +194,8 @@ MODULES = ("click", "varedit_runtime.cli", "platformdirs", "msgspec", "onnxrunti
 def test_a_signal_during_an_import_is_one_line(
     photo: Path, module: str, sent: signal.Signals
 ) -> None:
-    code = f"""if True:
-        import os, sys
-        class Pressed:
-            def find_spec(self, name, *_):
-                if name == {module!r}:
-                    os.kill(os.getpid(), {int(sent)})
-        from varedit_runtime.terminal.start import varedit_run
-        sys.meta_path.insert(0, Pressed())
-        varedit_run()
-        """
-    words = [photo, "add a hat", "--previews", photo.with_name("previews")]
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    words = (photo, "add a hat", "--previews", photo.with_name("previews"))
+    done = pressed(module, sent, "varedit_run()", *words)
     assert done.returncode == 128 + sent
     told = ("bundle: ", "backend: ")
     lines = [line for line in done.stderr.splitlines() if not line.startswith(told)]
@@ -209,25 +217,16 @@ def test_a_signal_during_an_import_is_one_line(
     ],
 )
 def test_a_signal_while_a_module_starts_is_one_line(
-    tmp_path: Path, start: str, module: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: str, module: str
 ) -> None:
-    code = f"""if True:
-        import os, runpy, sys
-        class Pressed:
-            def find_spec(self, name, *_):
-                if name == {module!r}:
-                    os.kill(os.getpid(), {int(signal.SIGINT)})
-        sys.meta_path.insert(0, Pressed())
-        runpy.run_module({start!r}, run_name="__main__", alter_sys=True)
-        """
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    run = f"runpy.run_module({start!r}, run_name='__main__', alter_sys=True)"
     words = {
         "varedit_export": ["build", "--size", "tiny-2b", "--res", "256", "--random-weights", "1"],
         "varedit_runtime": ["grids"],
         "varedit_reference.golden": [tmp_path],
     }[start]
-    environment = {**os.environ, "XDG_DATA_HOME": str(tmp_path)}
-    command = [sys.executable, "-c", code, *words]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = pressed(module, signal.SIGINT, run, *words)
     lines = [line for line in done.stderr.splitlines() if not line.startswith("backend: ")]
     assert (done.returncode, done.stdout, lines) == (130, "", ["Interrupted."])
     assert not [*tmp_path.iterdir()]
@@ -313,13 +312,8 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(photo.parent)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50, hard))
-    try:
-        code = exit_code(*words)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert code == 1
+    with file_size_limit(50):
+        assert exit_code(*words) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("Error: ") and error.endswith(" cannot be written: File too large")
     assert list(photo.parent.iterdir()) == [photo]

@@ -83,7 +83,7 @@ class _Run:
         key = key_of(order, image, marked, self._opened.common)
         if not self._opened.job.overwrite and (finished := self._record.take(key, self._own)):
             self._own.add(finished.output)
-            self._told.finished(place, order, self._folder / finished.output, finished.seed)
+            self._told.finished(order, self._folder / finished.output, finished.seed)
             return None
         source = open_picture(image)
         mask = marked and fitted(open_mask(marked), source)
@@ -122,7 +122,7 @@ class _Run:
             self._told.failed(one.place, one.order, error)
             return
         self._own.add(output.name)
-        self._told.edited(one.place, one.order, output, turns, seconds)
+        self._told.edited(one.order, output, turns, seconds)
 
     def _names(self, order: Order) -> Iterator[Path]:
         """Yield names of a result that are of no other of this run, and of no file it reads."""
@@ -162,19 +162,14 @@ class _Told:
         self._stack.close()
 
     def edited(
-        self,
-        place: int,
-        order: Order,
-        output: Path,
-        turns: Sequence[EditResult],
-        seconds: float,
+        self, order: Order, output: Path, turns: Sequence[EditResult], seconds: float
     ) -> None:
         """Tell of an edit that took some seconds."""
         self._edited += 1
         self._seconds += seconds
         self._say(self._opened.tell(order, output, turns))
 
-    def finished(self, place: int, order: Order, output: Path, seed: int) -> None:
+    def finished(self, order: Order, output: Path, seed: int) -> None:
         """Tell of an edit that an earlier run made."""
         told = self._opened.asked(order, output) | {"seed": seed, "finished_before": True}
         as_json = self._opened.job.as_json
@@ -199,8 +194,7 @@ class _Told:
     def ended(self) -> int:
         """Tell on stderr how many failed, and return that."""
         if self._failed:
-            told = f"{self._failed} of {self._count} pictures could not be edited"
-            say(f"Error: {told}")
+            say(f"Error: {self._failed} of {self._count} pictures could not be edited")
         return self._failed
 
     def _say(self, line: str) -> None:
