@@ -1,6 +1,6 @@
 """Find how large the frames in AV1 and HEVC streams are, as their decoders will allocate them.
 
-The boxes around a stream state a size too, which decoders do not hold themselves to.
+The boxes around a stream state a size as well, but decoders do not obey it.
 """
 
 import struct

@@ -12,7 +12,7 @@ EXIF = b"Exif\0\0"
 def only_orientation(exif: bytes) -> bytes:
     """Return EXIF data with the orientation alone. Damaged data count as upright.
 
-    So Pillow has nothing to parse at length, and nothing to warn of on stderr.
+    Pillow then neither parses long data nor prints warnings about damaged data on stderr.
     """
     try:
         value = Directory(exif.removeprefix(EXIF)).one(ORIENTATION, 1)

@@ -1,6 +1,6 @@
 """Check AVIF and HEIC files; write their main picture anew, with nothing else.
 
-So decoders see no other items, frames of animations, thumbnails, or kinds of boxes.
+Decoders then see no other items, frames of animations, thumbnails, or kinds of boxes.
 """
 
 import math
@@ -51,7 +51,7 @@ def _read(data: bytes, codec: bytes, brand: bytes) -> Checked:
         picture.refer(b"auxl", added, [main])
         if alpha in items.references.get((b"prem", items.primary), []):
             picture.refer(b"prem", main, [added])
-    if b"Exif" in items.kinds():  # Pillow is to know that there are some
+    if b"Exif" in items.kinds():  # `PictureFile.shows` compares whether a picture has any
         exif = picture.write(b"Exif", bytes(4) + only_orientation(b"").removeprefix(EXIF), [])
         picture.refer(b"cdsc", exif, [main])
     # Frames, and a copy of them that is joined, turned or converted; then interleaved colours.

@@ -1,6 +1,6 @@
 """Check a PNG's chunks; keep its first picture and the metadata that are used.
 
-So damaged and huge optional chunks do no harm, and neither do the frames of an animation.
+Damaged or huge optional chunks then do no harm, nor do the frames of an animation.
 """
 
 import struct

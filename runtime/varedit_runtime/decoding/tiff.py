@@ -1,6 +1,6 @@
 """Check how a TIFF file stores its first picture; keep the tags that say so.
 
-So neither Pillow nor libtiff sees private tags, further pictures or nested metadata.
+Neither Pillow nor libtiff then sees private tags, further pictures or nested metadata.
 """
 
 from varedit_runtime.decoding.exif import ORIENTATION

@@ -1,6 +1,6 @@
 """Convert decoded pictures to upright 8-bit sRGB with or without alpha, or to masks.
 
-All is done piece by piece.
+Works piece by piece, which takes little memory beside the picture.
 """
 
 import math
@@ -16,7 +16,7 @@ from varedit_runtime.errors import PictureError
 
 WHITE = (255, 255, 255)
 
-MORE = [0] * 128 + [255] * 128  # what is more white than black, or more opaque than not
+MORE = [0] * 128 + [255] * 128  # a table for Image.point: 255 for levels from 128 on, else 0
 
 # How a picture with this EXIF orientation is turned upright; 1 is upright.
 _TURNS = {
@@ -69,7 +69,7 @@ def on_white(image: Image.Image) -> Image.Image:
 def to_mask(image: Image.Image, orientation: int, limits: Limits, reuse: bool) -> Image.Image:
     """Convert a decoded picture as `pictures.open_mask` says. Arguments and errors: as of `to_rgb`.
 
-    Colours of a mask with a hole are no matter: the hole is what is marked.
+    If a mask has transparent pixels, these are what is marked, and its colours do not count.
     """
     limits.check_memory(picture_memory(image.size) + 2 * picture_memory(image.size, "L"))
     if not image.has_transparency_data:

@@ -54,8 +54,9 @@ def _clocks() -> tuple[float, float]:
 class PictureBatch:
     """The pictures edited at once.
 
-    rows: padded to the batch. places: those in the results, of which there are `results`.
-    guided_scales: how many scales, the first ones, need unconditional rows.
+    rows: the pictures; the last one is repeated up to the size of the batch. places: those in the
+    results, of which there are `results`. guided_scales: how many scales, the first ones, need
+    unconditional rows.
     """
 
     rows: Sequence[Wanted]
