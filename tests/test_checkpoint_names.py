@@ -10,10 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import (
+    CONFIG,
+    RECORDED,
+    State,
+    assert_equal,
+    recorded_transformer,
+    save_shards,
+)
 from click.testing import CliRunner
 from safetensors.torch import save_file
 from small_t5 import write_t5
-from torch import Tensor
 
 from varedit_export.cli import main
 from varedit_export.options import BuildOptions
@@ -25,25 +32,15 @@ from varedit_reference.text_encoder import TextEncoder, read_config
 from varedit_reference.weights_file import open_weights
 from varedit_runtime.errors import CheckpointError, ConfigError
 
-RECORDED = Path(__file__).parent / "golden" / "tiny2b-256"
-CONFIG = preset("tiny-2b", 256)
-State = dict[str, Tensor]
-
 
 @pytest.fixture(scope="module")
 def transformer() -> State:
-    return torch.load(RECORDED / "var.pth")
+    return recorded_transformer()
 
 
 @pytest.fixture(scope="module")
 def expected() -> State:
     return load_transformer(RECORDED / "var.pth", CONFIG.transformer).state_dict()
-
-
-def same(state: State, expected: State) -> bool:
-    return state.keys() == expected.keys() and all(
-        torch.equal(state[name], tensor) for name, tensor in expected.items()
-    )
 
 
 # Names that training code wrapped
@@ -54,27 +51,26 @@ def wrapped_inside(name: str) -> str:
     return name.replace(".module.0.", ".module.0._fsdp_wrapped_module._orig_mod.")
 
 
-RENAMES: list[tuple[Callable[[str], str], set[str]]] = [
-    (lambda name: f"module.{name}", {"module."}),
-    (lambda name: f"model.{name}", {"model."}),
-    (lambda name: f"_orig_mod.{name}", {"_orig_mod."}),
-    (lambda name: f"_fsdp_wrapped_module.{name}", {"_fsdp_wrapped_module."}),
-    (lambda name: f"_forward_module.{name}", {"_forward_module."}),
-    (lambda name: f"_checkpoint_wrapped_module.{name}", {"_checkpoint_wrapped_module."}),
-    (lambda name: f"module._orig_mod.{name}", {"_orig_mod.", "module."}),
-    (lambda name: f"_orig_mod.module.{name}", {"_orig_mod.", "module."}),
-    (lambda name: f"_forward_module.model.{name}", {"_forward_module.", "model."}),
-    (lambda name: f"module.module.{name}", {"module."}),
-    (
-        lambda name: f"_forward_module._fsdp_wrapped_module.module._orig_mod.{name}",
-        {"_orig_mod.", "_fsdp_wrapped_module.", "_forward_module.", "module."},
-    ),
-    (wrapped_inside, {"_orig_mod.", "_fsdp_wrapped_module."}),
-    (
-        lambda name: f"module.{wrapped_inside(name)}",
-        {"_orig_mod.", "_fsdp_wrapped_module.", "module."},
-    ),
-]
+PREFIXES = (
+    *("module.", "model.", "_orig_mod.", "_fsdp_wrapped_module.", "_forward_module."),
+    *("_checkpoint_wrapped_module.", "module._orig_mod.", "_orig_mod.module."),
+    *("_forward_module.model.", "module.module."),
+    "_forward_module._fsdp_wrapped_module.module._orig_mod.",
+)
+# How names begin, and whether they are wrapped inside too.
+WRAPPED = [*((prefix, False) for prefix in PREFIXES), ("", True), ("module.", True)]
+
+
+def wrapped(state: State, case: tuple[str, bool]) -> State:
+    prefix, inside = case
+    return {prefix + (wrapped_inside(n) if inside else n): t for n, t in state.items()}
+
+
+def of_wrappers(case: tuple[str, bool]) -> set[str]:
+    """Return what names have to be read without."""
+    prefix, inside = case
+    parts = {f"{part}." for part in prefix.split(".") if part}
+    return parts | ({"_orig_mod.", "_fsdp_wrapped_module."} if inside else set())
 
 
 def left_out(notes: tuple[str, ...]) -> set[str]:
@@ -82,25 +78,16 @@ def left_out(notes: tuple[str, ...]) -> set[str]:
     return {quoted.strip("'") for quoted in notes[-1].removeprefix("names without ").split(", ")}
 
 
-def save_shards(state: State, folder: Path) -> None:
-    folder.mkdir()
-    for shard in range(2):
-        save_file(dict(list(state.items())[shard::2]), folder / f"{shard}.safetensors")
-    weight_map = {name: f"{i % 2}.safetensors" for i, name in enumerate(state)}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-
-
-@pytest.mark.parametrize("case", range(len(RENAMES)))
+@pytest.mark.parametrize("case", WRAPPED)
 @pytest.mark.parametrize("kind", ["pth", "safetensors", "shards"])
 def test_what_wraps_all_names_is_left_out_and_said(
-    tmp_path: Path, transformer: State, expected: State, case: int, kind: str
+    tmp_path: Path, transformer: State, expected: State, case: tuple[str, bool], kind: str
 ) -> None:
-    rename, said = RENAMES[case]
-    path, state = tmp_path / f"w.{kind}", {rename(n): t for n, t in transformer.items()}
+    path = tmp_path / f"w.{kind}"
     save = {"pth": torch.save, "safetensors": save_file, "shards": save_shards}[kind]
-    save(state, path)
-    assert same(load_transformer(path, CONFIG.transformer).state_dict(), expected)
-    assert left_out(open_weights(path).notes) == said
+    save(wrapped(transformer, case), path)
+    assert_equal(load_transformer(path, CONFIG.transformer).state_dict(), expected)
+    assert left_out(open_weights(path).notes) == of_wrappers(case)
 
 
 def test_a_prefix_that_some_names_lack_is_not_left_out(tmp_path: Path, transformer: State) -> None:
@@ -143,13 +130,13 @@ def test_a_state_dict_may_lie_beside_other_things(
 ) -> None:
     path = tmp_path / "w.pth"
     torch.save(nested({branch: transformer}), path)
-    assert same(load_transformer(path, CONFIG.transformer).state_dict(), expected)
+    assert_equal(load_transformer(path, CONFIG.transformer).state_dict(), expected)
     assert open_weights(path).notes == (f"read from '{branch}'",)
-    for rename, said in RENAMES[::3]:
-        torch.save(nested({branch: {rename(n): t for n, t in transformer.items()}}), path)
-        assert same(load_transformer(path, CONFIG.transformer).state_dict(), expected)
+    for case in WRAPPED[::3]:
+        torch.save(nested({branch: wrapped(transformer, case)}), path)
+        assert_equal(load_transformer(path, CONFIG.transformer).state_dict(), expected)
         notes = open_weights(path).notes
-        assert notes[:-1] == (f"read from '{branch}'",) and left_out(notes) == said
+        assert notes[:-1] == (f"read from '{branch}'",) and left_out(notes) == of_wrappers(case)
 
 
 def test_every_recording_loads_as_a_training_leaves_it(
@@ -157,10 +144,10 @@ def test_every_recording_loads_as_a_training_leaves_it(
 ) -> None:
     config = preset(recording_folder.name.split("-")[0].replace("tiny", "tiny-")).transformer
     state = torch.load(recording_folder / "var.pth")
-    wrapped = {f"_forward_module.{wrapped_inside(n)}": t for n, t in state.items()}
-    torch.save(nested({"trainer.gpt_fsdp": wrapped}), tmp_path / "w.pth")
+    content = nested({"trainer.gpt_fsdp": wrapped(state, ("_forward_module.", True))})
+    torch.save(content, tmp_path / "w.pth")
     loaded = load_transformer(tmp_path / "w.pth", config).state_dict()
-    assert same(loaded, load_transformer(recording_folder / "var.pth", config).state_dict())
+    assert_equal(loaded, load_transformer(recording_folder / "var.pth", config).state_dict())
 
 
 AVERAGES = [branch for branch in BRANCHES if "ema" in branch]
@@ -174,10 +161,10 @@ def test_of_weights_and_their_average_that_is_read_which_is_asked_for(
     weights, averages = {"w": torch.ones(1)}, {"w": torch.zeros(1)}
     torch.save(nested({average: averages, branch: weights}), tmp_path / "w.pth")
     read = open_weights(tmp_path / "w.pth")
-    assert same(read, weights)
+    assert_equal(read, weights)
     assert read.notes == (f"read from '{branch}', not from '{average}'",)
     read = open_weights(tmp_path / "w.pth", prefer_ema=True)
-    assert same(read, averages)
+    assert_equal(read, averages)
     assert read.notes == (f"read from '{average}', not from '{branch}'",)
 
 
@@ -274,7 +261,7 @@ def test_an_unconditional_text_of_another_length_is_cut_or_padded_and_said(
     text = loaded["unconditional_text"]
     assert torch.equal(text[:rows], expected["unconditional_text"][:rows])
     assert text.shape == (512, 128) and not text[rows:].any()
-    assert same({**loaded, "unconditional_text": expected["unconditional_text"]}, expected)
+    assert_equal({**loaded, "unconditional_text": expected["unconditional_text"]}, expected)
     done = "cut" if rows > 512 else "padded with zeros"
     notes = transformer_weights(tmp_path / "w.pth", CONFIG.transformer).notes
     assert notes == (f"{name} {done} from {rows} to 512 rows",)
@@ -336,7 +323,7 @@ def test_what_was_chosen_and_left_out_is_told_by_convert(training: Path, expecte
     assert "transformer.safetensors: names without 'module.'" in done.stderr
     assert "read from 'trainer.gpt_ema_fsdp', not from 'trainer.gpt_fsdp'" in done.stderr
     converted = load_transformer(folder / "out/transformer.safetensors", CONFIG.transformer)
-    assert same(converted.state_dict(), expected)
+    assert_equal(converted.state_dict(), expected)
     load_tokenizer(folder / "out/tokenizer.safetensors", CONFIG.tokenizer)
 
 
@@ -416,12 +403,6 @@ def test_a_tokenizer_may_leave_out_its_models_type(t5: Path) -> None:
     before = TextEncoder.load(t5).tokenise("make the sky red")
     edit_json(t5 / "tokenizer.json", lambda content: content["model"].pop("type"))
     assert TextEncoder.load(t5).tokenise("make the sky red") == before
-
-
-def test_spiece_alone_says_what_to_install(t5: Path) -> None:
-    (t5 / "tokenizer.json").rename(t5 / "spiece.model")
-    with pytest.raises(CheckpointError, match="pip install sentencepiece protobuf"):
-        TextEncoder.load(t5)
 
 
 def test_another_kind_of_mlp_is_no_flan_t5(t5: Path) -> None:

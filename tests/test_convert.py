@@ -1,7 +1,6 @@
 """The converter: what it writes is what it read, whole or not at all."""
 
 import json
-import resource
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import assert_equal
 from click.testing import CliRunner
+from disks import file_size_limit
 from released import write_released_tokenizer, write_released_transformer
 from safetensors import safe_open
 from small_t5 import write_t5
@@ -34,11 +35,14 @@ FILES = [
 ]
 
 
-@pytest.fixture(params=[torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+in_both_types = pytest.mark.parametrize("released", [torch.bfloat16, torch.float32], indirect=True)
+
+
+@pytest.fixture
 def released(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
-    folder = tmp_path / "released"
-    write_released_transformer(CONFIG, 1, folder / "var.pth", request.param, chunks=2)
-    write_released_tokenizer(CONFIG, 2, folder / "vae.pth", request.param)
+    folder, dtype = tmp_path / "released", getattr(request, "param", torch.bfloat16)
+    write_released_transformer(CONFIG, 1, folder / "var.pth", dtype, chunks=2)
+    write_released_tokenizer(CONFIG, 2, folder / "vae.pth", dtype)
     write_t5(folder / "t5", shards="bin")
     return {
         "transformer": folder / "var.pth",
@@ -51,27 +55,23 @@ def files_in(folder: Path) -> list[str]:
     return sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
 
 
+@in_both_types
 def test_a_converted_model_is_the_released_one_bit_for_bit(
     released: dict[str, Any], tmp_path: Path
 ) -> None:
     output = tmp_path / "converted"
     assert convert("tiny-2b", **released, output=output) == [output / name for name in FILES]
     assert files_in(output) == sorted(FILES)
-    pairs = [
-        (
-            load_transformer(released["transformer"], CONFIG.transformer),
-            load_transformer(output / "transformer.safetensors", CONFIG.transformer),
-        ),
-        (
-            load_tokenizer(released["tokenizer"], CONFIG.tokenizer),
-            load_tokenizer(output / "tokenizer.safetensors", CONFIG.tokenizer),
-        ),
-    ]
-    for direct, converted in pairs:
-        expected = direct.state_dict()
-        assert expected.keys() == converted.state_dict().keys()
-        for name, tensor in converted.state_dict().items():
-            assert torch.equal(tensor, expected[name])
+    direct, converted = (
+        load_transformer(path, CONFIG.transformer).state_dict()
+        for path in (released["transformer"], output / "transformer.safetensors")
+    )
+    assert_equal(converted, direct)
+    direct, converted = (
+        load_tokenizer(path, CONFIG.tokenizer).state_dict()
+        for path in (released["tokenizer"], output / "tokenizer.safetensors")
+    )
+    assert_equal(converted, direct)
     prompt = ["make the sky red"]
     [expected_features] = TextEncoder.load(released["text_encoder"]).encode(prompt)
     [features] = TextEncoder.load(output / "text_encoder").encode(prompt)
@@ -88,6 +88,7 @@ def test_the_command_writes_what_it_says(released: dict[str, Any], tmp_path: Pat
     assert files_in(output) == sorted(FILES)
 
 
+@in_both_types
 def test_converted_files_keep_the_float_type_and_say_what_they_are(
     released: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -171,19 +172,10 @@ def test_an_output_that_is_a_file_is_a_typed_error(
         convert("tiny-2b", **released, output=tmp_path / "out")
 
 
-@pytest.fixture
-def small_disk() -> Iterator[None]:
-    """Limit files to 100 kB: a write fails midway, as on a disk that fills up."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
-@pytest.mark.usefixtures("small_disk")
 def test_a_write_that_fails_midway_leaves_nothing(tmp_path: Path) -> None:
     tensors = {name: torch.zeros(20_000) for name in "abc"}
-    with pytest.raises(CheckpointError, match=r"cannot write .*weights\.safetensors: File too"):
+    told = r"cannot write .*weights\.safetensors: File too"
+    with file_size_limit(100_000), pytest.raises(CheckpointError, match=told):
         write_safetensors(tmp_path / "weights.safetensors", tensors, {})
     assert not list(tmp_path.iterdir())
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from bundles import quiet, random_weights, request
+from checkpoints import CONFIG, recorded_tokenizer, recorded_transformer
 from fake_bundles import rewrite_manifest
 from safetensors.torch import load_file, save_file
 from small_t5 import write_t5
@@ -26,7 +27,6 @@ from varedit_export.parity.measures import check_output
 from varedit_export.plan import BundlePlan
 from varedit_export.sources import Sources
 from varedit_reference.checkpoint import load_tokenizer, load_transformer
-from varedit_reference.config import preset
 from varedit_reference.text_encoder import TextEncoder
 from varedit_reference.weights_file import check_finite, write_safetensors
 from varedit_runtime.bundle import Bundle
@@ -34,8 +34,6 @@ from varedit_runtime.errors import CheckpointError
 from varedit_runtime.locate import embedded
 from varedit_runtime.manifest import FileEntry, canonical_json
 
-RECORDED = Path(__file__).parent / "golden" / "tiny2b-256"
-CONFIG = preset("tiny-2b", 256)
 TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 WRONG = (float("nan"), float("inf"), -float("inf"))
 
@@ -93,11 +91,11 @@ def planted(state: Mapping[str, Tensor], name: str, index: tuple[int, ...]) -> d
 
 def test_a_checkpoint_is_loaded_only_if_all_of_it_is_finite(tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
-    transformer = torch.load(RECORDED / "var.pth")
+    transformer = recorded_transformer()
     torch.save(planted(transformer, "cfg_uncond", (511, 3)), path)
     with pytest.raises(CheckpointError, match=r"unconditional_text is nan at \[511, 3\]"):
         load_transformer(path, CONFIG.transformer)
-    tokenizer = torch.load(RECORDED / "vae.pth")["vae"]
+    tokenizer = recorded_tokenizer()
     torch.save(planted(tokenizer, "decoder.conv_out.conv.weight", (0, 0, 2, 2)), path)
     with pytest.raises(CheckpointError, match=r"conv_out.weight is nan at \[0, 0, 2, 2\]"):
         load_tokenizer(path, CONFIG.tokenizer)
@@ -105,7 +103,7 @@ def test_a_checkpoint_is_loaded_only_if_all_of_it_is_finite(tmp_path: Path) -> N
 
 def test_a_checkpoint_is_loaded_in_a_type_only_if_that_holds_it(tmp_path: Path) -> None:
     path, name = tmp_path / "weights.pth", "block_chunks.0.module.0.ffn.fc1.weight"
-    transformer = torch.load(RECORDED / "var.pth")
+    transformer = recorded_transformer()
     transformer[name][7, 5] = 70000
     torch.save(transformer, path)
     load_transformer(path, CONFIG.transformer)

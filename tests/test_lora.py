@@ -6,11 +6,13 @@ from hashlib import sha256
 from pathlib import Path
 from random import Random
 
+import checkpoints
 import msgspec
 import pytest
 import torch
 import torch.nn.functional as F
 from bundles import bundle_config
+from checkpoints import RECORDED
 from click.testing import CliRunner
 from hub_stand_in import Repository, serve, use
 from safetensors.torch import save_file
@@ -40,7 +42,6 @@ from varedit_reference.checkpoint import (
     own_layout,
     released_transformer,
 )
-from varedit_reference.config import preset
 from varedit_reference.transformer import VAR
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import CheckpointError, ConfigError, VareditError
@@ -48,8 +49,7 @@ from varedit_runtime.locate import embedded
 from varedit_runtime.manifest import Manifest
 
 CONFIG = bundle_config("tiny-2b")
-WHOLE = preset("tiny-2b", 256).transformer  # of the recording
-RECORDING = Path(__file__).parent / "golden" / "tiny2b-256"
+WHOLE = checkpoints.CONFIG.transformer
 RECORDED_CHUNKS = released_transformer(4, 2)
 SETTINGS = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "bias": "none", "use_dora": False}
 PRODUCTS = product_names(CONFIG.transformer)
@@ -107,6 +107,14 @@ def kohya(
         if alpha is not None:
             tensors[f"{module}.alpha"] = torch.as_tensor(alpha)
     save_file(tensors, file)
+    return file
+
+
+def of_head(file: Path, names: Sequence[str], metadata: dict[str, str] | None = None) -> Path:
+    """Write a file of the head's factors under these names: down, up, and more tensors beside."""
+    down, up = FACTORS["head"]
+    tensors = dict(zip(names, [down, up, *(up.clone() for _ in names[2:])], strict=True))
+    save_file(tensors, file, metadata)
     return file
 
 
@@ -207,25 +215,22 @@ def test_blocks_are_in_the_chunks_of_the_checkpoint(tmp_path: Path) -> None:
 
 
 def test_diffusers_names(tmp_path: Path) -> None:
-    down, up = FACTORS["head"]
-    for number, (prefix, one, two) in enumerate(
-        [
-            ("unet.", "lora.down", "lora.up"),
-            ("transformer.", "lora_A.default", "lora_B.default"),
-            ("", "lora_A", "lora_B"),
-        ]
-    ):
-        file = tmp_path / f"{number}.safetensors"
-        save_file({f"{prefix}head.{one}.weight": down, f"{prefix}head.{two}.weight": up}, file)
-        assert_adds(read(file), {"head": (down, up)}, 1)
+    for prefix, one, two in [
+        ("unet.", "lora.down", "lora.up"),
+        ("transformer.", "lora_A.default", "lora_B.default"),
+        ("", "lora_A", "lora_B"),
+    ]:
+        names = [f"{prefix}head.{factor}.weight" for factor in (one, two)]
+        file = of_head(tmp_path / "x.safetensors", names)
+        assert_adds(read(file), {"head": FACTORS["head"]}, 1)
 
 
 def test_settings_that_diffusers_keeps_in_the_file(tmp_path: Path) -> None:
-    down, up = FACTORS["head"]
-    tensors = {"transformer.head.lora_A.weight": down, "transformer.head.lora_B.weight": up}
+    names = [f"transformer.head.lora_{one}.weight" for one in "AB"]
     settings = {f"transformer.{name}": value for name, value in SETTINGS.items()}
-    save_file(tensors, tmp_path / "x.safetensors", {"lora_adapter_metadata": json.dumps(settings)})
-    assert_adds(read(tmp_path / "x.safetensors"), {"head": (down, up)}, 3)
+    metadata = {"lora_adapter_metadata": json.dumps(settings)}
+    file = of_head(tmp_path / "x.safetensors", names, metadata)
+    assert_adds(read(file), {"head": FACTORS["head"]}, 3)
 
 
 def test_ranks_and_alphas_of_modules(tmp_path: Path) -> None:
@@ -343,17 +348,12 @@ def test_adapters_in_16_bit_types_are_merged_in_fp32(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["scale", "up", "down", "rank", "alpha"])
 def test_an_adapter_that_adds_nothing_leaves_every_bit(tmp_path: Path, kind: str) -> None:
-    factors = {
-        name: (
-            torch.zeros_like(a) if kind == "down" else a,
-            torch.zeros_like(b) if kind == "up" else b,
-        )
-        for name, (a, b) in (
-            random_factors(empty_transformer(CONFIG.transformer), 1, 0).items()
-            if kind == "rank"
-            else FACTORS.items()
-        )
-    }
+    factors = FACTORS
+    if kind == "rank":
+        factors = random_factors(empty_transformer(CONFIG.transformer), 1, rank=0)
+    elif kind in ("down", "up"):
+        down, up = (0 if kind == zeroed else 1 for zeroed in ("down", "up"))
+        factors = {name: (down * a, up * b) for name, (a, b) in FACTORS.items()}
     file = kohya(tmp_path / "x.safetensors", factors, alpha=0.0 if kind == "alpha" else 6.0)
     weight = -torch.zeros(16, CONFIG.transformer.width)
     merged = Merged({"head.weight": weight}, [read(file, 0.0 if kind == "scale" else 1.0)])
@@ -444,18 +444,16 @@ def test_other_kinds_of_peft_are_refused(
     ],
 )
 def test_tensors_of_other_kinds_are_refused(tmp_path: Path, name: str, kind: str) -> None:
-    down, up = FACTORS["head"]
-    tensors = {"unet.head.lora_A.weight": down, "unet.head.lora_B.weight": up, name: up.clone()}
-    save_file(tensors, tmp_path / "x.safetensors")
+    of_head(
+        tmp_path / "x.safetensors", ["unet.head.lora_A.weight", "unet.head.lora_B.weight", name]
+    )
     with pytest.raises(CheckpointError, match=rf"holds {kind} \(1: '{name}'\): expected lora_A"):
         read(tmp_path / "x.safetensors")
 
 
 def test_two_adapters_in_one_file_are_refused(tmp_path: Path) -> None:
-    down, up = FACTORS["head"]
-    names = [f"unet.head.lora_{one}.{name}.weight" for one in "AB" for name in ("a", "b")]
-    tensors = dict(zip(names, [down, down.clone(), up, up.clone()], strict=True))
-    save_file(tensors, tmp_path / "x.safetensors")
+    names = [f"unet.head.lora_{one}.{name}.weight" for name in ("a", "b") for one in "AB"]
+    of_head(tmp_path / "x.safetensors", names)
     with pytest.raises(CheckpointError, match="holds other things than LoRA"):
         read(tmp_path / "x.safetensors")
 
@@ -550,9 +548,9 @@ def test_fuzz_adapters_are_read_or_refused(
 def written(folder: Path, loras: Sequence[str] = ()) -> bytes:
     """Return the transformer's weights file of a bundle of the recording, with adapters."""
     options = BuildOptions(
-        config=RECORDING / "config.json",
-        checkpoint=RECORDING / "var.pth",
-        tokenizer=RECORDING / "vae.pth",
+        config=RECORDED / "config.json",
+        checkpoint=RECORDED / "var.pth",
+        tokenizer=RECORDED / "vae.pth",
         loras=tuple(loras),
         output=folder,
     )
@@ -592,7 +590,7 @@ def test_a_bundle_says_which_adapters_are_merged(tmp_path: Path) -> None:
 
 def test_the_command_takes_several(tmp_path: Path) -> None:
     style = peft(tmp_path / "style", FACTORS)
-    recorded = ("--config", RECORDING / "config.json", "--random-weights", "0")
+    recorded = ("--config", RECORDED / "config.json", "--random-weights", "0")
     arguments = ("build", *recorded, "--lora", style, "--lora", f"{tmp_path}/none:0.5")
     run = CliRunner().invoke(main, [str(argument) for argument in arguments])
     assert run.exit_code == 1
