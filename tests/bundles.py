@@ -1,6 +1,8 @@
 """A small bundle with random weights, built once for all tests that need one."""
 
+import atexit
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -66,6 +68,8 @@ def built(name: str, plan: Callable[[Path], BundlePlan]) -> Path:
     """Build a bundle once per run of the tests; the first process that needs it does."""
     run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
     folder = Path(gettempdir()) / f"varedit-tests-{run}"
+    if run == str(os.getpid()) and not folder.exists():
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
     folder.mkdir(exist_ok=True)
     with FileLock(folder / f"{name}.test-lock"):
         if not (folder / name).exists():

@@ -13,7 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from varedit_export.graphs import trace
 from varedit_export.graphs.stages import Stage
-from varedit_runtime.locate import VARIABLE
+from varedit_runtime.editing.editor import Editor
+from varedit_runtime.locate import VARIABLE, embedded
 
 RECORDINGS = Path(__file__).parent / "golden"
 
@@ -51,6 +52,13 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def nano() -> Iterator[Editor]:
+    """Open an editor with the embedded bundle."""
+    with Editor.open(embedded(), threads=1) as editor:
+        yield editor
 
 
 @pytest.fixture(autouse=True, scope="session")

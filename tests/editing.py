@@ -1,6 +1,5 @@
 """Bundles to edit with, and the reference that edits as they must."""
 
-import hashlib
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from agreement import compare_until_tie
 from bundles import built, bundle_config, random_weights, request, small_bundle
+from fake_bundles import rewrite_manifest
 from PIL import Image
 from torch import Tensor
 
@@ -24,16 +24,8 @@ from varedit_reference.scale_loop import PredictedScale
 from varedit_reference.text_encoder import TextEncoder
 from varedit_runtime.backends.base import Sampling, ScaleOutput
 from varedit_runtime.backends.wiring import TEXT
-from varedit_runtime.bundle import digest_line
 from varedit_runtime.editing.editor import Editor
-from varedit_runtime.manifest import (
-    DIGEST,
-    MANIFEST,
-    TOKENIZER,
-    Manifest,
-    canonical_json,
-    decode_manifest,
-)
+from varedit_runtime.manifest import MANIFEST, TOKENIZER, Manifest, canonical_json, decode_manifest
 from varedit_runtime.noise import uniform_noise
 from varedit_runtime.text import read_tokenizer
 
@@ -64,13 +56,14 @@ def _built(name: str, config: ModelConfig, batch: int, guided: bool) -> Path:
     return built(name, plan)
 
 
-def changed_bundle(folder: Path, change: Callable[[Manifest], Manifest]) -> Path:
-    """Copy the small bundle with another manifest."""
+def changed_bundle(
+    folder: Path, change: Callable[[Manifest], Manifest], bundle: Callable[[], Path] = small_bundle
+) -> Path:
+    """Copy a bundle with another manifest."""
     target = folder / "changed"
-    shutil.copytree(small_bundle(), target)
-    data = canonical_json(change(decode_manifest((target / MANIFEST).read_bytes(), Manifest)))
-    (target / MANIFEST).write_bytes(data)
-    (target / DIGEST).write_bytes(digest_line(hashlib.sha256(data).hexdigest()))
+    shutil.copytree(bundle(), target)
+    manifest = decode_manifest((target / MANIFEST).read_bytes(), Manifest)
+    rewrite_manifest(target, canonical_json(change(manifest)))
     return target
 
 

@@ -1,13 +1,11 @@
 """Warnings of edits that can be made, but will hardly be what is wanted."""
 
-import hashlib
 import io
 import json
 import warnings
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from shutil import copytree
 from typing import Any
 
 import msgspec
@@ -20,13 +18,12 @@ from fake_bundles import publish_textless
 from PIL import Image
 
 from varedit_nano.scenes import draw_edit
-from varedit_runtime.bundle import digest_line
 from varedit_runtime.cli import main
 from varedit_runtime.editing.caution import looks_photographed
 from varedit_runtime.editing.editor import Editor
 from varedit_runtime.errors import EditWarning
 from varedit_runtime.locate import embedded
-from varedit_runtime.manifest import DIGEST, MANIFEST, Manifest, canonical_json, decode_manifest
+from varedit_runtime.manifest import Manifest
 from varedit_runtime.text import Instructions, read_tokenizer
 
 RANDOM, PHOTOGRAPH, UNKNOWN = "weights are random", "looks like a photograph", "does not know"
@@ -56,13 +53,12 @@ def as_jpeg(image: Image.Image, quality: int) -> Image.Image:
 @pytest.fixture(scope="module")
 def nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Copy nano with a manifest that says what it was trained on."""
-    folder = copytree(embedded(), tmp_path_factory.mktemp("bundle") / "nano")
-    manifest = decode_manifest((folder / MANIFEST).read_bytes(), Manifest)
-    model = msgspec.structs.replace(manifest.model, trained_on="drawn scenes")
-    data = canonical_json(msgspec.structs.replace(manifest, model=model))
-    (folder / MANIFEST).write_bytes(data)
-    (folder / DIGEST).write_bytes(digest_line(hashlib.sha256(data).hexdigest()))
-    return folder
+
+    def drawn_scenes(manifest: Manifest) -> Manifest:
+        model = msgspec.structs.replace(manifest.model, trained_on="drawn scenes")
+        return msgspec.structs.replace(manifest, model=model)
+
+    return changed_bundle(tmp_path_factory.mktemp("bundle"), drawn_scenes, embedded)
 
 
 @pytest.fixture(scope="module")

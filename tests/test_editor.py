@@ -7,7 +7,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
-from io import BytesIO
 from itertools import count, groupby
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,9 @@ from editing import (
     plain_bundle,
     plain_config,
     reference,
+    without_text,
 )
-from PIL import ExifTags, Image
+from PIL import Image
 from republishing import publish_weights
 
 import varedit_runtime
@@ -237,33 +237,6 @@ def test_a_random_seed_is_told(shared: Editor) -> None:
     first, second = (shared.edit(PHOTO, "red") for _ in range(2))
     assert first.seed != second.seed
     assert same(shared.edit(PHOTO, "red", seed=first.seed), first)
-
-
-def test_the_source_may_be_a_path_bytes_a_file_or_a_picture(shared: Editor, tmp_path: Path) -> None:
-    path = tmp_path / "photo.png"
-    PHOTO.save(path)
-    expected = shared.edit(PHOTO, "red", seed=1)
-    with path.open("rb") as file:
-        for source in (path, str(path), path.read_bytes(), file):
-            assert same(shared.edit(source, "red", seed=1), expected)
-
-
-def test_a_picture_is_turned_upright_and_keeps_its_size(shared: Editor) -> None:
-    exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = 6
-    file = BytesIO()
-    PHOTO.transpose(Image.Transpose.ROTATE_90).save(file, "PNG", exif=exif)
-    turned = shared.edit(file.getvalue(), "red", seed=1)
-    assert turned.image.size == (90, 60)
-    assert same(turned, shared.edit(PHOTO, "red", seed=1))
-
-
-def test_edits_in_turn_on_one_picture(shared: Editor) -> None:
-    first = shared.edit(PHOTO, "red", seed=1)
-    second = shared.edit(first.image, "add a hat", seed=2)
-    assert second.image.size == PHOTO.size
-    assert second.image != first.image
-    assert same(shared.edit(first.image, "add a hat", seed=2), second)
 
 
 def test_what_a_bundle_stands_for_is_used_by_default(shared: Editor) -> None:
@@ -667,15 +640,7 @@ def test_a_variant_is_chosen_by_name(tmp_path: Path) -> None:
 
 
 def test_a_bundle_that_starts_at_text_features_takes_no_instruction(tmp_path: Path) -> None:
-    def without_text(manifest: Manifest) -> Manifest:
-        (variant,) = manifest.variants
-        graphs = {s: g for s, g in variant.graphs.items() if s != "text_encoder"}
-        return msgspec.structs.replace(
-            manifest, variants=(msgspec.structs.replace(variant, graphs=graphs),)
-        )
-
-    bundle = changed_bundle(tmp_path, without_text)
-    with Editor.open(bundle, threads=1) as editor:
+    with Editor.open(without_text(tmp_path), threads=1) as editor:
         with pytest.raises(BundleError, match="without a text encoder"):
             editor.edit(PHOTO, "red")
         assert editor.backend.encode_pictures(np.zeros((1, 3, 96, 96), np.float32)).std() > 0

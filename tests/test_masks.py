@@ -14,7 +14,6 @@ from editing import Recorder, pair_bundle, picture
 from PIL import ExifTags, Image, ImageDraw
 
 from varedit_reference.quantisation import from_tokens, to_tokens
-from varedit_runtime import locate
 from varedit_runtime.backends.base import Sampling
 from varedit_runtime.cli import main
 from varedit_runtime.editing.editor import Editor, Progress
@@ -23,7 +22,6 @@ from varedit_runtime.errors import ConfigError, PictureError
 from varedit_runtime.pictures import open_mask, open_picture
 
 SAMPLE = Path(__file__).parent.parent / "docs" / "samples" / "person.png"
-NANO = Path(locate.__file__).parent / "nano"
 HEAD, FEET = (32, 0, 96, 64), (25, 83, 103, 127)
 
 
@@ -36,12 +34,6 @@ def ellipse(size: tuple[int, int], box: tuple[int, int, int, int]) -> Image.Imag
 def changed(result: Image.Image, source: Image.Image) -> np.ndarray:
     """Return by how much each pixel differs, [H, W]."""
     return np.abs(np.asarray(result, int) - np.asarray(source, int)).max(axis=2)
-
-
-@pytest.fixture(scope="module")
-def nano() -> Iterator[Editor]:
-    with Editor.open(NANO, threads=1) as editor:
-        yield editor
 
 
 @pytest.fixture(scope="module")

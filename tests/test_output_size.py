@@ -1,6 +1,5 @@
 """The size of a result: the source's, the model's own, or one with a longest side."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,6 @@ from varedit_runtime.editing.masks import resized
 from varedit_runtime.errors import ConfigError
 from varedit_runtime.locate import embedded
 from varedit_runtime.pictures import restore
-
-
-@pytest.fixture(scope="module")
-def nano() -> Iterator[Editor]:
-    with Editor.open(embedded(), threads=1) as editor:
-        yield editor
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import io
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +28,6 @@ def clear(size: tuple[int, int] = SIZE) -> Image.Image:
     alpha[:] = np.linspace(-60, 320, size[0]).clip(0, 255)
     image.putalpha(Image.fromarray(alpha))
     return image
-
-
-@pytest.fixture(scope="module")
-def nano() -> Iterator[Editor]:
-    with Editor.open(embedded(), threads=1) as editor:
-        yield editor
 
 
 # In
