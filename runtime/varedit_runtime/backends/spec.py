@@ -34,11 +34,11 @@ if TYPE_CHECKING:
 
 # Names of what else commands and `Editor.open` take.
 RESERVED = {
-    *("as_json", "backend", "bundle", "compare", "debug", "digest", "fast", "golden"),
-    *("guidance_scale", "help", "images", "instruction", "json", "json_file", "keep_steps"),
-    *("list", "listed", "mask", "max_side", "negative_prompt", "output", "output_size"),
-    *("overwrite", "previews", "repeat", "report", "seed", "temperature", "then", "variant"),
-    *("version",),
+    *("as_json", "backend", "bundle", "compare", "debug", "dial", "dials", "digest", "fast"),
+    *("golden", "guidance_scale", "help", "images", "instruction", "json", "json_file"),
+    *("keep_steps", "list", "listed", "mask", "max_side", "negative_prompt", "output"),
+    *("output_size", "overwrite", "previews", "repeat", "report", "seed", "temperature", "then"),
+    *("variant", "version"),
 }
 
 
