@@ -93,6 +93,15 @@ def test_a_dry_run_tells_it_and_builds_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_dry_run_reads_and_fetches_no_weights() -> None:
+    """The hub cannot be asked in tests: a build of the same options fails."""
+    published = ("build", "--size", "8b", "--res", "512", "--yes")
+    assert CliRunner().invoke(main, published).exit_code == 1
+    done = CliRunner().invoke(main, [*published, "--dry-run"])
+    assert done.exit_code == 0, done.output
+    assert "weights: not read" in done.stdout and "512-b1 edits with" in done.stdout
+
+
 def full_size(size: str, resolution: int, precision: str, gpu: bool) -> list[str]:
     """Return what editing takes, and what with the text encoder offloaded."""
     config = preset(size, resolution)

@@ -1,6 +1,6 @@
 """Which memory the tensors of an edit are: nothing is read unwritten, or written over."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import msgspec
 import numpy as np
@@ -162,6 +162,29 @@ def in_bf16(name: str) -> Change:
         return GraphSpec(graph.file, inputs, outputs)
 
     return change
+
+
+def of_one_length(tokens: int) -> Change:
+    """Return a graph's change to one that takes texts of one length."""
+
+    def static(specs: Iterable[TensorSpec]) -> tuple[TensorSpec, ...]:
+        return tuple(
+            msgspec.structs.replace(
+                spec, shape=tuple(tokens if size == "text_tokens" else size for size in spec.shape)
+            )
+            for spec in specs
+        )
+
+    return lambda graph: GraphSpec(graph.file, static(graph.inputs), static(graph.outputs))
+
+
+@pytest.mark.parametrize("stage", ["text_encoder", "condition"])
+def test_graphs_of_one_length_of_texts_are_not_given_shorter_ones(stage: str):
+    most = described(Bundle.open(embedded()))[0].text_tokens
+    variant, model = changed(stage, of_one_length(most))
+    wire(variant, model, symbolic=True)
+    with pytest.raises(BundleError, match=f"graph {stage} takes masks of shape .*{most}.* of 16 t"):
+        wire(variant, model, symbolic=True, text_tokens=16)
 
 
 @pytest.mark.parametrize(

@@ -76,33 +76,31 @@ def build(
     check_build(options)
     with needs_extra("export"):
         from varedit_export.assemble import assemble
+        from varedit_export.resolve_options import plan_of
 
-    plan, told = _planned(options, accept)
-    notice(told)
+    plan = plan_of(options, accept)
+    notice(_told(plan))
     assemble(plan, on_step)
     return Bundle.open(plan.request.target)
 
 
-def plan_build(options: BuildOptions, accept: Callable[["Download"], None] = _ignore) -> str:
+def plan_build(options: BuildOptions) -> str:
     """Return what `build` would make, and what building it and editing with it take, in lines.
 
-    Nothing is built. accept, and what is raised: as for `build`.
+    Nothing is built, and weights are neither fetched nor read. Raises ConfigError as `build` does.
     """
     options = checked("options", options, BuildOptions)
-    _check_functions(accept=accept)
     check_build(options)
-    return _planned(options, accept)[1]
-
-
-def _planned(
-    options: BuildOptions, accept: Callable[["Download"], None]
-) -> "tuple[BundlePlan, str]":
     with needs_extra("export"):
-        from varedit_export.estimate import editing, needs
-        from varedit_export.resolve_options import plan_of
+        from varedit_export.resolve_options import plan_without_weights
 
-    plan = plan_of(options, accept)
-    return plan, "\n  ".join([str(plan), f"needs {needs(plan)}", *editing(plan)])
+    return _told(plan_without_weights(options))
+
+
+def _told(plan: "BundlePlan") -> str:
+    from varedit_export.estimate import editing, needs
+
+    return "\n  ".join([str(plan), f"needs {needs(plan)}", *editing(plan)])
 
 
 def compile_engines(

@@ -12,7 +12,13 @@ from math import prod
 from pathlib import Path
 
 from varedit_export.errors import ExportError
-from varedit_export.graphs.stages import Shapes, has_references, text_input_specs
+from varedit_export.graphs.stages import (
+    ROWS,
+    TEXT_TOKENS,
+    Shapes,
+    has_references,
+    text_input_specs,
+)
 from varedit_export.parity.compare_bundle import is_large
 from varedit_export.plan import BundlePlan
 from varedit_runtime.backends.engines.memory import Budget, with_offload
@@ -145,8 +151,10 @@ def _caches(shapes: Shapes) -> int:
 def _between(shapes: Shapes) -> int:
     """Return the bytes of what else passes between graphs."""
     config, rows = shapes.config.transformer, max(shapes.forms.values())
+    lengths = {ROWS: rows, TEXT_TOKENS: shapes.text_tokens}
     text = sum(
-        spec.dtype.itemsize * prod(rows if isinstance(size, str) else size for size in spec.shape)
+        spec.dtype.itemsize
+        * prod(lengths[size] if isinstance(size, str) else size for size in spec.shape)
         for spec in text_input_specs(shapes, head=True).values()
     )
     own, source = sum(config.lengths), config.lengths[-1]

@@ -54,7 +54,7 @@ class VariantRequest:
     """A variant to build, and its target folder.
 
     config: the model, whose grids are those of resolution and aspect. batch: pictures per run.
-    guided: with unconditional rows. text_tokens: length that instructions are padded to.
+    guided: with unconditional rows. text_tokens: the most of an instruction.
     fused_attention: with the twin for ONNX Runtime's CUDA provider. Raises ConfigError on what a
     bundle cannot have.
     """

@@ -45,6 +45,15 @@ def plan_of(
     take graphs from that cannot be read, ExportError if memory is too small for what would be
     downloaded.
     """
+    return _plan(options, partial(_sources, accept=accept))
+
+
+def plan_without_weights(options: BuildOptions) -> BundlePlan:
+    """Return the plan of a build whose weights are neither fetched nor read. Raises ConfigError."""
+    return _plan(options, _unread)
+
+
+def _plan(options: BuildOptions, sources_of_build: "_FindSources") -> BundlePlan:
     check_build(options)
     options = options.for_graphs
     if options.precision == AUTO:
@@ -70,7 +79,7 @@ def plan_of(
     if other is not None:
         check_requests(other, requests)
     further = partial(_further, requests, other)
-    plan = BundlePlan(requests, _sources(config, options, accept, further), other)
+    plan = BundlePlan(requests, sources_of_build(config, options, further), other)
     if other is not None:
         check_weights_fit(other, plan)
     return plan
@@ -109,11 +118,18 @@ def _recorded(config: Path) -> tuple[ModelConfig, int]:
         ) from error
 
 
+_FindSources = Callable[[ModelConfig, BuildOptions, Callable[[], Further]], Sources]
+
+
+def _unread(config: ModelConfig, *_: object) -> Sources:
+    return replace(random_sources(config, seed=0), description="not read")
+
+
 def _sources(
     config: ModelConfig,
     options: BuildOptions,
-    accept: Callable[[Download], None],
     further: Callable[[], Further],
+    accept: Callable[[Download], None],
 ) -> Sources:
     loras = [parse(os.fspath(lora)) for lora in options.loras]
     places = _places(options)

@@ -134,8 +134,8 @@ class Variant(Struct, frozen=True, forbid_unknown_fields=True):
 
     resolution: side in pixels of the square that the grids are derived from. aspect: ratio
     height:width. grids: (height, width) of every scale in tokens. picture: (height, width) in
-    pixels. batch: pictures per run. rows: batch, or 2·batch with guidance. text_tokens: length that
-    instructions are padded to. graphs: by stage; with guidance, the prefill and every scale have a
+    pixels. batch: pictures per run. rows: batch, or 2·batch with guidance. text_tokens: the most
+    tokens of an instruction. graphs: by stage; with guidance, the prefill and every scale have a
     second one, for edits or scales whose guidance is off (UNGUIDED).
     """
 

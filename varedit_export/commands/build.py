@@ -107,7 +107,9 @@ if TYPE_CHECKING:
     metavar="BUNDLE",
     help="Take the graphs and engines of a bundle of the same shapes: the weights alone are new.",
 )
-@click.option("--dry-run", is_flag=True, help="Say what building and editing take; build nothing.")
+@click.option(
+    "--dry-run", is_flag=True, help="Say what building and editing take; fetch and build nothing."
+)
 @click.option("-o", "--output", type=PATH, help="The bundle's folder; by default one of yours.")
 @click.option(
     "--default",
@@ -157,7 +159,7 @@ def build(
     if backend == AUTO:
         say(told(chosen))
     if dry_run:
-        click.echo(varedit_export.plan_build(options, partial(accept, yes)))
+        click.echo(varedit_export.plan_build(options))
         return
     with progress() as on_step:
         bundle = varedit_export.build(options, on_step, say, partial(accept, yes))

@@ -95,15 +95,15 @@ class GraphBackend(Backend):
         return self._code(DECODER, {f"sum.{len(self.variant.grids)}": running_sum})
 
     def _of_all_rows(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Return inputs of the condition as large as their values."""
+        """Pad inputs of the condition to the shapes of their values, and add `learned`."""
         given = self._filled(CONDITION, inputs)
         learned = {"learned": np.zeros(self.variant.rows, np.bool_)}
         return {**learned, **given} if self.variant.guided else given
 
     def _filled(self, name: str, given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Return what a step is fed, as large as its values.
+        """Enlarge what a step is fed to the shapes of the values that it is written to.
 
-        An edit without guidance, or with a short text, reads their beginning alone.
+        Steps of an edit without guidance, or with a short text, read their beginning alone.
         """
         shapes = {view.value: view.shape for view in self.steps[name].inputs.values()}
         return {value: np.resize(x, shapes[value]) for value, x in given.items()}

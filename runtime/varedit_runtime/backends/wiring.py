@@ -214,6 +214,7 @@ def wire(
     ever = {view.value for step in steps for view in step.outputs.values()}
     for step in steps:
         _check_step(step, known, ever)
+        _check_text(step, wiring.tokens)
         known |= {view.value for view in step.outputs.values()}
     return steps
 
@@ -233,6 +234,19 @@ def _check_step(step: Step, known: set[str], ever: set[str]) -> None:
     host = {**{n: read[n] for n in step.fed}, **{n: written[n] for n in step.read}}
     half = {name for name, view in host.items() if view.dtype == "bfloat16"}
     _refuse(step, "gives or takes bf16, which NumPy cannot represent, as", half)
+
+
+def _check_text(step: Step, tokens: int) -> None:
+    """Raise BundleError if a step takes texts of another length.
+
+    They would be repeated to fill it.
+    """
+    mask = step.inputs.get("text_mask")
+    if mask is not None and mask.shape[1:] != (tokens,):
+        raise BundleError(
+            f"the bundle's graph {step.stage} takes masks of shape {mask.shape} for texts of "
+            f"{tokens} tokens: build the bundle again"
+        )
 
 
 def _refuse(step: Step, what: str, names: Iterable[str]) -> None:
@@ -260,15 +274,14 @@ def constants(variant: Variant, model: Model) -> dict[str, np.ndarray]:
 def profiles_of(stage: str, variant: Variant, text_tokens: int | None = None) -> list[Sizes]:
     """Return the symbolic lengths that a graph is run with, in the order of its steps' profiles.
 
-    text_tokens: see `wire`.
-
-    The twins': for the prefill, then for every scale. With guidance, all of these again, for the
-    conditional rows only.
+    Of the twins: for the prefill, then for every scale. With guidance, all of these again, for the
+    conditional rows only. text_tokens: see `wire`.
     """
     scales: list[Sizes] = [{}]
     if stage in (SYMBOLIC, FUSED):
         scales = [scale_sizes(variant.grids, k) for k in (None, *range(len(variant.grids)))]
-    forms = (variant.rows, variant.batch) if variant.guided else (variant.rows,)
+    both = variant.guided and stage != TEXT  # which has no rows
+    forms = (variant.rows, variant.batch) if both else (variant.rows,)
     text = {"text_tokens": text_tokens or variant.text_tokens}
     return [sizes | {"rows": rows} | text for rows in forms for sizes in scales]
 

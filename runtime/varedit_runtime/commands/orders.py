@@ -164,7 +164,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, _Row]]:
 
 def _whole_number(text: str) -> int:
     """Return a seed. Raises ValueError on all but decimal digits; int() takes more."""
-    if not re.fullmatch(r"\s*-?[0-9]+\s*", text):
+    if not re.fullmatch(r"\s*-?[0-9]{1,20}\s*", text):
         raise ValueError(f"the seed is {shown(text)}, not a whole number")
     return int(text)
 

@@ -273,6 +273,7 @@ class OnnxBackend(GraphBackend):
         )
         _check_precision(bundle.manifest.policy, provider)
         self._threads, self._twin = options.threads or 0, twin
+        values_of(list(self._steps(self.text_lengths[0]).values()))  # raises if they do not fit
         self._bundle, self._offloads = bundle, bool(options.offload)
         self._sessions = self._load(bundle)
         self._phase: bool | None = None
@@ -282,8 +283,8 @@ class OnnxBackend(GraphBackend):
     @property
     def text_lengths(self) -> Sequence[int]:
         # What CUDA captured has the addresses, and so the shapes, of one length.
-        most = self.variant.text_tokens
-        return text_lengths(most) if self.provider == "cpu" else super().text_lengths
+        short = self.provider == "cpu" and self._twin == SYMBOLIC
+        return text_lengths(self.variant.text_tokens) if short else super().text_lengths
 
     @property
     def buffer_bytes(self) -> int:
