@@ -34,6 +34,7 @@ from varedit_export.resolve_options import plan_of
 from varedit_runtime.backends import choose, detect
 from varedit_runtime.backends import machine as machine_facts
 from varedit_runtime.backends.auto import AutoBackend, best, best_precision, told, wanted_backend
+from varedit_runtime.backends.engines.engine_set import EngineLayout
 from varedit_runtime.backends.machine import Gpu, Machine, Nvidia, ProbeResult, nvidia
 from varedit_runtime.backends.onnxruntime.spec import OnnxRuntime
 from varedit_runtime.bundle import Bundle
@@ -68,6 +69,11 @@ def on_hopper(machine: Machine) -> Machine:
             f"{NO_ENGINES}; tensorrt-rtx can compile: this bundle's engines for sm89",
         ),
         (with_engines("tensorrt", needing=21), "onnxruntime cuda", "tensorrt cannot: about 21.0"),
+        (
+            with_engines("tensorrt", needing=21, offloaded=19),
+            "onnxruntime cuda",
+            "or edit with --offload text, which takes 19.0 GB",
+        ),
         (
             on_hopper(without(SERVER, "tensorrt")),
             "onnxruntime cuda",
@@ -200,6 +206,23 @@ def test_engines_of_another_variant_do_not_count(
     for variant, count in ((own, 1), ("another", 0), (None, 1)):
         facts = detect.detect_machine(bundle, variant).bundle
         assert facts and len(facts.engines) == count
+
+
+@pytest.mark.parametrize("layout", ["external", "profiles", "baked"])
+def test_engines_that_hold_weights_are_passed_over_where_text_is_offloaded(
+    layout: EngineLayout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep_engines_in(tmp_path, monkeypatch)
+    bundle, engines = compiled(small_bundle(), layout)
+    for offload in (None, "text"):
+        facts = detect.detect_machine(bundle, offload=offload).bundle
+        assert facts
+        (found,) = facts.engines
+        if offload and layout != "external":
+            assert found.recipe is None and "contain their weights" in found.problem
+        else:
+            assert found.recipe == engines.manifest.recipe
+            assert (found.offloaded < found.gpu_memory) == (layout == "external" and not offload)
 
 
 def test_the_editor_takes_engines_that_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

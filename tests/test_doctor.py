@@ -86,12 +86,13 @@ def with_bundle(machine: Machine, **changed: Any) -> Machine:
     return replace(machine, bundle=replace(BUNDLE, **changed))
 
 
-def with_engines(backend: str, gpu: str = "", needing: int = 5) -> Machine:
-    """Make a machine; gpu: by default a server's; needing: GB of its memory."""
+def with_engines(backend: str, gpu: str = "", needing: int = 5, offloaded: int = 0) -> Machine:
+    """Make a machine; gpu: by default a server's; needing, offloaded: GB of its memory."""
     gpu = gpu or ("sm89" if backend == "tensorrt-rtx" else f"sm89 {ADA.name}")
     tools = {backend: SERVER.packages[backend]}
     recipe = EngineRecipe(backend, "512-b1", {}, {}, tools, gpu, "external", "fp16", {})
-    engines = EngineSetFacts(Path(f"{backend}-0"), recipe, gpu_memory=needing * 10**9)
+    sizes = needing * 10**9, offloaded * 10**9
+    engines = EngineSetFacts(Path(f"{backend}-0"), recipe, "", *sizes)
     return with_bundle(SERVER, engines=(engines,))
 
 
@@ -148,6 +149,12 @@ SWAP_BACK = "`pip uninstall onnxruntime-gpu` and `pip install --force-reinstall 
             "--precision fp32",
         ),
         (with_bundle(LAPTOP, memory=17 * 10**9), "onnxruntime cpu", "cannot", "17.0 GB"),
+        (
+            with_bundle(LAPTOP, memory=17 * 10**9, offloaded=15 * 10**9),
+            "onnxruntime cpu",
+            "cannot",
+            "16.0 GB free: end other programs, or edit with --offload text, which takes 15.0 GB",
+        ),
         (with_bundle(LAPTOP, memory=15 * 10**9), "onnxruntime cpu", "can run", "this bundle"),
         (
             with_bundle(LAPTOP, precision=FP16, memory=21 * 10**9),
@@ -235,6 +242,12 @@ SWAP_BACK = "`pip uninstall onnxruntime-gpu` and `pip install --force-reinstall 
             "this bundle",
         ),
         (with_engines("tensorrt", needing=21), "tensorrt", "cannot", "about 21.0 GB of GPU memory"),
+        (
+            with_engines("tensorrt", needing=21, offloaded=19),
+            "tensorrt",
+            "cannot",
+            "20.0 GB free: end other programs, or edit with --offload text, which takes 19.0 GB",
+        ),
         (LAPTOP, "tensorrt-rtx", "cannot", '"varedit-export[tensorrt-rtx]"'),
         (
             replace(SERVER, nvidia=LAPTOP.nvidia),
@@ -271,6 +284,27 @@ def test_every_backend_has_one_verdict_and_every_line_a_name(machine: Machine) -
     assert [verdict.backend for verdict in all_verdicts(machine)] == backends
     assert can_edit(machine)
     assert all(line[:18].strip() for line in report(machine).splitlines() if line)
+
+
+@pytest.mark.parametrize(
+    ("needed", "free", "said"),
+    [
+        (0, 16 * 10**9, "unknown how much memory editing takes"),
+        (0, None, "unknown how much memory editing takes"),
+        (10**9, None, "editing takes about 1.0 GB of memory, and it is unknown how much is free"),
+        (10**9, 16 * 10**9, "editing fits in memory, about 1.0 GB"),
+        (17 * 10**9, 16 * 10**9, "about 17.0 GB of memory are needed and 16.0 GB free: end other "),
+    ],
+)
+def test_memory_that_is_unknown_is_no_promise(needed: int, free: int | None, said: str) -> None:
+    machine = replace(with_bundle(LAPTOP, memory=needed), memory=free)
+    (line,) = (line for line in report(machine).splitlines() if line.startswith("weights "))
+    assert line.startswith(f"weights           8.0 GB: {said}")
+
+
+def test_offloading_is_not_named_where_it_is_not_enough() -> None:
+    machine = with_bundle(LAPTOP, memory=18 * 10**9, offloaded=17 * 10**9)
+    assert "--offload" not in report(machine)
 
 
 def test_nothing_edits_where_compiling_is_all_that_works() -> None:

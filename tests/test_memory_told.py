@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from bundles import bundle_config, random_weights, request, small_bundle
 from click.testing import CliRunner
-from editing import pair_bundle, plain_bundle, plain_config
+from editing import pair_bundle, picture, plain_bundle, plain_config
+from stand_in_cuda import pretend
 
 from varedit_export.cli import main
 from varedit_export.estimate import cpu_editing, gpu_editing
@@ -17,10 +18,13 @@ from varedit_export.sources import random_sources
 from varedit_reference.config import preset
 from varedit_runtime.backends.detect import detect_machine
 from varedit_runtime.backends.engines.memory import budget
+from varedit_runtime.backends.onnxruntime.backend import OnnxBackend
 from varedit_runtime.backends.onnxruntime.memory import host_budget
+from varedit_runtime.backends.wiring import TEXT
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.editing.editor import Editor
 from varedit_runtime.errors import readable_size
+from varedit_runtime.manifest import weights_file
 
 ROOT = Path(__file__).parent.parent
 
@@ -71,7 +75,10 @@ def test_inspect_tells_it() -> None:
     assert f"on a CPU: {readable_size(told.total)} of memory" in shown
     assert f"and the program; {readable_size(told.offloaded)} with --offload text" in shown
     offloaded = budget(bundle, variant, offload="text")
-    assert f"the driver takes; {readable_size(offloaded.total)} with --offload text" in shown
+    assert (
+        f"the driver takes; {readable_size(offloaded.total)} with --offload text on engines"
+        in shown
+    )
 
 
 @pytest.mark.parametrize("offload", [None, "text"])
@@ -80,8 +87,33 @@ def test_backends_are_judged_by_it(offload: str | None) -> None:
     (variant,) = bundle.manifest.variants
     facts, told = detect_machine(bundle, offload=offload).bundle, host_budget(bundle, variant)
     assert facts and facts.memory == (told.offloaded if offload else told.total)
-    on_gpu = budget(bundle, variant, offload=offload).total
-    assert facts.gpu_memory == on_gpu + told.activations
+    assert facts.offloaded == told.offloaded
+
+
+@pytest.mark.parametrize("offload", [None, "text"])
+def test_cuda_is_judged_by_what_its_arena_keeps(
+    offload: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Freed caches stay taken while the text encoder is loaded into memory of its own."""
+    pretend(monkeypatch)
+    bundle = Bundle.open(small_bundle())
+    (variant,) = bundle.manifest.variants
+    files, enter = bundle.manifest.files, OnnxBackend._enter
+    buffers, taken = [0], [0]
+
+    def watched(backend: OnnxBackend, text: bool) -> None:
+        enter(backend, text)
+        buffers.append(max(buffers[-1], backend.buffer_bytes))
+        loaded = {*bundle.components} - {TEXT} | {*backend._sessions} & {TEXT}
+        taken.append(buffers[-1] + sum(files[weights_file(name)].size for name in loaded))
+
+    monkeypatch.setattr(OnnxBackend, "_enter", watched)
+    with Editor.open(bundle.path, provider="cuda", threads=1, offload=offload) as editor:
+        editor.edit(picture(40, 30), "add a hat", seed=1)
+    facts = detect_machine(bundle, offload=offload).bundle
+    assert facts
+    told = facts.gpu_memory - host_budget(bundle, variant).activations
+    assert max(taken) <= told == pytest.approx(max(taken), rel=0.01)
 
 
 def test_a_dry_run_tells_it_and_builds_nothing(tmp_path: Path) -> None:
@@ -125,6 +157,6 @@ def test_the_readme_tells_it() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     half, full = full_size("8b", 512, "fp16", True), full_size("8b", 512, "fp32", False)
     assert re.search(rf"\| {half[0]} of the GPU's \(.*\), and scratch \| {full[0]} \(", readme)
-    assert f"with `--offload text` | {half[1]} | {full[1]} |" in readme
+    assert f"with `--offload text` | {half[1]} on engines | {full[1]} |" in readme
     whole, offloaded = full_size("8b", 512, "int8", False)
     assert f"editing takes {whole}, and {offloaded} with `--offload text`" in readme

@@ -149,7 +149,7 @@ def test_engines_that_hold_weights_cannot_release_them(layout: EngineLayout) -> 
 
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Count the graphs that are loaded, by name; of the text encoder, while no caches are held."""
+    """Count how often each graph is loaded, by its name."""
     counted = Counter[str]()
 
     class Counted(Session):
@@ -248,11 +248,16 @@ def test_other_words_are_refused(backend: str) -> None:
         wanted_backend(backend, offload="all")
 
 
-def test_the_command_takes_it(tmp_path: Path) -> None:
+def test_the_command_takes_it(tmp_path: Path, loaded: Counter[str]) -> None:
     photo, results = tmp_path / "photo.png", [tmp_path / f"{n}.png" for n in range(2)]
     PHOTO.save(photo)
+    loaded_first = []
     for result, options in zip(results, [(), ("--offload", "text")], strict=True):
         told = *("--bundle", "nano", "--seed", "1", "-o", str(result)), *options
+        loaded.clear()
         done = CliRunner().invoke(main, [str(photo), "add a hat", *told])
         assert done.exit_code == 0, done.output
+        loaded_first.append(next(iter(loaded)) == TEXT)
+        assert loaded[TEXT] == 1
+    assert loaded_first == [True, False]
     assert results[0].read_bytes() == results[1].read_bytes()

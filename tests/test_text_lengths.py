@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from bundles import small_bundle
 from editing import pair_bundle, picture
+from stand_in_cuda import pretend
 
 from varedit_runtime.backends.graph_backend import GraphBackend
 from varedit_runtime.backends.wiring import text_lengths
@@ -71,6 +72,21 @@ def test_a_negative_prompt_that_nobody_reads_lengthens_nothing(
     read = lengths_of(editor, monkeypatch)
     editor.edit(picture(40, 30), SHORT, negative_prompt=LONG, guidance_scale=1, seed=1)
     assert set(read.values()) == {16}
+
+
+def test_cuda_which_captures_addresses_reads_all_texts_in_one_length(
+    editor: Editor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(monkeypatch)
+    with Editor.open(small_bundle(), provider="cuda", threads=1) as on_cuda:
+        read = lengths_of(on_cuda, monkeypatch)
+        for text in (SHORT, LONG, SHORT):
+            ours, theirs = (
+                np.asarray(one.edit(picture(40, 30), text, seed=1).image, np.int64)
+                for one in (on_cuda, editor)
+            )
+            assert abs(ours - theirs).max() <= 1
+            assert set(read.values()) == {24}
 
 
 @pytest.mark.parametrize("negative", [None, "blue"])

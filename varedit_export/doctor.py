@@ -84,11 +84,7 @@ def _bundle(machine: Machine, bundle: BundleFacts) -> Iterator[str]:
     yield report_line("bundle", f"{bundle.path}: {bundle.precision.name}, {variants}")
     edits = "yes" if bundle.unfit is None else f"no: {bundle.unfit}"
     yield report_line("edits pictures", edits)
-    fits = (
-        too_little(machine.memory, bundle.memory, "memory")
-        or f"editing fits in memory, about {readable_size(bundle.memory)}"
-    )
-    yield report_line("weights", f"{readable_size(bundle.weights)}: {fits}")
+    yield report_line("weights", f"{readable_size(bundle.weights)}: {_fits(machine, bundle)}")
     for engines in bundle.engines:
         why = unfit(machine, engines)
         said = (
@@ -99,6 +95,18 @@ def _bundle(machine: Machine, bundle: BundleFacts) -> Iterator[str]:
         yield report_line("engines", f"{engines.path.name}: {said}")
     if not bundle.engines:
         yield report_line("engines", "none")
+
+
+def _fits(machine: Machine, bundle: BundleFacts) -> str:
+    """Return whether the memory is enough for editing on a CPU, as far as that is known."""
+    if why := too_little(machine.memory, bundle.memory, "memory", bundle.offloaded):
+        return why
+    if not bundle.memory:
+        return "unknown how much memory editing takes"
+    taken = f"about {readable_size(bundle.memory)}"
+    if machine.memory is None:
+        return f"editing takes {taken} of memory, and it is unknown how much is free"
+    return f"editing fits in memory, {taken}"
 
 
 def _replace(machine: Machine, engines: EngineSetFacts) -> tuple[str, ...]:

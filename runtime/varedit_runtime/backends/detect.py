@@ -19,7 +19,7 @@ from varedit_runtime.backends.machine import (
     available_memory,
     nvidia,
 )
-from varedit_runtime.backends.onnxruntime.memory import host_budget
+from varedit_runtime.backends.onnxruntime.memory import HostBudget, host_budget
 from varedit_runtime.backends.spec import BackendSpec
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import ANY_FAILURE, BundleError, one_line, reason
@@ -92,14 +92,15 @@ def installed() -> dict[str, str]:
 def _bundle_facts(bundle: Bundle, variant: str | None, offload: str | None) -> BundleFacts:
     manifest, sets = bundle.manifest, EngineSets(bundle)
     engines = [_engines(sets, path, offload) for path in sets.folders]
-    needed = list(_needed(bundle, variant, offload))
+    needed = list(_needed(bundle, variant))
     return BundleFacts(
         path=bundle.path,
         precision=manifest.policy,
         weights=sum(manifest.files[weights_file(name)].size for name in bundle.components),
         variants=tuple(variant.name for variant in manifest.variants),
         unfit=manifest.unfit,
-        memory=max((on_cpu for on_cpu, _ in needed), default=0),
+        memory=max((told.offloaded if offload else told.total for told, _ in needed), default=0),
+        offloaded=max((told.offloaded for told, _ in needed), default=0),
         gpu_memory=max((on_gpu for _, on_gpu in needed), default=0),
         engines=tuple(
             facts
@@ -109,14 +110,17 @@ def _bundle_facts(bundle: Bundle, variant: str | None, offload: str | None) -> B
     )
 
 
-def _needed(bundle: Bundle, variant: str | None, offload: str | None) -> Iterator[tuple[int, int]]:
-    """Yield the bytes that editing takes on a CPU and on a GPU, for the variants that count."""
+def _needed(bundle: Bundle, variant: str | None) -> Iterator[tuple[HostBudget, int]]:
+    """Yield what editing takes on a CPU, and the bytes on a GPU, for the variants that count.
+
+    The bytes on a GPU are those without offload, with it too: ONNX Runtime's CUDA provider keeps
+    the memory of freed caches for later buffers, and the text encoder takes memory of its own.
+    """
     for one in bundle.manifest.variants:
         if variant in (None, one.name):
             with suppress(BundleError):  # opening it says what is wrong
                 told = host_budget(bundle, one)
-                gpu = budget(bundle, one, offload=offload).total + told.activations
-                yield told.offloaded if offload else told.total, gpu
+                yield told, budget(bundle, one).total + told.activations
 
 
 def _engines(sets: EngineSets, path: Path, offload: str | None) -> EngineSetFacts:
@@ -129,8 +133,14 @@ def _engines(sets: EngineSets, path: Path, offload: str | None) -> EngineSetFact
                 path, None, "they are of other graphs or weights than the bundle's"
             )
         sets.open(recipe)  # says whether they were built here
+        if offload and recipe.layout != "external":
+            return EngineSetFacts(
+                path, None, "they contain their weights, which --offload text cannot release"
+            )
         variant = bundle.manifest.variant(recipe.variant)
-        needed = budget(bundle, variant, recipe.layout, engines, offload)
+        needed, offloaded = (
+            budget(bundle, variant, recipe.layout, engines, how).total for how in (offload, "text")
+        )
     except BundleError as error:
         return EngineSetFacts(path, None, one_line(error))
-    return EngineSetFacts(path, recipe, gpu_memory=needed.total)
+    return EngineSetFacts(path, recipe, gpu_memory=needed, offloaded=offloaded)

@@ -53,13 +53,15 @@ class EngineSetFacts:
     """A set of compiled engines of a bundle.
 
     problem: why no machine can use it; without one it has a recipe. gpu_memory: bytes that the
-    engines take, without what the driver needs for their code.
+    engines take, without what the driver needs for their code. offloaded: the same with
+    `--offload text`; 0 where it is unknown.
     """
 
     path: Path
     recipe: "EngineRecipe | None"
     problem: str = ""
     gpu_memory: int = 0
+    offloaded: int = 0
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,8 @@ class BundleFacts:
     """A bundle.
 
     weights: bytes of all its weights files. unfit: why it is not for editing. memory, gpu_memory:
-    bytes that editing takes on a CPU, and with ONNX Runtime on a GPU; 0 where that is unknown.
+    bytes that editing takes on a CPU, and with ONNX Runtime on a GPU; offloaded: on a CPU with
+    `--offload text`; each 0 where it is unknown.
     """
 
     path: Path
@@ -78,6 +81,7 @@ class BundleFacts:
     unfit: str | None = None
     memory: int = 0
     gpu_memory: int = 0
+    offloaded: int = 0
 
 
 @dataclass(frozen=True)

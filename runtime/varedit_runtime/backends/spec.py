@@ -191,12 +191,17 @@ def try_import(name: str) -> ModuleType | str:
         return reason(error)
 
 
-def too_little(free: int | None, needed: int, of: str) -> str | None:
-    """Return a sentence when fewer bytes of some memory are free than needed."""
+def too_little(free: int | None, needed: int, of: str, offloaded: int = 0) -> str | None:
+    """Return a sentence when fewer bytes of some memory are free than needed.
+
+    offloaded: the bytes that are needed with `--offload text`; 0 where that is unknown.
+    """
     if free is None or free >= needed:
         return None
     wanted, left = readable_size(needed), readable_size(free)
-    return f"about {wanted} of {of} are needed and {left} free: end other programs"
+    less = f", or edit with --offload text, which takes {readable_size(offloaded)}"
+    hint = less if 0 < offloaded <= free else ""
+    return f"about {wanted} of {of} are needed and {left} free: end other programs{hint}"
 
 
 def install_command(name: str) -> str:

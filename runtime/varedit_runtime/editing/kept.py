@@ -2,7 +2,8 @@
 
 Several results of one picture and instruction differ in their seeds alone: the text, the picture
 and the prefill, which reads both, are computed once. Edits of the same picture, or by the same
-instruction, share what their encoders computed. Everything is found by its whole content.
+instruction, share what their encoders computed. Everything is found by its whole content; of a text
+this includes the padding, on which the last bits of its features depend.
 """
 
 from collections import OrderedDict

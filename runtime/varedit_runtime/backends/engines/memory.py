@@ -119,8 +119,11 @@ def budget(
 
 
 def with_offload(budget: Budget) -> str:
-    """Return the end of a sentence on a budget, given the one with the text encoder offloaded."""
-    return f"; {readable_size(budget.total)} with --offload text"
+    """Format the total with `--offload text`, to be put behind another budget.
+
+    budget: the one of engines with the text encoder offloaded.
+    """
+    return f"; {readable_size(budget.total)} with --offload text on engines"
 
 
 def set_budgets(bundle: Bundle, variant: Variant) -> Iterator[tuple[str, Budget]]:

@@ -125,8 +125,9 @@ class EngineSpec(BackendSpec[EngineBackendOptions]):
         if not fitting:
             what = f"this bundle's engines for {gpu.architecture}"
             return self._compiles(machine, what, self.compile_command(machine))
-        needed = min(engines.gpu_memory for engines in fitting)
-        if why := too_little(gpu.free, needed, "GPU memory"):
+        least = min(fitting, key=lambda engines: engines.gpu_memory)
+        offloaded = min(engines.offloaded for engines in fitting)
+        if why := too_little(gpu.free, least.gpu_memory, "GPU memory", offloaded):
             return Verdict(self.name, "cannot", why)
         return Verdict(self.name, "can run", "this bundle")
 

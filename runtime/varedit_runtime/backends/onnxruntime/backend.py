@@ -276,6 +276,8 @@ class OnnxBackend(GraphBackend):
         values_of(list(self._steps(self.text_lengths[0]).values()))  # raises if they do not fit
         self._bundle, self._offloads = bundle, bool(options.offload)
         self._sessions = self._load(bundle)
+        # What is held: True: the text encoder's part; False: all else, or everything if nothing is
+        # offloaded; None: neither.
         self._phase: bool | None = None
         self._values: dict[str, Buffer] = {}
         self._enter(text=False)
@@ -303,9 +305,11 @@ class OnnxBackend(GraphBackend):
         self._sessions, self._values = {}, {}
 
     def _enter(self, text: bool) -> None:
-        """Hold what the text encoder needs or, if it is offloaded, what all other stages need.
+        """Hold the session and values of the text encoder, or the values of all other stages.
 
-        What was held is freed first. After an error nothing is, and the next run tries again.
+        Sessions of other stages are always held, and everything is if nothing is offloaded. text:
+        whether the text encoder runs next. What was held is freed first; after an error nothing is
+        held, and the next run tries again.
         """
         text = text and self._offloads
         if text == self._phase:
@@ -323,6 +327,7 @@ class OnnxBackend(GraphBackend):
         self._phase = text
 
     def _holds(self, stage: str, text: bool) -> bool:
+        """Return whether a stage belongs to what is held; text: see `_enter`."""
         return not self._offloads or (stage == TEXT) == text
 
     def _load(self, bundle: Bundle, text: bool = False) -> dict[str, Session]:

@@ -77,7 +77,7 @@ class OnnxRuntime(BackendSpec[OnnxRuntimeOptions]):
         if not bundle.precision.onnxruntime:
             why = f"CPUs do not compute {bundle.precision.name}: build with --precision fp32"
             return Verdict(CPU, "cannot", why)
-        if why := too_little(machine.memory, bundle.memory, "memory"):
+        if why := too_little(machine.memory, bundle.memory, "memory", bundle.offloaded):
             return Verdict(CPU, "cannot", why)
         if bundle.precision.cpu_growth > 1:
             less = "this bundle, in fp32: --precision fp32 takes less memory"
