@@ -48,7 +48,7 @@ format: $(INSTALLED)  ## rewrite files in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(INSTALLED)  ## write the commands' help into docs/commands.md
+docs: $(INSTALLED)  ## write docs/commands.md from the commands' help, and docs/bench.schema.json
 	$(BIN)/python tests/commands_page.py
 
 nano-bundle: $(INSTALLED)  ## build the embedded bundle of nano's weights

@@ -1,6 +1,8 @@
 """`varedit-export bench`: a bundle beside the reference that it was made from."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,14 +19,26 @@ from varedit_export import bench
 from varedit_export.bench import entrants, measure_all
 from varedit_export.cli import main
 from varedit_export.parity.reference_backend import Reference, ReferenceBackend
+from varedit_runtime.backends import BACKENDS
+from varedit_runtime.backends.onnxruntime.spec import OnnxRuntime
 from varedit_runtime.bench import INSTRUCTION, ROLLUP, memory_in_use
 from varedit_runtime.bench_report import Measurement, Report, Spread
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.editing.editor import Editor, read_instructions
-from varedit_runtime.errors import BackendError
+from varedit_runtime.errors import BackendError, ConfigError
 
 SCALES = [f"scale_{k:02}" for k in range(len(bundle_config().transformer.grids))]
 STAGES = ["text_encoder", "image_encoder", "condition", "prefill", *SCALES, "image_decoder"]
+
+
+class Again(OnnxRuntime):
+    """Runs as onnxruntime does, and says that another package computed."""
+
+    name = "again"
+    packages = ("numpy", "missing")
+
+
+AGAIN = Again()
 
 
 def run(*arguments: object) -> Result:
@@ -98,15 +112,35 @@ def test_batches_and_bundles_without_guidance_are_measured(
     assert own.faster and own.faster > 0
 
 
-def test_another_bundle_and_another_backend_are_opponents(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_bundle_and_another_backend_are_opponents(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(bench, "measure_process", lambda *_: None)
-    both = entrants(small_bundle(), [small_bundle(), "onnxruntime"])
-    other, backend, own = measure_all(both, 1, threads=1).measurements
-    assert other.faster is None and other.name == own.name == str(small_bundle())
+    monkeypatch.setitem(BACKENDS, "again", f"{__name__}:AGAIN")
+    copied = tmp_path / "copied"
+    shutil.copytree(small_bundle(), copied)
+    report = measure_all(entrants(small_bundle(), [copied, "again"]), 1, threads=1)
+    assert report.versions.keys() == {"onnxruntime", "numpy"}  # and no PyTorch
+    other, backend, own = report.measurements
+    names = [str(copied), f"{small_bundle()}, again", str(small_bundle())]
+    assert [one.name for one in report.measurements] == names
+    assert other.faster is None
     assert backend.provider == own.provider == "cpu"
     assert own.differing == backend.differing == 0
     refused = run("bench", small_bundle(), "--against", "nowhere")
     assert refused.exit_code == 1 and "nowhere" in refused.stderr
+
+
+def test_a_name_that_is_no_text_can_be_written() -> None:
+    name = bench.Entrant(Path(os.fsdecode(b"\xff"))).name
+    assert msgspec.json.decode(msgspec.json.encode(name)) == r"\udcff"
+
+
+@pytest.mark.parametrize("against", ["reference", "onnxruntime", "itself"])
+def test_nothing_is_compared_with_itself(against: str) -> None:
+    others = ["reference", small_bundle() if against == "itself" else against]
+    with pytest.raises(ConfigError, match="is compared with itself"):
+        measure_all(entrants(small_bundle(), others), 1)
 
 
 def test_growth_is_the_exponent_of_a_pictures_tokens() -> None:

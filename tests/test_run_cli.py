@@ -24,14 +24,16 @@ from editing import picture, reference
 from msgspec import structs
 from PIL import Image
 from product_graph import product_graph
+from stand_in_cuda import pretend
 from terminals import read_terminal
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from varedit_reference.scale_loop import predict_scales, seeded
 from varedit_runtime import bench, bench_report
-from varedit_runtime.backends import choose
-from varedit_runtime.backends.onnxruntime.backend import Buffer, Session
+from varedit_runtime.backends import BACKENDS, choose
+from varedit_runtime.backends.onnxruntime.backend import Buffer, OnnxBackend, Session
+from varedit_runtime.backends.onnxruntime.spec import OnnxRuntime
 from varedit_runtime.bench_report import Report, Spread, report_table
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.cli import main
@@ -502,6 +504,53 @@ def test_bench_tells_where_the_memory_is(measured: tuple[str, Report]) -> None:
         assert f"peak {memory.peak_ratio:.2f} x weights" in table
 
 
+def test_bench_tells_what_was_offloaded(tmp_path: Path) -> None:
+    file = tmp_path / "bench.json"
+    options = ("--repeat", 1, "--backend", "onnxruntime", "--offload", "text")
+    done = run("bench", small_bundle(), *options, "--json", file)
+    assert done.exit_code == 0, done.output
+    (own,) = msgspec.json.decode(file.read_bytes(), type=Report).measurements
+    assert own.offload == "text" and "batch 1, offload text" in done.stdout
+    bundle = Bundle.open(small_bundle())
+    held = [bundle.weights_path(n) for n in bundle.components if n != "text_encoder"]
+    assert own.process and own.process.memory.weights == sum(p.stat().st_size for p in held)
+
+
+def test_the_yardstick_of_a_gpu_runs_when_the_bundle_is_closed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pretend(monkeypatch)
+    done: list[str] = []
+    close = OnnxBackend.close
+    monkeypatch.setattr(OnnxBackend, "close", lambda self: (done.append("close"), close(self)))
+    monkeypatch.setattr(bench, "product_rate", lambda provider: done.append(provider) or 1e12)
+    report = bench.measure_bundle(small_bundle(), 2, choose("onnxruntime", provider="cuda"))
+    assert done == ["close", "cuda"]
+    assert report.measurements[0].product_rate == 1e12
+
+
+class OfNumpy(OnnxRuntime):
+    name = "ofnumpy"
+    packages = ("numpy", "missing")
+
+
+OF_NUMPY = OfNumpy()
+
+
+def test_versions_are_of_what_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BACKENDS, "ofnumpy", f"{__name__}:OF_NUMPY")
+    report = bench.measure_bundle(small_bundle(), 1, choose("ofnumpy", threads=1))
+    assert report.versions == {"numpy": np.__version__}
+    table = report_table(structs.replace(report, versions={}))
+    assert table.splitlines()[1].startswith("1 threads; median of 1")
+
+
+def test_a_clock_that_saw_no_time_pass_gives_no_ratio() -> None:
+    one, none = Spread(1, 1, 1), Spread(0, 0, 0)
+    assert bench._times(one, one) == 1
+    assert bench._times(one, none) is None
+
+
 def test_memory_is_left_out_where_the_system_does_not_tell(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -525,11 +574,13 @@ def test_memory_is_left_out_where_the_system_does_not_tell(
 def test_the_processor_and_its_instruction_sets_are_told(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    for unreadable in (tmp_path / "cpuinfo", tmp_path):
+        monkeypatch.setattr(bench_report, "CPUINFO", unreadable)
+        assert bench_report.Processor.detect().processor
     monkeypatch.setattr(bench_report, "CPUINFO", tmp_path / "cpuinfo")
-    assert bench_report.Machine.detect().processor
     lines = ["model name\t: EPYC: 9", "flags\t\t: fpu avx2 avx512f avx512_vnni avx512_vnni2", ""]
-    (tmp_path / "cpuinfo").write_text("\n".join(lines * 2))
-    machine = bench_report.Machine.detect()
+    (tmp_path / "cpuinfo").write_bytes("\n".join(lines * 2).encode() + b"serial: \xff")
+    machine = bench_report.Processor.detect()
     assert machine.processor == "EPYC: 9"
     assert machine.instruction_sets == ("avx2", "avx512f", "avx512_vnni")
 
@@ -599,6 +650,8 @@ def test_the_yardstick_is_a_matrix_product() -> None:
 def test_the_schema_of_reports_is_current() -> None:
     file = Path(__file__).parent.parent / "docs" / "bench.schema.json"
     assert file.read_bytes() == bench_report.schema(), "run `make docs`"
+    described = json.loads(file.read_text())["$defs"].values()
+    assert not any("\n " in struct["description"] for struct in described)  # on any Python
 
 
 def test_quartiles() -> None:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bundles import built, bundle_config, request
+from bundles import built, bundle_config, request, small_bundle
 from click.testing import CliRunner
 from PIL import Image
 
-from varedit_export import cli
+from varedit_export import bench, cli
 from varedit_export.plan import BundlePlan, VariantRequest
 from varedit_export.sources import Sources, random_sources
 from varedit_reference.config import ModelConfig
@@ -119,3 +119,26 @@ def test_several_resolutions_are_planned_over_one_copy(tmp_path: Path) -> None:
     one, three = planned(512), planned(256, 512, 1024)
     assert "256-b1, 512-b1, 1024-b1, fp32" in three
     assert megabytes(three) < 1.001 * megabytes(one)
+
+
+def test_all_are_measured_with_the_growth_over_them(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "measure_process", lambda *_: None)
+    report = bench.measure_all(bench.entrants(bundle, []), 1, threads=1, variant=bench.ALL)
+    assert [one.variant for one in report.measurements] == ["96-b1", "64-b1", "64-b2"]
+    assert [one.batch for one in report.measurements] == [1, 1, 2]
+    assert [one.faster for one in report.measurements] == [None] * 3
+    (growth,) = report.growth
+    assert growth.name == str(bundle)
+
+
+@pytest.mark.parametrize("variant", [bench.ALL, "64-b1"])
+def test_a_variant_that_an_opponent_lacks_is_told_before_any_is_measured(
+    bundle: Path, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "_measure_variant", None)
+    both = bench.entrants(bundle, [small_bundle()])
+    said = re.escape(f"{small_bundle()}: the bundle has no variant '64-b1'; it has 96-b1")
+    with pytest.raises(BundleError, match=said):
+        bench.measure_all(both, 1, threads=1, variant=variant)

@@ -16,24 +16,23 @@ from tempfile import TemporaryDirectory
 
 import msgspec
 import numpy as np
-import onnxruntime as ort
 import torch
 from torch import nn
 
 from varedit_export.manifest_model import sources_of
 from varedit_export.parity.reference_backend import Reference, ReferenceBackend
-from varedit_runtime.bench import Contestant, check_repeat, measure
-from varedit_runtime.bench_report import Dial, Growth, Machine, Measurement, Process, Report
+from varedit_runtime.backends import DEFAULT, find_backend
+from varedit_runtime.bench import Contestant, check_repeat, summarise, take_turns, versions_of
+from varedit_runtime.bench_report import Dial, Growth, Measurement, Process, Processor, Report
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.editing.editor import Editor, read_instructions
 from varedit_runtime.editing.random_text import with_any_text
-from varedit_runtime.errors import BackendError
+from varedit_runtime.errors import BackendError, BundleError, ConfigError, printable
 from varedit_runtime.manifest import Variant
 
 REFERENCE = "reference"
 ALL = "all"
 RUNTIME = "from varedit_runtime.cli import main; main()"
-_ONNXRUNTIME = "onnxruntime"
 
 
 @dataclass(frozen=True)
@@ -41,14 +40,14 @@ class Entrant:
     """A bundle, and the backend that runs it, or REFERENCE."""
 
     bundle: Path
-    backend: str = _ONNXRUNTIME
+    backend: str = DEFAULT
 
     @property
     def name(self) -> str:
         """What a report calls it."""
         if self.backend == REFERENCE:
             return REFERENCE
-        return str(self.bundle) + f", {self.backend}" * (self.backend != _ONNXRUNTIME)
+        return printable(str(self.bundle)) + f", {self.backend}" * (self.backend != DEFAULT)
 
 
 def entrants(bundle: Path, against: Sequence[str | Path]) -> list[Entrant]:
@@ -74,27 +73,52 @@ def measure_all(
     variant: a name that all bundles have, by default the last one's first; ALL for all of that one.
     dials: see `Contestant`; the reference is measured without. Raises what `Editor.open` raises,
     BackendError if the runtime fails in a process that measures memory, and ConfigError on repeat
-    or threads out of range.
+    or threads out of range, or if something is compared twice.
     """
     check_repeat(repeat)
-    machine = Machine.detect()
+    _check_names([one.name for one in compared])
+    machine = Processor.detect()
     count = (os.cpu_count() or 1) if threads is None else threads
-    bundle = Bundle.open(compared[-1].bundle)
-    variants = bundle.manifest.variants
-    if variant != ALL:
-        variants = (bundle.manifest.variant(variant),)
+    bundles = [Bundle.open(one.bundle) for one in compared]
+    variants = _variants(bundles, variant)
     measurements: list[Measurement] = []
     for one in variants:
         measurements += _measure_variant(compared, repeat, count, one.name, dials)
-    bundle.check_stands()  # it was opened several times, and read by its path
+    for bundle in bundles:
+        bundle.check_stands()  # it was opened several times, and read by its path
+    versions = versions_of(find_backend(x.backend) for x in compared if x.backend != REFERENCE)
+    if any(one.backend == REFERENCE for one in compared):
+        versions["torch"] = str(torch.__version__)
     return Report(
         machine=machine,
         threads=count,
-        versions={"onnxruntime": ort.__version__, "torch": str(torch.__version__)},
+        versions=versions,
         repeat=repeat,
         measurements=tuple(measurements),
         growth=tuple(_growths(measurements, variants)),
     )
+
+
+def _check_names(names: Sequence[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(
+                f"{name} is compared with itself: name each bundle and backend once; a bundle runs "
+                f"in {DEFAULT} unless another is named"
+            )
+
+
+def _variants(bundles: Sequence[Bundle], wanted: str | None) -> Sequence[Variant]:
+    """Return the variants to measure. Raises BundleError if one of the bundles lacks any."""
+    last = bundles[-1].manifest
+    variants = last.variants if wanted == ALL else (last.variant(wanted),)
+    for bundle in bundles:
+        for one in variants:
+            try:
+                bundle.manifest.variant(one.name)
+            except BundleError as error:
+                raise BundleError(f"{bundle.path}: {error}") from error
+    return variants
 
 
 def _measure_variant(
@@ -116,16 +140,17 @@ def _measure_variant(
             )
             for one, editor in zip(compared, opened, strict=True)
         ]
-        for measured in measure(contestants, repeat):
-            process = processes.get(measured.name) if measured.dial is None else None
-            yield msgspec.structs.replace(measured, process=process)
+        turns = take_turns(contestants, repeat)
+    for measured in summarise(*turns):
+        process = processes.get(measured.name) if measured.dial is None else None
+        yield msgspec.structs.replace(measured, process=process)
 
 
 def _open(one: Entrant, threads: int, variant: str) -> Editor:
     if one.backend == REFERENCE:
         bundle = Bundle.open(one.bundle)
         return open_reference(bundle, bundle.manifest.variant(variant))
-    own = threads if one.backend == _ONNXRUNTIME else None
+    own = threads if one.backend == DEFAULT else None
     return Editor.open(one.bundle, backend=one.backend, threads=own, variant=variant)
 
 
@@ -155,7 +180,7 @@ def measure_process(one: Entrant, threads: int, variant: str) -> Process:
         file = Path(folder) / "report.json"
         options = ["--repeat", "1", "--variant", variant, "--json", str(file)]
         options += ["--backend", one.backend]
-        if one.backend == _ONNXRUNTIME:
+        if one.backend == DEFAULT:
             options += ["--threads", str(threads)]
         done = subprocess.run(
             [sys.executable, "-c", RUNTIME, "bench", os.path.abspath(one.bundle), *options],

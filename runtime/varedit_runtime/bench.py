@@ -1,36 +1,38 @@
 """Measure a bundle on this machine: the time of every stage and scale, start-up, and memory.
 
-The yardstick is one large fp32 matrix product, measured in the same turns on the same provider and
-threads of ONNX Runtime: a stage that reaches the product's rate in its own products has a share
-of 1. So a share says how much a faster implementation could gain.
+The yardstick is one large fp32 matrix product on the same provider and threads of ONNX Runtime,
+measured in the same turns; on a GPU after them, as its matrices may find no room beside a bundle. A
+stage that reaches the product's rate in its own products has a share of 1. So a share says how much
+a faster implementation could gain.
 """
 
 import os
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event, Thread
 from time import perf_counter
-from typing import get_args
+from typing import Any, get_args
 
 import msgspec
 import numpy as np
-import onnxruntime as ort
 from PIL import Image
 
 from varedit_runtime.backends import ChosenBackend
 from varedit_runtime.backends.auto import AUTO, AutoBackend
+from varedit_runtime.backends.detect import installed
 from varedit_runtime.backends.machine import return_freed_memory
 from varedit_runtime.backends.onnxruntime.backend import Buffer, Session
+from varedit_runtime.backends.spec import BackendSpec
 from varedit_runtime.backends.wiring import TEXT
 from varedit_runtime.bench_report import (
     Dial,
-    Machine,
     Measurement,
     MemoryUse,
     Process,
+    Processor,
     Report,
     Spread,
     StageMeasurement,
@@ -40,7 +42,7 @@ from varedit_runtime.editing.arguments import Settings
 from varedit_runtime.editing.batch import guided_scales
 from varedit_runtime.editing.editor import WHOLE_EDIT, Editor, EditResult, OnScale
 from varedit_runtime.editing.random_text import with_any_text
-from varedit_runtime.errors import ConfigError
+from varedit_runtime.errors import ConfigError, printable
 from varedit_runtime.geometry import scale_sizes
 from varedit_runtime.manifest import MANIFEST, Model, Variant, scale_of, weights_file
 
@@ -71,7 +73,7 @@ class Contestant:
 
     @property
     def kinds(self) -> list[Dial | None]:
-        """What is measured: None is a whole edit, with which a further result shares its start."""
+        """The dials to measure; None first, as a further result begins with what that edit left."""
         return [None, *(dial for dial in DIALS if dial in self.dials)]
 
     def edit(self, dial: Dial | None = None, on_scale: OnScale | None = None) -> EditResult:
@@ -136,31 +138,34 @@ def measure_bundle(
     with Editor.open(bundle, backend=backend, variant=variant) as editor:
         open_seconds, opened = perf_counter() - start, memory_in_use()
         precision = editor.bundle.manifest.precision
-        one = Contestant(str(editor.bundle.path), with_any_text(editor), precision, dials)
+        name = printable(str(editor.bundle.path))
+        one = Contestant(name, with_any_text(editor), precision, dials)
         start = perf_counter()
         with peak_memory() as samples:
             one.edit()
         first_seconds = perf_counter() - start
         return_freed_memory()
         after = memory_in_use()
-        measurements = measure([one], repeat)
+        turns = take_turns([one], repeat)
         gpu, buffers = editor.backend.gpu_memory, editor.backend.buffer_bytes
     peak = max(samples, default=None)
-    memory = _memory(editor.bundle, before, opened, peak, after, 0 if gpu else buffers)
+    first, *others = summarise(*turns)
+    own_buffers = 0 if gpu else buffers
+    memory = _memory(editor.bundle, first.offload, before, opened, peak, after, own_buffers)
     process = Process(open_seconds, first_seconds, memory, gpu)
     return Report(
-        machine=Machine.detect(),
-        threads=threads_of(editor),
-        versions={"onnxruntime": ort.__version__},
+        machine=Processor.detect(),
+        threads=_option(editor, "threads"),
+        versions=versions_of([editor.chosen.spec] if editor.chosen else []),
         repeat=repeat,
-        measurements=(msgspec.structs.replace(measurements[0], process=process), *measurements[1:]),
+        measurements=(msgspec.structs.replace(first, process=process), *others),
     )
 
 
-def measure(contestants: Sequence[Contestant], repeat: int) -> list[Measurement]:
+def take_turns(contestants: Sequence[Contestant], repeat: int) -> tuple[list[Taken], list[float]]:
     """Let each make edits of each kind, in turns, after one of each to warm up.
 
-    The yardstick runs as the last contestant does.
+    Returns these, and the CPU's rates of the yardstick if the last contestant computes on it.
     """
     everything = [Taken(one, dial) for one in contestants for dial in one.kinds]
     for taken in everything:
@@ -168,17 +173,38 @@ def measure(contestants: Sequence[Contestant], repeat: int) -> list[Measurement]
             taken.contestant.edit(taken.dial)
     rates, last = [], contestants[-1].editor
     for _ in range(repeat):
-        if last.provider in PRODUCT_SIZES:
-            rates.append(product_rate(last.provider, threads_of(last)))
+        if last.provider == "cpu":
+            rates.append(product_rate("cpu", _option(last, "threads")))
         for taken in everything:
             taken.again()
+    return everything, rates
+
+
+def summarise(everything: Sequence[Taken], rates: Sequence[float]) -> list[Measurement]:
+    """Return the measurements of `take_turns`, whose editors must be closed by now.
+
+    Raises BackendError if the yardstick of a GPU fails.
+    """
+    if everything[-1].contestant.editor.provider == "cuda":
+        rates = [product_rate("cuda")]
     rate = statistics.median(rates) if rates else None
     return [_measurement(taken, everything[0], rate) for taken in everything]
 
 
-def threads_of(editor: Editor) -> int | None:
-    """Return the threads that an editor's backend was opened with; None for one per core."""
-    return getattr(editor.chosen and editor.chosen.options, "threads", None)
+def versions_of(backends: Iterable[BackendSpec[Any]]) -> dict[str, str]:
+    """Return the versions of the installed packages that backends run with."""
+    found = installed()
+    return {name: found[name] for spec in backends for name in spec.packages if name in found}
+
+
+def _option(editor: Editor, name: str) -> Any:
+    """Return an option that an editor's backend was opened with; None if it has none such."""
+    return getattr(editor.chosen and editor.chosen.options, name, None)
+
+
+def _times(base: Spread, own: Spread) -> float | None:
+    """Return how many times as fast; None if the clock saw no time pass, as coarse ones do."""
+    return base.median / own.median if own.median else None
 
 
 def _measurement(taken: Taken, base: Taken, rate: float | None) -> Measurement:
@@ -195,13 +221,14 @@ def _measurement(taken: Taken, base: Taken, rate: float | None) -> Measurement:
         digest=editor.bundle.digest,
         precision=taken.contestant.precision,
         provider=editor.provider,
+        offload=_option(editor, "offload"),
         batch=variant.batch,
         random_text=TEXT not in variant.graphs,
         product_rate=rate,
         wall=wall,
         cpu=cpu,
-        faster=None if is_base else base_wall.median / wall.median,
-        faster_cpu=None if is_base else base_cpu.median / cpu.median,
+        faster=None if is_base else _times(base_wall, wall),
+        faster_cpu=None if is_base else _times(base_cpu, cpu),
         differing=None if is_base else _share_differing(taken, base),
         stages=tuple(_stage(name, taken, base, rate) for name in stages),
         process=None,
@@ -221,7 +248,7 @@ def _stage(name: str, taken: Taken, base: Taken, rate: float | None) -> StageMea
         flops=flops,
         rate=speed,
         share=None if speed is None or rate is None else speed / rate,
-        faster=_seconds(base.stages, name)[0].median / wall.median if compared else None,
+        faster=_times(_seconds(base.stages, name)[0], wall) if compared else None,
     )
 
 
@@ -327,6 +354,7 @@ def synthetic_picture(variant: Variant) -> Image.Image:
 
 def _memory(
     bundle: Bundle,
+    offload: str | None,
     before: int | None,
     opened: int | None,
     peak: int | None,
@@ -335,7 +363,8 @@ def _memory(
 ) -> MemoryUse:
     """Say what memory is used for. after: what is held after the edit."""
     files = bundle.manifest.files
-    weights = sum(files[weights_file(name)].size for name in bundle.components)
+    stored = {name: files[weights_file(name)].size for name in bundle.components}
+    weights = sum(stored.values()) - (stored.get(TEXT, 0) if offload else 0)
     disk = sum(entry.size for entry in files.values())
     disk += bundle.held[MANIFEST].size + len(digest_line(bundle.digest))
     activations = None if peak is None or after is None else max(peak - after, 0)
@@ -350,5 +379,5 @@ def _memory(
         disk,
         peak_ratio=None if peak is None else peak / weights,
         held_ratio=None if held is None else held / weights,
-        disk_ratio=disk / weights,
+        disk_ratio=disk / sum(stored.values()),
     )

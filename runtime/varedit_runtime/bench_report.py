@@ -3,9 +3,11 @@
 docs/bench.schema.json is the JSON Schema of `Report`.
 """
 
+import inspect
 import os
 import platform
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,7 +39,7 @@ class Spread(Struct, frozen=True):
         return cls(median, lower, upper)
 
 
-class Machine(Struct, frozen=True):
+class Processor(Struct, frozen=True):
     """The processor, its instruction sets among `SETS`, and its number of cores.
 
     load: how many processes ran or waited in the minute before, on average; None if the system does
@@ -50,10 +52,11 @@ class Machine(Struct, frozen=True):
     load: float | None
 
     @classmethod
-    def detect(cls) -> "Machine":
+    def detect(cls) -> "Processor":
         facts = {}
-        if CPUINFO.exists():
-            lines = (line.partition(":") for line in CPUINFO.read_text().splitlines())
+        with suppress(OSError):  # it is Linux's, and may be closed to this user
+            text = CPUINFO.read_text(encoding="utf-8", errors="replace")
+            lines = (line.partition(":") for line in text.splitlines())
             facts = {name.strip(): value.strip() for name, _, value in lines}
         name = facts.get("model name") or platform.processor() or platform.machine()
         flags = (facts.get("flags") or facts.get("Features") or "").split()
@@ -84,11 +87,12 @@ class MemoryUse(Struct, frozen=True):
 
     before: with Python and libraries alone. opened: with the bundle. peak: during an edit.
     activations: the peak minus what is held after the edit; graphs free their activations after a
-    run, and the allocator is asked to return them. weights: their files. buffers: caches and
-    tensors between graphs, by their shapes. disk: all files of the bundle.
+    run, and the allocator is asked to return them. weights: their files, without the text encoder's
+    if it is offloaded. buffers: caches and tensors between graphs, by their shapes. disk: all files
+    of the bundle.
 
     Ratios are relative to weights. peak_ratio: of the peak. held_ratio: of the peak without buffers
-    and activations. disk_ratio: of the disk.
+    and activations. disk_ratio: of the disk, to all weights.
     """
 
     before: int | None
@@ -119,12 +123,14 @@ class Measurement(Struct, frozen=True, kw_only=True):
     """Edits of one kind, by a bundle or by the reference.
 
     name: the bundle as it was named, or "reference", which has the bundle's weights. dial: how an
-    edit was made faster; None for a whole edit with the model's own guidance. random_text: whether
-    the bundle has no text encoder, and random features took its place. product_rate: operations per
-    second of a large fp32 matrix product, measured in the same turns. wall, cpu: seconds per batch;
-    cpu: of all threads together. faster, faster_cpu: how many times as fast as the first
-    measurement of the variant, by either clock. differing: the share of the pictures' values that
-    differ from that one's. process: measured in a process of its own; None for the reference.
+    edit was made faster; None for a whole edit with the model's own guidance. offload: "text" if
+    the text encoder's weights were held only while it ran. random_text: whether the bundle has no
+    text encoder, and random features took its place. product_rate: operations per second of a large
+    fp32 matrix product, measured in the same turns; on a GPU once, after them. wall, cpu: seconds
+    per batch; cpu: of all threads together. faster, faster_cpu: how many times as fast as the first
+    measurement of the variant, by either clock; None if that clock is too coarse to tell.
+    differing: the share of the pictures' values that differ from that one's. process: measured in a
+    process of its own; None for the reference.
     """
 
     name: str
@@ -133,6 +139,7 @@ class Measurement(Struct, frozen=True, kw_only=True):
     digest: str
     precision: str
     provider: str
+    offload: str | None
     batch: int
     random_text: bool
     product_rate: float | None
@@ -156,12 +163,12 @@ class Growth(Struct, frozen=True):
 class Report(Struct, frozen=True, kw_only=True):
     """The result of a benchmark.
 
-    threads: of each; None for one per core. versions: of the programs that computed. repeat: how
+    threads: of each; None for one per core. versions: of the packages that computed. repeat: how
     often each measurement was repeated. growth: empty without variants of several resolutions.
     """
 
     schema_version: Literal[1] = 1
-    machine: Machine
+    machine: Processor
     threads: int | None
     versions: dict[str, str]
     repeat: int
@@ -171,7 +178,10 @@ class Report(Struct, frozen=True, kw_only=True):
 
 def schema() -> bytes:
     """Return the JSON Schema of `Report`."""
-    return msgspec.json.format(msgspec.json.encode(msgspec.json.schema(Report)), indent=1) + b"\n"
+    described = msgspec.json.schema(Report)
+    for struct in described["$defs"].values():  # Python before 3.13 keeps docstrings' indentation
+        struct["description"] = inspect.cleandoc(struct["description"])
+    return msgspec.json.format(msgspec.json.encode(described), indent=1) + b"\n"
 
 
 def report_table(report: Report) -> str:
@@ -180,9 +190,10 @@ def report_table(report: Report) -> str:
     sets = f" ({', '.join(machine.instruction_sets)})" if machine.instruction_sets else ""
     load = "" if machine.load is None else f", load {machine.load:.1f}"
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
+    how = (versions, f"{threads} threads", f"median of {report.repeat}, in turns")
     lines = [
         f"{machine.processor}{sets}, {machine.cores} cores{load}",
-        f"{versions}; {threads} threads; median of {report.repeat}, in turns",
+        "; ".join(filter(None, how)),
     ]
     for measured in report.measurements:
         lines += ["", *_measurement(measured)]
@@ -200,6 +211,7 @@ def _measurement(measured: Measurement) -> Iterator[str]:
     yield (
         f"{_title(measured.name, measured.dial)}: {measured.variant}, {measured.precision}, "
         f"{measured.provider}, batch {measured.batch}"
+        + (f", offload {measured.offload}" if measured.offload else "")
     )
     if measured.random_text:
         yield SAID

@@ -68,8 +68,7 @@ def bench(
         check_report(json_file)
     check_repeat(repeat)
     choose("onnxruntime", threads=threads)
-    for one in (bundle, *(other for other in against if isinstance(other, Path))):
-        Bundle.open(one).manifest.variant(None if variant == "all" else variant)
+    Bundle.open(bundle).manifest.variant(None if variant == "all" else variant)
     with needs_extra("export"):
         from varedit_export.bench import entrants, measure_all
 
