@@ -269,8 +269,9 @@ class Cudart:
 def test_caches_on_cuda_are_moved_there(monkeypatch: pytest.MonkeyPatch) -> None:
     with Editor.open(small_bundle(), threads=1) as editor:
         expected = editor.edit(PHOTO, "red", guidance_scale=[2, 2, 1, 1], seed=1).image
+    copy_runs, library = cuda.copy_runs, Cudart()
     pretend(monkeypatch)
-    library = Cudart()
+    monkeypatch.setattr(cuda, "copy_runs", copy_runs)  # what is tested here
     monkeypatch.setattr(cuda.ctypes, "CDLL", lambda name: library)
     with Editor.open(small_bundle(), provider="cuda", threads=1) as editor:
         for _ in range(2):

@@ -131,7 +131,7 @@ def test_a_pipe_that_nobody_reads_is_no_message() -> None:
         (("photo.png", "x" * TEXT_TOKENS), "TextError", "the instruction has", 1),
         (("photo.png", "red", "--sede", "7"), "UsageError", "No such option '--sede'", 2),
         (("photo.png",), "UsageError", "Missing argument 'INSTRUCTION'", 2),
-        (("photo.png", "red", "--threads", "x"), "UsageError", "Invalid value for '--threads'", 2),
+        (("photo.png", "red", "--seed", "x"), "UsageError", "Invalid value for '--seed'", 2),
         (("photo.png", "red", "--list", "l.csv"), "UsageError", "--list names pictures and", 2),
     ],
 )
