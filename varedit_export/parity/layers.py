@@ -11,7 +11,7 @@ weights are inside the engine here. If no layer is wrong although the stage is, 
 kernel, or at the weights that the engine is fed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -167,6 +167,10 @@ class _Recorder(OnnxBackend):
         static = wire(variant, bundle.manifest.model, symbolic=False)
         self._wanted = next(step for step in static if step.stage == stage)
         self.inputs: dict[str, np.ndarray] | None = None
+
+    @property
+    def text_lengths(self) -> Sequence[int]:
+        return [self.variant.text_tokens]  # which static graphs take
 
     def _run(self, step: Step, given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         if step.name == self._wanted.name and self.inputs is None:
