@@ -23,10 +23,12 @@ from varedit_runtime.backends.engines.memory import aligned, budget
 from varedit_runtime.backends.onnxruntime import backend as onnx_backend
 from varedit_runtime.backends.onnxruntime.backend import OnnxBackend, Session
 from varedit_runtime.backends.wiring import CACHE, TEXT
+from varedit_runtime.bundle import Bundle
 from varedit_runtime.cli import main
 from varedit_runtime.editing.editor import Editor, read_instructions
 from varedit_runtime.editing.random_text import with_any_text
 from varedit_runtime.errors import BackendError, BundleError, ConfigError, EditCancelled
+from varedit_runtime.manifest import Variant
 
 PHOTO, OTHER = picture(40, 30), picture(30, 40, blue=5)
 # Instructions come again, so that the text encoder comes and goes.
@@ -196,6 +198,20 @@ def test_only_what_runs_is_held(editor: Editor, loaded: Counter[str]) -> None:
     assert loaded[TEXT] == 2
     assert during == [(False, 0)] * 2
     assert all(count == 1 for name, count in loaded.items() if name != TEXT)
+
+
+def test_a_new_instruction_reads_no_other_graph(
+    editor: Editor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, read_graph = list[str](), onnx_backend.read_graph
+
+    def noted(bundle: Bundle, variant: Variant, stage: str) -> bytes:
+        read.append(stage)
+        return read_graph(bundle, variant, stage)
+
+    monkeypatch.setattr(onnx_backend, "read_graph", noted)
+    editor.edit(PHOTO, "add a hat", seed=1)
+    assert read == [TEXT]
 
 
 def test_what_cannot_be_loaded_is_tried_again(

@@ -332,8 +332,9 @@ class OnnxBackend(GraphBackend):
 
     def _load(self, bundle: Bundle, text: bool = False) -> dict[str, Session]:
         """Load graphs, by stage, with a bundle's weights; text: see `_enter`."""
-        stages = dict.fromkeys(step.stage for step in self.steps.values())
-        # All graphs are checked before any of them makes a library open files.
+        # When a bundle is opened, all graphs are checked before any makes a library open files; the
+        # text encoder's alone is read again when its turn comes.
+        stages = [TEXT] if text else dict.fromkeys(step.stage for step in self.steps.values())
         graphs = {stage: read_graph(bundle, self.variant, stage) for stage in stages}
         return {
             stage: Session(
