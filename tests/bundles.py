@@ -66,12 +66,18 @@ def half_bundle(precision: str) -> Path:
 
 def built(name: str, plan: Callable[[Path], BundlePlan]) -> Path:
     """Build a bundle once per run of the tests; the first process that needs it does."""
+    folder = run_folder()
+    with FileLock(folder / f"{name}.test-lock"):
+        if not (folder / name).exists():
+            assemble(plan(folder / name), quiet)
+    return folder / name
+
+
+def run_folder() -> Path:
+    """Return the folder that all processes of one run of the tests share."""
     run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
     folder = Path(gettempdir()) / f"varedit-tests-{run}"
     if run == str(os.getpid()) and not folder.exists():
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
     folder.mkdir(exist_ok=True)
-    with FileLock(folder / f"{name}.test-lock"):
-        if not (folder / name).exists():
-            assemble(plan(folder / name), quiet)
-    return folder / name
+    return folder

@@ -6,13 +6,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 
-import onnx_ir as ir
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from bundles import run_folder
 
-from varedit_export.graphs import trace
-from varedit_export.graphs.stages import Stage
 from varedit_runtime.editing.editor import Editor
 from varedit_runtime.locate import VARIABLE, embedded
 
@@ -20,6 +17,8 @@ RECORDINGS = Path(__file__).parent / "golden"
 
 # Before the hub's library reads them: no test asks the real hub, or finds what a cache has.
 os.environ.update(HF_HUB_OFFLINE="1", HF_HOME="/nonexistent")
+# One cache for all processes of a run, empty at its start: each template is traced once.
+os.environ["XDG_CACHE_HOME"] = str(run_folder() / "cache")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -65,24 +64,6 @@ def nano() -> Iterator[Editor]:
 def one_thread() -> None:
     """Small products are faster on one thread; tests of threads set their own number."""
     torch.set_num_threads(1)
-
-
-@pytest.fixture(autouse=True, scope="session")
-def stages_are_traced_once() -> Iterator[None]:
-    """Trace each model once: tests build the same few, and tracing is most of a small build."""
-    templates: dict[tuple[object, ...], ir.Model] = {}
-
-    def traced(stage: Stage, fake: FakeTensorMode) -> ir.Model:
-        text = getattr(stage, "text_encoder", None)
-        key = (stage.name, stage.shapes, text and text.config)
-        if key not in templates:
-            templates[key] = original(stage, fake)
-        return templates[key]
-
-    original = trace.trace
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trace, "trace", traced)
-        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -22,6 +22,7 @@ from torch.export import Dim
 
 from varedit_export.errors import ExportError
 from varedit_export.graphs.blocks import grow
+from varedit_export.graphs.patterns import kept_pattern
 from varedit_export.graphs.scales import Binding, WeightRows
 from varedit_export.graphs.stages import ROWS, TEXT_TOKENS, InputSpec, Stage
 from varedit_runtime.geometry import LENGTHS
@@ -55,6 +56,15 @@ class Tracer:
         stage a static graph, where it is a template. Raises ExportError if a value's shape is
         unknown or, except in graphs with symbolic lengths, not static.
         """
+        model = kept_pattern(stage, binding, lambda: self._pattern(stage, binding))
+        grow(model.graph, depth)
+        _refer_to_weights(model, self._stored, {} if binding is None else binding.parts)
+        _strip(model, stage.name if binding is None else binding.name)
+        _check_shapes(model, static=binding is not None or not _is_symbolic(stage))
+        return model
+
+    def _pattern(self, stage: Stage, binding: Binding | None) -> ir.Model:
+        """Make a graph with the blocks that are traced, whose weights are inputs."""
         if stage.name not in self._templates:
             self._templates[stage.name] = trace(stage, self._fake)
         model = self._templates[stage.name].clone()
@@ -63,10 +73,6 @@ class Tracer:
         optimizer.optimize_ir(model, input_size_limit=LARGEST_CONSTANT)
         _fix_reshapes(model)
         _name_nodes(model)
-        grow(model.graph, depth)
-        _refer_to_weights(model, self._stored, {} if binding is None else binding.parts)
-        _strip(model, stage.name if binding is None else binding.name)
-        _check_shapes(model, static=binding is not None or not _is_symbolic(stage))
         return model
 
 
