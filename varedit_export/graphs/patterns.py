@@ -12,15 +12,13 @@ from contextlib import suppress
 from functools import cache
 from hashlib import sha256
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from platform import python_version
 
 import onnx
 import onnx_ir as ir
 
-import varedit_export
-import varedit_reference
-import varedit_runtime
 from varedit_export.graphs.scales import Binding
 from varedit_export.graphs.stages import Stage
 from varedit_runtime.files import keep, read_kept
@@ -28,6 +26,7 @@ from varedit_runtime.locate import cache_folder
 
 LARGEST_CACHE = 64 * 2**20  # bytes; a pattern has about 0.1 MB, a model one for each graph
 DIGEST_SIZE = sha256().digest_size
+PACKAGES = ("varedit_export", "varedit_reference", "varedit_runtime")
 TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "numpy", "sympy")
 
 
@@ -83,8 +82,10 @@ def _key(stage: Stage, binding: Binding | None) -> str:
 def _code() -> str:
     """Return a digest of all code that takes part in tracing, and the versions of its tools."""
     digest = sha256(repr([python_version(), *map(version, TOOLS)]).encode())
-    for package in (varedit_export, varedit_reference, varedit_runtime):
-        for path in sorted(Path(package.__path__[0]).rglob("*.py")):
+    for package in PACKAGES:
+        spec = find_spec(package)
+        assert spec is not None and spec.origin is not None
+        for path in sorted(Path(spec.origin).parent.rglob("*.py")):
             digest.update(sha256(path.read_bytes()).digest())
     return digest.hexdigest()
 
