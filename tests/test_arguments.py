@@ -16,11 +16,13 @@ from varedit_engines import compile_set
 from varedit_export import BuildOptions, EngineOptions, VerifyOptions, resolve_options
 from varedit_export.parity import compare_bundle
 from varedit_runtime.backends import choose, find_backend
+from varedit_runtime.backends.handle import EditHandle
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.editing.editor import Editor, read_instructions
+from varedit_runtime.editing.editor import Editor
+from varedit_runtime.editing.preparer import Preparer, read_instructions
 from varedit_runtime.errors import LONGEST, VareditError
 from varedit_runtime.locate import embedded
-from varedit_runtime.pictures import open_mask, open_picture, save_picture
+from varedit_runtime.pictures import encode_picture, open_mask, open_picture, save_picture
 
 PICTURE = Image.new("RGB", (8, 8))
 PNG = (Path(__file__).parent.parent / "docs/samples/person.png").read_bytes()
@@ -86,10 +88,21 @@ CALLS: dict[str, tuple[Callable[..., object], dict[str, Any]]] = {
         lambda **given: editor().edit(**given),
         {"image": PICTURE, "prompt": "red"},
     ),
+    "Preparer.open": (Preparer.open, {"bundle": embedded()}),
+    "Preparer.prepare": (
+        Preparer.open(embedded()).prepare,
+        {"image": PICTURE, "prompt": "red", "seed": 1},
+    ),
+    "Editor.edit_prepared": (
+        lambda **given: editor().edit_prepared(**given),
+        {"edits": [Preparer.open(embedded()).prepare(PICTURE, "red")]},
+    ),
+    "EditHandle": (EditHandle, {}),
     "Bundle.open": (Bundle.open, {"path": embedded()}),
     "open_picture": (open_picture, {"source": PNG}),
     "open_mask": (open_mask, {"source": PNG}),
     "save_picture": (save_picture, {"image": PICTURE, "path": "missing/picture.png"}),
+    "encode_picture": (encode_picture, {"image": PICTURE}),
     "choose": (lambda backend: choose(backend), {"backend": "onnxruntime"}),
     "OnnxRuntimeOptions": (backend("onnxruntime"), {}),
     "EngineBackendOptions": (backend("tensorrt"), {}),
@@ -115,7 +128,9 @@ CALLS: dict[str, tuple[Callable[..., object], dict[str, Any]]] = {
 
 
 def parameters(name: str) -> list[str]:
-    call = editor().edit if name == "Editor.edit" else CALLS[name][0]
+    call = CALLS[name][0]
+    if name.startswith("Editor.edit"):
+        call = getattr(editor(), name.removeprefix("Editor."))
     return list(signature(call).parameters)
 
 

@@ -33,7 +33,9 @@ from varedit_runtime.backends.engines.memory import budget, lay_out
 from varedit_runtime.backends.engines.weights import EngineWeights
 from varedit_runtime.backends.wiring import profiles_of, sized
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.editing.editor import Editor, Progress, read_instructions
+from varedit_runtime.editing.editor import Editor
+from varedit_runtime.editing.preparer import read_instructions
+from varedit_runtime.editing.results import Progress
 from varedit_runtime.errors import BackendError, BundleError, readable_size
 from varedit_runtime.locate import embedded
 from varedit_runtime.manifest import MANIFEST, UNGUIDED

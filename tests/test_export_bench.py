@@ -24,7 +24,8 @@ from varedit_runtime.backends.onnxruntime.spec import OnnxRuntime
 from varedit_runtime.bench import INSTRUCTION, ROLLUP, memory_in_use
 from varedit_runtime.bench_report import Measurement, Report, Spread
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.editing.editor import Editor, read_instructions
+from varedit_runtime.editing.editor import Editor
+from varedit_runtime.editing.preparer import read_instructions
 from varedit_runtime.errors import BackendError, ConfigError
 
 SCALES = [f"scale_{k:02}" for k in range(len(bundle_config().transformer.grids))]

@@ -39,7 +39,8 @@ from varedit_runtime.backends.engines.engine_set import (
     built_here,
 )
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.editing.editor import Editor, read_instructions
+from varedit_runtime.editing.editor import Editor
+from varedit_runtime.editing.preparer import read_instructions
 from varedit_runtime.errors import BundleError, ConfigError
 from varedit_runtime.locate import embedded
 from varedit_runtime.manifest import FileEntry, canonical_json

@@ -10,8 +10,9 @@ from bundles import small_bundle
 from editing import pair_bundle, picture
 
 from varedit_runtime.backends.graph_backend import GraphBackend
-from varedit_runtime.editing.editor import Editor, EditResult
+from varedit_runtime.editing.editor import Editor
 from varedit_runtime.editing.kept import MOST_KEPT
+from varedit_runtime.editing.results import EditResult
 from varedit_runtime.errors import BackendError, EditCancelled
 
 PHOTO, OTHER = picture(90, 60), picture(60, 90, 200)

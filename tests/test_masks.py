@@ -16,8 +16,9 @@ from PIL import ExifTags, Image, ImageDraw
 from varedit_reference.quantisation import from_tokens, to_tokens
 from varedit_runtime.backends.base import Sampling
 from varedit_runtime.cli import main
-from varedit_runtime.editing.editor import Editor, Progress
-from varedit_runtime.editing.masks import SourceKeeper, feather_width, put_back
+from varedit_runtime.editing.editor import Editor
+from varedit_runtime.editing.masks import SourceKeeper, feather_width, marked_tokens, put_back
+from varedit_runtime.editing.results import Progress
 from varedit_runtime.errors import ConfigError, PictureError
 from varedit_runtime.pictures import open_mask, open_picture
 
@@ -93,7 +94,8 @@ def test_what_is_kept_adds_up_to_the_source(patch: int) -> None:
     """Whatever the marked tokens of earlier scales were, later ones go on to the source."""
     random, grids = np.random.default_rng(0), ((1, 1), (2, 3), (4, 6), (8, 12))
     source = random.normal(size=(1, 8, 12, 4 * patch**2)).astype(np.float32)
-    keeper = SourceKeeper([ellipse((120, 80), (0, 0, 30, 20))], grids, patch)
+    marked = marked_tokens(ellipse((120, 80), (0, 0, 30, 20)), grids[-1])
+    keeper = SourceKeeper([marked], grids[-1], patch)
     wrong = random.normal(size=(1, 4, 8 * patch, 12 * patch)).astype(np.float32)
     noise = np.zeros((1, 8, 12, 4 * patch**2), np.float32)
     drawn = Sampling(noise, 1.0, 1.0)
@@ -108,7 +110,8 @@ def test_what_is_kept_adds_up_to_the_source(patch: int) -> None:
 
 
 def test_padding_is_no_part_that_may_change() -> None:
-    keeper = SourceKeeper([Image.new("L", (40, 20), 255), None], ((1, 1), (4, 4)), 1)
+    marked = marked_tokens(Image.new("L", (40, 20), 255), (4, 4))
+    keeper = SourceKeeper([marked, None], (4, 4), 1)
     tokens = np.zeros((2, 4, 4, 3), np.float32)
     forced = keeper.force(Sampling(tokens, 1.0, 1.0), tokens, None).forced_mask
     assert forced is not None and forced.shape == tokens.shape

@@ -25,7 +25,8 @@ from varedit_runtime.backends.onnxruntime.backend import OnnxBackend, Session
 from varedit_runtime.backends.wiring import CACHE, TEXT
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.cli import main
-from varedit_runtime.editing.editor import Editor, read_instructions
+from varedit_runtime.editing.editor import Editor
+from varedit_runtime.editing.preparer import read_instructions
 from varedit_runtime.editing.random_text import with_any_text
 from varedit_runtime.errors import BackendError, BundleError, ConfigError, EditCancelled
 from varedit_runtime.manifest import Variant

@@ -3,6 +3,7 @@
 import io
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,10 +13,11 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from varedit_runtime.decoding.to_rgb import on_white
-from varedit_runtime.errors import PictureError
+from varedit_runtime.errors import ConfigError, PictureError
 from varedit_runtime.pictures import (
     MAX_CANVAS_PIXELS,
     WRITE_FORMATS,
+    encode_picture,
     from_decoder,
     open_picture,
     pad_and_resize,
@@ -389,6 +391,30 @@ def test_an_unknown_extension_is_refused(tmp_path: Path, name: str):
     with pytest.raises(PictureError, match=r"\.png, \.jpg"):
         save_picture(BLOCKS, tmp_path / name)
     assert not list(tmp_path.iterdir())
+
+
+def test_pictures_are_encoded_as_bytes():
+    image = Image.effect_noise((64, 48), 80).convert("RGB")
+    for name in sorted(set(WRITE_FORMATS.values())):
+        with Image.open(io.BytesIO(encode_picture(image, name.lower()))) as encoded:
+            assert encoded.format == name and encoded.size == image.size and not encoded.getexif()
+    for name in ("JPEG", "WEBP", "AVIF"):
+        coarse, fine = (len(encode_picture(image, name, quality=of)) for of in (10, 100))
+        assert coarse < fine / 2
+    fast, small = (encode_picture(image.resize((300, 300)), compression=of) for of in (0, 9))
+    assert len(small) < len(fast) / 1.1
+    assert open_picture(fast) == open_picture(small)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"format": "PPM"}, {"quality": 0}, {"quality": 101}, {"compression": 10}, {"quality": 0.5}],
+)
+def test_what_no_encoder_takes_is_refused(wrong: dict[str, Any]):
+    with pytest.raises(ConfigError, match=f"{next(iter(wrong))} is .*; give "):
+        encode_picture(Image.new("RGB", (2, 2)), **wrong)
+    with pytest.raises(PictureError, match="the picture cannot be written"):
+        encode_picture(Image.new("RGB", (70000, 1)), "JPEG")
 
 
 def test_a_path_that_cannot_be_written_is_refused(tmp_path: Path):

@@ -27,7 +27,9 @@ from varedit_runtime.backends.engines.engine_set import EngineLayout
 from varedit_runtime.backends.graph_backend import GraphBackend
 from varedit_runtime.backends.onnxruntime import cuda
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.editing.editor import Editor, Progress, read_instructions
+from varedit_runtime.editing.editor import Editor
+from varedit_runtime.editing.preparer import read_instructions
+from varedit_runtime.editing.results import Progress
 from varedit_runtime.errors import ConfigError
 from varedit_runtime.manifest import UNGUIDED
 

@@ -24,7 +24,8 @@ from varedit_runtime.backends.engines.backend import EngineBackend
 from varedit_runtime.backends.engines.engine_set import EngineLayout
 from varedit_runtime.backends.onnxruntime import backend as onnx_backend
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.editing.editor import Editor, read_instructions
+from varedit_runtime.editing.editor import Editor
+from varedit_runtime.editing.preparer import read_instructions
 from varedit_runtime.editing.results import Progress
 from varedit_runtime.errors import BackendError, BundleError, EditorError
 from varedit_runtime.files import HeldFile

@@ -14,8 +14,9 @@ from PIL import Image, ImageDraw
 
 from varedit_runtime.cli import main
 from varedit_runtime.decoding.to_rgb import on_white
-from varedit_runtime.editing.editor import Editor, Progress
+from varedit_runtime.editing.editor import Editor
 from varedit_runtime.editing.finish import with_alpha
+from varedit_runtime.editing.results import Progress
 from varedit_runtime.locate import embedded
 from varedit_runtime.pictures import WRITE_FORMATS, open_picture, save_picture, to_square
 

@@ -25,7 +25,8 @@ from varedit_runtime.backends import DEFAULT, find_backend
 from varedit_runtime.bench import Contestant, check_repeat, summarise, take_turns, versions_of
 from varedit_runtime.bench_report import Dial, Growth, Measurement, Process, Processor, Report
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.editing.editor import Editor, read_instructions
+from varedit_runtime.editing.editor import Editor
+from varedit_runtime.editing.preparer import read_instructions
 from varedit_runtime.editing.random_text import with_any_text
 from varedit_runtime.errors import BackendError, BundleError, ConfigError, printable
 from varedit_runtime.manifest import Variant

@@ -25,17 +25,30 @@ from importlib import import_module
 # As in typing, which takes longer to import than a command that is interrupted may wait.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from varedit_runtime.editing.editor import Editor, EditResult, Progress
+    from varedit_runtime.backends.handle import EditHandle
+    from varedit_runtime.editing.editor import Editor
+    from varedit_runtime.editing.prepared import PreparedEdit
+    from varedit_runtime.editing.preparer import Preparer
+    from varedit_runtime.editing.results import EditResult, Progress
 
 # ONNX Runtime reads this when it is imported. Unset, it writes a device ID to the user's home and
 # reports to its makers. Whoever wants that sets the variable to 0.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
-__all__ = ["EditResult", "Editor", "Progress"]
+_MODULES = {
+    "EditHandle": "backends.handle",
+    "EditResult": "editing.results",
+    "Editor": "editing.editor",
+    "PreparedEdit": "editing.prepared",
+    "Preparer": "editing.preparer",
+    "Progress": "editing.results",
+}
+
+__all__ = ["EditHandle", "EditResult", "Editor", "PreparedEdit", "Preparer", "Progress"]
 
 
 def __getattr__(name: str) -> object:
-    """Import the editor, and with it NumPy and ONNX Runtime, when it is first used."""
-    if name in __all__:
-        return getattr(import_module("varedit_runtime.editing.editor"), name)
+    """Import a class, and with it NumPy and more, when it is first used."""
+    if name in _MODULES:
+        return getattr(import_module(f"varedit_runtime.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -40,8 +40,10 @@ from varedit_runtime.bench_report import (
 from varedit_runtime.bundle import Bundle, digest_line
 from varedit_runtime.editing.arguments import Settings
 from varedit_runtime.editing.batch import guided_scales
-from varedit_runtime.editing.editor import WHOLE_EDIT, Editor, EditResult, OnScale
+from varedit_runtime.editing.editor import Editor
 from varedit_runtime.editing.random_text import with_any_text
+from varedit_runtime.editing.results import EditResult, OnScale
+from varedit_runtime.editing.run import WHOLE_EDIT
 from varedit_runtime.errors import ConfigError, printable
 from varedit_runtime.geometry import scale_sizes
 from varedit_runtime.manifest import MANIFEST, Model, Variant, scale_of, weights_file

@@ -47,11 +47,15 @@ class BackendError(VareditError):
 
 
 class EditorError(VareditError):
-    """An editor, or a preview, that cannot be used now, such as a closed editor."""
+    """An editor, or a preview, that cannot be used now: closed, or copied by a fork."""
 
 
 class EditCancelled(VareditError):
-    """The caller cancelled an edit between two scales; the editor can be used again."""
+    """An edit that the caller ended; the editor can be used again."""
+
+
+class DeadlineExceeded(EditCancelled):
+    """An edit that its handle's deadline ended."""
 
 
 class MissingExtraError(VareditError):

@@ -23,7 +23,7 @@ from varedit_runtime.decoding.limits import MAX_MEMORY, MAX_PIXELS, Limits, pict
 from varedit_runtime.decoding.picture_file import NO_AVIF, READ_FORMATS, has_avif, open_file
 from varedit_runtime.decoding.tiff_directory import beginning_at
 from varedit_runtime.decoding.to_rgb import WHITE, on_white, to_mask, to_rgb, to_rgba
-from varedit_runtime.errors import PictureError, reason, shown
+from varedit_runtime.errors import ConfigError, PictureError, reason, shown
 from varedit_runtime.files import atomic_file, unwritable
 from varedit_runtime.values import AnyPath, checked
 
@@ -136,7 +136,11 @@ def to_square(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
 
     size: (height, width). Pads and resizes as `pad_and_resize` does, and raises what it raises.
     """
-    pixels = np.asarray(pad_and_resize(image, size))
+    return to_encoder(np.asarray(pad_and_resize(image, size)))
+
+
+def to_encoder(pixels: np.ndarray) -> np.ndarray:
+    """Turn a padded and resized picture, 8-bit RGB [H, W, 3], into the tokenizer's input."""
     scaled = pixels.astype(np.float32) / np.float32(127.5) - np.float32(1)
     return np.ascontiguousarray(scaled.transpose(2, 0, 1))
 
@@ -211,21 +215,48 @@ def save_picture(image: Image.Image, path: AnyPath) -> None:
     other types.
     """
     image, target = checked("image", image, Image.Image), Path(checked("path", path, AnyPath))
-    write_encoded(encode_picture(image, check_target(target), target), target)
+    write_encoded(encode_picture(image, check_target(target), target=target), target)
 
 
-def encode_picture(image: Image.Image, written_as: str, target: Path | str) -> bytes:
-    """Return the content of a picture's file, without any metadata.
+def encode_picture(
+    image: Image.Image,
+    format: str = "PNG",
+    *,
+    quality: int = 95,
+    compression: int = 6,
+    target: Path | str = "the picture",
+) -> bytes:
+    """Return a picture's file as bytes, without any metadata.
 
-    written_as: one of WRITE_FORMATS. target: where it goes, for the message of the PictureError
-    that is raised if the format cannot hold the picture.
+    format: PNG, JPEG, WEBP, BMP, TIFF or AVIF. quality: 1 to 100, of JPEG, WebP and AVIF, which
+    lose some of the picture; the other formats lose nothing. compression: 0 to 9, of PNG: more
+    takes longer and gives fewer bytes. target: where it goes, for messages.
+
+    Alpha is kept in PNG, WebP, TIFF and AVIF; in others the picture is composited on white. Raises
+    PictureError if the format cannot hold the picture, ConfigError on arguments of other kinds.
     """
+    image, known = checked("image", image, Image.Image), sorted(set(WRITE_FORMATS.values()))
+    name = checked("format", format, str).upper()
+    if name not in known:
+        raise ConfigError(f"format is {shown(format)}; give {', '.join(known)}")
+    if name == "AVIF" and not has_avif():
+        raise PictureError(f"{target} cannot be written: {NO_AVIF}")
+    options = {
+        "quality": _within("quality", quality, 1, 100),
+        "compress_level": _within("compression", compression, 0, 9),
+    }
     # In memory: Pillow does not notice when a full disk takes only part of a write.
     encoded = BytesIO()
     with _writing(target):
-        # quality is for JPEG, WebP and AVIF; the other formats are lossless.
-        _pixels_only(image, written_as in _WITH_ALPHA).save(encoded, format=written_as, quality=95)
+        _pixels_only(image, name in _WITH_ALPHA).save(encoded, format=name, **options)
     return encoded.getvalue()
+
+
+def _within(name: str, value: int, least: int, most: int) -> int:
+    number = checked(name, value, int)
+    if not least <= number <= most:
+        raise ConfigError(f"{name} is {shown(number)}; give {least} to {most}")
+    return number
 
 
 def write_encoded(content: bytes, target: Path, replace: bool = True) -> None:

@@ -30,7 +30,8 @@ from varedit_runtime.backends.onnxruntime.options import OnnxRuntimeOptions
 from varedit_runtime.backends.wiring import TEXT, Step, wire
 from varedit_runtime.bench import INSTRUCTION, synthetic_picture
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.editing.editor import Editor, read_instructions
+from varedit_runtime.editing.editor import Editor
+from varedit_runtime.editing.preparer import read_instructions
 from varedit_runtime.editing.random_text import with_any_text
 from varedit_runtime.errors import BackendError, ConfigError, needs_extra, shown
 from varedit_runtime.manifest import UNGUIDED, Variant

@@ -1,4 +1,4 @@
-"""End what runs when a signal arrives, native code too."""
+"""End what runs when a signal arrives or the edit is ended, native code too."""
 
 import os
 import signal
@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
+from varedit_runtime.backends.handle import stoppable
 from varedit_runtime.errors import SignalArrived
 from varedit_runtime.terminal.start import SIGNALS
 
@@ -79,12 +80,19 @@ def held_signals() -> Iterator[list[int]]:
 
 
 def run_stoppable(work: Callable[[], object], stop: Callable[[], None]) -> None:
-    """Run native code; call `stop`, in another thread, as soon as Ctrl-C is pressed meanwhile.
+    """Run native code; call `stop`, in another thread, as soon as the code is to end.
 
-    Python raises KeyboardInterrupt only when native code returns, which may take minutes for a
-    graph. Signals reach only the main thread: in other threads, and if the program handles or
-    watches its signals itself (as asyncio does), the work just runs. Within `exit_on_signals`,
-    SIGTERM stops it too.
+    It is to end when the edit's handle ends it, or when Ctrl-C is pressed. Python raises
+    KeyboardInterrupt only when native code returns, which may take minutes for a graph. Signals
+    reach only the main thread: in other threads, and if the program handles or watches its signals
+    itself (as asyncio does), they end nothing. Within `exit_on_signals`, SIGTERM stops it too.
+    """
+    with stoppable(stop):
+        _run_until_signal(work, stop)
+
+
+def _run_until_signal(work: Callable[[], object], stop: Callable[[], None]) -> None:
+    """Run native code; call `stop`, in another thread, as soon as a signal arrives that ends us.
 
     It is no context manager: a signal's exception would be raised where `__exit__` begins, which
     then would do nothing, and the next work could not be stopped.

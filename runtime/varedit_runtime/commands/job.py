@@ -15,7 +15,9 @@ from varedit_runtime.backends.auto import AutoBackend
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.commands.orders import Order
 from varedit_runtime.editing.arguments import DRAWN_SEEDS, Settings
-from varedit_runtime.editing.editor import Editor, EditResult, OnScale, read_instructions
+from varedit_runtime.editing.editor import Editor
+from varedit_runtime.editing.preparer import read_instructions
+from varedit_runtime.editing.results import EditResult, OnScale
 from varedit_runtime.errors import ConfigError
 from varedit_runtime.locate import Found, find_bundle
 from varedit_runtime.terminal.command import say

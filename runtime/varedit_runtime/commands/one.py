@@ -21,8 +21,9 @@ from varedit_runtime.commands.results import (
     write_steps,
     write_to_stdout,
 )
-from varedit_runtime.editing.editor import Editor, OnScale, Progress
+from varedit_runtime.editing.editor import Editor
 from varedit_runtime.editing.masks import fitted
+from varedit_runtime.editing.results import OnScale, Progress
 from varedit_runtime.errors import ConfigError, PictureError
 from varedit_runtime.files import bundle_around, unwritable
 from varedit_runtime.pictures import open_mask, open_picture, side_by_side

@@ -90,7 +90,8 @@ def write_steps(
         paths = [*step_names(name, len(steps)), name]
         taken = next(filter(os.path.lexists, paths), name)
         if overwrite or not os.path.lexists(taken):
-            encoded = encoded or [encode_picture(one, check_target(name), name) for one in steps]
+            written_as = check_target(name)
+            encoded = encoded or [encode_picture(one, written_as, target=name) for one in steps]
             with suppress(FileExistsError):  # another process was faster
                 _write_together(paths, encoded, overwrite, before)
                 return name
@@ -105,14 +106,15 @@ def exists(path: Path) -> ConfigError:
 def write_new(image: Image.Image, path: Path, overwrite: bool) -> None:
     """Write a picture. Raises ConfigError if the file exists and is not to be overwritten."""
     try:
-        write_encoded(encode_picture(image, check_target(path), path), path, overwrite)
+        content = encode_picture(image, check_target(path), target=path)
+        write_encoded(content, path, overwrite)
     except FileExistsError as error:
         raise exists(path) from error
 
 
 def write_to_stdout(image: Image.Image) -> None:
     """Write a picture to standard output, as PNG. Raises OutputError if it cannot be written."""
-    sys.stdout.buffer.write(encode_picture(image, "PNG", "standard output"))
+    sys.stdout.buffer.write(encode_picture(image, target="standard output"))
     sys.stdout.buffer.flush()
 
 

@@ -18,8 +18,8 @@ from varedit_runtime.commands.job import Job, OpenJob
 from varedit_runtime.commands.orders import Order, Orders
 from varedit_runtime.commands.record import Record, key_of
 from varedit_runtime.commands.results import edited_names, step_names, write_steps
-from varedit_runtime.editing.editor import EditResult
 from varedit_runtime.editing.masks import fitted
+from varedit_runtime.editing.results import EditResult
 from varedit_runtime.errors import PictureError, VareditError, printable, reason
 from varedit_runtime.pictures import open_mask, open_picture, read_file
 from varedit_runtime.terminal.command import error_as_json, say

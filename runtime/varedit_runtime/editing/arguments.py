@@ -1,16 +1,14 @@
-"""Check the arguments of `Editor.edit`, and spread them over the pictures to make."""
+"""Check the arguments of an edit, and spread them over the pictures to make."""
 
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any, Literal, TypeVar
 
-from PIL import Image
-
-from varedit_runtime.editing.masks import fitted, visible
 from varedit_runtime.errors import ConfigError, one_of_many, shown
 from varedit_runtime.manifest import Manifest, Variant
-from varedit_runtime.pictures import Source, canvas_size, open_mask, open_picture
+from varedit_runtime.pictures import Source, canvas_size
 from varedit_runtime.values import (
     MOST_ENTRIES,
     PerPicture,
@@ -30,33 +28,6 @@ SizeOf = Callable[[tuple[int, int]], tuple[int, int]]
 SEEDS = 2**64
 FAST_SCALES = 2  # docs/benchmarks.md has what each more of them gains and loses
 DRAWN_SEEDS = 2**32  # drawn seeds are below this, short enough to be typed again
-
-
-@dataclass(frozen=True)
-class ScaleSettings:
-    """Guidance scale and temperature of every scale, coarse to fine."""
-
-    guidance_scale: tuple[float, ...]
-    temperature: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """One picture to make.
-
-    prompt, negative (the negative prompt): token ids. mask: as `masks.fitted` returns it, of the
-    picture's size. size: the result's (width, height). warnings: as `caution.warnings_of` yields
-    them.
-    """
-
-    picture: Image.Image
-    prompt: list[int]
-    negative: list[int] | None
-    mask: Image.Image | None
-    size: tuple[int, int]
-    settings: ScaleSettings
-    warnings: tuple[str, ...]
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -134,65 +105,49 @@ class PerEntry:
     guidance_scale: PerPicture | None
     temperature: PerPicture | None
 
-    def listed(self) -> dict[str, list[Any] | None]:
-        """Return the entries of those that are lists, else None, by name. Raises ConfigError."""
-        return {
-            name: per_picture(name, value) if name in _PER_SCALE else entries(name, value)
-            for name, value in vars(self).items()
+    @cached_property
+    def _lists(self) -> dict[str, list[Any]]:
+        """The entries of those that are lists, by name. Raises ConfigError on unequal lengths."""
+        read = {
+            field.name: (per_picture if field.name in _PER_SCALE else entries)(
+                field.name, getattr(self, field.name)
+            )
+            for field in fields(self)
         }
+        return {name: values for name, values in read.items() if values is not None}
+
+    @property
+    def several(self) -> bool:
+        """Whether any of them is a list."""
+        return bool(self._lists)
+
+    @cached_property
+    def count(self) -> int:
+        """The number of entries. Raises ConfigError if lists are not equally long."""
+        return _common_length(self._lists)
+
+    def each(self, name: str, convert: Callable[[Any], T]) -> list[T]:
+        """Convert an argument's value for each entry; errors about one of a list say which."""
+        if name in self._lists:
+            return one_by_one(convert, self._lists[name])
+        return [convert(getattr(self, name))] * self.count
 
 
 _PER_SCALE = ("guidance_scale", "temperature")  # of these a list has one number for each scale
 
 
-def choose_pictures(
-    asked: PerEntry,
-    copies: int,
-    seed: int | Sequence[int] | None,
-    tokenise: Callable[[str], list[int]],
-    size: SizeOf,
-    settings: Settings,
-    warn: Callable[[str, Image.Image], Iterable[str]],
-) -> list[Wanted]:
-    """Return all pictures to make, in order: the copies of the first picture and prompt come first.
-
-    size: see `choose_size`. warn: yields warnings about a prompt and a picture. Raises ConfigError
-    on lists of unequal lengths, on more than MOST_ENTRIES results, and on values that are no text,
-    setting, count or seed, TextError and PictureError as `tokenise` and `open_picture` do. Errors
-    about an entry of a list say which of how many it is.
-    """
+def check_copies(copies: int, count: int) -> int:
+    """Return the number of results for each of `count` entries. Raises ConfigError."""
     copies = checked("num_images_per_prompt", copies, int)
-    given, listed = vars(asked), asked.listed()
-    count = _common_length(listed)
     if copies < 1 or count * copies > MOST_ENTRIES:
         told = shown(copies)
         raise ConfigError(
             f"num_images_per_prompt is {told}; give at least 1, for at most {MOST_ENTRIES} results"
         )
-    seeds = _seeds(seed, count * copies)
-
-    def each(name: str, convert: Callable[[Any], T]) -> list[T]:
-        values = listed[name]
-        return [convert(given[name])] * count if values is None else _one_by_one(convert, values)
-
-    texts = each("prompt", lambda text: checked("a prompt", text, str))
-    prompts = each("prompt", lambda text: tokenise(checked("a prompt", text, str)))
-    negatives = each("negative_prompt", lambda text: _negative(text, tokenise))
-    pictures = each("image", open_picture)
-    opened = each("mask", lambda source: None if source is None else open_mask(source))
-    masks = _one_by_one(fitted, opened, pictures)
-    pictures = list(map(visible, pictures, masks))
-    sizes = _one_by_one(lambda picture: size(picture.size), pictures)
-    settings.check(any(negatives))
-    guidance = each("guidance_scale", settings.guidance)
-    chosen = map(ScaleSettings, guidance, each("temperature", settings.temperature))
-    warnings = _one_by_one(lambda *of: tuple(warn(*of)), texts, pictures)
-    wanted = zip(pictures, prompts, negatives, masks, sizes, chosen, warnings, strict=True)
-    repeated = [entry for entry in wanted for _ in range(copies)]
-    return [Wanted(*entry, seed=seed) for entry, seed in zip(repeated, seeds, strict=True)]
+    return copies
 
 
-def _one_by_one(convert: Callable[..., T], *lists: Sequence[Any]) -> list[T]:
+def one_by_one(convert: Callable[..., T], *lists: Sequence[Any]) -> list[T]:
     """Convert the entries of lists; errors say which of how many."""
     results = []
     for place, values in enumerate(zip(*lists, strict=True)):
@@ -201,12 +156,12 @@ def _one_by_one(convert: Callable[..., T], *lists: Sequence[Any]) -> list[T]:
     return results
 
 
-def _common_length(listed: Mapping[str, list[Any] | None]) -> int:
+def _common_length(lists: Mapping[str, list[Any]]) -> int:
     """Return the length of the arguments that are lists; 1 if none is.
 
     One picture and one prompt ask for a result: what goes with them cannot be an empty list.
     """
-    lengths = {name: len(values) for name, values in listed.items() if values is not None}
+    lengths = {name: len(values) for name, values in lists.items()}
     if 0 in lengths.values() and lengths.keys().isdisjoint(("image", "prompt")):
         lengths = {"image": 1, **lengths}
     if len(set(lengths.values())) > 1:
@@ -215,14 +170,11 @@ def _common_length(listed: Mapping[str, list[Any] | None]) -> int:
     return next(iter(lengths.values()), 1)
 
 
-def _negative(prompt: object, tokenise: Callable[[str], list[int]]) -> list[int] | None:
-    """Return a negative prompt's token ids; None, as for none, where it is empty."""
-    text = checked("a negative prompt", prompt, str | None)
-    return tokenise(text) if text and text.strip() else None
+def choose_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
+    """Return a seed for each picture to make; without one, successive seeds from a random one.
 
-
-def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
-    """Return a seed for each picture to make; without one, successive seeds from a random one."""
+    Raises ConfigError on what are no seeds, or not as many.
+    """
     wanted = "an integer, or one for each result"
     given = entries("seed", seed)
     if given is None:

@@ -1,15 +1,15 @@
 """The pictures that are edited at once, and the time that their stages take."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from threading import Event
 from time import perf_counter, process_time
 
 import numpy as np
 
 from varedit_runtime.backends.base import Negatives, Prompts, StageOutput
-from varedit_runtime.editing.arguments import Wanted
+from varedit_runtime.backends.handle import EditHandle
+from varedit_runtime.editing.prepared import Group, Grouping, PreparedEdit
 from varedit_runtime.editing.results import OnScale
 from varedit_runtime.errors import one_of_many
 
@@ -54,60 +54,60 @@ def _clocks() -> tuple[float, float]:
 class PictureBatch:
     """The pictures edited at once.
 
-    rows: the pictures; the last one is repeated up to the size of the batch. places: those in the
-    results, of which there are `results`. guided_scales: how many scales, the first ones, need
-    unconditional rows.
+    rows: the pictures, all of one group; the last one is repeated up to the size of the batch.
+    places: those in the results, of which there are `results`. handle: None where nobody can end
+    the edit. waited: see `EditResult`.
     """
 
-    rows: Sequence[Wanted]
-    places: range
+    rows: Sequence[PreparedEdit]
+    places: Sequence[int]
     results: int
-    guided_scales: int
+    group: Group
     on_scale: OnScale | None
-    cancelled: Event
+    handle: EditHandle | None
+    waited: float
     timings: Timings = field(default_factory=Timings)
 
     @property
-    def wanted(self) -> Sequence[Wanted]:
+    def edits(self) -> Sequence[PreparedEdit]:
         return self.rows[: len(self.places)]
 
     def naming(self, row: int) -> AbstractContextManager[None]:
         """Say in an error about a row which of the call's results it is."""
         return one_of_many("result", self.places[min(row, len(self.places) - 1)], self.results)
 
-    def prompts(self, guided: bool, lengths: Sequence[int]) -> Prompts:
+    def prompts(self, guided: bool) -> Prompts:
         """Return the texts' token ids; with those of unconditional rows if any scale needs them.
 
-        guided: whether there are such rows. lengths: that texts may be padded to; the first that
-        all of them fit into is taken.
+        guided: whether there are such rows.
         """
-        prompts = [one.prompt for one in self.rows]
-        # Rows without a negative prompt use the model's own; their ids here are only a filling.
-        negatives = [one.negative or one.prompt for one in self.rows]
-        if not (guided and self.guided_scales):
-            negatives = []
-        longest = max(map(len, (*prompts, *negatives)))
-        length = next(length for length in lengths if length >= longest)
-        ids, mask = _padded(prompts, length)
-        if not negatives:
+        length = self.group.text_length
+        ids, mask = _padded([one.prompt for one in self.rows], length)
+        if not (guided and self.group.guided_scales):
             return Prompts(ids, mask)
         present = np.array([bool(one.negative) for one in self.rows])
+        # Rows without a negative prompt use the model's own; their ids here are only a filling.
+        negatives = [one.negative or one.prompt for one in self.rows]
         return Prompts(ids, mask, Negatives(*_padded(negatives, length), present))
 
     @property
     def masked(self) -> bool:
-        return any(row.mask is not None for row in self.rows)
+        return any(row.marked is not None for row in self.rows)
 
 
-def guided_scales(guidances: Iterable[Sequence[float]]) -> int:
-    """Return how many scales, the first ones, need unconditional rows for some picture."""
-    guided = (
-        scale + 1 for guidance in guidances for scale, value in enumerate(guidance) if value != 1
-    )
-    return max(guided, default=0)
+def batches(
+    edits: Sequence[PreparedEdit], grouping: Grouping, size: int
+) -> Iterator[tuple[Group, list[int]]]:
+    """Yield the places of edits that share a batch of at most this size, with their group."""
+    groups: dict[Group, list[int]] = {}
+    for place, edit in enumerate(edits):
+        groups.setdefault(grouping(edit), []).append(place)
+    for group, places in groups.items():
+        for first in range(0, len(places), size):
+            yield group, places[first : first + size]
 
 
-def _padded(prompts: Sequence[list[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
+def _padded(prompts: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
     """Pad token ids; return ids int64 and mask bool, both [B, T]."""
     ids = np.zeros((len(prompts), length), np.int64)
     mask = np.zeros(ids.shape, np.bool_)

@@ -6,57 +6,38 @@
 All arguments of a call are checked before anything is computed.
 """
 
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from threading import Event, RLock, get_ident
+from threading import RLock, get_ident
+from time import perf_counter
 from typing import Literal, overload
 
 import numpy as np
-from PIL import Image
 
 from varedit_runtime.backends import ChosenBackend
 from varedit_runtime.backends.auto import AUTO, AutoBackend, wanted_backend
-from varedit_runtime.backends.base import (
-    Backend,
-    EditWhole,
-    Prompts,
-    Sampling,
-    WeightsLostError,
-    edit_by_stages,
-)
+from varedit_runtime.backends.base import Backend, WeightsLostError
+from varedit_runtime.backends.forks import Home
+from varedit_runtime.backends.handle import EditHandle
 from varedit_runtime.backends.interrupt import held_signals
-from varedit_runtime.backends.wiring import DECODER, ENCODER, TEXT
 from varedit_runtime.bundle import Bundle, load_standing
-from varedit_runtime.editing.arguments import (
-    OutputSize,
-    PerEntry,
-    Settings,
-    Wanted,
-    choose_pictures,
-    choose_size,
-)
-from varedit_runtime.editing.batch import PictureBatch, guided_scales
-from varedit_runtime.editing.caution import warnings_of
-from varedit_runtime.editing.finish import finished
+from varedit_runtime.editing.arguments import OutputSize, PerEntry
+from varedit_runtime.editing.batch import PictureBatch, batches
 from varedit_runtime.editing.kept import Kept
-from varedit_runtime.editing.masks import SourceKeeper
-from varedit_runtime.editing.results import EditResult, OnScale, Progress
+from varedit_runtime.editing.prepared import Grouping, PreparedEdit
+from varedit_runtime.editing.preparer import Preparer, Wanted, read_instructions
+from varedit_runtime.editing.results import EditResult, OnScale
+from varedit_runtime.editing.run import Run
 from varedit_runtime.editing.swapping import check_swappable
-from varedit_runtime.errors import (
-    BackendError,
-    BundleError,
-    EditCancelled,
-    EditorError,
-    EditWarning,
-)
-from varedit_runtime.manifest import TOKENIZER, Variant, scale_name, scale_of
-from varedit_runtime.noise import uniform_noise
-from varedit_runtime.pictures import Source, from_decoder, to_square
-from varedit_runtime.text import Instructions, read_tokenizer
-from varedit_runtime.values import AnyPath, PerPicture, PerScale, checked, is_list
+from varedit_runtime.errors import ConfigError, EditCancelled, EditorError, EditWarning, shown
+from varedit_runtime.manifest import Variant
+from varedit_runtime.pictures import Source
+from varedit_runtime.text import Instructions
+from varedit_runtime.values import AnyPath, PerPicture, PerScale, checked, entries, is_list
 
-WHOLE_EDIT = "edit"  # the only entry in the timings of an edit that ran as one launch
+_log = logging.getLogger("varedit_runtime")
 
 
 class Editor:
@@ -81,7 +62,8 @@ class Editor:
         self.chosen = chosen
         self._backend: Backend | None = backend
         self._kept = Kept(backend)
-        self._instructions = instructions
+        self._preparer = Preparer(bundle, variant, instructions)
+        self._home = Home(backend)
         self._turn = RLock()
         self._editing: int | None = None  # the thread that edits
 
@@ -132,7 +114,14 @@ class Editor:
                 opened.verify()
             return cls._load(opened, opened.manifest.variant(variant), wanted)
 
-        return load_standing(bundle, digest, load, lambda editor: editor.close())
+        begun = perf_counter()
+        editor = load_standing(bundle, digest, load, lambda editor: editor.close())
+        _log.info("opened %s in %.3f s", editor, perf_counter() - begun)
+        return editor
+
+    def __repr__(self) -> str:
+        name, digest = self.bundle.path.name, self.bundle.digest[:16]
+        return f"<Editor of {name} ({digest}), {self.variant.name}, on {self.provider}>"
 
     @classmethod
     def _load(
@@ -153,13 +142,17 @@ class Editor:
     def close(self) -> None:
         """Free the graphs and their memory, after an edit that another thread is running.
 
-        Raises EditorError inside `on_scale`. Closing twice does nothing.
+        Raises EditorError inside `on_scale`. Closing twice does nothing, and so does closing in a
+        forked child.
         """
+        if not self._home.here:
+            return
         with self._turn:
             if self._editing is not None:
                 raise EditorError("the editor cannot be closed inside on_scale: cancel() first")
             if self._backend is not None:
                 self._backend.close()
+                _log.info("closed %s", self)
             self._backend = None
             self._kept.forget()
 
@@ -168,6 +161,7 @@ class Editor:
 
         Later edits are the same without it, and compute it again.
         """
+        self._home.check()
         with self._turn:
             self._kept.forget()
 
@@ -186,7 +180,7 @@ class Editor:
         on_scale.
         """
         self._check_usable()
-        opened, put_in_place = load_standing(bundle, digest, self._prepare)
+        opened, put_in_place = load_standing(bundle, digest, self._prepare_weights)
         with self._my_turn(), held_signals():  # which must not come between weights and bundle
             try:
                 put_in_place()
@@ -197,8 +191,10 @@ class Editor:
             finally:
                 self._kept.forget()  # it was computed with the old weights
             self.bundle = opened
+            self._preparer = Preparer(opened, self.variant, self._preparer.instructions)
+        _log.info("swapped weights: %s", self)
 
-    def _prepare(self, bundle: Bundle) -> tuple[Bundle, Callable[[], None]]:
+    def _prepare_weights(self, bundle: Bundle) -> tuple[Bundle, Callable[[], None]]:
         check_swappable(self.bundle, bundle, self.variant)
         bundle.verify()
         with self._my_turn():
@@ -210,12 +206,13 @@ class Editor:
 
         Once it was asked for, edits keep no prefill: its caches may be another picture's.
 
-        Raises EditorError if the editor is closed.
+        Raises EditorError if the editor is closed or was opened before a fork.
         """
         self._kept.share()
         return self._open_backend()
 
     def _open_backend(self) -> Backend:
+        self._home.check()
         if self._backend is None:
             raise EditorError("the editor is closed: open another one")
         return self._backend
@@ -235,6 +232,7 @@ class Editor:
         seed: int | None = None,
         output_size: OutputSize = "source",
         on_scale: OnScale | None = None,
+        handle: EditHandle | None = None,
     ) -> EditResult: ...
 
     @overload
@@ -252,6 +250,7 @@ class Editor:
         seed: int | Sequence[int] | None = None,
         output_size: OutputSize = "source",
         on_scale: OnScale | None = None,
+        handle: EditHandle | None = None,
     ) -> list[EditResult]: ...
 
     def edit(
@@ -268,6 +267,7 @@ class Editor:
         seed: int | Sequence[int] | None = None,
         output_size: OutputSize = "source",
         on_scale: OnScale | None = None,
+        handle: EditHandle | None = None,
     ) -> EditResult | list[EditResult]:
         """Edit pictures as instructed.
 
@@ -285,39 +285,99 @@ class Editor:
         seed + i; or a list with one for each result; by default random, see the results.
         output_size: "source" for results of their sources' sizes, "model" for the model's own
         pixels, neither enlarged nor reduced, or the number of pixels of the longest side, at most
-        the source's. on_scale: called after every scale, in this thread.
+        the source's. on_scale: called after every scale, in this thread. handle: ends the edit.
 
         Raises ConfigError, TextError or PictureError on arguments that cannot be used;
-        EditCancelled if on_scale cancelled; EditorError if the editor is closed, or called by
-        on_scale; BackendError if a graph fails, or computes numbers that are not finite or a
+        EditCancelled if on_scale or the handle cancelled, DeadlineExceeded at its deadline;
+        EditorError if the editor is closed, called by on_scale, or opened before a fork;
+        BackendError if a graph fails, or computes numbers that are not finite or a
         picture of a single colour. Issues EditWarnings first, which are also in the results.
         """
-        on_scale = checked("on_scale", on_scale, OnScale | None)
-        size = choose_size(output_size, self.variant.picture)
-        settings = Settings(self.bundle.manifest, self.variant, checked("fast", fast, bool))
+        self._check_usable()
         asked = PerEntry(image, prompt, negative_prompt, mask, guidance_scale, temperature)
-        wanted = choose_pictures(
-            *(asked, num_images_per_prompt, seed, self._tokenise, size, settings, self._warn)
+        several = is_list(seed) or asked.several
+        prepared = self._preparer.prepare_all(
+            Wanted(asked, num_images_per_prompt, seed, fast, output_size)
         )
-        several = is_list(seed) or any(x is not None for x in asked.listed().values())
-        _issue_warnings(wanted)
-        with self._my_turn():
-            results = self._edit_all(wanted, on_scale)
+        _issue_warnings(prepared)
+        results = self.edit_prepared(prepared, on_scale=on_scale, handle=handle)
         return results if several or len(results) > 1 else results[0]
 
-    def _tokenise(self, text: str) -> list[int]:
-        if self._instructions is None:
-            self.bundle.check_text()
-        assert self._instructions is not None
-        return self._instructions.tokenise(text)
+    def prepare(
+        self,
+        image: Source,
+        prompt: str,
+        *,
+        negative_prompt: str | None = None,
+        mask: Source | None = None,
+        guidance_scale: PerScale | None = None,
+        temperature: PerScale | None = None,
+        fast: bool = False,
+        seed: int | None = None,
+        output_size: OutputSize = "source",
+    ) -> PreparedEdit:
+        """Check an edit of one picture and prepare it; see `Preparer.prepare`.
 
-    def _warn(self, text: str, picture: Image.Image) -> Iterator[str]:
-        assert self._instructions is not None
-        return warnings_of(self.bundle.manifest.model, self._instructions, text, picture)
+        It waits for no edit of other threads. Raises EditorError if the editor is closed, or was
+        opened before a fork.
+        """
+        self._open_backend()
+        return self._preparer.prepare(
+            image,
+            prompt,
+            negative_prompt=negative_prompt,
+            mask=mask,
+            guidance_scale=guidance_scale,
+            temperature=temperature,
+            fast=fast,
+            seed=seed,
+            output_size=output_size,
+        )
+
+    @property
+    def grouping(self) -> Grouping:
+        """Tell which prepared edits may share a batch; it can be pickled.
+
+        Raises EditorError if the editor is closed, or was opened before a fork.
+        """
+        backend = self._open_backend()
+        lengths, scales = tuple(backend.text_lengths), len(self.variant.grids)
+        return Grouping(lengths, scales, backend.drops_rows)
+
+    def edit_prepared(
+        self,
+        edits: Sequence[PreparedEdit],
+        *,
+        on_scale: OnScale | None = None,
+        handle: EditHandle | None = None,
+    ) -> list[EditResult]:
+        """Make edits that `prepare` returned; return their results in the same order.
+
+        Only edits of one group (see `grouping`) share a batch, so that each result has the bits
+        that it has alone. Warnings are in the results and not issued. Raises ConfigError on other
+        arguments, also on edits that were prepared for another model; else as `edit` does.
+        """
+        on_scale = checked("on_scale", on_scale, OnScale | None)
+        handle = checked("handle", handle, EditHandle | None)
+        prepared = entries("edits", edits)
+        if prepared is None:
+            raise ConfigError(f"edits is {shown(edits)}; give a list of what `prepare` returned")
+        for one in prepared:
+            if checked("an edit", one, PreparedEdit).made_for != self._preparer.made_for:
+                raise ConfigError(
+                    "an edit was prepared for another model or size: prepare it for this variant"
+                )
+        if on_scale is not None:
+            handle = handle or EditHandle()  # for `Progress.cancel`
+        begun = perf_counter()
+        with self._my_turn(handle):
+            return self._edit_all(prepared, on_scale, handle, perf_counter() - begun)
 
     @contextmanager
-    def _my_turn(self) -> Iterator[None]:
-        with self._turn:
+    def _my_turn(self, handle: EditHandle | None = None) -> Iterator[None]:
+        """Wait until no other thread uses the editor, and then keep it from them."""
+        self._check_usable()  # also before: in a forked child nobody would release the lock
+        with self._turn if handle is None else handle.taking(self._turn):
             self._check_usable()
             self._editing = get_ident()
             try:
@@ -331,164 +391,66 @@ class Editor:
         if self._editing == get_ident():
             raise EditorError("on_scale cannot use the editor that calls it: return first")
 
-    def _edit_all(self, wanted: Sequence[Wanted], on_scale: OnScale | None) -> list[EditResult]:
-        places, size, cancelled = range(len(wanted)), self.variant.batch, Event()
-        results: list[EditResult] = []
-        for first in places[::size]:
-            own = places[first : first + size]
-            # The graphs take batches of this size: a smaller one repeats its last picture.
-            rows = [wanted[min(i, own[-1])] for i in range(first, first + size)]
-            guided = len(self.variant.grids)
-            if self._open_backend().drops_rows:
-                guided = guided_scales(row.settings.guidance_scale for row in rows)
-            results += self._edit_batch(
-                PictureBatch(rows, own, len(wanted), guided, on_scale, cancelled)
-            )
-        return results
-
-    def _edit_batch(self, batch: "PictureBatch") -> list[EditResult]:
-        # What a mask forces depends on every scale before: the host must see it.
-        backend = self._open_backend()
-        edit = None if batch.on_scale or batch.masked else backend.whole
-        with batch.timings.of(WHOLE_EDIT if edit else TEXT):
-            prompts = batch.prompts(self.variant.guided, backend.text_lengths)
-        with batch.timings.of(WHOLE_EDIT if edit else ENCODER):
-            squares = self._squares(batch)
-            prefilled = self._kept.take_prefilled(prompts, squares)
-        given = batch, prompts, squares, prefilled
-        images = self._edit_whole(*given, edit) if edit else self._edit_by_stages(*given)
-        if batch.guided_scales in (0, len(self.variant.grids)):  # else half of the rows is gone
-            self._kept.prefilled(prompts, squares)
-        seconds, cpu_seconds = batch.timings.seconds, batch.timings.cpu_seconds
-        return [
-            EditResult(image, one.seed, seconds, cpu_seconds, one.warnings)
-            for one, image in zip(batch.wanted, images, strict=True)
-        ]
-
-    def _edit_whole(
+    def _edit_all(
         self,
-        batch: "PictureBatch",
-        prompts: Prompts,
-        squares: np.ndarray,
-        prefilled: bool,
-        edit: EditWhole,
-    ) -> list[Image.Image]:
-        with batch.timings.of(WHOLE_EDIT):
-            samplings = [self._sampling(batch, scale) for scale in range(len(self.variant.grids))]
-            edited = edit(prompts, squares, samplings, prefilled)
-            for scale, logits in enumerate(edited.logits):
-                _sound(scale_name(scale), logits, batch)
-            _sound(DECODER, edited.pictures, batch)
-            return self._restored(edited.pictures, batch)
+        edits: Sequence[PreparedEdit],
+        on_scale: OnScale | None,
+        handle: EditHandle | None,
+        waited: float,
+    ) -> list[EditResult]:
+        size, results = self.variant.batch, dict[int, EditResult]()
+        model = self.bundle.manifest.model
+        run = Run(self._open_backend, self._kept, model, self.variant, self._decoder())
+        for group, places in batches(edits, self.grouping, size):
+            # The graphs take batches of this size: a smaller one repeats its last picture.
+            rows = [edits[place] for place in places]
+            rows += rows[-1:] * (size - len(rows))
+            batch = PictureBatch(rows, tuple(places), len(edits), group, on_scale, handle, waited)
+            with _logged(batch):
+                results |= zip(places, run.edit(batch), strict=True)
+        return [results[place] for place in range(len(edits))]
 
-    def _edit_by_stages(
-        self, batch: "PictureBatch", prompts: Prompts, squares: np.ndarray, prefilled: bool
-    ) -> list[Image.Image]:
-        timings, seen = batch.timings, dict[str, np.ndarray]()
-        stages = edit_by_stages(
-            self._open_backend(),
-            prompts,
-            squares,
-            self._samplings(batch, seen),
-            self._kept,
-            prefilled,
-        )
-        for output in timings.of_each(stages):
-            for array in output.arrays.values():
-                _sound(output.stage, array, batch)
-            seen.update(output.arrays)
-            if batch.on_scale is not None and (scale := scale_of(output.stage)) is not None:
-                batch.on_scale(self._progress(batch, scale, output.arrays["running_sum"]))
-            if output.stage != DECODER and batch.cancelled.is_set():
-                raise EditCancelled("the edit was cancelled")
-        with timings.of(DECODER):
-            return self._restored(seen["pictures"], batch)
-
-    def _squares(self, batch: "PictureBatch") -> np.ndarray:
-        """Return the pictures as the image encoder reads them, [B, 3, H, W]."""
-        squares = []
-        for number, row in enumerate(batch.rows):
-            with batch.naming(number):
-                squares.append(to_square(row.picture, self.variant.picture))
-        return np.stack(squares)
-
-    def _sampling(self, batch: "PictureBatch", scale: int) -> Sampling:
-        """Return a scale's sampling, with the noise of each picture's own seed."""
-        rows, columns = self.variant.grids[scale]
-        channels = self.bundle.manifest.model.token_channels
-        noise = [uniform_noise(one.seed, scale, rows * columns, channels) for one in batch.rows]
-        settings = [one.settings for one in batch.rows]
-        return Sampling(
-            np.stack(noise).reshape(len(noise), rows, columns, channels),
-            np.array([one.guidance_scale[scale] for one in settings], np.float32),
-            np.array([one.temperature[scale] for one in settings], np.float32),
-            guided=scale < batch.guided_scales,
-        )
-
-    def _samplings(self, batch: "PictureBatch", seen: dict[str, np.ndarray]) -> Iterator[Sampling]:
-        """Yield each scale's sampling in its turn. seen: what the stages before it put out."""
-        model, grids = self.bundle.manifest.model, self.variant.grids
-        keeper = SourceKeeper([row.mask for row in batch.rows], grids, model.patch)
-        for scale in range(len(grids)):
-            drawn = self._sampling(batch, scale)
-            yield keeper.force(drawn, seen["source_tokens"], seen.get("running_sum"))
-
-    def _restored(self, decoded: np.ndarray, batch: "PictureBatch") -> list[Image.Image]:
-        """Turn decoded pictures [B, 3, H, W] into results."""
-        finest = self.variant.grids[-1]
-        return [
-            finished(from_decoder(pixels), one, finest)
-            for pixels, one in zip(decoded, batch.wanted, strict=False)
-        ]
-
-    def _progress(self, batch: "PictureBatch", scale: int, total: np.ndarray) -> Progress:
+    def _decoder(self) -> Callable[[np.ndarray], np.ndarray]:
+        """Return what decodes sums of codes in any thread, as long as the weights are the same."""
         bundle = self.bundle
 
-        def draw() -> list[Image.Image]:
+        def decode(total: np.ndarray) -> np.ndarray:
+            self._home.check()
             with self._turn:  # a preview from another thread waits for the edit to end
                 if self.bundle is not bundle:
                     raise EditorError("the weights that predicted this scale were swapped since")
-                decoded = _sound(DECODER, self._open_backend().decode(total), batch)
-                return self._restored(decoded, batch)
+                return self._open_backend().decode(total)
 
-        return Progress(
-            scale=scale,
-            scales=len(self.variant.grids),
-            seconds=batch.timings.seconds[scale_name(scale)],
-            pictures=batch.places,
-            _draw=draw,
-            _cancelled=batch.cancelled,
+        return decode
+
+
+@contextmanager
+def _logged(batch: PictureBatch) -> Iterator[None]:
+    """Log an edit, without its texts and where its pictures come from."""
+    begun, ended = perf_counter(), "edited"
+    try:
+        yield
+    except EditCancelled:
+        ended = "cancelled"
+        raise
+    except BaseException as error:
+        ended = f"failed ({type(error).__name__})"
+        raise
+    finally:
+        _log.debug(
+            "%s %d in a batch of %d: sizes %s, seeds %s, %s; waited %.3f s, took %.3f s",
+            ended,
+            len(batch.edits),
+            len(batch.rows),
+            [one.size for one in batch.edits],
+            [one.seed for one in batch.edits],
+            batch.group,
+            batch.waited,
+            perf_counter() - begun,
         )
 
 
-def _issue_warnings(wanted: Sequence[Wanted]) -> None:
+def _issue_warnings(edits: Sequence[PreparedEdit]) -> None:
     """Issue each warning once, for the line that calls the caller."""
-    for warning in {text: None for one in wanted for text in one.warnings}:
+    for warning in {text: None for one in edits for text in one.warnings}:
         warnings.warn(warning, EditWarning, stacklevel=3)
-
-
-def read_instructions(bundle: Bundle, limit: int) -> Instructions:
-    try:
-        return Instructions(read_tokenizer(bundle.tokenizer_json()), limit)
-    except ValueError as error:
-        raise BundleError(f"{bundle.path / TOKENIZER} {error}: build the bundle again") from error
-
-
-def _sound(stage: str, array: np.ndarray, batch: PictureBatch) -> np.ndarray:
-    """Return a stage's output [B, ...]. Raises BackendError if the arithmetic failed before.
-
-    Where fp16 overflows, TensorRT can give zeros in place of NaN, and the decoder a single colour.
-    """
-    for row, values in enumerate(array):
-        wrong = None
-        if not np.isfinite(values).all():
-            wrong = "numbers that are not finite"
-        elif stage == DECODER and not np.ptp(values, (-2, -1)).any():
-            wrong = "the same colour for all pixels"
-        if wrong is not None:
-            with batch.naming(row):
-                raise BackendError(
-                    f"{stage} computed {wrong}, so there is no picture: run "
-                    "`varedit-export verify` on the bundle"
-                )
-    return array

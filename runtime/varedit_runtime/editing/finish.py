@@ -1,31 +1,53 @@
 """From the model's pixels to the picture that an edit returns: its size, its alpha, its mask."""
 
+from dataclasses import dataclass
+
 import numpy as np
 from PIL import Image
 
 from varedit_runtime.decoding.limits import pieces
-from varedit_runtime.editing.arguments import Wanted
 from varedit_runtime.editing.masks import feather_width, put_back, resized
 from varedit_runtime.grids import Grid
 from varedit_runtime.pictures import restore
 
 
-def finished(pixels: np.ndarray, one: Wanted, finest: Grid) -> Image.Image:
-    """Return the result of an edit: of the size asked for, with its source's alpha, and masked.
+@dataclass(frozen=True, eq=False)
+class Finish:
+    """What a result takes from its source and its mask.
 
-    pixels: what the model drew, 8-bit RGB [H, W, 3]. finest: the grid of the last scale.
+    size: the result's (width, height), which the pictures here have. source: where there is a mask,
+    the picture; without one its alpha alone, mode L, or None if it is opaque.
     """
-    edited = restore(pixels, one.size)
-    if one.mask is None and one.picture.mode == "RGB":
-        return edited
-    source = one.picture
-    if source.size != one.size:
-        source = source.resize(one.size, Image.Resampling.LANCZOS)
-    if source.mode == "RGBA":
-        edited = with_alpha(edited, source.getchannel("A"))
-    if one.mask is None:
-        return edited
-    return put_back(source, edited, resized(one.mask, one.size), feather_width(one.size, finest))
+
+    size: tuple[int, int]
+    source: Image.Image | None
+    mask: Image.Image | None
+
+    @classmethod
+    def of(cls, picture: Image.Image, mask: Image.Image | None, size: tuple[int, int]) -> "Finish":
+        """Keep what a result of this size takes. mask: of the picture's size."""
+        if mask is None and picture.mode == "RGB":
+            return cls(size, None, None)
+        if picture.size != size:
+            picture = picture.resize(size, Image.Resampling.LANCZOS)
+        if mask is None:
+            return cls(size, picture.getchannel("A"), None)
+        return cls(size, picture, resized(mask, size))
+
+    def finished(self, pixels: np.ndarray, finest: Grid) -> Image.Image:
+        """Return the result. pixels: what the model drew, 8-bit RGB [H, W, 3].
+
+        finest: the grid of the last scale.
+        """
+        edited, source = restore(pixels, self.size), self.source
+        if source is None:
+            return edited
+        if source.mode != "RGB":
+            alpha = source if source.mode == "L" else source.getchannel("A")
+            edited = with_alpha(edited, alpha)
+        if self.mask is None:
+            return edited
+        return put_back(source, edited, self.mask, feather_width(self.size, finest))
 
 
 def with_alpha(edited: Image.Image, alpha: Image.Image) -> Image.Image:

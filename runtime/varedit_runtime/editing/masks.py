@@ -75,17 +75,28 @@ def resized(mask: Image.Image, size: tuple[int, int]) -> Image.Image:
     return Image.fromarray(_brightest(pixels, rows, columns))
 
 
+def marked_tokens(mask: Image.Image, grid: Grid) -> np.ndarray:
+    """Return which tokens of a grid have a marked pixel, bool [h, w]; padding has none."""
+    pixels, canvas = np.asarray(mask), canvas_size(mask.size, grid)[::-1]
+    marked = np.zeros(grid, np.bool_)
+    starts = [np.arange(count) * side // count for count, side in zip(grid, canvas, strict=True)]
+    rows, columns = (s[s < side] for s, side in zip(starts, pixels.shape, strict=True))
+    marked[: len(rows), : len(columns)] = _brightest(pixels, rows, columns) > 0
+    return marked
+
+
 class SourceKeeper:
     """Keeps what the masks of a batch do not mark, scale by scale."""
 
-    def __init__(
-        self, masks: Sequence[Image.Image | None], grids: Sequence[Grid], patch: int
-    ) -> None:
-        """masks: one for each picture, None where everything may change.
+    def __init__(self, marked: Sequence[np.ndarray | None], finest: Grid, patch: int) -> None:
+        """Begin a batch.
 
-        grids: the scales', in tokens. patch: the tokenizer's positions along a token's side.
+        marked: each picture's tokens as `marked_tokens` returns them, None for all of them. finest:
+        the grid of the last scale. patch: the tokenizer's positions along a token's side.
         """
-        self._marked = np.stack([_marked(mask, grids[-1]) for mask in masks])
+        everything = np.ones(finest, np.bool_)
+        rows = [everything if tokens is None else tokens for tokens in marked]
+        self._marked = np.stack(rows).astype(np.float32)
         self._patch = patch
 
     def force(
@@ -144,18 +155,6 @@ def _feathered(mask: Image.Image, width: int) -> Image.Image:
         return mask  # all of it is thinner than what is computed
     levels = Image.fromarray((depth.astype(np.uint16) * 255 // depth.max()).astype(np.uint8))
     return ImageChops.multiply(levels.resize(mask.size, Image.Resampling.BILINEAR), mask)
-
-
-def _marked(mask: Image.Image | None, grid: Grid) -> np.ndarray:
-    """Return which tokens of a grid have a marked pixel, [h, w]: 1, else 0; padding has none."""
-    if mask is None:
-        return np.ones(grid, np.float32)
-    pixels, canvas = np.asarray(mask), canvas_size(mask.size, grid)[::-1]
-    marked = np.zeros(grid, np.float32)
-    starts = [np.arange(count) * side // count for count, side in zip(grid, canvas, strict=True)]
-    rows, columns = (s[s < side] for s, side in zip(starts, pixels.shape, strict=True))
-    marked[: len(rows), : len(columns)] = _brightest(pixels, rows, columns) > 0
-    return marked
 
 
 def _brightest(pixels: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
