@@ -31,12 +31,13 @@ from varedit_runtime.backends.engines.engine_set import (
 )
 from varedit_runtime.backends.engines.memory import budget, lay_out
 from varedit_runtime.backends.engines.weights import EngineWeights
+from varedit_runtime.backends.handle import EditHandle
 from varedit_runtime.backends.wiring import profiles_of, sized
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.editing.editor import Editor
 from varedit_runtime.editing.preparer import read_instructions
 from varedit_runtime.editing.results import Progress
-from varedit_runtime.errors import BackendError, BundleError, readable_size
+from varedit_runtime.errors import BackendError, BundleError, EditCancelled, readable_size
 from varedit_runtime.locate import embedded
 from varedit_runtime.manifest import MANIFEST, UNGUIDED
 
@@ -98,6 +99,31 @@ def test_by_stages_and_as_a_whole_are_the_same_edit(small: tuple[Editor, Simulat
     assert isinstance(backend, EngineBackend)
     steps = [step for step in backend.steps.values() if not step.unguided]
     assert gpu.launches - before == len(steps) - 1 + len(previews)  # no negative
+
+
+def test_an_edit_with_a_handle_can_be_ended_between_stages(
+    small: tuple[Editor, SimulatedGpu],
+) -> None:
+    editor, _ = small
+    whole, handle = editor.edit(picture(40, 30), "add a hat", seed=1), EditHandle()
+    editor.forget()
+    staged = editor.edit(picture(40, 30), "add a hat", seed=1, handle=handle)
+    assert staged.image == whole.image and "scale_00" in staged.timings
+    launch, launches = editor.backend._run, 0  # type: ignore[attr-defined]
+
+    def cancelling(step: Any, given: Any) -> Any:
+        nonlocal launches
+        launches += 1
+        if step.name == "scale_01":
+            handle.cancel()
+        return launch(step, given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(editor.backend, "_run", cancelling)
+        with pytest.raises(EditCancelled):
+            editor.edit(picture(40, 30), "hat", seed=1, handle=handle)
+        assert launches == 1 + list(staged.timings).index("scale_01")
+    assert editor.edit(picture(40, 30), "add a hat", seed=1).image == whole.image
 
 
 def test_a_mask_is_kept_to(small: tuple[Editor, SimulatedGpu]) -> None:

@@ -13,6 +13,7 @@ from varedit_runtime.backends.graph_backend import GraphBackend
 from varedit_runtime.backends.wiring import text_lengths
 from varedit_runtime.editing.editor import Editor
 
+PHOTO = picture(40, 30)
 SHORT, LONG = "red", "a red hat at night"
 
 
@@ -54,7 +55,7 @@ def test_texts_have_few_lengths(most: int, lengths: Sequence[int]) -> None:
 def test_all_stages_read_the_shortest_text_that_holds_all(
     editor: Editor, monkeypatch: pytest.MonkeyPatch, prompt: str, negative: str, length: int
 ) -> None:
-    assert len(editor._tokenise(SHORT)) <= 16 < len(editor._tokenise(LONG)) <= 24
+    assert len(editor.prepare(PHOTO, SHORT).prompt) <= 16 < len(editor.prepare(PHOTO, LONG).prompt)
     read = lengths_of(editor, monkeypatch)
     editor.edit(picture(40, 30), prompt, negative_prompt=negative, seed=1)
     assert set(read) == {
