@@ -121,7 +121,7 @@ def test_an_edit_with_a_handle_can_be_ended_between_stages(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(editor.backend, "_run", cancelling)
         with pytest.raises(EditCancelled):
-            editor.edit(picture(40, 30), "hat", seed=1, handle=handle)
+            editor.edit(picture(30, 40), "hat", seed=1, handle=handle)
         assert launches == 1 + list(staged.timings).index("scale_01")
     assert editor.edit(picture(40, 30), "add a hat", seed=1).image == whole.image
 

@@ -413,10 +413,11 @@ def test_a_preview_is_not_drawn_with_other_weights(other: Path) -> None:
     told: list[Progress] = []
     with OPENED["onnxruntime"](small_bundle()) as editor:
         drawn(editor, on_scale=told.append)
-        told[0].preview()
+        kept = told[0].preview()
         editor.swap_weights(other)
+        assert told[0].preview() == kept
         with pytest.raises(EditorError, match="predicted this scale were swapped since"):
-            told[0].preview()
+            told[1].preview()
 
 
 def test_edits_of_other_threads_have_the_old_weights_or_the_new(
