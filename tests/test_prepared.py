@@ -69,15 +69,16 @@ def test_what_another_process_prepares_gives_the_same_edit(
 def test_only_what_shows_in_the_result_is_kept_of_a_source(nano: Editor) -> None:
     large = PHOTO.resize((1200, 900))
     square = nano.variant.picture[0] ** 2 * 3
+    asked: list[tuple[str, Image.Image, Image.Image | None, Any]] = [
+        ("opaque", large, None, "source"),
+        ("alpha", cut_out().resize(large.size), None, "source"),
+        ("small alpha", cut_out().resize(large.size), None, 120),
+        ("mask", large, mask().resize(large.size), "source"),
+        ("small mask", large, mask().resize(large.size), 120),
+    ]
     bytes_of = {
         name: len(pickle.dumps(nano.prepare(image, "red", mask=marks, output_size=size)))
-        for name, image, marks, size in (
-            ("opaque", large, None, "source"),
-            ("alpha", cut_out().resize(large.size), None, "source"),
-            ("small alpha", cut_out().resize(large.size), None, 120),
-            ("mask", large, mask().resize(large.size), "source"),
-            ("small mask", large, mask().resize(large.size), 120),
-        )
+        for name, image, marks, size in asked
     }
     pixels, few = 1200 * 900, 120 * 90
     expected = {"opaque": 0, "alpha": pixels, "small alpha": few}

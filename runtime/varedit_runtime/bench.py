@@ -39,8 +39,8 @@ from varedit_runtime.bench_report import (
 )
 from varedit_runtime.bundle import Bundle, digest_line
 from varedit_runtime.editing.arguments import Settings
-from varedit_runtime.editing.batch import guided_scales
 from varedit_runtime.editing.editor import Editor
+from varedit_runtime.editing.prepared import guided_scales
 from varedit_runtime.editing.random_text import with_any_text
 from varedit_runtime.editing.results import EditResult, OnScale
 from varedit_runtime.editing.run import WHOLE_EDIT
@@ -118,7 +118,7 @@ class Taken:
         guidance = Settings(manifest, variant, self.dial == "fast").guidance(
             1 if self.dial == "unguided" else None
         )
-        guided = (scale_of(stage) or 0) < guided_scales([guidance])
+        guided = (scale_of(stage) or 0) < guided_scales(guidance)
         return variant.rows if guided else variant.batch
 
 

@@ -35,7 +35,7 @@ from varedit_runtime.errors import ConfigError, EditCancelled, EditorError, Edit
 from varedit_runtime.manifest import Variant
 from varedit_runtime.pictures import Source
 from varedit_runtime.text import Instructions
-from varedit_runtime.values import AnyPath, PerPicture, PerScale, checked, entries, is_list
+from varedit_runtime.values import AnyPath, PerPicture, PerScale, checked, entries
 
 _log = logging.getLogger("varedit_runtime")
 
@@ -295,7 +295,7 @@ class Editor:
         """
         self._check_usable()
         asked = PerEntry(image, prompt, negative_prompt, mask, guidance_scale, temperature)
-        several = is_list(seed) or asked.several
+        several = entries("seed", seed) is not None or asked.several
         prepared = self._preparer.prepare_all(
             Wanted(asked, num_images_per_prompt, seed, fast, output_size)
         )

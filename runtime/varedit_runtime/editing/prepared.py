@@ -16,10 +16,10 @@ class ScaleSettings:
     guidance_scale: tuple[float, ...]
     temperature: tuple[float, ...]
 
-    @property
-    def guided_scales(self) -> int:
-        """How many scales, the first ones, need unconditional rows."""
-        return max((k + 1 for k, value in enumerate(self.guidance_scale) if value != 1), default=0)
+
+def guided_scales(guidance_scale: Sequence[float]) -> int:
+    """Return how many scales, the first ones, need unconditional rows."""
+    return max((k + 1 for k, value in enumerate(guidance_scale) if value != 1), default=0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +73,7 @@ class Grouping:
 
     def __call__(self, edit: PreparedEdit) -> Group:
         """Return an edit's group: edits of one group may share a batch."""
-        guided = edit.settings.guided_scales if self.drops_rows else self.scales
+        guided = guided_scales(edit.settings.guidance_scale) if self.drops_rows else self.scales
         negative = edit.negative if guided and edit.negative else ()
         longest = max(len(edit.prompt), len(negative))
         return Group(next(n for n in self.text_lengths if n >= longest), guided)

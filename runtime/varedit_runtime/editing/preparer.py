@@ -33,7 +33,7 @@ from varedit_runtime.errors import BundleError, ConfigError
 from varedit_runtime.manifest import TOKENIZER, Variant
 from varedit_runtime.pictures import Source, open_mask, open_picture, pad_and_resize
 from varedit_runtime.text import Instructions, read_tokenizer
-from varedit_runtime.values import AnyPath, PerScale, checked, is_list
+from varedit_runtime.values import AnyPath, PerScale, checked, entries
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Preparer:
         bundle takes no instructions.
         """
         asked = PerEntry(image, prompt, negative_prompt, mask, guidance_scale, temperature)
-        if is_list(seed) or asked.several:
+        if entries("seed", seed) is not None or asked.several:
             raise ConfigError("one edit is prepared at a time: call it for each entry of a list")
         (prepared,) = self.prepare_all(Wanted(asked, 1, seed, fast, output_size))
         return prepared
