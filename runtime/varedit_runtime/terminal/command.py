@@ -57,8 +57,8 @@ def say(line: str) -> None:
     click.echo(printable(line), err=True)
 
 
-class CommandGroup(click.Group):
-    """A group of commands that says on one line why it fails.
+class OneLineErrors(click.Command):
+    """A command that says on one line why it fails; to be mixed in.
 
     It exits with 1 on an error, also if its output cannot be written, with 2 on wrong usage, with
     130 on Ctrl-C and 143 on SIGTERM. `--debug` shows tracebacks too. It may stand before a
@@ -85,6 +85,10 @@ class CommandGroup(click.Group):
             if run.as_json and not isinstance(error, OutputError):
                 _print_json(error, code)
             return code
+
+
+class CommandGroup(OneLineErrors, click.Group):
+    """A group of commands; it fails as `OneLineErrors` says."""
 
 
 def tell_errors_as_json(context: click.Context) -> None:

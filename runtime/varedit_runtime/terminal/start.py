@@ -23,6 +23,11 @@ def varedit_export() -> None:
     _start("varedit_export.cli")
 
 
+def varedit_serve() -> None:
+    """Run the `varedit-serve` command."""
+    _start("varedit_serve.cli")
+
+
 def _start(module: str) -> None:
     end_on_signals()
     try:

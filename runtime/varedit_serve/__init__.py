@@ -1,0 +1,16 @@
+"""A server of edits that speaks OpenAI's images API: `varedit-serve BUNDLE`.
+
+The parent process answers HTTP and never edits; one child process holds the editor. What a request
+passes, in order:
+
+    guard.py     who may ask: Host, Origin, API key (keys.py); every answer is counted and logged
+    body.py      a form or JSON, read within limits of bytes and time
+    fields.py    the table of all fields: parsing, checks, and openapi.py
+    edits.py     the endpoint: admission (budget.py), pictures in and out, the answer (answers.py)
+    queue.py     pictures that wait, batches, what runs again after a fault
+    child.py     the child as the parent sees it: started, fed, watched, replaced
+    worker.py    the child's own program
+
+`cli.py` is the command, `server.py` listens and drains, `app.py` joins the parts, `limits.py` has
+all limits with their defaults, `errors.py` errors as clients see them, `page/` the web page.
+"""

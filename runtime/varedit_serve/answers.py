@@ -1,0 +1,95 @@
+"""What clients get: results as JSON or bytes, and the events of a stream."""
+
+import time
+from base64 import b64encode
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from PIL import Image
+
+from varedit_runtime.decoding.to_rgb import on_white
+from varedit_runtime.editing.results import EditResult
+from varedit_runtime.pictures import encode_picture
+from varedit_serve.errors import ApiError
+from varedit_serve.fields import MEDIA_TYPES
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How a request's pictures are answered; its methods take time, and are for a thread.
+
+    written_as: png, jpeg or webp. usage: as OpenAI counts tokens.
+    """
+
+    written_as: str
+    compression: int | None
+    background: str
+    quality: str
+    usage: dict[str, Any]
+
+    def results(self, results: Sequence[EditResult]) -> bytes:
+        """Return the JSON of all results."""
+        images = [self._shown(result.image) for result in results]
+        told: dict[str, Any] = {"created": _now(), **self._told(images[0]), "usage": self.usage}
+        told["data"] = [
+            {"b64_json": self._base64(image), "seed": result.seed}
+            for image, result in zip(images, results, strict=True)
+        ]
+        if results[0].warnings:
+            told["warnings"] = results[0].warnings
+        return msgspec.json.encode(told)
+
+    def picture(self, result: EditResult) -> tuple[bytes, dict[str, str]]:
+        """Return one result's bytes, and the answer's headers."""
+        headers = {"content-type": MEDIA_TYPES[self.written_as], "x-varedit-seed": str(result.seed)}
+        return self._encoded(self._shown(result.image)), headers
+
+    def partial(self, image: Image.Image, index: int) -> bytes:
+        """Return the event of a preview."""
+        return _event("image_edit.partial_image", self._event(image), partial_image_index=index)
+
+    def completed(self, result: EditResult) -> bytes:
+        """Return the event of the result."""
+        told = {"usage": self.usage, "seed": result.seed}
+        if result.warnings:
+            told["warnings"] = result.warnings
+        return _event("image_edit.completed", self._event(result.image), **told)
+
+    def _event(self, image: Image.Image) -> dict[str, Any]:
+        shown = self._shown(image)
+        return {"b64_json": self._base64(shown), "created_at": _now(), **self._told(shown)}
+
+    def _told(self, image: Image.Image) -> dict[str, str]:
+        return {
+            "size": f"{image.width}x{image.height}",
+            "quality": self.quality,
+            "background": "transparent" if image.mode == "RGBA" else "opaque",
+            "output_format": self.written_as,
+        }
+
+    def _shown(self, image: Image.Image) -> Image.Image:
+        opaque = self.background == "opaque" or self.written_as == "jpeg"
+        return on_white(image) if opaque else image
+
+    def _base64(self, image: Image.Image) -> str:
+        return b64encode(self._encoded(image)).decode()
+
+    def _encoded(self, image: Image.Image) -> bytes:
+        quality = 95 if self.compression is None else self.compression
+        return encode_picture(image, self.written_as.upper(), quality=quality)
+
+
+def error_event(error: ApiError) -> bytes:
+    """Return the event that ends a stream without a result."""
+    return _event("error", error.body)
+
+
+def _event(kind: str, told: dict[str, Any], **more: Any) -> bytes:
+    data = msgspec.json.encode({"type": kind, **told, **more})
+    return b"event: " + kind.encode() + b"\ndata: " + data + b"\n\n"
+
+
+def _now() -> int:
+    return int(time.time())

@@ -1,0 +1,212 @@
+"""The child process that edits, as the parent sees it: started, fed, watched and replaced."""
+
+import asyncio
+import logging
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from queue import SimpleQueue
+from socket import socketpair
+from threading import Thread
+from typing import Any
+
+from varedit_runtime.editing.results import EditResult
+from varedit_runtime.errors import BackendError
+from varedit_serve.messages import BEAT, Opening, Order, Ready
+
+# -P: modules are not looked for in the working folder, which others may write to.
+COMMAND = (sys.executable, "-P", "-m", "varedit_serve.worker")
+SILENT = 15.0  # seconds without a message after which a process is stuck
+LEAST_TIME, TIMES = 20.0, 10  # a batch may take so many seconds, and so many times an edit
+LONGEST_PAUSE = 60.0  # seconds between attempts to start
+
+_log = logging.getLogger(__name__)
+
+
+class ChildDiedError(Exception):
+    """The process ended before it had edited a batch."""
+
+
+class BatchFailedError(Exception):
+    """The editor failed at a batch; the process goes on."""
+
+
+@dataclass
+class _Batch:
+    number: int
+    limit: float  # of the event loop's clock
+    done: "asyncio.Future[list[EditResult]]"
+    on_partial: Callable[[int, int, Any], None]
+
+
+class _Process:
+    """One process, with a thread that reads what it sends and one that writes to it."""
+
+    def __init__(self, command: Sequence[str], on_message: Callable[..., None]) -> None:
+        """on_message: called in the event loop with each message; with ("died",) at the end."""
+        ours, theirs = socketpair()
+        with theirs:
+            number = theirs.fileno()
+            self._popen = subprocess.Popen(
+                [*command, str(number)], stdin=subprocess.DEVNULL, pass_fds=[number]
+            )
+        self._connection = Connection(ours.detach())
+        self._outbox = SimpleQueue[tuple[Any, ...] | None]()
+        self._loop, self._on_message = asyncio.get_running_loop(), on_message
+        for work in (self._read, self._write):
+            Thread(target=work, daemon=True).start()
+
+    @property
+    def pid(self) -> int:
+        return self._popen.pid
+
+    def send(self, *message: Any) -> None:
+        """Send a message, in another thread: a process that is stuck does not read."""
+        self._outbox.put(message)
+
+    def kill(self) -> None:
+        """End the process at once."""
+        self._popen.kill()
+
+    def _read(self) -> None:
+        with suppress(Exception):  # the socket's end, or what is no message
+            while True:
+                self._tell(self._connection.recv())
+        self.kill()
+        self._popen.wait()
+        self._outbox.put(None)
+        self._tell(("died",))
+
+    def _write(self) -> None:
+        with suppress(OSError):
+            while (message := self._outbox.get()) is not None:
+                self._connection.send(message)
+
+    def _tell(self, message: tuple[Any, ...]) -> None:
+        with suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(self._on_message, message)
+
+
+class Child:
+    """Keeps a process running that edits one batch after the other.
+
+    ready: whether the process can edit now. facts: what it told of its editor; None before the
+    first one is ready.
+    """
+
+    def __init__(
+        self,
+        opening: Opening,
+        on_ready: Callable[[], None],
+        on_restart: Callable[[str], None],
+        command: Sequence[str] = COMMAND,
+    ) -> None:
+        """on_restart: gets why a process is replaced: it died, or is silent, stuck or unfit."""
+        self._opening, self._command = opening, command
+        self._on_ready, self._on_restart = on_ready, on_restart
+        self._process: _Process | None = None
+        self._changed = asyncio.Event()
+        self._batch: _Batch | None = None
+        self._numbers, self._heard, self._why = 0, 0.0, ""
+        self.ready = False
+        self.facts: Ready | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """The process's number, None between two processes."""
+        return self._process.pid if self._process else None
+
+    async def run(self) -> None:
+        """Keep a process running. Raises BackendError if the first one cannot open the bundle."""
+        pause = 1.0
+        try:
+            while True:
+                served = await self._run_one()
+                why, _, told = (self._why or "died").partition(": ")
+                if why == "unfit" and self.facts is None:
+                    raise BackendError(told)
+                _log.error("the editing process is replaced: %s", self._why or "it died")
+                self._on_restart(why)
+                pause = 1.0 if served else min(2 * pause, LONGEST_PAUSE)
+                if not served:
+                    await asyncio.sleep(pause)
+        finally:
+            if self._process is not None:
+                self._process.kill()
+
+    async def _run_one(self) -> bool:
+        """Start a process and watch it until it has died; return whether it was ever ready."""
+        loop = asyncio.get_running_loop()
+        self._heard, self._why = loop.time(), ""
+        process = self._process = _Process(self._command, self._hear)
+        process.send("open", self._opening)
+        served = False
+        while self._process is not None:
+            served = served or self.ready
+            now = loop.time()
+            if now - self._heard > SILENT:
+                self._why = self._why or "silent"
+            elif self._batch is not None and now > self._batch.limit:
+                self._why = self._why or "stuck"
+            if self._why:
+                process.kill()
+            self._changed.clear()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), BEAT)
+        return served
+
+    def _hear(self, message: tuple[Any, ...]) -> None:
+        """Take a message of the process."""
+        self._heard = asyncio.get_running_loop().time()
+        match message:
+            case ("ready", facts):
+                self.ready, self.facts = True, facts
+                self._on_ready()
+            case ("unfit", text):
+                self._why = f"unfit: {text}"
+            case ("died",):
+                self.ready, self._process = False, None
+                if self._batch is not None:
+                    self._finish(ChildDiedError())
+            case ("partial", number, *rest) if self._batch and self._batch.number == number:
+                self._batch.on_partial(*rest)
+            case ("edited", number, results) if self._batch and self._batch.number == number:
+                self._finish(results)
+            case ("failed", number, text) if self._batch and self._batch.number == number:
+                self._finish(BatchFailedError(text))
+        if message[0] in ("ready", "unfit", "died"):
+            self._changed.set()
+
+    def _finish(self, outcome: "list[EditResult] | Exception") -> None:
+        assert self._batch is not None
+        batch, self._batch = self._batch, None
+        if batch.done.cancelled():
+            return
+        if isinstance(outcome, Exception):
+            batch.done.set_exception(outcome)
+        else:
+            batch.done.set_result(outcome)
+
+    async def edit(
+        self, orders: list[Order], on_partial: Callable[[int, int, Any], None]
+    ) -> list[EditResult]:
+        """Edit a batch; on_partial gets place, index and picture of previews.
+
+        Raises ChildDiedError or BatchFailedError.
+        """
+        assert self.facts is not None and self._process is not None and self._batch is None
+        loop = asyncio.get_running_loop()
+        self._numbers += 1
+        limit = loop.time() + max(LEAST_TIME, TIMES * self.facts.seconds * len(orders))
+        batch = _Batch(self._numbers, limit, loop.create_future(), on_partial)
+        self._batch = batch
+        self._process.send("edit", batch.number, orders)
+        return await batch.done
+
+    def cancel(self) -> None:
+        """End the batch that is edited, of which nobody waits for any picture."""
+        if self._batch is not None and self._process is not None:
+            self._process.send("cancel", self._batch.number)

@@ -1,0 +1,113 @@
+"""The `varedit-serve` command."""
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import click
+
+from varedit_runtime.backends import ChosenBackend
+from varedit_runtime.backends.auto import AutoBackend
+from varedit_runtime.errors import ConfigError, needs_extra
+from varedit_runtime.terminal.command import (
+    BUNDLE,
+    PATH,
+    BackendCommand,
+    OneLineErrors,
+    backend_option,
+    debug_option,
+    say,
+    variant_option,
+)
+from varedit_serve.keys import VARIABLE, read_keys
+from varedit_serve.limits import Limits
+
+LOCAL = ("localhost", "127.0.0.1", "::1")
+
+
+class ServeCommand(OneLineErrors, BackendCommand):
+    """The command, which fails as the others do."""
+
+
+def _limits(command: Callable[..., None]) -> Callable[..., None]:
+    """Add an option for each limit."""
+    for limit in reversed(fields(Limits)):
+        command = click.option(
+            f"--{limit.name.replace('_', '-')}",
+            type=float if isinstance(limit.default, float) else int,
+            default=limit.default,
+            show_default=True,
+            help=limit.metadata["help"],
+        )(command)
+    return command
+
+
+@click.command(cls=ServeCommand)
+@click.version_option(package_name="varedit-export")
+@click.argument("bundle", type=BUNDLE)
+@variant_option
+@backend_option()
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
+@click.option("--port", default=8000, show_default=True, help="Port; 0 for any that is free.")
+@click.option("--keys", type=PATH, help="File of API keys: NAME KEY [RATE] on each line.")
+@click.option("--name", help="The model's name for clients; by default the bundle's.")
+@click.option("--batch", type=int, help="Pictures of a batch; by default 1 on a CPU.")
+@click.option("--allow-host", multiple=True, help="A name of this server; repeatable.")
+@click.option("--allow-origin", multiple=True, help="Another site with pages; repeatable.")
+@_limits
+@debug_option
+def main(
+    bundle: Path,
+    variant: str | None,
+    backend: ChosenBackend | AutoBackend,
+    host: str,
+    port: int,
+    keys: Path | None,
+    name: str | None,
+    batch: int | None,
+    allow_host: tuple[str, ...],
+    allow_origin: tuple[str, ...],
+    **limits: Any,
+) -> None:
+    """Serve edits with BUNDLE, as OpenAI's images API does, and a page to make them.
+
+    \b
+    varedit-serve nano
+    varedit-serve bundles/2b-512 --port 9000 --backend tensorrt
+    varedit-serve bundles/2b-512 --host 0.0.0.0 --keys keys.txt --allow-host edits.example.org
+
+    It listens at this machine alone unless there are API keys, from --keys or the environment
+    variable VAREDIT_SERVE_KEYS. A KEY has at least 16 characters, or is sha256: and its digest.
+    RATE is how many results a minute. SIGTERM or Ctrl-C lets admitted edits finish; a second one
+    does not. docs/serving.md says more.
+    """
+    bounds = Limits(**limits)
+    known = read_keys(keys, os.environ.get(VARIABLE, ""))
+    if host not in LOCAL and not known:
+        raise ConfigError(f"others can reach {host}: give API keys, with --keys or {VARIABLE}")
+    if batch is not None and batch < 1:
+        raise ConfigError(f"--batch is {batch}; give at least 1")
+    with needs_extra("serve"):
+        from varedit_serve import server
+        from varedit_serve.app import Application, Settings
+    from varedit_runtime import Preparer
+    from varedit_serve.messages import Opening
+
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("varedit_serve").setLevel(logging.INFO)
+    preparer = Preparer.open(bundle, variant=variant)
+    hosts = {*LOCAL, *allow_host} if host in LOCAL or allow_host else None
+    model = name or preparer.bundle.manifest.name
+    settings = Settings(model, known, batch, hosts, allow_origin, bounds)
+    application = Application(preparer, Opening(bundle, variant, backend), settings)
+    with server.listen(host, port) as listening:
+        shown = f"[{host}]" if ":" in host else host
+        say(f"{model} is served at http://{shown}:{listening.getsockname()[1]}")
+        server.serve(application, listening, bounds)
+
+
+if __name__ == "__main__":
+    main()

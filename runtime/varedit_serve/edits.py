@@ -1,0 +1,264 @@
+"""The endpoint `POST /v1/images/edits`, from a request to its answer."""
+
+import asyncio
+import pickle
+import secrets
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from PIL import Image
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from varedit_runtime import Preparer
+from varedit_runtime.errors import ConfigError, PictureError, TextError
+from varedit_runtime.pictures import open_picture
+from varedit_serve.answers import Answer, error_event
+from varedit_serve.body import GoneError, content_length, read_body
+from varedit_serve.budget import Budget
+from varedit_serve.child import Child
+from varedit_serve.errors import ApiError, wrong
+from varedit_serve.fields import (
+    LARGEST_SEED,
+    Field,
+    check_together,
+    choose_format,
+    fields_of,
+    read_fields,
+)
+from varedit_serve.keys import Key
+from varedit_serve.limits import Limits
+from varedit_serve.metrics import Metrics
+from varedit_serve.queue import Finished, Job, Partial, Queue
+
+T = TypeVar("T")
+
+KEY = "varedit.key"  # where the scope has the client's Key
+
+_STREAM = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-store"),
+    (b"x-accel-buffering", b"no"),  # nginx would hold events back
+]
+
+
+@dataclass
+class Edits:
+    """An ASGI application that edits. why_not: why no edit is admitted now, None if one is.
+
+    Pictures are decoded and encoded in `threads`, which end when the server does.
+    """
+
+    preparer: Preparer
+    model: str
+    limits: Limits
+    budget: Budget
+    queue: Queue
+    child: Child
+    metrics: Metrics
+    why_not: Callable[[], str | None]
+    threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2))
+
+    def __post_init__(self) -> None:
+        self.fields: dict[str, Field] = fields_of(self.limits, len(self.preparer.variant.grids))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request. Raises ApiError, as long as no answer has begun."""
+        request, key = Request(scope, receive), scope.get(KEY)
+        with self.budget.claim() as claim:
+            self._admit(key, 1)
+            claim.hold(1, content_length(request, self.limits))
+            try:
+                values, only_bytes = await self._read(request)
+            except GoneError:
+                self.metrics.cancelled("uploading")
+                return
+            self._admit(key, values["n"] - 1)
+            claim.hold(values["n"], claim.bytes)
+            job, answer = await self._in_thread(self._prepare, values)
+            claim.hold(values["n"], len(job.prepared))
+            gone = asyncio.create_task(_until_gone(receive))
+            self.queue.submit(job)
+            try:
+                if values["stream"]:
+                    await self._stream(job, answer, gone, send)
+                else:
+                    response = await self._whole(job, answer, gone, only_bytes)
+                    await response(scope, receive, send)
+            except GoneError:
+                pass
+            finally:
+                gone.cancel()
+                if not job.over and (when := self.queue.leave(job)) is not None:
+                    self.metrics.cancelled(when)
+
+    def _admit(self, key: Key | None, results: int) -> None:
+        """Raise ApiError if no edit is admitted, or the key has used up its rate."""
+        if (why := self.why_not()) is not None:
+            told = f"the server is {why}: try again"
+            raise ApiError(503, told, code=why, retry_after=self.queue.retry_after() or 5)
+        if key is not None:
+            key.charge(results)
+
+    async def _in_thread(self, work: Callable[..., T], *given: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self.threads, work, *given)
+
+    async def _read(self, request: Request) -> tuple[dict[str, Any], bool]:
+        """Return the fields' values, and whether the answer is a picture's bytes."""
+        given, is_form = await read_body(request, self.limits)
+        values = await self._in_thread(read_fields, self.fields, given, is_form)
+        accept = request.headers.get("accept", "").split(",")
+        only_bytes = choose_format(values, [kind.partition(";")[0].strip() for kind in accept])
+        check_together(values)
+        if values["model"] not in (None, self.model):
+            told = f"there is no such model; this server has {self.model}"
+            raise ApiError(404, told, param="model", code="model_not_found")
+        return values, only_bytes
+
+    def _prepare(self, values: dict[str, Any]) -> tuple[Job, Answer]:
+        """Decode and check all that is edited. Raises ApiError 400."""
+        image = self._opened("image", values["image"])
+        if values["size"] not in ("auto", f"{image.width}x{image.height}"):
+            told = f"results have the picture's size: give auto, or {image.width}x{image.height}"
+            raise wrong("size", told)
+        if values["background"] == "transparent" and image.mode != "RGBA":
+            raise wrong("background", "only a transparent picture has a transparent result")
+        mask = None if values["mask"] is None else self._opened("mask", values["mask"])
+        for name in ("prompt", "negative_prompt"):
+            self._check_text(name, values[name])
+        try:
+            edit = self.preparer.prepare(
+                image,
+                values["prompt"],
+                negative_prompt=values["negative_prompt"],
+                mask=mask,
+                guidance_scale=values["guidance_scale"],
+                temperature=values["temperature"],
+                fast=values["quality"] == "low",
+                seed=0,
+            )
+        except (ConfigError, PictureError) as error:
+            raise wrong(_blamed(error, values), str(error)) from error
+        # Drawn now, so that an edit that runs again gives the same result.
+        seed = values["seed"]
+        if seed is None:
+            seed = secrets.randbelow(LARGEST_SEED + 2 - values["n"])
+        assert self.child.facts is not None, "nothing is admitted before"
+        job = Job(
+            pickle.dumps(edit, pickle.HIGHEST_PROTOCOL),
+            self.child.facts.group(edit),
+            range(seed, seed + values["n"]),
+            _previews(values["partial_images"], len(self.preparer.variant.grids)),
+        )
+        return job, self._answer(values, len(edit.prompt))
+
+    def _opened(self, name: str, content: bytes) -> Image.Image:
+        try:
+            image = open_picture(content, max_pixels=self.limits.max_pixels)
+        except PictureError as error:
+            raise wrong(name, str(error), "invalid_image") from error
+        if max(image.size) > self.limits.max_side:
+            told = f"a side of {name} has over {self.limits.max_side} pixels"
+            raise wrong(name, told, "invalid_image")
+        return image
+
+    def _check_text(self, name: str, text: str | None) -> None:
+        assert self.preparer.instructions is not None, "the bundle takes instructions"
+        try:
+            if text is not None and (name == "prompt" or text.strip()):
+                self.preparer.instructions.tokenise(text)
+        except TextError as error:
+            raise wrong(name, str(error)) from error
+
+    def _answer(self, values: dict[str, Any], text_tokens: int) -> Answer:
+        tokens = [rows * columns for rows, columns in self.preparer.variant.grids]
+        read, made = text_tokens + tokens[-1], sum(tokens) * values["n"]
+        usage = {
+            "input_tokens": read,
+            "input_tokens_details": {"image_tokens": tokens[-1], "text_tokens": text_tokens},
+            "output_tokens": made,
+            "total_tokens": read + made,
+        }
+        return Answer(
+            values["output_format"],
+            values["output_compression"],
+            values["background"],
+            "low" if values["quality"] == "low" else "high",
+            usage,
+        )
+
+    async def _whole(
+        self, job: Job, answer: Answer, gone: "asyncio.Task[None]", only_bytes: bool
+    ) -> Response:
+        """Wait for all results. Raises ApiError; GoneError if the client leaves."""
+        results = {}
+        while len(results) < len(job.seeds):
+            event = await _next(job, gone)
+            if isinstance(event, Finished):
+                results[event.place] = event.result
+        if only_bytes:
+            content, headers = await self._in_thread(answer.picture, results[0])
+            return Response(content, headers=headers)
+        ordered = [results[place] for place in sorted(results)]
+        content = await self._in_thread(answer.results, ordered)
+        return Response(content, media_type="application/json")
+
+    async def _stream(
+        self, job: Job, answer: Answer, gone: "asyncio.Task[None]", send: Send
+    ) -> None:
+        """Send events. Raises what `_whole` does, ApiError only before the first event."""
+        event = await _next(job, gone)
+        await send({"type": "http.response.start", "status": 200, "headers": _STREAM})
+        while isinstance(event, Partial):
+            content = await self._in_thread(answer.partial, event.image, event.index)
+            await self._send(send, content, more=True)
+            try:
+                event = await _next(job, gone)
+            except ApiError as error:
+                await self._send(send, error_event(error))
+                return
+        await self._send(send, await self._in_thread(answer.completed, event.result))
+
+    async def _send(self, send: Send, content: bytes, more: bool = False) -> None:
+        """Send a part of a stream. Raises GoneError if the client does not read it in time."""
+        try:
+            async with asyncio.timeout(self.limits.upload_seconds):
+                await send({"type": "http.response.body", "body": content, "more_body": more})
+        except TimeoutError as error:
+            raise GoneError from error
+
+
+async def _until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _next(job: Job, gone: "asyncio.Task[None]") -> Partial | Finished:
+    """Return a job's next event. Raises ApiError; GoneError if the client leaves before it."""
+    event = asyncio.create_task(job.events.get())
+    try:
+        await asyncio.wait({event, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not event.done():
+            raise GoneError
+        if isinstance(event.result(), ApiError):
+            raise event.result()
+        return event.result()
+    finally:
+        event.cancel()
+
+
+def _previews(count: int, scales: int) -> tuple[int, ...]:
+    """Return the scales to show, spread evenly over those before the last."""
+    places = (round((scales - 1) * (i + 1) / (count + 1)) for i in range(count))
+    return tuple(dict.fromkeys(min(place, scales - 2) for place in places if scales > 1))
+
+
+def _blamed(error: Exception, values: dict[str, Any]) -> str:
+    """Return the field that an error of the runtime is about."""
+    if isinstance(error, PictureError):
+        return "image" if values["mask"] is None or "thin" in str(error) else "mask"
+    first = str(error).split()[0]
+    return first if first in values else "guidance_scale"

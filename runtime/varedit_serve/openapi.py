@@ -1,0 +1,151 @@
+"""The description of the API that `/openapi.json` serves, made from the table of fields."""
+
+from typing import Any
+
+from varedit_serve.body import JSON, MULTIPART
+from varedit_serve.errors import LONGEST_WAIT
+from varedit_serve.fields import MEDIA_TYPES, Field
+
+_ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+_COUNT = {"type": "integer", "minimum": 0}
+_USAGE = {
+    "type": "object",
+    "required": ["input_tokens", "input_tokens_details", "output_tokens", "total_tokens"],
+    "properties": {
+        "input_tokens": _COUNT,
+        "input_tokens_details": {
+            "type": "object",
+            "properties": {"image_tokens": _COUNT, "text_tokens": _COUNT},
+        },
+        "output_tokens": _COUNT,
+        "total_tokens": _COUNT,
+    },
+}
+_RESULTS = {
+    "type": "object",
+    "required": ["created", "data", "usage"],
+    "properties": {
+        "created": _COUNT,
+        "background": {"enum": ["opaque", "transparent"]},
+        "output_format": {"enum": list(MEDIA_TYPES)},
+        "quality": {"enum": ["high", "low"]},
+        "size": {"type": "string"},
+        "data": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["b64_json", "seed"],
+                "properties": {"b64_json": {"type": "string"}, "seed": _COUNT},
+            },
+        },
+        "usage": _USAGE,
+        "warnings": {"type": "array", "items": {"type": "string"}},
+    },
+}
+_STATUSES = {
+    400: "A field is unknown, misspelt, repeated, not supported or has a wrong value.",
+    401: "No valid API key.",
+    403: "The request comes from a page of another site.",
+    404: "There is no such model.",
+    408: "The request did not arrive in time.",
+    413: "The request is too large.",
+    415: "The request is neither a form nor JSON.",
+    429: "The key has used up its rate.",
+    500: "The edit, or the server, failed.",
+    503: "The queue is full, the deadline has passed, or the server is loading or draining.",
+}
+
+
+def openapi(fields: dict[str, Field], version: str) -> dict[str, Any]:
+    """Return the document. fields: the table of an edit."""
+    edit = {
+        "summary": "Edit a picture",
+        "operationId": "editImage",
+        "security": [{}, {"key": []}],
+        "requestBody": {
+            "required": True,
+            "content": {
+                MULTIPART: {"schema": _object(fields, as_text=True)},
+                JSON: {"schema": _object(fields, as_text=False)},
+            },
+        },
+        "responses": {"200": _pictures(), **{str(code): _error(code) for code in _STATUSES}},
+    }
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "varedit-serve", "version": version},
+        "paths": {
+            "/v1/images/edits": {"post": edit},
+            "/v1/models": {"get": _get("List the model", JSON)},
+            "/livez": {"get": _get("Whether the server answers", JSON)},
+            "/readyz": {"get": _get("Whether edits are admitted", JSON)},
+            "/metrics": {"get": _get("Numbers for Prometheus", "text/plain")},
+        },
+        "components": {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
+    }
+
+
+def _object(fields: dict[str, Field], as_text: bool) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "required": [name for name, field in fields.items() if field.required],
+        "properties": {name: _property(field, as_text) for name, field in fields.items()},
+        "additionalProperties": False,
+    }
+
+
+def _property(field: Field, as_text: bool) -> dict[str, Any]:
+    told = {**field.schema, "description": field.help}
+    if field.default is not None:
+        told["default"] = field.default
+    if not as_text and told.get("format") == "binary":
+        told |= {"format": "uri", "pattern": "^data:"}
+    return told
+
+
+def _pictures() -> dict[str, Any]:
+    binary = {"schema": {"type": "string", "format": "binary"}}
+    return {
+        "description": "The results",
+        "content": {
+            JSON: {"schema": _RESULTS},
+            "text/event-stream": {"schema": {"type": "string"}},
+            **dict.fromkeys(MEDIA_TYPES.values(), binary),
+        },
+    }
+
+
+def _error(code: int) -> dict[str, Any]:
+    told: dict[str, Any] = {
+        "description": _STATUSES[code],
+        "content": {JSON: {"schema": _ERROR}},
+    }
+    if code in (429, 503):
+        seconds = {"type": "integer", "minimum": 1, "maximum": LONGEST_WAIT}
+        told["headers"] = {"retry-after": {"schema": seconds}}
+    return told
+
+
+def _get(summary: str, kind: str) -> dict[str, Any]:
+    return {
+        "summary": summary,
+        "responses": {
+            "200": {"description": summary, "content": {kind: {}}},
+            "default": {"description": "An error", "content": {JSON: {"schema": _ERROR}}},
+        },
+    }

@@ -1,0 +1,172 @@
+"""Pictures that wait, the batches that they are edited in, and what runs again after a fault."""
+
+import asyncio
+import logging
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+
+from PIL import Image
+
+from varedit_runtime.editing.results import EditResult
+from varedit_serve.child import BatchFailedError, Child, ChildDiedError
+from varedit_serve.errors import ApiError
+from varedit_serve.messages import Order
+from varedit_serve.metrics import Metrics
+
+FAULTS = 2  # of the process while it edits a picture; then the picture is to blame
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Partial:
+    """A preview of a job's one picture. index: from 0, coarse to fine."""
+
+    index: int
+    image: Image.Image
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A job's result. place: which one it is."""
+
+    place: int
+    result: EditResult
+
+
+@dataclass(eq=False)
+class Job:
+    """A request's pictures, all of one prepared edit.
+
+    group: edits of one group can share a batch. events: what happens to them, in order; ApiError is
+    the last one.
+    """
+
+    prepared: bytes
+    group: Hashable
+    seeds: Sequence[int]
+    previews: tuple[int, ...]
+    events: "asyncio.Queue[Partial | Finished | ApiError]" = field(default_factory=asyncio.Queue)
+    over: bool = False  # nobody waits for more
+    timer: asyncio.TimerHandle | None = None
+
+
+@dataclass(eq=False)
+class _Picture:
+    job: Job
+    place: int
+    since: float
+    faults: int = 0
+    told: int = 0  # previews
+
+    @property
+    def order(self) -> Order:
+        return Order(self.job.prepared, self.job.seeds[self.place], self.job.previews)
+
+
+class Queue:
+    """Feeds the child process. largest: pictures of a batch; None for what pays on its device."""
+
+    def __init__(self, metrics: Metrics, largest: int | None, deadline: float) -> None:
+        self._metrics, self._largest, self._deadline = metrics, largest, deadline
+        self._waiting: list[_Picture] = []
+        self._running: list[_Picture] = []
+        self._wake = asyncio.Event()
+        self._seconds: float | None = None  # that a picture takes, about
+        self._child: Child | None = None
+        metrics.watch_queue(lambda: len(self._waiting))
+
+    def wake(self) -> None:
+        """Look again for what can be done: the child is ready."""
+        self._wake.set()
+
+    def retry_after(self) -> float:
+        """Return the seconds until what waits now may be done."""
+        return (len(self._waiting) + len(self._running)) * (self._seconds or 1.0)
+
+    def submit(self, job: Job) -> None:
+        """Let a job's pictures wait for their turn."""
+        loop = asyncio.get_running_loop()
+        places = range(len(job.seeds))
+        self._waiting += [_Picture(job, place, loop.time()) for place in places]
+        job.timer = loop.call_later(self._deadline, self._expire, job)
+        self._wake.set()
+
+    def leave(self, job: Job) -> str | None:
+        """Drop what is left of a job; return "waiting" or "running" if anything was, else None."""
+        if job.timer is not None:
+            job.timer.cancel()
+        job.over = True
+        waiting = [one for one in self._waiting if one.job is job]
+        running = [one for one in self._running if one.job is job]
+        self._waiting = [one for one in self._waiting if one.job is not job]
+        if running and all(one.job.over for one in self._running):
+            assert self._child is not None
+            self._child.cancel()
+        return "running" if running else "waiting" if waiting else None
+
+    def _expire(self, job: Job) -> None:
+        if not job.over and (when := self.leave(job)) is not None:
+            self._metrics.cancelled(f"{when}, past the deadline")
+            told = f"the server is busy: the edit was not done within {self._deadline:g} s"
+            error = ApiError(503, told, code="deadline", retry_after=self.retry_after())
+            job.events.put_nowait(error)
+
+    async def run(self, child: Child) -> None:
+        """Edit what waits, batch by batch, until cancelled."""
+        self._child = child
+        while True:
+            self._wake.clear()
+            if self._waiting and child.ready:
+                await self._run_batch(child, self._next_batch(child))
+            else:
+                await self._wake.wait()
+
+    def _next_batch(self, child: Child) -> list[_Picture]:
+        assert child.facts is not None
+        on_cpu = child.facts.provider == "CPUExecutionProvider"
+        size = min(self._largest or (1 if on_cpu else child.facts.batch), child.facts.batch)
+        first = self._waiting[0]
+        batch = [first]
+        if not first.faults:  # a suspect runs alone
+            batch = [
+                one for one in self._waiting if one.job.group == first.job.group and not one.faults
+            ][:size]
+        self._waiting = [one for one in self._waiting if one not in batch]
+        return batch
+
+    async def _run_batch(self, child: Child, batch: list[_Picture]) -> None:
+        start = asyncio.get_running_loop().time()
+        self._running = batch
+        self._metrics.started([start - one.since for one in batch if not one.faults], len(batch))
+
+        def on_partial(place: int, index: int, image: Image.Image) -> None:
+            picture = batch[place]
+            if index == picture.told and not picture.job.over:  # after a fault some come again
+                picture.told += 1
+                picture.job.events.put_nowait(Partial(index, image))
+
+        try:
+            results = await child.edit([one.order for one in batch], on_partial)
+        except (ChildDiedError, BatchFailedError) as error:
+            self._run_again(batch, str(error) or "the editing process ended")
+            return
+        finally:
+            self._running = []
+        elapsed = (asyncio.get_running_loop().time() - start) / len(batch)
+        self._seconds = elapsed if self._seconds is None else (3 * self._seconds + elapsed) / 4
+        self._metrics.edited(results[0].timings)
+        for picture, result in zip(batch, results, strict=True):
+            picture.job.events.put_nowait(Finished(picture.place, result))
+
+    def _run_again(self, batch: list[_Picture], why: str) -> None:
+        """Let pictures whose batch failed run alone; blame one that does so again."""
+        suspects = [one for one in batch if not one.job.over]
+        for picture in suspects:
+            picture.faults += 1
+            if picture.faults >= FAULTS and not picture.job.over:
+                _log.error("an edit failed %d times and is given up: %s", FAULTS, why)
+                self.leave(picture.job)
+                told = "the edit failed again and again: do not send it again"
+                picture.job.events.put_nowait(ApiError(500, told, code="edit_failed", retry=False))
+        self._waiting[:0] = [one for one in suspects if not one.job.over]

@@ -1,0 +1,126 @@
+"""Listen, run the server's parts, and end: SIGTERM lets admitted edits finish, a second one not."""
+
+import asyncio
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from varedit_runtime.errors import ConfigError
+from varedit_serve.app import Application
+from varedit_serve.limits import Limits
+
+_HEAD_BYTES = 16_384  # of a request's headers
+_LAST_SECONDS = 10  # for clients to read the last answers
+_PAUSE = 0.05  # seconds between looks whether all is done
+
+
+class _Protocol(H11Protocol):
+    """Closes connections on which a request's head, or the rest of a refused body, does not come.
+
+    uvicorn bounds neither time.
+    """
+
+    seconds = 30.0
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._wait()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._wait()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _wait(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self.loop.call_later(self.seconds, self._end_if_idle)
+
+    def _end_if_idle(self) -> None:
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.abort()
+
+
+class _Server(uvicorn.Server):
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signals to `serve`."""
+        yield
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a listening socket. Raises ConfigError if the address cannot be used."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=1024)
+    except OSError as error:
+        raise ConfigError(
+            f"{host}, port {port}, cannot be listened at ({error.strerror}): choose another --port"
+        ) from error
+
+
+def serve(application: Application, listening: socket.socket, limits: Limits) -> None:
+    """Serve until SIGTERM or Ctrl-C. Raises BackendError if the bundle cannot be opened."""
+    asyncio.run(_serve(application, listening, limits))
+
+
+async def _serve(application: Application, listening: socket.socket, limits: Limits) -> None:
+    protocol = type("Protocol", (_Protocol,), {"seconds": limits.upload_seconds})
+    config = uvicorn.Config(
+        application.guard,
+        http=protocol,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        limit_concurrency=limits.max_connections,
+        h11_max_incomplete_event_size=_HEAD_BYTES,
+        timeout_graceful_shutdown=_LAST_SECONDS,
+    )
+    server = _Server(config)
+    _on_signals(application, server)
+    works = (
+        server.serve(sockets=[listening]),
+        application.child.run(),
+        application.queue.run(application.child),
+    )
+    tasks = [asyncio.create_task(work) for work in works]
+    done, waiting = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in waiting:
+        task.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+    for task in done:
+        task.result()
+
+
+def _on_signals(application: Application, server: uvicorn.Server) -> None:
+    """Drain at the first signal; end at the second, at once: the child sees it by its socket."""
+    loop, drains = asyncio.get_running_loop(), set[asyncio.Task[None]]()
+
+    def ended(number: int) -> None:
+        if application.draining:
+            os._exit(128 + number)
+        application.draining = True
+        drains.add(loop.create_task(_drained(application, server)))
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, ended, number)
+
+
+async def _drained(application: Application, server: uvicorn.Server) -> None:
+    while application.budget.pictures:
+        await asyncio.sleep(_PAUSE)
+    server.should_exit = True

@@ -1,0 +1,129 @@
+"""The program of the child process: it holds the editor, and edits what the parent sends.
+
+`messages.py` says what that is; the number of the socket is the only argument. The child ends when
+the parent does, whatever it is computing: its socket then closes.
+"""
+
+import os
+import pickle
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from queue import SimpleQueue
+from threading import Lock, Thread
+from typing import Any
+
+from PIL import Image
+
+from varedit_runtime import EditHandle, Editor
+from varedit_runtime.editing.results import Progress
+from varedit_runtime.errors import EditCancelled, VareditError, reason
+from varedit_serve.messages import BEAT, Opening, Order, Ready
+
+
+class Worker:
+    """Edits batches. connection: to the parent."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection, self._sending = connection, Lock()
+        self._inbox = SimpleQueue[tuple[Any, ...]]()
+        self._handles: dict[int, EditHandle] = {}
+
+    def run(self, open_editor: Callable[[Opening], Editor]) -> None:
+        """Open an editor and edit, until the parent closes the connection."""
+        Thread(target=self._receive, daemon=True).start()
+        Thread(target=self._beat, daemon=True).start()
+        _, opening = self._inbox.get()
+        try:
+            editor = open_editor(opening)
+            ready = _measured(editor)
+        except (VareditError, MemoryError, OSError) as error:
+            self._send("unfit", reason(error))
+            return
+        self._send("ready", ready)
+        while True:
+            _, number, orders = self._inbox.get()
+            self._edit(editor, number, orders)
+
+    def _edit(self, editor: Editor, number: int, orders: list[Order]) -> None:
+        edits = [replace(pickle.loads(one.prepared), seed=one.seed) for one in orders]
+
+        def show(progress: Progress) -> None:
+            for place in progress.pictures:
+                if progress.scale in (scales := orders[place].previews):
+                    index = scales.index(progress.scale)
+                    self._send("partial", number, place, index, progress.preview(place))
+
+        listener = show if any(one.previews for one in orders) else None
+        try:
+            results = editor.edit_prepared(edits, on_scale=listener, handle=self._handles[number])
+            self._send("edited", number, results)
+        except (VareditError, MemoryError) as error:
+            text = "cancelled" if isinstance(error, EditCancelled) else reason(error)
+            self._send("failed", number, text)
+        finally:
+            del self._handles[number]
+
+    def _send(self, *message: Any) -> None:
+        with self._sending:
+            self._connection.send(message)
+
+    def _receive(self) -> None:
+        with _end_of_process():
+            while True:
+                message = self._connection.recv()
+                if message[0] == "cancel":
+                    with suppress(KeyError):  # it is done already
+                        self._handles[message[1]].cancel()
+                    continue
+                if message[0] == "edit":
+                    self._handles[message[1]] = EditHandle()
+                self._inbox.put(message)
+
+    def _beat(self) -> None:
+        with _end_of_process():
+            while True:
+                self._send("alive")
+                time.sleep(BEAT)
+
+
+@contextmanager
+def _end_of_process() -> Iterator[None]:
+    """End the process where the parent has gone, or a thread fails, native code or not."""
+    try:
+        yield
+    finally:
+        os._exit(1)
+
+
+def _measured(editor: Editor) -> Ready:
+    """Edit once, so that the first request finds all warm, and measure it."""
+    edit = editor.prepare(Image.new("RGB", (64, 64), "white"), "add a red circle", seed=0)
+    seconds = []
+    for _ in range(2):
+        start = time.monotonic()
+        editor.edit_prepared([edit])
+        seconds.append(time.monotonic() - start)
+    return Ready(editor.provider, editor.grouping, editor.variant.batch, min(seconds))
+
+
+def _open(opening: Opening) -> Editor:
+    return Editor.open(opening.bundle, variant=opening.variant, backend=opening.backend)
+
+
+def main(open_editor: Callable[[Opening], Editor] = _open) -> None:
+    """Run the child's program."""
+    # Ctrl-C and a service manager reach all processes; the parent alone says when this one ends.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    warnings.simplefilter("ignore")  # EditWarnings are in the results
+    Worker(Connection(int(sys.argv[1]))).run(open_editor)
+
+
+if __name__ == "__main__":
+    main()
