@@ -12,19 +12,24 @@ import click
 from varedit_export.cli import main as export_main
 from varedit_runtime.bench_report import schema
 from varedit_runtime.cli import main as run_main
+from varedit_serve.cli import main as serve_main
 
 PAGE = Path(__file__).parent.parent / "docs" / "commands.md"
 MARK = "<!-- All below is written by `make docs`. -->\n"
-COMMANDS: dict[str, click.Group] = {"varedit-run": run_main, "varedit-export": export_main}
+COMMANDS: dict[str, click.Command] = {
+    "varedit-run": run_main,
+    "varedit-export": export_main,
+    "varedit-serve": serve_main,
+}
 WIDTH = 80
 
 
 def helps() -> Iterator[tuple[str, str]]:
     """Yield every command and its help."""
-    for name, group in COMMANDS.items():
-        context = click.Context(group, info_name=name, terminal_width=WIDTH)
-        yield name, group.get_help(context)
-        for own, command in group.commands.items():
+    for name, whole in COMMANDS.items():
+        context = click.Context(whole, info_name=name, terminal_width=WIDTH)
+        yield name, whole.get_help(context)
+        for own, command in getattr(whole, "commands", {}).items():
             if not command.hidden:
                 inner = click.Context(command, context, own, terminal_width=WIDTH)
                 yield f"{name} {own}", command.get_help(inner)

@@ -15,7 +15,8 @@ from varedit_runtime.precision import FLOAT32, named
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
-FOLDERS = [".", "varedit_export", "runtime/varedit_runtime", "reference/varedit_reference"]
+FOLDERS = [".", "varedit_export", "reference/varedit_reference"]
+FOLDERS += ["runtime/varedit_runtime", "runtime/varedit_serve"]
 
 
 def rows(page: str, heading: str) -> dict[str, list[str]]:
@@ -38,8 +39,10 @@ def test_every_help_has_examples_that_parse(name: str, text: str) -> None:
     assert any(example.startswith(f"  {name} ") for example in examples)
     for example in examples:
         command, first, *arguments = shlex.split(example)
-        own = COMMANDS[command].commands
-        if first in own:
+        own = getattr(COMMANDS[command], "commands", None)
+        if own is None:
+            COMMANDS[command].make_context(command, [first, *arguments])
+        elif first in own:
             own[first].make_context(first, arguments)
         else:
             own["edit"].make_context("edit", [first, *arguments])

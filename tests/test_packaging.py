@@ -19,8 +19,14 @@ from varedit_runtime import pictures
 from varedit_runtime.cli import main as run_main
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = {"varedit_export", "varedit_reference", "varedit_engines", "varedit_runtime"}
-COMMANDS = ["varedit-export", "varedit-run"]
+PACKAGES = {
+    "varedit_export",
+    "varedit_reference",
+    "varedit_engines",
+    "varedit_runtime",
+    "varedit_serve",
+}
+COMMANDS = ["varedit-export", "varedit-run", "varedit-serve"]
 
 
 def execute(*command: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -48,7 +54,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_wheel_installs_four_import_names_and_two_commands(built: Path):
+def test_the_wheel_installs_five_import_names_and_three_commands(built: Path):
     (path,) = built.glob("*.whl")
     with ZipFile(path) as wheel:
         names = wheel.namelist()
@@ -107,14 +113,22 @@ def test_the_runtime_imports_neither_torch_nor_the_other_packages(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "module", ["varedit_runtime", "varedit_runtime.cli", "varedit_export", "varedit_export.cli"]
+    "module",
+    [
+        "varedit_runtime",
+        "varedit_runtime.cli",
+        "varedit_export",
+        "varedit_export.cli",
+        "varedit_serve.cli",
+    ],
 )
 def test_starting_a_command_is_light(module: str, tmp_path: Path):
     done = python(f"import sys, {module}; print(*sys.modules)", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     loaded = set(done.stdout.split())
     assert module in loaded
-    assert not loaded & {"torch", "PIL", "onnxruntime", "numpy", "tokenizers", "transformers"}
+    heavy = {"torch", "PIL", "onnxruntime", "numpy", "tokenizers", "transformers"}
+    assert not loaded & {*heavy, "starlette", "uvicorn", "prometheus_client"}
 
 
 # What CI and the demo install

@@ -1,0 +1,222 @@
+"""The fields of an edit: what is read, what is refused, and that the field at fault is named."""
+
+import asyncio
+import json
+from base64 import b64encode
+from collections.abc import Callable, Iterator
+from random import Random
+from typing import Any
+
+import pytest
+from serving import Fields, Reply, png, preparer, served
+
+from varedit_serve.errors import ApiError
+from varedit_serve.fields import LARGEST_SEED, fields_of, read_fields
+from varedit_serve.limits import Limits
+
+SCALES = len(preparer().variant.grids)
+DATA = "data:image/png;base64," + b64encode(png()).decode()
+
+
+def edit(*fields: tuple[str, str | bytes], accept: str = "*/*") -> Reply:
+    async def asked() -> Reply:
+        async with served() as server:
+            return await server.edit(*fields, headers={"accept": accept})
+
+    return asyncio.run(asked())
+
+
+def edit_json(content: Any, kind: str = "application/json") -> Reply:
+    async def asked() -> Reply:
+        async with served() as server:
+            body = content if isinstance(content, bytes) else json.dumps(content).encode()
+            return await server.ask("POST", headers={"content-type": kind}, body=[body])
+
+    return asyncio.run(asked())
+
+
+WRONG: list[tuple[Fields, str]] = [
+    ([("promt", "add a hat")], "promt"),
+    ([("input_fidelity", "high")], "input_fidelity"),
+    ([("prompt", "a"), ("prompt", "b")], "prompt"),
+    ([("prompt", "")], "prompt"),
+    ([("prompt", "a " * 40_000)], "prompt"),
+    ([("prompt[]", "a")], "prompt"),
+    ([("negative_prompt", "blue " * 200)], "negative_prompt"),
+    ([("image", b"no picture")], "image"),
+    ([("image", "text")], "image"),
+    ([("image[]", png()), ("image[]", png())], "image"),
+    ([("image", png()), ("image[]", png())], "image"),
+    ([("mask", png(25, "L"))], "mask"),
+    ([("mask", b"no picture")], "mask"),
+    ([("n", "0")], "n"),
+    ([("n", "5")], "n"),
+    ([("n", "1.5")], "n"),
+    ([("n", "1" * 5000)], "n"),
+    ([("n", "")], "n"),
+    ([("n", b"1")], "n"),
+    ([("size", "512x512")], "size"),
+    ([("quality", "medium")], "quality"),
+    ([("background", "transparent")], "background"),
+    ([("output_format", "gif")], "output_format"),
+    ([("output_compression", "50")], "output_compression"),
+    ([("response_format", "url")], "response_format"),
+    ([("stream", "yes")], "stream"),
+    ([("stream", "true"), ("n", "2")], "n"),
+    ([("partial_images", "1")], "partial_images"),
+    ([("stream", "true"), ("partial_images", "4")], "partial_images"),
+    ([("seed", "-1")], "seed"),
+    ([("seed", str(LARGEST_SEED + 1))], "seed"),
+    ([("seed", str(LARGEST_SEED)), ("n", "2")], "seed"),
+    ([("guidance_scale", "nan")], "guidance_scale"),
+    ([("guidance_scale", "1e99")], "guidance_scale"),
+    ([("guidance_scale[]", "1"), ("guidance_scale[]", "2")], "guidance_scale"),
+    ([("guidance_scale", "1"), ("guidance_scale", "2")], "guidance_scale"),
+    ([("temperature", "0")], "temperature"),
+    ([("temperature", "1,1")], "temperature"),
+    ([("temperature[]", "hot")], "temperature"),
+]
+
+
+@pytest.mark.parametrize(("fields", "blamed"), WRONG, ids=lambda of: str(of)[:40])
+def test_a_field_that_cannot_be_used_is_a_400_that_names_it(fields: Fields, blamed: str) -> None:
+    reply = edit(*fields)
+    assert reply.blamed == (400, blamed)
+    assert reply.json["error"]["type"] == "invalid_request_error"
+
+
+def test_a_misspelt_field_is_told_the_right_one() -> None:
+    assert "did you mean prompt?" in edit(("promt", "x")).json["error"]["message"]
+
+
+def test_no_field_is_ignored() -> None:
+    """All of them together are used."""
+    scales = [("temperature[]", "0.5")] * SCALES
+    fields: Fields = [
+        *(("model", "nano"), ("user", "somebody"), ("n", "2"), ("size", "24x24"), ("seed", "5")),
+        *(("quality", "low"), ("background", "opaque"), ("response_format", "b64_json")),
+        *(("output_format", "jpeg"), ("output_compression", "80"), ("stream", "false")),
+        *(("partial_images", "0"), ("negative_prompt", "blue"), ("guidance_scale", "2.5")),
+        *(("mask", png(24, "L")), *scales),
+    ]
+    reply = edit(*fields)
+    assert reply.status == 200, reply.body
+    assert [one["seed"] for one in reply.json["data"]] == [5, 6]
+    told = {name: reply.json[name] for name in ("size", "quality", "background", "output_format")}
+    assert list(told.values()) == ["24x24", "low", "opaque", "jpeg"]
+    usage = reply.json["usage"]
+    assert usage["total_tokens"] == usage["input_tokens"] + usage["output_tokens"]
+
+
+def test_another_model_is_a_404() -> None:
+    assert edit(("model", "gpt-image-1")).blamed == (404, "model")
+
+
+@pytest.mark.parametrize("image", [DATA, [DATA], {"image_url": DATA}, [{"image_url": DATA}]])
+@pytest.mark.parametrize("name", ["image", "images"])
+def test_json_takes_data_urls(name: str, image: Any) -> None:
+    content = {
+        name: image,
+        "prompt": "add a hat",
+        "seed": 3,
+        "mask": None,
+        "temperature": [1] * SCALES,
+    }
+    reply = edit_json(content)
+    assert reply.status == 200, reply.body
+    assert reply.json["data"][0]["seed"] == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "blamed"),
+    [
+        ({"image": "https://example.org/a.png"}, "image"),
+        ({"image": {"image_url": "file:///etc/passwd"}}, "image"),
+        ({"image": {"file_id": "file-1"}}, "image"),
+        ({"image": "data:image/png;base64,????"}, "image"),
+        ({"image": None}, "image"),
+        ({"images": [DATA, DATA], "image": None}, "image"),
+        ({"n": "1"}, "n"),
+        ({"n": True}, "n"),
+        ({"n": 1.0}, "n"),
+        ({"stream": "true"}, "stream"),
+        ({"prompt": 7}, "prompt"),
+        ({"prompt": "\ud800"}, "prompt"),
+        ({"temperature": []}, "temperature"),
+        ({"temperature": [[1]]}, "temperature"),
+        ({"guidance_scale": 10**400}, "guidance_scale"),
+        ({"image[]": DATA}, "image[]"),
+    ],
+)
+def test_json_is_as_strict(change: dict[str, Any], blamed: str) -> None:
+    assert edit_json({"image": DATA, "prompt": "add a hat", **change}).blamed == (400, blamed)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[]", b"{", b"[" * 10**6, b"\xff", b'{"n": NaN}', b'{"n":' + b"1" * 10**5 + b"}"]
+    + [b'{"a":[' + b"1," * 20_000 + b"1]}"],
+    ids=lambda content: content[:8].decode(errors="replace"),
+)
+def test_what_is_no_json_is_a_400(content: bytes) -> None:
+    assert edit_json(content).blamed == (400, None)
+
+
+def test_a_repeated_name_in_json_is_a_400() -> None:
+    assert edit_json(b'{"prompt": "a", "prompt": "b"}').blamed == (400, "prompt")
+    twice = b'{"image": {"image_url": "", "image_url": ""}}'
+    assert edit_json(twice).blamed == (400, "image")
+
+
+def test_accept_asks_for_the_pictures_bytes() -> None:
+    for kind, start in (
+        ("image/png", b"\x89PNG"),
+        ("image/jpeg", b"\xff\xd8"),
+        ("image/webp", b"RIFF"),
+    ):
+        reply = edit(("seed", "9"), accept=f"{kind}, */*")
+        assert reply.status == 200 and reply.body.startswith(start)
+        assert reply.headers["content-type"] == kind
+        assert reply.headers["x-varedit-seed"] == "9"
+    assert edit(("n", "2"), accept="image/png").blamed == (400, "n")
+    assert edit(("stream", "true"), accept="image/png").blamed == (400, "stream")
+    assert edit(("output_format", "webp"), accept="image/png").blamed == (400, "output_format")
+
+
+def test_a_transparent_picture_has_a_transparent_result_if_wanted() -> None:
+    clear = ("image", png(24, "RGBA"))
+    assert edit(clear, ("background", "transparent")).status == 200
+    wrong = edit(clear, ("background", "transparent"), ("output_format", "jpeg"))
+    assert wrong.blamed == (400, "background")
+
+
+def test_the_description_has_every_field() -> None:
+    async def asked() -> Any:
+        async with served() as server:
+            return (await server.ask(path="/openapi.json")).json
+
+    edit = asyncio.run(asked())["paths"]["/v1/images/edits"]["post"]
+    for kind in ("multipart/form-data", "application/json"):
+        schema = edit["requestBody"]["content"][kind]["schema"]
+        assert list(schema["properties"]) == list(fields_of(Limits(), SCALES))
+        assert schema["required"] == ["image", "prompt"]
+    assert {"400", "401", "404", "408", "413", "415", "429", "500", "503"} < edit[
+        "responses"
+    ].keys()
+
+
+def test_fuzz_fields(cases: Callable[[int], Iterator[Random]]) -> None:
+    """Whatever is sent, a field is read or named."""
+    table = fields_of(Limits(), SCALES)
+    odd: list[Any] = ["", "1", "-1", "1e5", "true", "\0", "9" * 30, "é", b"x", None, True, 2**70]
+    odd += [1.5, float("inf"), [], [[]], {}, {"image_url": 3}, ["1"], DATA, "auto", "png", "²", "١"]
+    for random in cases(2000):
+        names = random.choices([*table, "images", "x", "", "[]"], k=random.randint(0, 4))
+        given = [(f"{n}{random.choice(['', '', '[]'])}", random.choice(odd)) for n in names]
+        whole = [("image", random.choice([b"x", DATA])), ("prompt", "p"), *given]
+        try:
+            values = read_fields(table, whole, random.random() < 0.5)
+        except ApiError as error:
+            assert error.status == 400 and error.param is not None
+        else:
+            assert values.keys() == table.keys()
