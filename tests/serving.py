@@ -43,9 +43,7 @@ class StandIn:
     """
 
     facts: Ready | None = field(
-        default_factory=lambda: Ready(
-            "CUDAExecutionProvider", lambda edit: len(edit.prompt), 4, 0.5
-        )
+        default_factory=lambda: Ready("CUDA", lambda edit: len(edit.prompt), 4, 0.5)
     )
     ready: bool = True
     fail: Callable[[list[Order]], Exception | None] = lambda orders: None

@@ -54,6 +54,7 @@ WRONG: list[tuple[Fields, str]] = [
     ([("n", "1.5")], "n"),
     ([("n", "1" * 5000)], "n"),
     ([("n", "")], "n"),
+    ([("n", "\u0661")], "n"),  # a digit, but not ours
     ([("n", b"1")], "n"),
     ([("size", "512x512")], "size"),
     ([("quality", "medium")], "quality"),

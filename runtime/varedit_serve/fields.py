@@ -16,8 +16,8 @@ LARGEST_SEED = 2**53 - 1  # the largest integer that JavaScript's numbers hold
 MEDIA_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 MOST_PARTIALS = 3
 
-_INTEGER = re.compile(r"-?\d{1,20}")
-_NUMBER = re.compile(r"-?\d{1,20}(\.\d{1,20})?([eE][-+]?\d{1,3})?")
+_INTEGER = re.compile(r"-?[0-9]{1,20}")
+_NUMBER = re.compile(r"-?[0-9]{1,20}(\.[0-9]{1,20})?([eE][-+]?[0-9]{1,3})?")
 _DATA = re.compile(r"data:[\w.+-]+/[\w.+-]+;base64,", re.ASCII)
 
 

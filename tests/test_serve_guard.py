@@ -1,0 +1,256 @@
+"""Who may ask, what all answers have in common, and bodies that are too large or too slow."""
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from hashlib import sha256
+from itertools import chain, repeat
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving import EDITS, form, png, served
+
+from varedit_runtime.errors import ConfigError
+from varedit_serve.keys import Keys, read_keys
+from varedit_serve.limits import Limits
+
+SECRET = "sk-0123456789abcdef"
+
+
+def run(test: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(test)
+
+
+def keys(*lines: str) -> Keys:
+    return read_keys(None, "\n".join(lines))
+
+
+def test_pages_of_other_sites_and_other_names_are_refused() -> None:
+    async def test() -> None:
+        async with served(origins=("https://app.example",)) as server:
+            for host in ("evil.example", "localhost.evil.example", "", "[", "127.0.0.1:8000"):
+                reply = await server.ask(path="/livez", headers={"host": host})
+                assert (reply.status, reply.json["error"]["code"]) == (403, "foreign_host")
+            for origin in (
+                "http://evil.example",
+                "null",
+                "http://localhost:9000",
+                "localhost:8000",
+            ):
+                reply = await server.edit(headers={"origin": origin})
+                assert (reply.status, reply.json["error"]["code"]) == (403, "foreign_origin")
+                assert "access-control-allow-origin" not in reply.headers
+            assert (await server.edit(headers={"origin": "http://localhost:8000"})).status == 200
+            assert (await server.edit(headers={"origin": "https://localhost:8000"})).status == 200
+
+    run(test())
+
+
+def test_pages_of_named_sites_may_use_the_server() -> None:
+    async def test() -> None:
+        origin = "https://app.example"
+        async with served(origins=(origin,), keys=keys(f"me {SECRET}")) as server:
+            ask = {"origin": origin, "access-control-request-method": "POST"}
+            reply = await server.ask("OPTIONS", EDITS, ask)
+            assert reply.status == 204
+            assert reply.headers["access-control-allow-origin"] == origin
+            assert "authorization" in reply.headers["access-control-allow-headers"]
+            refused = await server.edit(headers={"origin": origin})
+            assert refused.status == 401  # which the page can read
+            assert refused.headers["access-control-allow-origin"] == origin
+            assert refused.headers["vary"] == "origin"
+
+    run(test())
+
+
+def test_a_key_is_needed_where_there_are_keys() -> None:
+    async def test() -> None:
+        digest = sha256(SECRET.encode()).hexdigest()
+        for line in (f"me {SECRET}", f"me sha256:{digest}"):
+            async with served(keys=keys("other sk-aaaaaaaaaaaaaaaa", line)) as server:
+                for given in ("", "Bearer", f"Basic {SECRET}", f"Bearer {SECRET}x", "Bearer é"):
+                    reply = await server.edit(headers={"authorization": given})
+                    assert (reply.status, reply.json["error"]["code"]) == (401, "invalid_api_key")
+                right = {"authorization": f"Bearer {SECRET}"}
+                assert (await server.edit(headers=right)).status == 200
+                for path in ("/v1/models", "/metrics"):
+                    assert (await server.ask(path=path)).status == 401
+                    assert (await server.ask(path=path, headers=right)).status == 200
+                for path in ("/", "/livez", "/readyz", "/openapi.json"):
+                    assert (await server.ask(path=path)).status == 200
+
+    run(test())
+
+
+def test_each_key_has_its_rate() -> None:
+    async def test() -> None:
+        async with served(keys=keys(f"a {SECRET} 3", f"b {SECRET}b")) as server:
+            a = {"authorization": f"Bearer {SECRET}"}
+            assert (await server.edit(("n", "2"), headers=a)).status == 200
+            reply = await server.edit(("n", "2"), headers=a)
+            assert (reply.status, reply.json["error"]["code"]) == (429, "rate_limit_exceeded")
+            assert 1 <= int(reply.headers["retry-after"]) <= 60
+            b = {"authorization": f"Bearer {SECRET}b"}
+            assert (await server.edit(("n", "4"), headers=b)).status == 200
+
+    run(test())
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["short", "name short", f"name {SECRET} 0", f"name {SECRET} fast", f"a {SECRET}\nb {SECRET}"],
+)
+def test_keys_that_cannot_be_used_are_refused_without_being_shown(line: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        keys(line)
+    assert SECRET not in str(refused.value)
+
+
+def test_a_file_of_keys_is_read_with_comments(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_keys(file, "")
+    file.write_text("# nothing\n\n")
+    with pytest.raises(ConfigError, match="has no key"):
+        read_keys(file, "")
+    file.write_text(f"# ours\nme {SECRET} 60\n")
+    found = read_keys(file, "").find(f"Bearer {SECRET}")
+    assert found is not None and (found.name, found.rate) == ("me", 60)
+    assert SECRET not in repr(found)
+
+
+def test_unknown_paths_and_methods_have_openais_shape() -> None:
+    async def test() -> None:
+        async with served() as server:
+            for method, path, status in (
+                ("GET", "/nothing", 404),
+                ("GET", EDITS, 405),
+                ("POST", "/livez", 405),
+                ("GET", "/v1/models/other", 404),
+            ):
+                reply = await server.ask(method, path)
+                assert reply.status == status and reply.json["error"]["message"]
+            assert (await server.ask(path="/v1/models/nano")).json["id"] == "nano"
+            numbers = (await server.ask(path="/metrics")).body.decode()
+            assert 'varedit_requests_total{path="other",status="404"} 2.0' in numbers
+
+    run(test())
+
+
+def test_no_prompt_key_or_trace_is_in_an_answer_or_log(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("varedit_serve")
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(handler.format(record))
+    logger.addHandler(handler)
+    level, _ = logger.level, logger.setLevel(logging.DEBUG)
+
+    async def test() -> None:
+        async with served(keys=keys(f"me {SECRET}")) as server:
+
+            def broken(*given: object, **named: object) -> None:
+                raise RuntimeError(f"{given} {named}")
+
+            server.application.edits._answer = broken  # type: ignore[method-assign]
+            me = {"authorization": f"Bearer {SECRET}"}
+            reply = await server.edit(("prompt", "add a secret hat"), headers=me)
+            assert reply.status == 500
+            said = "\n".join([reply.body.decode(), *lines])
+            assert "RuntimeError in" in said
+            assert not any(hidden in said for hidden in ("secret", SECRET, "Traceback", ".py"))
+
+    try:
+        run(test())
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+# Bodies
+
+
+def test_a_body_that_is_too_large_is_a_413_however_it_says_its_length() -> None:
+    async def test() -> None:
+        async with served(limits=Limits(max_body=1000)) as server:
+            kind, body = form([("image", png() + bytes(1000)), ("prompt", "add a hat")])
+            assert (await server.ask("POST", headers=kind, body=[])).status == 413
+            del kind["content-length"]
+            assert (await server.ask("POST", headers=kind, body=[body])).status == 413
+            kind, body = form([("image", png())])
+            del kind["content-length"]
+            body = body.removesuffix(b"--XX--\r\n") + HEAD + b"user\r\n\r\n"
+            endless = chain([body], repeat(bytes(300)))
+            assert (await server.ask("POST", headers=kind, body=endless)).status == 413
+            lying, endless = {**kind, "content-length": "10"}, chain([body], repeat(bytes(300)))
+            assert (await server.ask("POST", headers=lying, body=endless)).status == 413
+            assert server.application.budget.bytes == 0
+
+    run(test())
+
+
+def test_a_body_that_trickles_is_a_408() -> None:
+    async def test() -> None:
+        async with served(limits=Limits(upload_seconds=0.05)) as server:
+            kind, body = form([("image", png()), ("prompt", "add a hat")])
+            slowly = (part for byte in body for part in (bytes([byte]), 0.01))
+            reply = await server.ask("POST", headers=kind, body=slowly)
+            assert (reply.status, reply.json["error"]["code"]) == (408, "timeout")
+
+    run(test())
+
+
+def test_a_client_that_leaves_while_uploading_frees_its_place() -> None:
+    async def test() -> None:
+        async with served() as server:
+            left = asyncio.Event()
+            left.set()
+            kind, body = form([("image", png()), ("prompt", "add a hat")])
+            reply = await server.ask("POST", headers=kind, body=[body[:100]], left=left)
+            assert reply.status == 0 and server.application.budget.pictures == 0
+            numbers = (await server.ask(path="/metrics")).body.decode()
+            assert 'varedit_cancelled_total{when="uploading"} 1.0' in numbers
+
+    run(test())
+
+
+@pytest.mark.parametrize("kind", ["", "text/plain", "application/x-www-form-urlencoded"])
+def test_a_body_of_another_kind_is_a_415(kind: str) -> None:
+    async def test() -> None:
+        async with served() as server:
+            reply = await server.ask("POST", headers={"content-type": kind}, body=[b"x"])
+            assert reply.status == 415
+
+    run(test())
+
+
+HEAD = b"--XX\r\nContent-Disposition: form-data; name="
+FORMS = {
+    "no boundary": ("multipart/form-data", b"--XX--\r\n"),
+    "a long boundary": ("multipart/form-data; boundary=" + "X" * 10_000, b""),
+    "an odd charset": (
+        "multipart/form-data; boundary=XX; charset=zlib",
+        HEAD + b"x\r\n\r\n\r\n--XX--",
+    ),
+    "no name": (None, b"--XX\r\nContent-Disposition: form-data\r\n\r\nx\r\n--XX--\r\n"),
+    "no form": (None, b"hello"),
+    "cut off": (None, HEAD + b"prompt\r\n\r\nadd"),
+    "many headers": (None, b"--XX\r\n" + b"A: b\r\n" * 5000 + b"\r\nx\r\n--XX--\r\n"),
+    "a long header": (None, b"--XX\r\nA: " + b"b" * 10**5 + b"\r\n\r\nx\r\n--XX--\r\n"),
+    "many fields": (None, (HEAD + b"user\r\n\r\nx\r\n") * 41 + b"--XX--\r\n"),
+    "many files": (None, (HEAD + b"image; filename=a\r\n\r\nx\r\n") * 41 + b"--XX--\r\n"),
+    "a long field": (None, HEAD + b"prompt\r\n\r\n" + b"a" * 10**6 + b"\r\n--XX--\r\n"),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_malformed_form_is_a_400(name: str) -> None:
+    kind, body = FORMS[name]
+
+    async def test() -> None:
+        async with served() as server:
+            headers = {"content-type": kind or "multipart/form-data; boundary=XX"}
+            reply = await server.ask("POST", headers=headers, body=[body])
+            assert reply.status == 400, reply.body
+
+    run(test())

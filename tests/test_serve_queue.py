@@ -1,0 +1,258 @@
+"""Pictures that wait: batches, several results, faults, deadlines, clients that leave, room."""
+
+import asyncio
+from collections.abc import Coroutine
+from dataclasses import replace
+from typing import Any
+
+from serving import Reply, Server, form, png, served, until
+
+from varedit_serve.child import BatchFailedError, ChildDiedError
+from varedit_serve.limits import Limits
+
+PREVIEWS = ("stream", "true"), ("partial_images", "3")
+
+
+def run(test: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(test)
+
+
+def seeded(server: Server, *seeds: int, prompt: str = "add a hat") -> list[asyncio.Task[Reply]]:
+    edits = [server.edit(("seed", str(seed)), ("prompt", prompt)) for seed in seeds]
+    return [asyncio.create_task(edit) for edit in edits]
+
+
+async def blocked(server: Server) -> asyncio.Task[Reply]:
+    """Let a first edit run, behind which others wait."""
+    (first,) = seeded(server, 0)
+    await until(lambda: server.child.batches)
+    return first
+
+
+def waiting(server: Server) -> int:
+    return len(server.application.queue._waiting)
+
+
+def test_edits_of_one_group_share_a_batch_and_others_do_not() -> None:
+    async def test() -> None:
+        async with served(waits=True) as server:
+            first = await blocked(server)
+            edits = seeded(server, 1, 2, prompt="add a red hat")
+            edits += seeded(server, 3, 4, 5, 6, 7)
+            await until(lambda: waiting(server) == 7)
+            server.child.gate.set()
+            replies = await asyncio.gather(first, *edits)
+            assert [r.json["data"][0]["seed"] for r in replies] == [*range(8)]
+            assert [sorted(batch) for batch in server.child.batches] in (
+                [[0], [1, 2], [3, 4, 5, 6], [7]],
+                [[0], [3, 4, 5, 6], [1, 2], [7]],
+            )
+
+    run(test())
+
+
+def test_a_batch_has_one_picture_on_a_cpu_unless_more_are_wanted() -> None:
+    async def test(largest: int | None, sizes: list[int]) -> None:
+        async with served(waits=True, largest=largest) as server:
+            assert server.child.facts is not None
+            server.child.facts = replace(server.child.facts, provider="CPUExecutionProvider")
+            first = await blocked(server)
+            edits = seeded(server, 1, 2, 3)
+            await until(lambda: waiting(server) == 3)
+            server.child.gate.set()
+            await asyncio.gather(first, *edits)
+            assert [len(batch) for batch in server.child.batches] == sizes
+
+    run(test(None, [1, 1, 1, 1]))
+    run(test(2, [1, 2, 1]))
+
+
+def test_several_results_have_successive_seeds_in_order() -> None:
+    async def test() -> None:
+        async with served() as server:
+            reply = await server.edit(("n", "4"))
+            seeds = [one["seed"] for one in reply.json["data"]]
+            assert seeds == [*range(seeds[0], seeds[0] + 4)]
+            other = await server.edit()
+            assert other.json["data"][0]["seed"] not in seeds
+
+    run(test())
+
+
+def test_a_batch_whose_process_dies_runs_again_alone_with_the_same_seeds() -> None:
+    async def test() -> None:
+        async with served(waits=True) as server:
+            first = await blocked(server)
+            edits = seeded(server, 1, 2, 3)
+            await until(lambda: waiting(server) == 3)
+            deaths = [ChildDiedError()]
+            server.child.fail = lambda orders: deaths.pop() if len(orders) > 1 and deaths else None
+            server.child.gate.set()
+            replies = await asyncio.gather(first, *edits)
+            assert [r.status for r in replies] == [200] * 4
+            _, together, *alone = server.child.batches
+            assert sorted(together) == [1, 2, 3] and alone == [[seed] for seed in together]
+
+    run(test())
+
+
+def test_only_the_picture_that_kills_the_process_fails() -> None:
+    async def test(error: Exception) -> None:
+        async with served(waits=True) as server:
+            first = await blocked(server)
+            edits = seeded(server, 1, 2, 3)
+            await until(lambda: waiting(server) == 3)
+            server.child.fail = lambda orders: error if any(o.seed == 2 for o in orders) else None
+            server.child.gate.set()
+            replies = await asyncio.gather(first, *edits)
+            assert [r.status for r in replies] == [200, 200, 500, 200]
+            assert replies[2].headers["x-should-retry"] == "false"
+            assert "secret" not in replies[2].body.decode()
+            assert server.application.budget.pictures == 0
+
+    run(test(ChildDiedError()))
+    run(test(BatchFailedError("secret")))
+
+
+def test_no_preview_comes_twice_when_an_edit_runs_again() -> None:
+    async def test() -> None:
+        async with served() as server:
+            deaths = [ChildDiedError()]
+            server.child.fail = lambda orders: deaths.pop() if deaths else None
+            reply = await server.edit(*PREVIEWS)
+            kinds = [(e["type"], e.get("partial_image_index")) for e in reply.events]
+            partials = [("image_edit.partial_image", index) for index in range(3)]
+            assert kinds == [*partials, ("image_edit.completed", None)]
+            assert len(server.child.batches) == 2
+
+    run(test())
+
+
+def test_a_stream_that_fails_ends_with_an_error_and_one_without_events_has_a_status() -> None:
+    async def test() -> None:
+        async with served() as server:
+            server.child.fail = lambda orders: ChildDiedError()
+            reply = await server.edit(*PREVIEWS)
+            assert reply.status == 200 and reply.events[-1]["error"]["code"] == "edit_failed"
+            assert (await server.edit(("stream", "true"))).status == 500
+
+    run(test())
+
+
+def test_past_its_deadline_an_edit_is_a_503_and_is_cancelled() -> None:
+    async def test() -> None:
+        async with served(waits=True, limits=Limits(deadline=0.05)) as server:
+            reply = await server.edit()
+            assert reply.status == 503 and reply.json["error"]["code"] == "deadline"
+            assert 1 <= int(reply.headers["retry-after"]) <= 120
+            assert server.child.cancelled == 1
+
+    run(test())
+
+
+def test_a_client_that_leaves_is_cancelled_while_waiting_and_while_running() -> None:
+    async def test() -> None:
+        async with served(waits=True) as server:
+            left = asyncio.Event(), asyncio.Event()
+            running = asyncio.create_task(server.edit(left=left[0]))
+            await until(lambda: server.child.batches)
+            also = asyncio.create_task(server.edit(left=left[1]))
+            await until(lambda: waiting(server) == 1)
+            left[1].set()
+            assert (await also).status == 0
+            assert server.child.cancelled == 0 and waiting(server) == 0
+            left[0].set()
+            assert (await running).status == 0
+            assert server.child.cancelled == 1
+            numbers = (await server.ask(path="/metrics")).body.decode()
+            assert 'varedit_cancelled_total{when="waiting"} 1.0' in numbers
+            assert 'varedit_cancelled_total{when="running"} 1.0' in numbers
+
+    run(test())
+
+
+def test_one_of_a_batch_that_leaves_does_not_end_the_others() -> None:
+    async def test() -> None:
+        async with served(waits=True) as server:
+            first, left = await blocked(server), asyncio.Event()
+            edits = seeded(server, 1, 2, 3)
+            leaving = asyncio.create_task(server.edit(("seed", "9"), left=left))
+            await until(lambda: waiting(server) == 4)
+            gate, server.child.gate = server.child.gate, asyncio.Event()
+            gate.set()
+            await until(lambda: len(server.child.batches) == 2)
+            left.set()
+            assert (await leaving).status == 0
+            assert server.child.cancelled == 0
+            server.child.gate.set()
+            replies = await asyncio.gather(first, *edits)
+            assert [r.json["data"][0]["seed"] for r in replies] == [0, 1, 2, 3]
+
+    run(test())
+
+
+def test_a_stream_whose_reader_leaves_between_previews_is_cancelled() -> None:
+    async def test() -> None:
+        async with served(waits=True) as server:
+            left = asyncio.Event()
+            streaming = asyncio.create_task(server.edit(*PREVIEWS, left=left))
+            await until(lambda: server.child.batches)
+            left.set()
+            reply = await streaming
+            assert reply.status in (0, 200) and server.child.cancelled == 1
+            assert server.application.budget.pictures == 0
+
+    run(test())
+
+
+def test_a_full_queue_is_a_503_and_has_room_again() -> None:
+    async def test() -> None:
+        async with served(waits=True, limits=Limits(max_queue=3)) as server:
+            edits = [await blocked(server), *seeded(server, 1)]
+            await until(lambda: waiting(server) == 1)
+            full = await server.edit(("n", "2"))
+            assert full.status == 503 and full.json["error"]["code"] == "full"
+            assert int(full.headers["retry-after"]) >= 1
+            edits += seeded(server, 2)
+            await until(lambda: server.application.budget.pictures == 3)
+            assert (await server.edit()).status == 503
+            server.child.gate.set()
+            assert [r.status for r in await asyncio.gather(*edits)] == [200] * 3
+            assert (await server.edit()).status == 200
+            assert (server.application.budget.pictures, server.application.budget.bytes) == (0, 0)
+
+    run(test())
+
+
+def test_room_in_bytes_is_bounded_before_a_body_is_read() -> None:
+    async def test() -> None:
+        limits = Limits(max_body=10_000, max_queue_bytes=15_000)
+        async with served(limits=limits) as server:
+            kind, body = form([("image", png()), ("prompt", "add a hat")])
+            del kind["content-length"]  # it may then have as many bytes as a body may have
+            arriving = asyncio.create_task(server.ask("POST", headers=kind, body=[0.05, body]))
+            await until(lambda: server.application.budget.bytes)
+            reply = await server.ask("POST", headers=kind, body=[body])
+            assert reply.status == 503 and reply.json["error"]["code"] == "full"
+            # A prepared edit of nano has 49 kB, for which there is no room either.
+            assert (await arriving).status == 503
+            assert server.application.budget.bytes == 0
+
+    run(test())
+
+
+def test_draining_and_loading_admit_nothing() -> None:
+    async def test() -> None:
+        async with served() as server:
+            server.child.ready = False
+            reply = await server.ask(path="/readyz")
+            assert (reply.status, reply.json["error"]["code"]) == (503, "restarting")
+            server.application.draining = True
+            for reply in (await server.ask(path="/readyz"), await server.edit()):
+                assert (reply.status, reply.json["error"]["code"]) == (503, "draining")
+            server.application.draining, server.child.facts = False, None
+            for reply in (await server.ask(path="/readyz"), await server.edit()):
+                assert (reply.status, reply.json["error"]["code"]) == (503, "loading")
+            assert (await server.ask(path="/livez")).status == 200
+
+    run(test())
