@@ -1,0 +1,89 @@
+"""The editing process as its parent sees it: started, watched, and replaced."""
+
+import asyncio
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from serving import until
+
+from varedit_runtime.backends.auto import AutoBackend
+from varedit_runtime.errors import BackendError
+from varedit_runtime.locate import embedded
+from varedit_serve import child
+from varedit_serve.child import Child, ChildDiedError
+from varedit_serve.messages import Opening, Order
+
+WORKER = Path(__file__).with_name("fake_worker.py")
+ORDER = Order(b"", 7, ())
+
+
+def make(kind: str, restarts: list[str]) -> Child:
+    opening = Opening(embedded(), None, AutoBackend())
+    command = (sys.executable, str(WORKER), kind)
+    return Child(opening, lambda: None, restarts.append, command)
+
+
+async def edited(one: Child) -> int:
+    await until(lambda: one.ready)
+    (result,) = await one.edit([ORDER], lambda *partial: None)
+    return result.seed
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [("killed", "died"), ("stopped", "silent"), ("stuck", "stuck"), ("nonsense", "died")],
+)
+def test_a_process_that_fails_at_a_batch_is_replaced(
+    kind: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test() -> None:
+        restarts: list[str] = []
+        one = make(kind, restarts)
+        running = asyncio.create_task(one.run())
+        await until(lambda: one.ready)
+        one._command = (*one._command[:2], "works")
+        if kind == "stopped":
+            monkeypatch.setattr(child, "SILENT", 0.1)
+        elif kind == "stuck":
+            monkeypatch.setattr(child, "LEAST_TIME", 0.1)
+        with pytest.raises(ChildDiedError):
+            await edited(one)
+        monkeypatch.undo()
+        assert await edited(one) == 7
+        assert restarts == [reason]
+        running.cancel()
+        with suppress(asyncio.CancelledError):
+            await running
+        await until(lambda: one.pid is None)
+
+    asyncio.run(test())
+
+
+def test_a_bundle_that_cannot_be_opened_ends_the_server() -> None:
+    with pytest.raises(BackendError, match="there is no such GPU"):
+        asyncio.run(make("unfit", []).run())
+
+
+def test_a_process_that_dies_while_it_loads_is_started_again_ever_more_slowly(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pauses: list[float] = []
+    sleep = asyncio.sleep
+
+    async def noted(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 4:
+            raise asyncio.CancelledError
+        await sleep(0)
+
+    monkeypatch.setattr(child, "LONGEST_PAUSE", 5)
+    monkeypatch.setattr(child.asyncio, "sleep", noted)
+
+    async def test() -> None:
+        with suppress(asyncio.CancelledError):
+            await make("dies", []).run()
+
+    asyncio.run(test())
+    assert pauses == [2, 4, 5, 5]

@@ -1,0 +1,234 @@
+"""A whole server with nano's bundle, asked by OpenAI's own client: results, faults, its end."""
+
+import base64
+import io
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from PIL import Image
+from serving import form, png
+
+from varedit_runtime import Editor
+
+PERSON = Path(__file__).parent.parent / "docs" / "samples" / "person.png"
+OPTIONS = ("--threads", "1", "--upload-seconds", "3", "--max-queue", "8")
+
+
+class Process:
+    """A server of its own."""
+
+    def __init__(self, *options: str) -> None:
+        self.popen = subprocess.Popen(
+            [sys.executable, "-m", "varedit_serve.cli", "nano", "--port", "0", *options],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert self.popen.stderr is not None
+        line = next(line for line in self.popen.stderr if "is served at" in line)
+        self.port = int(line.rsplit(":", 1)[1])
+        self.client = openai.OpenAI(
+            base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0
+        )
+
+    def get(self, path: str) -> tuple[int, str]:
+        root = str(self.client.base_url).removesuffix("v1/")
+        reply = self.client._client.get(f"{root}{path}")
+        return reply.status_code, reply.text
+
+    def child(self) -> int:
+        """Return the number of the process that edits."""
+        told = subprocess.check_output(["ps", "-o", "pid=", "--ppid", str(self.popen.pid)])
+        return int(told.split()[0])
+
+    def edit(self, prompt: str = "add a hat", **fields: Any) -> Any:
+        ours = {
+            name: fields.pop(name)
+            for name in ("seed", "guidance_scale", "temperature", "negative_prompt")
+            if name in fields
+        }
+        edit: Any = self.client.images.edit
+        return edit(image=PERSON.read_bytes(), prompt=prompt, extra_body=ours, **fields)
+
+
+def until(true: Callable[[], object]) -> None:
+    for _ in range(2000):
+        if true():
+            return
+        time.sleep(0.02)
+    pytest.fail("it never came true")
+
+
+@contextmanager
+def running(*options: str) -> Iterator[Process]:
+    server = Process(*OPTIONS, *options)
+    try:
+        until(lambda: server.get("readyz")[0] == 200)
+        yield server
+    finally:
+        server.popen.kill()
+        server.popen.wait()
+        server.client.close()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Process]:
+    with running() as started:
+        yield started
+
+
+def opened(b64_json: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(b64_json)))
+
+
+def same(one: Image.Image, other: Image.Image) -> bool:
+    return one.mode == other.mode and one.tobytes() == other.tobytes()
+
+
+def test_results_are_those_of_the_editor(server: Process, nano: Editor, tmp_path: Path) -> None:
+    reply = server.edit(n=2, seed=3, guidance_scale=[2.0] * 7, negative_prompt="blue")
+    told = {"guidance_scale": 2.0, "negative_prompt": "blue"}
+    edited = nano.edit(PERSON, "add a hat", seed=3, num_images_per_prompt=2, **told)
+    assert [one.seed for one in reply.data] == [3, 4]
+    assert all(same(opened(a.b64_json), b.image) for a, b in zip(reply.data, edited, strict=True))
+    assert reply.usage.total_tokens == reply.usage.input_tokens + reply.usage.output_tokens
+    mask = Image.new("L", (128, 128))
+    mask.paste(255, (0, 0, 128, 64))
+    mask.save(tmp_path / "mask.png")
+    reply = server.edit(mask=(tmp_path / "mask.png").open("rb"), seed=5, quality="low")
+    edited = nano.edit(PERSON, "add a hat", mask=tmp_path / "mask.png", seed=5, fast=True)
+    assert same(opened(reply.data[0].b64_json), edited.image)
+
+
+def test_a_stream_has_previews_and_the_same_result(server: Process) -> None:
+    events = list(server.edit(stream=True, partial_images=2, seed=3))
+    kinds = [event.type for event in events]
+    assert kinds == [*["image_edit.partial_image"] * 2, "image_edit.completed"]
+    assert [event.partial_image_index for event in events[:2]] == [0, 1]
+    assert [opened(event.b64_json).size for event in events] == [(128, 128)] * 3
+    assert events[-1].b64_json == server.edit(seed=3).data[0].b64_json
+    assert events[-1].usage.output_tokens > 0
+
+
+def test_the_client_lists_the_model_and_meets_errors(server: Process) -> None:
+    assert [model.id for model in server.client.models.list()] == ["nano"]
+    with pytest.raises(openai.BadRequestError) as refused:
+        server.edit(size="1024x1024")
+    assert refused.value.param == "size"
+    with pytest.raises(openai.NotFoundError):
+        server.edit(model="gpt-image-1")
+    with pytest.raises(openai.BadRequestError, match="did you mean prompt"):
+        server.client.images.edit(image=b"x", prompt="x", extra_body={"promt": "x"})
+
+
+def test_an_edit_that_is_admitted_survives_the_death_of_its_process(server: Process) -> None:
+    def edited(seed: int) -> str:
+        if seed % 2:
+            return server.edit(seed=seed).data[0].b64_json
+        *partials, last = server.edit(seed=seed, stream=True, partial_images=3)
+        assert [event.partial_image_index for event in partials] == [0, 1, 2]
+        return last.b64_json
+
+    wanted = [edited(seed) for seed in range(4)]
+    first = server.child()
+    with ThreadPoolExecutor(4) as clients:
+        edits = [clients.submit(edited, seed) for seed in range(4)]
+        until(lambda: "varedit_queue_pictures 3.0" in server.get("metrics")[1])
+        os.kill(first, signal.SIGKILL)
+        assert [edit.result() for edit in edits] == wanted
+    assert server.child() != first
+    assert 'varedit_restarts_total{reason="died"} 1.0' in server.get("metrics")[1]
+
+
+def test_more_clients_than_places_are_served_or_told_to_come_again(server: Process) -> None:
+    def status(seed: int) -> int:
+        try:
+            server.edit(seed=seed)
+        except openai.APIStatusError as error:
+            assert 1 <= int(error.response.headers["retry-after"]) <= 120
+            return error.status_code
+        return 200
+
+    with ThreadPoolExecutor(24) as clients:
+        statuses = list(clients.map(status, range(24)))
+    assert set(statuses) == {200, 503} and statuses.count(200) >= 8
+
+
+def raw(server: Process, content: bytes) -> socket.socket:
+    connection = socket.create_connection(("127.0.0.1", server.port))
+    connection.settimeout(30)
+    connection.sendall(content)
+    return connection
+
+
+def head(length: int) -> bytes:
+    kind, _ = form([])
+    return (
+        f"POST /v1/images/edits HTTP/1.1\r\nhost: localhost\r\n"
+        f"content-type: {kind['content-type']}\r\ncontent-length: {length}\r\n\r\n"
+    ).encode()
+
+
+def test_a_client_that_closes_its_connection_is_cancelled(server: Process) -> None:
+    _, body = form([("image", png()), ("prompt", "add a hat"), ("n", "4")])
+    before = cancelled(server)
+    connection = raw(server, head(len(body)) + body)
+    until(lambda: "varedit_queue_pictures 0.0" not in server.get("metrics")[1])
+    connection.close()
+    until(lambda: cancelled(server) == before + 1)
+    raw(server, head(len(body)) + body[:50]).close()
+    until(lambda: cancelled(server) == before + 2)
+    assert server.edit(seed=1).data
+
+
+def cancelled(server: Process) -> float:
+    numbers = server.get("metrics")[1]
+    return sum(map(float, re.findall(r"varedit_cancelled_total{.*} (.+)", numbers)))
+
+
+def test_slow_heads_and_endless_bodies_are_closed(server: Process) -> None:
+    trickling = raw(server, b"GET /livez HTTP/1.1\r\nhost: loc")
+    slow = raw(server, head(1000) + b"--XX\r\n")
+    too_much = raw(server, head(10**9))
+    assert trickling.recv(100) == b""
+    assert b" 408 " in slow.recv(4096)
+    assert b" 413 " in too_much.recv(4096)
+    for refused in (slow, too_much):
+        with refused:
+            while refused.recv(4096):  # the server waits for the rest only so long
+                pass
+    trickling.close()
+
+
+def test_sigterm_lets_admitted_edits_finish(nano: Editor) -> None:
+    with running() as server:
+        stream = server.edit(n=1, seed=3, stream=True, partial_images=3)
+        first = next(iter(stream))
+        server.popen.send_signal(signal.SIGTERM)
+        assert first.type == "image_edit.partial_image"
+        events = list(stream)
+        assert same(opened(events[-1].b64_json), nano.edit(PERSON, "add a hat", seed=3).image)
+        assert server.popen.wait(30) == 0
+
+
+def test_no_process_outlives_a_server_that_is_killed() -> None:
+    with running() as server:
+        child = server.child()
+        with ThreadPoolExecutor(1) as clients:
+            edit = clients.submit(server.edit, n=4)
+            until(lambda: "varedit_batch_pictures_count 1.0" in server.get("metrics")[1])
+            server.popen.kill()
+            with pytest.raises(openai.APIConnectionError):
+                edit.result()
+        until(lambda: not Path(f"/proc/{child}").exists())
