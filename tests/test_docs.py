@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from bundles import small_bundle
-from commands_page import COMMANDS, PAGE, helps, refreshed
+from commands_page import COMMANDS, PAGE, SERVING, helps, refreshed, refreshed_tables
 
 from varedit_export.parity import measures
 from varedit_reference.golden import recordings
@@ -30,6 +30,11 @@ def rows(page: str, heading: str) -> dict[str, list[str]]:
 def test_the_commands_page_is_current() -> None:
     page = PAGE.read_text(encoding="utf-8")
     assert page == refreshed(page), "run `make docs`"
+
+
+def test_the_tables_of_fields_and_limits_are_current() -> None:
+    page = SERVING.read_text(encoding="utf-8")
+    assert page == refreshed_tables(page), "run `make docs`"
 
 
 @pytest.mark.parametrize(("name", "text"), [pytest.param(n, h, id=n) for n, h in helps()])
