@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 
 from serving import result
 
-from varedit_serve.messages import Ready
+from varedit_serve.editing.messages import Ready
 
 
 def main(kind: str, connection: Connection) -> None:

@@ -16,7 +16,7 @@ from varedit_runtime.backends.auto import AutoBackend
 from varedit_runtime.editing.results import EditResult
 from varedit_runtime.locate import embedded
 from varedit_serve.app import Application, Settings
-from varedit_serve.messages import Opening, Order, Ready
+from varedit_serve.editing.messages import Opening, Order, Ready
 
 EDITS = "/v1/images/edits"
 Fields = Sequence[tuple[str, str | bytes]]

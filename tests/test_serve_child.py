@@ -11,9 +11,9 @@ from serving import until
 from varedit_runtime.backends.auto import AutoBackend
 from varedit_runtime.errors import BackendError
 from varedit_runtime.locate import embedded
-from varedit_serve import child
-from varedit_serve.child import Child, ChildDiedError
-from varedit_serve.messages import Opening, Order
+from varedit_serve.editing import child
+from varedit_serve.editing.child import Child, ChildDiedError
+from varedit_serve.editing.messages import Opening, Order
 
 WORKER = Path(__file__).with_name("fake_worker.py")
 ORDER = Order(b"", 7, ())

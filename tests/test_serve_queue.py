@@ -5,10 +5,14 @@ from collections.abc import Coroutine
 from dataclasses import replace
 from typing import Any
 
+import pytest
+from PIL import Image
 from serving import Reply, Server, form, png, served, until
 
-from varedit_serve.child import BatchFailedError, ChildDiedError
+from varedit_runtime.errors import ConfigError
+from varedit_serve.editing.child import BatchFailedError, ChildDiedError
 from varedit_serve.limits import Limits
+from varedit_serve.moderation import find_moderation
 
 PREVIEWS = ("stream", "true"), ("partial_images", "3")
 
@@ -239,6 +243,38 @@ def test_room_in_bytes_is_bounded_before_a_body_is_read() -> None:
             assert server.application.budget.bytes == 0
 
     run(test())
+
+
+class Judge:
+    def prompt(self, text: str) -> str | None:
+        return "no hats" if "hat" in text else None
+
+    def result(self, image: Image.Image) -> str | None:
+        return "too red" if image.getpixel((0, 0)) == (2, 0, 0) else None
+
+
+def test_moderation_judges_texts_previews_and_results() -> None:
+    async def test() -> None:
+        async with served(moderation=Judge()) as server:
+            reply = await server.edit()
+            assert reply.blamed == (400, "prompt") and "no hats" in reply.body.decode()
+            assert reply.json["error"]["code"] == "moderation_blocked"
+            flower = ("prompt", "add a flower")
+            assert (await server.edit(flower, ("negative_prompt", "hat"))).blamed[0] == 400
+            assert (await server.edit(flower, ("seed", "1"))).status == 200
+            assert (await server.edit(flower, ("seed", "2"))).blamed == (400, None)
+            events = (await server.edit(flower, *PREVIEWS)).events
+            assert [event.get("partial_image_index") for event in events] == [0, 1, None]
+            assert events[-1]["error"]["code"] == "moderation_blocked"
+
+    run(test())
+
+
+def test_moderation_must_be_importable() -> None:
+    for name in ("nothing", "nowhere:judge", "math:pi", f"{__name__}:nothing"):
+        with pytest.raises(ConfigError, match=name):
+            find_moderation(name)
+    assert find_moderation(f"{__name__}:Judge") is Judge
 
 
 def test_draining_and_loading_admit_nothing() -> None:

@@ -7,9 +7,10 @@ passes, in order:
     body.py      a form or JSON, read within limits of bytes and time
     fields.py    the table of all fields: parsing, checks, and openapi.py
     edits.py     the endpoint: admission (budget.py), pictures in and out, the answer (answers.py)
-    queue.py     pictures that wait, batches, what runs again after a fault
-    child.py     the child as the parent sees it: started, fed, watched, replaced
-    worker.py    the child's own program
+    moderation.py an operator's own code that judges prompts and pictures
+    editing/     queue.py: pictures that wait, batches, what runs again after a fault
+                 child.py: the child as the parent sees it, started, fed, watched, replaced
+                 worker.py: the child's own program; messages.py: what both tell each other
 
 `cli.py` is the command, `server.py` listens and drains, `app.py` joins the parts, `limits.py` has
 all limits with their defaults, `errors.py` errors as clients see them, `page/` the web page.

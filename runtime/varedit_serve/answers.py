@@ -14,13 +14,15 @@ from varedit_runtime.editing.results import EditResult
 from varedit_runtime.pictures import encode_picture
 from varedit_serve.errors import ApiError
 from varedit_serve.fields import MEDIA_TYPES
+from varedit_serve.moderation import Moderation, refused
 
 
 @dataclass(frozen=True)
 class Answer:
     """How a request's pictures are answered; its methods take time, and are for a thread.
 
-    written_as: png, jpeg or webp. usage: as OpenAI counts tokens.
+    written_as: png, jpeg or webp. usage: as OpenAI counts tokens. moderation: judges each picture;
+    ApiError is raised for those that it refuses.
     """
 
     written_as: str
@@ -28,6 +30,7 @@ class Answer:
     background: str
     quality: str
     usage: dict[str, Any]
+    moderation: Moderation
 
     def results(self, results: Sequence[EditResult]) -> bytes:
         """Return the JSON of all results."""
@@ -70,6 +73,8 @@ class Answer:
         }
 
     def _shown(self, image: Image.Image) -> Image.Image:
+        if (error := refused(self.moderation.result(image))) is not None:
+            raise error
         opaque = self.background == "opaque" or self.written_as == "jpeg"
         return on_white(image) if opaque else image
 

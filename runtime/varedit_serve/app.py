@@ -13,16 +13,17 @@ from starlette.types import Receive, Scope, Send
 
 from varedit_runtime import Preparer
 from varedit_serve.budget import Budget
-from varedit_serve.child import COMMAND, Child
+from varedit_serve.editing.child import COMMAND, Child
+from varedit_serve.editing.messages import Opening
+from varedit_serve.editing.queue import Queue
 from varedit_serve.edits import Edits
 from varedit_serve.errors import ApiError
 from varedit_serve.guard import EDITS, Guard
 from varedit_serve.keys import Keys
 from varedit_serve.limits import Limits
-from varedit_serve.messages import Opening
 from varedit_serve.metrics import Metrics
+from varedit_serve.moderation import Everything, Moderation
 from varedit_serve.openapi import openapi
-from varedit_serve.queue import Queue
 
 _PAGE = {"/": "index.html", "/page.js": "page.js", "/page.css": "page.css"}
 _KINDS = {"html": "text/html", "js": "text/javascript", "css": "text/css"}
@@ -37,16 +38,18 @@ _POLICY = (
 class Settings:
     """What an operator chooses.
 
-    model: its name. largest: pictures of a batch; None for what pays on the device. hosts: names
-    that requests may be sent to; None for all. origins: sites whose pages may send requests.
+    model: its name; None for the bundle's. largest: pictures of a batch; None for what pays on the
+    device. hosts: names that requests may be sent to; None for all. origins: sites whose pages may
+    send requests.
     """
 
-    model: str
+    model: str | None = None
     keys: Keys = field(default_factory=lambda: Keys([]))
     largest: int | None = None
     hosts: Collection[str] | None = None
     origins: Collection[str] = ()
     limits: Limits = field(default_factory=Limits)
+    moderation: Moderation = field(default_factory=Everything)
 
 
 class Application:
@@ -61,21 +64,22 @@ class Application:
     ) -> None:
         limits = settings.limits
         self.draining, self._started = False, int(time())
+        self.model = settings.model or preparer.bundle.manifest.name
         self.metrics = Metrics()
         self.queue = Queue(self.metrics, settings.largest, limits.deadline)
         self.child = Child(opening, self.queue.wake, self.metrics.restarted, command)
         self.budget = Budget(limits, self.queue.retry_after)
         self.edits = Edits(
             preparer,
-            settings.model,
+            self.model,
             limits,
             self.budget,
             self.queue,
             self.child,
             self.metrics,
             self._admits_no_edit,
+            settings.moderation,
         )
-        self._model = settings.model
         self._description = openapi(self.edits.fields, version("varedit-export"))
         routes = self._routes()
         self.guard = Guard(
@@ -117,14 +121,14 @@ class Application:
         return JSONResponse({"object": "list", "data": [self._told()]})
 
     async def _one_model(self, request: Request) -> Response:
-        if request.path_params["name"] != self._model:
-            told = f"there is no such model; this server has {self._model}"
+        if request.path_params["name"] != self.model:
+            told = f"there is no such model; this server has {self.model}"
             raise ApiError(404, told, param="model", code="model_not_found")
         return JSONResponse(self._told())
 
     def _told(self) -> dict[str, object]:
         return {
-            "id": self._model,
+            "id": self.model,
             "object": "model",
             "created": self._started,
             "owned_by": "varedit",

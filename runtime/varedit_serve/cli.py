@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -24,6 +24,9 @@ from varedit_runtime.terminal.command import (
 )
 from varedit_serve.keys import VARIABLE, read_keys
 from varedit_serve.limits import Limits
+
+if TYPE_CHECKING:
+    from varedit_serve.app import Settings
 
 LOCAL = ("localhost", "127.0.0.1", "::1")
 
@@ -57,6 +60,7 @@ def _limits(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--batch", type=int, help="Pictures of a batch; by default 1 on a CPU.")
 @click.option("--allow-host", multiple=True, help="A name of this server; repeatable.")
 @click.option("--allow-origin", multiple=True, help="Another site with pages; repeatable.")
+@click.option("--moderation", metavar="MODULE:OBJECT", help="Code that judges; see the docs.")
 @_limits
 @debug_option
 def main(
@@ -65,12 +69,7 @@ def main(
     backend: ChosenBackend | AutoBackend,
     host: str,
     port: int,
-    keys: Path | None,
-    name: str | None,
-    batch: int | None,
-    allow_host: tuple[str, ...],
-    allow_origin: tuple[str, ...],
-    **limits: Any,
+    **options: Any,
 ) -> None:
     """Serve edits with BUNDLE, as OpenAI's images API does, and a page to make them.
 
@@ -84,29 +83,47 @@ def main(
     RATE is how many results a minute. SIGTERM or Ctrl-C lets admitted edits finish; a second one
     does not. docs/serving.md says more.
     """
-    bounds = Limits(**limits)
+    limits = Limits(**{limit.name: options.pop(limit.name) for limit in fields(Limits)})
+    settings = _settings(host, limits, **options)
+
+    from varedit_runtime import Preparer
+    from varedit_serve import server
+    from varedit_serve.app import Application
+    from varedit_serve.editing.messages import Opening
+
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("varedit_serve").setLevel(logging.INFO)
+    preparer = Preparer.open(bundle, variant=variant)
+    application = Application(preparer, Opening(bundle, variant, backend), settings)
+    with server.listen(host, port) as listening:
+        shown = f"[{host}]" if ":" in host else host
+        say(f"{application.model} is served at http://{shown}:{listening.getsockname()[1]}")
+        server.serve(application, listening, limits)
+
+
+def _settings(
+    host: str,
+    limits: Limits,
+    keys: Path | None,
+    name: str | None,
+    batch: int | None,
+    allow_host: tuple[str, ...],
+    allow_origin: tuple[str, ...],
+    moderation: str | None,
+) -> "Settings":
+    """Check the options. Raises ConfigError."""
     known = read_keys(keys, os.environ.get(VARIABLE, ""))
     if host not in LOCAL and not known:
         raise ConfigError(f"others can reach {host}: give API keys, with --keys or {VARIABLE}")
     if batch is not None and batch < 1:
         raise ConfigError(f"--batch is {batch}; give at least 1")
     with needs_extra("serve"):
-        from varedit_serve import server
-        from varedit_serve.app import Application, Settings
-    from varedit_runtime import Preparer
-    from varedit_serve.messages import Opening
+        from varedit_serve.app import Settings
+        from varedit_serve.moderation import Everything, find_moderation
 
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("varedit_serve").setLevel(logging.INFO)
-    preparer = Preparer.open(bundle, variant=variant)
     hosts = {*LOCAL, *allow_host} if host in LOCAL or allow_host else None
-    model = name or preparer.bundle.manifest.name
-    settings = Settings(model, known, batch, hosts, allow_origin, bounds)
-    application = Application(preparer, Opening(bundle, variant, backend), settings)
-    with server.listen(host, port) as listening:
-        shown = f"[{host}]" if ":" in host else host
-        say(f"{model} is served at http://{shown}:{listening.getsockname()[1]}")
-        server.serve(application, listening, bounds)
+    judge = find_moderation(moderation) if moderation else Everything()
+    return Settings(name, known, batch, hosts, allow_origin, limits, judge)
 
 
 if __name__ == "__main__":

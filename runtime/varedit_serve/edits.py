@@ -19,7 +19,8 @@ from varedit_runtime.pictures import open_picture
 from varedit_serve.answers import Answer, error_event
 from varedit_serve.body import GoneError, content_length, read_body
 from varedit_serve.budget import Budget
-from varedit_serve.child import Child
+from varedit_serve.editing.child import Child
+from varedit_serve.editing.queue import Finished, Job, Partial, Queue
 from varedit_serve.errors import ApiError, wrong
 from varedit_serve.fields import (
     LARGEST_SEED,
@@ -32,7 +33,7 @@ from varedit_serve.fields import (
 from varedit_serve.keys import Key
 from varedit_serve.limits import Limits
 from varedit_serve.metrics import Metrics
-from varedit_serve.queue import Finished, Job, Partial, Queue
+from varedit_serve.moderation import Moderation, refused
 
 T = TypeVar("T")
 
@@ -60,6 +61,7 @@ class Edits:
     child: Child
     metrics: Metrics
     why_not: Callable[[], str | None]
+    moderation: Moderation
     threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2))
 
     def __post_init__(self) -> None:
@@ -172,6 +174,8 @@ class Edits:
                 self.preparer.instructions.tokenise(text)
         except TextError as error:
             raise wrong(name, str(error)) from error
+        if text and (refusal := refused(self.moderation.prompt(text), name)) is not None:
+            raise refusal
 
     def _answer(self, values: dict[str, Any], text_tokens: int) -> Answer:
         tokens = [rows * columns for rows, columns in self.preparer.variant.grids]
@@ -188,6 +192,7 @@ class Edits:
             values["background"],
             "low" if values["quality"] == "low" else "high",
             usage,
+            self.moderation,
         )
 
     async def _whole(
@@ -212,15 +217,15 @@ class Edits:
         """Send events. Raises what `_whole` does, ApiError only before the first event."""
         event = await _next(job, gone)
         await send({"type": "http.response.start", "status": 200, "headers": _STREAM})
-        while isinstance(event, Partial):
-            content = await self._in_thread(answer.partial, event.image, event.index)
-            await self._send(send, content, more=True)
-            try:
+        try:
+            while isinstance(event, Partial):
+                content = await self._in_thread(answer.partial, event.image, event.index)
+                await self._send(send, content, more=True)
                 event = await _next(job, gone)
-            except ApiError as error:
-                await self._send(send, error_event(error))
-                return
-        await self._send(send, await self._in_thread(answer.completed, event.result))
+            content = await self._in_thread(answer.completed, event.result)
+        except ApiError as error:
+            content = error_event(error)
+        await self._send(send, content)
 
     async def _send(self, send: Send, content: bytes, more: bool = False) -> None:
         """Send a part of a stream. Raises GoneError if the client does not read it in time."""

@@ -2,8 +2,6 @@
 
 from math import ceil
 
-from starlette.responses import JSONResponse
-
 from varedit_runtime.errors import printable
 
 LONGEST_WAIT = 120  # seconds: OpenAI's clients give up on a longer Retry-After
@@ -40,17 +38,18 @@ class ApiError(Exception):
         told = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
         return {"error": told}
 
-    def response(self) -> JSONResponse:
-        """Return the whole answer."""
+    @property
+    def headers(self) -> dict[str, str]:
+        """The answer's headers."""
         headers = {}
         if self.retry_after is not None:
             headers["retry-after"] = str(min(LONGEST_WAIT, max(1, ceil(self.retry_after))))
         if self.retry is not None:
             headers["x-should-retry"] = str(self.retry).lower()
-        return JSONResponse(self.body, self.status, headers)
+        return headers
 
 
-def wrong(param: str, message: str, code: str | None = "invalid_value") -> ApiError:
+def wrong(param: str | None, message: str, code: str | None = "invalid_value") -> ApiError:
     """Return the error of a field that cannot be used."""
     return ApiError(400, message, param=param, code=code)
 

@@ -7,13 +7,13 @@ others may have pointed at it.
 
 import logging
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from varedit_serve.edits import KEY
@@ -22,7 +22,6 @@ from varedit_serve.keys import Keys
 from varedit_serve.metrics import Metrics
 
 EDITS = "/v1/images/edits"
-LOCAL = ("localhost", "127.0.0.1", "::1")
 
 _GUARDED = ("/v1/", "/metrics")  # paths that need a key
 _EXPOSED = "retry-after, x-should-retry, x-varedit-seed"
@@ -62,7 +61,7 @@ class Guard:
         try:
             answer = await self._answer(scope, receive, completed, headers)
         except Exception as error:
-            answer = _unexpected(error).response()
+            answer = _answer(_unexpected(error))
         if answer is not None and not status:
             await answer(scope, receive, completed)
         seconds = time.monotonic() - start
@@ -80,11 +79,9 @@ class Guard:
                 scope[KEY] = self.keys.find(headers.get("authorization", ""))
             await self.inner(scope, receive, send)
         except ApiError as error:
-            return error.response()
+            return _answer(error)
         except HTTPException as error:  # of starlette's routes
-            answer = ApiError(error.status_code, error.detail).response()
-            answer.headers.update(error.headers or {})
-            return answer
+            return _answer(ApiError(error.status_code, error.detail), error.headers)
         return None
 
     def _check(self, headers: Headers) -> None:
@@ -115,6 +112,10 @@ class Guard:
         self.metrics.answered(path, told, seconds if edit else None)
         if edit:
             _log.info("%s: %s in %.2f s", path, told, seconds)
+
+
+def _answer(error: ApiError, more: Mapping[str, str] | None = None) -> Response:
+    return JSONResponse(error.body, error.status, {**error.headers, **(more or {})})
 
 
 def _name(address: str) -> str | None:

@@ -23,7 +23,7 @@ from PIL import Image
 from varedit_runtime import EditHandle, Editor
 from varedit_runtime.editing.results import Progress
 from varedit_runtime.errors import EditCancelled, VareditError, reason
-from varedit_serve.messages import BEAT, Opening, Order, Ready
+from varedit_serve.editing.messages import BEAT, Opening, Order, Ready
 
 
 class Worker:

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from PIL import Image
 
 from varedit_runtime.editing.results import EditResult
-from varedit_serve.child import BatchFailedError, Child, ChildDiedError
+from varedit_serve.editing.child import BatchFailedError, Child, ChildDiedError
+from varedit_serve.editing.messages import Order
 from varedit_serve.errors import ApiError
-from varedit_serve.messages import Order
 from varedit_serve.metrics import Metrics
 
 FAULTS = 2  # of the process while it edits a picture; then the picture is to blame

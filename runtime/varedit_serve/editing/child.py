@@ -15,10 +15,10 @@ from typing import Any
 
 from varedit_runtime.editing.results import EditResult
 from varedit_runtime.errors import BackendError
-from varedit_serve.messages import BEAT, Opening, Order, Ready
+from varedit_serve.editing.messages import BEAT, Opening, Order, Ready
 
 # -P: modules are not looked for in the working folder, which others may write to.
-COMMAND = (sys.executable, "-P", "-m", "varedit_serve.worker")
+COMMAND = (sys.executable, "-P", "-m", "varedit_serve.editing.worker")
 SILENT = 15.0  # seconds without a message after which a process is stuck
 LEAST_TIME, TIMES = 20.0, 10  # a batch may take so many seconds, and so many times an edit
 LONGEST_PAUSE = 60.0  # seconds between attempts to start
