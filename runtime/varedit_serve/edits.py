@@ -248,9 +248,9 @@ async def _next(job: Job, gone: "asyncio.Task[None]") -> Partial | Finished:
         await asyncio.wait({event, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not event.done():
             raise GoneError
-        if isinstance(event.result(), ApiError):
-            raise event.result()
-        return event.result()
+        if isinstance(told := event.result(), ApiError):
+            raise told
+        return told
     finally:
         event.cancel()
 

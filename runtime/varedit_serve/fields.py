@@ -82,12 +82,15 @@ def _flag() -> dict[str, Any]:
 
 def _numbers() -> dict[str, Any]:
     """Read a number, or a list with one for each scale."""
+    wanted = "give a number, or one for each scale"
 
     def number(value: Any, as_text: bool) -> float:
         if as_text and isinstance(value, str) and _NUMBER.fullmatch(value):
             value = float(value)
-        if type(value) not in (int, float) or abs(value) > 1e30 or not isfinite(value):
-            raise ValueError("give a number, or one for each scale")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(wanted)
+        if abs(value) > 1e30 or not isfinite(value):
+            raise ValueError(wanted)
         return float(value)
 
     def read(value: Any, as_text: bool) -> float | tuple[float, ...]:
