@@ -16,6 +16,7 @@ PROGRAM = """if True:
     from click.testing import CliRunner
     ABSENT = {"torch", "transformers", "huggingface_hub", "safetensors", "onnx", "onnx_ir"}
     ABSENT |= {"onnxscript", "tqdm", "tensorrt", "tensorrt_rtx", "polygraphy", "cuda"}
+    ABSENT |= {"starlette", "uvicorn", "python_multipart", "prometheus_client"}
     class Absent:
         def find_spec(self, name, path=None, target=None):
             if name.split(".")[0] in ABSENT:
@@ -24,9 +25,11 @@ PROGRAM = """if True:
     from varedit_export.cli import main as export
     from varedit_reference.golden.__main__ import main as golden
     from varedit_runtime.cli import main as run
+    from varedit_serve.cli import main as serve
+    commands = {"export": export, "golden": golden, "run": run, "serve": serve}
     done = []
     for name, *words in json.load(sys.stdin):
-        result = CliRunner().invoke({"export": export, "golden": golden, "run": run}[name], words)
+        result = CliRunner().invoke(commands[name], words)
         done.append((result.exit_code, result.stderr))
     json.dump(done, sys.stdout)
     """
@@ -82,6 +85,12 @@ WRONG = {
         "x",
     ): "no variant 'x'",
     ("golden",): "Missing argument",
+    ("serve", "nowhere"): "there is no bundle at",
+    ("serve", NANO, "--host", "0.0.0.0"): "give API keys",
+    ("serve", NANO, "--batch", "0"): "--batch is 0",
+    ("serve", NANO, "--max-queue", "0"): "max_queue is 0",
+    ("serve", NANO, "--keys", "nowhere"): "nowhere cannot be read",
+    ("serve", NANO, "--moderation", "nowhere"): "nowhere is no MODULE:OBJECT",
 }
 LACKING = {
     NANO_BUILD: "export",
@@ -96,6 +105,7 @@ LACKING = {
     ("run", "bench", NANO, "--backend", "tensorrt-rtx"): "tensorrt-rtx",
     (*EDIT, "--backend", "tensorrt"): "tensorrt",
     ("golden", "nowhere"): "export",
+    ("serve", NANO): "serve",
 }
 WORKING = [("export", "inspect", NANO), ("export", "doctor", NANO), ("run", "grids")]
 

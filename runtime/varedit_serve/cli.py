@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -24,9 +24,6 @@ from varedit_runtime.terminal.command import (
 )
 from varedit_serve.keys import VARIABLE, read_keys
 from varedit_serve.limits import Limits
-
-if TYPE_CHECKING:
-    from varedit_serve.app import Settings
 
 LOCAL = ("localhost", "127.0.0.1", "::1")
 
@@ -84,16 +81,19 @@ def main(
     does not. docs/serving.md says more.
     """
     limits = Limits(**{limit.name: options.pop(limit.name) for limit in fields(Limits)})
-    settings = _settings(host, limits, **options)
+    chosen = _chosen(host, **options)
 
     from varedit_runtime import Preparer
-    from varedit_serve import server
-    from varedit_serve.app import Application
+
+    preparer = Preparer.open(bundle, variant=variant)
+    with needs_extra("serve"):
+        from varedit_serve import server
+        from varedit_serve.app import Application, Settings
     from varedit_serve.editing.messages import Opening
 
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("varedit_serve").setLevel(logging.INFO)
-    preparer = Preparer.open(bundle, variant=variant)
+    settings = Settings(limits=limits, **chosen)
     application = Application(preparer, Opening(bundle, variant, backend), settings)
     with server.listen(host, port) as listening:
         shown = f"[{host}]" if ":" in host else host
@@ -101,29 +101,29 @@ def main(
         server.serve(application, listening, limits)
 
 
-def _settings(
+def _chosen(
     host: str,
-    limits: Limits,
     keys: Path | None,
     name: str | None,
     batch: int | None,
     allow_host: tuple[str, ...],
     allow_origin: tuple[str, ...],
     moderation: str | None,
-) -> "Settings":
-    """Check the options. Raises ConfigError."""
+) -> dict[str, Any]:
+    """Return the Settings that options stand for. Raises ConfigError."""
     known = read_keys(keys, os.environ.get(VARIABLE, ""))
     if host not in LOCAL and not known:
         raise ConfigError(f"others can reach {host}: give API keys, with --keys or {VARIABLE}")
     if batch is not None and batch < 1:
         raise ConfigError(f"--batch is {batch}; give at least 1")
-    with needs_extra("serve"):
-        from varedit_serve.app import Settings
-        from varedit_serve.moderation import Everything, find_moderation
+    chosen: dict[str, Any] = {"model": name, "keys": known, "largest": batch}
+    chosen["hosts"] = {*LOCAL, *allow_host} if host in LOCAL or allow_host else None
+    chosen["origins"] = allow_origin
+    if moderation is not None:
+        from varedit_serve.moderation import find_moderation
 
-    hosts = {*LOCAL, *allow_host} if host in LOCAL or allow_host else None
-    judge = find_moderation(moderation) if moderation else Everything()
-    return Settings(name, known, batch, hosts, allow_origin, limits, judge)
+        chosen["moderation"] = find_moderation(moderation)
+    return chosen
 
 
 if __name__ == "__main__":

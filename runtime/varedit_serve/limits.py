@@ -25,8 +25,8 @@ class Limits(CheckedOptions):
     max_queue: int = _limit(32, "Results that are waited for at a time.")
     max_queue_bytes: int = _limit(512 * MB, "Memory of all requests that wait or run.")
     max_connections: int = _limit(512, "Open connections.")
-    upload_seconds: float = _limit(30.0, "Time in which a request must have arrived.")
-    deadline: float = _limit(60.0, "Seconds in which an admitted request is answered, or refused.")
+    upload_seconds: float = _limit(30.0, "Seconds for a request to arrive, an answer to be read.")
+    deadline: float = _limit(60.0, "Seconds after which an admitted request is refused.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -164,6 +164,7 @@ class Child:
         match message:
             case ("ready", facts):
                 self.ready, self.facts = True, facts
+                _log.info("ready: an edit takes %.2f s on %s", facts.seconds, facts.provider)
                 self._on_ready()
             case ("unfit", text):
                 self._why = f"unfit: {text}"
