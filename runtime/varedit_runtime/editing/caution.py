@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import numpy as np
-from PIL import Image, ImageChops, ImageFilter
+from PIL import Image
 
 from varedit_runtime.manifest import Model
 from varedit_runtime.pictures import canvas_size, pad_and_resize
@@ -48,9 +48,16 @@ def looks_photographed(picture: Image.Image) -> bool:
     width, height = (
         max(1, SIDE * side // whole) for side, whole in zip(picture.size, canvas, strict=True)
     )
-    small = pad_and_resize(picture, (SIDE, SIDE)).crop((0, 0, width, height))
-    lowest, highest = (
-        small.filter(f(WINDOW)) for f in (ImageFilter.MinFilter, ImageFilter.MaxFilter)
-    )
-    change = np.asarray(ImageChops.subtract(highest, lowest)).max(axis=-1)
-    return (change <= MOST_CHANGE).mean() < LEAST_CALM
+    small = np.asarray(pad_and_resize(picture, (SIDE, SIDE)).crop((0, 0, width, height)))
+    change = _around(small, np.maximum) - _around(small, np.minimum)
+    return (change.max(axis=-1) <= MOST_CHANGE).mean() < LEAST_CALM
+
+
+def _around(pixels: np.ndarray, extreme: np.ufunc) -> np.ndarray:
+    """Return the extremes of each pixel's neighbourhood, which ends at the picture's border."""
+    for axis in (0, 1):
+        reach = [(WINDOW // 2,) * 2 if side == axis else (0, 0) for side in range(3)]
+        padded = np.moveaxis(np.pad(pixels, reach, mode="edge"), axis, 0)
+        shifted = [padded[i : i + pixels.shape[axis]] for i in range(WINDOW)]
+        pixels = np.moveaxis(extreme.reduce(shifted), 0, axis)
+    return pixels
