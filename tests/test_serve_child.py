@@ -45,9 +45,9 @@ def test_a_process_that_fails_at_a_batch_is_replaced(
         await until(lambda: one.ready)
         one._command = (*one._command[:2], "works")
         if kind == "stopped":
-            monkeypatch.setattr(child, "SILENT", 0.1)
+            one._patience = 0.0
         elif kind == "stuck":
-            monkeypatch.setattr(child, "LEAST_TIME", 0.1)
+            monkeypatch.setattr(child, "LEAST_TIME", 0.5)
         with pytest.raises(ChildDiedError):
             await edited(one)
         monkeypatch.undo()

@@ -37,7 +37,7 @@ class BatchFailedError(Exception):
 @dataclass
 class _Batch:
     number: int
-    limit: float  # of the event loop's clock
+    patience: float  # seconds that it may still take
     done: "asyncio.Future[list[EditResult]]"
     on_partial: Callable[[int, int, Any], None]
 
@@ -110,7 +110,7 @@ class Child:
         self._process: _Process | None = None
         self._changed = asyncio.Event()
         self._batch: _Batch | None = None
-        self._numbers, self._heard, self._why = 0, 0.0, ""
+        self._numbers, self._patience, self._why = 0, SILENT, ""
         self.ready = False
         self.facts: Ready | None = None
 
@@ -139,28 +139,34 @@ class Child:
 
     async def _run_one(self) -> bool:
         """Start a process and watch it until it has died; return whether it was ever ready."""
-        loop = asyncio.get_running_loop()
-        self._heard, self._why = loop.time(), ""
+        self._patience, self._why = SILENT, ""
         process = self._process = _Process(self._command, self._hear)
         process.send("open", self._opening)
         served = False
         while self._process is not None:
             served = served or self.ready
-            now = loop.time()
-            if now - self._heard > SILENT:
-                self._why = self._why or "silent"
-            elif self._batch is not None and now > self._batch.limit:
-                self._why = self._why or "stuck"
             if self._why:
                 process.kill()
             self._changed.clear()
-            with suppress(TimeoutError):
+            try:
                 await asyncio.wait_for(self._changed.wait(), BEAT)
+            except TimeoutError:
+                self._lose_patience()
         return served
+
+    def _lose_patience(self) -> None:
+        """Count a beat; no clock is asked, which goes on while a whole machine sleeps."""
+        self._patience -= BEAT
+        if self._patience < 0:
+            self._why = self._why or "silent"
+        elif self._batch is not None:
+            self._batch.patience -= BEAT
+            if self._batch.patience < 0:
+                self._why = self._why or "stuck"
 
     def _hear(self, message: tuple[Any, ...]) -> None:
         """Take a message of the process."""
-        self._heard = asyncio.get_running_loop().time()
+        self._patience = SILENT
         match message:
             case ("ready", facts):
                 self.ready, self.facts = True, facts
@@ -199,11 +205,10 @@ class Child:
         Raises ChildDiedError or BatchFailedError.
         """
         assert self.facts is not None and self._process is not None and self._batch is None
-        loop = asyncio.get_running_loop()
         self._numbers += 1
-        limit = loop.time() + max(LEAST_TIME, TIMES * self.facts.seconds * len(orders))
-        batch = _Batch(self._numbers, limit, loop.create_future(), on_partial)
-        self._batch = batch
+        patience = max(LEAST_TIME, TIMES * self.facts.seconds * len(orders))
+        done = asyncio.get_running_loop().create_future()
+        batch = self._batch = _Batch(self._numbers, patience, done, on_partial)
         self._process.send("edit", batch.number, orders)
         return await batch.done
 
