@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 from collections.abc import Coroutine
 from hashlib import sha256
 from itertools import chain, repeat
@@ -165,6 +166,22 @@ def test_no_prompt_key_or_trace_is_in_an_answer_or_log(caplog: pytest.LogCapture
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
+
+
+def test_the_page_loads_nothing_from_elsewhere() -> None:
+    async def test() -> None:
+        async with served() as server:
+            page = await server.ask(path="/")
+            assert page.headers["content-type"].startswith("text/html")
+            policy = page.headers["content-security-policy"]
+            assert policy.startswith("default-src 'none'") and "unsafe" not in policy
+            names = re.findall(r'(?:src|href)="([^"]+)"', page.body.decode())
+            assert names == ["data:,", "page.css", "page.js"]
+            for name in names[1:]:
+                part = await server.ask(path=f"/{name}")
+                assert part.status == 200 and b"://" not in part.body
+
+    run(test())
 
 
 # Bodies

@@ -81,6 +81,7 @@ class Edits:
             self._admit(key, values["n"] - 1)
             claim.hold(values["n"], claim.bytes)
             job, answer = await self._in_thread(self._prepare, values)
+            del values["image"], values["mask"]  # which are not counted any more
             claim.hold(values["n"], len(job.prepared))
             gone = asyncio.create_task(_until_gone(receive))
             self.queue.submit(job)
