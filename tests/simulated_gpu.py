@@ -11,14 +11,19 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
+from onnx import TensorProto
 
 from varedit_runtime.backends.engines.device import ALIGNMENT, Launch, address_of
+from varedit_runtime.backends.wiring import item_size
 from varedit_runtime.errors import BackendError
 
 GARBAGE = 0xFF  # NaN in every floating-point type
+FP8 = "float8_e4m3fn"  # whose bytes NumPy holds as uint8
 TYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
+    "tensor(float8e4m3fn)": FP8,
+    "tensor(int8)": "int8",
     "tensor(int64)": "int64",
     "tensor(bool)": "bool",
 }
@@ -203,13 +208,15 @@ class SimulatedEngine:
         self, inputs: Mapping[str, np.ndarray], addresses: Mapping[str, int], own: np.ndarray
     ) -> None:
         own.fill(GARBAGE)
-        for arg, output in zip(self._outputs, self.session.run(None, dict(inputs)), strict=True):
+        given = {arg.name: _given(inputs[arg.name], arg) for arg in self._inputs}
+        for arg, output in zip(self._outputs, self.session.run(None, given), strict=True):
             data = np.asarray(output).reshape(-1).view(np.uint8)
             self.gpu.memory(addresses[arg.name], len(data))[:] = data
 
     def _array(self, address: int, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        return self.gpu.memory(address, size).view(dtype).reshape(shape)
+        size = int(np.prod(shape)) * item_size(dtype)
+        memory = self.gpu.memory(address, size)
+        return (memory if dtype == FP8 else memory.view(dtype)).reshape(shape)
 
     @property
     def _inputs(self) -> Sequence[ort.NodeArg]:
@@ -224,3 +231,10 @@ def _aligned_block(size: int) -> np.ndarray:
     raw = np.full(size + ALIGNMENT, GARBAGE, np.uint8)
     start = -address_of(raw) % ALIGNMENT
     return raw[start : start + size]
+
+
+def _given(array: np.ndarray, arg: ort.NodeArg) -> np.ndarray | ort.OrtValue:
+    """Return an input as ONNX Runtime takes it."""
+    if TYPES[arg.type] != FP8:
+        return array
+    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, TensorProto.FLOAT8E4M3FN)

@@ -22,7 +22,7 @@ from test_doctor import (
     without,
 )
 from test_engine_backend import compiled
-from uncompiled import GPU, keep_engines_in
+from uncompiled import GPU, Uncompiled, keep_engines_in
 
 import varedit_export
 from varedit_export import resolve_options
@@ -276,7 +276,7 @@ def built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
 
     monkeypatch.setattr(varedit_export, "build", build)
     monkeypatch.setattr(build_command, "compile_and_show", compiles)
-    monkeypatch.setattr(EngineOptions, "compiler", lambda self: None)
+    monkeypatch.setattr(EngineOptions, "compiler", lambda self: Uncompiled())
     return done
 
 

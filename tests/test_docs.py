@@ -80,6 +80,14 @@ def test_the_stages_have_the_inputs_and_outputs_that_are_said() -> None:
         ("Gates of a bundle", "text features, int8", named("int8").gates.features),
         ("Gates of a bundle", "share of bits that differ, 16", named("fp16").gates.bits),
         ("Gates of a bundle", "share of bits that differ, int8", named("int7").gates.bits),
+        ("Gates of a bundle", "text features, fp16", named("fp8").gates.features),
+        ("Gates of a bundle", "share of bits that differ, fp8", named("fp8").gates.bits),
+        ("Gates of a bundle", "guided logits of every scale, fp8", named("fp8").gates.logits),
+        ("Gates of a bundle", "the same, fp8", named("fp8").gates.blocks),
+        ("Gates of a bundle", "text features, fp16", named("int8-gpu").gates.features),
+        ("Gates of a bundle", "share of bits that differ, int8", named("int8-gpu").gates.bits),
+        ("Gates of a bundle", "guided logits of every scale, int8", named("int8-gpu").gates.logits),
+        ("Gates of a bundle", "the same, int8", named("int8-gpu").gates.blocks),
         ("Gates of a bundle", "guided logits of every scale, 16", named("fp16").gates.logits),
         ("Gates of a bundle", "guided logits of every scale, int8", named("int8").gates.logits),
         ("Gates of a bundle", "the same, int8", named("int8").gates.blocks),
@@ -117,6 +125,8 @@ def test_types_are_those_of_the_code(row: str, component: str, product: str) -> 
     integers = named("int8").format(component, product).storage is not None
     assert cells[:2] == [fp32, fp16 if fp16 == bf16 else f"fp16: {fp16}; bf16: {bf16}"]
     assert cells[2].startswith("8-bit integers" if integers else "fp32")
+    factors = named("fp8").format(component, product).storage is not None
+    assert cells[3].startswith("8-bit factors" if factors else fp16)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -13,6 +13,7 @@ from editing import picture
 from product_graph import integer_product_graph
 from safetensors import safe_open
 from torch import Tensor
+from uncompiled import Uncompiled
 
 from varedit_engines.compile_set import CompileJob
 from varedit_engines.engine_compiler import EngineCompiler
@@ -253,7 +254,7 @@ def test_a_bundle_has_no_engines(bundle: Bundle) -> None:
     with pytest.raises(BackendError, match=r"can have no engines: .*--backend onnxruntime"):
         choose("tensorrt").open(bundle, variant)
     with pytest.raises(ConfigError, match="--precision fp16"):
-        CompileJob(bundle, "external", cast("EngineCompiler", None))
+        CompileJob(bundle, "external", cast("EngineCompiler", Uncompiled()))
 
 
 def test_a_machine_with_a_gpu_builds_integers_for_its_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -148,8 +148,10 @@ def full_size(size: str, resolution: int, precision: str, gpu: bool) -> list[str
 @pytest.mark.parametrize("size", ["2b", "8b"])
 @pytest.mark.parametrize("resolution", [512, 1024])
 def test_the_docs_tell_what_full_sizes_take(size: str, resolution: int) -> None:
-    cells = [full_size(size, resolution, *of) for of in (("fp16", True), ("int8", False))]
-    row = " | ".join([f"{size}, {resolution} px", *cells[0], *cells[1]])
+    half, fp8, byte = (full_size(size, resolution, of, True) for of in ("fp16", "fp8", "int8-gpu"))
+    assert fp8 == byte
+    cells = [*half, *fp8, *full_size(size, resolution, "int8", False)]
+    row = " | ".join([f"{size}, {resolution} px", *cells])
     assert f"| {row} |" in (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
 
 
@@ -160,3 +162,5 @@ def test_the_readme_tells_it() -> None:
     assert f"with `--offload text` | {half[1]} on engines | {full[1]} |" in readme
     whole, offloaded = full_size("8b", 512, "int8", False)
     assert f"editing takes {whole}, and {offloaded} with `--offload text`" in readme
+    whole, offloaded = full_size("8b", 512, "fp8", True)
+    assert f"fp8 take {whole} of the GPU's, and {offloaded}." in readme

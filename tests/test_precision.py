@@ -112,7 +112,7 @@ def test_it_edits(bundle: Bundle) -> None:
 
 
 def test_the_commands_know_it(bundle: Bundle) -> None:
-    assert "[auto|fp32|fp16|bf16|int8|int7|toy8]" in run("build", "--help")
+    assert "[auto|fp32|fp16|bf16|int8|int7|fp8|int8-gpu|toy8]" in run("build", "--help")
     inspected = run("inspect", bundle.path)
     assert "toy8; in fp32: transformer: residual stream" in inspected
     assert f"{bundle.path}: toy8, " in CliRunner().invoke(main, ["doctor", str(bundle.path)]).output

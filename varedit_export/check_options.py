@@ -45,7 +45,7 @@ def check_limits(policy: Precision | None, batch: int, tokens: int, fused: bool)
             f"a bundle takes a batch of 1 to {LARGEST_BATCH} and 2 to 512 text tokens, not "
             f"{batch} and {tokens}"
         )
-    if fused and policy and (not policy.onnxruntime or policy.no_gpu):
+    if fused and policy and (not policy.onnxruntime or policy.no_cuda):
         raise ConfigError(
             f"ONNX Runtime runs no {policy.name} on a GPU: build with --precision fp16, or "
             "without --fused-attention"

@@ -66,7 +66,7 @@ def stages_of(variant: Variant, layout: EngineLayout) -> list[str]:
 class CompileJob:
     """A compilation: a bundle, one of its variants (by default the first), layout and compiler.
 
-    Raises ConfigError if no engines can be compiled of the bundle's precision.
+    Raises ConfigError if no engines of the bundle's precision can be compiled for the GPU.
     """
 
     bundle: Bundle
@@ -75,7 +75,7 @@ class CompileJob:
     variant_name: str | None = None
 
     def __post_init__(self) -> None:
-        check_precision(self.bundle.manifest.policy)
+        check_precision(self.bundle.manifest.policy, self.compiler.gpu)
 
     @property
     def variant(self) -> Variant:

@@ -242,10 +242,10 @@ def this_gpu(backend: EngineKind) -> str:
     return f"sm{major}{minor}{model}"
 
 
-def check_precision(precision: Precision) -> None:
-    """Raise ConfigError if no engines can be compiled of a precision."""
-    if precision.no_gpu:
-        raise ConfigError(f"no engine can be compiled of it: {precision.no_gpu}")
+def check_precision(precision: Precision, gpu: str) -> None:
+    """Raise ConfigError if no engines of a precision can be compiled for a GPU, or for several."""
+    if why := precision.not_on(gpu):
+        raise ConfigError(f"no engine can be compiled of it: {why}")
 
 
 def slow_precision(precision: Precision) -> str | None:

@@ -19,7 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, ClassVar
 
 from varedit_runtime.errors import ConfigError, shown
 
@@ -27,6 +27,8 @@ FLOAT32 = "float32"
 # Steps to either side of 0. A processor without VNNI adds two products at a time in 16 bits, and
 # cuts off what is larger: 2 · 255 · 63 fits, 2 · 255 · 127 does not.
 WHOLE_BYTE, SEVEN_BITS = 127, 63
+LARGEST_FP8 = 448
+UNIT = 2.0**-9  # see `EngineColumns`
 SMALLEST = 1e-30  # of what a row or column is divided by, for those of zeros
 _SIXTEEN_BITS = ("float16", "bfloat16")
 Tensor = Any  # torch's, which the runtime does not import
@@ -62,36 +64,69 @@ class Storage(ABC):
 
 
 @dataclass(frozen=True)
-class Int8Columns(Storage):
-    """Keep 8-bit values and a scale for each column, and multiply 8-bit integers.
+class ByteColumns(Storage):
+    """Keep 8-bit values and a scale for each column, and multiply 8-bit values of both factors.
 
-    Both factors are rounded to whole steps, as many to either side of 0: a column of W by the
-    largest value in it, when it is stored; a row of x by the largest value in that row, as it is
-    multiplied. So no row depends on the others in its batch, and sums of integers are exact in
-    any order.
+    A column of W is rounded by the largest value in it, when it is stored; a row of x by the
+    largest value in that row, as it is multiplied. So no row depends on the others in its batch,
+    and nothing has to be measured beforehand.
 
-    largest: steps to either side of 0, in a column.
+    largest: of the values of a column, to either side of 0.
     """
 
     largest: int
+    type: ClassVar[str] = "int8"
+    largest_input: ClassVar[int] = WHOLE_BYTE  # of the values of a row
 
     def parts(self, shape: tuple[int, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
-        return {"values": ("int8", shape), "scales": (FLOAT32, shape[1:])}
+        return {"values": (self.type, shape), "scales": (FLOAT32, shape[1:])}
 
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
         scales = weight.abs().amax(0).clamp_min(SMALLEST) / self.largest
-        return {"values": (weight / scales).round(), "scales": scales}
+        return {"values": self.round(weight / scales), "scales": scales}
 
     def unpack(self, parts: Mapping[str, Tensor]) -> Tensor:
         return parts["values"].float() * parts["scales"]
 
     def steps(self, x: Tensor) -> Tensor:
         """Return the size of a step in each row of x [.., channels]: [.., 1]."""
-        return x.abs().amax(-1, keepdim=True).clamp_min(SMALLEST) * (1 / WHOLE_BYTE)
+        return x.abs().amax(-1, keepdim=True).clamp_min(SMALLEST) * (1 / self.largest_input)
 
     def round_input(self, x: Tensor) -> Tensor:
         steps = self.steps(x)
-        return (x / steps).round() * steps
+        return self.round(x / steps) * steps
+
+    def round(self, steps: Tensor) -> Tensor:
+        """Round numbers of steps to the values there are."""
+        return steps.round()
+
+
+class Int8Columns(ByteColumns):
+    """Multiply integers as ONNX Runtime does on a CPU: their sums are exact in any order."""
+
+
+class EngineColumns(ByteColumns):
+    """Multiply integers as engines do, by products whose quantisation scales are constants.
+
+    The constant is UNIT in every product, so plans do not depend on the weights. The scales that a
+    product needs are multiplied around it:
+
+        (x · UNIT / step, rounded) · (values · UNIT) · scales · step / UNIT²
+
+    With a UNIT of a 512th no sum passes fp16's range.
+    """
+
+
+class Float8Columns(EngineColumns):
+    """Multiply E4M3 values (4 bits of exponent, 3 of mantissa), which GPUs have since sm89."""
+
+    type, largest_input = "float8_e4m3fn", LARGEST_FP8
+
+    def round(self, steps: Tensor) -> Tensor:
+        kept = steps.clamp(-LARGEST_FP8, LARGEST_FP8)
+        exponent = kept.frexp()[1].clamp_min(-5) - 4  # below 2^-6, values are as far apart as there
+        spacing = kept.new_ones(kept.shape).ldexp(exponent)
+        return (kept / spacing).round() * spacing
 
 
 @dataclass(frozen=True)
@@ -165,7 +200,8 @@ class Precision:
     kept: what stays in fp32 besides `KEPT`; stored: how weights that are no single tensor are
     stored, by patterns of "component.product"; onnxruntime: whether ONNX Runtime computes it;
     cpu_growth: how many times the bytes of its weights a CPU holds, on which ONNX Runtime computes
-    16 bits in fp32.
+    16 bits in fp32; oldest_gpu: the first architecture of GPUs that has its type, as the number in
+    "sm89".
     """
 
     name: str
@@ -175,6 +211,7 @@ class Precision:
     stored: tuple[tuple[str, Storage], ...] = ()
     onnxruntime: bool = True
     cpu_growth: int = 1
+    oldest_gpu: int = 0
 
     @property
     def exact(self) -> bool:
@@ -191,7 +228,44 @@ class Precision:
         """Why no GPU computes it, and what helps; None where one does."""
         if not self.integers:
             return None
-        return f"{self.name} is for ONNX Runtime on CPUs alone: build with --precision fp16"
+        return (
+            f"{self.name} is for ONNX Runtime on CPUs alone: build with --precision fp16, or with "
+            "fp8 or int8-gpu for engines"
+        )
+
+    @property
+    def no_cuda(self) -> str | None:
+        """Why ONNX Runtime does not compute it on a GPU, and what helps; None where it does."""
+        if self.for_engines:
+            return (
+                f"{self.name} is for engines: compile them with varedit-export engines, "
+                "or build with --precision fp16"
+            )
+        return self.no_gpu
+
+    def not_on(self, gpu: str) -> str | None:
+        """Why engines of it do not run on a GPU such as "sm86", and what does; None if they do.
+
+        gpu: may name several, "sm86+sm89", and be followed by a model.
+        """
+        numbers = re.findall(r"sm(\d+)", gpu)
+        old = [f"sm{number}" for number in numbers if int(number) < self.oldest_gpu]
+        if self.no_gpu or not old:
+            return self.no_gpu
+        return (
+            f"{old[0]} has no products in {self.name}, which GPUs have since sm{self.oldest_gpu}: "
+            "build with --precision int8-gpu or fp16"
+        )
+
+    @property
+    def for_engines(self) -> bool:
+        """Whether its products are those of engines, which nothing else computes fast."""
+        return any(isinstance(storage, EngineColumns) for _, storage in self.stored)
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether what products read is rounded to steps."""
+        return any(isinstance(storage, ByteColumns) for _, storage in self.stored)
 
     @property
     def whole_bytes(self) -> bool:
@@ -241,6 +315,20 @@ def _integers(name: str, largest: int) -> Precision:
     )
 
 
+def _engine_bytes(
+    name: str, storage: EngineColumns, gates: Gates, oldest_gpu: int = 0
+) -> Precision:
+    return Precision(
+        name,
+        "float16",
+        gates,
+        kept=(PAST_FP16,),
+        stored=(("transformer.blocks.*", storage),),
+        cpu_growth=4,
+        oldest_gpu=oldest_gpu,
+    )
+
+
 PRECISIONS = {
     precision.name: precision
     for precision in (
@@ -249,6 +337,17 @@ PRECISIONS = {
         Precision("bf16", "bfloat16", ROUNDED, onnxruntime=False, cpu_growth=2),
         _integers("int8", WHOLE_BYTE),
         _integers("int7", SEVEN_BITS),
+        _engine_bytes(
+            "fp8",
+            Float8Columns(LARGEST_FP8),
+            Gates(features=0.1, logits=0.5, bits=0.1, few=4, blocks=2e-2),
+            oldest_gpu=89,
+        ),
+        _engine_bytes(
+            "int8-gpu",
+            EngineColumns(WHOLE_BYTE),
+            Gates(features=0.1, logits=0.3, bits=0.05, few=4, blocks=5e-3),
+        ),
     )
 }
 

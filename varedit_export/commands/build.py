@@ -78,7 +78,7 @@ if TYPE_CHECKING:
     default=AUTO,
     show_default=True,
     help="auto: fp16 for a backend that runs on a GPU, else fp32. int8, int7: for CPUs with and "
-    "without VNNI.",
+    "without VNNI. fp8 (since sm89), int8-gpu: for engines.",
 )
 @click.option("--batch", type=int, default=1, show_default=True, help="Pictures at a time.")
 @click.option(
@@ -234,8 +234,8 @@ def _engine_options(
     """
     if find_backend(backend).compiles:
         engines = EngineOptions(backend, layout=layout, architectures=architectures)
-        check_precision(named(precision))
-        engines.compiler()
+        check_precision(named(precision), "+".join(architectures))  # says more than a missing GPU
+        check_precision(named(precision), engines.compiler().gpu)
         if advice := slow_precision(named(precision)):
             say(advice)
         return engines

@@ -12,23 +12,23 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from varedit_runtime.precision import Int8Columns, Storage
+from varedit_runtime.precision import Int8Columns
 
 MICROSOFT = "com.microsoft"  # the domain of ONNX Runtime's own operators
 ONE, MIDDLE = torch.tensor(1.0), torch.tensor(128, dtype=torch.uint8)
 
 
 class Quantised(NamedTuple):
-    """Rows x [.., channels] as values, uint8 around 128, and the step of each row [.., 1]."""
+    """Rows x [.., channels] as values that a product takes, and what scales its result [.., 1]."""
 
     values: Tensor
     steps: Tensor
 
 
 def quantise(storage: Int8Columns, x: Tensor) -> Quantised:
-    """Round rows to the steps that a storage takes."""
+    """Round rows: return uint8 values around 128, and the step of each row."""
     steps = storage.steps(x)
     values = torch.onnx.ops.symbolic(
         "QuantizeLinear", (x / steps, ONE, MIDDLE), dtype=torch.uint8, shape=x.shape
@@ -46,18 +46,3 @@ def multiply(x: Quantised, parts: Mapping[str, Tensor]) -> Tensor:
         version=1,
     )
     return product * x.steps
-
-
-class Rounding(nn.Module):
-    """Rounds what several products read, once for all of them; where none does, it does nothing.
-
-    The optimiser would make one of equal roundings in several blocks, and put it into the first:
-    the others would no longer be like it.
-    """
-
-    def __init__(self, storage: Storage | None) -> None:
-        super().__init__()
-        self.storage = storage
-
-    def forward(self, x: Tensor) -> Tensor | Quantised:
-        return quantise(self.storage, x) if isinstance(self.storage, Int8Columns) else x

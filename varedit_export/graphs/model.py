@@ -16,12 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from varedit_export.graphs import engine_products, integers
 from varedit_export.graphs.attention import WRITTEN_OUT, WrittenOut, cast_to, softmax_attention
-from varedit_export.graphs.integers import Quantised, Rounding, multiply, quantise
+from varedit_export.graphs.integers import Quantised
 from varedit_reference.config import MAX_LEVELS, MAX_TEXT_TOKENS, TransformerConfig
 from varedit_reference.weights_file import torch_dtype
 from varedit_runtime.errors import ConfigError, reason, shown
-from varedit_runtime.precision import Format, Int8Columns, Precision, Storage
+from varedit_runtime.precision import EngineColumns, Format, Int8Columns, Precision, Storage
 
 Formats = Callable[[str], Format]  # of the products of a component, by name
 
@@ -70,7 +71,7 @@ class GraphTransformer(nn.Module):
         self.text_memory = nn.ModuleDict(
             {"0": GraphLinear(text, width, memory), "2": GraphLinear(width, width, memory)}
         )
-        self.memory_rounding = Rounding(formats("blocks.cross_kv").storage)
+        self.memory_rounding = Rounding(formats("blocks.cross_kv"))
         self.shared_modulation = GraphLinear(width, 6 * width, formats("shared_modulation"))
         self.head_modulation = GraphLinear(width, 2 * width, formats("head_modulation"))
         self.head = GraphLinear(width, 2 * config.token_channels, formats("head"))
@@ -246,13 +247,38 @@ class Packed(nn.Module):
                 f"{type(storage).__name__} cannot keep a weight of shape {shape}: {reason(error)}"
             ) from error
 
-    def multiply(self, x: Tensor | Quantised) -> Tensor:
+    def multiply(self, x: Tensor | Quantised, dtype: torch.dtype) -> Tensor:
+        """Compute x·W in a type."""
         parts = dict(self.named_parameters())
-        if isinstance(x, Quantised):
-            return multiply(x, parts)
-        if isinstance(self.storage, Int8Columns):
-            return multiply(quantise(self.storage, x), parts)
-        return self.storage.multiply(x, parts)
+        rows = x if isinstance(x, Quantised) else quantised(self.storage, x.to(dtype))
+        if isinstance(rows, Tensor):
+            return self.storage.multiply(rows, parts)
+        if isinstance(self.storage, EngineColumns):
+            return engine_products.multiply(rows, parts, dtype)
+        return integers.multiply(rows, parts)
+
+
+def quantised(storage: Storage | None, x: Tensor) -> Tensor | Quantised:
+    """Round rows x as a product of 8-bit values takes them; return x for other products."""
+    if isinstance(storage, EngineColumns):
+        return engine_products.quantise(storage, x)
+    return integers.quantise(storage, x) if isinstance(storage, Int8Columns) else x
+
+
+class Rounding(nn.Module):
+    """Rounds what several products read, once for all of them; where none does, it does nothing.
+
+    The optimiser would make one of equal roundings in several blocks, and put it into the first:
+    the others would no longer be like it.
+    """
+
+    def __init__(self, format: Format) -> None:
+        super().__init__()
+        self.format = format
+
+    def forward(self, x: Tensor) -> Tensor | Quantised:
+        storage = self.format.storage
+        return x if storage is None else quantised(storage, x.to(torch_dtype(self.format.type)))
 
 
 def weight_parameter(channels_in: int, channels: int, format: Format) -> nn.Parameter | Packed:
@@ -265,7 +291,7 @@ def weight_parameter(channels_in: int, channels: int, format: Format) -> nn.Para
 def product(x: Tensor | Quantised, weight: Tensor | Packed, dtype: torch.dtype) -> Tensor:
     """Compute x·W in a type. x is quantised only where the weight is packed."""
     if isinstance(weight, Packed):
-        return weight.multiply(x if isinstance(x, Quantised) else x.to(dtype))
+        return weight.multiply(x, dtype)
     assert isinstance(x, Tensor)
     return x.to(dtype) @ weight
 

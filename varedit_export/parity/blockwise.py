@@ -122,7 +122,7 @@ def blocks_line(stage: ComparedGraph, count: int, precision: Precision) -> Parit
     blocks = f"all {count} blocks" if stage.every else f"{count} unlike blocks"
     at = f" at scale {stage.scale}" if stage.graph.name in (SYMBOLIC, FUSED) else ""
     # What is rounded to steps may come out a step apart, which is much of one value of few.
-    kind, error = ("rms", stage.rms) if precision.integers else ("largest", stage.largest)
+    kind, error = ("rms", stage.rms) if precision.rounds_inputs else ("largest", stage.largest)
     measure = f"{blocks}{at}, {kind} error over what they add"
     return ParityLine(stage.graph.name, measure, error, precision.gates.blocks)
 

@@ -25,7 +25,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import torch
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
-from onnx_ir.tensor_adapters import to_torch_dtype
+from onnx_ir.tensor_adapters import from_torch_dtype, to_torch_dtype
 from torch import Tensor
 
 from varedit_engines.network import external_weights
@@ -270,7 +270,7 @@ class CutGraph:
     def _info(self, name: str, alias: str, any_length: bool) -> ValueInfoProto:
         if name in self.places:
             place = self.places[name]
-            kind = ir.DataType.from_numpy(_fed(torch.empty(0, dtype=place.dtype)).numpy().dtype)
+            kind = from_torch_dtype(_fed(torch.empty(0, dtype=place.dtype)).dtype)
             return helper.make_tensor_value_info(alias, kind, place.shape)
         info = _named(self._infos[name], alias)
         if any_length:
@@ -316,7 +316,7 @@ class Runner:
             if place is None:
                 feeds[alias] = np.ascontiguousarray(values[name])
             else:
-                feeds[alias] = _fed(self._weights.read(place)).numpy()
+                feeds[alias] = _given(self._weights.read(place))
         results = session.run(list(piece.outputs), feeds)
         return {
             name: np.asarray(x) for name, x in zip(piece.outputs.values(), results, strict=True)
@@ -332,8 +332,17 @@ class Runner:
 
 
 def _fed(weight: Tensor) -> Tensor:
-    """Return a weight in the type that pieces take it in."""
-    return weight.float() if weight.is_floating_point() else weight
+    """Return a weight in the type that pieces take it in: fp32, or one of 8 bits."""
+    return weight.float() if weight.is_floating_point() and weight.itemsize > 1 else weight
+
+
+def _given(weight: Tensor) -> np.ndarray | ort.OrtValue:
+    """Return a weight as ONNX Runtime takes it; NumPy has no E4M3."""
+    fed = _fed(weight)
+    if fed.dtype != torch.float8_e4m3fn:
+        return fed.numpy()
+    values = fed.contiguous().view(torch.uint8).numpy()
+    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(values, from_torch_dtype(fed.dtype))
 
 
 def _typed(place: StoredWeight, tensor: TensorProto) -> StoredTensor:

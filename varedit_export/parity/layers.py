@@ -75,7 +75,7 @@ def first_wrong_layer(
             f"{bundle.path} is in {precision.name}, which ONNX Runtime does not compute on CPUs: "
             "compare the layers of the same model in fp16"
         )
-    check_precision(precision)
+    check_precision(precision, compiler.gpu)
     graph = with_all_outputs(read_graph(bundle, chosen, stage))
     with needs_extra("polygraphy"):
         from polygraphy import config

@@ -259,8 +259,9 @@ class TransformerComparison:
         with torch.device("meta"):
             block = Block(self._config.transformer, product)
         for linear, format in formatted(block, self._formats, f"blocks.{index}."):
-            linear.type(torch_dtype(format.type))  # held as stored, widened as it is computed with
-            if format.storage is not None and not exact:
+            if format.storage is None:
+                linear.type(torch_dtype(format.type))  # held as stored, widened to compute with
+            elif not exact:
                 linear.round_input = format.storage.round_input
         weights = self._exact if exact else self._stored
         weights.load(block, lambda name: f"blocks.{index}.{name}")

@@ -53,8 +53,9 @@ def text_lengths(most: int) -> list[int]:
 
 
 def item_size(dtype: str) -> int:
-    """Return the bytes of one number of a manifest's type; NumPy has no bfloat16."""
-    return 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
+    """Return the bytes of one number of a type as manifests and engines name it."""
+    unknown = {"bfloat16": 2, "float8_e4m3fn": 1}  # to NumPy
+    return unknown.get(dtype) or np.dtype(dtype).itemsize
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ EngineKind = Literal["tensorrt", "tensorrt-rtx"]
 ENGINE_KINDS: tuple[EngineKind, ...] = get_args(EngineKind)
 RTX: EngineKind = "tensorrt-rtx"
 # TensorRT's types that manifests name differently.
-TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
+TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "FP8": "float8_e4m3fn"}
 MODULES: dict[EngineKind, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 TURING = "sm75"  # which TensorRT for RTX names, and has no matrix products in fp32 for
 TOLD = 3  # errors of a failure that are shown: the first ones say why

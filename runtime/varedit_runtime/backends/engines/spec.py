@@ -108,9 +108,10 @@ class EngineSpec(BackendSpec[EngineBackendOptions]):
         return Verdict(self.name, "cannot", "it is not installed", (install_command(self.name),))
 
     def _verdict(self, machine: Machine) -> Verdict:
-        if machine.bundle is not None and (why := machine.bundle.precision.no_gpu):
-            return Verdict(self.name, "cannot", why)
         gpu = self._gpu(machine)
+        architecture = "" if gpu is None else gpu.architecture
+        if machine.bundle and (why := machine.bundle.precision.not_on(architecture)):
+            return Verdict(self.name, "cannot", why)
         if gpu is None:
             return self._elsewhere(machine)
         for name in ("cuda-core", "cuda-bindings"):
@@ -160,8 +161,9 @@ class TensorRTForRTX(EngineSpec):
         return gpu if gpu and gpu.architecture in known else None
 
     def _elsewhere(self, machine: Machine) -> Verdict:
-        known = ", ".join(machine.probe(self.name).offers)
-        gpus = machine.nvidia.gpus
+        bundle, gpus = machine.bundle, machine.nvidia.gpus
+        offers = machine.probe(self.name).offers
+        known = ", ".join(sm for sm in offers if not (bundle and bundle.precision.not_on(sm)))
         here = "".join(f", not {gpu.architecture}, for which there is tensorrt" for gpu in gpus)
         return self._compiles(machine, f"{known}{here}: name one with --architecture")
 

@@ -406,9 +406,9 @@ def _check_precision(precision: Precision, provider: str) -> None:
             f"the bundle is {precision.name}, which ONNX Runtime cannot run: build with "
             "--precision fp32 for a CPU or fp16 for a GPU, or run engines"
         )
-    if provider == "cuda" and precision.no_gpu:
+    if provider == "cuda" and precision.no_cuda:
         raise BackendError(
-            f"the bundle cannot run on provider cuda: {precision.no_gpu}, or use provider cpu"
+            f"the bundle cannot run on provider cuda: {precision.no_cuda}, or use provider cpu"
         )
     check_exact(precision)
 

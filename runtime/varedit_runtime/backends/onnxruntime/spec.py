@@ -79,6 +79,8 @@ class OnnxRuntime(BackendSpec[OnnxRuntimeOptions]):
             return Verdict(CPU, "cannot", why)
         if why := too_little(machine.memory, bundle.memory, "memory", bundle.offloaded):
             return Verdict(CPU, "cannot", why)
+        if bundle.precision.for_engines:
+            return Verdict(CPU, "can run", "this bundle, to check it: no CPU computes it fast")
         if bundle.precision.cpu_growth > 1:
             less = "this bundle, in fp32: --precision fp32 takes less memory"
             return Verdict(CPU, "can run", less)
@@ -102,7 +104,7 @@ class OnnxRuntime(BackendSpec[OnnxRuntimeOptions]):
             name = machine.bundle.precision.name
             why = f"it runs no {name}: build with --precision fp16, or engines"
             return Verdict(CUDA, "cannot", why)
-        if why := machine.bundle.precision.no_gpu:
+        if why := machine.bundle.precision.no_cuda:
             return Verdict(CUDA, "cannot", why)
         most_free = max((gpu.free for gpu in gpus if gpu.free is not None), default=None)
         if why := too_little(most_free, machine.bundle.gpu_memory, "GPU memory"):
