@@ -1,27 +1,33 @@
-"""What fp16 and bf16 change of nano's edits, whose probabilities are those of a trained model.
+"""What precisions of GPUs change of nano's edits, whose probabilities are of a trained model.
 
 No CPU computes such graphs; the reference rounds every product of the transformer, and its weights,
-as the graphs' types say.
+as the graphs do.
 """
 
 import pytest
 import torch
 from PIL import Image
 
+from varedit_export.graphs.layout import reference_formats, round_products
 from varedit_nano.data import EVALUATION_SEEDS
 from varedit_nano.model import load_nano
 from varedit_nano.scenes import draw_edit
 from varedit_reference.pipeline import VAREdit
 from varedit_reference.scale_loop import PredictedScale, forced, predict_scales, seeded
 from varedit_reference.transformer import VAR
+from varedit_runtime.precision import named
 
 EDITS = 9  # one of each kind
-LEAST_AGREEMENT = 0.995
 
 
 @pytest.fixture(scope="module")
 def nano() -> VAREdit:
     return load_nano()
+
+
+@pytest.fixture(scope="module")
+def exact(nano: VAREdit) -> list[PredictedScale]:
+    return steps(nano, nano.transformer, None)
 
 
 @torch.inference_mode()
@@ -39,16 +45,20 @@ def steps(nano: VAREdit, model: VAR, exact: list[PredictedScale] | None) -> list
     return list(scales)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_rounded_products_draw_the_same_bits(nano: VAREdit, dtype: torch.dtype) -> None:
-    exact = steps(nano, nano.transformer, None)
-    rounded = VAR(nano.config.transformer, dtype)
+@pytest.mark.parametrize(
+    ("precision", "least"), [("fp16", 0.995), ("bf16", 0.995), ("int8-gpu", 0.99), ("fp8", 0.97)]
+)
+def test_rounded_products_draw_the_same_bits(
+    nano: VAREdit, exact: list[PredictedScale], precision: str, least: float
+) -> None:
+    rounded = VAR(nano.config.transformer)
     rounded.load_state_dict(nano.transformer.state_dict())
+    round_products(rounded, reference_formats(nano.config.transformer, named(precision)))
     choose = seeded(range(EDITS))
     agreeing, bits = 0, 0
     for step, other in zip(exact, steps(nano, rounded.eval(), exact), strict=True):
         assert other.logits.isfinite().all()
         agreeing += int((step.bits == choose(step.scale, other.probability)).sum())
         bits += step.bits.numel()
-    assert agreeing / bits >= LEAST_AGREEMENT
+    assert agreeing / bits >= least
     assert agreeing < bits, "nothing was rounded"
