@@ -7,6 +7,7 @@ from varedit_export.commands.build import build
 from varedit_export.commands.convert import convert
 from varedit_export.commands.engines import engines, layers
 from varedit_export.commands.show import doctor, inspect
+from varedit_export.commands.triton import triton
 from varedit_export.commands.verify import verify
 from varedit_runtime.terminal.command import CommandGroup, debug_option
 
@@ -24,5 +25,5 @@ def main() -> None:
     """
 
 
-for command in (build, engines, verify, layers, inspect, doctor, bench, convert):
+for command in (build, engines, verify, layers, inspect, doctor, bench, convert, triton):
     main.add_command(command)
