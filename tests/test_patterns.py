@@ -115,7 +115,8 @@ def test_a_damaged_pattern_counts_for_none(folder: Path, kept: Maker, damage: st
 def test_other_shapes_and_other_code_have_patterns_of_their_own(
     folder: Path, kept: Maker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept(), kept(batch=2)
+    kept()
+    kept(batch=2)
     assert len(list(folder.iterdir())) == 2
     monkeypatch.setattr(patterns, "_code", lambda: "changed")
     kept()
@@ -123,7 +124,8 @@ def test_other_shapes_and_other_code_have_patterns_of_their_own(
 
 
 def test_weights_and_depth_do_not_matter(kept: Maker) -> None:
-    kept(seed=0, depth=5), kept(seed=1, depth=6)
+    kept(seed=0, depth=5)
+    kept(seed=1, depth=6)
     assert kept.count == 1
 
 
