@@ -64,6 +64,7 @@ def test_the_wheel_installs_five_import_names_and_three_commands(built: Path):
     assert info.endswith(".dist-info")
     assert {f"{package}/py.typed" for package in PACKAGES} <= set(names)
     assert f"{info}/licenses/LICENSE" in names
+    assert "varedit_serve/page/index.html" in names
     assert [line.split()[0] for line in scripts.splitlines() if "=" in line] == COMMANDS
 
 

@@ -38,9 +38,9 @@ _POLICY = (
 class Settings:
     """What an operator chooses.
 
-    model: its name; None for the bundle's. largest: pictures of a batch; None for what pays on the
-    device. hosts: names that requests may be sent to; None for all. origins: sites whose pages may
-    send requests.
+    model: its name; None for the bundle's. largest: pictures of a batch; None for as many as the
+    bundle's graphs take. hosts: names that requests may be sent to; None for all. origins: sites
+    whose pages may send requests.
     """
 
     model: str | None = None

@@ -66,7 +66,8 @@ def listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=1024)
     except OSError as error:
         raise ConfigError(
-            f"{host}, port {port}, cannot be listened at ({error.strerror}): choose another --port"
+            f"{host}, port {port}, cannot be listened at ({os.strerror(error.errno or 0)}): choose "
+            "another --port"
         ) from error
 
 

@@ -65,7 +65,7 @@ class _Picture:
 
 
 class Queue:
-    """Feeds the child process. largest: pictures of a batch; None for what pays on its device."""
+    """Feeds the child process. largest: pictures of a batch; None for as many as the graphs take."""
 
     def __init__(self, metrics: Metrics, largest: int | None, deadline: float) -> None:
         self._metrics, self._largest, self._deadline = metrics, largest, deadline
@@ -124,8 +124,7 @@ class Queue:
 
     def _next_batch(self, child: Child) -> list[_Picture]:
         assert child.facts is not None
-        on_cpu = child.facts.provider == "CPUExecutionProvider"
-        size = min(self._largest or (1 if on_cpu else child.facts.batch), child.facts.batch)
+        size = min(self._largest or child.facts.batch, child.facts.batch)
         first = self._waiting[0]
         batch = [first]
         if not first.faults:  # a suspect runs alone
