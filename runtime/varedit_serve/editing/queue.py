@@ -65,7 +65,7 @@ class _Picture:
 
 
 class Queue:
-    """Feeds the child process. largest: pictures of a batch; None for as many as the graphs take."""
+    """Feeds the child process. largest: pictures of a batch; None for all that the graphs take."""
 
     def __init__(self, metrics: Metrics, largest: int | None, deadline: float) -> None:
         self._metrics, self._largest, self._deadline = metrics, largest, deadline
