@@ -30,7 +30,7 @@ def preparer() -> Preparer:
 @cache
 def png(side: int = 24, mode: str = "RGB") -> bytes:
     content = io.BytesIO()
-    colour = (200, 30, 30, 128)[: len(mode)] if mode != "L" else 255
+    colour = (200, 30, 30, 128)[: len(mode)] if "RGB" in mode else 255
     Image.new(mode, (side, side), colour).save(content, "PNG")
     return content.getvalue()
 

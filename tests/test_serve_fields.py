@@ -1,6 +1,7 @@
 """The fields of an edit: what is read, what is refused, and that the field at fault is named."""
 
 import asyncio
+import io
 import json
 from base64 import b64encode
 from collections.abc import Callable, Iterator
@@ -8,6 +9,7 @@ from random import Random
 from typing import Any
 
 import pytest
+from PIL import Image
 from serving import Fields, Reply, png, preparer, served
 
 from varedit_serve.errors import ApiError
@@ -35,6 +37,12 @@ def edit_json(content: Any, kind: str = "application/json") -> Reply:
     return asyncio.run(asked())
 
 
+def thin(length: int) -> bytes:
+    content = io.BytesIO()
+    Image.new("RGB", (length, 1)).save(content, "PNG")
+    return content.getvalue()
+
+
 WRONG: list[tuple[Fields, str]] = [
     ([("promt", "add a hat")], "promt"),
     ([("input_fidelity", "high")], "input_fidelity"),
@@ -45,6 +53,8 @@ WRONG: list[tuple[Fields, str]] = [
     ([("negative_prompt", "blue " * 200)], "negative_prompt"),
     ([("image", b"no picture")], "image"),
     ([("image", "text")], "image"),
+    ([("image", png(9000, "1"))], "image"),  # 81 million pixels in 10 kB
+    ([("image", thin(60_000))], "image"),
     ([("image[]", png()), ("image[]", png())], "image"),
     ([("image", png()), ("image[]", png())], "image"),
     ([("mask", png(25, "L"))], "mask"),

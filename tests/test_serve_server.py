@@ -222,6 +222,22 @@ def test_sigterm_lets_admitted_edits_finish(nano: Editor) -> None:
         assert server.popen.wait(30) == 0
 
 
+def test_sigterm_ends_a_server_that_loads_and_a_second_one_a_server_that_edits() -> None:
+    loading = Process(*OPTIONS)
+    loading.popen.send_signal(signal.SIGTERM)
+    assert loading.popen.wait(30) == 0
+    with running() as server:
+        child = server.child()
+        next(iter(server.edit(stream=True, partial_images=1)))
+        os.kill(child, signal.SIGSTOP)  # so that the edit takes long enough
+        server.popen.send_signal(signal.SIGTERM)
+        until(lambda: server.get("readyz")[0] == 503)
+        assert "draining" in server.get("readyz")[1]
+        server.popen.send_signal(signal.SIGTERM)
+        assert server.popen.wait(30) == 128 + signal.SIGTERM
+        until(lambda: not Path(f"/proc/{child}").exists())
+
+
 def test_no_process_outlives_a_server_that_is_killed() -> None:
     with running() as server:
         child = server.child()

@@ -108,11 +108,12 @@ async def _serve(application: Application, listening: socket.socket, limits: Lim
 
 
 def _on_signals(application: Application, server: uvicorn.Server) -> None:
-    """Drain at the first signal; end at the second, at once: the child sees it by its socket."""
+    """Drain at the first signal; end at the second, at once."""
     loop, drains = asyncio.get_running_loop(), set[asyncio.Task[None]]()
 
     def ended(number: int) -> None:
         if application.draining:
+            application.child.end()
             os._exit(128 + number)
         application.draining = True
         drains.add(loop.create_task(_drained(application, server)))

@@ -134,8 +134,12 @@ class Child:
                 if not served:
                     await asyncio.sleep(pause)
         finally:
-            if self._process is not None:
-                self._process.kill()
+            self.end()
+
+    def end(self) -> None:
+        """End the process at once, whatever it does."""
+        if self._process is not None:
+            self._process.kill()
 
     async def _run_one(self) -> bool:
         """Start a process and watch it until it has died; return whether it was ever ready."""
