@@ -20,6 +20,7 @@ FOLDERS = {
     "varedit_reference": "reference/varedit_reference",
     "varedit_nano": "reference/varedit_nano",
     "varedit_runtime": "runtime/varedit_runtime",
+    "comfyui": "runtime/integrations/comfyui",
     "varedit_serve": "runtime/varedit_serve",
 }
 # Which packages each may import besides itself, as docs/architecture.md draws it.
@@ -29,10 +30,11 @@ ARROWS = {
     "varedit_reference": {"varedit_runtime"},
     "varedit_nano": {"varedit_export", "varedit_reference", "varedit_engines", "varedit_runtime"},
     "varedit_runtime": set(),
+    "comfyui": {"varedit_runtime"},
     "varedit_serve": {"varedit_runtime"},
 }
 # What a program brings along that loads some of our files: nobody can install it.
-PROVIDED = {"triton_python_backend_utils"}
+PROVIDED = {"triton_python_backend_utils", "comfy", "comfy_api"}
 FILE_LINES, FUNCTION_LINES, FILES = 500, 50, 18
 
 
