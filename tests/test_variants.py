@@ -11,7 +11,10 @@ from click.testing import CliRunner
 from PIL import Image
 
 from varedit_export import bench, cli
-from varedit_export.plan import BundlePlan, VariantRequest
+from varedit_export.graphs.model import GraphTransformer
+from varedit_export.graphs.scales import ScaleStage
+from varedit_export.graphs.trace import fake_tensors, trace
+from varedit_export.plan import BundlePlan, VariantRequest, shallow
 from varedit_export.sources import Sources, random_sources
 from varedit_reference.config import ModelConfig
 from varedit_runtime.bundle import Bundle
@@ -142,3 +145,12 @@ def test_a_variant_that_an_opponent_lacks_is_told_before_any_is_measured(
     said = re.escape(f"{small_bundle()}: the bundle has no variant '64-b1'; it has 96-b1")
     with pytest.raises(BundleError, match=said):
         bench.measure_all(both, 1, threads=1, variant=variant)
+
+
+def test_scales_are_traced_for_batches_of_any_size(tmp_path: Path) -> None:
+    shapes, fake = shallow(replace(request(tmp_path), batch=5).shapes), fake_tensors()
+    with fake:
+        model = GraphTransformer(shapes.config.transformer, shapes.precision)
+    traced = trace(ScaleStage(shapes, model, "first"), fake)
+    (logits,) = (value for value in traced.graph.outputs if value.name == "logits")
+    assert logits.shape is not None and logits.shape[0] == 5

@@ -81,7 +81,8 @@ def trace(stage: Stage, fake: FakeTensorMode) -> ir.Model:
     specs = stage.inputs()
     with fake:
         examples = tuple(_example(spec) for spec in specs.values())
-    dynamic = {"tensors": tuple(_dynamic(spec) for spec in specs.values())}
+    least = {ROWS: stage.shapes.batch}  # else torch could not take the first rows, one a picture
+    dynamic = {"tensors": tuple(_dynamic(spec, least) for spec in specs.values())}
     with _quiet(), fake:
         program = torch.export.export(stage, examples, dynamic_shapes=dynamic)
         exported = torch.onnx.export(
@@ -110,8 +111,10 @@ def _example(spec: InputSpec) -> Tensor:
     return torch.empty(sizes, dtype=spec.dtype)
 
 
-def _dynamic(spec: InputSpec) -> dict[int, Dim]:
-    return {i: Dim(size) for i, size in enumerate(spec.shape) if isinstance(size, str)}
+def _dynamic(spec: InputSpec, least: Mapping[str, int]) -> dict[int, Dim]:
+    """Return the symbolic dimensions by axis. least: the smallest size of some."""
+    sizes = {i: size for i, size in enumerate(spec.shape) if isinstance(size, str)}
+    return {i: Dim(size, min=least.get(size)) for i, size in sizes.items()}
 
 
 def _take_weights(model: ir.Model) -> None:
