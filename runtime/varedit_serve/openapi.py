@@ -6,57 +6,43 @@ from varedit_serve.body import JSON, MULTIPART
 from varedit_serve.errors import LONGEST_WAIT
 from varedit_serve.fields import MEDIA_TYPES, Field
 
-_ERROR = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type", "param", "code"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": {"type": ["string", "null"]},
-                "code": {"type": ["string", "null"]},
-            },
-        }
-    },
-}
-_COUNT = {"type": "integer", "minimum": 0}
-_USAGE = {
-    "type": "object",
-    "required": ["input_tokens", "input_tokens_details", "output_tokens", "total_tokens"],
-    "properties": {
-        "input_tokens": _COUNT,
-        "input_tokens_details": {
-            "type": "object",
-            "properties": {"image_tokens": _COUNT, "text_tokens": _COUNT},
-        },
-        "output_tokens": _COUNT,
-        "total_tokens": _COUNT,
-    },
-}
-_RESULTS = {
-    "type": "object",
-    "required": ["created", "data", "usage"],
-    "properties": {
-        "created": _COUNT,
-        "background": {"enum": ["opaque", "transparent"]},
-        "output_format": {"enum": list(MEDIA_TYPES)},
-        "quality": {"enum": ["high", "low"]},
-        "size": {"type": "string"},
-        "data": {
-            "type": "array",
-            "items": {
-                "type": "object",
-                "required": ["b64_json", "seed"],
-                "properties": {"b64_json": {"type": "string"}, "seed": _COUNT},
-            },
-        },
-        "usage": _USAGE,
-        "warnings": {"type": "array", "items": {"type": "string"}},
-    },
-}
+
+def _made(required: str, /, **properties: Any) -> dict[str, Any]:
+    """Return the schema of an object. required: its properties that are always there."""
+    return {"type": "object", "required": required.split(), "properties": properties}
+
+
+_COUNT, _TEXT = {"type": "integer", "minimum": 0}, {"type": "string"}
+_TEXT_OR_NULL = {"type": ["string", "null"]}
+_ERROR = _made(
+    "error",
+    error=_made(
+        "message type param code",
+        message=_TEXT,
+        type=_TEXT,
+        param=_TEXT_OR_NULL,
+        code=_TEXT_OR_NULL,
+    ),
+)
+_USAGE = _made(
+    "input_tokens input_tokens_details output_tokens total_tokens",
+    input_tokens=_COUNT,
+    input_tokens_details=_made("", image_tokens=_COUNT, text_tokens=_COUNT),
+    output_tokens=_COUNT,
+    total_tokens=_COUNT,
+)
+_RESULT = _made("b64_json seed", b64_json=_TEXT, seed=_COUNT)
+_RESULTS = _made(
+    "created data usage",
+    created=_COUNT,
+    background={"enum": ["opaque", "transparent"]},
+    output_format={"enum": list(MEDIA_TYPES)},
+    quality={"enum": ["high", "low"]},
+    size=_TEXT,
+    data={"type": "array", "items": _RESULT},
+    usage=_USAGE,
+    warnings={"type": "array", "items": _TEXT},
+)
 _STATUSES = {
     400: "A field is unknown, misspelt, repeated, not supported or has a wrong value.",
     401: "No valid API key.",

@@ -19,7 +19,8 @@ from varedit_serve.editing.messages import BEAT, Opening, Order, Ready
 
 # -P: modules are not looked for in the working folder, which others may write to.
 COMMAND = (sys.executable, "-P", "-m", "varedit_serve.editing.worker")
-SILENT = 15.0  # seconds without a message after which a process is stuck
+SILENT = 15.0  # seconds without a message after which a process is taken for stopped
+SILENT_LOADING = 120.0  # while it loads, when a library may keep Python from running
 LEAST_TIME, TIMES = 20.0, 10  # a batch may take so many seconds, and so many times an edit
 LONGEST_PAUSE = 60.0  # seconds between attempts to start
 
@@ -143,7 +144,7 @@ class Child:
 
     async def _run_one(self) -> bool:
         """Start a process and watch it until it has died; return whether it was ever ready."""
-        self._patience, self._why = SILENT, ""
+        self._patience, self._why = SILENT_LOADING, ""
         process = self._process = _Process(self._command, self._hear)
         process.send("open", self._opening)
         served = False
@@ -170,10 +171,10 @@ class Child:
 
     def _hear(self, message: tuple[Any, ...]) -> None:
         """Take a message of the process."""
-        self._patience = SILENT
+        self._patience = SILENT if self.ready else SILENT_LOADING
         match message:
             case ("ready", facts):
-                self.ready, self.facts = True, facts
+                self.ready, self.facts, self._patience = True, facts, SILENT
                 _log.info("ready: an edit takes %.2f s on %s", facts.seconds, facts.provider)
                 self._on_ready()
             case ("unfit", text):

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -34,13 +34,13 @@ class Worker:
         self._inbox = SimpleQueue[tuple[Any, ...]]()
         self._handles: dict[int, EditHandle] = {}
 
-    def run(self, open_editor: Callable[[Opening], Editor]) -> None:
+    def run(self) -> None:
         """Open an editor and edit, until the parent closes the connection."""
         Thread(target=self._receive, daemon=True).start()
         Thread(target=self._beat, daemon=True).start()
         _, opening = self._inbox.get()
         try:
-            editor = open_editor(opening)
+            editor = _open(opening)
             ready = _measured(editor)
         except (VareditError, MemoryError, OSError) as error:
             self._send("unfit", reason(error))
@@ -106,6 +106,7 @@ def _measured(editor: Editor) -> Ready:
     edit = editor.prepare(Image.new("RGB", (64, 64), "white"), "add a red circle", seed=0)
     seconds = []
     for _ in range(2):
+        editor.forget()
         start = time.monotonic()
         editor.edit_prepared([edit])
         seconds.append(time.monotonic() - start)
@@ -116,13 +117,16 @@ def _open(opening: Opening) -> Editor:
     return Editor.open(opening.bundle, variant=opening.variant, backend=opening.backend)
 
 
-def main(open_editor: Callable[[Opening], Editor] = _open) -> None:
+def main() -> None:
     """Run the child's program."""
     # Ctrl-C and a service manager reach all processes; the parent alone says when this one ends.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     warnings.simplefilter("ignore")  # EditWarnings are in the results
-    Worker(Connection(int(sys.argv[1]))).run(open_editor)
+    try:
+        Worker(Connection(int(sys.argv[1]))).run()
+    except Exception as error:  # its text, and a traceback, could tell what a client sent
+        sys.exit(f"the editing process failed: {type(error).__name__}")
 
 
 if __name__ == "__main__":
