@@ -7,6 +7,7 @@
     result.image.save("edited.png")
 
 - `editing/`: edits, as a library: the `Editor`, the check of its arguments, masks.
+- `pipeline.py`: the same with the call of diffusers' pipelines.
 - `cli.py`, `commands/`, `terminal/`: the `varedit-run` command; `bench.py`: how fast a
   backend is, with the report in `bench_report.py`.
 - `backends/`: the registry of what can run the stages of an edit: ONNX Runtime, or compiled engines
