@@ -100,6 +100,13 @@ def test_a_misspelt_field_is_told_the_right_one() -> None:
     assert "did you mean prompt?" in edit(("promt", "x")).json["error"]["message"]
 
 
+def test_no_answer_repeats_an_instruction() -> None:
+    for name in ("prompt", "negative_prompt"):
+        assert b"secret" not in edit((name, "secret " * 5000)).body
+        assert b"secret" not in edit((name, "secret " * 500)).body
+        assert b"secret" not in edit_json({"image": DATA, name: ["secret"]}).body
+
+
 def test_no_field_is_ignored() -> None:
     """All of them together are used."""
     scales = [("temperature[]", "0.5")] * SCALES
@@ -157,13 +164,20 @@ def test_json_is_as_strict(change: dict[str, Any], blamed: str) -> None:
     assert edit_json({"image": DATA, "prompt": "add a hat", **change}).blamed == (400, blamed)
 
 
-NO_JSON = [b"", b"[]", b"{", b"[" * 10**6, b"\xff", b'{"n": NaN}', b'{"n":' + b"1" * 10**5 + b"}"]
+NO_JSON = [b"", b"[]", b"{", b"[" * 10**6, b"\xff", b'{"n": NaN}', b'{"n":' + b"1" * 1001 + b"}"]
 MANY = b'{"a":[' + b"1," * 20_000 + b"1]}"
 
 
 @pytest.mark.parametrize("content", [*NO_JSON, MANY], ids=lambda of: of[:8].decode("latin-1"))
 def test_what_is_no_json_is_a_400(content: bytes) -> None:
     assert edit_json(content).blamed == (400, None)
+
+
+def test_nested_json_is_read_or_refused_however_deep() -> None:
+    for deep in range(100, 1100, 50):
+        for start, end in ((b"[", b"]"), (b'{"a":', b"}")):
+            reply = edit_json(b'{"image":' + start * deep + b"1" + end * deep + b"}")
+            assert reply.status == 400
 
 
 def test_a_repeated_name_in_json_is_a_400() -> None:

@@ -94,6 +94,26 @@ def test_each_key_has_its_rate() -> None:
             assert 1 <= int(reply.headers["retry-after"]) <= 60
             b = {"authorization": f"Bearer {SECRET}b"}
             assert (await server.edit(("n", "4"), headers=b)).status == 200
+            assert (await server.edit(("n", "4"), headers=a)).blamed == (400, "n")
+
+    run(test())
+
+
+def test_who_waits_as_long_as_told_is_let_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr("varedit_serve.keys.monotonic", lambda: now)
+
+    async def test() -> None:
+        nonlocal now
+        async with served(keys=keys(f"a {SECRET} 4")) as server:
+            a = {"authorization": f"Bearer {SECRET}"}
+            waits = []
+            while len(waits) < 5:
+                reply = await server.edit(("n", "4"), headers=a)
+                waits.append(int(reply.headers.get("retry-after", 0)))
+                now += waits[-1]
+            # What is charged before a request was read is given back if there is too little.
+            assert waits == [0, 15, 45, 0, 15]
 
     run(test())
 
@@ -129,12 +149,13 @@ def test_unknown_paths_and_methods_have_openais_shape() -> None:
                 ("GET", EDITS, 405),
                 ("POST", "/livez", 405),
                 ("GET", "/v1/models/other", 404),
+                ("GET", "/livez/", 404),  # a redirect would leave the https of a proxy
             ):
                 reply = await server.ask(method, path)
                 assert reply.status == status and reply.json["error"]["message"]
             assert (await server.ask(path="/v1/models/nano")).json["id"] == "nano"
             numbers = (await server.ask(path="/metrics")).body.decode()
-            assert 'varedit_requests_total{path="other",status="404"} 2.0' in numbers
+            assert 'varedit_requests_total{path="other",status="404"} 3.0' in numbers
 
     run(test())
 
@@ -201,6 +222,9 @@ def test_a_body_that_is_too_large_is_a_413_however_it_says_its_length() -> None:
             assert (await server.ask("POST", headers=kind, body=endless)).status == 413
             lying, endless = {**kind, "content-length": "10"}, chain([body], repeat(bytes(300)))
             assert (await server.ask("POST", headers=lying, body=endless)).status == 413
+            both = {**lying, "transfer-encoding": "chunked"}
+            reply = await server.ask("POST", headers=both, body=[body])
+            assert reply.json["error"]["code"] == "bad_length"
             assert server.application.budget.bytes == 0
 
     run(test())

@@ -83,7 +83,7 @@ class Application:
         self._description = openapi(self.edits.fields, version("varedit-export"))
         routes = self._routes()
         self.guard = Guard(
-            self._routed(Router(routes)),
+            self._routed(Router(routes, redirect_slashes=False)),
             {route.path for route in routes},
             settings.keys,
             self.metrics,

@@ -78,7 +78,7 @@ class Edits:
             except GoneError:
                 self.metrics.cancelled("uploading")
                 return
-            self._admit(key, values["n"] - 1)
+            self._admit(key, values["n"], charged=1)
             claim.hold(values["n"], claim.bytes)
             job, answer = await self._in_thread(self._prepare, values)
             del values["image"], values["mask"]  # which are not counted any more
@@ -98,13 +98,13 @@ class Edits:
                 if not job.over and (when := self.queue.leave(job)) is not None:
                     self.metrics.cancelled(when)
 
-    def _admit(self, key: Key | None, results: int) -> None:
+    def _admit(self, key: Key | None, results: int, charged: int = 0) -> None:
         """Raise ApiError if no edit is admitted, or the key has used up its rate."""
         if (why := self.why_not()) is not None:
             told = f"the server is {why}: try again"
             raise ApiError(503, told, code=why, retry_after=self.queue.retry_after() or 5)
         if key is not None:
-            key.charge(results)
+            key.charge(results, charged)
 
     async def _in_thread(self, work: Callable[..., T], *given: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self.threads, work, *given)
@@ -221,20 +221,16 @@ class Edits:
         try:
             while isinstance(event, Partial):
                 content = await self._in_thread(answer.partial, event.image, event.index)
-                await self._send(send, content, more=True)
+                await _send(send, content, more=True)
                 event = await _next(job, gone)
             content = await self._in_thread(answer.completed, event.result)
         except ApiError as error:
             content = error_event(error)
-        await self._send(send, content)
+        await _send(send, content)
 
-    async def _send(self, send: Send, content: bytes, more: bool = False) -> None:
-        """Send a part of a stream. Raises GoneError if the client does not read it in time."""
-        try:
-            async with asyncio.timeout(self.limits.upload_seconds):
-                await send({"type": "http.response.body", "body": content, "more_body": more})
-        except TimeoutError as error:
-            raise GoneError from error
+
+async def _send(send: Send, content: bytes, more: bool = False) -> None:
+    await send({"type": "http.response.body", "body": content, "more_body": more})
 
 
 async def _until_gone(receive: Receive) -> None:

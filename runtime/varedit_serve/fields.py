@@ -216,7 +216,7 @@ def _value(field: Field, value: Any, as_text: bool) -> Any:
     try:
         return field.read(value, as_text)
     except ValueError as error:
-        told = "" if isinstance(value, bytes | list) or field.name == "prompt" else shown(value)
+        told = "" if isinstance(value, bytes | list) or "prompt" in field.name else shown(value)
         raise wrong(field.name, f"{field.name} is {told or 'unusable'}; {error}") from error
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from time import monotonic
 
 from varedit_runtime.errors import ConfigError
-from varedit_serve.errors import ApiError
+from varedit_serve.errors import ApiError, wrong
 
 VARIABLE = "VAREDIT_SERVE_KEYS"
 
@@ -29,15 +29,20 @@ class Key:
     _left: float = field(default=0.0)
     _since: float = field(default=0.0)
 
-    def charge(self, results: int) -> None:
-        """Count results against the rate. Raises ApiError 429 if they are too many."""
+    def charge(self, results: int, charged: int = 0) -> None:
+        """Count a request's results against the rate, of which some were charged before.
+
+        Raises ApiError 429 if they are too many, after giving back those; 400 if they always are.
+        """
         if self.rate is None:
             return
         now = monotonic()
         left = self._left + (now - self._since) * self.rate / 60 if self._since else self.rate
-        self._left, self._since = min(left, self.rate), now
+        self._left, self._since = min(left + charged, self.rate), now
+        if results > self.rate:
+            raise wrong("n", f"n is {results}; this key may ask for {self.rate} results a minute")
         if results > self._left:
-            wait = (min(results, self.rate) - self._left) * 60 / self.rate
+            wait = (results - self._left) * 60 / self.rate
             raise ApiError(
                 429,
                 f"this key may ask for {self.rate} results a minute: try again later",

@@ -21,13 +21,15 @@ _PAUSE = 0.05  # seconds between looks whether all is done
 
 
 class _Protocol(H11Protocol):
-    """Closes connections on which a request's head, or the rest of a refused body, does not come.
+    """Closes connections whose client does not go on.
 
-    uvicorn bounds neither time.
+    It may not send a request's head, the rest of a refused body, or read what it is sent; uvicorn
+    bounds none of these times.
     """
 
     seconds = 30.0
     _timer: asyncio.TimerHandle | None = None
+    _unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -39,8 +41,18 @@ class _Protocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._unread):
+            if timer is not None:
+                timer.cancel()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._unread = self.loop.call_later(self.seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._unread is not None:
+            self._unread.cancel()
 
     def _wait(self) -> None:
         if self._timer is not None:
