@@ -32,6 +32,8 @@ def main(kind: str, connection: Connection) -> None:
             os.kill(os.getpid(), signal.SIGSTOP)
         elif kind == "nonsense":
             os.write(connection.fileno(), b"\0\0\0\4abcd")
+        elif kind == "fails":
+            connection.send(("failed", number, "no memory"))
         elif kind == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         else:

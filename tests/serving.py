@@ -50,6 +50,7 @@ class StandIn:
     gate: asyncio.Event = field(default_factory=asyncio.Event)
     batches: list[list[int]] = field(default_factory=list)
     cancelled: int = 0
+    replaced: list[str] = field(default_factory=list)
 
     async def edit(
         self, orders: list[Order], on_partial: Callable[[int, int, Any], None]
@@ -62,6 +63,9 @@ class StandIn:
         if (error := self.fail(orders)) is not None:
             raise error
         return [result(order.seed) for order in orders]
+
+    def replace(self, why: str) -> None:
+        self.replaced.append(why)
 
     def cancel(self) -> None:
         self.cancelled += 1

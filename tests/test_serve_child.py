@@ -12,7 +12,7 @@ from varedit_runtime.backends.auto import AutoBackend
 from varedit_runtime.errors import BackendError
 from varedit_runtime.locate import embedded
 from varedit_serve.editing import child
-from varedit_serve.editing.child import Child, ChildDiedError
+from varedit_serve.editing.child import BatchFailedError, Child, ChildDiedError
 from varedit_serve.editing.messages import Opening, Order
 
 WORKER = Path(__file__).with_name("fake_worker.py")
@@ -57,6 +57,24 @@ def test_a_process_that_fails_at_a_batch_is_replaced(
         with suppress(asyncio.CancelledError):
             await running
         await until(lambda: one.pid is None)
+
+    asyncio.run(test())
+
+
+def test_a_process_that_fails_can_be_replaced_while_it_runs() -> None:
+    async def test() -> None:
+        restarts: list[str] = []
+        one = make("fails", restarts)
+        running = asyncio.create_task(one.run())
+        with pytest.raises(BatchFailedError, match="no memory"):
+            await edited(one)
+        one._command = (*one._command[:2], "works")
+        one.replace("failed")
+        assert await edited(one) == 7
+        assert restarts == ["failed"]
+        running.cancel()
+        with suppress(asyncio.CancelledError):
+            await running
 
     asyncio.run(test())
 

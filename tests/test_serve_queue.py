@@ -108,6 +108,8 @@ def test_only_the_picture_that_kills_the_process_fails() -> None:
             assert replies[2].headers["x-should-retry"] == "false"
             assert "secret" not in replies[2].body.decode()
             assert server.application.budget.pictures == 0
+            # What fails is judged in another process, and once more is enough.
+            assert server.child.replaced == ["failed"] * isinstance(error, BatchFailedError)
 
     run(test(ChildDiedError()))
     run(test(BatchFailedError("secret")))

@@ -105,7 +105,7 @@ class Child:
         on_restart: Callable[[str], None],
         command: Sequence[str] = COMMAND,
     ) -> None:
-        """on_restart: gets why a process is replaced: it died, or is silent, stuck or unfit."""
+        """on_restart: gets why a process is replaced: died, silent, stuck, failed or unfit."""
         self._opening, self._command = opening, command
         self._on_ready, self._on_restart = on_ready, on_restart
         self._process: _Process | None = None
@@ -136,6 +136,11 @@ class Child:
                     await asyncio.sleep(pause)
         finally:
             self.end()
+
+    def replace(self, why: str) -> None:
+        """Have the process replaced, which can edit but may be damaged or short of memory."""
+        self.ready, self._why = False, why
+        self._changed.set()
 
     def end(self) -> None:
         """End the process at once, whatever it does."""

@@ -149,6 +149,8 @@ class Queue:
             results = await child.edit([one.order for one in batch], on_partial)
         except (ChildDiedError, BatchFailedError) as error:
             self._run_again(batch, str(error) or "the editing process ended")
+            if isinstance(error, BatchFailedError) and any(one.faults == 1 for one in batch):
+                child.replace("failed")  # the fault may be the process's: judge in another one
             return
         finally:
             self._running = []
