@@ -13,9 +13,16 @@ from editing import pair_bundle, picture
 from PIL import Image
 from test_kept import counted
 
-from varedit_runtime import EditResult, PreparedEdit, Preparer
+from varedit_runtime import EditHandle, EditResult, PreparedEdit, Preparer
 from varedit_runtime.editing.editor import Editor
-from varedit_runtime.errors import BundleError, ConfigError, EditorError, PictureError, TextError
+from varedit_runtime.errors import (
+    BundleError,
+    ConfigError,
+    EditCancelled,
+    EditorError,
+    PictureError,
+    TextError,
+)
 from varedit_runtime.locate import embedded
 
 PHOTO = picture(90, 60)
@@ -219,3 +226,21 @@ def test_a_seed_is_drawn_when_an_edit_is_prepared(nano: Editor) -> None:
     assert one.seed != other.seed
     again: list[EditResult] = nano.edit_prepared([one, one])
     assert again[0].seed == one.seed and again[0].image == again[1].image
+
+
+def test_logs_tell_of_work_and_of_no_text(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    PHOTO.save(tmp_path / "secret.png")
+    asked: dict[str, Any] = {"prompt": "secret hat", "negative_prompt": "secret dog", "seed": 77}
+    cancelled = EditHandle()
+    cancelled.cancel()
+    with (
+        caplog.at_level("DEBUG", "varedit_runtime"),
+        Editor.open(embedded(), threads=1) as editor,
+    ):
+        editor.edit(tmp_path / "secret.png", **asked)
+        with pytest.raises(EditCancelled):
+            editor.edit(tmp_path / "secret.png", **asked, handle=cancelled)
+    lines = [line.getMessage() for line in caplog.records if line.name == "varedit_runtime"]
+    assert [line.split()[0] for line in lines] == ["opened", "edited", "cancelled", "closed"]
+    assert "seeds [77]" in lines[1] and "(90, 60)" in lines[1]
+    assert "secret" not in caplog.text and str(tmp_path) not in caplog.text
