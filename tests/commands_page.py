@@ -56,7 +56,7 @@ def refreshed_tables(page: str) -> str:
     ]
     page = _replaced(page, "table", ("field", "meaning"), rows)
     limits = [
-        (f"`--{f.name.replace('_', '-')}`", f"{f.default:,g}", f.metadata["help"])
+        (f"`--{f.name.replace('_', '-')}`", f"{f.default:,}".removesuffix(".0"), f.metadata["help"])
         for f in fields(Limits)
     ]
     return _replaced(page, "limits", ("option", "default", "meaning"), limits)
