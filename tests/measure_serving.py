@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from operator import truediv
 from statistics import median
 
 import openai
@@ -47,32 +48,42 @@ def measure(server: "subprocess.Popen[str]", given: argparse.Namespace) -> dict[
     told = next(filter(None, (re.search(r"is served at (\S+)", line) for line in lines)))
     next(line for line in lines if "ready:" in line)
     client = openai.OpenAI(base_url=f"{told[1]}/v1", api_key="none", max_retries=0)
-    content = io.BytesIO()
-    Image.radial_gradient("L").convert("RGB").save(content, "PNG")
 
-    def ask(seed: int) -> None:
-        extra = {"seed": seed}
-        client.images.edit(image=content.getvalue(), prompt="add a red hat", extra_body=extra)
+    def ask(number: int) -> None:
+        client.images.edit(image=picture(number), prompt="add a red hat")
 
-    bare, served, share = [], [], []
+    bare, served, own_cpu, cpu = [], [], [], []
     with (
         Editor.open(named(given.bundle), threads=1) as editor,
         ThreadPoolExecutor(given.clients) as clients,
     ):
-        edit = editor.prepare(content.getvalue(), "add a red hat", seed=0)
+        edit = editor.prepare(picture(0), "add a red hat", seed=0)
         editor.edit_prepared([edit])
         for _ in range(given.turns):
-            start, cpu = time.monotonic(), time.process_time()
+            start, before = time.monotonic(), time.process_time()
             for _ in range(given.edits):
+                editor.forget()
                 editor.edit_prepared([edit])
-            cpu = time.process_time() - cpu
+            cpu.append((time.process_time() - before) / given.edits)
             bare.append(time.monotonic() - start)
-            start, own = time.monotonic(), seconds(server.pid)
+            start, before = time.monotonic(), seconds(server.pid)
             list(clients.map(ask, range(given.edits)))
             served.append(time.monotonic() - start)
-            share.append((seconds(server.pid) - own) / cpu)
-    ratios = [one / other for one, other in zip(served, bare, strict=True)]
-    return {"time of served edits / bare ones": median(ratios), "server's CPU": median(share)}
+            own_cpu.append((seconds(server.pid) - before) / given.edits)
+    return {
+        "time of served edits / bare ones": median(map(truediv, served, bare)),
+        "server's CPU / an edit's": median(map(truediv, own_cpu, cpu)),
+        "server's CPU seconds an edit": median(own_cpu),
+    }
+
+
+def picture(number: int) -> bytes:
+    """Return a picture that differs from others, so that nothing is kept of earlier edits."""
+    content = io.BytesIO()
+    Image.radial_gradient("L").resize((128, 128)).point([v ^ number for v in range(256)]).save(
+        content, "PNG"
+    )
+    return content.getvalue()
 
 
 def seconds(pid: int) -> float:
