@@ -199,21 +199,22 @@ def test_each_request_has_its_own_error(running: Any, nano: Editor) -> None:
     ]
 
 
+@pytest.mark.parametrize("kind", [BackendError, MemoryError])
 def test_a_fault_fails_only_the_request_that_has_it(
-    running: Any, monkeypatch: pytest.MonkeyPatch
+    running: Any, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
 ) -> None:
     edit = running.editor.edit_prepared
 
     def failing(edits: Any, **options: Any) -> Any:
         if any(one.seed == 13 for one in edits):
-            raise BackendError("/a/path/of/the/server failed")
+            raise kind("/a/path/of/the/server failed")
         return edit(edits, **options)
 
     monkeypatch.setattr(running.editor, "edit_prepared", failing)
     good, bad = running.execute([request(prompt=b"add a hat", seed=s) for s in (3, 13)])
     assert good.error is None
     assert bad.error.code == "internal" and "/a/path" not in bad.error.text
-    assert triton_stand_in.Logger.lines[-1] == "/a/path/of/the/server failed"
+    assert triton_stand_in.Logger.lines[-1] == f"{kind.__name__}: /a/path/of/the/server failed"
 
 
 @pytest.mark.parametrize("after", [0, 3])

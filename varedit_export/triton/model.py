@@ -15,7 +15,7 @@ import numpy as np
 import triton_python_backend_utils as triton  # pyright: ignore[reportMissingImports]: Triton's own
 
 from varedit_runtime import Editor, EditResult, PreparedEdit, Progress
-from varedit_runtime.errors import ConfigError, EditCancelled, PictureError, TextError, VareditError
+from varedit_runtime.errors import ConfigError, EditCancelled, PictureError, TextError, reason
 from varedit_runtime.pictures import encode_picture
 
 
@@ -50,7 +50,7 @@ class _Job:
     edits: Sequence[PreparedEdit] = ()
     response: Any = None
 
-    def fail(self, error: VareditError) -> None:
+    def fail(self, error: Exception) -> None:
         """Respond with an error: in full if the request is at fault, else for the log alone."""
         message, code = "the edit failed: the server's log says why", triton.TritonError.INTERNAL
         if isinstance(error, PictureError | TextError | ConfigError):
@@ -58,7 +58,7 @@ class _Job:
         elif isinstance(error, EditCancelled):
             message, code = str(error), triton.TritonError.CANCELLED
         else:
-            triton.Logger.log_error(str(error))
+            triton.Logger.log_error(f"{type(error).__name__}: {reason(error)}")
         self.response = triton.InferenceResponse(error=triton.TritonError(message, code))
 
     def succeed(self, results: Sequence[EditResult]) -> None:
@@ -94,7 +94,7 @@ class TritonPythonModel:
         waiting = [job for job in jobs if job.response is None]
         try:
             self._edit(waiting)
-        except VareditError:  # of one of them, perhaps: the others must not fail with it
+        except Exception:  # of one of them, perhaps: the others must not fail with it
             for job in waiting:
                 self._attempt(lambda job: self._edit([job]), job)
         return [job.response for job in jobs]
@@ -106,7 +106,7 @@ class TritonPythonModel:
     def _attempt(step: Callable[[_Job], None], job: _Job) -> None:
         try:
             step(job)
-        except VareditError as error:
+        except Exception as error:  # Triton would answer with its traceback
             job.fail(error)
 
     def _prepare(self, job: _Job) -> None:
