@@ -49,6 +49,7 @@ SKELETONS = {
         ("verify", "folder"),
         ("engines", "folder"),
         ("bench", "folder"),
+        ("triton", "nano", "-o", "folder"),
         ("doctor",),
         (),
     ),
@@ -63,8 +64,10 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
         return
     if event == "open" and isinstance(arguments[2], int) and arguments[2] & _WRITES:
         _written.append(os.fsdecode(arguments[0]) if not isinstance(arguments[0], int) else "")
-    elif event in ("os.mkdir", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate"):
+    elif event in ("os.mkdir", "os.remove", "os.rmdir", "os.truncate"):
         _written.append(os.fsdecode(arguments[0]))
+    elif event in ("os.link", "os.symlink"):  # from the first to the second
+        _written.append(os.fsdecode(arguments[1]))
     elif event == "os.rename":
         _written.extend(map(os.fsdecode, arguments[:2]))
 

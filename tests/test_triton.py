@@ -76,6 +76,14 @@ def test_another_model_is_not_replaced(tmp_path: Path) -> None:
     assert "nano exists and is not replaced" in done.output
 
 
+def test_nothing_is_written_into_a_bundle(model: Path) -> None:
+    bundle = model / "1" / "bundle"
+    before = files(bundle)
+    done = command("nano", "-o", bundle / "models")
+    assert (done.exit_code, files(bundle)) == (1, before)
+    assert "would lie in the bundle" in done.output
+
+
 def test_files_are_links_on_one_disk_and_else_copies(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

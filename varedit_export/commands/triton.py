@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from varedit_runtime.bundle import Bundle
+from varedit_runtime.errors import printable
 from varedit_runtime.terminal.command import BUNDLE, PATH, backend_option, variant_option
 
 
@@ -26,4 +27,4 @@ def triton(bundle: Path, backend: str, variant: str | None, output: Path) -> Non
     """
     from varedit_export.triton.repository import write_repository
 
-    click.echo(write_repository(Bundle.open(bundle), variant, backend, output))
+    click.echo(printable(f"{write_repository(Bundle.open(bundle), variant, backend, output)}"))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from varedit_runtime.bundle import Bundle, regular_file
 from varedit_runtime.errors import BundleError
-from varedit_runtime.files import atomic_file
+from varedit_runtime.files import atomic_file, bundle_around
 from varedit_runtime.manifest import DIGEST, ENGINES, MANIFEST
 
 _CONFIG = """\
@@ -58,13 +58,15 @@ def write_repository(bundle: Bundle, variant: str | None, backend: str, reposito
     """Write a model's folder, named for the bundle, into a repository, and return it.
 
     The folder appears whole or not at all. variant: its name; by default the bundle's first.
-    backend: a name for `Editor.open`. Raises BundleError if something is there already, if the
-    bundle takes no instructions, has no such variant, or is damaged or replaced meanwhile; OSError
-    if the folder cannot be written.
+    backend: a name for `Editor.open`. Raises BundleError if something is there already or it lies
+    in a bundle, if the bundle takes no instructions, has no such variant, or is damaged or replaced
+    meanwhile; OSError if the folder cannot be written.
     """
     bundle.check_text()
     chosen = bundle.manifest.variant(variant)
     model = repository / bundle.path.name
+    if around := bundle_around(model):
+        raise BundleError(f"{model} would lie in the bundle {around}, which never changes")
     if model.exists():
         raise BundleError(f"{model} exists and is not replaced: move it, or name another folder")
     repository.mkdir(parents=True, exist_ok=True)
