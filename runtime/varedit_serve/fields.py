@@ -98,7 +98,7 @@ def _numbers() -> dict[str, Any]:
             return tuple(number(one, as_text) for one in value)
         return number(value, as_text)
 
-    one = {"type": "number"}
+    one = {"type": "number", "minimum": -1e30, "maximum": 1e30}
     schema = {"oneOf": [one, {"type": "array", "items": one, "minItems": 1, "maxItems": 99}]}
     return {"read": read, "schema": schema, "listed": True}
 

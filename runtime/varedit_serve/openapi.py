@@ -87,10 +87,17 @@ def openapi(fields: dict[str, Field], version: str) -> dict[str, Any]:
 
 
 def _object(fields: dict[str, Field], as_text: bool) -> dict[str, Any]:
+    properties = {}
+    for name, field in fields.items():
+        told = properties[name] = _property(field, as_text)
+        if as_text and "oneOf" in told:  # a form names a list otherwise
+            one, several = told.pop("oneOf")
+            properties[f"{name}[]"] = {**told, **several}
+            told |= one
     return {
         "type": "object",
         "required": [name for name, field in fields.items() if field.required],
-        "properties": {name: _property(field, as_text) for name, field in fields.items()},
+        "properties": properties,
         "additionalProperties": False,
     }
 
