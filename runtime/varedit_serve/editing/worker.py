@@ -4,6 +4,7 @@
 the parent does, whatever it is computing: its socket then closes.
 """
 
+import ctypes
 import os
 import pickle
 import signal
@@ -24,6 +25,8 @@ from varedit_runtime import EditHandle, Editor
 from varedit_runtime.editing.results import Progress
 from varedit_runtime.errors import EditCancelled, VareditError, reason
 from varedit_serve.editing.messages import BEAT, Opening, Order, Ready
+
+_PR_SET_PDEATHSIG = 1
 
 
 class Worker:
@@ -122,6 +125,8 @@ def main() -> None:
     # Ctrl-C and a service manager reach all processes; the parent alone says when this one ends.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":  # also ends with its parent while it is stopped, or stuck in C
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     warnings.simplefilter("ignore")  # EditWarnings are in the results
     try:
         Worker(Connection(int(sys.argv[1]))).run()
