@@ -202,6 +202,12 @@ def test_only_what_an_edit_runs_is_stopped_by_its_handle() -> None:
     assert stopped == [True]
 
 
+def test_a_deadline_may_be_in_a_thousand_years() -> None:
+    with EditHandle(monotonic() + 1e12).stopping(lambda: None):
+        timers = [one for one in threading.enumerate() if isinstance(one, threading.Timer)]
+        assert timers and all(one.interval <= threading.TIMEOUT_MAX for one in timers)
+
+
 @pytest.mark.parametrize("deadline", ["soon", float("nan"), float("inf"), [1.0], 10**400])
 def test_a_deadline_is_a_time(deadline: Any) -> None:
     with pytest.raises(ConfigError, match="deadline is"):

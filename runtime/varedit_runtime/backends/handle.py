@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from threading import RLock, Timer
+from threading import TIMEOUT_MAX, RLock, Timer
 from time import monotonic
 from typing import Protocol
 
@@ -61,7 +61,8 @@ class EditHandle:
                 stop()
         try:
             if self.deadline is not None:
-                timer = Timer(max(0, self.deadline - monotonic()), self._expire, (stop,))
+                left = min(max(0, self.deadline - monotonic()), TIMEOUT_MAX)
+                timer = Timer(left, self._expire, (stop,))
                 timer.daemon = True
                 timer.start()
             yield
