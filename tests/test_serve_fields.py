@@ -84,6 +84,9 @@ WRONG: list[tuple[Fields, str]] = [
     ([("guidance_scale[]", "1"), ("guidance_scale[]", "2")], "guidance_scale"),
     ([("guidance_scale", "1"), ("guidance_scale", "2")], "guidance_scale"),
     ([("temperature", "0")], "temperature"),
+    # Together they pass the largest number, and the edit would fail with all that share its batch.
+    ([("temperature", "1e-20"), ("guidance_scale", "1")], "temperature"),
+    ([("guidance_scale", "1e20")], "guidance_scale"),
     ([("temperature", "1,1")], "temperature"),
     ([("temperature[]", "hot")], "temperature"),
 ]
@@ -158,6 +161,7 @@ def test_json_takes_data_urls(name: str, image: Any) -> None:
         ({"temperature": [[1]]}, "temperature"),
         ({"guidance_scale": 10**400}, "guidance_scale"),
         ({"image[]": DATA}, "image[]"),
+        ({"\ud800": 1}, r"\ud800"),
     ],
 )
 def test_json_is_as_strict(change: dict[str, Any], blamed: str) -> None:

@@ -48,6 +48,15 @@ def test_pages_of_other_sites_and_other_names_are_refused() -> None:
     run(test())
 
 
+def test_names_of_a_server_are_compared_as_names_are() -> None:
+    async def test() -> None:
+        async with served(hosts=("Edits.Example.org",)) as server:
+            reply = await server.ask(path="/livez", headers={"host": "edits.example.ORG:80"})
+            assert reply.status == 200
+
+    run(test())
+
+
 def test_pages_of_named_sites_may_use_the_server() -> None:
     async def test() -> None:
         origin = "https://app.example"
@@ -120,7 +129,10 @@ def test_who_waits_as_long_as_told_is_let_in(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize(
     "line",
-    ["short", "name short", f"name {SECRET} 0", f"name {SECRET} fast", f"a {SECRET}\nb {SECRET}"],
+    [
+        *("short", "name short", f"name {SECRET} 0", f"name {SECRET} fast"),
+        *(f"a {SECRET}\nb {SECRET}", f"name sha256:{SECRET}"),
+    ],
 )
 def test_keys_that_cannot_be_used_are_refused_without_being_shown(line: str) -> None:
     with pytest.raises(ConfigError) as refused:
@@ -272,6 +284,10 @@ FORMS = {
     "an odd charset": (
         "multipart/form-data; boundary=XX; charset=zlib",
         HEAD + b"x\r\n\r\n\r\n--XX--",
+    ),
+    "a charset in which nobody writes": (
+        "multipart/form-data; boundary=XX; charset=undefined",
+        HEAD + b"prompt\r\n\r\na\r\n--XX--",
     ),
     "no name": (None, b"--XX\r\nContent-Disposition: form-data\r\n\r\nx\r\n--XX--\r\n"),
     "no form": (None, b"hello"),

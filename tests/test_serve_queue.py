@@ -115,6 +115,25 @@ def test_only_the_picture_that_kills_the_process_fails() -> None:
     run(test(BatchFailedError("secret")))
 
 
+def test_a_suspect_whose_client_leaves_does_not_end_the_process() -> None:
+    async def test() -> None:
+        async with served(waits=True) as server:
+            child, left = server.child, asyncio.Event()
+            errors = [BatchFailedError("cancelled"), ChildDiedError()]
+            child.fail = lambda orders: errors.pop()
+            leaving = asyncio.create_task(server.edit(left=left))
+            await until(lambda: child.batches)
+            gate, child.gate = child.gate, asyncio.Event()
+            gate.set()
+            await until(lambda: len(child.batches) == 2)
+            left.set()
+            await leaving
+            await until(lambda: not errors)
+            assert (child.cancelled, child.replaced) == (1, [])
+
+    run(test())
+
+
 def test_no_preview_comes_twice_when_an_edit_runs_again() -> None:
     async def test() -> None:
         async with served() as server:

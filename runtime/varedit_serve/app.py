@@ -87,7 +87,7 @@ class Application:
             {route.path for route in routes},
             settings.keys,
             self.metrics,
-            settings.hosts,
+            settings.hosts and {host.lower() for host in settings.hosts},
             settings.origins,
         )
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import AsyncGenerator
 from typing import Any
 
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
@@ -54,9 +55,12 @@ async def read_body(request: Request, limits: Limits) -> tuple[list[tuple[str, A
     too many fields, 408 if it does not arrive in time, 413 if it is too large, 415 if it is of
     another kind; GoneError.
     """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    name, options = parse_options_header(request.headers.get("content-type"))
+    kind = name.decode("latin-1")
     if kind not in (MULTIPART, JSON):
         raise ApiError(415, f"send {MULTIPART} or {JSON}", code="unsupported_media_type")
+    if options.get(b"charset", b"utf-8").lower() != b"utf-8":  # Python knows some that take minutes
+        raise ApiError(400, "send text in UTF-8, and no other charset", code="bad_charset")
     try:
         async with asyncio.timeout(limits.upload_seconds):
             stream = _bounded(request, limits)

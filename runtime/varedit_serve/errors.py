@@ -27,7 +27,8 @@ class ApiError(Exception):
         retry: bool | None = None,
     ) -> None:
         super().__init__(printable(message))
-        self.status, self.param, self.code = status, param, code
+        self.param = None if param is None else printable(param)
+        self.status, self.code = status, code
         self.retry_after, self.retry = retry_after, retry
 
     @property

@@ -5,7 +5,6 @@ from base64 import b64decode
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from math import isfinite
 from typing import Any
 
 from varedit_runtime.errors import shown
@@ -80,16 +79,19 @@ def _flag() -> dict[str, Any]:
     return {"read": read, "schema": {"type": "boolean"}}
 
 
-def _numbers() -> dict[str, Any]:
-    """Read a number, or a list with one for each scale."""
-    wanted = "give a number, or one for each scale"
+def _numbers(least: float, most: float) -> dict[str, Any]:
+    """Read a number, or a list with one for each scale.
+
+    The bounds keep the model's arithmetic finite: an edit that fails is a fault of its whole batch.
+    """
+    wanted = f"give a number from {least:g} to {most:g}, or one for each scale"
 
     def number(value: Any, as_text: bool) -> float:
         if as_text and isinstance(value, str) and _NUMBER.fullmatch(value):
             value = float(value)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(wanted)
-        if abs(value) > 1e30 or not isfinite(value):
+        if not least <= value <= most:
             raise ValueError(wanted)
         return float(value)
 
@@ -98,7 +100,7 @@ def _numbers() -> dict[str, Any]:
             return tuple(number(one, as_text) for one in value)
         return number(value, as_text)
 
-    one = {"type": "number", "minimum": -1e30, "maximum": 1e30}
+    one = {"type": "number", "minimum": least, "maximum": most}
     schema = {"oneOf": [one, {"type": "array", "items": one, "minItems": 1, "maxItems": 99}]}
     return {"read": read, "schema": schema, "listed": True}
 
@@ -141,8 +143,10 @@ def fields_of(limits: Limits, scales: int) -> dict[str, Field]:
         Field("negative_prompt", **_text(32_000), help="What the result should not be."),
         Field("seed", **_integer(0, LARGEST_SEED),
               help="The same request with it gives the same result; result i has seed + i."),
-        Field("guidance_scale", **_numbers(), help=f"How closely to follow the prompt. {several}"),
-        Field("temperature", **_numbers(), help=f"How varied to draw, over 0. {several}"),
+        Field("guidance_scale", **_numbers(-1000, 1000),
+              help=f"How closely to follow the prompt. {several}"),
+        Field("temperature", **_numbers(0.001, 1000),
+              help=f"How varied to draw, from 0.001. {several}"),
         Field("n", **_integer(1, limits.max_n), default=1, help="How many results."),
         Field("size", read=_text(20)["read"], schema=size, default="auto",
               help="auto, or the size of the picture, as every result has it."),

@@ -13,7 +13,7 @@ from varedit_serve.errors import ApiError, wrong
 VARIABLE = "VAREDIT_SERVE_KEYS"
 
 _FORM = re.compile(r"(?P<name>[\w.-]{1,64}) (?P<key>\S{16,512})(?: (?P<rate>[1-9]\d{0,8}))?")
-_HASHED = re.compile(r"sha256:([0-9a-f]{64})")
+_HASHED = re.compile(r"sha256:([0-9a-fA-F]{64})")
 
 
 @dataclass
@@ -110,5 +110,7 @@ def _key(place: str, line: str) -> Key:
             "results a minute"
         )
     hashed = _HASHED.fullmatch(parts["key"])
+    if hashed is None and parts["key"].startswith("sha256:"):
+        raise ConfigError(f"{place} has no digest after sha256:, of 64 hexadecimal digits")
     digest = bytes.fromhex(hashed[1]) if hashed else sha256(parts["key"].encode()).digest()
     return Key(parts["name"], digest, int(parts["rate"]) if parts["rate"] else None)

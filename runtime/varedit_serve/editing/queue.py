@@ -149,7 +149,9 @@ class Queue:
             results = await child.edit([one.order for one in batch], on_partial)
         except (ChildDiedError, BatchFailedError) as error:
             self._run_again(batch, str(error) or "the editing process ended")
-            if isinstance(error, BatchFailedError) and any(one.faults == 1 for one in batch):
+            if isinstance(error, BatchFailedError) and any(
+                one.faults == 1 and not one.job.over for one in batch
+            ):
                 child.replace("failed")  # the fault may be the process's: judge in another one
             return
         finally:
