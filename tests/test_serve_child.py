@@ -84,6 +84,34 @@ def test_a_bundle_that_cannot_be_opened_ends_the_server() -> None:
         asyncio.run(make("unfit", []).run())
 
 
+def test_a_process_that_cannot_be_started_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too many files may be open, or memory be short, when another process has to be started."""
+
+    async def test() -> None:
+        restarts: list[str] = []
+        one = make("works", restarts)
+        works = one._command
+        running = asyncio.create_task(one.run())
+        assert await edited(one) == 7
+        one._command = ("/no/such/program",)
+        one.replace("failed")
+        await until(lambda: len(restarts) > 1)
+        one._command = works
+        assert await edited(one) == 7
+        assert set(restarts[1:]) == {"unfit"}
+        running.cancel()
+        with suppress(asyncio.CancelledError):
+            await running
+
+    sleep = asyncio.sleep
+    monkeypatch.setattr(child.asyncio, "sleep", lambda seconds: sleep(0.01))
+    asyncio.run(test())
+    one = make("works", [])
+    one._command = ("/no/such/program",)
+    with pytest.raises(BackendError, match="no process can be started"):
+        asyncio.run(one.run())
+
+
 def test_a_process_that_dies_while_it_loads_is_started_again_ever_more_slowly(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -17,6 +17,7 @@ from varedit_serve.limits import Limits
 
 _HEAD_BYTES = 16_384  # of a request's headers
 _LAST_SECONDS = 10  # for clients to read the last answers
+SPARE = 64  # connections more than there may be, which are told so if they send a request
 _PAUSE = 0.05  # seconds between looks whether all is done
 
 
@@ -34,6 +35,8 @@ class _Protocol(H11Protocol):
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._wait()
+        if self.limit_concurrency and len(self.connections) > self.limit_concurrency + SPARE:
+            transport.abort()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -64,6 +67,11 @@ class _Protocol(H11Protocol):
             self.transport.abort()
 
 
+def protocol(seconds: float) -> type[_Protocol]:
+    """Return what uvicorn makes for each connection. seconds: that a client may take."""
+    return type("Protocol", (_Protocol,), {"seconds": seconds})
+
+
 class _Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -89,10 +97,9 @@ def serve(application: Application, listening: socket.socket, limits: Limits) ->
 
 
 async def _serve(application: Application, listening: socket.socket, limits: Limits) -> None:
-    protocol = type("Protocol", (_Protocol,), {"seconds": limits.upload_seconds})
     config = uvicorn.Config(
         application.guard,
-        http=protocol,
+        http=protocol(limits.upload_seconds),
         ws="none",
         lifespan="off",
         log_config=None,

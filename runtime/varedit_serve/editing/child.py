@@ -14,7 +14,7 @@ from threading import Thread
 from typing import Any
 
 from varedit_runtime.editing.results import EditResult
-from varedit_runtime.errors import BackendError
+from varedit_runtime.errors import BackendError, reason
 from varedit_serve.editing.messages import BEAT, Opening, Order, Ready
 
 # -P: modules are not looked for in the working folder, which others may write to.
@@ -49,12 +49,12 @@ class _Process:
     def __init__(self, command: Sequence[str], on_message: Callable[..., None]) -> None:
         """on_message: called in the event loop with each message; with ("died",) at the end."""
         ours, theirs = socketpair()
-        with theirs:
+        with ours, theirs:
             number = theirs.fileno()
             self._popen = subprocess.Popen(
                 [*command, str(number)], stdin=subprocess.DEVNULL, pass_fds=[number]
             )
-        self._connection = Connection(ours.detach())
+            self._connection = Connection(ours.detach())
         self._outbox = SimpleQueue[tuple[Any, ...] | None]()
         self._loop, self._on_message = asyncio.get_running_loop(), on_message
         for work in (self._read, self._write):
@@ -150,7 +150,11 @@ class Child:
     async def _run_one(self) -> bool:
         """Start a process and watch it until it has died; return whether it was ever ready."""
         self._patience, self._why = SILENT_LOADING, ""
-        process = self._process = _Process(self._command, self._hear)
+        try:
+            process = self._process = _Process(self._command, self._hear)
+        except OSError as error:  # too many files are open, or memory is short
+            self._why = f"unfit: no process can be started ({reason(error)})"
+            return False
         process.send("open", self._opening)
         served = False
         while self._process is not None:
