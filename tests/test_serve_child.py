@@ -3,17 +3,21 @@
 import asyncio
 import sys
 from contextlib import suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
+from socket import socketpair
 
 import pytest
 from serving import until
 
+from varedit_runtime import EditHandle
 from varedit_runtime.backends.auto import AutoBackend
 from varedit_runtime.errors import BackendError
 from varedit_runtime.locate import embedded
 from varedit_serve.editing import child
 from varedit_serve.editing.child import BatchFailedError, Child, ChildDiedError
 from varedit_serve.editing.messages import Opening, Order
+from varedit_serve.editing.worker import Worker
 
 WORKER = Path(__file__).with_name("fake_worker.py")
 ORDER = Order(b"", 7, ())
@@ -77,6 +81,14 @@ def test_a_process_that_fails_can_be_replaced_while_it_runs() -> None:
             await running
 
     asyncio.run(test())
+
+
+def test_whatever_fails_at_a_batch_is_told_and_the_process_goes_on() -> None:
+    ours, theirs = (Connection(end.detach()) for end in socketpair())
+    one = Worker(theirs)
+    one._handles[1] = EditHandle()
+    one._edit(None, 1, [ORDER])  # type: ignore[arg-type]  # a pickle that is cut off
+    assert ours.recv()[:2] == ("failed", 1) and not one._handles
 
 
 def test_a_bundle_that_cannot_be_opened_ends_the_server() -> None:

@@ -13,7 +13,8 @@ import pytest
 from serving import EDITS, form, png, served
 
 from varedit_runtime.errors import ConfigError
-from varedit_serve.keys import Keys, read_keys
+from varedit_serve.cli import _chosen
+from varedit_serve.keys import VARIABLE, Keys, read_keys
 from varedit_serve.limits import Limits
 
 SECRET = "sk-0123456789abcdef"
@@ -55,6 +56,12 @@ def test_names_of_a_server_are_compared_as_names_are() -> None:
             assert reply.status == 200
 
     run(test())
+
+
+def test_a_site_may_be_named_as_people_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    chosen = _chosen("127.0.0.1", None, None, None, (), ("https://App.example/",), None)
+    assert chosen["origins"] == ["https://app.example"]
 
 
 def test_pages_of_named_sites_may_use_the_server() -> None:

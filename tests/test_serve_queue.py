@@ -11,7 +11,7 @@ from serving import Reply, Server, form, png, served, until
 from varedit_runtime.errors import ConfigError
 from varedit_serve.editing.child import BatchFailedError, ChildDiedError
 from varedit_serve.limits import Limits
-from varedit_serve.moderation import find_moderation
+from varedit_serve.moderation import Everything, find_moderation
 
 PREVIEWS = ("stream", "true"), ("partial_images", "3")
 
@@ -257,6 +257,21 @@ def test_room_in_bytes_is_bounded_before_a_body_is_read() -> None:
             # A prepared edit of nano has 49 kB, for which there is no room either.
             assert (await arriving).status == 503
             assert server.application.budget.bytes == 0
+
+    run(test())
+
+
+def test_a_stream_in_which_the_server_fails_ends_with_an_error() -> None:
+    class Broken(Everything):
+        def result(self, image: Image.Image) -> None:
+            if image.getpixel((0, 0)) == (1, 0, 0):
+                raise RuntimeError("secret")
+
+    async def test() -> None:
+        async with served(moderation=Broken()) as server:
+            *partials, error = (await server.edit(*PREVIEWS)).events
+            assert [event["partial_image_index"] for event in partials] == [0]
+            assert error["error"]["code"] == "server_error" and "secret" not in str(error)
 
     run(test())
 

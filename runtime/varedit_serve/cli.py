@@ -118,7 +118,7 @@ def _chosen(
         raise ConfigError(f"--batch is {batch}; give at least 1")
     chosen: dict[str, Any] = {"model": name, "keys": known, "largest": batch}
     chosen["hosts"] = {*LOCAL, *allow_host} if host in LOCAL or allow_host else None
-    chosen["origins"] = allow_origin
+    chosen["origins"] = [origin.rstrip("/").lower() for origin in allow_origin]
     if moderation is not None:
         from varedit_serve.moderation import find_moderation
 

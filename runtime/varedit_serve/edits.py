@@ -21,7 +21,7 @@ from varedit_serve.body import GoneError, content_length, read_body
 from varedit_serve.budget import Budget
 from varedit_serve.editing.child import Child
 from varedit_serve.editing.queue import Finished, Job, Partial, Queue
-from varedit_serve.errors import ApiError, wrong
+from varedit_serve.errors import ApiError, unexpected, wrong
 from varedit_serve.fields import (
     LARGEST_SEED,
     Field,
@@ -224,8 +224,10 @@ class Edits:
                 await _send(send, content, more=True)
                 event = await _next(job, gone)
             content = await self._in_thread(answer.completed, event.result)
-        except ApiError as error:
-            content = error_event(error)
+        except GoneError:
+            raise
+        except Exception as error:
+            content = error_event(error if isinstance(error, ApiError) else unexpected(error))
         await _send(send, content)
 
 

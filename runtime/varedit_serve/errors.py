@@ -1,5 +1,6 @@
 """Errors as clients see them: OpenAI's shape, a status, and headers that say whether to retry."""
 
+import logging
 from math import ceil
 
 from varedit_runtime.errors import printable
@@ -7,6 +8,8 @@ from varedit_runtime.errors import printable
 LONGEST_WAIT = 120  # seconds: OpenAI's clients give up on a longer Retry-After
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+
+_log = logging.getLogger(__name__)
 
 
 class ApiError(Exception):
@@ -55,6 +58,11 @@ def wrong(param: str | None, message: str, code: str | None = "invalid_value") -
     return ApiError(400, message, param=param, code=code)
 
 
-def failed() -> ApiError:
-    """Return the error of a fault of the server that says nothing about it."""
+def unexpected(error: Exception) -> ApiError:
+    """Log a fault of the server where it happened, without what a client sent; return its error."""
+    place, trace = "", error.__traceback__
+    while trace is not None:
+        place = f"{trace.tb_frame.f_code.co_qualname}, line {trace.tb_lineno}"
+        trace = trace.tb_next
+    _log.error("%s in %s", type(error).__name__, place)
     return ApiError(500, "the server failed; its log says more", code="server_error")

@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from varedit_serve.edits import KEY
-from varedit_serve.errors import ApiError, failed
+from varedit_serve.errors import ApiError, unexpected
 from varedit_serve.keys import Keys
 from varedit_serve.metrics import Metrics
 
@@ -61,7 +61,7 @@ class Guard:
         try:
             answer = await self._answer(scope, receive, completed, headers)
         except Exception as error:
-            answer = _answer(_unexpected(error))
+            answer = _answer(unexpected(error))
         if answer is not None and not status:
             await answer(scope, receive, completed)
         seconds = time.monotonic() - start
@@ -123,13 +123,3 @@ def _name(address: str) -> str | None:
         return urlsplit(address).hostname
     except ValueError:
         return None
-
-
-def _unexpected(error: Exception) -> ApiError:
-    """Log a fault of the server where it happened, without what a client sent."""
-    place, trace = "", error.__traceback__
-    while trace is not None:
-        place = f"{trace.tb_frame.f_code.co_qualname}, line {trace.tb_lineno}"
-        trace = trace.tb_next
-    _log.error("%s in %s", type(error).__name__, place)
-    return failed()

@@ -54,8 +54,6 @@ class Worker:
             self._edit(editor, number, orders)
 
     def _edit(self, editor: Editor, number: int, orders: list[Order]) -> None:
-        edits = [replace(pickle.loads(one.prepared), seed=one.seed) for one in orders]
-
         def show(progress: Progress) -> None:
             for place in progress.pictures:
                 if progress.scale in (scales := orders[place].previews):
@@ -64,9 +62,10 @@ class Worker:
 
         listener = show if any(one.previews for one in orders) else None
         try:
+            edits = [replace(pickle.loads(one.prepared), seed=one.seed) for one in orders]
             results = editor.edit_prepared(edits, on_scale=listener, handle=self._handles[number])
             self._send("edited", number, results)
-        except (VareditError, MemoryError) as error:
+        except Exception as error:  # a traceback on stderr would show paths
             text = "cancelled" if isinstance(error, EditCancelled) else reason(error)
             self._send("failed", number, text)
         finally:
