@@ -108,8 +108,12 @@ class Server:
         headers: dict[str, str] | None = None,
         body: Iterable[bytes | float] = (),
         left: asyncio.Event | None = None,
+        reads: asyncio.Event | None = None,
     ) -> Reply:
-        """Send a request. body: parts, and seconds to wait. left: set when the client leaves."""
+        """Send a request. body: parts, and seconds to wait. left: set when the client leaves.
+
+        reads: set when the client reads on; before, the server waits after it has sent pictures.
+        """
         parts, reply, left = iter(body), Reply(), left or asyncio.Event()
         arrived = False
 
@@ -132,6 +136,8 @@ class Server:
                 reply.status = message["status"]
                 reply.headers = {name.decode(): value.decode() for name, value in pairs}
             else:
+                if reply.body and reads is not None:
+                    await reads.wait()
                 reply.body += message["body"]
 
         sent = {"host": "localhost:8000", **(headers or {})}

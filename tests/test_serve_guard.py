@@ -81,6 +81,19 @@ def test_pages_of_named_sites_may_use_the_server() -> None:
     run(test())
 
 
+def test_headers_of_a_stream_are_its_own() -> None:
+    async def test() -> None:
+        async with served(origins=("https://app.example",)) as server:
+            stream = ("stream", "true")
+            first = await server.edit(stream, headers={"origin": "https://app.example"})
+            other = await server.edit(stream)
+            assert first.headers["access-control-allow-origin"] == "https://app.example"
+            assert "access-control-allow-origin" not in other.headers
+            assert other.headers["vary"] == "origin"
+
+    run(test())
+
+
 def test_a_key_is_needed_where_there_are_keys() -> None:
     async def test() -> None:
         digest = sha256(SECRET.encode()).hexdigest()

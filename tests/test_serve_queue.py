@@ -284,6 +284,38 @@ class Judge:
         return "too red" if image.getpixel((0, 0)) == (2, 0, 0) else None
 
 
+@pytest.mark.parametrize("stream", ["true", "false"])
+def test_an_answer_holds_its_bytes_and_no_place_until_it_is_read(stream: str) -> None:
+    async def test() -> None:
+        async with served() as server:
+            kind, body = form([("image", png()), ("prompt", "a hat"), ("stream", stream)])
+            budget, reads = server.application.budget, asyncio.Event()
+            asking = asyncio.create_task(server.ask("POST", headers=kind, body=[body], reads=reads))
+            await until(lambda: server.child.batches and not budget.pictures)
+            for _ in range(20):
+                await asyncio.sleep(0)
+            assert not asking.done() and budget.bytes
+            reads.set()
+            reply = await asking
+            assert reply.status == 200 and reply.body and budget.bytes == 0
+
+    run(test())
+
+
+def test_results_are_counted_before_they_are_made() -> None:
+    """They have 4 bytes a pixel, which may be far more than the edit itself has."""
+
+    async def test() -> None:
+        async with served(limits=Limits(max_queue_bytes=5_000_000)) as server:
+            large = ("image", png(600))
+            assert (await server.edit(large, ("n", "1"))).status == 200
+            full = await server.edit(large, ("n", "4"))
+            assert full.status == 503 and full.json["error"]["code"] == "full"
+            assert server.application.budget.bytes == 0
+
+    run(test())
+
+
 def test_moderation_judges_texts_previews_and_results() -> None:
     async def test() -> None:
         async with served(moderation=Judge()) as server:

@@ -18,7 +18,7 @@ from varedit_runtime.errors import ConfigError, PictureError, TextError
 from varedit_runtime.pictures import open_picture
 from varedit_serve.answers import Answer, error_event
 from varedit_serve.body import GoneError, content_length, read_body
-from varedit_serve.budget import Budget
+from varedit_serve.budget import Budget, Claim
 from varedit_serve.editing.child import Child
 from varedit_serve.editing.queue import Finished, Job, Partial, Queue
 from varedit_serve.errors import ApiError, unexpected, wrong
@@ -82,15 +82,16 @@ class Edits:
             claim.hold(values["n"], claim.bytes)
             job, answer = await self._in_thread(self._prepare, values)
             del values["image"], values["mask"]  # which are not counted any more
-            claim.hold(values["n"], len(job.prepared))
+            claim.hold(values["n"], job.memory)
             gone = asyncio.create_task(_until_gone(receive))
             self.queue.submit(job)
             try:
                 if values["stream"]:
-                    await self._stream(job, answer, gone, send)
+                    await self._stream(job, answer, gone, claim, send)
                 else:
                     response = await self._whole(job, answer, gone, only_bytes)
-                    await response(scope, receive, send)
+                    await _start(send, response.raw_headers)
+                    await _finish(send, claim, bytes(response.body))
             except GoneError:
                 pass
             finally:
@@ -152,6 +153,7 @@ class Edits:
         assert self.child.facts is not None, "nothing is admitted before"
         job = Job(
             pickle.dumps(edit, pickle.HIGHEST_PROTOCOL),
+            edit.size,
             self.child.facts.group(edit),
             range(seed, seed + values["n"]),
             _previews(values["partial_images"], len(self.preparer.variant.grids)),
@@ -213,26 +215,37 @@ class Edits:
         return Response(content, media_type="application/json")
 
     async def _stream(
-        self, job: Job, answer: Answer, gone: "asyncio.Task[None]", send: Send
+        self, job: Job, answer: Answer, gone: "asyncio.Task[None]", claim: Claim, send: Send
     ) -> None:
         """Send events. Raises what `_whole` does, ApiError only before the first event."""
         event = await _next(job, gone)
-        await send({"type": "http.response.start", "status": 200, "headers": _STREAM})
+        await _start(send, list(_STREAM))  # more are added to the list
         try:
             while isinstance(event, Partial):
                 content = await self._in_thread(answer.partial, event.image, event.index)
-                await _send(send, content, more=True)
+                await _send(send, content)
                 event = await _next(job, gone)
             content = await self._in_thread(answer.completed, event.result)
         except GoneError:
             raise
         except Exception as error:
             content = error_event(error if isinstance(error, ApiError) else unexpected(error))
-        await _send(send, content)
+        await _finish(send, claim, content)
 
 
-async def _send(send: Send, content: bytes, more: bool = False) -> None:
+async def _start(send: Send, headers: list[tuple[bytes, bytes]]) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+
+
+async def _send(send: Send, content: bytes, more: bool = True) -> None:
     await send({"type": "http.response.body", "body": content, "more_body": more})
+
+
+async def _finish(send: Send, claim: Claim, content: bytes) -> None:
+    """Send the last part of an answer: it holds memory until it is read, but no place."""
+    claim.hold(0, min(claim.bytes, len(content)))
+    await _send(send, content)
+    await _send(send, b"", more=False)  # which waits until the client has read what came before
 
 
 async def _until_gone(receive: Receive) -> None:

@@ -14,6 +14,7 @@ from varedit_serve.errors import ApiError
 from varedit_serve.metrics import Metrics
 
 FAULTS = 2  # of the process while it edits a picture; then the picture is to blame
+_PIXEL = 4  # bytes of a decoded picture, about as many as the base64 of an encoded one has at most
 
 _log = logging.getLogger(__name__)
 
@@ -38,17 +39,24 @@ class Finished:
 class Job:
     """A request's pictures, all of one prepared edit.
 
-    group: edits of one group can share a batch. events: what happens to them, in order; ApiError is
-    the last one.
+    size: (width, height) of each. group: edits of one group can share a batch. events: what happens
+    to them, in order; ApiError is the last one.
     """
 
     prepared: bytes
+    size: tuple[int, int]
     group: Hashable
     seeds: Sequence[int]
     previews: tuple[int, ...]
     events: "asyncio.Queue[Partial | Finished | ApiError]" = field(default_factory=asyncio.Queue)
     over: bool = False  # nobody waits for more
     timer: asyncio.TimerHandle | None = None
+
+    @property
+    def memory(self) -> int:
+        """The bytes of the edit, its results and its previews."""
+        pictures = len(self.seeds) + len(self.previews)
+        return len(self.prepared) + pictures * self.size[0] * self.size[1] * _PIXEL
 
 
 @dataclass(eq=False)
