@@ -80,21 +80,18 @@ async function edit(event) {
   if (!turns.length) return tell("Choose a picture first.", true);
   const from = turns[shown], prompt = $("prompt").value.trim();
   if (!prompt) return tell("Say what to change.", true);
-  const form = new FormData();
-  form.append("image", from.blob, "picture");
-  form.append("prompt", prompt);
-  form.append("stream", "true");
-  form.append("partial_images", String(PREVIEWS));
-  for (const name of OPTIONAL) if ($(name).value.trim()) form.append(name, $(name).value.trim());
-  if (painted) form.append("mask", await maskFile(), "mask.png");
   running = new AbortController();
+  const { signal } = running;
   busy(true);
   view({ url: from.url });
+  let told = {};
   try {
-    const reply = await ask("/v1/images/edits", { method: "POST", body: form, signal: running.signal });
-    for await (const told of events(reply.body)) take(told, from, prompt);
+    const body = await fields(from, prompt);
+    const reply = await ask("/v1/images/edits", { method: "POST", body, signal });
+    for await (told of events(reply.body)) take(told, from, prompt);
+    if (told.type !== "image_edit.completed") throw new Error("The server ended before the result.");
   } catch (error) {
-    view(from);
+    view(turns[shown]); // another one than `from` if a picture was dropped meanwhile
     tell(error.name === "AbortError" ? "Cancelled." : error.message, error.name !== "AbortError");
   } finally {
     running = null;
@@ -102,15 +99,25 @@ async function edit(event) {
   }
 }
 
+async function fields(from, prompt) {
+  const form = new FormData();
+  form.append("image", from.blob, "picture");
+  form.append("prompt", prompt);
+  form.append("stream", "true");
+  form.append("partial_images", String(PREVIEWS));
+  for (const name of OPTIONAL) if ($(name).value.trim()) form.append(name, $(name).value.trim());
+  if (painted) form.append("mask", await maskFile(), "mask.png");
+  return form;
+}
+
 function take(told, from, prompt) {
   if (told.error) throw new Error(told.error.message);
-  const blob = decoded(told);
-  const url = URL.createObjectURL(blob);
   if (told.type === "image_edit.partial_image") {
-    $("after").src = url;
+    $("after").src = `data:image/${told.output_format};base64,${told.b64_json}`;
     tell(`Drawing, ${told.partial_image_index + 1} of ${PREVIEWS + 1} …`);
     return;
   }
+  const blob = decoded(told), url = URL.createObjectURL(blob);
   turns = [...turns.slice(0, shown + 1), { url, blob, before: from.url, prompt, seed: told.seed }];
   show(turns.length - 1);
   $("prompt").value = "";
