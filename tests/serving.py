@@ -114,6 +114,7 @@ class Server:
 
         reads: set when the client reads on; before, the server waits after it has sent pictures.
         """
+        path, _, query = path.partition("?")
         parts, reply, left = iter(body), Reply(), left or asyncio.Event()
         arrived = False
 
@@ -146,7 +147,7 @@ class Server:
             "method": method,
             "path": path,
             "raw_path": path.encode(),
-            "query_string": b"",
+            "query_string": query.encode(),
             "root_path": "",
             "scheme": "http",
             "headers": [(name.encode(), value.encode()) for name, value in sent.items()],

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from serving import Fields, Reply, png, preparer, served
+from serving import EDITS, Fields, Reply, form, png, preparer, served
 
 from varedit_serve.errors import ApiError
 from varedit_serve.fields import LARGEST_SEED, fields_of, read_fields
@@ -101,6 +101,15 @@ def test_a_field_that_cannot_be_used_is_a_400_that_names_it(fields: Fields, blam
 
 def test_a_misspelt_field_is_told_the_right_one() -> None:
     assert "did you mean prompt?" in edit(("promt", "x")).json["error"]["message"]
+
+
+def test_a_field_in_the_address_is_a_400_that_names_it() -> None:
+    async def asked() -> Reply:
+        async with served() as server:
+            kind, body = form([("image", png()), ("prompt", "add a hat")])
+            return await server.ask("POST", f"{EDITS}?seed=7", kind, [body])
+
+    assert asyncio.run(asked()).blamed == (400, "seed")
 
 
 def test_no_answer_repeats_an_instruction() -> None:

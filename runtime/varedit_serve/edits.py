@@ -70,6 +70,9 @@ class Edits:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request. Raises ApiError, as long as no answer has begun."""
         request, key = Request(scope, receive), scope.get(KEY)
+        for name in request.query_params:
+            told = "fields are read from the body alone: give none in the address"
+            raise wrong(name[:64], told, "unknown_field")
         with self.budget.claim() as claim:
             self._admit(key, 1)
             claim.hold(1, content_length(request, self.limits))
