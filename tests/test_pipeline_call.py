@@ -90,15 +90,33 @@ def test_pictures_come_and_go_as_arrays_and_tensors(
 
     plain = call(sample, "pil")
     expected = np.array(plain.images[0], np.float32) / 255
-    for image in (pixels, pixels[None], np.array(sample), tensor, tensor[None], [tensor]):
+    eight_bits = torch.from_numpy(np.array(sample)).permute(2, 0, 1)
+    for image in (
+        pixels,
+        pixels[None],
+        np.array(sample),
+        tensor,
+        tensor[None],
+        [tensor],
+        eight_bits,
+    ):
         assert np.array_equal(call(image, "np").images, expected[None])
     assert torch.equal(call(tensor, "pt").images[0].permute(1, 2, 0), torch.from_numpy(expected))
     mask = Image.fromarray((marked[0].numpy() * 255).astype(np.uint8))
     masked = nano.edit(sample, "add a hat", mask=mask, seed=plain.seeds[0])
-    assert call(sample, "pil", mask_image=marked).images == [masked.image]
+    for told in (marked, marked.bool()):
+        assert call(sample, "pil", mask_image=told).images == [masked.image]
 
 
-@pytest.mark.parametrize("image", [np.zeros((8, 8, 3), np.int64), np.zeros((8, 8, 7)), 7])
+@pytest.mark.parametrize(
+    "image",
+    [
+        *(np.zeros((8, 8, 3), np.int64), np.zeros((8, 8, 7)), 7),
+        *(np.full((8, 8, 3), 255.0), np.full((8, 8, 3), -1.0), np.full((8, 8, 3), np.nan)),
+        torch.full((3, 8, 8), 200.0),
+    ],
+    ids=["int64", "channels", "number", "255", "-1", "nan", "200"],
+)
 def test_what_is_no_picture_is_refused(pipe: VAREditPipeline, image: Any) -> None:
     with pytest.raises((ConfigError, PictureError), match="give"):
         pipe(image=image, prompt="add a hat")

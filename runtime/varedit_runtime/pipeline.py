@@ -21,6 +21,7 @@ from varedit_runtime.values import entries
 
 PREVIEW = "preview"  # what a callback can ask for
 OUTPUT_TYPES = ("pil", "np", "pt")
+SLACK = 0.01  # by which resizing makes numbers pass 0 and 1
 SEEDS = 2**53  # drawn ones are below, exact in JSON too
 
 # Called with the pipeline, the scale twice (as step and time step), and what it asked for.
@@ -80,8 +81,8 @@ class VAREditPipeline:
         """Edit one picture or a list of them as `Editor.edit` does.
 
         image, mask_image: Pillow images, what else `Editor.edit` takes, arrays [H, W, C] or
-        [B, H, W, C] of 0 to 1 or of uint8, or tensors [C, H, W] or [B, C, H, W] of 0 to 1; lists of
-        these. Of a mask only what is white may change. guidance_scale: by default the bundle's.
+        [B, H, W, C] of 0 to 1 or of uint8, or tensors [C, H, W] or [B, C, H, W] of the same; lists
+        of these. Of a mask only what is white may change. guidance_scale: by default the bundle's.
         generator: a torch.Generator, from which a seed is drawn, or one for each result.
         output_type: "pil", "np" for an array [B, H, W, C] or "pt" for a tensor [B, C, H, W], of 0
         to 1. callback_on_step_end: called after each scale; what it returns is not used.
@@ -139,7 +140,8 @@ def _each(value: Any) -> Iterator[Any]:
             yield from _each(one)
         return
     if hasattr(value, "detach"):
-        value = value.detach().cpu().float().numpy()
+        value = value.detach().cpu()
+        value = (value.float() if value.is_floating_point() else value).numpy()
         value = np.moveaxis(value, -3, -1) if value.ndim > 2 else value
     if not isinstance(value, np.ndarray):
         yield value
@@ -150,7 +152,9 @@ def _each(value: Any) -> Iterator[Any]:
 
 def _from_array(pixels: np.ndarray) -> Image.Image:
     """Return an array [H, W, C] or [H, W] as a picture."""
-    if pixels.dtype.kind == "f":
+    if pixels.dtype.kind in "fb":
+        if not ((pixels > -SLACK) & (pixels < 1 + SLACK)).all():
+            raise ConfigError("an image has numbers below 0 or above 1; give 0 to 1, or uint8")
         pixels = (pixels.astype(np.float32) * 255).round().clip(0, 255).astype(np.uint8)
     colours = pixels.shape[2:]
     if pixels.dtype != np.uint8 or pixels.ndim < 2 or colours not in ((), (1,), (3,), (4,)):
