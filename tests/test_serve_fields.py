@@ -138,6 +138,14 @@ def test_no_field_is_ignored() -> None:
     assert usage["total_tokens"] == usage["input_tokens"] + usage["output_tokens"]
 
 
+def test_more_results_than_places_are_never_asked_to_come_again() -> None:
+    async def test() -> None:
+        async with served(limits=Limits(max_queue=1)) as server:
+            assert (await server.edit(("n", "2"))).blamed == (400, "n")
+
+    asyncio.run(test())
+
+
 def test_another_model_is_a_404() -> None:
     assert edit(("model", "gpt-image-1")).blamed == (404, "model")
 

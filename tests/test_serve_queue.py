@@ -254,8 +254,8 @@ def test_room_in_bytes_is_bounded_before_a_body_is_read() -> None:
             await until(lambda: server.application.budget.bytes)
             reply = await server.ask("POST", headers=kind, body=[body])
             assert reply.status == 503 and reply.json["error"]["code"] == "full"
-            # A prepared edit of nano has 49 kB, for which there is no room either.
-            assert (await arriving).status == 503
+            # A prepared edit of nano has 49 kB, for which there never is room.
+            assert (await arriving).status == 413
             assert server.application.budget.bytes == 0
 
     run(test())
@@ -306,11 +306,15 @@ def test_results_are_counted_before_they_are_made() -> None:
     """They have 4 bytes a pixel, which may be far more than the edit itself has."""
 
     async def test() -> None:
-        async with served(limits=Limits(max_queue_bytes=5_000_000)) as server:
+        async with served(waits=True, limits=Limits(max_queue_bytes=5_000_000)) as server:
             large = ("image", png(600))
-            assert (await server.edit(large, ("n", "1"))).status == 200
-            full = await server.edit(large, ("n", "4"))
+            first = asyncio.create_task(server.edit(large, ("n", "2")))
+            await until(lambda: server.child.batches)
+            full = await server.edit(large, ("n", "2"))
             assert full.status == 503 and full.json["error"]["code"] == "full"
+            assert (await server.edit(large, ("n", "4"))).status == 413  # it is no use to wait
+            server.child.gate.set()
+            assert (await first).status == 200
             assert server.application.budget.bytes == 0
 
     run(test())

@@ -14,6 +14,10 @@ class Budget:
         self._limits, self._retry_after = limits, retry_after
         self.pictures = self.bytes = 0
 
+    @property
+    def most_bytes(self) -> int:
+        return self._limits.max_queue_bytes
+
     def claim(self) -> "Claim":
         """Return a claim that holds nothing yet; it gives back what it holds at its block's end."""
         return Claim(self)
@@ -37,7 +41,13 @@ class Claim:
         self.pictures = self.bytes = 0
 
     def hold(self, pictures: int, size: int) -> None:
-        """Hold so many results and bytes from now on. Raises ApiError 503 if there is no room."""
+        """Hold so many results and bytes from now on.
+
+        Raises ApiError: 503 if there is no room now, 413 if there never is.
+        """
+        if size > self._budget.most_bytes:
+            told = "the request needs more memory than the server has: ask for fewer results"
+            raise ApiError(413, f"{told}, or send a smaller picture", code="request_too_large")
         self._budget._take(pictures - self.pictures, size - self.bytes)
         self.pictures, self.bytes = pictures, size
 
