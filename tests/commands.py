@@ -31,14 +31,14 @@ def slowed(condition: str) -> str:
     """Return code that says "under way" and waits where noise is drawn, on a condition."""
     return f"""if True:
         import time
-        from varedit_runtime.editing import editor
-        noise = editor.uniform_noise
+        from varedit_runtime.editing import run
+        noise = run.uniform_noise
         def uniform_noise(seed, scale, *rest):
             if {condition}:
                 print("under way", flush=True)
                 time.sleep(120)
             return noise(seed, scale, *rest)
-        editor.uniform_noise = uniform_noise
+        run.uniform_noise = uniform_noise
         """
 
 

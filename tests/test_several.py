@@ -406,8 +406,7 @@ def test_a_signal_loses_the_picture_in_work_alone(sent: signal.Signals) -> None:
         stderr=subprocess.PIPE,
     )
     assert process.stdout is not None
-    while b"under way" not in process.stdout.readline():
-        pass
+    assert any(b"under way" in line for line in process.stdout)
     process.send_signal(sent)
     _, stderr = process.communicate(timeout=60)
     if sent != signal.SIGKILL:
