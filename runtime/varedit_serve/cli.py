@@ -51,7 +51,13 @@ def _limits(command: Callable[..., None]) -> Callable[..., None]:
 @variant_option
 @backend_option()
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
-@click.option("--port", default=8000, show_default=True, help="Port; 0 for any that is free.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65_535),
+    default=8000,
+    show_default=True,
+    help="Port; 0 for any that is free.",
+)
 @click.option("--keys", type=PATH, help="File of API keys: NAME KEY [RATE] on each line.")
 @click.option("--name", help="The model's name for clients; by default the bundle's.")
 @click.option("--batch", type=int, help="Most pictures of a batch; by default the bundle's.")

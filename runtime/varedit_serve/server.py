@@ -11,7 +11,7 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from varedit_runtime.errors import ConfigError
+from varedit_runtime.errors import ConfigError, reason
 from varedit_serve.app import Application
 from varedit_serve.limits import Limits
 
@@ -84,10 +84,10 @@ def listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=1024)
-    except OSError as error:
+    except (OSError, TypeError, ValueError) as error:  # the last ones of what is no name at all
         raise ConfigError(
-            f"{host}, port {port}, cannot be listened at ({os.strerror(error.errno or 0)}): choose "
-            "another --port"
+            f"{host}, port {port}, cannot be listened at ({reason(error)}): choose another --port, "
+            "or a --host of this machine"
         ) from error
 
 
