@@ -23,7 +23,7 @@ class Limits(CheckedOptions):
     max_fields: int = _limit(40, "Fields of a form.")
     max_n: int = _limit(4, "Results of a request.")
     max_queue: int = _limit(32, "Results that are waited for at a time.")
-    max_queue_bytes: int = _limit(512 * MB, "Memory of all requests that wait or run.")
+    max_queue_bytes: int = _limit(512 * MB, "Memory of all requests and answers.")
     max_connections: int = _limit(512, "Open connections.")
     upload_seconds: float = _limit(30.0, "Seconds for a request to arrive, an answer to be read.")
     deadline: float = _limit(60.0, "Seconds after which an admitted request is refused.")
