@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -17,6 +18,7 @@ from varedit_export.graphs.patterns import kept_pattern
 from varedit_export.graphs.trace import Tracer
 from varedit_export.plan import BundlePlan, GraphPlan
 from varedit_export.sources import random_sources
+from varedit_runtime.precision import Int8Columns
 
 
 @pytest.fixture(autouse=True)
@@ -127,6 +129,21 @@ def test_weights_and_depth_do_not_matter(kept: Maker) -> None:
     kept(seed=0, depth=5)
     kept(seed=1, depth=6)
     assert kept.count == 1
+
+
+class OwnColumns(Int8Columns):
+    """Somebody's storage, whose code may change without a trace in ours."""
+
+
+def test_what_code_of_others_takes_part_in_is_not_kept(folder: Path, kept: Maker) -> None:
+    graph, _ = condition()
+    stage = copy(graph.stage)
+    precision = replace(stage.shapes.precision, stored=(("transformer.*", OwnColumns(7)),))
+    stage.shapes = replace(stage.shapes, precision=precision)
+    for count in (1, 2):
+        kept_pattern(stage, graph.binding, kept.make)
+        assert kept.count == count
+    assert not folder.exists()
 
 
 def test_the_cache_is_bounded_and_what_was_used_last_stays(

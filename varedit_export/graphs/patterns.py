@@ -23,6 +23,7 @@ from varedit_export.graphs.scales import Binding
 from varedit_export.graphs.stages import Stage
 from varedit_runtime.files import keep, read_kept
 from varedit_runtime.locate import cache_folder
+from varedit_runtime.precision import Storage
 
 LARGEST_CACHE = 64 * 2**20  # bytes; a pattern has about 0.1 MB, a model one for each graph
 DIGEST_SIZE = sha256().digest_size
@@ -31,7 +32,12 @@ TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "numpy", "sympy")
 
 
 def kept_pattern(stage: Stage, binding: Binding | None, make: Callable[[], ir.Model]) -> ir.Model:
-    """Return the pattern of a graph: from the cache, or made and kept."""
+    """Return the pattern of a graph: from the cache, or made and kept.
+
+    One that a storage of somebody else's code takes part in is not kept: it may change.
+    """
+    if not all(map(_is_ours, stage.shapes.precision.stored)):
+        return make()
     path = _folder() / f"{_key(stage, binding)}.onnx"
     constants = () if binding is None else binding.constants
     inputs = [name for name in stage.inputs() if name not in constants]
@@ -48,6 +54,10 @@ def kept_pattern(stage: Stage, binding: Binding | None, make: Callable[[], ir.Mo
 def with_digest(data: bytes) -> bytes:
     """Return a file's content: what is kept, behind its digest."""
     return sha256(data).digest() + data
+
+
+def _is_ours(stored: tuple[str, Storage]) -> bool:
+    return type(stored[1]).__module__.partition(".")[0] in PACKAGES
 
 
 def _folder() -> Path:
