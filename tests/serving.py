@@ -3,8 +3,9 @@
 import asyncio
 import io
 import json
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
-from contextlib import asynccontextmanager, suppress
+import logging
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -33,6 +34,21 @@ def png(side: int = 24, mode: str = "RGB") -> bytes:
     colour = (200, 30, 30, 128)[: len(mode)] if "RGB" in mode else 255
     Image.new(mode, (side, side), colour).save(content, "PNG")
     return content.getvalue()
+
+
+@contextmanager
+def logged() -> Iterator[list[str]]:
+    """Yield a list that gets every line that the server logs meanwhile."""
+    logger, lines = logging.getLogger("varedit_serve"), list[str]()
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(handler.format(record))
+    logger.addHandler(handler)
+    level, _ = logger.level, logger.setLevel(logging.DEBUG)
+    try:
+        yield lines
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 @dataclass

@@ -26,7 +26,7 @@ ORDER = Order(b"", 7, ())
 def make(kind: str, restarts: list[str]) -> Child:
     opening = Opening(embedded(), None, AutoBackend())
     command = (sys.executable, str(WORKER), kind)
-    return Child(opening, lambda: None, restarts.append, command)
+    return Child(opening, lambda seconds: None, restarts.append, command)
 
 
 async def edited(one: Child) -> int:

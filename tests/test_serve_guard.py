@@ -1,7 +1,6 @@
 """Who may ask, what all answers have in common, and bodies that are too large or too slow."""
 
 import asyncio
-import logging
 import re
 from collections.abc import Coroutine
 from hashlib import sha256
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import EDITS, form, png, served
+from serving import EDITS, form, logged, png, served
 
 from varedit_runtime.errors import ConfigError
 from varedit_serve.cli import _chosen
@@ -192,15 +191,8 @@ def test_unknown_paths_and_methods_have_openais_shape() -> None:
     run(test())
 
 
-def test_no_prompt_key_or_trace_is_in_an_answer_or_log(caplog: pytest.LogCaptureFixture) -> None:
-    logger = logging.getLogger("varedit_serve")
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(handler.format(record))
-    logger.addHandler(handler)
-    level, _ = logger.level, logger.setLevel(logging.DEBUG)
-
-    async def test() -> None:
+def test_no_prompt_key_or_trace_is_in_an_answer_or_log() -> None:
+    async def test(lines: list[str]) -> None:
         async with served(keys=keys(f"me {SECRET}")) as server:
 
             def broken(*given: object, **named: object) -> None:
@@ -214,11 +206,8 @@ def test_no_prompt_key_or_trace_is_in_an_answer_or_log(caplog: pytest.LogCapture
             assert "RuntimeError in" in said
             assert not any(hidden in said for hidden in ("secret", SECRET, "Traceback", ".py"))
 
-    try:
-        run(test())
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
+    with logged() as lines:
+        run(test(lines))
 
 
 def test_the_page_loads_nothing_from_elsewhere() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from serving import Reply, Server, form, png, served, until
+from serving import Reply, Server, form, logged, png, served, until
 
 from varedit_runtime.errors import ConfigError
 from varedit_serve.editing.child import BatchFailedError, ChildDiedError
@@ -359,3 +359,22 @@ def test_draining_and_loading_admit_nothing() -> None:
             assert (await server.ask(path="/livez")).status == 200
 
     run(test())
+
+
+def test_edits_that_take_longer_than_the_deadline_are_warned_of() -> None:
+    async def test(lines: list[str]) -> None:
+        async with served(waits=True, limits=Limits(deadline=60.0)) as server:
+            queue = server.application.queue
+            queue.on_ready(59.0)
+            assert not lines
+            queue.on_ready(61.0)
+            (told,) = lines
+            assert told == "an edit takes 61 s and --deadline is 60 s: no request will be answered"
+            jobs = seeded(server, 1)
+            await until(lambda: bool(server.child.batches))
+            assert queue.retry_after() == 61
+            server.child.gate.set()
+            await asyncio.gather(*jobs)
+
+    with logged() as lines:
+        run(test(lines))

@@ -67,7 +67,7 @@ class Application:
         self.model = settings.model or preparer.bundle.manifest.name
         self.metrics = Metrics()
         self.queue = Queue(self.metrics, settings.largest, limits.deadline)
-        self.child = Child(opening, self.queue.wake, self.metrics.restarted, command)
+        self.child = Child(opening, self.queue.on_ready, self.metrics.restarted, command)
         self.budget = Budget(limits, self.queue.retry_after)
         self.edits = Edits(
             preparer,

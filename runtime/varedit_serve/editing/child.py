@@ -101,11 +101,14 @@ class Child:
     def __init__(
         self,
         opening: Opening,
-        on_ready: Callable[[], None],
+        on_ready: Callable[[float], None],
         on_restart: Callable[[str], None],
         command: Sequence[str] = COMMAND,
     ) -> None:
-        """on_restart: gets why a process is replaced: died, silent, stuck, failed or unfit."""
+        """on_ready: gets the seconds that an edit takes.
+
+        on_restart: gets why a process is replaced: died, silent, stuck, failed or unfit.
+        """
         self._opening, self._command = opening, command
         self._on_ready, self._on_restart = on_ready, on_restart
         self._process: _Process | None = None
@@ -185,7 +188,7 @@ class Child:
             case ("ready", facts):
                 self.ready, self.facts, self._patience = True, facts, SILENT
                 _log.info("ready: an edit takes %.2f s on %s", facts.seconds, facts.provider)
-                self._on_ready()
+                self._on_ready(facts.seconds)
             case ("unfit", text):
                 self._why = f"unfit: {text}"
             case ("died",):

@@ -80,17 +80,21 @@ class Queue:
         self._waiting: list[_Picture] = []
         self._running: list[_Picture] = []
         self._wake = asyncio.Event()
-        self._seconds: float | None = None  # that a picture takes, about
+        self._seconds = 1.0  # that a picture takes, about
         self._child: Child | None = None
         metrics.watch_queue(lambda: len(self._waiting))
 
-    def wake(self) -> None:
-        """Look again for what can be done: the child is ready."""
+    def on_ready(self, seconds: float) -> None:
+        """Look again for what can be done: the child is ready. seconds: that an edit takes."""
+        self._seconds = seconds
+        if seconds > self._deadline:
+            told = "an edit takes %.0f s and --deadline is %g s: no request will be answered"
+            _log.warning(told, seconds, self._deadline)
         self._wake.set()
 
     def retry_after(self) -> float:
         """Return the seconds until what waits now may be done."""
-        return (len(self._waiting) + len(self._running)) * (self._seconds or 1.0)
+        return (len(self._waiting) + len(self._running)) * self._seconds
 
     def submit(self, job: Job) -> None:
         """Let a job's pictures wait for their turn."""
@@ -165,7 +169,7 @@ class Queue:
         finally:
             self._running = []
         elapsed = (asyncio.get_running_loop().time() - start) / len(batch)
-        self._seconds = elapsed if self._seconds is None else (3 * self._seconds + elapsed) / 4
+        self._seconds = (3 * self._seconds + elapsed) / 4
         self._metrics.edited(results[0].timings)
         for picture, result in zip(batch, results, strict=True):
             picture.job.events.put_nowait(Finished(picture.place, result))
