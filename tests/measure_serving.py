@@ -45,7 +45,7 @@ def main() -> None:
 def measure(server: "subprocess.Popen[str]", given: argparse.Namespace) -> dict[str, float]:
     assert server.stderr is not None
     lines = iter(server.stderr.readline, "")
-    told = next(filter(None, (re.search(r"is served at (\S+)", line) for line in lines)))
+    told = next(filter(None, (re.search(r"served at (\S+)", line) for line in lines)))
     next(line for line in lines if "ready:" in line)
     client = openai.OpenAI(base_url=f"{told[1]}/v1", api_key="none", max_retries=0)
 

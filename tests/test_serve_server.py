@@ -36,7 +36,7 @@ class Process:
             text=True,
         )
         assert self.popen.stderr is not None
-        line = next(line for line in self.popen.stderr if "is served at" in line)
+        line = next(line for line in self.popen.stderr if "served at" in line)
         self.port = int(line.rsplit(":", 1)[1])
         self.client = openai.OpenAI(
             base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0

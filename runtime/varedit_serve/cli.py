@@ -103,7 +103,8 @@ def main(
     application = Application(preparer, Opening(bundle, variant, backend), settings)
     with server.listen(host, port) as listening:
         shown = f"[{host}]" if ":" in host else host
-        say(f"{application.model} is served at http://{shown}:{listening.getsockname()[1]}")
+        at = f"http://{shown}:{listening.getsockname()[1]}"
+        say(f"{application.model} is loaded, and then served at {at}")
         server.serve(application, listening, limits)
 
 

@@ -51,8 +51,12 @@ class _Process:
         ours, theirs = socketpair()
         with ours, theirs:
             number = theirs.fileno()
+            # A group of its own: Ctrl-C in a terminal is the parent's alone.
             self._popen = subprocess.Popen(
-                [*command, str(number)], stdin=subprocess.DEVNULL, pass_fds=[number]
+                [*command, str(number)],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[number],
+                process_group=0,
             )
             self._connection = Connection(ours.detach())
         self._outbox = SimpleQueue[tuple[Any, ...] | None]()

@@ -132,8 +132,15 @@ function decoded(told) {
 async function ask(path, request = {}) {
   const key = $("key").value.trim();
   const headers = key ? { authorization: `Bearer ${key}` } : {};
-  const reply = await fetch(path, { ...request, headers });
+  const reply = await fetch(path, { ...request, headers }).catch((error) => {
+    throw error.name === "AbortError" ? error : new Error("The server cannot be reached.");
+  });
   if (reply.ok) return reply;
+  if (reply.status === 401) {
+    $("settings").open = true;
+    $("key").focus();
+    throw new Error("The server needs an API key: give it under Settings.");
+  }
   const wait = reply.headers.get("retry-after");
   const told = await reply.json().catch(() => null);
   const message = told?.error?.message ?? `The server answered ${reply.status}`;
@@ -238,18 +245,20 @@ $("before").onload = () => {
   $("views").style.setProperty("--ratio", naturalWidth / naturalHeight);
   if (canvas.width !== naturalWidth || canvas.height !== naturalHeight) clearMask();
 };
+$("before").onerror = () => tell("The picture is damaged, or this browser cannot show it.", true);
 $("brush").onclick = () => turns.length && masking($("brush").getAttribute("aria-pressed") !== "true");
 $("clear").onclick = clearMask;
 $("key").onchange = hello;
 
 const stage = $("stage");
-stage.ondragover = (event) => (event.preventDefault(), stage.classList.add("over"));
-stage.ondragleave = () => stage.classList.remove("over");
-stage.ondrop = (event) => {
+// Anywhere: beside the stage a browser would leave the page for the picture.
+addEventListener("dragover", (event) => (event.preventDefault(), stage.classList.add("over")));
+addEventListener("dragleave", () => stage.classList.remove("over"));
+addEventListener("drop", (event) => {
   event.preventDefault();
   stage.classList.remove("over");
   start(event.dataTransfer.files[0]);
-};
+});
 addEventListener("paste", (event) => event.clipboardData.files.length && start(event.clipboardData.files[0]));
 
 $("views").onpointermove = (event) => {
