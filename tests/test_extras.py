@@ -88,6 +88,7 @@ WRONG = {
     ("serve", "nowhere"): "there is no bundle at",
     ("serve", NANO, "--host", "0.0.0.0"): "give API keys",
     ("serve", NANO, "--batch", "0"): "--batch is 0",
+    ("serve", NANO, "--digest", "0"): "is not the one asked for",
     ("serve", NANO, "--max-queue", "0"): "max_queue is 0",
     ("serve", NANO, "--keys", "nowhere"): "nowhere cannot be read",
     ("serve", NANO, "--moderation", "nowhere"): "nowhere is no MODULE:OBJECT",

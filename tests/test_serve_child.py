@@ -1,6 +1,7 @@
 """The editing process as its parent sees it: started, watched, and replaced."""
 
 import asyncio
+import shutil
 import sys
 from contextlib import suppress
 from multiprocessing.connection import Connection
@@ -12,12 +13,13 @@ from serving import until
 
 from varedit_runtime import EditHandle
 from varedit_runtime.backends.auto import AutoBackend
-from varedit_runtime.errors import BackendError
+from varedit_runtime.bundle import Bundle
+from varedit_runtime.errors import BackendError, BundleError
 from varedit_runtime.locate import embedded
 from varedit_serve.editing import child
 from varedit_serve.editing.child import BatchFailedError, Child, ChildDiedError
 from varedit_serve.editing.messages import Opening, Order
-from varedit_serve.editing.worker import Worker
+from varedit_serve.editing.worker import Worker, _open
 
 WORKER = Path(__file__).with_name("fake_worker.py")
 ORDER = Order(b"", 7, ())
@@ -145,3 +147,15 @@ def test_a_process_that_dies_while_it_loads_is_started_again_ever_more_slowly(
 
     asyncio.run(test())
     assert pauses == [2, 4, 5, 5]
+
+
+def test_with_a_digest_a_bundle_with_other_bytes_is_not_opened(tmp_path: Path) -> None:
+    digest = Bundle.open(embedded()).digest
+    copy = tmp_path / "nano"
+    shutil.copytree(embedded(), copy)
+    (weights,) = copy.glob("**/transformer*")
+    content = bytearray(weights.read_bytes())
+    content[1000] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(BundleError, match="transformer"):
+        _open(Opening(copy, None, AutoBackend(), digest))

@@ -50,6 +50,7 @@ def _limits(command: Callable[..., None]) -> Callable[..., None]:
 @click.argument("bundle", type=BUNDLE)
 @variant_option
 @backend_option()
+@click.option("--digest", help="Serve no bundle but that of this digest, and hash all its files.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
 @click.option(
     "--port",
@@ -70,6 +71,7 @@ def main(
     bundle: Path,
     variant: str | None,
     backend: ChosenBackend | AutoBackend,
+    digest: str | None,
     host: str,
     port: int,
     **options: Any,
@@ -91,7 +93,7 @@ def main(
 
     from varedit_runtime import Preparer
 
-    preparer = Preparer.open(bundle, variant=variant)
+    preparer = Preparer.open(bundle, variant=variant, digest=digest)
     with needs_extra("serve"):
         from varedit_serve import server
         from varedit_serve.app import Application, Settings
@@ -100,7 +102,7 @@ def main(
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("varedit_serve").setLevel(logging.INFO)
     settings = Settings(limits=limits, **chosen)
-    application = Application(preparer, Opening(bundle, variant, backend), settings)
+    application = Application(preparer, Opening(bundle, variant, backend, digest), settings)
     with server.listen(host, port) as listening:
         shown = f"[{host}]" if ":" in host else host
         at = f"http://{shown}:{listening.getsockname()[1]}"

@@ -32,6 +32,7 @@ class Opening:
     bundle: Path
     variant: str | None
     backend: ChosenBackend | AutoBackend
+    digest: str | None = None
 
 
 @dataclass(frozen=True)

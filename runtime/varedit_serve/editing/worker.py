@@ -116,7 +116,7 @@ def _measured(editor: Editor) -> Ready:
 
 
 def _open(opening: Opening) -> Editor:
-    return Editor.open(opening.bundle, variant=opening.variant, backend=opening.backend)
+    return Editor.open(**vars(opening))
 
 
 def main() -> None:
