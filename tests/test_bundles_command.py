@@ -18,6 +18,7 @@ from varedit_runtime.bundle import set_aside
 from varedit_runtime.cli import main as run_main
 from varedit_runtime.locate import RECORD, VARIABLE, data_folder, default_root, embedded
 from varedit_runtime.terminal.command import BUNDLE
+from varedit_serve.cli import main as serve_main
 
 pytestmark = pytest.mark.usefixtures("home")
 
@@ -133,16 +134,15 @@ def test_a_default_that_was_set_through_a_link_is_listed_once(home: Path) -> Non
 
 def test_every_command_takes_bundles_by_name() -> None:
     """All arguments and options called `bundle` have the one type that knows names."""
+    commands = [*run_main.commands.items(), *export_main.commands.items(), ("serve", serve_main)]
     taken = []
-    for group in (run_main, export_main):
-        for name, command in group.commands.items():
-            for parameter in command.params:
-                if parameter.name == "bundle":
-                    assert parameter.type is BUNDLE, name
-                    taken.append(name)
-    assert sorted(taken) == sorted(
-        ["edit", "bench", "bench", "engines", "layers", "verify", "inspect", "doctor"]
-    )
+    for name, command in commands:
+        for parameter in command.params:
+            if parameter.name == "bundle":
+                assert parameter.type is BUNDLE, name
+                taken.append(name)
+    ours = ["edit", "bench", "engines", "layers", "verify", "inspect", "doctor", "triton", "serve"]
+    assert sorted(taken) == sorted([*ours, "bench"])
 
 
 def test_an_edit_and_inspect_by_name(home: Path) -> None:
