@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -161,21 +160,21 @@ def test_a_callback_sees_each_scale_and_can_end_the_call(
         )
 
 
-@pytest.mark.skipif(find_spec("diffusers") is None, reason="needs diffusers")
 def test_callbacks_of_diffusers_work(pipe: VAREditPipeline, sample: Image.Image) -> None:
-    from diffusers.callbacks import (  # pyright: ignore[reportMissingImports]
-        MultiPipelineCallbacks,
-        PipelineCallback,
-    )
+    from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
     told = []
 
     class Shown(PipelineCallback):
-        tensor_inputs = ("preview",)
+        @property
+        def tensor_inputs(self) -> list[str]:
+            return ["preview"]
 
-        def callback_fn(self, pipeline: Any, step_index: int, timesteps: int, given: Any) -> Any:
-            told.append(len(given["preview"]))
-            return given
+        def callback_fn(
+            self, pipeline: Any, step_index: int, timesteps: int, callback_kwargs: Any
+        ) -> Any:
+            told.append(len(callback_kwargs["preview"]))
+            return callback_kwargs
 
     pipe(
         image=sample,
