@@ -114,7 +114,13 @@ def test_all_is_checked_when_an_edit_is_prepared(nano: Editor, tmp_path: Path) -
         ({"image": "missing.png"}, PictureError, "cannot be read"),
         ({"prompt": " "}, TextError, "is empty"),
         ({"mask": Image.new("L", (5, 5))}, PictureError, "the mask is 5 x 5"),
+        ({"prompt": "red " * 100}, TextError, "at most"),
+        ({"negative_prompt": "red " * 100}, TextError, "at most"),
+        ({"mask": Image.new("L", (99, 99))}, PictureError, "of the picture's size"),
+        ({"mask": b"none"}, PictureError, "the mask cannot be read"),
         ({"temperature": 0}, ConfigError, "temperature"),
+        ({"guidance_scale": [1, 2]}, ConfigError, "guidance_scale"),
+        ({"guidance_scale": range(20_000)}, ConfigError, "guidance_scale"),
         ({"seed": -1}, ConfigError, "seed"),
         ({"fast": 3}, ConfigError, "fast"),
         ({"output_size": 0}, ConfigError, "output_size"),
@@ -126,8 +132,10 @@ def test_all_is_checked_when_an_edit_is_prepared(nano: Editor, tmp_path: Path) -
     for change, error, message in refused:
         asked = {"image": PHOTO, "prompt": "red"} | change
         for prepare in (nano.prepare, Preparer.open(embedded()).prepare):
-            with pytest.raises(error, match=message):
+            with pytest.raises(error, match=message) as caught:
                 prepare(**asked)
+            wanted = None if "one edit" in message else next(iter(change))
+            assert caught.value.argument == wanted  # type: ignore[attr-defined]
     assert not runs
     with pytest.raises(BundleError, match="there is no bundle"):
         Preparer.open(tmp_path / "missing")

@@ -16,7 +16,12 @@ class SignalArrived(BaseException):
 
 
 class VareditError(Exception):
-    """Base class of all errors below. Messages are made `printable`."""
+    """Base class of all errors below. Messages are made `printable`.
+
+    argument: the argument of `prepare` or `edit` that is at fault, where one is.
+    """
+
+    argument: str | None = None
 
     def __init__(self, message: str = "") -> None:
         super().__init__(printable(message))
@@ -121,6 +126,16 @@ def one_of_many(what: str, place: int, count: int) -> Iterator[None]:
     except VareditError as error:
         if count > 1:
             error.args = (printable(f"{what} {place + 1} of {count}: {error}"),)
+        raise
+
+
+@contextmanager
+def about(argument: str) -> Iterator[None]:
+    """Name the argument that an error of this project is about, unless it has named one."""
+    try:
+        yield
+    except VareditError as error:
+        error.argument = error.argument or argument
         raise
 
 

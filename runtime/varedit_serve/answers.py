@@ -14,7 +14,7 @@ from varedit_runtime.editing.results import EditResult
 from varedit_runtime.pictures import encode_picture
 from varedit_serve.errors import ApiError
 from varedit_serve.fields import MEDIA_TYPES
-from varedit_serve.moderation import Moderation, refused
+from varedit_serve.moderation import Moderation, heed
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,7 @@ class Answer:
         }
 
     def _shown(self, image: Image.Image) -> Image.Image:
-        if (error := refused(self.moderation.result(image))) is not None:
-            raise error
+        heed(self.moderation.result(image))
         opaque = self.background == "opaque" or self.written_as == "jpeg"
         return on_white(image) if opaque else image
 

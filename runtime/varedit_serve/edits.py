@@ -33,7 +33,7 @@ from varedit_serve.fields import (
 from varedit_serve.keys import Key
 from varedit_serve.limits import Limits
 from varedit_serve.metrics import Metrics
-from varedit_serve.moderation import Moderation, refused
+from varedit_serve.moderation import Moderation, heed
 
 T = TypeVar("T")
 
@@ -134,8 +134,6 @@ class Edits:
         if values["background"] == "transparent" and image.mode != "RGBA":
             raise wrong("background", "only a transparent picture has a transparent result")
         mask = None if values["mask"] is None else self._opened("mask", values["mask"])
-        for name in ("prompt", "negative_prompt"):
-            self._check_text(name, values[name])
         try:
             edit = self.preparer.prepare(
                 image,
@@ -147,8 +145,11 @@ class Edits:
                 fast=values["quality"] == "low",
                 seed=0,
             )
-        except (ConfigError, PictureError) as error:
-            raise wrong(_blamed(error, values), str(error)) from error
+        except (ConfigError, PictureError, TextError) as error:
+            raise wrong(error.argument, str(error)) from error
+        for name in ("prompt", "negative_prompt"):
+            if values[name]:
+                heed(self.moderation.prompt(values[name]), name)
         # Drawn now, so that an edit that runs again gives the same result.
         seed = values["seed"]
         if seed is None:
@@ -172,16 +173,6 @@ class Edits:
             told = f"a side of {name} has over {self.limits.max_side} pixels"
             raise wrong(name, told, "invalid_image")
         return image
-
-    def _check_text(self, name: str, text: str | None) -> None:
-        assert self.preparer.instructions is not None, "the bundle takes instructions"
-        try:
-            if text is not None and (name == "prompt" or text.strip()):
-                self.preparer.instructions.tokenise(text)
-        except TextError as error:
-            raise wrong(name, str(error)) from error
-        if text and (refusal := refused(self.moderation.prompt(text), name)) is not None:
-            raise refusal
 
     def _answer(self, values: dict[str, Any], text_tokens: int) -> Answer:
         tokens = [rows * columns for rows, columns in self.preparer.variant.grids]
@@ -274,11 +265,3 @@ def _previews(count: int, scales: int) -> tuple[int, ...]:
     """Return the scales to show, spread evenly over those before the last."""
     places = (round((scales - 1) * (i + 1) / (count + 1)) for i in range(count))
     return tuple(dict.fromkeys(min(place, scales - 2) for place in places if scales > 1))
-
-
-def _blamed(error: Exception, values: dict[str, Any]) -> str:
-    """Return the field that an error of the runtime is about."""
-    if isinstance(error, PictureError):
-        return "image" if values["mask"] is None or "thin" in str(error) else "mask"
-    first = str(error).split()[0]
-    return first if first in values else "guidance_scale"

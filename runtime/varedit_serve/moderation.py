@@ -6,7 +6,7 @@ from typing import Protocol
 from PIL import Image
 
 from varedit_runtime.errors import ConfigError, reason
-from varedit_serve.errors import ApiError, wrong
+from varedit_serve.errors import wrong
 
 
 class Moderation(Protocol):
@@ -29,11 +29,10 @@ class Everything:
         """Return None."""
 
 
-def refused(why: str | None, param: str | None = None) -> ApiError | None:
-    """Return the error of what was judged, None if it may pass."""
-    if why is None:
-        return None
-    return wrong(param, f"moderation refused it: {why}", "moderation_blocked")
+def heed(why: str | None, param: str | None = None) -> None:
+    """Raise ApiError 400 where a judgement says why something is refused."""
+    if why is not None:
+        raise wrong(param, f"moderation refused it: {why}", "moderation_blocked")
 
 
 def find_moderation(name: str) -> Moderation:

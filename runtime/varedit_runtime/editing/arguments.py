@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, Literal, TypeVar
 
-from varedit_runtime.errors import ConfigError, one_of_many, shown
+from varedit_runtime.errors import ConfigError, about, one_of_many, shown
 from varedit_runtime.manifest import Manifest, Variant
 from varedit_runtime.pictures import Source, canvas_size
 from varedit_runtime.values import (
@@ -71,6 +71,7 @@ def fast_guidance(guidance: tuple[float, ...]) -> tuple[float, ...]:
     return (*guidance[:-FAST_SCALES], *(1.0 for _ in guidance[-FAST_SCALES:]))
 
 
+@about("output_size")
 def choose_size(output_size: OutputSize, model: tuple[int, int]) -> SizeOf:
     """Return what gives the (width, height) of a result by that of its source.
 
@@ -108,13 +109,12 @@ class PerEntry:
     @cached_property
     def _lists(self) -> dict[str, list[Any]]:
         """The entries of those that are lists, by name. Raises ConfigError on unequal lengths."""
-        read = {
-            field.name: (per_picture if field.name in _PER_SCALE else entries)(
-                field.name, getattr(self, field.name)
-            )
-            for field in fields(self)
-        }
-        return {name: values for name, values in read.items() if values is not None}
+        lists = {}
+        for field in fields(self):
+            with about(field.name):
+                read = per_picture if field.name in _PER_SCALE else entries
+                lists[field.name] = read(field.name, getattr(self, field.name))
+        return {name: values for name, values in lists.items() if values is not None}
 
     @property
     def several(self) -> bool:
@@ -128,14 +128,17 @@ class PerEntry:
 
     def each(self, name: str, convert: Callable[[Any], T]) -> list[T]:
         """Convert an argument's value for each entry; errors about one of a list say which."""
-        if name in self._lists:
-            return one_by_one(convert, self._lists[name])
-        return [convert(getattr(self, name))] * self.count
+        count = self.count
+        with about(name):
+            if name in self._lists:
+                return one_by_one(convert, self._lists[name])
+            return [convert(getattr(self, name))] * count
 
 
 _PER_SCALE = ("guidance_scale", "temperature")  # of these a list has one number for each scale
 
 
+@about("num_images_per_prompt")
 def check_copies(copies: int, count: int) -> int:
     """Return the number of results for each of `count` entries. Raises ConfigError."""
     copies = checked("num_images_per_prompt", copies, int)
@@ -170,6 +173,7 @@ def _common_length(lists: Mapping[str, list[Any]]) -> int:
     return next(iter(lengths.values()), 1)
 
 
+@about("seed")
 def choose_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
     """Return a seed for each picture to make; without one, successive seeds from a random one.
 

@@ -29,7 +29,7 @@ from varedit_runtime.editing.caution import warnings_of
 from varedit_runtime.editing.finish import Finish
 from varedit_runtime.editing.masks import fitted, marked_tokens, visible
 from varedit_runtime.editing.prepared import PreparedEdit, ScaleSettings
-from varedit_runtime.errors import BundleError, ConfigError
+from varedit_runtime.errors import BundleError, ConfigError, about
 from varedit_runtime.manifest import TOKENIZER, Variant
 from varedit_runtime.pictures import Source, open_mask, open_picture, pad_and_resize
 from varedit_runtime.text import Instructions, read_tokenizer
@@ -103,8 +103,8 @@ class Preparer:
         """Check an edit of one picture, and prepare it for `Editor.edit_prepared`.
 
         The arguments are those of `Editor.edit`. A seed is drawn if none is given. Raises
-        ConfigError, TextError or PictureError on arguments that cannot be used, BundleError if the
-        bundle takes no instructions.
+        ConfigError, TextError or PictureError on arguments that cannot be used, each with the name
+        of its `argument`; BundleError if the bundle takes no instructions.
         """
         asked = PerEntry(image, prompt, negative_prompt, mask, guidance_scale, temperature)
         if entries("seed", seed) is not None or asked.several:
@@ -146,9 +146,12 @@ class Preparer:
 
     def _settings(self, wanted: Wanted, negative: bool) -> list[ScaleSettings]:
         """Return each entry's settings. negative: whether there is any negative prompt."""
-        asked, fast = wanted.pictures, checked("fast", wanted.fast, bool)
+        asked = wanted.pictures
+        with about("fast"):
+            fast = checked("fast", wanted.fast, bool)
         settings = Settings(self.bundle.manifest, self.variant, fast)
-        settings.check(negative)
+        with about("negative_prompt"):
+            settings.check(negative)
         guidance = asked.each("guidance_scale", settings.guidance)
         temperature = asked.each("temperature", settings.temperature)
         return list(map(ScaleSettings, guidance, temperature))
@@ -157,7 +160,8 @@ class Preparer:
         """Return what the model and the result take from each entry's picture and mask."""
         pictures = asked.each("image", open_picture)
         opened = asked.each("mask", lambda source: None if source is None else open_mask(source))
-        masks = one_by_one(fitted, opened, pictures)
+        with about("mask"):
+            masks = one_by_one(fitted, opened, pictures)
         texts = asked.each("prompt", _text)
 
         def view(picture: Image.Image, mask: Image.Image | None, text: str) -> _View:
@@ -169,7 +173,8 @@ class Preparer:
                 tuple(self._warnings(text, shown)),
             )
 
-        return one_by_one(view, pictures, masks, texts)
+        with about("image"):
+            return one_by_one(view, pictures, masks, texts)
 
     def _warnings(self, text: str, picture: Image.Image) -> Iterator[str]:
         assert self.instructions is not None
