@@ -5,7 +5,7 @@ import io
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -13,11 +13,10 @@ from typing import Any
 from PIL import Image
 
 from varedit_runtime import Preparer
-from varedit_runtime.backends.auto import AutoBackend
 from varedit_runtime.editing.results import EditResult
 from varedit_runtime.locate import embedded
 from varedit_serve.app import Application, Settings
-from varedit_serve.editing.messages import Opening, Order, Ready
+from varedit_serve.editing.messages import Order, Ready
 
 EDITS = "/v1/images/edits"
 Fields = Sequence[tuple[str, str | bytes]]
@@ -51,16 +50,13 @@ def logged() -> Iterator[list[str]]:
         logger.setLevel(level)
 
 
-@dataclass
+@dataclass(eq=False)
 class StandIn:
     """Stands in for a Child. fail: gets each batch, and returns the error to raise.
 
     gate: a batch waits for it; cancelling opens it.
     """
 
-    facts: Ready | None = field(
-        default_factory=lambda: Ready("CUDA", lambda edit: len(edit.prompt), 4, 0.5)
-    )
     ready: bool = True
     fail: Callable[[list[Order]], Exception | None] = lambda orders: None
     gate: asyncio.Event = field(default_factory=asyncio.Event)
@@ -114,8 +110,14 @@ class Reply:
 
 @dataclass
 class Server:
+    """child: the first of the children."""
+
     application: Application
-    child: StandIn
+    children: list[StandIn]
+
+    @property
+    def child(self) -> StandIn:
+        return self.children[0]
 
     async def ask(
         self,
@@ -197,22 +199,24 @@ def form(fields: Fields) -> tuple[dict[str, str], bytes]:
 
 
 @asynccontextmanager
-async def served(waits: bool = False, **settings: Any):
-    """Run a server's parts. waits: whether batches wait for `child.gate`."""
+async def served(waits: bool = False, children: int = 1, **settings: Any):
+    """Run a server's parts. waits: whether batches wait for the `gate` of their child."""
     hosts = settings.pop("hosts", ("localhost",))
-    opening = Opening(embedded(), None, AutoBackend())
-    application = Application(preparer(), opening, Settings("nano", hosts=hosts, **settings))
-    child = StandIn()
+    application = Application(preparer(), Settings("nano", hosts=hosts, **settings))
+    queue = application.queue
+    queue.on_ready(Ready("CUDA", lambda edit: len(edit.prompt), 4, 0.5))
+    stand_ins = [StandIn() for _ in range(children)]
+    running = [asyncio.create_task(queue.run(child)) for child in stand_ins]  # type: ignore[arg-type]
     if not waits:
-        child.gate.set()
-    application.child = application.edits.child = child  # type: ignore[assignment]
-    running = asyncio.create_task(application.queue.run(child))  # type: ignore[arg-type]
+        for child in stand_ins:
+            child.gate.set()
     try:
-        yield Server(application, child)
+        await asyncio.sleep(0)  # they begin
+        yield Server(application, stand_ins)
     finally:
-        running.cancel()
-        with suppress(asyncio.CancelledError):
-            await running
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
 
 
 async def until(true: Callable[[], object]) -> None:

@@ -7,28 +7,44 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from socket import socketpair
+from typing import Any
 
 import pytest
 from serving import until
 
 from varedit_runtime import EditHandle
-from varedit_runtime.backends.auto import AutoBackend
+from varedit_runtime.backends.auto import AutoBackend, wanted_backend
+from varedit_runtime.backends.machine import VISIBLE, Gpu, Nvidia
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import BackendError, BundleError
 from varedit_runtime.locate import embedded
-from varedit_serve.editing import child
+from varedit_serve.editing import child, workers
 from varedit_serve.editing.child import BatchFailedError, Child, ChildDiedError
-from varedit_serve.editing.messages import Opening, Order
+from varedit_serve.editing.messages import Opening, Order, Ready
 from varedit_serve.editing.worker import Worker, _open
+from varedit_serve.editing.workers import local_children
 
 WORKER = Path(__file__).with_name("fake_worker.py")
 ORDER = Order(b"", 7, ())
 
 
-def make(kind: str, restarts: list[str]) -> Child:
+class Noted:
+    """A listener that notes restarts."""
+
+    def __init__(self, restarts: list[str], facts: Ready | None = None) -> None:
+        self.restarts, self.facts = restarts, facts
+
+    def on_restart(self, why: str) -> None:
+        self.restarts.append(why)
+
+    def on_ready(self, facts: Ready) -> None:
+        self.facts = facts
+
+
+def make(kind: str, restarts: list[str], facts: Ready | None = None) -> Child:
     opening = Opening(embedded(), None, AutoBackend())
     command = (sys.executable, str(WORKER), kind)
-    return Child(opening, lambda seconds: None, restarts.append, command)
+    return Child(opening, Noted(restarts, facts), command)
 
 
 async def edited(one: Child) -> int:
@@ -96,6 +112,64 @@ def test_whatever_fails_at_a_batch_is_told_and_the_process_goes_on() -> None:
 def test_a_bundle_that_cannot_be_opened_ends_the_server() -> None:
     with pytest.raises(BackendError, match="there is no such GPU"):
         asyncio.run(make("unfit", []).run())
+
+
+def test_a_bundle_that_one_of_several_cannot_open_does_not_end_the_server(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The GPU or the memory may have no room for one more, while others serve."""
+
+    async def test() -> None:
+        restarts: list[str] = []
+        one = make("unfit", restarts, Ready("CUDA", len, 1, 0.1))
+        running = asyncio.create_task(one.run())
+        await until(lambda: len(restarts) == 2)
+        one._command = (*one._command[:2], "works")
+        assert await edited(one) == 7
+        assert set(restarts) == {"unfit"}
+        running.cancel()
+        with suppress(asyncio.CancelledError):
+            await running
+
+    sleep = asyncio.sleep
+    monkeypatch.setattr(child.asyncio, "sleep", lambda seconds: sleep(0.01))
+    asyncio.run(test())
+
+
+def shares(
+    count: int,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    gpus: int = 0,
+    named: str | None = None,
+    **given: Any,
+) -> tuple[set[int | None], list[str | None]]:
+    """Return threads and GPUs of so many workers on a machine with 8 cores."""
+    found = (Gpu("H100", "sm90", None, None),) * gpus
+    monkeypatch.setattr(workers, "nvidia", lambda: Nvidia("580", found))
+    monkeypatch.setattr(workers.os, "cpu_count", lambda: 8)
+    monkeypatch.delenv(VISIBLE, raising=False)
+    if named is not None:
+        monkeypatch.setenv(VISIBLE, named)
+    opening = Opening(embedded(), None, wanted_backend(given.pop("backend", "auto"), **given))
+    children = local_children(opening, Noted([]), count)
+    bundle = Bundle.open(embedded())
+    monkeypatch.setattr("varedit_runtime.backends.machine.nvidia", lambda: Nvidia(None, ()))
+    picked = [one._opening.backend.pick(bundle, bundle.manifest.variants[0]) for one in children]
+    threads = {vars(one.options).get("threads") for one in picked}
+    return threads, [one._environment.get(VISIBLE) for one in children]
+
+
+def test_workers_have_cores_and_gpus_between_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert shares(1, monkeypatch) == ({None}, [None])
+    assert shares(3, monkeypatch) == ({2}, [None] * 3)
+    assert shares(8, monkeypatch, threads=4) == ({4}, [None] * 8)
+    assert shares(9, monkeypatch, provider="cpu") == ({1}, [None] * 9)
+    assert shares(2, monkeypatch, provider="cuda", gpus=1)[0] == {None}
+    assert shares(3, monkeypatch, gpus=2)[1] == ["0", "1", "0"]
+    assert shares(3, monkeypatch, gpus=8, named="5,GPU-a")[1] == ["5", "GPU-a", "5"]
+    assert shares(2, monkeypatch, gpus=2, named="")[1] == ["", ""]
+    assert shares(2, monkeypatch, backend="tensorrt", gpus=2)[1] == ["0", "1"]
 
 
 def test_a_process_that_cannot_be_started_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from serving import Reply, Server, form, logged, png, served, until
 
 from varedit_runtime.errors import ConfigError
 from varedit_serve.editing.child import BatchFailedError, ChildDiedError
+from varedit_serve.editing.messages import Ready
 from varedit_serve.limits import Limits
 from varedit_serve.moderation import Everything, find_moderation
 
@@ -23,6 +24,10 @@ def run(test: Coroutine[Any, Any, None]) -> None:
 def seeded(server: Server, *seeds: int, prompt: str = "add a hat") -> list[asyncio.Task[Reply]]:
     edits = [server.edit(("seed", str(seed)), ("prompt", prompt)) for seed in seeds]
     return [asyncio.create_task(edit) for edit in edits]
+
+
+def facts(seconds: float) -> Ready:
+    return Ready("CUDA", lambda edit: len(edit.prompt), 4, seconds)
 
 
 async def blocked(server: Server) -> asyncio.Task[Reply]:
@@ -344,6 +349,87 @@ def test_moderation_must_be_importable() -> None:
     assert find_moderation(f"{__name__}:Judge") is Judge
 
 
+# Several processes
+
+
+def test_several_processes_share_what_waits() -> None:
+    async def test() -> None:
+        async with served(waits=True, children=2) as server:
+            queue, (one, two) = server.application.queue, server.children
+            first, second = [await blocked(server)], seeded(server, 1)
+            await until(lambda: two.batches)
+            edits = first + second + seeded(server, 2, 3, 4, 5, 6)
+            await until(lambda: waiting(server) == 5)
+            assert queue.retry_after() == 7 * 0.5 / 2
+            one.gate.set()  # what waits is its alone, as the other has not done
+            replies = await asyncio.gather(first[0], *edits[2:])
+            two.gate.set()
+            assert [r.status for r in [*replies, await second[0]]] == [200] * 7
+            assert sorted(map(len, one.batches)) == [1, 1, 4] and two.batches == [[1]]
+
+    run(test())
+
+
+def test_idle_processes_divide_a_batch() -> None:
+    async def test() -> None:
+        async with served(waits=True, children=2) as server:
+            for child in server.children:
+                child.ready = False
+            edits = seeded(server, 1, 2, 3)
+            await until(lambda: waiting(server) == 3)
+            for child in server.children:
+                child.ready = True
+            server.application.queue.on_ready(facts(0.5))
+            await until(lambda: all(child.batches for child in server.children))
+            for child in server.children:
+                child.gate.set()
+            await asyncio.gather(*edits)
+            assert sorted(len(child.batches[0]) for child in server.children) == [1, 2]
+
+    run(test())
+
+
+def test_one_of_several_that_dies_loses_nothing_and_suspects_run_alone() -> None:
+    async def test() -> None:
+        async with served(waits=True, children=2) as server:
+            one, two = server.children
+            edits = [await blocked(server), *seeded(server, 1)]
+            await until(lambda: two.batches)
+            edits += seeded(server, 2, 3, 4)
+            await until(lambda: waiting(server) == 3)
+            one.ready = False
+            one.fail = lambda orders: ChildDiedError()
+            one.gate.set()
+            await until(lambda: waiting(server) == 4)
+            numbers = (await server.ask(path="/metrics")).body.decode()
+            assert "varedit_workers_ready 1.0" in numbers
+            assert (await server.ask(path="/readyz")).status == 200
+            two.gate.set()
+            assert [r.status for r in await asyncio.gather(*edits)] == [200] * 5
+            assert one.batches == [[0]] and two.batches[:2] == [[1], [0]]  # the suspect, alone
+            assert sorted(two.batches[2]) == [2, 3, 4]
+            two.ready = False
+            assert (await server.ask(path="/readyz")).json["error"]["code"] == "restarting"
+
+    run(test())
+
+
+def test_of_several_only_the_one_whose_client_has_left_is_cancelled() -> None:
+    async def test() -> None:
+        async with served(waits=True, children=2) as server:
+            one, two = server.children
+            first, left = await blocked(server), asyncio.Event()
+            leaving = asyncio.create_task(server.edit(("seed", "1"), left=left))
+            await until(lambda: two.batches)
+            left.set()
+            await leaving
+            assert (one.cancelled, two.cancelled) == (0, 1)
+            one.gate.set()
+            assert (await first).status == 200
+
+    run(test())
+
+
 def test_draining_and_loading_admit_nothing() -> None:
     async def test() -> None:
         async with served() as server:
@@ -353,7 +439,7 @@ def test_draining_and_loading_admit_nothing() -> None:
             server.application.draining = True
             for reply in (await server.ask(path="/readyz"), await server.edit()):
                 assert (reply.status, reply.json["error"]["code"]) == (503, "draining")
-            server.application.draining, server.child.facts = False, None
+            server.application.draining, server.application.queue.facts = False, None
             for reply in (await server.ask(path="/readyz"), await server.edit()):
                 assert (reply.status, reply.json["error"]["code"]) == (503, "loading")
             assert (await server.ask(path="/livez")).status == 200
@@ -365,9 +451,9 @@ def test_edits_that_take_longer_than_the_deadline_are_warned_of() -> None:
     async def test(lines: list[str]) -> None:
         async with served(waits=True, limits=Limits(deadline=60.0)) as server:
             queue = server.application.queue
-            queue.on_ready(59.0)
+            queue.on_ready(facts(59.0))
             assert not lines
-            queue.on_ready(61.0)
+            queue.on_ready(facts(61.0))
             (told,) = lines
             assert told == "an edit takes 61 s and --deadline is 60 s: no request will be answered"
             jobs = seeded(server, 1)

@@ -49,8 +49,11 @@ class Process:
 
     def child(self) -> int:
         """Return the number of the process that edits."""
+        return self.children()[0]
+
+    def children(self) -> list[int]:
         told = subprocess.check_output(["ps", "-o", "pid=", "--ppid", str(self.popen.pid)])
-        return int(told.split()[0])
+        return list(map(int, told.split()))
 
     def edit(self, prompt: str = "add a hat", **fields: Any) -> Any:
         ours = {
@@ -150,6 +153,36 @@ def test_an_edit_that_is_admitted_survives_the_death_of_its_process(server: Proc
         assert [edit.result() for edit in edits] == wanted
     assert server.child() != first
     assert 'varedit_restarts_total{reason="died"} 1.0' in server.get("metrics")[1]
+
+
+def test_one_of_two_processes_that_dies_under_load_loses_nothing(nano: Editor) -> None:
+    def edited(seed: int) -> Image.Image:
+        if seed % 2:
+            return opened(server.edit(seed=seed).data[0].b64_json)
+        *partials, last = server.edit(seed=seed, stream=True, partial_images=3)
+        assert [event.partial_image_index for event in partials] == [0, 1, 2]
+        return opened(last.b64_json)
+
+    with running("--workers", "2") as server:
+        until(lambda: "varedit_workers_ready 2.0" in server.get("metrics")[1])
+        children = server.children()
+        assert len(children) == 2
+        with ThreadPoolExecutor(8) as clients:
+            for child in children:  # so that both have an edit when one of them dies
+                os.kill(child, signal.SIGSTOP)
+            edits = [clients.submit(edited, seed) for seed in range(8)]
+            until(lambda: "varedit_queue_pictures 6.0" in server.get("metrics")[1])
+            os.kill(children[0], signal.SIGKILL)
+            until(lambda: "varedit_workers_ready 1.0" in server.get("metrics")[1])
+            assert server.get("readyz")[0] == 200
+            os.kill(children[1], signal.SIGCONT)
+            for seed, edit in enumerate(edits):
+                assert same(edit.result(), nano.edit(PERSON, "add a hat", seed=seed).image)
+        until(lambda: "varedit_workers_ready 2.0" in server.get("metrics")[1])
+        children = server.children()
+        server.popen.send_signal(signal.SIGTERM)
+        assert server.popen.wait(30) == 0
+        until(lambda: not any(Path(f"/proc/{child}").exists() for child in children))
 
 
 def test_more_clients_than_places_are_served_or_told_to_come_again(server: Process) -> None:

@@ -1,7 +1,7 @@
 """A server of edits that speaks OpenAI's images API: `varedit-serve BUNDLE`.
 
-The parent process answers HTTP and never edits; one child process holds the editor. What a request
-passes, in order:
+The parent process answers HTTP and never edits; child processes, by default one, hold an editor
+each. What a request passes, in order:
 
     guard.py     who may ask: Host, Origin, API key (keys.py); every answer is counted and logged
     body.py      a form or JSON, read within limits of bytes and time
@@ -9,8 +9,9 @@ passes, in order:
     edits.py     the endpoint: admission (budget.py), pictures in and out, the answer (answers.py)
     moderation.py an operator's own code that judges prompts and pictures
     editing/     queue.py: pictures that wait, batches, what runs again after a fault
-                 child.py: the child as the parent sees it, started, fed, watched, replaced
-                 worker.py: the child's own program; messages.py: what both tell each other
+                 child.py: a child as the parent sees it, started, fed, watched, replaced
+                 workers.py: several children, which have the machine's cores and GPUs between them
+                 worker.py: a child's own program; messages.py: what both tell each other
 
 `cli.py` is the command, `server.py` listens and drains, `app.py` joins the parts, `limits.py` has
 all limits with their defaults, `errors.py` errors as clients see them, `page/` the web page.

@@ -1,6 +1,6 @@
 """The whole server but its socket: routes, and the parts behind them."""
 
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from importlib.resources import files
@@ -13,8 +13,6 @@ from starlette.types import Receive, Scope, Send
 
 from varedit_runtime import Preparer
 from varedit_serve.budget import Budget
-from varedit_serve.editing.child import COMMAND, Child
-from varedit_serve.editing.messages import Opening
 from varedit_serve.editing.queue import Queue
 from varedit_serve.edits import Edits
 from varedit_serve.errors import ApiError
@@ -55,19 +53,12 @@ class Settings:
 class Application:
     """A server's parts. guard: the ASGI application. draining: whether it admits no more edits."""
 
-    def __init__(
-        self,
-        preparer: Preparer,
-        opening: Opening,
-        settings: Settings,
-        command: Sequence[str] = COMMAND,
-    ) -> None:
+    def __init__(self, preparer: Preparer, settings: Settings) -> None:
         limits = settings.limits
         self.draining, self._started = False, int(time())
         self.model = settings.model or preparer.bundle.manifest.name
         self.metrics = Metrics()
         self.queue = Queue(self.metrics, settings.largest, limits.deadline)
-        self.child = Child(opening, self.queue.on_ready, self.metrics.restarted, command)
         self.budget = Budget(limits, self.queue.retry_after)
         self.edits = Edits(
             preparer,
@@ -75,7 +66,6 @@ class Application:
             limits,
             self.budget,
             self.queue,
-            self.child,
             self.metrics,
             self._admits_no_edit,
             settings.moderation,
@@ -112,10 +102,10 @@ class Application:
         return routed
 
     def _admits_no_edit(self) -> str | None:
-        """Return why no edit is admitted; it is while a process that died is replaced."""
+        """Return why no edit is admitted; it is while processes that died are replaced."""
         if self.draining:
             return "draining"
-        return "loading" if self.child.facts is None else None
+        return "loading" if self.queue.facts is None else None
 
     async def _models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._told()]})
@@ -138,7 +128,7 @@ class Application:
         return JSONResponse({"status": "live"})
 
     async def _ready(self, request: Request) -> Response:
-        why = self._admits_no_edit() or ("" if self.child.ready else "restarting")
+        why = self._admits_no_edit() or ("" if self.queue.ready else "restarting")
         if why:
             raise ApiError(503, f"the server is {why}", code=why, retry_after=5)
         return JSONResponse({"status": "ready"})

@@ -59,6 +59,13 @@ def _limits(command: Callable[..., None]) -> Callable[..., None]:
     show_default=True,
     help="Port; 0 for any that is free.",
 )
+@click.option(
+    "--workers",
+    type=click.IntRange(1, 256),
+    default=1,
+    show_default=True,
+    help="Processes that edit; they have this machine's cores and GPUs between them.",
+)
 @click.option("--keys", type=PATH, help="File of API keys: NAME KEY [RATE] on each line.")
 @click.option("--name", help="The model's name for clients; by default the bundle's.")
 @click.option("--batch", type=int, help="Most pictures of a batch; by default the bundle's.")
@@ -74,6 +81,7 @@ def main(
     digest: str | None,
     host: str,
     port: int,
+    workers: int,
     **options: Any,
 ) -> None:
     """Serve edits with BUNDLE, as OpenAI's images API does, and a page to make them.
@@ -98,16 +106,19 @@ def main(
         from varedit_serve import server
         from varedit_serve.app import Application, Settings
     from varedit_serve.editing.messages import Opening
+    from varedit_serve.editing.workers import local_children
 
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("varedit_serve").setLevel(logging.INFO)
     settings = Settings(limits=limits, **chosen)
-    application = Application(preparer, Opening(bundle, variant, backend, digest), settings)
+    application = Application(preparer, settings)
+    opening = Opening(bundle, variant, backend, digest)
+    children = local_children(opening, application.queue, workers)
     with server.listen(host, port) as listening:
         shown = f"[{host}]" if ":" in host else host
         at = f"http://{shown}:{listening.getsockname()[1]}"
         say(f"{application.model} is loaded, and then served at {at}")
-        server.serve(application, listening, limits)
+        server.serve(application, children, listening, limits)
 
 
 def _chosen(

@@ -19,7 +19,6 @@ from varedit_runtime.pictures import open_picture
 from varedit_serve.answers import Answer, error_event
 from varedit_serve.body import GoneError, content_length, read_body
 from varedit_serve.budget import Budget, Claim
-from varedit_serve.editing.child import Child
 from varedit_serve.editing.queue import Finished, Job, Partial, Queue
 from varedit_serve.errors import ApiError, unexpected, wrong
 from varedit_serve.fields import (
@@ -58,7 +57,6 @@ class Edits:
     limits: Limits
     budget: Budget
     queue: Queue
-    child: Child
     metrics: Metrics
     why_not: Callable[[], str | None]
     moderation: Moderation
@@ -154,11 +152,11 @@ class Edits:
         seed = values["seed"]
         if seed is None:
             seed = secrets.randbelow(LARGEST_SEED + 2 - values["n"])
-        assert self.child.facts is not None, "nothing is admitted before"
+        assert self.queue.facts is not None, "nothing is admitted before"
         job = Job(
             pickle.dumps(edit, pickle.HIGHEST_PROTOCOL),
             edit.size,
-            self.child.facts.group(edit),
+            self.queue.facts.group(edit),
             range(seed, seed + values["n"]),
             _previews(values["partial_images"], len(self.preparer.variant.grids)),
         )

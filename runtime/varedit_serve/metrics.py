@@ -28,6 +28,7 @@ class Metrics:
             "varedit_edit_request_seconds", "Time of edits", buckets=_SECONDS, registry=own
         )
         self._queue = Gauge("varedit_queue_pictures", "Pictures that wait", registry=own)
+        self._ready = Gauge("varedit_workers_ready", "Processes that can edit now", registry=own)
         self._waited = Histogram(
             "varedit_queue_seconds", "Time that pictures waited", buckets=_SECONDS, registry=own
         )
@@ -44,9 +45,10 @@ class Metrics:
             "varedit_restarts", "Replaced editing processes, by reason", ["reason"], registry=own
         )
 
-    def watch_queue(self, length: Callable[[], int]) -> None:
-        """Take the queue's length from a function whenever it is asked for."""
+    def watch_queue(self, length: Callable[[], int], ready: Callable[[], int]) -> None:
+        """Take the queue's length and the ready processes from functions whenever asked for."""
         self._queue.set_function(length)
+        self._ready.set_function(ready)
 
     def answered(self, path: str, status: str, seconds: float | None) -> None:
         """Count an answer. path: one of the server's own, or other. seconds: of an edit."""

@@ -4,7 +4,7 @@ import asyncio
 import os
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from varedit_runtime.errors import ConfigError, reason
 from varedit_serve.app import Application
+from varedit_serve.editing.child import Child
 from varedit_serve.limits import Limits
 
 _HEAD_BYTES = 16_384  # of a request's headers
@@ -91,12 +92,16 @@ def listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def serve(application: Application, listening: socket.socket, limits: Limits) -> None:
+def serve(
+    application: Application, children: Sequence[Child], listening: socket.socket, limits: Limits
+) -> None:
     """Serve until SIGTERM or Ctrl-C. Raises BackendError if the bundle cannot be opened."""
-    asyncio.run(_serve(application, listening, limits))
+    asyncio.run(_serve(application, children, listening, limits))
 
 
-async def _serve(application: Application, listening: socket.socket, limits: Limits) -> None:
+async def _serve(
+    application: Application, children: Sequence[Child], listening: socket.socket, limits: Limits
+) -> None:
     config = uvicorn.Config(
         application.guard,
         http=protocol(limits.upload_seconds),
@@ -111,11 +116,11 @@ async def _serve(application: Application, listening: socket.socket, limits: Lim
         timeout_graceful_shutdown=_LAST_SECONDS,
     )
     server = _Server(config)
-    _on_signals(application, server)
+    _on_signals(application, children, server)
     works = (
         server.serve(sockets=[listening]),
-        application.child.run(),
-        application.queue.run(application.child),
+        *(child.run() for child in children),
+        *(application.queue.run(child) for child in children),
     )
     tasks = [asyncio.create_task(work) for work in works]
     done, waiting = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -126,13 +131,16 @@ async def _serve(application: Application, listening: socket.socket, limits: Lim
         task.result()
 
 
-def _on_signals(application: Application, server: uvicorn.Server) -> None:
+def _on_signals(
+    application: Application, children: Sequence[Child], server: uvicorn.Server
+) -> None:
     """Drain at the first signal; end at the second, at once."""
     loop, drains = asyncio.get_running_loop(), set[asyncio.Task[None]]()
 
     def ended(number: int) -> None:
         if application.draining:
-            application.child.end()
+            for child in children:
+                child.end()
             os._exit(128 + number)
         application.draining = True
         drains.add(loop.create_task(_drained(application, server)))

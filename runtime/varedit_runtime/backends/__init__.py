@@ -9,7 +9,7 @@ of them are chosen where none is named.
 import importlib
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from varedit_runtime.backends.spec import BackendOptions, BackendSpec, BrokenBackend, check_spec
@@ -53,6 +53,13 @@ class ChosenBackend(CheckedOptions):
     def pick(self, bundle: "Bundle", variant: "Variant") -> "ChosenBackend":
         """Return itself, which is what runs; `auto.AutoBackend` chooses here."""
         return self
+
+    def with_threads(self, threads: int) -> "ChosenBackend":
+        """Return it with so many threads, if it computes on a CPU and no number was chosen."""
+        options = vars(self.options)
+        if options.get("provider") != "cpu" or options.get("threads", 0) is not None:
+            return self
+        return replace(self, options=type(self.options)(**options | {"threads": threads}))
 
     def open(self, bundle: "Bundle", variant: "Variant") -> "Backend":
         """Load a variant of a bundle; see `BackendSpec.open` for what it raises."""

@@ -35,11 +35,17 @@ class AutoBackend(CheckedOptions):
     """The best backend, chosen when a bundle is opened.
 
     say: called with one line that says what was chosen, and why nothing better. offload: see
-    `OffloadOptions`, which all that auto chooses from have.
+    `OffloadOptions`, which all that auto chooses from have. threads: on a CPU, where that is
+    chosen; None for one per core.
     """
 
     say: Callable[[str], None] = _ignore
     offload: str | None = None
+    threads: int | None = None
+
+    def with_threads(self, threads: int) -> "AutoBackend":
+        """Return what chooses a backend with so many threads, where it computes on a CPU."""
+        return replace(self, threads=threads)
 
     def pick(self, bundle: "Bundle", variant: "Variant") -> ChosenBackend:
         """Choose for a variant of a bundle on this machine."""
@@ -52,6 +58,8 @@ class AutoBackend(CheckedOptions):
         else:  # nothing else needs to be asked, which takes time
             chosen = _chosen(BEST_FIRST[-1], NO_GPU)
         self.say(told(chosen))
+        if self.threads is not None:
+            chosen = chosen.with_threads(self.threads)
         if self.offload and isinstance(chosen.options, OffloadOptions):
             return replace(chosen, options=replace(chosen.options, offload=self.offload))
         return chosen

@@ -1,17 +1,18 @@
-"""The child process that edits, as the parent sees it: started, fed, watched and replaced."""
+"""A child process that edits, as the parent sees it: started, fed, watched and replaced."""
 
 import asyncio
 import logging
+import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from socket import socketpair
 from threading import Thread
-from typing import Any
+from typing import Any, Protocol
 
 from varedit_runtime.editing.results import EditResult
 from varedit_runtime.errors import BackendError, reason
@@ -46,14 +47,23 @@ class _Batch:
 class _Process:
     """One process, with a thread that reads what it sends and one that writes to it."""
 
-    def __init__(self, command: Sequence[str], on_message: Callable[..., None]) -> None:
-        """on_message: called in the event loop with each message; with ("died",) at the end."""
+    def __init__(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        on_message: Callable[..., None],
+    ) -> None:
+        """environment: variables that it has besides those of this process.
+
+        on_message: called in the event loop with each message; with ("died",) at the end.
+        """
         ours, theirs = socketpair()
         with ours, theirs:
             number = theirs.fileno()
             # A group of its own: Ctrl-C in a terminal is the parent's alone.
             self._popen = subprocess.Popen(
                 [*command, str(number)],
+                env={**os.environ, **environment},
                 stdin=subprocess.DEVNULL,
                 pass_fds=[number],
                 process_group=0,
@@ -95,32 +105,42 @@ class _Process:
             self._loop.call_soon_threadsafe(self._on_message, message)
 
 
+class Listener(Protocol):
+    """Learns what becomes of children.
+
+    facts: what the last child that became ready told of its editor; None before the first one.
+    """
+
+    facts: Ready | None
+
+    def on_ready(self, facts: Ready) -> None:
+        """Set `facts`."""
+
+    def on_restart(self, why: str) -> None:
+        """Learn why a process is replaced: died, silent, stuck, failed or unfit."""
+
+
 class Child:
     """Keeps a process running that edits one batch after the other.
 
-    ready: whether the process can edit now. facts: what it told of its editor; None before the
-    first one is ready.
+    ready: whether the process can edit now.
     """
 
     def __init__(
         self,
         opening: Opening,
-        on_ready: Callable[[float], None],
-        on_restart: Callable[[str], None],
+        listener: Listener,
         command: Sequence[str] = COMMAND,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
-        """on_ready: gets the seconds that an edit takes.
-
-        on_restart: gets why a process is replaced: died, silent, stuck, failed or unfit.
-        """
-        self._opening, self._command = opening, command
-        self._on_ready, self._on_restart = on_ready, on_restart
+        """environment: variables of the process besides those of this one."""
+        self._opening, self._listener = opening, listener
+        self._command, self._environment = command, environment or {}
         self._process: _Process | None = None
         self._changed = asyncio.Event()
         self._batch: _Batch | None = None
         self._numbers, self._patience, self._why = 0, SILENT, ""
         self.ready = False
-        self.facts: Ready | None = None
 
     @property
     def pid(self) -> int | None:
@@ -128,16 +148,19 @@ class Child:
         return self._process.pid if self._process else None
 
     async def run(self) -> None:
-        """Keep a process running. Raises BackendError if the first one cannot open the bundle."""
+        """Keep a process running.
+
+        Raises BackendError if the bundle cannot be opened and no child has ever been ready.
+        """
         pause = 1.0
         try:
             while True:
                 served = await self._run_one()
                 why, _, told = (self._why or "died").partition(": ")
-                if why == "unfit" and self.facts is None:
+                if why == "unfit" and self._listener.facts is None:
                     raise BackendError(told)
                 _log.error("the editing process is replaced: %s", self._why or "it died")
-                self._on_restart(why)
+                self._listener.on_restart(why)
                 pause = 1.0 if served else min(2 * pause, LONGEST_PAUSE)
                 if not served:
                     await asyncio.sleep(pause)
@@ -158,7 +181,7 @@ class Child:
         """Start a process and watch it until it has died; return whether it was ever ready."""
         self._patience, self._why = SILENT_LOADING, ""
         try:
-            process = self._process = _Process(self._command, self._hear)
+            process = self._process = _Process(self._command, self._environment, self._hear)
         except OSError as error:  # too many files are open, or memory is short
             self._why = f"unfit: no process can be started ({reason(error)})"
             return False
@@ -190,9 +213,9 @@ class Child:
         self._patience = SILENT if self.ready else SILENT_LOADING
         match message:
             case ("ready", facts):
-                self.ready, self.facts, self._patience = True, facts, SILENT
+                self.ready, self._patience = True, SILENT
                 _log.info("ready: an edit takes %.2f s on %s", facts.seconds, facts.provider)
-                self._on_ready(facts.seconds)
+                self._listener.on_ready(facts)
             case ("unfit", text):
                 self._why = f"unfit: {text}"
             case ("died",):
@@ -225,9 +248,10 @@ class Child:
 
         Raises ChildDiedError or BatchFailedError.
         """
-        assert self.facts is not None and self._process is not None and self._batch is None
+        facts = self._listener.facts
+        assert facts is not None and self._process is not None and self._batch is None
         self._numbers += 1
-        patience = max(LEAST_TIME, TIMES * self.facts.seconds * len(orders))
+        patience = max(LEAST_TIME, TIMES * facts.seconds * len(orders))
         done = asyncio.get_running_loop().create_future()
         batch = self._batch = _Batch(self._numbers, patience, done, on_partial)
         self._process.send("edit", batch.number, orders)

@@ -4,12 +4,13 @@ import asyncio
 import logging
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from math import ceil
 
 from PIL import Image
 
 from varedit_runtime.editing.results import EditResult
 from varedit_serve.editing.child import BatchFailedError, Child, ChildDiedError
-from varedit_serve.editing.messages import Order
+from varedit_serve.editing.messages import Order, Ready
 from varedit_serve.errors import ApiError
 from varedit_serve.metrics import Metrics
 
@@ -73,28 +74,42 @@ class _Picture:
 
 
 class Queue:
-    """Feeds the child process. largest: pictures of a batch; None for all that the graphs take."""
+    """Feeds the processes that edit, each by a `run` of its own.
+
+    largest: pictures of a batch; None for all that the graphs take. facts: what the last process
+    that became ready told of its editor, which is that of all; None before the first one.
+    """
 
     def __init__(self, metrics: Metrics, largest: int | None, deadline: float) -> None:
         self._metrics, self._largest, self._deadline = metrics, largest, deadline
         self._waiting: list[_Picture] = []
-        self._running: list[_Picture] = []
+        self._running: dict[Child, list[_Picture]] = {}
         self._wake = asyncio.Event()
-        self._seconds = 1.0  # that a picture takes, about
-        self._child: Child | None = None
-        metrics.watch_queue(lambda: len(self._waiting))
+        self._seconds = 1.0  # that a process takes for a picture, about
+        self.facts: Ready | None = None
+        metrics.watch_queue(lambda: len(self._waiting), lambda: self.ready)
 
-    def on_ready(self, seconds: float) -> None:
-        """Look again for what can be done: the child is ready. seconds: that an edit takes."""
-        self._seconds = seconds
-        if seconds > self._deadline:
+    @property
+    def ready(self) -> int:
+        """How many processes can edit now."""
+        return sum(child.ready for child in self._running)
+
+    def on_ready(self, facts: Ready) -> None:
+        """Look again for what can be done: a process is ready."""
+        self.facts, self._seconds = facts, facts.seconds
+        if facts.seconds > self._deadline:
             told = "an edit takes %.0f s and --deadline is %g s: no request will be answered"
-            _log.warning(told, seconds, self._deadline)
+            _log.warning(told, facts.seconds, self._deadline)
         self._wake.set()
+
+    def on_restart(self, why: str) -> None:
+        """Count a process that is replaced."""
+        self._metrics.restarted(why)
 
     def retry_after(self) -> float:
         """Return the seconds until what waits now may be done."""
-        return (len(self._waiting) + len(self._running)) * self._seconds
+        pictures = len(self._waiting) + sum(map(len, self._running.values()))
+        return pictures * self._seconds / max(1, self.ready)
 
     def submit(self, job: Job) -> None:
         """Let a job's pictures wait for their turn."""
@@ -110,11 +125,13 @@ class Queue:
             job.timer.cancel()
         job.over = True
         waiting = [one for one in self._waiting if one.job is job]
-        running = [one for one in self._running if one.job is job]
         self._waiting = [one for one in self._waiting if one.job is not job]
-        if running and all(one.job.over for one in self._running):
-            assert self._child is not None
-            self._child.cancel()
+        running = False
+        for child, batch in self._running.items():
+            if any(one.job is job for one in batch):
+                running = True
+                if all(one.job.over for one in batch):
+                    child.cancel()
         return "running" if running else "waiting" if waiting else None
 
     def _expire(self, job: Job) -> None:
@@ -125,18 +142,24 @@ class Queue:
             job.events.put_nowait(error)
 
     async def run(self, child: Child) -> None:
-        """Edit what waits, batch by batch, until cancelled."""
-        self._child = child
-        while True:
-            self._wake.clear()
-            if self._waiting and child.ready:
-                await self._run_batch(child, self._next_batch(child))
-            else:
-                await self._wake.wait()
+        """Have one process edit what waits, batch by batch, until cancelled."""
+        self._running[child] = []
+        try:
+            while True:
+                self._wake.clear()
+                if self._waiting and child.ready:
+                    await self._run_batch(child, self._next_batch())
+                else:
+                    await self._wake.wait()
+        finally:
+            del self._running[child]
 
-    def _next_batch(self, child: Child) -> list[_Picture]:
-        assert child.facts is not None
-        size = min(self._largest or child.facts.batch, child.facts.batch)
+    def _next_batch(self) -> list[_Picture]:
+        """Return what one process shall edit: its share, where others have nothing to do."""
+        assert self.facts is not None
+        idle = sum(child.ready and not batch for child, batch in self._running.items())
+        size = min(self._largest or self.facts.batch, self.facts.batch)
+        size = min(size, ceil(len(self._waiting) / idle))
         first = self._waiting[0]
         batch = [first]
         if not first.faults:  # a suspect runs alone
@@ -148,7 +171,7 @@ class Queue:
 
     async def _run_batch(self, child: Child, batch: list[_Picture]) -> None:
         start = asyncio.get_running_loop().time()
-        self._running = batch
+        self._running[child] = batch
         self._metrics.started([start - one.since for one in batch if not one.faults], len(batch))
 
         def on_partial(place: int, index: int, image: Image.Image) -> None:
@@ -167,7 +190,7 @@ class Queue:
                 child.replace("failed")  # the fault may be the process's: judge in another one
             return
         finally:
-            self._running = []
+            self._running[child] = []
         elapsed = (asyncio.get_running_loop().time() - start) / len(batch)
         self._seconds = (3 * self._seconds + elapsed) / 4
         self._metrics.edited(results[0].timings)
