@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from varedit_engines import OnStep
 from varedit_export.check_options import check_build
 from varedit_export.errors import ExportError, ParityError
-from varedit_export.options import BuildOptions, EngineOptions, VerifyOptions
+from varedit_export.options import BuildOptions, EngineOptions, EvaluateOptions, VerifyOptions
 from varedit_runtime.backends import choose
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import ConfigError, VareditError, needs_extra
@@ -31,6 +31,7 @@ from varedit_runtime.manifest import ParityLine
 from varedit_runtime.values import AnyPath, checked
 
 if TYPE_CHECKING:
+    from varedit_export.evaluation.report import Report
     from varedit_export.plan import BundlePlan
     from varedit_export.weights.published import Download
     from varedit_runtime.backends.engines.engine_set import EngineSet
@@ -38,12 +39,14 @@ if TYPE_CHECKING:
 __all__ = [
     "BuildOptions",
     "EngineOptions",
+    "EvaluateOptions",
     "ExportError",
     "ParityError",
     "VareditError",
     "VerifyOptions",
     "build",
     "compile_engines",
+    "evaluate",
     "plan_build",
     "verify",
 ]
@@ -179,6 +182,33 @@ def verify(
         lines.append(line)
     opened.check_stands()  # its files were read by their path
     return gate(lines)
+
+
+def evaluate(
+    bundle: AnyPath,
+    options: EvaluateOptions,
+    on_step: OnStep = _ignore,
+    notice: Callable[[str], None] = _ignore,
+    accept: Callable[["Download"], None] = _ignore,
+) -> "Report":
+    """Make a benchmark's edits with a bundle, score them, and write a report into the run's folder.
+
+    A run that was interrupted is continued. `notice` is called with what is left out, `accept`
+    before anything is downloaded, as for `build`. Scores that are worse than `fail_below` says are
+    the report's `failures`.
+
+    Raises ConfigError on impossible options, or if the folder holds another run; DatasetError,
+    which names the row, on data that is not as it is published; CheckpointError if weights of a
+    metric cannot be fetched or read; what `Editor.edit` raises, but for an instruction that the
+    bundle cannot follow, which counts as failed.
+    """
+    options = checked("options", options, EvaluateOptions)
+    folder = Path(checked("bundle", bundle, AnyPath))
+    _check_functions(on_step=on_step, notice=notice, accept=accept)
+    with needs_extra("evaluate"):
+        from varedit_export.evaluation.bundle_edits import evaluate_bundle
+
+    return evaluate_bundle(folder, options, on_step, notice, accept)
 
 
 def _check_functions(**given: object) -> None:

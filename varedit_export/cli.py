@@ -6,6 +6,7 @@ from varedit_export.commands.bench import bench
 from varedit_export.commands.build import build
 from varedit_export.commands.convert import convert
 from varedit_export.commands.engines import engines, layers
+from varedit_export.commands.evaluate import evaluate
 from varedit_export.commands.show import doctor, inspect
 from varedit_export.commands.triton import triton
 from varedit_export.commands.verify import verify
@@ -25,5 +26,7 @@ def main() -> None:
     """
 
 
-for command in (build, engines, verify, layers, inspect, doctor, bench, convert, triton):
+for command in (
+    *(build, engines, verify, layers, inspect, doctor, bench, evaluate, convert, triton),
+):
     main.add_command(command)

@@ -9,3 +9,7 @@ class ExportError(VareditError):
 
 class ParityError(VareditError):
     """Graphs that do not agree with the reference; the message names the worst measures."""
+
+
+class DatasetError(VareditError):
+    """A benchmark's data that is missing, damaged, or not in its published format."""

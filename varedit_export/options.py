@@ -1,4 +1,4 @@
-"""The options of `build`, `verify` and `compile_engines`: one frozen class each.
+"""The options of `build`, `verify`, `compile_engines` and `evaluate`: one frozen class each.
 
 An option has the meaning of the command's option of that name. None leaves the choice to us. A
 value of another type is a ConfigError.
@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 
 from varedit_engines.engine_compiler import EngineCompiler, Flags, check_compiler
 from varedit_runtime.backends import DEFAULT, ChosenBackend
-from varedit_runtime.backends.auto import AUTO
+from varedit_runtime.backends.auto import AUTO, AutoBackend
 from varedit_runtime.backends.engines.engine_set import EngineLayout
 from varedit_runtime.backends.engines.import_tensorrt import EngineKind
 from varedit_runtime.bundle import Bundle
@@ -111,3 +111,27 @@ class VerifyOptions(CheckedOptions):
     # with its options.
     backend: str | ChosenBackend = DEFAULT
     variant: str | None = None  # the variant that it runs; by default the bundle's first
+
+
+@dataclass(frozen=True)
+class EvaluateOptions(CheckedOptions):
+    """What a bundle is evaluated on, and how it edits."""
+
+    benchmark: str  # one of varedit_export.evaluation.benchmarks.BENCHMARKS
+    output: AnyPath  # the run's folder: a new one, or that of the same run
+    data: AnyPath | None = None  # the data set's folder, or hf://datasets/OWNER/REPOSITORY
+
+    metrics: tuple[str, ...] = ()  # families of metrics; by default the benchmark's
+    weights: tuple[str, ...] = ()  # METRIC=PLACE: a folder, or hf://OWNER/REPOSITORY
+    seed: int = 0  # edit i has seed + i
+    limit: int | None = None  # edits to make, of all types alike; by default all
+    fail_below: tuple[str, ...] = ()  # SCORE=NUMBER: the overall mean that is good enough
+
+    # How the bundle edits, and what it is compared with: another bundle, a backend's name, or the
+    # folder of a run.
+    against: AnyPath | None = None
+    backend: str | ChosenBackend | AutoBackend = AUTO
+    variant: str | None = None  # by default the bundle's first
+    guidance_scale: float | None = None  # by default the bundle's own
+    temperature: float | None = None
+    fast: bool = False  # no guidance at the last two scales

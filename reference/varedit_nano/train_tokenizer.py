@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from varedit_nano.benchmark import psnr
 from varedit_nano.checkpointing import write_weights
 from varedit_nano.data import VALIDATION_SEEDS, PictureBatches, to_model, to_pixels
-from varedit_nano.evaluate import psnr
 from varedit_nano.model import NANO, TOKENIZER_FILE
 from varedit_nano.scenes import draw_picture
 from varedit_nano.sheets import contact_sheet

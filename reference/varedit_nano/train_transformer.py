@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers.models.t5.modeling_t5 import T5Stack
 
 from varedit_nano.attention import eager_attention
+from varedit_nano.benchmark import psnr
 from varedit_nano.checkpointing import write_weights
 from varedit_nano.data import TRAINING_SHARES, VALIDATION_SEEDS, EditBatch, EditBatches, to_model
-from varedit_nano.evaluate import psnr
 from varedit_nano.model import TEXT_FOLDER, TRANSFORMER_FILE, nano
 from varedit_nano.scenes import EditSample, draw_edit, vocabulary_text
 from varedit_nano.sheets import contact_sheet

@@ -1,0 +1,184 @@
+"""Runs of an evaluation: they continue, refuse what is another run, and compare."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+from disks import file_size_limit
+from evaluating import Shifted, evaluated, own_data, write_lines
+from killing import FORKS, killed_at
+
+from varedit_export.evaluation.run import Run, open_run
+from varedit_export.evaluation.statistics import compare, mean_of
+from varedit_runtime.errors import ConfigError, VareditError
+
+REPORTS = ("report.json",)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return own_data(tmp_path / "data")
+
+
+def contents(run: Path) -> list[bytes]:
+    return [(run / name).read_bytes() for name in REPORTS]
+
+
+@FORKS
+def test_a_run_that_is_killed_continues_to_the_same_report(
+    data: Path, tmp_path: Path, no_flushing: None
+) -> None:
+    evaluated(data, tmp_path / "whole")
+    whole = contents(tmp_path / "whole")
+    uses = next(
+        step
+        for step in range(64, 4096, 64)
+        if not killed_at(step, partial(evaluated, data, tmp_path / f"counted-{step}"))
+    )
+    for number in range(10):
+        run = tmp_path / f"killed-{number}"
+        assert killed_at(number * (uses - 64) // 10, partial(evaluated, data, run))
+        evaluated(data, run)
+        assert contents(run) == whole
+
+
+def test_a_finished_run_makes_nothing_again(data: Path, tmp_path: Path) -> None:
+    first, second = Shifted(), Shifted()
+    evaluated(data, tmp_path / "run", first)
+    lines = (tmp_path / "run/scores.jsonl").read_bytes()
+    evaluated(data, tmp_path / "run", second)
+    assert first.made == ["1", "2", "3", "4"] and second.made == []
+    assert (tmp_path / "run/scores.jsonl").read_bytes() == lines
+
+
+def test_a_picture_that_was_changed_is_made_and_scored_again(data: Path, tmp_path: Path) -> None:
+    evaluated(data, tmp_path / "run")
+    whole = contents(tmp_path / "run")
+    first, second, *_ = sorted((tmp_path / "run/pictures").iterdir())
+    first.write_bytes(b"no picture")
+    second.unlink()
+    again = Shifted()
+    evaluated(data, tmp_path / "run", again)
+    assert again.made == ["1", "2"] and contents(tmp_path / "run") == whole
+
+
+@pytest.mark.parametrize("torn", [b'{"id": "1", "se', b"\xff\xfe", b"[[[[", b'{"id": 3}\n'])
+def test_a_line_that_was_cut_off_counts_for_nothing(
+    torn: bytes, data: Path, tmp_path: Path
+) -> None:
+    evaluated(data, tmp_path / "run")
+    whole = contents(tmp_path / "run")
+    for name in ("edits.jsonl", "scores.jsonl"):
+        lines = (tmp_path / "run" / name).read_bytes().splitlines(keepends=True)
+        (tmp_path / "run" / name).write_bytes(b"".join(lines[:2]) + torn)
+    evaluated(data, tmp_path / "run")
+    assert contents(tmp_path / "run") == whole
+
+
+@pytest.mark.parametrize(
+    ("told", "more"),
+    [("shift", {"edits": Shifted(11)}), ("seed", {"seed": 3}), ("cases", {"data": "other"})],
+)
+def test_another_evaluation_in_the_same_folder_is_refused(
+    told: str, more: dict[str, object], data: Path, tmp_path: Path
+) -> None:
+    evaluated(data, tmp_path / "run")
+    if "data" in more:
+        more["data"] = own_data(tmp_path / "other", 5)
+    with pytest.raises(ConfigError, match=f"is a run with {told} .*name another folder"):
+        evaluated(**{"data": data, "output": tmp_path / "run", **more})  # pyright: ignore
+
+
+def test_folders_that_are_no_run_are_refused(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds other things than a run"):
+        evaluated(data, data)
+    with (
+        open_run(tmp_path / "run", {}),
+        pytest.raises(ConfigError, match="another process"),
+        open_run(tmp_path / "run", {}),
+    ):
+        pass
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        evaluated(data, tmp_path / "file")
+
+
+@pytest.mark.parametrize("size", [50, 500, 1000, 3000])
+def test_a_full_disk_is_one_error_and_the_run_continues(
+    size: int, data: Path, tmp_path: Path
+) -> None:
+    """The files that are too large: run.json, a picture, a list of lines, the report."""
+    evaluated(data, tmp_path / "whole")
+    with file_size_limit(size), pytest.raises(VareditError, match="cannot be written: File too"):
+        evaluated(data, tmp_path / "run")
+    evaluated(data, tmp_path / "run")
+    assert contents(tmp_path / "run") == contents(tmp_path / "whole")
+
+
+def test_lines_are_not_written_through_a_link(data: Path, tmp_path: Path) -> None:
+    evaluated(data, tmp_path / "run", limit=1)
+    (tmp_path / "run/edits.jsonl").rename(tmp_path / "elsewhere")
+    (tmp_path / "run/edits.jsonl").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        evaluated(data, tmp_path / "run")
+
+
+def test_an_instruction_that_cannot_be_followed_is_counted(data: Path, tmp_path: Path) -> None:
+    report = evaluated(data, tmp_path / "run", Shifted(refused="change 1"))
+    assert [row.failed for row in report.edits] == [None, "not understood", None, None]
+    assert report.groups["odd"].edits == 2 and report.groups["odd"].means["l1"].count == 1
+
+
+def test_a_limit_takes_all_types_alike_and_each_edit_keeps_its_seed(tmp_path: Path) -> None:
+    data = own_data(tmp_path / "data", 6)
+    rows: list[dict[str, str]] = [
+        json.loads(line) for line in (data / "edits.jsonl").read_text().splitlines()
+    ]
+    rows.sort(key=lambda row: row["type"])  # even ones first
+    write_lines(data, rows)
+    report = evaluated(data, tmp_path / "run", limit=2)
+    assert [(row.id, row.seed) for row in report.edits] == [("1", 0), ("4", 3)]
+    assert len(evaluated(data, tmp_path / "run").edits) == 6
+
+
+def test_a_copy_is_equal_and_a_worse_one_is_told(data: Path, tmp_path: Path) -> None:
+    same = evaluated(data, tmp_path / "same", Shifted(), Shifted())
+    assert {one.verdict for one in same.comparisons["overall"].values()} == {"equal"}
+    worse = evaluated(data, tmp_path / "worse", Shifted(128), Run(tmp_path / "same"))
+    assert worse.comparisons["overall"]["l1_source"].verdict.startswith("worse by 0.")
+    with pytest.raises(ConfigError, match="has another seed"):
+        evaluated(data, tmp_path / "seed", Shifted(), Run(tmp_path / "same"), seed=1)
+
+
+def test_a_gate_fails_on_worse_and_on_missing_scores(data: Path, tmp_path: Path) -> None:
+    report = evaluated(data, tmp_path / "run", fail_below=("psnr=99", "l1_source=0.9"))
+    assert len(report.failures) == 1 and report.failures[0].startswith("psnr is ")
+    with pytest.raises(ConfigError, match="no score is called 'clip'; there are psnr"):
+        evaluated(data, tmp_path / "run", fail_below=("clip=1",))
+    with pytest.raises(ConfigError, match="give SCORE=NUMBER"):
+        evaluated(data, tmp_path / "run", fail_below=("psnr",))
+    write_lines(data, [{"image": "0.png", "instruction": "change it"}])
+    unmasked = evaluated(data, tmp_path / "unmasked", fail_below=("psnr=1",))
+    assert unmasked.failures == ["psnr: no edit has this score"]
+
+
+def test_intervals_are_those_of_the_bootstrap() -> None:
+    assert mean_of([]) is None
+    one = mean_of([3.0])
+    assert one is not None and (one.mean, one.low, one.high, one.count) == (3, 3, 3, 1)
+    many = mean_of([0.0, 1.0] * 200)  # the standard error is 0.5 / sqrt(400)
+    assert many is not None and many == mean_of([0.0, 1.0] * 200)
+    assert many.low == pytest.approx(0.5 - 1.96 * 0.025, abs=0.005)
+    assert many.high == pytest.approx(0.5 + 1.96 * 0.025, abs=0.005)
+
+
+def test_differences_are_paired_and_oriented() -> None:
+    ours, theirs = [1.0, 2.0, None, 4.0] * 9, [0.5, 1.5, 9.0, 3.5] * 9
+    better, worse = compare(ours, theirs, 1, 2), compare(ours, theirs, -1, 2)
+    assert better is not None and better.verdict == "better by 0.50 to 0.50"
+    assert better.difference.count == 27
+    assert worse is not None and worse.verdict == "worse by 0.50 to 0.50"
+    unsure = compare([0.0, 1.0] * 50, [1.0, 0.0] * 50, 1, 2)
+    assert unsure is not None and unsure.verdict == "no worse by more than 0.20"
+    assert compare([None], [1.0], 1, 2) is None

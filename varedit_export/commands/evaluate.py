@@ -1,0 +1,115 @@
+"""Evaluate a bundle's edits on a benchmark: `varedit-export evaluate`."""
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+import varedit_export
+from varedit_export.commands.shared_options import PLACE, with_options, yes_option
+from varedit_export.console import accept, progress, say
+from varedit_export.evaluation.benchmarks import BENCHMARKS
+from varedit_export.evaluation.metrics import FAMILIES
+from varedit_export.options import EvaluateOptions
+from varedit_runtime.backends import BACKENDS
+from varedit_runtime.terminal.command import (
+    BUNDLE,
+    PATH,
+    BackendCommand,
+    Registered,
+    backend_option,
+    variant_option,
+)
+
+if TYPE_CHECKING:
+    from varedit_export.evaluation.report import Report
+
+
+class _Opponent(click.ParamType):
+    """A backend, by its name, the folder of a run, or a bundle."""
+
+    name = "opponent"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> str | Path:
+        return value if value in BACKENDS else BUNDLE.convert(value, param, ctx)
+
+
+benchmark_type = Registered("benchmark", lambda: BENCHMARKS)
+fail_below_option = click.option(
+    "--fail-below",
+    metavar="SCORE=NUMBER",
+    multiple=True,
+    help="Exit with 1 if a score's overall mean is worse than this; repeatable.",
+)
+
+
+@click.command(cls=BackendCommand)
+@click.argument("bundle", type=BUNDLE)
+@click.option("--benchmark", type=benchmark_type, required=True, help="What is edited and scored.")
+@click.option("--data", metavar=PLACE, help="The benchmark's data set: its folder.")
+@click.option("-o", "--output", type=PATH, required=True, help="The run's folder.")
+@click.option(
+    "--metric",
+    "metrics",
+    type=Registered("metric", lambda: FAMILIES),
+    multiple=True,
+    help="Scores to compute; repeatable. Default: the benchmark's.",
+)
+@click.option(
+    "--weights",
+    metavar=f"METRIC={PLACE}",
+    multiple=True,
+    help="Where a metric's model is; repeatable. Default: its authors' on the hub.",
+)
+@click.option("--seed", default=0, show_default=True, help="Edit i has SEED + i.")
+@click.option("--limit", type=int, help="Number of edits, of all types alike. Default: all.")
+@click.option(
+    "--against",
+    type=_Opponent(),
+    metavar="BUNDLE|BACKEND|RUN",
+    help="Compare edit by edit with another bundle, another backend, or a finished run.",
+)
+@fail_below_option
+@click.option("--guidance-scale", type=float, help="Default: the bundle's own.")
+@click.option("--temperature", type=float, help="Default: the bundle's own.")
+@click.option("--fast", is_flag=True, help="No guidance at the last two scales.")
+@backend_option()
+@variant_option
+@yes_option
+@with_options(EvaluateOptions)
+def evaluate(bundle: Path, options: EvaluateOptions, yes: bool) -> None:
+    """Make a benchmark's edits with BUNDLE, score them, and write a report.
+
+    RUN gets the pictures, the scores of every edit, report.json and report.html. The same command
+    continues a run that was interrupted. Intervals hold a mean with 95 % confidence.
+
+    \b
+    varedit-export evaluate nano --benchmark nano -o runs/nano
+    varedit-export evaluate bundles/8b-512 --benchmark folder --data mine -o runs/8b \\
+        --against bundles/8b-512-int8
+    varedit-export evaluate bundles/2b --benchmark folder -o runs/2b \\
+        --data mine --limit 200 --fail-below psnr=26
+    """
+    with progress() as on_step:
+        report = varedit_export.evaluate(bundle, options, on_step, say, partial(accept, yes))
+    show(report, Path(options.output))
+
+
+def show(report: "Report", folder: Path) -> None:
+    """Print a report's table and verdicts; exit with 1 if a score is worse than it must be."""
+    from varedit_export.evaluation.report import JSON, table, verdicts
+
+    click.echo(table(report))
+    for line in verdicts(report):
+        click.echo(line)
+    failed = [row for row in report.edits if row.failed is not None]
+    if failed:
+        say(f"{len(failed)} edits could not be made, such as {failed[0].id}: {failed[0].failed}")
+    say(str(folder / JSON))
+    for line in report.failures:
+        say(f"--fail-below: {line}")
+    if report.failures:
+        raise SystemExit(1)

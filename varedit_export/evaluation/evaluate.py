@@ -1,0 +1,173 @@
+"""Evaluate what edits on a benchmark: edit, score, compare, report."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from varedit_engines import OnStep
+from varedit_export.evaluation.benchmarks import benchmark
+from varedit_export.evaluation.case import Benchmark, Case, Edits, Family, Metric, Score
+from varedit_export.evaluation.metrics import family
+from varedit_export.evaluation.places import bring
+from varedit_export.evaluation.report import OVERALL, Report, Subject, summarise, write
+from varedit_export.evaluation.run import RUN, Run, make_edits, measure, open_run
+from varedit_export.options import EvaluateOptions
+from varedit_export.weights.published import Download
+from varedit_runtime.errors import ConfigError, shown
+
+AGAINST = "against"  # the folder, in a run's, of the run that it is compared with
+
+
+def evaluate(
+    edits: Edits,
+    options: EvaluateOptions,
+    other: Edits | Run | None = None,
+    metrics: Mapping[str, Metric] = {},
+    on_step: OnStep = lambda what, done, steps: None,
+    notice: Callable[[str], None] = lambda line: None,
+    accept: Callable[[Download], None] = lambda download: None,
+) -> Report:
+    """Evaluate what edits, and write the report into the run's folder.
+
+    other: what it is compared with: other edits, which are made too, or a finished run of the same
+    cases. metrics: those that are open already, by their family. See `varedit_export.evaluate` for
+    the rest.
+    """
+    chosen = benchmark(options.benchmark)
+    families = _families(options, chosen, notice)
+    scores = [score for one in families.values() for score in one.scores]
+    gates = _gates(options, scores)
+    places = bring(_places(options, chosen, families), accept)
+    everything = chosen.read(places.get("--data", Path()))
+    cases = spread(everything, options.limit)
+    digest = _digest(everything)
+    told = {"benchmark": options.benchmark, "cases": digest, "seed": options.seed}
+    opened = {n: metrics.get(n) or one.open(places.get(n)) for n, one in families.items()}
+
+    def work(run: Run, by: Edits) -> None:
+        make_edits(run, cases, options.seed, by, on_step)
+        for name, metric in opened.items():
+            measure(run, list(cases.values()), name, metric, on_step)
+
+    folder = Path(options.output)
+    with open_run(folder, {**told, **edits.identity}) as run:
+        work(run, edits)
+        subject = Subject(edits.name, run)
+        if isinstance(other, Run):
+            subject = replace(subject, against=other.folder.name, other=_same(other, told, cases))
+        elif other is not None:
+            with open_run(folder / AGAINST, {**told, **other.identity}) as against:
+                work(against, other)
+                subject = replace(subject, against=other.name, other=against)
+        report = summarise(chosen.title, subject, list(cases.values()), scores, list(families))
+        report = replace(report, failures=failures(report, gates))
+        write(report, folder)
+    return report
+
+
+def spread(cases: Sequence[Case], limit: int | None) -> dict[int, Case]:
+    """Return cases by their places: all, or a number of them that has all types alike."""
+    if limit is None:
+        return dict(enumerate(cases))
+    if limit < 1:
+        raise ConfigError(f"--limit is {limit}; give 1 or more")
+    counts: dict[tuple[str, ...], int] = {}
+    turns = []
+    for place, case in enumerate(cases):
+        turns.append((counts.setdefault(case.groups[:1], 0), place))
+        counts[case.groups[:1]] += 1
+    return {place: cases[place] for place in sorted(place for _, place in sorted(turns)[:limit])}
+
+
+def _gates(options: EvaluateOptions, scores: Sequence[Score]) -> list[tuple[Score, float]]:
+    """Return what `fail_below` says. Raises ConfigError on unknown scores."""
+    known, found = {score.name: score for score in scores}, []
+    for text in options.fail_below:
+        name, _, value = text.partition("=")
+        if name not in known:
+            raise ConfigError(
+                f"--fail-below: no score is called {shown(name)}; there are {', '.join(known)}"
+            )
+        try:
+            found.append((known[name], float(value)))
+        except ValueError as error:
+            raise ConfigError(f"--fail-below is {shown(text)}; give SCORE=NUMBER") from error
+    return found
+
+
+def failures(report: Report, gates: Sequence[tuple[Score, float]]) -> list[str]:
+    """Return which overall means are worse than they must be, or missing, a line each."""
+    lines = []
+    for score, least in gates:
+        mean = report.groups[OVERALL].means.get(score.name)
+        if mean is None:
+            lines.append(f"{score.name}: no edit has this score")
+        elif not score.better * mean.mean >= score.better * least:
+            lines.append(f"{score.name} is {mean.mean:.{score.digits}f}, worse than {least:g}")
+    return lines
+
+
+def _families(
+    options: EvaluateOptions, chosen: Benchmark, notice: Callable[[str], None]
+) -> dict[str, Family]:
+    """Return the families of metrics to compute, without those whose weights are nowhere."""
+    found = {name: family(name) for name in options.metrics or chosen.families}
+    given = _given(options)
+    if unknown := given.keys() - found.keys():
+        raise ConfigError(f"--weights: {sorted(unknown)} are not computed; --metric names what is")
+    for name, one in list(found.items()):
+        if one.files and one.weights is None and name not in given:
+            if name in options.metrics:
+                raise ConfigError(f"--metric {name}: give its weights with --weights {name}=PLACE")
+            notice(f"{name} is left out: it needs --weights {name}=PLACE")
+            del found[name]
+    return found
+
+
+def _given(options: EvaluateOptions) -> dict[str, str]:
+    """Return the places of weights that were given, by the family's name."""
+    found = {}
+    for text in options.weights:
+        name, sign, place = text.partition("=")
+        if not (name and sign and place):
+            raise ConfigError(f"--weights is {shown(text)}; give METRIC=PLACE")
+        found[name] = place
+    return found
+
+
+def _places(
+    options: EvaluateOptions, chosen: Benchmark, families: Mapping[str, Family]
+) -> dict[str, tuple[str, Any]]:
+    """Return where the data and the weights are, and which files are taken of a repository."""
+    weights = {**chosen.weights, **_given(options)}
+    found = {
+        name: (weights.get(name) or one.weights or "", one.files)
+        for name, one in families.items()
+        if one.files
+    }
+    if chosen.files:
+        if options.data is None:
+            raise ConfigError(f"{options.benchmark}: give its data with --data FOLDER")
+        found["--data"] = (str(options.data), chosen.files)
+    return found
+
+
+def _same(other: Run, told: Mapping[str, Any], cases: Mapping[int, Case]) -> Run:
+    """Check that a run has the same cases and noise. Raises ConfigError."""
+    for key, value in told.items():
+        if other.told.get(key) != value:
+            raise ConfigError(
+                f"--against: {other.folder / RUN} has another {key}: compare alike runs"
+            )
+    if missing := [case.id for case in cases.values() if case.id not in other.edits]:
+        raise ConfigError(f"--against: {other.folder} lacks {len(missing)} of the edits: finish it")
+    return other
+
+
+def _digest(cases: Sequence[Case]) -> str:
+    """Return a digest of what cases ask for."""
+    told = [[c.id, c.groups, c.instruction, c.after, c.before, c.caption] for c in cases]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()

@@ -1,0 +1,20 @@
+"""The families of metrics by name: each is a `Family` in a file of its own."""
+
+from importlib import import_module
+
+from varedit_export.evaluation.case import Family
+from varedit_runtime.errors import ConfigError, shown
+
+_HERE = __name__
+FAMILIES = {
+    "pixels": f"{_HERE}.pixels:PIXELS",
+    "nano": "varedit_nano.benchmark:FAMILY",  # in a clone of the project only
+}
+
+
+def family(name: str) -> Family:
+    """Return a family of metrics. Raises ConfigError on an unknown name."""
+    if name not in FAMILIES:
+        raise ConfigError(f"no metric is called {shown(name)}; there are {', '.join(FAMILIES)}")
+    module, _, variable = FAMILIES[name].partition(":")
+    return getattr(import_module(module), variable)

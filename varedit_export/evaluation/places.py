@@ -1,0 +1,46 @@
+"""Bring a benchmark's data and the weights of metrics: folders, or repositories on the hub."""
+
+from collections.abc import Callable, Mapping, Sequence
+from glob import escape
+from pathlib import Path
+
+from varedit_export.weights import hub
+from varedit_export.weights.hub import SCHEME, HubAddress
+from varedit_export.weights.published import Download
+from varedit_runtime.errors import CheckpointError, ConfigError
+
+Files = Sequence[Sequence[str]]
+
+
+def bring(
+    places: Mapping[str, tuple[str, Files]], accept: Callable[[Download], None]
+) -> dict[str, Path]:
+    """Download what is on the hub; return where all is on this machine.
+
+    places: by name, a folder or an address, and the choices of files that are taken of a
+    repository. accept: called before anything is downloaded, if anything has to be; it raises to
+    refuse. Raises ConfigError if there is no such folder, CheckpointError if a download fails.
+    """
+    found = {name: Path(place) for name, (place, _) in places.items()}
+    wanted = {
+        name: hub.look_up(address, _within(address, files))
+        for name, (place, files) in places.items()
+        if place.startswith(SCHEME)
+        for address in [hub.parse(place)]
+    }
+    if missing := tuple(one for one in wanted.values() if not one.cached):
+        download = Download(missing)
+        if not download.fits:
+            raise CheckpointError(f"the disk has no room: {download}")
+        accept(download)
+    found |= {name: hub.fetch(one)[0] for name, one in wanted.items()}
+    for name, folder in found.items():
+        if not folder.is_dir():
+            raise ConfigError(f"{name}: there is no folder {folder}")
+    return found
+
+
+def _within(address: HubAddress, files: Files) -> list[list[str]]:
+    """Return choices of files as patterns in the address's own folder."""
+    inside = f"{escape(address.path)}/" if address.path else ""
+    return [[inside + pattern for pattern in choice] for choice in files]
