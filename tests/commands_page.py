@@ -7,6 +7,7 @@ from its tables of fields and limits.
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 from textwrap import indent
 
 import click
@@ -51,15 +52,38 @@ def refreshed_tables(page: str) -> str:
     """Return the page about serving with the current tables of fields and limits."""
     table = fields_of(Limits(), scales=7)
     rows = [
-        (f"`{f.name}`", (f.help + " Required." * f.required).replace("7 scales", "the scales"))
+        (
+            f"`{f.name}`",
+            _values(f.schema),
+            "" if f.default is None else f"`{str(f.default).lower()}`",
+            (f.help + " Required." * f.required).replace("7 scales", "the scales"),
+        )
         for f in table.values()
     ]
-    page = _replaced(page, "table", ("field", "meaning"), rows)
+    page = _replaced(page, "table", ("field", "values", "default", "meaning"), rows)
     limits = [
         (f"`--{f.name.replace('_', '-')}`", f"{f.default:,}".removesuffix(".0"), f.metadata["help"])
         for f in fields(Limits)
     ]
     return _replaced(page, "limits", ("option", "default", "meaning"), limits)
+
+
+def _values(schema: dict[str, Any]) -> str:
+    """Return what a schema allows, in words."""
+    match schema:
+        case {"format": "binary"}:
+            return "a file"
+        case {"enum": choices}:
+            return ", ".join(f"`{choice}`" for choice in choices)
+        case {"type": "boolean"}:
+            return "`true`, `false`"
+        case {"maxLength": most}:
+            return f"text, at most {most:,} characters"
+        case {"minimum": least, "maximum": most}:
+            return f"{least:,} to {most:,}"
+        case {"oneOf": [one, _]}:
+            return f"{_values(one)}, or a list"
+    return "`auto`, or `WIDTHxHEIGHT`"
 
 
 def _replaced(page: str, name: str, head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:

@@ -45,7 +45,7 @@ def thin(length: int) -> bytes:
 
 WRONG: list[tuple[Fields, str]] = [
     ([("promt", "add a hat")], "promt"),
-    ([("input_fidelity", "high")], "input_fidelity"),
+    ([("input_fidelity", "low")], "input_fidelity"),
     ([("prompt", "a"), ("prompt", "b")], "prompt"),
     ([("prompt", "")], "prompt"),
     ([("prompt", "a " * 40_000)], "prompt"),
@@ -67,7 +67,7 @@ WRONG: list[tuple[Fields, str]] = [
     ([("n", "\u0661")], "n"),  # a digit, but not ours
     ([("n", b"1")], "n"),
     ([("size", "512x512")], "size"),
-    ([("quality", "medium")], "quality"),
+    ([("quality", "hd")], "quality"),
     ([("background", "transparent")], "background"),
     ([("output_format", "gif")], "output_format"),
     ([("output_compression", "50")], "output_compression"),
@@ -110,6 +110,29 @@ def test_a_field_in_the_address_is_a_400_that_names_it() -> None:
             return await server.ask("POST", f"{EDITS}?seed=7", kind, [body])
 
     assert asyncio.run(asked()).blamed == (400, "seed")
+
+
+def test_errors_say_what_to_give() -> None:
+    several = [("image[]", png()), ("image[]", png())]
+    for fields, told in (
+        (several, "image cannot be used: there are 2 pictures; give one"),
+        ([("quality", "hd")], "quality is 'hd'; give auto, high, medium or low"),
+        ([("response_format", "url")], "response_format is 'url'; give b64_json"),
+        (
+            [("background", "transparent")],
+            "the picture is opaque, and so is its result: give background=auto or opaque",
+        ),
+    ):
+        assert edit(*fields).json["error"]["message"] == told
+    reply = edit_json({"image": DATA, "prompt": 5})
+    assert reply.json["error"]["message"].startswith("prompt is 5; give a text of at most")
+
+
+def test_what_programs_for_openai_send_is_taken() -> None:
+    """Their fields mean the same here, or the answer tells what was done."""
+    reply = edit(("quality", "medium"), ("input_fidelity", "high"), ("image[]", png()))
+    assert reply.status == 200 and reply.json["quality"] == "high"
+    assert edit(("output_format", "jpeg"), ("output_compression", "0")).status == 200
 
 
 def test_no_answer_repeats_an_instruction() -> None:
@@ -231,15 +254,20 @@ def test_the_description_has_every_field() -> None:
         async with served() as server:
             return (await server.ask(path="/openapi.json")).json
 
-    edit = asyncio.run(asked())["paths"]["/v1/images/edits"]["post"]
+    paths = asyncio.run(asked())["paths"]
+    assert paths["/v1/models/{model}"]["get"]["parameters"][0]["name"] == "model"
+    edit = paths["/v1/images/edits"]["post"]
     for kind in ("multipart/form-data", "application/json"):
         schema = edit["requestBody"]["content"][kind]["schema"]
-        names = [name for name in schema["properties"] if not name.endswith("[]")]
-        assert names == list(fields_of(Limits(), SCALES))
-        assert schema["required"] == ["image", "prompt"]
-        # In a form, a list has a name of its own.
-        lists = {name for name in schema["properties"] if name not in names}
-        assert lists == ({"guidance_scale[]", "temperature[]"} if "form" in kind else set())
+        names = list(fields_of(Limits(), SCALES))
+        assert [name for name in schema["properties"] if name in names] == names
+        # In a form, a list has a name of its own; in JSON, OpenAI's programs send several images.
+        lists = {"image[]", "guidance_scale[]", "temperature[]"} if "form" in kind else {"images"}
+        assert schema["properties"].keys() - names == lists
+        assert schema["required"] == ["prompt"] and len(schema["oneOf"]) == 2
+        for name, least, most in (("seed", 0, LARGEST_SEED), ("n", 1, 4), ("partial_images", 0, 3)):
+            field = schema["properties"][name]
+            assert (field["minimum"], field["maximum"]) == (least, most)
     assert {"400", "401", "404", "408", "413", "415", "429", "500", "503"} < edit[
         "responses"
     ].keys()

@@ -81,7 +81,7 @@ class Answer:
         return b64encode(self._encoded(image)).decode()
 
     def _encoded(self, image: Image.Image) -> bytes:
-        quality = 95 if self.compression is None else self.compression
+        quality = 95 if self.compression is None else max(1, self.compression)  # 0 is JPEG's 1
         return encode_picture(image, self.written_as.upper(), quality=quality)
 
 

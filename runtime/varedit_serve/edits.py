@@ -130,7 +130,8 @@ class Edits:
             told = f"results have the picture's size: give auto, or {image.width}x{image.height}"
             raise wrong("size", told)
         if values["background"] == "transparent" and image.mode != "RGBA":
-            raise wrong("background", "only a transparent picture has a transparent result")
+            told = "the picture is opaque, and so is its result: give background=auto or opaque"
+            raise wrong("background", told)
         mask = None if values["mask"] is None else self._opened("mask", values["mask"])
         try:
             edit = self.preparer.prepare(

@@ -14,6 +14,7 @@ from varedit_serve.limits import Limits
 LARGEST_SEED = 2**53 - 1  # the largest integer that JavaScript's numbers hold
 MEDIA_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 MOST_PARTIALS = 3
+PICTURE = {"type": "string", "format": "binary"}  # the schema of a form's file
 
 _INTEGER = re.compile(r"-?[0-9]{1,20}")
 _NUMBER = re.compile(r"-?[0-9]{1,20}(\.[0-9]{1,20})?([eE][-+]?[0-9]{1,3})?")
@@ -60,9 +61,11 @@ def _integer(least: int, most: int) -> dict[str, Any]:
 
 
 def _choice(*choices: str) -> dict[str, Any]:
+    listed = " or ".join(filter(None, [", ".join(choices[:-1]), choices[-1]]))
+
     def read(value: Any, as_text: bool) -> str:
         if value not in choices:
-            raise ValueError(f"give {' or '.join(choices)}")
+            raise ValueError(f"give {listed}")
         return value
 
     return {"read": read, "schema": {"type": "string", "enum": list(choices)}}
@@ -111,7 +114,7 @@ def _picture() -> dict[str, Any]:
     def read(value: Any, as_text: bool) -> bytes:
         if isinstance(value, list):
             if len(value) != 1:
-                raise ValueError("give one picture")
+                raise ValueError(f"there are {len(value)} pictures; give one")
             (value,) = value
         if isinstance(value, dict) and value.keys() == {"image_url"}:
             value = value["image_url"]
@@ -127,7 +130,7 @@ def _picture() -> dict[str, Any]:
         except ValueError as error:
             raise ValueError("give valid base64") from error
 
-    return {"read": read, "schema": {"type": "string", "format": "binary"}}
+    return {"read": read, "schema": PICTURE}
 
 
 def fields_of(limits: Limits, scales: int) -> dict[str, Field]:
@@ -136,7 +139,8 @@ def fields_of(limits: Limits, scales: int) -> dict[str, Field]:
     size = {"type": "string", "pattern": r"^(auto|\d{1,5}x\d{1,5})$"}
     of = [
         Field("image", **_picture(), required=True, listed=True, other="images",
-              help="The picture, one file of PNG, JPEG, WebP, AVIF, TIFF, BMP or GIF."),
+              help="The picture, one file of PNG, JPEG, WebP, AVIF, TIFF, BMP or GIF, or of HEIC "
+              "where the server has the extra heif."),
         Field("prompt", **_text(32_000), required=True, help="What to change."),
         Field("mask", **_picture(),
               help="A picture of the same size; only what is transparent, or white, may change."),
@@ -146,17 +150,19 @@ def fields_of(limits: Limits, scales: int) -> dict[str, Field]:
         Field("guidance_scale", **_numbers(-1000, 1000),
               help=f"How closely to follow the prompt. {several}"),
         Field("temperature", **_numbers(0.001, 1000),
-              help=f"How varied to draw, from 0.001. {several}"),
+              help=f"How varied to draw. {several}"),
         Field("n", **_integer(1, min(limits.max_n, limits.max_queue)), default=1,
               help="How many results."),
         Field("size", read=_text(20)["read"], schema=size, default="auto",
               help="auto, or the size of the picture, as every result has it."),
-        Field("quality", **_choice("auto", "high", "low"), default="auto",
-              help="low is faster: no guidance at the last two scales; auto is high."),
+        Field("quality", **_choice("auto", "high", "medium", "low"), default="auto",
+              help="low is faster: no guidance at the last two scales; all others are high."),
+        Field("input_fidelity", **_choice("high"),
+              help="Every edit sees the whole picture."),
         Field("background", **_choice("auto", "opaque", "transparent"), default="auto",
               help="opaque puts the result on white; transparent needs a transparent picture."),
         Field("output_format", **_choice(*MEDIA_TYPES), help="png unless Accept names another."),
-        Field("output_compression", **_integer(1, 100),
+        Field("output_compression", **_integer(0, 100),
               help="Quality of a jpeg or webp; by default 95."),
         Field("response_format", **_choice("b64_json"), default="b64_json",
               help="Results come as base64; for bytes, send Accept: image/png."),
@@ -221,8 +227,11 @@ def _value(field: Field, value: Any, as_text: bool) -> Any:
     try:
         return field.read(value, as_text)
     except ValueError as error:
-        told = "" if isinstance(value, bytes | list) or "prompt" in field.name else shown(value)
-        raise wrong(field.name, f"{field.name} is {told or 'unusable'}; {error}") from error
+        private = isinstance(value, bytes | list | dict) or (
+            isinstance(value, str) and "prompt" in field.name
+        )
+        told = "cannot be used: " if private else f"is {shown(value)}; "
+        raise wrong(field.name, f"{field.name} {told}{error}") from error
 
 
 def check_together(values: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 from varedit_serve.body import JSON, MULTIPART
 from varedit_serve.errors import LONGEST_WAIT
-from varedit_serve.fields import MEDIA_TYPES, Field
+from varedit_serve.fields import MEDIA_TYPES, PICTURE, Field
 
 
 def _made(required: str, /, **properties: Any) -> dict[str, Any]:
@@ -43,6 +43,10 @@ _RESULTS = _made(
     usage=_USAGE,
     warnings={"type": "array", "items": _TEXT},
 )
+_ONE = {"minItems": 1, "maxItems": 1}
+_ONE_FILE = {"type": "array", "items": PICTURE, **_ONE}
+_URL = {"type": "string", "format": "uri", "pattern": "^data:"}
+_URL_OBJECT = {**_made("image_url", image_url=_URL), "additionalProperties": False}
 _STATUSES = {
     400: "A field is unknown, misspelt, repeated, not supported or has a wrong value.",
     401: "No valid API key.",
@@ -78,6 +82,7 @@ def openapi(fields: dict[str, Field], version: str) -> dict[str, Any]:
         "paths": {
             "/v1/images/edits": {"post": edit},
             "/v1/models": {"get": _get("List the model", JSON)},
+            "/v1/models/{model}": {"get": _get("The model", JSON, "model")},
             "/livez": {"get": _get("Whether the server answers", JSON)},
             "/readyz": {"get": _get("Whether edits are admitted", JSON)},
             "/metrics": {"get": _get("Numbers for Prometheus", "text/plain")},
@@ -90,13 +95,17 @@ def _object(fields: dict[str, Field], as_text: bool) -> dict[str, Any]:
     properties = {}
     for name, field in fields.items():
         told = properties[name] = _property(field, as_text)
-        if as_text and "oneOf" in told:  # a form names a list otherwise
-            one, several = told.pop("oneOf")
+        if as_text and field.listed:  # a form names a list otherwise
+            one, several = told.pop("oneOf", (PICTURE, _ONE_FILE))
             properties[f"{name}[]"] = {**told, **several}
             told |= one
+        elif field.other and not as_text:
+            properties[field.other] = told
+    names = ("image", "image[]" if as_text else "images")
     return {
         "type": "object",
-        "required": [name for name, field in fields.items() if field.required],
+        "required": [name for name, field in fields.items() if field.required and name != "image"],
+        "oneOf": [{"required": [name]} for name in names],
         "properties": properties,
         "additionalProperties": False,
     }
@@ -106,8 +115,10 @@ def _property(field: Field, as_text: bool) -> dict[str, Any]:
     told = {**field.schema, "description": field.help}
     if field.default is not None:
         told["default"] = field.default
-    if not as_text and told.get("format") == "binary":
-        told |= {"format": "uri", "pattern": "^data:"}
+    if not as_text and field.schema == PICTURE:
+        told = {"description": field.help, "oneOf": [_URL, _URL_OBJECT]}
+        if field.listed:  # OpenAI's programs send a list
+            told["oneOf"] += [{"type": "array", "items": one, **_ONE} for one in told["oneOf"]]
     return told
 
 
@@ -134,9 +145,12 @@ def _error(code: int) -> dict[str, Any]:
     return told
 
 
-def _get(summary: str, kind: str) -> dict[str, Any]:
+def _get(summary: str, kind: str, *names: str) -> dict[str, Any]:
+    """Describe a path without a body. names: its variable parts."""
+    told = {"in": "path", "required": True, "schema": _TEXT}
     return {
         "summary": summary,
+        "parameters": [{"name": name, **told} for name in names],
         "responses": {
             "200": {"description": summary, "content": {kind: {}}},
             "default": {"description": "An error", "content": {JSON: {"schema": _ERROR}}},
