@@ -7,8 +7,8 @@ from its tables of fields and limits.
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 from textwrap import indent
+from typing import Any
 
 import click
 

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from uvicorn.server import ServerState
 
 from varedit_runtime.errors import ConfigError
-from varedit_serve.cli import main
+from varedit_serve.cli import _address, main
 from varedit_serve.server import SPARE, listen, protocol
 
 
@@ -29,6 +29,35 @@ def test_a_port_in_use_says_what_to_do() -> None:
 def test_a_port_that_there_is_not_is_wrong_usage(port: str) -> None:
     done = CliRunner().invoke(main, ["nano", "--port", port])
     assert done.exit_code == 2 and "65535" in done.output
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ("--max-n 0", "--max-n is 0; give a number over 0"),
+        ("--upload-seconds nan", "--upload-seconds is nan; give a number over 0"),
+        ("--deadline inf", "--deadline is inf; give a number over 0"),
+        ("--batch 0", "--batch is 0; give at least 1"),
+        ("--batch 99", "--batch is 99; the bundle takes at most 1"),
+        ("--name=", "--name is empty"),
+        ("--allow-host http://x", "--allow-host is 'http://x'; give a name alone"),
+        ("--allow-host x:80", "--allow-host is 'x:80'; give a name alone"),
+        ("--allow-origin evil.example", "--allow-origin is 'evil.example'; give https://"),
+        ("--allow-origin https://a/b", "--allow-origin is 'https://a/b'; give https://"),
+        ("--metrics x", "--metrics is 'x'; give PORT, or HOST:PORT"),
+        ("--metrics 127.0.0.1:99999", "--metrics is '127.0.0.1:99999'; give PORT, or HOST:PORT"),
+        ("--keys nofile", "nofile cannot be read: No such file"),
+    ],
+)
+def test_an_option_that_cannot_be_used_is_named(options: str, told: str) -> None:
+    done = CliRunner().invoke(main, ["nano", *options.split()])
+    assert done.exit_code == 1 and f"Error: {told}" in done.output
+
+
+def test_numbers_have_an_address_as_people_write_it() -> None:
+    assert _address("9000") == ("127.0.0.1", 9000)
+    assert _address("0.0.0.0:9000") == ("0.0.0.0", 9000)
+    assert _address("[::1]:0") == ("::1", 0)
 
 
 def test_connections_beyond_the_limit_are_closed_before_anything_is_sent() -> None:

@@ -7,9 +7,10 @@ from hashlib import sha256
 from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
-from serving import EDITS, form, logged, png, served
+from serving import EDITS, Server, form, logged, png, served
 
 from varedit_runtime.errors import ConfigError
 from varedit_serve.cli import _chosen
@@ -76,6 +77,10 @@ def test_pages_of_named_sites_may_use_the_server() -> None:
             assert refused.status == 401  # which the page can read
             assert refused.headers["access-control-allow-origin"] == origin
             assert refused.headers["vary"] == "origin"
+            # As OpenAI's JavaScript client sends its own headers.
+            ask["access-control-request-headers"] = "authorization, x-stainless-os"
+            reply = await server.ask("OPTIONS", EDITS, ask)
+            assert "x-stainless-os" in reply.headers["access-control-allow-headers"]
 
     run(test())
 
@@ -146,6 +151,12 @@ def test_who_waits_as_long_as_told_is_let_in(monkeypatch: pytest.MonkeyPatch) ->
     run(test())
 
 
+def test_a_key_that_is_not_its_own_is_told_with_its_line() -> None:
+    for other in (f"b {SECRET}", f"a {SECRET}b"):
+        with pytest.raises(ConfigError, match=r"key 3 has the name or the key of .*, key 2"):
+            keys(f"c {SECRET}c", f"a {SECRET}", other)
+
+
 @pytest.mark.parametrize(
     "line",
     [
@@ -161,7 +172,10 @@ def test_keys_that_cannot_be_used_are_refused_without_being_shown(line: str) -> 
 
 def test_a_file_of_keys_is_read_with_comments(tmp_path: Path) -> None:
     file = tmp_path / "keys"
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+        read_keys(file, "")
+    file.write_bytes(b"me \xff")
+    with pytest.raises(ConfigError, match="not text in UTF-8"):
         read_keys(file, "")
     file.write_text("# nothing\n\n")
     with pytest.raises(ConfigError, match="has no key"):
@@ -183,10 +197,11 @@ def test_unknown_paths_and_methods_have_openais_shape() -> None:
                 ("GET", "/livez/", 404),  # a redirect would leave the https of a proxy
             ):
                 reply = await server.ask(method, path)
-                assert reply.status == status and reply.json["error"]["message"]
+                assert reply.status == status and len(reply.json["error"]["message"]) > 30
             assert (await server.ask(path="/v1/models/nano")).json["id"] == "nano"
             numbers = (await server.ask(path="/metrics")).body.decode()
-            assert 'varedit_requests_total{path="other",status="404"} 3.0' in numbers
+            assert 'varedit_requests_total{path="other",status="404"} 2.0' in numbers
+            assert 'varedit_requests_total{path="/v1/models/{name}",status="404"} 1.0' in numbers
 
     run(test())
 
@@ -203,11 +218,73 @@ def test_no_prompt_key_or_trace_is_in_an_answer_or_log() -> None:
             reply = await server.edit(("prompt", "add a secret hat"), headers=me)
             assert reply.status == 500
             said = "\n".join([reply.body.decode(), *lines])
-            assert "RuntimeError in" in said
+            assert re.search(r"id=req_\w+: RuntimeError in", said)
             assert not any(hidden in said for hidden in ("secret", SECRET, "Traceback", ".py"))
 
     with logged() as lines:
         run(test(lines))
+
+
+def test_a_request_has_an_id_in_its_answer_and_in_the_log() -> None:
+    async def test(lines: list[str]) -> None:
+        async with served(keys=keys(f"me {SECRET}")) as server:
+            me = {"authorization": f"Bearer {SECRET}"}
+            for wanted in ("abc-1.2_3", "", "two words", "x" * 65, "a\n"):
+                reply = await server.edit(headers={**me, "x-request-id": wanted})
+                given = reply.headers["x-request-id"]
+                assert (given == wanted) == (wanted == "abc-1.2_3")
+                assert re.fullmatch(r"abc-1.2_3|req_[0-9a-f]{24}", given)
+            assert (await server.ask(path="/nothing")).headers["x-request-id"]
+            lines.clear()
+            ours = {**me, "x-request-id": "a"}
+            await server.edit(headers=ours)
+            await server.edit(("promt", "x"), headers=ours)
+            await server.edit(("add a secret", "x"), headers=ours)
+            await server.edit(headers={"x-request-id": "b"})
+            said = [re.sub(r"=\d\.\d\d", "=0", line) for line in lines]
+            assert said == [
+                f"{EDITS} id=a key=me status=200 seconds=0",
+                f"{EDITS} id=a key=me status=400 code=unknown_field param=promt seconds=0",
+                f"{EDITS} id=a key=me status=400 code=unknown_field seconds=0",
+                f"{EDITS} id=b status=401 code=invalid_api_key seconds=0",
+            ]
+
+    with logged() as lines:
+        run(test(lines))
+
+
+def test_numbers_are_there_from_the_start_and_refusals_are_no_edits() -> None:
+    async def test() -> None:
+        async with served() as server:
+            for name, label in (("restarts", 'reason="stuck"'), ("cancelled", 'when="running"')):
+                assert f"varedit_{name}_total{{{label}}} 0.0" in await numbers(server)
+            await server.edit(("promt", "x"))
+            assert "varedit_edit_request_seconds_count 0.0" in await numbers(server)
+            await server.edit()
+            assert "varedit_edit_request_seconds_count 1.0" in await numbers(server)
+            wanted = 'varedit_requests_total{path="/v1/images/edits",status="%s"} 1.0'
+            said = await numbers(server)
+            assert all(wanted % status in said for status in (200, 400))
+
+    run(test())
+
+
+async def numbers(server: Server) -> str:
+    return (await server.ask(path="/metrics")).body.decode()
+
+
+def test_numbers_may_have_an_address_of_their_own() -> None:
+    async def test() -> None:
+        async with served(own_metrics=True) as server:
+            assert (await server.ask(path="/metrics")).status == 404
+            assert "/metrics" not in (await server.ask(path="/openapi.json")).json["paths"]
+            port = server.application.metrics.serve("127.0.0.1", 0)
+            with urlopen(f"http://127.0.0.1:{port}/metrics") as reply:
+                assert b"varedit_queue_pictures 0.0" in reply.read()
+            with pytest.raises(ConfigError, match=r"in use.*--metrics"):
+                server.application.metrics.serve("127.0.0.1", port)
+
+    run(test())
 
 
 def test_the_page_loads_nothing_from_elsewhere() -> None:

@@ -270,6 +270,9 @@ def test_sigterm_lets_admitted_edits_finish(nano: Editor) -> None:
         events = list(stream)
         assert same(opened(events[-1].b64_json), nano.edit(PERSON, "add a hat", seed=3).image)
         assert server.popen.wait(30) == 0
+        assert server.popen.stderr is not None
+        said = server.popen.stderr.read()
+        assert "draining; results that are still waited for: 1" in said and "drained" in said
 
 
 def test_sigterm_ends_a_server_that_loads_and_a_second_one_a_server_that_edits() -> None:

@@ -16,13 +16,14 @@ from varedit_serve.budget import Budget
 from varedit_serve.editing.queue import Queue
 from varedit_serve.edits import Edits
 from varedit_serve.errors import ApiError
-from varedit_serve.guard import EDITS, Guard
+from varedit_serve.guard import Guard
 from varedit_serve.keys import Keys
 from varedit_serve.limits import Limits
-from varedit_serve.metrics import Metrics
+from varedit_serve.metrics import EDITS, Metrics
 from varedit_serve.moderation import Everything, Moderation
 from varedit_serve.openapi import openapi
 
+METRICS = "/metrics"
 _PAGE = {"/": "index.html", "/page.js": "page.js", "/page.css": "page.css"}
 _KINDS = {"html": "text/html", "js": "text/javascript", "css": "text/css"}
 # The page loads nothing from elsewhere, and no other page may show it.
@@ -38,7 +39,7 @@ class Settings:
 
     model: its name; None for the bundle's. largest: pictures of a batch; None for as many as the
     bundle's graphs take. hosts: names that requests may be sent to; None for all. origins: sites
-    whose pages may send requests.
+    whose pages may send requests. own_metrics: whether the numbers have an address of their own.
     """
 
     model: str | None = None
@@ -48,6 +49,7 @@ class Settings:
     origins: Collection[str] = ()
     limits: Limits = field(default_factory=Limits)
     moderation: Moderation = field(default_factory=Everything)
+    own_metrics: bool = False
 
 
 class Application:
@@ -72,9 +74,16 @@ class Application:
         )
         self._description = openapi(self.edits.fields, version("varedit-export"))
         routes = self._routes()
+        if settings.own_metrics:
+            routes = [route for route in routes if route.path != METRICS]
+            del self._description["paths"][METRICS]
+
+        def known(path: str) -> str:
+            return next((one.path for one in routes if one.path_regex.match(path)), "other")
+
         self.guard = Guard(
             self._routed(Router(routes, redirect_slashes=False)),
-            {route.path for route in routes},
+            known,
             settings.keys,
             self.metrics,
             settings.hosts and {host.lower() for host in settings.hosts},
@@ -89,7 +98,7 @@ class Application:
             Route("/v1/models/{name}", self._one_model),
             Route("/livez", self._live),
             Route("/readyz", self._ready),
-            Route("/metrics", self._numbers),
+            Route(METRICS, self._numbers),
             Route("/openapi.json", self._describe),
             *pages,
         ]

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import click
 
 from varedit_runtime.backends import ChosenBackend
 from varedit_runtime.backends.auto import AutoBackend
-from varedit_runtime.errors import ConfigError, needs_extra
+from varedit_runtime.errors import ConfigError, needs_extra, shown
 from varedit_runtime.terminal.command import (
     BUNDLE,
     PATH,
@@ -23,7 +24,7 @@ from varedit_runtime.terminal.command import (
     variant_option,
 )
 from varedit_serve.keys import VARIABLE, read_keys
-from varedit_serve.limits import Limits
+from varedit_serve.limits import Limits, option
 
 LOCAL = ("localhost", "127.0.0.1", "::1")
 
@@ -36,7 +37,7 @@ def _limits(command: Callable[..., None]) -> Callable[..., None]:
     """Add an option for each limit."""
     for limit in reversed(fields(Limits)):
         command = click.option(
-            f"--{limit.name.replace('_', '-')}",
+            option(limit.name),
             type=float if isinstance(limit.default, float) else int,
             default=limit.default,
             show_default=True,
@@ -66,6 +67,11 @@ def _limits(command: Callable[..., None]) -> Callable[..., None]:
     show_default=True,
     help="Processes that edit; they have this machine's cores and GPUs between them.",
 )
+@click.option(
+    "--metrics",
+    metavar="[HOST:]PORT",
+    help="Serve /metrics there, without a key, and not at the main address.",
+)
 @click.option("--keys", type=PATH, help="File of API keys: NAME KEY [RATE] on each line.")
 @click.option("--name", help="The model's name for clients; by default the bundle's.")
 @click.option("--batch", type=int, help="Most pictures of a batch; by default the bundle's.")
@@ -82,6 +88,7 @@ def main(
     host: str,
     port: int,
     workers: int,
+    metrics: str | None,
     **options: Any,
 ) -> None:
     """Serve edits with BUNDLE, as OpenAI's images API does, and a page to make them.
@@ -98,6 +105,7 @@ def main(
     """
     limits = Limits(**{limit.name: options.pop(limit.name) for limit in fields(Limits)})
     chosen = _chosen(host, **options)
+    numbers = _address(metrics) if metrics is not None else None
 
     from varedit_runtime import Preparer
 
@@ -108,9 +116,12 @@ def main(
     from varedit_serve.editing.messages import Opening
     from varedit_serve.editing.workers import local_children
 
+    if chosen["largest"] is not None and chosen["largest"] > preparer.variant.batch:
+        most = preparer.variant.batch
+        raise ConfigError(f"--batch is {chosen['largest']}; the bundle takes at most {most}")
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("varedit_serve").setLevel(logging.INFO)
-    settings = Settings(limits=limits, **chosen)
+    settings = Settings(limits=limits, own_metrics=numbers is not None, **chosen)
     application = Application(preparer, settings)
     opening = Opening(bundle, variant, backend, digest)
     children = local_children(opening, application.queue, workers)
@@ -118,6 +129,9 @@ def main(
         shown = f"[{host}]" if ":" in host else host
         at = f"http://{shown}:{listening.getsockname()[1]}"
         say(f"{application.model} is loaded, and then served at {at}")
+        if numbers is not None:
+            at = application.metrics.serve(*numbers)
+            say(f"its numbers are served at {numbers[0]}, port {at}")
         server.serve(application, children, listening, limits)
 
 
@@ -137,13 +151,33 @@ def _chosen(
     if batch is not None and batch < 1:
         raise ConfigError(f"--batch is {batch}; give at least 1")
     chosen: dict[str, Any] = {"model": name, "keys": known, "largest": batch}
+    if name == "":
+        raise ConfigError("--name is empty; give the model's name for clients")
     chosen["hosts"] = {*LOCAL, *allow_host} if host in LOCAL or allow_host else None
+    for own in allow_host:
+        if urlsplit(f"//{own}").hostname != own.lower():
+            raise ConfigError(f"--allow-host is {shown(own)}; give a name alone: edits.example.org")
     chosen["origins"] = [origin.rstrip("/").lower() for origin in allow_origin]
+    for origin in chosen["origins"]:
+        scheme, _, rest = origin.partition("://")
+        if scheme not in ("http", "https") or not rest or urlsplit(origin).netloc != rest:
+            raise ConfigError(f"--allow-origin is {shown(origin)}; give https://app.example")
     if moderation is not None:
         from varedit_serve.moderation import find_moderation
 
         chosen["moderation"] = find_moderation(moderation)
     return chosen
+
+
+def _address(text: str) -> tuple[str, int]:
+    """Return host and port of [HOST:]PORT. Raises ConfigError."""
+    try:
+        parts = urlsplit(f"//127.0.0.1:{text}" if text.isdecimal() else f"//{text}")
+        if parts.hostname and parts.port is not None and parts.netloc == parts.geturl()[2:]:
+            return parts.hostname, parts.port
+    except ValueError:  # an odd IPv6 address, or port
+        pass
+    raise ConfigError(f"--metrics is {shown(text)}; give PORT, or HOST:PORT")
 
 
 if __name__ == "__main__":

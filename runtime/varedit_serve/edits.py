@@ -17,6 +17,7 @@ from varedit_runtime import Preparer
 from varedit_runtime.errors import ConfigError, PictureError, TextError
 from varedit_runtime.pictures import open_picture
 from varedit_serve.answers import Answer, error_event
+from varedit_serve.asked import ASKED, Asked
 from varedit_serve.body import GoneError, content_length, read_body
 from varedit_serve.budget import Budget, Claim
 from varedit_serve.editing.queue import Finished, Job, Partial, Queue
@@ -35,8 +36,6 @@ from varedit_serve.metrics import Metrics
 from varedit_serve.moderation import Moderation, heed
 
 T = TypeVar("T")
-
-KEY = "varedit.key"  # where the scope has the client's Key
 
 _STREAM = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -67,19 +66,19 @@ class Edits:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request. Raises ApiError, as long as no answer has begun."""
-        request, key = Request(scope, receive), scope.get(KEY)
+        request, asked = Request(scope, receive), scope[ASKED]
         for name in request.query_params:
             told = "fields are read from the body alone: give none in the address"
             raise wrong(name[:64], told, "unknown_field")
         with self.budget.claim() as claim:
-            self._admit(key, 1)
+            self._admit(asked.key, 1)
             claim.hold(1, content_length(request, self.limits))
             try:
                 values, only_bytes = await self._read(request)
             except GoneError:
                 self.metrics.cancelled("uploading")
                 return
-            self._admit(key, values["n"], charged=1)
+            self._admit(asked.key, values["n"], charged=1)
             claim.hold(values["n"], claim.bytes)
             job, answer = await self._in_thread(self._prepare, values)
             del values["image"], values["mask"]  # which are not counted any more
@@ -88,7 +87,7 @@ class Edits:
             self.queue.submit(job)
             try:
                 if values["stream"]:
-                    await self._stream(job, answer, gone, claim, send)
+                    await self._stream(job, answer, gone, claim, send, asked)
                 else:
                     response = await self._whole(job, answer, gone, only_bytes)
                     await _start(send, response.raw_headers)
@@ -208,7 +207,13 @@ class Edits:
         return Response(content, media_type="application/json")
 
     async def _stream(
-        self, job: Job, answer: Answer, gone: "asyncio.Task[None]", claim: Claim, send: Send
+        self,
+        job: Job,
+        answer: Answer,
+        gone: "asyncio.Task[None]",
+        claim: Claim,
+        send: Send,
+        asked: Asked,
     ) -> None:
         """Send events. Raises what `_whole` does, ApiError only before the first event."""
         event = await _next(job, gone)
@@ -222,7 +227,8 @@ class Edits:
         except GoneError:
             raise
         except Exception as error:
-            content = error_event(error if isinstance(error, ApiError) else unexpected(error))
+            asked.error = error if isinstance(error, ApiError) else unexpected(error, asked.id)
+            content = error_event(asked.error)
         await _finish(send, claim, content)
 
 

@@ -58,11 +58,11 @@ def wrong(param: str | None, message: str, code: str | None = "invalid_value") -
     return ApiError(400, message, param=param, code=code)
 
 
-def unexpected(error: Exception) -> ApiError:
+def unexpected(error: Exception, request_id: str) -> ApiError:
     """Log a fault of the server where it happened, without what a client sent; return its error."""
     place, trace = "", error.__traceback__
     while trace is not None:
         place = f"{trace.tb_frame.f_code.co_qualname}, line {trace.tb_lineno}"
         trace = trace.tb_next
-    _log.error("%s in %s", type(error).__name__, place)
+    _log.error("id=%s: %s in %s", request_id, type(error).__name__, place)
     return ApiError(500, "the server failed; its log says more", code="server_error")

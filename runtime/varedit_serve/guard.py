@@ -7,7 +7,7 @@ others may have pointed at it.
 
 import logging
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -16,15 +16,17 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from varedit_serve.edits import KEY
+from varedit_serve.asked import ASKED, Asked
 from varedit_serve.errors import ApiError, unexpected
 from varedit_serve.keys import Keys
-from varedit_serve.metrics import Metrics
-
-EDITS = "/v1/images/edits"
+from varedit_serve.metrics import EDITS, LEFT, Metrics
 
 _GUARDED = ("/v1/", "/metrics")  # paths that need a key
-_EXPOSED = "retry-after, x-should-retry, x-varedit-seed"
+_EXPOSED = "retry-after, x-request-id, x-should-retry, x-varedit-seed"
+_NO_PATH = {
+    404: "this server has no such path: /openapi.json lists those that there are",
+    405: "the path takes another method: /openapi.json says which",
+}
 
 _log = logging.getLogger(__name__)
 
@@ -33,12 +35,12 @@ _log = logging.getLogger(__name__)
 class Guard:
     """An ASGI application around another one.
 
-    paths: known ones, which may be logged. hosts: names that requests may be sent to; None for all.
-    origins: other sites whose pages may send requests.
+    route: returns the known path that a request's is, or other. hosts: names that requests may be
+    sent to; None for all. origins: other sites whose pages may send requests.
     """
 
     inner: ASGIApp
-    paths: Collection[str]
+    route: Callable[[str], str]
     keys: Keys
     metrics: Metrics
     hosts: Collection[str] | None
@@ -49,39 +51,33 @@ class Guard:
         if scope["type"] != "http":
             raise ValueError(f"this server has no {scope['type']}")
         start, status, headers = time.monotonic(), 0, Headers(scope=scope)
-        origin = headers.get("origin", "")
+        asked = scope[ASKED] = Asked.of(headers.get("x-request-id", ""))
 
         async def completed(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                self._add_headers(MutableHeaders(raw=message["headers"]), origin)
+                self._add_headers(MutableHeaders(raw=message["headers"]), headers, asked.id)
             await send(message)
 
         try:
             answer = await self._answer(scope, receive, completed, headers)
         except Exception as error:
-            answer = _answer(unexpected(error))
+            answer = _told(asked, error)
         if answer is not None and not status:
             await answer(scope, receive, completed)
-        seconds = time.monotonic() - start
-        self._count(scope["path"], status, seconds)
+        self._count(scope["path"], asked, status, time.monotonic() - start)
 
     async def _answer(
         self, scope: Scope, receive: Receive, send: Send, headers: Headers
     ) -> Response | None:
         """Answer a request; return what is left to be sent."""
-        try:
-            self._check(headers)
-            if scope["method"] == "OPTIONS" and "origin" in headers:
-                return Response(status_code=204)
-            if scope["path"].startswith(_GUARDED):
-                scope[KEY] = self.keys.find(headers.get("authorization", ""))
-            await self.inner(scope, receive, send)
-        except ApiError as error:
-            return _answer(error)
-        except HTTPException as error:  # of starlette's routes
-            return _answer(ApiError(error.status_code, error.detail), error.headers)
+        self._check(headers)
+        if scope["method"] == "OPTIONS" and "origin" in headers:
+            return Response(status_code=204)
+        if scope["path"].startswith(_GUARDED):
+            scope[ASKED].key = self.keys.find(headers.get("authorization", ""))
+        await self.inner(scope, receive, send)
         return None
 
     def _check(self, headers: Headers) -> None:
@@ -95,27 +91,36 @@ class Guard:
             told = "pages of other sites may not use this server: see --allow-origin"
             raise ApiError(403, told, code="foreign_origin")
 
-    def _add_headers(self, headers: MutableHeaders, origin: str) -> None:
+    def _add_headers(self, headers: MutableHeaders, sent: Headers, request_id: str) -> None:
+        origin = sent.get("origin", "")
         headers["x-content-type-options"] = "nosniff"
+        headers["x-request-id"] = request_id
         if self.origins:
             headers.add_vary_header("origin")
         if origin in self.origins:
+            # OpenAI's JavaScript client sends headers of its own, which change with its version.
+            wanted = sent.get("access-control-request-headers", "authorization, content-type")
             headers["access-control-allow-origin"] = origin
             headers["access-control-allow-methods"] = "GET, POST"
-            headers["access-control-allow-headers"] = "authorization, content-type"
+            headers["access-control-allow-headers"] = wanted
             headers["access-control-expose-headers"] = _EXPOSED
 
-    def _count(self, path: str, status: int, seconds: float) -> None:
+    def _count(self, path: str, asked: Asked, status: int, seconds: float) -> None:
         """Count and log an answer; status 0 says that the client left before it."""
-        path, told = path if path in self.paths else "other", str(status or "client left")
-        edit = path == EDITS
-        self.metrics.answered(path, told, seconds if edit else None)
-        if edit:
-            _log.info("%s: %s in %.2f s", path, told, seconds)
+        known, told = self.route(path), str(status or LEFT)
+        self.metrics.answered(known, told, seconds)
+        if known == EDITS:
+            _log.info("%s %s", known, asked.line(told, seconds))
 
 
-def _answer(error: ApiError, more: Mapping[str, str] | None = None) -> Response:
-    return JSONResponse(error.body, error.status, {**error.headers, **(more or {})})
+def _told(asked: Asked, error: Exception) -> Response:
+    """Return the answer to a request that cannot be served; note why."""
+    more = {}
+    if isinstance(error, HTTPException):  # of starlette's routes
+        more = error.headers or {}
+        error = ApiError(error.status_code, _NO_PATH.get(error.status_code, error.detail))
+    asked.error = error if isinstance(error, ApiError) else unexpected(error, asked.id)
+    return JSONResponse(asked.error.body, asked.error.status, {**asked.error.headers, **more})
 
 
 def _name(address: str) -> str | None:

@@ -80,7 +80,8 @@ def read_keys(file: Path | None, environment: str) -> Keys:
     """Read keys from a file and the text of an environment variable, one a line or after a comma.
 
     Each is `NAME KEY [RATE]`, where KEY has at least 16 characters or is sha256: and the digest of
-    the key, in hexadecimal. Raises ConfigError, which never shows a key.
+    the key, in hexadecimal. A line that begins with # is a comment. Raises ConfigError, which never
+    shows a key.
     """
     lines = environment.replace(",", "\n").splitlines()
     where = [(f"{VARIABLE}, key {number}", line) for number, line in enumerate(lines, 1)]
@@ -88,13 +89,19 @@ def read_keys(file: Path | None, environment: str) -> Keys:
         try:
             lines = file.read_text(encoding="utf-8").splitlines()
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{file} cannot be read ({type(error).__name__})") from error
+            why = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
+            raise ConfigError(f"{file} cannot be read: {why}") from error
         where += [(f"{file}, line {number}", line) for number, line in enumerate(lines, 1)]
         if not any(map(_entry, lines)):
             raise ConfigError(f"{file} has no key; write NAME KEY on a line")
-    keys = [_key(place, line) for place, line in where if _entry(line)]
-    if len({key.digest for key in keys}) < len(keys) or len({key.name for key in keys}) < len(keys):
-        raise ConfigError("two API keys are the same, or have the same name")
+    keys, places = [], dict[str | bytes, str]()
+    for place, line in where:
+        if _entry(line):
+            keys.append(key := _key(place, line))
+            for own in (key.name, key.digest):
+                if own in places:
+                    raise ConfigError(f"{place} has the name or the key of {places[own]}")
+                places[own] = place
     return Keys(keys)
 
 

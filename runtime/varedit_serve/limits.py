@@ -13,6 +13,11 @@ def _limit(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+def option(name: str) -> str:
+    """Return the option of `varedit-serve` for a limit."""
+    return f"--{name.replace('_', '-')}"
+
+
 @dataclass(frozen=True)
 class Limits(CheckedOptions):
     """What one client, and all of them together, may take. Raises ConfigError on none at all."""
@@ -32,4 +37,5 @@ class Limits(CheckedOptions):
         super().__post_init__()
         for limit in fields(self):
             if not 0 < getattr(self, limit.name) < 2**63:
-                raise ConfigError(f"{limit.name} is {getattr(self, limit.name)}; it must be over 0")
+                told = f"{option(limit.name)} is {getattr(self, limit.name)}"
+                raise ConfigError(f"{told}; give a number over 0 and below 2^63")

@@ -9,7 +9,23 @@ from prometheus_client import (
     Histogram,
     ProcessCollector,
     generate_latest,
+    start_http_server,
 )
+
+from varedit_runtime.errors import ConfigError, reason
+
+EDITS = "/v1/images/edits"
+LEFT = "left"  # in place of a status: the client had gone before its answer
+# Numbers that are there from the start, so that the first event is seen as one.
+_STATUSES = ("200", "400", "401", "408", "413", "429", "500", "503", LEFT)
+_WHEN = (
+    "uploading",
+    "waiting",
+    "running",
+    "waiting, past the deadline",
+    "running, past the deadline",
+)
+_REASONS = ("died", "silent", "stuck", "failed", "unfit")
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120)
 _SIZES = (1, 2, 4, 8, 16, 32, 64)
@@ -25,7 +41,10 @@ class Metrics:
             "varedit_requests", "Requests by path and status", ["path", "status"], registry=own
         )
         self._latency = Histogram(
-            "varedit_edit_request_seconds", "Time of edits", buckets=_SECONDS, registry=own
+            "varedit_edit_request_seconds",
+            "Time of edits that were answered with 200",
+            buckets=_SECONDS,
+            registry=own,
         )
         self._queue = Gauge("varedit_queue_pictures", "Pictures that wait", registry=own)
         self._ready = Gauge("varedit_workers_ready", "Processes that can edit now", registry=own)
@@ -45,15 +64,22 @@ class Metrics:
             "varedit_restarts", "Replaced editing processes, by reason", ["reason"], registry=own
         )
 
+        for status in _STATUSES:
+            self._requests.labels(EDITS, status)
+        for when in _WHEN:
+            self._cancelled.labels(when)
+        for why in _REASONS:
+            self._restarts.labels(why)
+
     def watch_queue(self, length: Callable[[], int], ready: Callable[[], int]) -> None:
         """Take the queue's length and the ready processes from functions whenever asked for."""
         self._queue.set_function(length)
         self._ready.set_function(ready)
 
-    def answered(self, path: str, status: str, seconds: float | None) -> None:
-        """Count an answer. path: one of the server's own, or other. seconds: of an edit."""
+    def answered(self, path: str, status: str, seconds: float) -> None:
+        """Count an answer. path: one of the server's own, or other."""
         self._requests.labels(path, status).inc()
-        if seconds is not None:
+        if (path, status) == (EDITS, "200"):  # refusals are quick, and would hide slow edits
             self._latency.observe(seconds)
 
     def started(self, waited: Sequence[float], batch: int) -> None:
@@ -78,3 +104,14 @@ class Metrics:
     def text(self) -> bytes:
         """Return all numbers as Prometheus reads them."""
         return generate_latest(self._registry)
+
+    def serve(self, host: str, port: int) -> int:
+        """Serve the numbers at an address of their own; return the port.
+
+        Raises ConfigError if it cannot be listened at.
+        """
+        try:
+            return start_http_server(port, host, self._registry)[0].server_port
+        except (OSError, UnicodeError) as error:
+            told = f"{host}, port {port}, cannot be listened at ({reason(error)})"
+            raise ConfigError(f"{told}: choose another --metrics") from error

@@ -1,6 +1,7 @@
 """Listen, run the server's parts, and end: SIGTERM lets admitted edits finish, a second one not."""
 
 import asyncio
+import logging
 import os
 import signal
 import socket
@@ -20,6 +21,10 @@ _HEAD_BYTES = 16_384  # of a request's headers
 _LAST_SECONDS = 10  # for clients to read the last answers
 SPARE = 64  # connections more than there may be, which are told so if they send a request
 _PAUSE = 0.05  # seconds between looks whether all is done
+
+_log = logging.getLogger(__name__)
+# It warns of each malformed request, so that strangers could fill the log.
+logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
 
 
 class _Protocol(H11Protocol):
@@ -139,10 +144,13 @@ def _on_signals(
 
     def ended(number: int) -> None:
         if application.draining:
+            _log.warning("ended at once; results that are lost: %d", application.budget.pictures)
             for child in children:
                 child.end()
             os._exit(128 + number)
         application.draining = True
+        told = "draining; results that are still waited for: %d"
+        _log.info(told, application.budget.pictures)
         drains.add(loop.create_task(_drained(application, server)))
 
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -152,4 +160,5 @@ def _on_signals(
 async def _drained(application: Application, server: uvicorn.Server) -> None:
     while application.budget.pictures:
         await asyncio.sleep(_PAUSE)
+    _log.info("drained: the server ends")
     server.should_exit = True
