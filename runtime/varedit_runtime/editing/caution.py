@@ -18,6 +18,7 @@ from varedit_runtime.text import Instructions
 # with large areas of sky, of dark, or out of focus are not.
 SIDE = 128
 WINDOW, MOST_CHANGE = 7, 24  # pixels along a side of a neighbourhood; levels between its extremes
+STEPS = (1, 2, 3)  # by which windows of 1, 2 and 4 pixels grow, to WINDOW
 LEAST_CALM = 0.3
 
 
@@ -50,14 +51,19 @@ def looks_photographed(picture: Image.Image) -> bool:
     )
     small = np.asarray(pad_and_resize(picture, (SIDE, SIDE)).crop((0, 0, width, height)))
     change = _around(small, np.maximum) - _around(small, np.minimum)
-    return (change.max(axis=-1) <= MOST_CHANGE).mean() < LEAST_CALM
+    most = np.maximum(np.maximum(change[..., 0], change[..., 1]), change[..., 2])
+    return (most <= MOST_CHANGE).mean() < LEAST_CALM
 
 
 def _around(pixels: np.ndarray, extreme: np.ufunc) -> np.ndarray:
-    """Return the extremes of each pixel's neighbourhood, which ends at the picture's border."""
+    """Return the extremes of each pixel's neighbourhood, which ends at the picture's border.
+
+    They are those of neighbourhoods that grow: of 2, 4 and then 7 pixels.
+    """
     for axis in (0, 1):
         reach = [(WINDOW // 2,) * 2 if side == axis else (0, 0) for side in range(3)]
         padded = np.moveaxis(np.pad(pixels, reach, mode="edge"), axis, 0)
-        shifted = [padded[i : i + pixels.shape[axis]] for i in range(WINDOW)]
-        pixels = np.moveaxis(extreme.reduce(shifted), 0, axis)
+        for step in STEPS:
+            padded = extreme(padded[:-step], padded[step:])
+        pixels = np.moveaxis(padded, 0, axis)
     return pixels
