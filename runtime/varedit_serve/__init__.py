@@ -4,6 +4,7 @@ The parent process answers HTTP and never edits; child processes, by default one
 each. What a request passes, in order:
 
     guard.py     who may ask: Host, Origin, API key (keys.py); every answer is counted and logged
+    asked.py     what is known of it for the log: its id, key and error
     body.py      a form or JSON, read within limits of bytes and time
     fields.py    the table of all fields: parsing, checks, and openapi.py
     edits.py     the endpoint: admission (budget.py), pictures in and out, the answer (answers.py)
