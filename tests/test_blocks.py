@@ -15,7 +15,8 @@ from varedit_export.graphs.scales import ScaleStage, SymbolicScaleStage
 from varedit_export.graphs.stages import ConditionStage, Stage, TextEncoderStage
 from varedit_export.graphs.text import GraphTextEncoder
 from varedit_export.graphs.trace import Tracer
-from varedit_export.plan import BundlePlan, GraphPlan
+from varedit_export.graphs.variant_graphs import GraphPlan
+from varedit_export.plan import BundlePlan
 from varedit_runtime.manifest import StoredWeight
 
 DEPTH = 6

@@ -16,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from varedit_export.graphs import patterns, trace
 from varedit_export.graphs.patterns import kept_pattern
 from varedit_export.graphs.trace import Tracer
-from varedit_export.plan import BundlePlan, GraphPlan
+from varedit_export.graphs.variant_graphs import GraphPlan
+from varedit_export.plan import BundlePlan
 from varedit_export.sources import random_sources
 from varedit_runtime.precision import Int8Columns
 

@@ -14,7 +14,8 @@ from varedit_export import bench, cli
 from varedit_export.graphs.model import GraphTransformer
 from varedit_export.graphs.scales import ScaleStage
 from varedit_export.graphs.trace import fake_tensors, trace
-from varedit_export.plan import BundlePlan, VariantRequest, shallow
+from varedit_export.graphs.variant_graphs import shallow
+from varedit_export.plan import BundlePlan, VariantRequest
 from varedit_export.sources import Sources, random_sources
 from varedit_reference.config import ModelConfig
 from varedit_runtime.bundle import Bundle

@@ -14,13 +14,16 @@ from varedit_engines.engine_cache import copy_sets
 from varedit_engines.publish import Staging
 from varedit_export.components import Component
 from varedit_export.estimate import check_memory, needs, present
+from varedit_export.graphs.side_by_side import SideBySide
 from varedit_export.graphs.trace import Tracer
+from varedit_export.graphs.variant_graphs import GraphPlan, VariantShapes
 from varedit_export.manifest_model import manifest_of, tool_versions
 from varedit_export.parity.compare_bundle import compare_bundle
 from varedit_export.parity.measures import gate
-from varedit_export.plan import BundlePlan, GraphPlan, VariantPlan, VariantRequest
+from varedit_export.plan import BundlePlan, VariantPlan, VariantRequest
 from varedit_reference.weights_file import check_room
 from varedit_runtime.backends.graph_file import read_graph
+from varedit_runtime.backends.machine import available_memory
 from varedit_runtime.backends.onnxruntime.integers import check_exact
 from varedit_runtime.bundle import Bundle, work_folder
 from varedit_runtime.manifest import (
@@ -55,8 +58,9 @@ def assemble(plan: BundlePlan, on_step: OnStep) -> list[ParityLine]:
     check_memory(needed.memory)
     check_exact(plan.request.policy)  # now, as it will be compared
     steps = len(plan.components) + plan.graph_count + 2
-    with Staging(target) as staging:
-        work = _Work(plan, staging, on_step, steps)
+    spare = (available_memory() or 0) - needed.memory
+    with Staging(target) as staging, SideBySide(_to_trace(plan), spare) as makers:
+        work = _Work(plan, staging, makers, on_step, steps)
         shared: dict[str, StoredWeight] = {}
         for component in plan.shared:
             shared |= work.weights(component, plan.request)
@@ -83,6 +87,7 @@ class _Work:
 
     plan: BundlePlan
     staging: Staging
+    makers: SideBySide
     on_step: OnStep
     steps: int
     step: int = 0
@@ -115,6 +120,7 @@ class _Work:
             self.staging.record(file)
             return structs.replace(there.graphs[graph.name], file=file)
         if not self.staging.kept(file, key):
+            self.makers.wait(graph.stage)
             model = tracer.graph(graph.stage, graph.depth, graph.binding)
             ir.save(model, self.staging.file(file))
             self.staging.record(file, key)
@@ -136,6 +142,12 @@ class _Work:
     def _next(self, what: str) -> None:
         self.on_step(what, self.step, self.steps)
         self.step += 1
+
+
+def _to_trace(plan: BundlePlan) -> list[tuple[VariantShapes, Sequence[GraphPlan]]]:
+    if plan.graphs_from is not None:
+        return []
+    return [(variant.shapes, variant.graphs) for variant in plan.variants]
 
 
 def graph_spec(folder: Path, file: str) -> GraphSpec:

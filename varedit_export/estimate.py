@@ -5,13 +5,17 @@ in fp16 with random weights, on two cores of an x86 server, PyTorch 2.13 and ONN
 """
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from pathlib import Path
 
 from varedit_export.errors import ExportError
+from varedit_export.graphs.patterns import is_missing
+from varedit_export.graphs.side_by_side import others
 from varedit_export.graphs.stages import (
     ROWS,
     TEXT_TOKENS,
@@ -36,9 +40,13 @@ WHOLE = 3  # fp32 copies of a small model's weights, in the reference and ONNX R
 ROUNDED = 1  # one more of a reference whose products are rounded
 KEYS_VALUES = 4  # fp32 arrays of all keys, or values, that the last scale sees
 HIDDEN = 3  # fp32 arrays of the last scale's MLP
-TRACING = 100.0  # seconds, whatever the model, on one core
-WEIGHT = 70e-9  # seconds of one core per parameter: drawn, written, hashed, drawn again, run
-PRODUCTS = 5e10  # multiplications and additions that one core does per second
+# Seconds of one core of that server:
+TEMPLATE, LONGEST = 6.0, 20.0  # to trace a template, on average; the one that takes longest, bound
+PATTERN = 0.8  # to bind and optimise a pattern
+REST = 12.0  # to grow the graphs and compare a small model, whatever the model
+WEIGHT = 70e-9  # per parameter: drawn, written, hashed, drawn again, run
+LOOP, TURNS = 0.0083, 200_000  # of Python's loop that tells how fast another machine is
+PRODUCTS = 5e10  # multiplications and additions per second
 CORES = 2  # more cores help little
 
 
@@ -71,8 +79,28 @@ def needs(plan: BundlePlan) -> Needs:
     cores = min(os.cpu_count() or 1, CORES)
     work = sum(parameters * WEIGHT + _products(shapes) / PRODUCTS for shapes in variants)
     disk = plan.weight_bytes + plan.graph_count * GRAPH
-    tracing = TRACING * len(variants) if plan.graphs_from is None else 0
-    return Needs(disk, memory, tracing + work / cores)
+    seconds = _tracing(plan) + REST * len(variants) + work / cores
+    return Needs(disk, memory, _slowness() * seconds)
+
+
+def _tracing(plan: BundlePlan) -> float:
+    """Return the seconds that making the patterns takes that are not kept."""
+    if plan.graphs_from is not None:
+        return 0.0
+    graphs = [graph for variant in plan.variants for graph in variant.graphs]
+    lacking = [graph.stage for graph in graphs if is_missing(graph.stage, graph.binding)]
+    templates = len(set(lacking))
+    work = TEMPLATE * templates + PATTERN * len(lacking)
+    return max(work / (1 + others(templates)), min(work, LONGEST))
+
+
+@cache
+def _slowness() -> float:
+    """Return how many times as long as on that server all takes here, as busy as this one is."""
+    start = time.perf_counter()
+    for _ in range(3):
+        sum(number * number for number in range(TURNS))
+    return (time.perf_counter() - start) / (3 * LOOP)
 
 
 def _products(shapes: Shapes) -> int:

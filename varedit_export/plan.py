@@ -8,44 +8,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from msgspec import structs
-from torch._subclasses.fake_tensor import FakeTensorMode
-
 from varedit_export.check_options import check_limits
 from varedit_export.components import Component, laid_out, positions_component, tokenizer_component
-from varedit_export.graphs.attention import OPERATOR
-from varedit_export.graphs.blocks import TRACED_BLOCKS
 from varedit_export.graphs.layout import transformer_layout
 from varedit_export.graphs.model import GraphTransformer
-from varedit_export.graphs.scales import (
-    Binding,
-    FusedScaleStage,
-    Kind,
-    ScaleStage,
-    SymbolicScaleStage,
-    kind_of,
-    row_binding,
-    scale_binding,
-)
-from varedit_export.graphs.stages import (
-    ConditionStage,
-    ImageDecoderStage,
-    ImageEncoderStage,
-    PositionTable,
-    PrefillStage,
-    ReferencesStage,
-    Shapes,
-    Stage,
-    TextEncoderStage,
-)
+from varedit_export.graphs.stages import Shapes
 from varedit_export.graphs.text import GraphTextEncoder, text_encoder_layout
 from varedit_export.graphs.trace import fake_tensors
+from varedit_export.graphs.variant_graphs import GraphPlan, VariantShapes
 from varedit_export.sources import Sources
-from varedit_reference.config import ModelConfig, TextEncoderConfig
+from varedit_reference.config import ModelConfig
 from varedit_reference.tokenizer import Tokenizer
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import ConfigError, readable_size
-from varedit_runtime.manifest import GRAPHS, scale_name
+from varedit_runtime.manifest import GRAPHS
 from varedit_runtime.precision import Precision, named
 
 
@@ -104,24 +80,12 @@ class VariantRequest:
 
 
 @dataclass(frozen=True)
-class GraphPlan:
-    """A graph to make: a stage with few blocks, the model's depth, and the binding, if any."""
-
-    stage: Stage
-    depth: int = 0
-    binding: Binding | None = None
-
-    @property
-    def name(self) -> str:
-        return self.stage.name if self.binding is None else self.binding.name
-
-
-@dataclass(frozen=True)
 class VariantPlan:
-    """A variant's own files: the table of its positions, and its graphs."""
+    """A variant's own files: the table of its positions, and its graphs, made from `shapes`."""
 
     request: VariantRequest
     positions: Component
+    shapes: VariantShapes
     graphs: Sequence[GraphPlan]
 
     def file(self, graph: GraphPlan) -> str:
@@ -159,14 +123,13 @@ class BundlePlan:
             layout = text_encoder_layout(text.config)
             component = laid_out("text_encoder", encoder, layout, text.state, "text_encoder")
             self.shared.append(component)
-        self.variants = [
-            VariantPlan(
-                request,
-                positions_component(request.name, request.config.transformer, self.fake),
-                _graphs(request, tokenizer, text and text.config, self.fake),
-            )
-            for request in (self.request, *others)
-        ]
+        self.variants = [self._variant(request) for request in (self.request, *others)]
+
+    def _variant(self, request: VariantRequest) -> VariantPlan:
+        text = self.sources.text and self.sources.text.config
+        shapes = VariantShapes(request.shapes, text, request.fused_attention)
+        positions = positions_component(request.name, request.config.transformer, self.fake)
+        return VariantPlan(request, positions, shapes, shapes.graphs(self.fake))
 
     @property
     def components(self) -> list[Component]:
@@ -205,64 +168,3 @@ def _check_variants(requests: Sequence[VariantRequest]) -> None:
         shared = config, request.precision, request.target
         if shared != (first.config, first.precision, first.target):
             raise ConfigError("variants of a bundle must be of one model, precision and folder")
-
-
-def _text_graph(
-    request: VariantRequest, config: TextEncoderConfig, fake: FakeTensorMode
-) -> GraphPlan:
-    shallow_config = structs.replace(config, depth=min(config.depth, TRACED_BLOCKS))
-    with fake:
-        model = GraphTextEncoder(shallow_config, request.policy)
-    return GraphPlan(TextEncoderStage(request.shapes, model), config.depth)
-
-
-def shallow(shapes: Shapes) -> Shapes:
-    """Return the same shapes with no more blocks than are traced."""
-    transformer = shapes.config.transformer
-    transformer = replace(transformer, depth=min(transformer.depth, TRACED_BLOCKS))
-    return replace(shapes, config=replace(shapes.config, transformer=transformer))
-
-
-def _graphs(
-    request: VariantRequest,
-    tokenizer: Tokenizer,
-    text: TextEncoderConfig | None,
-    fake: FakeTensorMode,
-) -> list[GraphPlan]:
-    """Return all graphs of a variant, each with the few blocks that are traced."""
-    full, shapes = request.shapes, shallow(request.shapes)
-    depth, grids = full.config.transformer.depth, full.config.transformer.grids
-    with fake:
-        model = GraphTransformer(shapes.config.transformer, shapes.precision)
-        table = PositionTable(shapes.config.transformer)
-    prefill = PrefillStage(shapes, model, table)
-    indices = range(len(grids))
-    own: dict[int, Kind] = {index: kind_of(full, index) for index in indices}
-    kinds: dict[Kind, ScaleStage] = {k: ScaleStage(shapes, model, k) for k in own.values()}
-    twins = [SymbolicScaleStage(shapes, model, table)]
-    if request.fused_attention:
-        with fake:
-            fused = GraphTransformer(shapes.config.transformer, shapes.precision, OPERATOR)
-        twins.append(FusedScaleStage(shapes, fused, table))
-    references = ReferencesStage(shapes)
-    return [
-        *([] if text is None else [_text_graph(request, text, fake)]),
-        GraphPlan(ImageEncoderStage(shapes, tokenizer)),
-        GraphPlan(ConditionStage(shapes, model), depth),
-        *(
-            GraphPlan(prefill, depth, row_binding(full, prefill.name + form, rows))
-            for form, rows in full.forms.items()
-        ),
-        *(GraphPlan(twin, depth) for twin in twins),
-        *([GraphPlan(references)] if full.config.transformer.conditioning == "sar" else []),
-        *(
-            GraphPlan(
-                kinds[own[index]],
-                depth,
-                scale_binding(full, index, scale_name(index) + form, rows),
-            )
-            for form, rows in full.forms.items()
-            for index in indices
-        ),
-        GraphPlan(ImageDecoderStage(shapes, tokenizer)),
-    ]

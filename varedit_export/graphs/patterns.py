@@ -36,9 +36,8 @@ def kept_pattern(stage: Stage, binding: Binding | None, make: Callable[[], ir.Mo
 
     One that a storage of somebody else's code takes part in is not kept: it may change.
     """
-    if not all(map(_is_ours, stage.shapes.precision.stored)):
+    if (path := _place(stage, binding)) is None:
         return make()
-    path = _folder() / f"{_key(stage, binding)}.onnx"
     constants = () if binding is None else binding.constants
     inputs = [name for name in stage.inputs() if name not in constants]
     if model := _read(read_kept(path), inputs):
@@ -51,9 +50,22 @@ def kept_pattern(stage: Stage, binding: Binding | None, make: Callable[[], ir.Mo
     return ir.from_proto(onnx.load_from_string(data))
 
 
+def is_missing(stage: Stage, binding: Binding | None) -> bool:
+    """Return whether a pattern could be kept and is not."""
+    path = _place(stage, binding)
+    return path is not None and not path.is_file()
+
+
 def with_digest(data: bytes) -> bytes:
     """Return a file's content: what is kept, behind its digest."""
     return sha256(data).digest() + data
+
+
+def _place(stage: Stage, binding: Binding | None) -> Path | None:
+    """Return the path of a pattern in the cache; None if it is not kept."""
+    if not all(map(_is_ours, stage.shapes.precision.stored)):
+        return None
+    return _folder() / f"{_key(stage, binding)}.onnx"
 
 
 def _is_ours(stored: tuple[str, Storage]) -> bool:

@@ -56,15 +56,18 @@ class Tracer:
         stage a static graph, where it is a template. Raises ExportError if a value's shape is
         unknown or, except in graphs with symbolic lengths, not static.
         """
-        model = kept_pattern(stage, binding, lambda: self._pattern(stage, binding))
+        model = self.pattern(stage, binding)
         grow(model.graph, depth)
         _refer_to_weights(model, self._stored, {} if binding is None else binding.parts)
         _strip(model, stage.name if binding is None else binding.name)
         _check_shapes(model, static=binding is not None or not _is_symbolic(stage))
         return model
 
+    def pattern(self, stage: Stage, binding: Binding | None) -> ir.Model:
+        """Return a graph of the blocks that are traced, with weights as inputs: kept, or made."""
+        return kept_pattern(stage, binding, lambda: self._pattern(stage, binding))
+
     def _pattern(self, stage: Stage, binding: Binding | None) -> ir.Model:
-        """Make a graph with the blocks that are traced, whose weights are inputs."""
         if stage.name not in self._templates:
             self._templates[stage.name] = trace(stage, self._fake)
         model = self._templates[stage.name].clone()
