@@ -70,6 +70,7 @@ def _limits(command: Callable[..., None]) -> Callable[..., None]:
 @click.option(
     "--metrics",
     metavar="[HOST:]PORT",
+    callback=lambda context, option, text: None if text is None else _address(text),
     help="Serve /metrics there, without a key, and not at the main address.",
 )
 @click.option("--keys", type=PATH, help="File of API keys: NAME KEY [RATE] on each line.")
@@ -88,7 +89,7 @@ def main(
     host: str,
     port: int,
     workers: int,
-    metrics: str | None,
+    metrics: tuple[str, int] | None,
     **options: Any,
 ) -> None:
     """Serve edits with BUNDLE, as OpenAI's images API does, and a page to make them.
@@ -105,7 +106,6 @@ def main(
     """
     limits = Limits(**{limit.name: options.pop(limit.name) for limit in fields(Limits)})
     chosen = _chosen(host, **options)
-    numbers = _address(metrics) if metrics is not None else None
 
     from varedit_runtime import Preparer
 
@@ -116,12 +116,10 @@ def main(
     from varedit_serve.editing.messages import Opening
     from varedit_serve.editing.workers import local_children
 
-    if chosen["largest"] is not None and chosen["largest"] > preparer.variant.batch:
-        most = preparer.variant.batch
-        raise ConfigError(f"--batch is {chosen['largest']}; the bundle takes at most {most}")
+    _check_batch(chosen["largest"], preparer.variant.batch)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("varedit_serve").setLevel(logging.INFO)
-    settings = Settings(limits=limits, own_metrics=numbers is not None, **chosen)
+    settings = Settings(limits=limits, own_metrics=metrics is not None, **chosen)
     application = Application(preparer, settings)
     opening = Opening(bundle, variant, backend, digest)
     children = local_children(opening, application.queue, workers)
@@ -129,9 +127,9 @@ def main(
         shown = f"[{host}]" if ":" in host else host
         at = f"http://{shown}:{listening.getsockname()[1]}"
         say(f"{application.model} is loaded, and then served at {at}")
-        if numbers is not None:
-            at = application.metrics.serve(*numbers)
-            say(f"its numbers are served at {numbers[0]}, port {at}")
+        if metrics is not None:
+            at = application.metrics.serve(*metrics)
+            say(f"its numbers are served at {metrics[0]}, port {at}")
         server.serve(application, children, listening, limits)
 
 
@@ -148,8 +146,6 @@ def _chosen(
     known = read_keys(keys, os.environ.get(VARIABLE, ""))
     if host not in LOCAL and not known:
         raise ConfigError(f"others can reach {host}: give API keys, with --keys or {VARIABLE}")
-    if batch is not None and batch < 1:
-        raise ConfigError(f"--batch is {batch}; give at least 1")
     chosen: dict[str, Any] = {"model": name, "keys": known, "largest": batch}
     if name == "":
         raise ConfigError("--name is empty; give the model's name for clients")
@@ -167,6 +163,11 @@ def _chosen(
 
         chosen["moderation"] = find_moderation(moderation)
     return chosen
+
+
+def _check_batch(batch: int | None, most: int) -> None:
+    if batch is not None and not 1 <= batch <= most:
+        raise ConfigError(f"--batch is {batch}; the bundle takes 1 to {most}")
 
 
 def _address(text: str) -> tuple[str, int]:
