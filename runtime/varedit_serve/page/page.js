@@ -12,10 +12,18 @@ let painted = false;
 
 // Pictures
 
-function start(file) {
+async function start(file) {
   if (!file?.type.startsWith("image/")) return tell("That is no picture.", true);
+  const url = URL.createObjectURL(file), image = new Image();
+  image.src = url;
+  try {
+    await image.decode();
+  } catch {
+    URL.revokeObjectURL(url);
+    return tell("The picture is damaged, or this browser cannot show it.", true);
+  }
   cancel();
-  turns = [{ url: URL.createObjectURL(file), blob: file, prompt: file.name || "picture" }];
+  turns = [{ url, blob: file, prompt: file.name || "picture" }];
   show(0);
   tell("");
   $("prompt").focus();
@@ -238,14 +246,16 @@ canvas.onpointerup = canvas.onpointercancel = () => (last = null);
 $("form").onsubmit = edit;
 $("cancel").onclick = cancel;
 $("choose").onclick = () => $("file").click();
-$("file").onchange = () => start($("file").files[0]);
+$("file").onchange = () => {
+  start($("file").files[0]);
+  $("file").value = ""; // so that the same one can be chosen again
+};
 $("slider").oninput = () => slide($("slider").value);
 $("before").onload = () => {
   const { naturalWidth, naturalHeight } = $("before");
   $("views").style.setProperty("--ratio", naturalWidth / naturalHeight);
   if (canvas.width !== naturalWidth || canvas.height !== naturalHeight) clearMask();
 };
-$("before").onerror = () => tell("The picture is damaged, or this browser cannot show it.", true);
 $("brush").onclick = () => turns.length && masking($("brush").getAttribute("aria-pressed") !== "true");
 $("clear").onclick = clearMask;
 $("key").onchange = hello;
