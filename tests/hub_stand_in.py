@@ -41,7 +41,7 @@ class Repository:
 
 @dataclass
 class Hub:
-    """The repositories by name, planted faults, and what was asked."""
+    """The repositories by name (datasets/NAME for data), planted faults, and what was asked."""
 
     repositories: dict[str, Repository]
     address: str = ""
@@ -95,14 +95,15 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         asked = self.headers.get("Range", "")
         self.hub.requests.append(f"{self.command} {self.path} {asked}".strip())
-        path = self.path.partition("?")[0]
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
+        path = self.path.partition("?")[0].replace("/api/models/", "/api/")
+        name = r"((?:datasets/)?[^/]+/[^/]+)"
+        if match := re.fullmatch(rf"/api/{name}(?:/revision/([^/]+))?", path):
             self._information(*match.groups())
-        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", path):
+        elif match := re.fullmatch(rf"/api/{name}/tree/([^/]+)", path):
             self._tree(*match.groups())
-        elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+        elif match := re.fullmatch(rf"/{name}/resolve/([^/]+)/(.+)", path):
             self._file(*match.groups())
-        elif match := re.fullmatch(r"/blobs/([^/]+/[^/]+)/(.+)", path):
+        elif match := re.fullmatch(rf"/blobs/{name}/(.+)", path):
             self._blob(*match.groups())
         else:
             self._answer(404)

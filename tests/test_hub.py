@@ -59,6 +59,7 @@ FOLDER_CHOICES = [
         ("hf://o/r@v1/a/", HubAddress("o/r", "a", "v1")),
         ("hf://o/r", HubAddress("o/r")),
         ("hf://o/r@v1", HubAddress("o/r", "", "v1")),
+        ("hf://datasets/o/r/a@v1", HubAddress("o/r", "a", "v1", dataset=True)),
     ],
 )
 def test_addresses(text: str, address: HubAddress) -> None:

@@ -88,10 +88,10 @@ def evaluate(bundle: Path, options: EvaluateOptions, yes: bool) -> None:
 
     \b
     varedit-export evaluate nano --benchmark nano -o runs/nano
-    varedit-export evaluate bundles/8b-512 --benchmark folder --data mine -o runs/8b \\
+    varedit-export evaluate bundles/8b-512 --benchmark pie-bench --data PIE -o runs/8b \\
         --against bundles/8b-512-int8
-    varedit-export evaluate bundles/2b --benchmark folder -o runs/2b \\
-        --data mine --limit 200 --fail-below psnr=26
+    varedit-export evaluate bundles/2b --benchmark emu-edit -o runs/2b \\
+        --data hf://datasets/facebook/emu_edit_test_set --limit 200 --fail-below clip_out=0.26
     """
     with progress() as on_step:
         report = varedit_export.evaluate(bundle, options, on_step, say, partial(accept, yes))

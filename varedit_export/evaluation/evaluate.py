@@ -117,7 +117,9 @@ def _families(
     found = {name: family(name) for name in options.metrics or chosen.families}
     given = _given(options)
     if unknown := given.keys() - found.keys():
-        raise ConfigError(f"--weights: {sorted(unknown)} are not computed; --metric names what is")
+        raise ConfigError(
+            f"--weights: {sorted(unknown)[0]} is not computed; --metric names what is"
+        )
     for name, one in list(found.items()):
         if one.files and one.weights is None and name not in given:
             if name in options.metrics:

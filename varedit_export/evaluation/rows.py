@@ -12,7 +12,7 @@ from PIL import Image
 
 from varedit_export.errors import DatasetError
 from varedit_export.evaluation.case import Case, Load
-from varedit_runtime.errors import VareditError, printable, reason, shown
+from varedit_runtime.errors import MissingExtraError, printable, reason, shown
 from varedit_runtime.pictures import Source, open_mask, open_picture
 
 LARGEST = 2**28  # bytes of a file of rows
@@ -24,7 +24,9 @@ def row_errors(row: str) -> Iterator[None]:
     """Say in an error which row it is about; all become DatasetErrors."""
     try:
         yield
-    except (VareditError, msgspec.MsgspecError, OSError, ValueError, RecursionError) as error:
+    except MissingExtraError:
+        raise
+    except Exception as error:  # libraries raise errors of every kind on damaged files
         raise DatasetError(f"{row}: {reason(error)}") from error
 
 

@@ -27,7 +27,7 @@ SCHEME = "hf://"
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _REPOSITORY = re.compile(f"{_NAME}/{_NAME}")
 _ADDRESS = re.compile(
-    rf"{SCHEME}(?P<repository>{_NAME}/{_NAME})"
+    rf"{SCHEME}(?P<dataset>datasets/)?(?P<repository>{_NAME}/{_NAME})"
     r"(@(?P<before>[^@/]+))?(/(?P<path>[^@]*))?(@(?P<after>[^@]+))?"
 )
 
@@ -36,20 +36,27 @@ Choice = Sequence[str]  # patterns of files, such as "*.safetensors"; the first 
 
 @dataclass(frozen=True)
 class HubAddress:
-    """A place on the hub: a model repository, a path in it, and a branch, tag or commit.
+    """A place on the hub: a repository, a path in it, and a branch, tag or commit.
 
-    path: "" for the whole repository. revision: None for the main branch.
+    path: "" for the whole repository. revision: None for the main branch. dataset: whether it is a
+    repository of data, not of a model.
     """
 
     repository: str
     path: str = ""
     revision: str | None = None
+    dataset: bool = False
+
+    @property
+    def kind(self) -> str:
+        """What the hub's library calls the kind of repository."""
+        return "dataset" if self.dataset else "model"
 
     def __str__(self) -> str:
         """Return the text that `parse` reads as this address."""
         path = f"/{self.path}" if self.path else ""
         revision = f"@{self.revision}" if self.revision else ""
-        return f"{SCHEME}{self.repository}{path}{revision}"
+        return f"{SCHEME}{'datasets/' * self.dataset}{self.repository}{path}{revision}"
 
 
 @dataclass(frozen=True)
@@ -94,8 +101,8 @@ class Wanted:
 def parse(text: str) -> HubAddress:
     """Return the address that hf://OWNER/REPOSITORY[/PATH][@REVISION] stands for.
 
-    The library's own order, hf://OWNER/REPOSITORY@REVISION/PATH, is read too. Raises ConfigError
-    for any other text.
+    Data sets are at hf://datasets/OWNER/REPOSITORY. The library's own order,
+    hf://OWNER/REPOSITORY@REVISION/PATH, is read too. Raises ConfigError for any other text.
     """
     match = _ADDRESS.fullmatch(text)
     path = "" if match is None else (match["path"] or "").strip("/")
@@ -104,7 +111,8 @@ def parse(text: str) -> HubAddress:
             f"{text!r} is no address on the hub: give hf://OWNER/REPOSITORY/PATH or, for another "
             "revision than main, hf://OWNER/REPOSITORY/PATH@REVISION"
         )
-    return HubAddress(match["repository"], path, match["before"] or match["after"])
+    revision = match["before"] or match["after"]
+    return HubAddress(match["repository"], path, revision, match["dataset"] is not None)
 
 
 def is_repository(text: str) -> bool:
@@ -158,7 +166,12 @@ def look_up(address: HubAddress, choices: Sequence[Choice]) -> Wanted:
         HubFile(
             name,
             siblings[name].size,
-            isinstance(try_to_load_from_cache(address.repository, name, revision=commit), str),
+            isinstance(
+                try_to_load_from_cache(
+                    address.repository, name, revision=commit, repo_type=address.kind
+                ),
+                str,
+            ),
             None if (large := siblings[name].lfs) is None else large.sha256,
         )
         for name in _matching(siblings, choice)
@@ -215,9 +228,9 @@ def _information(address: HubAddress) -> _Information:
         with _library_errors(address):
             from huggingface_hub import HfApi
 
-            found = HfApi().model_info(
-                address.repository, revision=address.revision, files_metadata=True
-            )
+            api = HfApi()
+            ask = api.dataset_info if address.dataset else api.model_info
+            found = ask(address.repository, revision=address.revision, files_metadata=True)
         return msgspec.convert(found, _Information, from_attributes=True)
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise CheckpointError(
@@ -247,7 +260,9 @@ def _download_file(address: HubAddress, name: str) -> Path:
     with _library_errors(address):
         from huggingface_hub import hf_hub_download
 
-        path = hf_hub_download(address.repository, name, revision=address.revision)
+        path = hf_hub_download(
+            address.repository, name, revision=address.revision, repo_type=address.kind
+        )
     return Path(path).parents[name.count("/")]
 
 
@@ -273,6 +288,7 @@ def _snapshot(address: HubAddress, patterns: Sequence[str]) -> Path:
         folder = snapshot_download(
             address.repository,
             revision=address.revision,
+            repo_type=address.kind,
             allow_patterns=list(patterns),
             local_files_only=True,
         )
@@ -283,7 +299,7 @@ def _absent(address: HubAddress) -> CheckpointError:
     return CheckpointError(
         f"cannot reach the hub for {address}, and its cache on this machine lacks it: check the "
         "connection and HF_HUB_OFFLINE and try again (files that were fetched whole are kept), or "
-        "give --checkpoint, --tokenizer and --text-encoder as paths, or --from FOLDER"
+        "give paths on this machine in place of names on the hub"
     )
 
 

@@ -7,6 +7,14 @@ from varedit_runtime.errors import ConfigError, shown
 
 _HERE = __name__
 BENCHMARKS = {
+    "emu-edit": f"{_HERE}.emu_edit:EMU_EDIT",
+    "pie-bench": f"{_HERE}.pie_bench:PIE_BENCH",
+    "imgedit": f"{_HERE}.imgedit:BASIC",
+    "imgedit-uge": f"{_HERE}.imgedit:UGE",
+    "imgedit-turns": f"{_HERE}.imgedit:TURNS",
+    "gedit-en": f"{_HERE}.gedit:ENGLISH",
+    "gedit-cn": f"{_HERE}.gedit:CHINESE",
+    "magicbrush": f"{_HERE}.magicbrush:MAGICBRUSH",
     "folder": f"{_HERE}.folder:FOLDER",
     "nano": "varedit_nano.benchmark:SCENES",  # in a clone of the project only
 }

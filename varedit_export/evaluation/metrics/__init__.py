@@ -7,6 +7,10 @@ from varedit_runtime.errors import ConfigError, shown
 
 _HERE = __name__
 FAMILIES = {
+    "clip": f"{_HERE}.clip:CLIP",
+    "dino": f"{_HERE}.dino:DINO",
+    "structure": f"{_HERE}.dino:STRUCTURE",
+    "lpips": f"{_HERE}.lpips:LPIPS",
     "pixels": f"{_HERE}.pixels:PIXELS",
     "nano": "varedit_nano.benchmark:FAMILY",  # in a clone of the project only
 }

@@ -1,0 +1,50 @@
+"""MagicBrush's dev set: 528 edits with right results and masks.
+
+Format: huggingface.co/datasets/osunlp/MagicBrush (Parquet files data/dev-*: img_id, turn_index,
+source_img, mask_img, instruction, target_img). Scores: its repository, OSU-NLP-Group/MagicBrush
+(evaluation/image_eval.py). Every turn edits the right result of the turn before, as "all turns"
+there. A mask's region is white, or transparent.
+"""
+
+from pathlib import Path
+
+import msgspec
+
+from varedit_export.evaluation.case import Benchmark, Case
+from varedit_export.evaluation.rows import checked_cases, mask, picture
+from varedit_export.evaluation.tables import Table, tables
+
+
+class _Row(msgspec.Struct):
+    img_id: str
+    turn_index: int
+    instruction: str
+
+
+def read(folder: Path) -> list[Case]:
+    """Read the dev split. Raises DatasetError, which names the row."""
+    found = tables(folder, ["dev-*.parquet"])
+    return checked_cases([case for table in found for case in _cases(table)])
+
+
+def _cases(table: Table) -> list[Case]:
+    return [
+        Case(
+            id=f"{row.img_id}-{row.turn_index}",
+            groups=(f"turn {row.turn_index}",),
+            instruction=row.instruction,
+            source=picture(table.name(place), table.picture("source_img", place)),
+            target=picture(table.name(place), table.picture("target_img", place)),
+            mask=mask(table.name(place), table.picture("mask_img", place)),
+        )
+        for place, row in enumerate(table.rows(_Row))
+    ]
+
+
+MAGICBRUSH = Benchmark(
+    "MagicBrush dev set",
+    read,
+    ("pixels", "clip", "dino"),
+    files=(("data/dev-*.parquet",),),
+    weights={"clip": "hf://openai/clip-vit-base-patch32"},
+)

@@ -1,0 +1,125 @@
+"""Read tables in Parquet or Arrow files, as the hub has data sets, a picture at a time."""
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from varedit_export.errors import DatasetError
+from varedit_export.evaluation.rows import Kind, row_errors
+from varedit_runtime.errors import needs_extra, readable_size
+
+LARGEST_GROUP = 2**31  # bytes of a group of rows, which is read as a whole
+
+
+class Table:
+    """A file of rows. Columns of pictures are read when one of them is."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._kept: dict[str, tuple[int, Any]] = {}  # by column, the group of rows read last
+
+    @cached_property
+    def _file(self) -> Any:
+        """The file, as groups of rows: those of Parquet, or the batches of an Arrow stream."""
+        with needs_extra("evaluate"):
+            import pyarrow as pa
+            from pyarrow import parquet
+        if self.path.suffix == ".parquet":
+            return parquet.ParquetFile(self.path)
+        with pa.memory_map(str(self.path)) as source:
+            try:
+                return pa.ipc.open_stream(source).read_all().combine_chunks()
+            except pa.ArrowInvalid:
+                return pa.ipc.open_file(source).read_all().combine_chunks()
+
+    def rows(self, kind: type[Kind]) -> list[Kind]:
+        """Return all rows without their pictures: structs whose fields are columns.
+
+        Raises DatasetError if a column is missing or of another type.
+        """
+        assert issubclass(kind, msgspec.Struct)
+        names = [field.encode_name for field in msgspec.structs.fields(kind)]
+        with row_errors(str(self.path)):
+            if missing := set(names) - set(self._names()):
+                raise DatasetError(f"there is no column {', '.join(sorted(missing))}")
+            table = self._file.read(names) if self._parquet else self._file.select(names)
+            table.validate(full=True)
+            found = table.to_pylist()
+        return [self._row(place, row, kind) for place, row in enumerate(found)]
+
+    def _row(self, place: int, row: Any, kind: type[Kind]) -> Kind:
+        with row_errors(self.name(place)):
+            return msgspec.convert(row, kind)
+
+    def name(self, place: int) -> str:
+        """Return what a row is called in errors."""
+        return f"{self.path.name}, row {place}"
+
+    def has(self, column: str) -> bool:
+        """Return whether there is a column. Raises DatasetError."""
+        with row_errors(str(self.path)):
+            return column in self._names()
+
+    def picture(self, column: str, place: int) -> Callable[[], bytes]:
+        """Return what reads a row's picture. It raises DatasetError if there is none."""
+
+        def read() -> bytes:
+            group, offset = self._place(place)
+            found = self._column(group, column)[offset].as_py()
+            content = found.get("bytes") if isinstance(found, dict) else found
+            if not isinstance(content, bytes):
+                raise DatasetError(f"{column} has no picture")
+            return content
+
+        return read
+
+    @property
+    def _parquet(self) -> bool:
+        return self.path.suffix == ".parquet"
+
+    def _names(self) -> Sequence[str]:
+        return self._file.schema_arrow.names if self._parquet else self._file.column_names
+
+    def _place(self, place: int) -> tuple[int, int]:
+        """Return the group of rows that has a row, and its place there."""
+        if not self._parquet:
+            return 0, place
+        metadata = self._file.metadata
+        for group in range(metadata.num_row_groups):
+            if place < (count := metadata.row_group(group).num_rows):
+                return group, place
+            place -= count
+        raise DatasetError("the file has fewer rows than it says")
+
+    def _column(self, group: int, column: str) -> Any:
+        """Return a column of a group of rows."""
+        kept = self._kept.get(column)
+        if kept is None or kept[0] != group:
+            self._kept.pop(column, None)  # before the next one takes memory
+            read = self._read(group, column)
+            read.validate(full=True)
+            kept = self._kept[column] = (group, read)
+        return kept[1]
+
+    def _read(self, group: int, column: str) -> Any:
+        if not self._parquet:
+            return self._file[column]
+        size = self._file.metadata.row_group(group).total_byte_size
+        if size > LARGEST_GROUP:
+            raise DatasetError(f"a group of rows has {readable_size(size)}: write smaller ones")
+        return self._file.read_row_group(group, [column])[column]
+
+
+def tables(folder: Path, patterns: Sequence[str]) -> list[Table]:
+    """Return the tables of the first pattern that matches files of a folder, or of its `data`.
+
+    Raises DatasetError if none does.
+    """
+    for pattern in patterns:
+        for inside in (folder, folder / "data"):
+            if found := sorted(path for path in inside.glob(pattern) if path.is_file()):
+                return [Table(path) for path in found]
+    raise DatasetError(f"{folder} has no {' or '.join(patterns)}, nor has its folder data")
