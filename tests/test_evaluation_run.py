@@ -1,6 +1,8 @@
 """Runs of an evaluation: they continue, refuse what is another run, and compare."""
 
 import json
+import re
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -9,11 +11,14 @@ from disks import file_size_limit
 from evaluating import Shifted, evaluated, own_data, write_lines
 from killing import FORKS, killed_at
 
+from varedit_export.evaluation.case import Edited, Values
+from varedit_export.evaluation.evaluate import evaluate
 from varedit_export.evaluation.run import Run, open_run
 from varedit_export.evaluation.statistics import compare, mean_of
+from varedit_export.options import EvaluateOptions
 from varedit_runtime.errors import ConfigError, VareditError
 
-REPORTS = ("report.json",)
+REPORTS = ("report.json", "report.html")
 
 
 @pytest.fixture
@@ -161,6 +166,44 @@ def test_a_gate_fails_on_worse_and_on_missing_scores(data: Path, tmp_path: Path)
     write_lines(data, [{"image": "0.png", "instruction": "change it"}])
     unmasked = evaluated(data, tmp_path / "unmasked", fail_below=("psnr=1",))
     assert unmasked.failures == ["psnr: no edit has this score"]
+
+
+def test_the_page_escapes_what_it_shows_and_asks_for_nothing(tmp_path: Path) -> None:
+    """Instructions, ids and types are of strangers, and so is why an edit failed."""
+    data, evil = own_data(tmp_path / "data"), "\"><script src=//e.org>'</td><img src=http://e.org>"
+    row = {"image": "0.png", "instruction": evil, "id": evil, "type": evil, "target": "0.png"}
+    write_lines(data, [row, {"image": "1.png", "instruction": "x"}])
+    evaluated(data, tmp_path / "run", Shifted(refused="x"), Shifted(11))
+    page = (tmp_path / "run/report.html").read_text("utf-8")
+    assert evil not in page and "&lt;script src=//e.org&gt;" in page
+    assert page.count("<script") == 1 and "not understood" in page
+    assert "default-src 'none'; img-src data:; style-src 'sha256-" in page
+    loaded = re.findall(r"""(?:src|href|url|action|@import)\s*[=(]\s*["']?([^"'\s>)]+)""", page)
+    assert all(
+        place.startswith("data:image/jpeg;base64,") for place in loaded if "e.org" not in place
+    )
+    assert page.count("<img ") == 3 + 1
+
+
+def test_the_page_shows_the_worst_first(data: Path, tmp_path: Path) -> None:
+    report = evaluated(data, tmp_path / "run")
+    page = (tmp_path / "run/report.html").read_text("utf-8")
+    shown = [int(number) for number in re.findall(r"change (\d)<small>", page)]
+    values = [report.edits[number].scores["psnr"] or 0 for number in shown]
+    assert len(values) == 4 and values == sorted(values)
+
+
+def test_a_score_that_is_not_finite_is_missing(data: Path, tmp_path: Path) -> None:
+    class Broken:
+        identity, at_once = "broken", 3
+
+        def measure(self, edited: Sequence[Edited]) -> Sequence[Values]:
+            return [{"psnr": float("nan"), "ssim": float("inf"), "mse": 1.0} for _ in edited]
+
+    options = EvaluateOptions(benchmark="folder", data=data, output=tmp_path / "run")
+    report = evaluate(Shifted(), options, metrics={"pixels": Broken()})
+    assert report.edits[0].scores == {"psnr": None, "ssim": None, "mse": 1.0}
+    assert [score.name for score in report.scores] == ["mse"]
 
 
 def test_intervals_are_those_of_the_bootstrap() -> None:

@@ -100,7 +100,8 @@ def evaluate(bundle: Path, options: EvaluateOptions, yes: bool) -> None:
 
 def show(report: "Report", folder: Path) -> None:
     """Print a report's table and verdicts; exit with 1 if a score is worse than it must be."""
-    from varedit_export.evaluation.report import JSON, table, verdicts
+    from varedit_export.evaluation.page import PAGE
+    from varedit_export.evaluation.report import table, verdicts
 
     click.echo(table(report))
     for line in verdicts(report):
@@ -108,7 +109,7 @@ def show(report: "Report", folder: Path) -> None:
     failed = [row for row in report.edits if row.failed is not None]
     if failed:
         say(f"{len(failed)} edits could not be made, such as {failed[0].id}: {failed[0].failed}")
-    say(str(folder / JSON))
+    say(str(folder / PAGE))
     for line in report.failures:
         say(f"--fail-below: {line}")
     if report.failures:

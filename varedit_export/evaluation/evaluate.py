@@ -11,6 +11,7 @@ from varedit_engines import OnStep
 from varedit_export.evaluation.benchmarks import benchmark
 from varedit_export.evaluation.case import Benchmark, Case, Edits, Family, Metric, Score
 from varedit_export.evaluation.metrics import family
+from varedit_export.evaluation.page import write_page
 from varedit_export.evaluation.places import bring
 from varedit_export.evaluation.report import OVERALL, Report, Subject, summarise, write
 from varedit_export.evaluation.run import RUN, Run, make_edits, measure, open_run
@@ -65,6 +66,7 @@ def evaluate(
         report = summarise(chosen.title, subject, list(cases.values()), scores, list(families))
         report = replace(report, failures=failures(report, gates))
         write(report, folder)
+        write_page(report, run, list(cases.values()))
     return report
 
 

@@ -14,6 +14,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +103,9 @@ class Run:
         self.edits[id] = line
 
     def add_scores(self, id: str, family: str, by: str, scores: Values) -> None:
-        """Write the scores of an edit that has a picture."""
-        line = ScoreLine(id, family, by, self.edits[id].sha256 or "", dict(scores))
+        """Write the scores of an edit that has a picture; one that is not finite is missing."""
+        found = {k: None if v is None or not isfinite(v) else float(v) for k, v in scores.items()}
+        line = ScoreLine(id, family, by, self.edits[id].sha256 or "", found)
         self._scores.append(line)
         self.scores[id, family] = line
 
