@@ -1,0 +1,79 @@
+"""A sabotaged bundle is told from a faithful one, and a copy is equal."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from msgspec import structs
+from republishing import republish
+
+from varedit_engines.publish import Staging
+from varedit_export.cli import main
+from varedit_runtime.bundle import Bundle
+from varedit_runtime.locate import embedded
+from varedit_runtime.manifest import weights_file
+
+BLOCK = "blocks.2."
+WORDS = ("--benchmark", "nano", "--metric", "pixels", "--guidance-scale", "1", "--threads", "1")
+
+
+def publish_shuffled(source: Path, target: Path) -> Path:
+    """Publish a copy of a bundle in which the matrices of one block are shuffled."""
+    manifest = Bundle.open(source).manifest
+    with Staging(target) as staging:
+        for name in manifest.files:
+            data = bytearray((source / name).read_bytes())
+            if name == weights_file("transformer"):
+                _shuffle(data)
+            staging.file(name).write_bytes(data)
+            staging.record(name)
+        staging.publish(structs.replace(manifest, files=staging.files))
+    return target
+
+
+def _shuffle(data: bytearray) -> None:
+    start = 8 + int.from_bytes(data[:8], "little")
+    for name, stored in json.loads(data[8:start]).items():
+        if name.startswith(BLOCK) and name.endswith(".weight") and len(stored["shape"]) == 2:
+            begin, end = stored["data_offsets"]
+            values = np.frombuffer(data, np.float32, (end - begin) // 4, start + begin)
+            values[:] = np.random.default_rng(0).permutation(values)
+
+
+def evaluate(bundle: Path, output: Path, *words: object) -> str:
+    line = ["evaluate", bundle, "-o", output, *WORDS, "--backend", "onnxruntime", *words]
+    done = CliRunner().invoke(main, list(map(str, line)), catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+@pytest.fixture(scope="module")
+def faithful(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Evaluate nano on 60 edits; return the run."""
+    folder = tmp_path_factory.mktemp("runs") / "faithful"
+    evaluate(embedded(), folder, "--limit", 60)
+    return folder
+
+
+def test_a_shuffled_block_is_told_with_60_edits(faithful: Path, tmp_path: Path) -> None:
+    sabotaged = publish_shuffled(embedded(), tmp_path / "sabotaged")
+    run = tmp_path / "run"
+    output = evaluate(sabotaged, run, "--limit", 60, "--against", faithful)
+    assert "L2 to target: worse by " in output and " than faithful" in output
+    overall = json.loads((run / "report.json").read_text())["comparisons"]["overall"]
+    assert overall["l2"]["difference"]["count"] == 60
+    assert overall["l2"]["difference"]["high"] < 0
+
+
+def test_a_copy_is_equal(faithful: Path, tmp_path: Path) -> None:
+    """A bundle that is named beside another makes the edits too, in a run of its own."""
+    copy = tmp_path / "copy"
+    republish(embedded(), copy)
+    run = tmp_path / "run"
+    shutil.copytree(faithful, run)  # whose edits are made already
+    output = evaluate(embedded(), run, "--limit", 9, "--against", copy)
+    assert output.count("equal to copy") == 6
+    assert json.loads((run / "against/run.json").read_text())["bundle"] == Bundle.open(copy).digest
