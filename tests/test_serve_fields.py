@@ -3,7 +3,7 @@
 import asyncio
 import io
 import json
-from base64 import b64encode
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterator
 from random import Random
 from typing import Any
@@ -208,11 +208,30 @@ def test_json_is_as_strict(change: dict[str, Any], blamed: str) -> None:
     assert edit_json({"image": DATA, "prompt": "add a hat", **change}).blamed == (400, blamed)
 
 
-NO_JSON = [b"", b"[]", b"{", b"[" * 10**6, b"\xff", b'{"n": NaN}', b'{"n":' + b"1" * 1001 + b"}"]
+def test_base64_is_read_in_pieces_as_if_it_were_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("varedit_serve.fields._PIECE", 8)
+    assert edit_json({"image": DATA, "prompt": "add a hat"}).status == 200
+    for wrong in ("data:image/png;base64,AAAAAA==AAAA", DATA[:-1], f"{DATA}A", f"{DATA}====="):
+        assert edit_json({"image": wrong, "prompt": "add a hat"}).blamed == (400, "image")
+
+
+def test_answers_are_made_and_sent_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = edit(("seed", "3")).json["data"][0]["b64_json"]
+    for module in ("answers", "edits"):
+        monkeypatch.setattr(f"varedit_serve.{module}._PIECE", 9)
+    assert edit(("seed", "3")).json["data"][0]["b64_json"] == whole
+    assert edit(("seed", "3"), ("stream", "true")).events[-1]["b64_json"] == whole
+    assert edit(("seed", "3"), accept="image/png").body == b64decode(whole)
+
+
+NO_JSON = [b"", b"[]", b"{", b"[" * 10**6, b"\xff", b'{"n": NaN}', b'{"n":' + b"1" * 501 + b"}"]
+ESCAPES = b'"' + rb"\/" * 1_000_001 + b'"'
 MANY = b'{"a":[' + b"1," * 20_000 + b"1]}"
 
 
-@pytest.mark.parametrize("content", [*NO_JSON, MANY], ids=lambda of: of[:8].decode("latin-1"))
+@pytest.mark.parametrize(
+    "content", [*NO_JSON, MANY, ESCAPES], ids=lambda of: of[:8].decode("latin-1")
+)
 def test_what_is_no_json_is_a_400(content: bytes) -> None:
     assert edit_json(content).blamed == (400, None)
 

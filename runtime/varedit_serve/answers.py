@@ -16,6 +16,7 @@ from varedit_serve.errors import ApiError
 from varedit_serve.fields import MEDIA_TYPES
 from varedit_serve.moderation import Moderation, heed
 
+_PIECE = 3 * 2**18  # bytes, a multiple of 3
 _PNG_COMPRESSION = 3  # 12 % more bytes than 6, in a third of the time
 
 
@@ -79,8 +80,11 @@ class Answer:
         opaque = self.background == "opaque" or self.written_as == "jpeg"
         return on_white(image) if opaque else image
 
-    def _base64(self, image: Image.Image) -> str:
-        return b64encode(self._encoded(image)).decode()
+    def _base64(self, image: Image.Image) -> msgspec.Raw:
+        """Return base64 as JSON, made piece by piece: meanwhile other threads can run."""
+        content = self._encoded(image)
+        pieces = (content[i : i + _PIECE] for i in range(0, len(content), _PIECE))
+        return msgspec.Raw(b'"%s"' % b"".join(map(b64encode, pieces)))
 
     def _encoded(self, image: Image.Image) -> bytes:
         quality = 95 if self.compression is None else max(1, self.compression)  # 0 is JPEG's 1

@@ -18,7 +18,7 @@ from varedit_runtime.errors import ConfigError, PictureError, TextError
 from varedit_runtime.pictures import open_picture
 from varedit_serve.answers import Answer, error_event
 from varedit_serve.asked import ASKED, Asked
-from varedit_serve.body import GoneError, content_length, read_body
+from varedit_serve.body import GoneError, content_length, parse_json, read_body
 from varedit_serve.budget import Budget, Claim
 from varedit_serve.editing.queue import Finished, Job, Partial, Queue
 from varedit_serve.errors import ApiError, unexpected, wrong
@@ -37,6 +37,7 @@ from varedit_serve.moderation import Moderation, heed
 
 T = TypeVar("T")
 
+_PIECE = 2**20  # bytes
 _STREAM = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-store"),
@@ -112,8 +113,7 @@ class Edits:
 
     async def _read(self, request: Request) -> tuple[dict[str, Any], bool]:
         """Return the fields' values, and whether the answer is a picture's bytes."""
-        given, is_form = await read_body(request, self.limits)
-        values = await self._in_thread(read_fields, self.fields, given, is_form)
+        values = await self._in_thread(self._values, await read_body(request, self.limits))
         accept = request.headers.get("accept", "").split(",")
         only_bytes = choose_format(values, [kind.partition(";")[0].strip() for kind in accept])
         check_together(values)
@@ -121,6 +121,10 @@ class Edits:
             told = f"there is no such model; this server has {self.model}"
             raise ApiError(404, told, param="model", code="model_not_found")
         return values, only_bytes
+
+    def _values(self, body: list[tuple[str, Any]] | bytes) -> dict[str, Any]:
+        is_form = isinstance(body, list)
+        return read_fields(self.fields, body if is_form else parse_json(body, self.limits), is_form)
 
     def _prepare(self, values: dict[str, Any]) -> tuple[Job, Answer]:
         """Decode and check all that is edited. Raises ApiError 400."""
@@ -236,15 +240,19 @@ async def _start(send: Send, headers: list[tuple[bytes, bytes]]) -> None:
     await send({"type": "http.response.start", "status": 200, "headers": headers})
 
 
-async def _send(send: Send, content: bytes, more: bool = True) -> None:
-    await send({"type": "http.response.body", "body": content, "more_body": more})
+async def _send(send: Send, content: bytes) -> None:
+    """Send a part of an answer in pieces, so that other clients are answered between them."""
+    for start in range(0, len(content), _PIECE):
+        piece = content[start : start + _PIECE]
+        await send({"type": "http.response.body", "body": piece, "more_body": True})
 
 
 async def _finish(send: Send, claim: Claim, content: bytes) -> None:
     """Send the last part of an answer: it holds memory until it is read, but no place."""
     claim.hold(0, min(claim.bytes, len(content)))
     await _send(send, content)
-    await _send(send, b"", more=False)  # which waits until the client has read what came before
+    # This waits until the client has read what came before.
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def _until_gone(receive: Receive) -> None:
