@@ -1,6 +1,7 @@
 """Where a server listens, and connections that send nothing: each holds an open file."""
 
 import asyncio
+import socket
 from unittest.mock import Mock
 
 import pytest
@@ -23,6 +24,13 @@ def test_an_address_that_cannot_be_used_is_one_line(host: str) -> None:
 def test_a_port_in_use_says_what_to_do() -> None:
     with listen("127.0.0.1", 0) as taken, pytest.raises(ConfigError, match=r"in use.*--port"):
         listen("127.0.0.1", taken.getsockname()[1])
+
+
+def test_small_parts_of_an_answer_do_not_wait_for_each_other() -> None:
+    with listen("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname()):
+        accepted, _ = listening.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 @pytest.mark.parametrize("port", ["65536", "-1"])
