@@ -131,8 +131,7 @@ def _picture() -> dict[str, Any]:
             if not isinstance(value, bytes):
                 raise ValueError("give a file, with a file name")
             return value
-        prefix = _DATA.match(value) if isinstance(value, str) else None
-        if prefix is None:
+        if not isinstance(value, str) or (prefix := _DATA.match(value)) is None:
             raise ValueError("give a data: URL in base64; other URLs are never fetched")
         try:
             return _decoded(value, prefix.end())
