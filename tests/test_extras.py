@@ -16,7 +16,7 @@ PROGRAM = """if True:
     from click.testing import CliRunner
     ABSENT = {"torch", "transformers", "huggingface_hub", "safetensors", "onnx", "onnx_ir"}
     ABSENT |= {"onnxscript", "tqdm", "tensorrt", "tensorrt_rtx", "polygraphy", "cuda"}
-    ABSENT |= {"starlette", "uvicorn", "python_multipart", "prometheus_client"}
+    ABSENT |= {"starlette", "uvicorn", "python_multipart", "prometheus_client", "c2pa"}
     class Absent:
         def find_spec(self, name, path=None, target=None):
             if name.split(".")[0] in ABSENT:
@@ -89,7 +89,7 @@ WRONG = {
     ("serve", NANO, "--host", "0.0.0.0"): "give API keys",
     ("serve", NANO, "--batch", "0"): "--batch is 0",
     ("serve", NANO, "--digest", "0"): "is not the one asked for",
-    ("serve", NANO, "--max-queue", "0"): "max_queue is 0",
+    ("serve", NANO, "--max-queue", "0"): "--max-queue is 0",
     ("serve", NANO, "--keys", "nowhere"): "nowhere cannot be read",
     ("serve", NANO, "--moderation", "nowhere"): "nowhere is no MODULE:OBJECT",
 }
@@ -107,6 +107,7 @@ LACKING = {
     (*EDIT, "--backend", "tensorrt"): "tensorrt",
     ("golden", "nowhere"): "export",
     ("serve", NANO): "serve",
+    ("serve", NANO, "--c2pa", "chain.pem", "key.pem"): "c2pa",
 }
 WORKING = [("export", "inspect", NANO), ("export", "doctor", NANO), ("run", "grids")]
 

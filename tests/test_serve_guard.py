@@ -60,7 +60,7 @@ def test_names_of_a_server_are_compared_as_names_are() -> None:
 
 def test_a_site_may_be_named_as_people_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
-    chosen = _chosen("127.0.0.1", None, None, None, (), ("https://App.example/",), None)
+    chosen = _chosen("127.0.0.1", None, None, None, (), ("https://App.example/",), None, None)
     assert chosen["origins"] == ["https://app.example"]
 
 

@@ -12,6 +12,7 @@ from starlette.routing import Route, Router
 from starlette.types import Receive, Scope, Send
 
 from varedit_runtime import Preparer
+from varedit_serve.answers import Sign, unsigned
 from varedit_serve.budget import Budget
 from varedit_serve.editing.queue import Queue
 from varedit_serve.edits import Edits
@@ -40,6 +41,7 @@ class Settings:
     model: its name; None for the bundle's. largest: pictures of a batch; None for as many as the
     bundle's graphs take. hosts: names that requests may be sent to; None for all. origins: sites
     whose pages may send requests. own_metrics: whether the numbers have an address of their own.
+    sign: see `Answer`.
     """
 
     model: str | None = None
@@ -50,6 +52,7 @@ class Settings:
     limits: Limits = field(default_factory=Limits)
     moderation: Moderation = field(default_factory=Everything)
     own_metrics: bool = False
+    sign: Sign = unsigned
 
 
 class Application:
@@ -71,6 +74,7 @@ class Application:
             self.metrics,
             self._admits_no_edit,
             settings.moderation,
+            settings.sign,
         )
         self._description = openapi(self.edits.fields, version("varedit-export"))
         routes = self._routes()

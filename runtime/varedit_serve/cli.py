@@ -79,6 +79,12 @@ def _limits(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--allow-host", multiple=True, help="A name of this server; repeatable.")
 @click.option("--allow-origin", multiple=True, help="Another site with pages; repeatable.")
 @click.option("--moderation", metavar="MODULE:OBJECT", help="Code that judges; see the docs.")
+@click.option(
+    "--c2pa",
+    type=(PATH, PATH),
+    metavar="CERTIFICATES KEY",
+    help="Sign each picture as edited by a model, with a chain and its key, in PEM.",
+)
 @_limits
 @debug_option
 def main(
@@ -110,13 +116,13 @@ def main(
     from varedit_runtime import Preparer
 
     preparer = Preparer.open(bundle, variant=variant, digest=digest)
+    _check_batch(chosen["largest"], preparer.variant.batch)
     with needs_extra("serve"):
         from varedit_serve import server
         from varedit_serve.app import Application, Settings
     from varedit_serve.editing.messages import Opening
     from varedit_serve.editing.workers import local_children
 
-    _check_batch(chosen["largest"], preparer.variant.batch)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("varedit_serve").setLevel(logging.INFO)
     settings = Settings(limits=limits, own_metrics=metrics is not None, **chosen)
@@ -141,6 +147,7 @@ def _chosen(
     allow_host: tuple[str, ...],
     allow_origin: tuple[str, ...],
     moderation: str | None,
+    c2pa: tuple[Path, Path] | None,
 ) -> dict[str, Any]:
     """Return the Settings that options stand for. Raises ConfigError."""
     known = read_keys(keys, os.environ.get(VARIABLE, ""))
@@ -162,6 +169,10 @@ def _chosen(
         from varedit_serve.moderation import find_moderation
 
         chosen["moderation"] = find_moderation(moderation)
+    if c2pa is not None:
+        with needs_extra("c2pa"):
+            from varedit_serve.provenance import Provenance
+        chosen["sign"] = Provenance(*c2pa).sign
     return chosen
 
 

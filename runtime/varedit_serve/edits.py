@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 from varedit_runtime import Preparer
 from varedit_runtime.errors import ConfigError, PictureError, TextError
 from varedit_runtime.pictures import open_picture
-from varedit_serve.answers import Answer, error_event
+from varedit_serve.answers import Answer, Sign, error_event
 from varedit_serve.asked import ASKED, Asked
 from varedit_serve.body import GoneError, content_length, parse_json, read_body
 from varedit_serve.budget import Budget, Claim
@@ -60,6 +60,7 @@ class Edits:
     metrics: Metrics
     why_not: Callable[[], str | None]
     moderation: Moderation
+    sign: Sign
     threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2))
 
     def __post_init__(self) -> None:
@@ -192,6 +193,7 @@ class Edits:
             "low" if values["quality"] == "low" else "high",
             usage,
             self.moderation,
+            self.sign,
         )
 
     async def _whole(
