@@ -101,10 +101,10 @@ def test_graphs_are_static_but_for_the_twin_and_rows(graphs: dict[str, Path]) ->
         dims = [d for v in values for d in v.type.tensor_type.shape.dim]
         assert all(v.type.tensor_type.HasField("shape") for v in values)
         static = all(d.HasField("dim_value") for d in dims)
-        assert static == (stage not in ("scale", "condition", "references", "text_encoder"))
+        assert static == stage.startswith(("prefill", "scale_"))
         factors = {part for d in dims if d.dim_param for part in d.dim_param.split("*")}
         named = {part for part in factors if not part.isdigit()}
-        assert stage == "scale" or named <= {"rows", "text_tokens"}
+        assert stage == "scale" or named <= {"rows", "text_tokens", "batch"}
 
 
 def test_the_twins_dimensions_have_names_that_say_what_they_are(graphs: dict[str, Path]) -> None:
@@ -116,6 +116,7 @@ def test_the_twins_dimensions_have_names_that_say_what_they_are(graphs: dict[str
 
     assert shape("tokens")[1:3] == ["h", "w"] and shape("noise")[1:3] == ["kept_h", "kept_w"]
     assert shape("start")[0] == shape("past_key.1")[1] == shape("picture_of_row")[0] == "rows"
+    assert shape("tokens")[0] == shape("noise")[0] == shape("temperature")[0] == "batch"
     assert shape("past_key.1")[0] == "past"
     assert shape("past_value.0")[0] == "past_0"
     assert shape("reference_key")[0] == "reference"

@@ -23,7 +23,7 @@ from click.testing import CliRunner
 from fake_bundles import rewrite_manifest
 from onnx import helper
 
-from varedit_engines import OnStep, compile_set, engine_cache
+from varedit_engines import OnStep, compile_set, engine_cache, engine_compiler
 from varedit_engines.compile_set import CompileJob, compile_engine_set, stages_of
 from varedit_engines.engine_cache import EngineCache
 from varedit_engines.engine_compiler import Compiled, EngineCompiler
@@ -565,6 +565,22 @@ def test_a_graph_that_cannot_be_compiled_says_which() -> None:
     compiler = EngineCompiler("tensorrt-rtx", ADA)
     with pytest.raises(BackendError, match="cannot read graph broken"):
         compiler.compile("broken", b"no graph", Path("."), [], quiet)
+
+
+def test_a_graph_of_one_profile_is_compiled_with_static_shapes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """TensorRT has more kernels for them; it needs a profile for any other."""
+    x, y = (
+        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["batch", 4]) for name in "xy"
+    )
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", [x], [y])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    monkeypatch.delattr(engine_compiler, "_fixed_profile")
+    compiler, data = EngineCompiler("tensorrt-rtx", ADA), model.SerializeToString()
+    assert compiler.compile("g", data, Path(), [{"x": (2, 4)}], quiet).plan.nbytes
+    with pytest.raises(NameError, match="_fixed_profile"):
+        compiler.compile("g", data, Path(), [{"x": (1, 4)}, {"x": (2, 4)}], quiet)
 
 
 @pytest.fixture

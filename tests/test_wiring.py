@@ -14,6 +14,7 @@ from varedit_runtime.backends.wiring import (
     View,
     constants,
     crowded,
+    of_batch,
     sized,
     values_of,
     wire,
@@ -164,13 +165,13 @@ def in_bf16(name: str) -> Change:
     return change
 
 
-def of_one_length(tokens: int) -> Change:
-    """Return a graph's change to one that takes texts of one length."""
+def of_one_length(length: int, name: str = "text_tokens") -> Change:
+    """Return a graph's change to one that has one length in place of a symbolic one."""
 
     def static(specs: Iterable[TensorSpec]) -> tuple[TensorSpec, ...]:
         return tuple(
             msgspec.structs.replace(
-                spec, shape=tuple(tokens if size == "text_tokens" else size for size in spec.shape)
+                spec, shape=tuple(length if size == name else size for size in spec.shape)
             )
             for spec in specs
         )
@@ -185,6 +186,39 @@ def test_graphs_of_one_length_of_texts_are_not_given_shorter_ones(stage: str):
     wire(variant, model, symbolic=True)
     with pytest.raises(BundleError, match=f"graph {stage} takes masks of shape .*{most}.* of 16 t"):
         wire(variant, model, symbolic=True, text_tokens=16)
+
+
+@pytest.mark.parametrize("stage", ["text_encoder", "image_encoder", "scale", "image_decoder"])
+def test_graphs_of_one_number_of_pictures_are_not_given_fewer(stage: str):
+    variant, model = changed(stage, of_one_length(2, "batch"))
+    wire(of_batch(variant, 2), model, symbolic=True)
+    with pytest.raises(BundleError, match=rf"graph {stage} has \S+ as \(2, .* for 1 pictures: "):
+        wire(of_batch(variant, 2), model, symbolic=True, batch=1)
+
+
+@pytest.mark.parametrize("fewer", [1, 2])
+def test_fewer_pictures_lie_at_the_beginning_of_the_same_values(
+    model: tuple[Variant, Model], fewer: int
+):
+    variant, described = of_batch(model[0], 3), model[1]
+    values = values_of(wire(variant, described, symbolic=True))
+    largest = {step.name: step for step in wire(variant, described, symbolic=True)}
+    for step in wire(variant, described, symbolic=True, batch=fewer):
+        whole = largest[step.name]
+        assert all(view.offset + view.size <= values[view.value].size for view in step.views)
+        assert (step.fed, step.read) == (whole.fed, whole.read)
+
+
+def test_every_number_of_pictures_has_profiles_of_its_own(model: tuple[Variant, Model]):
+    variant, described = of_batch(model[0], 3), model[1]
+    profiles = [
+        step.profile
+        for batch in (3, 2, 1)
+        for step in wire(variant, described, symbolic=True, batch=batch)
+        if step.stage == "scale"
+    ]
+    assert sorted(profiles) == list(range(3 * 2 * (1 + len(variant.grids))))
+    assert max(profiles[: len(profiles) // 3]) == len(profiles) // 3 - 1  # those of engines
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,9 @@ class EngineCompiler:
             errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
             raise BackendError(f"{self.backend} cannot read graph {name}: {'; '.join(errors)}")
         config = self._config(builder)
+        if len(profiles) == 1:  # then nothing is dynamic, and the engine need not be
+            _fix_inputs(network, profiles[0])
+            profiles = ()
         for shapes in profiles:
             config.add_optimization_profile(_fixed_profile(builder, shapes))
         with (
@@ -264,6 +267,14 @@ def _architectures(trt: ModuleType, named: Sequence[str], here: str) -> list[Any
     if unknown := [name for name in wanted if name not in known]:
         raise ConfigError(no_engines_for(unknown[0], known))
     return [known[name] for name in wanted]
+
+
+def _fix_inputs(network: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Give a network's inputs their shapes; weights, which are inputs as well, have theirs."""
+    for i in range(network.num_inputs):
+        tensor = network.get_input(i)
+        if tensor.name in shapes:
+            tensor.shape = shapes[tensor.name]
 
 
 def _fixed_profile(builder: Any, shapes: Mapping[str, tuple[int, ...]]) -> Any:

@@ -264,13 +264,29 @@ def _guided_logits(
     """
     scale, shift = (given["head_modulation"][:, i, None] for i in range(2))
     logits = model.head(layer_norm(x_RLC) * scale + shift).unflatten(-1, (-1, 2))
-    temperature, batch = _per_picture(given["temperature"]), shapes.batch
-    conditional = logits[:batch] / temperature
+    temperature, halves = _per_picture(given["temperature"]), _halves(shapes, logits, given)
+    conditional = next(halves) / temperature
     if not shapes.guided:
         return conditional
-    unconditional = logits[-batch:] / temperature
+    unconditional = next(halves) / temperature
     guidance_scale = _per_picture(given["guidance_scale"])
     return guidance_scale * conditional + (1 - guidance_scale) * unconditional
+
+
+def _halves(shapes: Shapes, logits: Tensor, given: dict[str, Tensor]) -> Iterator[Tensor]:
+    """Yield the conditional rows of logits, then as many of the last ones.
+
+    A slice of a symbolic length would make torch demand that there are at least as many rows.
+    """
+    if shapes.any_batch and shapes.guided:
+        rows, batch = logits.shape[0], given["noise"].shape[0]
+        yield logits.index_select(0, torch.arange(batch))
+        yield logits.index_select(0, torch.arange(rows - batch, rows))
+    elif shapes.any_batch:
+        yield logits
+    else:
+        yield logits[: shapes.batch]
+        yield logits[-shapes.batch :]
 
 
 def _per_picture(numbers_B: Tensor) -> Tensor:
@@ -326,11 +342,11 @@ def _start(shapes: Shapes) -> InputSpec:
 
 def _tokens(shapes: Shapes, rows: int | str, columns: int | str) -> InputSpec:
     channels = shapes.config.transformer.token_channels
-    return InputSpec(torch.float32, (shapes.batch, rows, columns, channels))
+    return InputSpec(torch.float32, (shapes.pictures, rows, columns, channels))
 
 
 def _sampling_inputs(shapes: Shapes, rows: int | str, columns: int | str) -> dict[str, InputSpec]:
-    noise, numbers = _tokens(shapes, rows, columns), InputSpec(torch.float32, (shapes.batch,))
+    noise, numbers = _tokens(shapes, rows, columns), InputSpec(torch.float32, (shapes.pictures,))
     inputs = {"temperature": numbers, "noise": noise}
     inputs |= {name: InputSpec(torch.bool, noise.shape) for name in ("forced_bits", "forced_mask")}
     return {"guidance_scale": numbers, **inputs} if shapes.guided else inputs

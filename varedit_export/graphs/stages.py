@@ -39,8 +39,8 @@ from varedit_runtime.geometry import area_matrix
 from varedit_runtime.manifest import UNGUIDED
 from varedit_runtime.precision import Precision
 
-# The names of the symbolic numbers of rows and of text tokens.
-ROWS, TEXT_TOKENS = "rows", "text_tokens"
+# The names of the symbolic numbers of rows, of text tokens and of pictures.
+ROWS, TEXT_TOKENS, BATCH = "rows", "text_tokens", "batch"
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,9 @@ class Shapes:
 
     rows: of the transformer, a symbolic length in a variant with guidance: twice the batch or,
     where no picture needs guidance, the batch. text_tokens: the most that an instruction has; their
-    number is symbolic as well. fixed: neither is, and both are the largest. dtype: of keys and
-    values.
+    number is symbolic as well. any_batch: so is the number of pictures, of which batch is the most;
+    static graphs are made without it. fixed: nothing is symbolic, and all are the largest. dtype:
+    of keys and values.
     """
 
     config: ModelConfig
@@ -67,14 +68,22 @@ class Shapes:
     text_tokens: int
     precision: Precision
     fixed: bool = False
+    any_batch: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
         return torch_dtype(self.precision.type)
 
     @property
+    def pictures(self) -> int | str:
+        """Return how many pictures there are, which may be a symbolic length."""
+        return BATCH if self.any_batch else self.batch
+
+    @property
     def rows(self) -> int | str:
-        return ROWS if self.guided and not self.fixed else max(self.forms.values())
+        if self.fixed:
+            return max(self.forms.values())
+        return ROWS if self.guided else self.pictures
 
     @property
     def tokens(self) -> int | str:
@@ -96,7 +105,9 @@ class Shapes:
         return InputSpec(self.dtype, shape)
 
     def map(self) -> InputSpec:
-        return InputSpec(torch.float32, (self.batch, self.config.tokenizer.bits, *self.positions))
+        return InputSpec(
+            torch.float32, (self.pictures, self.config.tokenizer.bits, *self.positions)
+        )
 
 
 class Stage(nn.Module, ABC):
@@ -130,7 +141,7 @@ class TextEncoderStage(Stage):
         self.shapes, self.text_encoder = shapes, text_encoder
 
     def inputs(self) -> dict[str, InputSpec]:
-        shape = (self.shapes.batch, self.shapes.tokens)
+        shape = (self.shapes.pictures, self.shapes.tokens)
         return {
             "token_ids": InputSpec(torch.int64, shape),
             "text_mask": InputSpec(torch.bool, shape),
@@ -152,7 +163,7 @@ class ImageEncoderStage(Stage):
 
     def inputs(self) -> dict[str, InputSpec]:
         size = self.shapes.config.picture_size
-        return {"pictures": InputSpec(torch.float32, (self.shapes.batch, 3, *size))}
+        return {"pictures": InputSpec(torch.float32, (self.shapes.pictures, 3, *size))}
 
     def compute(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
         features = self.encoder(given["pictures"])

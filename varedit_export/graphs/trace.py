@@ -24,7 +24,7 @@ from varedit_export.errors import ExportError
 from varedit_export.graphs.blocks import grow
 from varedit_export.graphs.patterns import kept_pattern
 from varedit_export.graphs.scales import Binding, WeightRows
-from varedit_export.graphs.stages import ROWS, TEXT_TOKENS, InputSpec, Stage
+from varedit_export.graphs.stages import BATCH, ROWS, TEXT_TOKENS, InputSpec, Stage
 from varedit_runtime.geometry import LENGTHS
 from varedit_runtime.manifest import StoredWeight
 
@@ -34,6 +34,7 @@ SAMPLE_SIZES: dict[str, int] = {
     **dict(zip(LENGTHS, (3, 5, 2, 7, 4, 6, 11, 13, 17), strict=True)),
     ROWS: 4099,  # more than any batch has
     TEXT_TOKENS: 23,
+    BATCH: 19,
 }
 
 

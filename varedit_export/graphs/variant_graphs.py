@@ -65,19 +65,20 @@ class VariantShapes:
             model = GraphTransformer(shapes.config.transformer, shapes.precision)
             table = PositionTable(shapes.config.transformer)
         prefill = PrefillStage(shapes, model, table)
+        dynamic = replace(shapes, any_batch=True)  # for ONNX Runtime, which takes any length
         indices = range(len(grids))
         own: dict[int, Kind] = {index: kind_of(full, index) for index in indices}
         kinds: dict[Kind, ScaleStage] = {k: ScaleStage(shapes, model, k) for k in own.values()}
-        twins = [SymbolicScaleStage(shapes, model, table)]
+        twins = [SymbolicScaleStage(dynamic, model, table)]
         if self.fused_attention:
             with fake:
                 fused = GraphTransformer(shapes.config.transformer, shapes.precision, OPERATOR)
             twins.append(FusedScaleStage(shapes, fused, table))
-        references = ReferencesStage(shapes)
+        references = ReferencesStage(dynamic)
         return [
             *([] if self.text is None else [self._text_graph(self.text, fake)]),
-            GraphPlan(ImageEncoderStage(shapes, tokenizer)),
-            GraphPlan(ConditionStage(shapes, model), depth),
+            GraphPlan(ImageEncoderStage(dynamic, tokenizer)),
+            GraphPlan(ConditionStage(dynamic, model), depth),
             *(
                 GraphPlan(prefill, depth, row_binding(full, prefill.name + form, rows))
                 for form, rows in full.forms.items()
@@ -93,14 +94,15 @@ class VariantShapes:
                 for form, rows in full.forms.items()
                 for index in indices
             ),
-            GraphPlan(ImageDecoderStage(shapes, tokenizer)),
+            GraphPlan(ImageDecoderStage(dynamic, tokenizer)),
         ]
 
     def _text_graph(self, config: TextEncoderConfig, fake: FakeTensorMode) -> GraphPlan:
         shallow_config = structs.replace(config, depth=min(config.depth, TRACED_BLOCKS))
         with fake:
             model = GraphTextEncoder(shallow_config, self.shapes.precision)
-        return GraphPlan(TextEncoderStage(self.shapes, model), config.depth)
+        shapes = replace(self.shapes, any_batch=True)
+        return GraphPlan(TextEncoderStage(shapes, model), config.depth)
 
 
 def shallow(shapes: Shapes) -> Shapes:

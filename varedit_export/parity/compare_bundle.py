@@ -1,7 +1,7 @@
 """What a bundle has to pass before it is published, and what `verify` asks of one again.
 
 - The static graphs, of which engines are compiled, agree with the reference; so does their symbolic
-  twin, as ONNX Runtime runs it.
+  twin, as ONNX Runtime runs it, for the largest batch and for one picture.
 - Where products are rounded to 16 bits, the reference rounded alike draws nearly the same bits: no
   CPU computes such graphs as a GPU will. bf16 graphs run on no CPU at all but for their coders.
 - A model that is too large to be held several times over is compared block by block instead
@@ -53,7 +53,7 @@ from varedit_runtime.backends.base import Backend, ScaleOutput
 from varedit_runtime.backends.onnxruntime.backend import OnnxBackend
 from varedit_runtime.backends.onnxruntime.integers import check_exact
 from varedit_runtime.backends.onnxruntime.options import OnnxRuntimeOptions
-from varedit_runtime.backends.wiring import FUSED, SYMBOLIC, TEXT
+from varedit_runtime.backends.wiring import FUSED, SYMBOLIC, TEXT, of_batch
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import CheckpointError
 from varedit_runtime.manifest import UNGUIDED, ParityLine, Variant, weights_file
@@ -64,6 +64,7 @@ from varedit_runtime.precision import Precision
 # comparison holds them some four times, in the reference, rounded and in ONNX Runtime's sessions.
 LARGEST_WHOLE = 10**9
 WITHOUT = " without guidance"  # says in a line of the twin's which rows it computed
+ALONE = " of one picture"
 
 
 def compare_bundle(bundle: Bundle, config: ModelConfig, sources: Sources) -> Iterator[ParityLine]:
@@ -131,8 +132,23 @@ def compare_graphs(bundle: Bundle, model: Reference) -> Iterator[ParityLine]:
                         if twin.drops_rows:
                             own = replace(twin_rules, against=WITHOUT)
                             yield from _compare_unguided(twin, without, own)
+            if variant.batch > 1:
+                with closing(_onnx(bundle, of_batch(variant, 1), SYMBOLIC)) as twin:
+                    first = _first_pictures(expected), edit, _first_rows(inputs)
+                    own = replace(_twin_rules(SYMBOLIC, precision), against=ALONE)
+                    yield from compare_run(twin, *first, own)
         if not exact:
             yield from _compare_rounding(reference, Expected(expected.scales), edit, precision)
+
+
+def _first_pictures(expected: Expected) -> Expected:
+    """Return what is expected of a batch's first picture."""
+    scales = [ScaleOutput(*(array[:1] for array in vars(one).values())) for one in expected.scales]
+    return Expected(scales, {stage: array[:1] for stage, array in expected.coded.items()})
+
+
+def _first_rows(inputs: CoderInputs) -> CoderInputs:
+    return {stage: [array[:1] for array in given] for stage, given in inputs.items()}
 
 
 def _rounded(precision: Precision) -> Rules:

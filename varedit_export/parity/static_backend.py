@@ -75,5 +75,5 @@ class StaticBackend(GraphBackend):
         return self._values[name]
 
     def _drop(self, scale: int) -> None:
-        for cache in crowded(list(self.steps.values()), scale):
+        for cache in crowded(list(self.edit_steps.values()), scale):
             cache.move(self._values[cache.value].reshape(-1).view(np.uint8))

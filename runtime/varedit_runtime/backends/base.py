@@ -130,8 +130,8 @@ class Backend(Protocol):
     def condition(self, inputs: Mapping[str, np.ndarray]) -> None:
         """Take the text of the edit to come: the inputs of the condition graph, by name.
 
-        They have R rows: those of the variant or, if the backend `drops_rows`, one for each picture
-        of an edit without guidance.
+        They have R rows: two for each picture, and `learned`; or one for each picture where the
+        variant has no guidance or, if the backend `drops_rows`, the edit has none.
         """
 
     @abstractmethod
@@ -159,6 +159,11 @@ class Backend(Protocol):
     def text_lengths(self) -> Sequence[int]:
         """The numbers of tokens that texts may be padded to, ascending, the most at last."""
         return [self.variant.text_tokens]
+
+    @property
+    def batches(self) -> Sequence[int]:
+        """The numbers of pictures B that an edit may have, ascending, the most at last."""
+        return [self.variant.batch]
 
     @property
     def whole(self) -> EditWhole | None:

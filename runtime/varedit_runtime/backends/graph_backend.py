@@ -44,14 +44,19 @@ class GraphBackend(Backend):
         """
         self.variant, self.model, self.provider = variant, model, provider
         self._wire = partial(wire, variant, model, symbolic, twin, unguided)
-        self._tokens = variant.text_tokens  # of the text that was taken last
-        self._steps_of: dict[int, dict[str, Step]] = {}
-        self.steps = self._steps(variant.text_tokens)
+        # Of the edit whose text was taken last: tokens, and pictures.
+        self._tokens, self._batch = variant.text_tokens, variant.batch
+        self._steps_of: dict[tuple[int, int], dict[str, Step]] = {}
+        self.steps = self._steps(self._tokens, self._batch)
         self._unguided = False
 
     @abstractmethod
     def _run(self, step: Step, given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Run a step on the values that it is fed; return copies of those that are read."""
+        """Run a step on the values that it is fed; return copies of those that are read.
+
+        Values are those of the largest batch and the longest text. A step of a smaller edit reads
+        and writes their beginnings alone.
+        """
 
     @abstractmethod
     def _drop(self, scale: int) -> None:
@@ -63,78 +68,84 @@ class GraphBackend(Backend):
 
     def encode_text(self, token_ids: np.ndarray, text_mask: np.ndarray) -> np.ndarray:
         batch, tokens = token_ids.shape
-        step = self._steps(tokens)[TEXT]
-        given = self._filled(TEXT, {"token_ids": token_ids, "prompt_mask": text_mask})
-        (taken,) = self._run(step, given).values()
-        # Features are the value's beginning: unconditional rows, or nothing, are behind them.
-        return np.resize(taken, (batch, tokens, taken.shape[2]))
+        step = self._steps(tokens, batch)[TEXT]
+        (features,) = self._fed(step, {"token_ids": token_ids, "prompt_mask": text_mask})
+        return features
 
     def encode_pictures(self, pictures: np.ndarray) -> np.ndarray:
-        return self._code(ENCODER, {"pictures": pictures})
+        return self._code(ENCODER, "pictures", pictures)
 
     def condition(self, inputs: Mapping[str, np.ndarray]) -> None:
         rows, self._tokens = inputs["text_mask"].shape
-        self._unguided = rows < self.variant.rows
-        self._run(self._step(CONDITION), self._of_all_rows(inputs))
+        self._unguided = self.variant.guided and "learned" not in inputs
+        self._batch = rows if self._unguided else rows * self.variant.batch // self.variant.rows
+        self._fed(self._step(CONDITION), self._of_all_rows(inputs))
 
     def prefill(self, source_tokens: np.ndarray) -> None:
-        self._run(self._step(PREFILL), {"source_tokens": source_tokens})
+        self._fed(self._step(PREFILL), {"source_tokens": source_tokens})
         if REFERENCES in self.steps:
-            self._run(self._step(REFERENCES), {})
+            self._fed(self._step(REFERENCES), {})
 
     def predict(self, scale: int, sampling: Sampling) -> ScaleOutput:
         if not (sampling.guided or self._unguided) and self.drops_rows:
             self._drop(scale)
             self._unguided = True
-        taken = self._run(self._step(scale_name(scale)), self._chosen(scale, sampling))
-        return ScaleOutput(
-            taken[f"logits.{scale}"], taken[f"bits.{scale}"], taken[f"sum.{scale + 1}"]
-        )
+        return ScaleOutput(*self._fed(self._step(scale_name(scale)), self._chosen(scale, sampling)))
 
     def decode(self, running_sum: np.ndarray) -> np.ndarray:
-        return self._code(DECODER, {f"sum.{len(self.variant.grids)}": running_sum})
+        return self._code(DECODER, f"sum.{len(self.variant.grids)}", running_sum)
 
     def _of_all_rows(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Pad inputs of the condition to the shapes of their values, and add `learned`."""
+        """Enlarge inputs of the condition to the shapes of their values, and add `learned`."""
         given = self._filled(CONDITION, inputs)
         learned = {"learned": np.zeros(self.variant.rows, np.bool_)}
         return {**learned, **given} if self.variant.guided else given
 
     def _filled(self, name: str, given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Enlarge what a step is fed to the shapes of the values that it is written to.
-
-        Steps of an edit without guidance, or with a short text, read their beginning alone.
-        """
+        """Enlarge what a step is fed to the shapes of the values that it is written to."""
         shapes = {view.value: view.shape for view in self.steps[name].inputs.values()}
-        return {value: np.resize(x, shapes[value]) for value, x in given.items()}
+        return {value: _beginning(x, shapes[value]) for value, x in given.items()}
 
-    def _steps(self, tokens: int) -> dict[str, Step]:
-        """Return the steps of an edit whose texts are padded to a number of tokens, by name."""
-        if tokens not in self._steps_of:
-            steps = self._wire(text_tokens=tokens)
-            self._steps_of[tokens] = {step.name: step for step in steps}
-        return self._steps_of[tokens]
+    def _fed(self, step: Step, given: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """Run a step of an edit of any size; return what is read of it, in order."""
+        name = step.name.removesuffix(UNGUIDED)  # its values in the form that is the larger one
+        taken = self._run(step, self._filled(name, given))
+        shapes = {view.value: view.shape for view in step.outputs.values()}
+        return [_beginning(taken[value], shapes[value]) for value in step.read]
+
+    def _steps(self, tokens: int, batch: int) -> dict[str, Step]:
+        """Return the steps of an edit by name.
+
+        tokens: what its texts are padded to. batch: its pictures.
+        """
+        key = tokens, batch
+        if key not in self._steps_of:
+            steps = self._wire(text_tokens=tokens, batch=batch)
+            self._steps_of[key] = {step.name: step for step in steps}
+        return self._steps_of[key]
+
+    @property
+    def edit_steps(self) -> dict[str, Step]:
+        """The steps of the edit whose text was taken last."""
+        return self._steps(self._tokens, self._batch)
 
     def _step(self, name: str) -> Step:
-        """Return a step in the form for the rows and the text that the edit has."""
-        return self._steps(self._tokens)[name + UNGUIDED if self._unguided else name]
+        """Return a step of the edit, in the form for its rows."""
+        return self.edit_steps[name + UNGUIDED if self._unguided else name]
 
-    def _code(self, name: str, given: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Run a coder, which has one output."""
-        (taken,) = self._run(self.steps[name], given).values()
-        return taken
-
-    def _of_each(self, setting: float | np.ndarray) -> np.ndarray:
-        """Return a setting of each picture."""
-        return np.full(self.variant.batch, setting, np.float32)
+    def _code(self, name: str, value: str, array: np.ndarray) -> np.ndarray:
+        """Run a coder, which has one input and one output."""
+        step = self._steps(self.variant.text_tokens, len(array))[name]
+        (coded,) = self._fed(step, {value: array})
+        return coded
 
     def _chosen(self, scale: int, sampling: Sampling) -> dict[str, np.ndarray]:
         """Turn a sampling into the values that its scale is fed."""
-        nothing = np.zeros(sampling.noise.shape, np.bool_)
+        nothing, batch = np.zeros(sampling.noise.shape, np.bool_), len(sampling.noise)
         bits, mask = sampling.forced_bits, sampling.forced_mask
         given = {
-            "guidance_scale": self._of_each(sampling.guidance_scale),
-            "temperature": self._of_each(sampling.temperature),
+            "guidance_scale": np.full(batch, sampling.guidance_scale, np.float32),
+            "temperature": np.full(batch, sampling.temperature, np.float32),
             "noise": sampling.noise.astype(np.float32, copy=False),
             "forced_bits": nothing if bits is None else bits,
             "forced_mask": nothing if mask is None else mask,
@@ -143,3 +154,8 @@ class GraphBackend(Backend):
         return {
             value: array for name, array in given.items() if (value := f"{name}.{scale}") in fed
         }
+
+
+def _beginning(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Return an array that begins with the same numbers: fewer of them, or repeated to fill it."""
+    return array if array.shape == shape else np.resize(array, shape)

@@ -20,8 +20,8 @@ beginning. In caches they come after tokens: [tokens, R, H, D]. There the second
 that is half as large, from the value's start on, and whoever changes forms within an edit moves the
 conditional rows together first (`Crowded`).
 
-Graphs of symbolic lengths take texts that are padded to fewer tokens as well (`text_lengths`). Such
-an edit has steps of its own, which read and write the beginning of what is made of the text.
+Graphs of symbolic lengths take texts that are padded to fewer tokens as well (`text_lengths`), and
+fewer pictures. Such an edit has steps of its own, which read and write the values' beginnings.
 """
 
 import re
@@ -30,6 +30,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
+from msgspec import structs
 
 from varedit_runtime.errors import BundleError, shown
 from varedit_runtime.geometry import Sizes, scale_inputs, scale_sizes
@@ -88,7 +89,8 @@ class Step:
     """A run of a stage's graph. inputs, outputs: the graph's tensors by name, as views.
 
     fed, read: the values that the host writes before it and reads after it, when steps are run one
-    by one. profile: which of the engine's sets of symbolic lengths it uses. scale: the one that it
+    by one. profile: which of the graph's sets of symbolic lengths it uses; engines have those of
+    the largest batch, which come first. scale: the one that it
     predicts, if any. unguided: whether it is the form of a guided variant's step that computes the
     conditional rows only.
     """
@@ -199,15 +201,17 @@ def wire(
     twin: str = SYMBOLIC,
     unguided: bool = True,
     text_tokens: int | None = None,
+    batch: int | None = None,
 ) -> list[Step]:
     """Return the steps of an edit in order; then a guided variant's steps without guidance.
 
     symbolic: run prefill and scales on the one graph of symbolic lengths, the twin, with one
     profile each. unguided: whether to have the second form. text_tokens: what texts are padded to,
-    by default the most, as in all static graphs. Raises BundleError if a graph lacks a tensor that
-    the host gives or takes, or has an input that nothing writes.
+    batch: the number of pictures; by default the most, as in all static graphs. Raises BundleError
+    if a graph lacks a tensor that the host gives or takes, has an input that nothing writes, or
+    takes no such number of pictures or tokens.
     """
-    wiring = _Wiring(variant, model, twin, text_tokens or variant.text_tokens)
+    wiring = _Wiring(variant, model, twin, text_tokens or variant.text_tokens, batch)
     steps = wiring.steps(symbolic)
     if variant.guided and unguided:
         steps += wiring.unguided_steps(symbolic)
@@ -216,6 +220,7 @@ def wire(
     for step in steps:
         _check_step(step, known, ever)
         _check_text(step, wiring.tokens)
+        _check_pictures(step, wiring.variant)
         known |= {view.value for view in step.outputs.values()}
     return steps
 
@@ -248,6 +253,18 @@ def _check_text(step: Step, tokens: int) -> None:
             f"the bundle's graph {step.stage} takes masks of shape {mask.shape} for texts of "
             f"{tokens} tokens: build the bundle again"
         )
+
+
+def _check_pictures(step: Step, variant: Variant) -> None:
+    """Raise BundleError if what the host gives or takes is of another number of pictures."""
+    views = {view.value: view for view in step.views}
+    count = variant.rows if step.name == CONDITION else variant.batch
+    for name in (*step.fed, *step.read):
+        if views[name].shape[0] != count:
+            raise BundleError(
+                f"the bundle's graph {step.stage} has {name} as {views[name].shape} for "
+                f"{variant.batch} pictures: build the bundle again"
+            )
 
 
 def _refuse(step: Step, what: str, names: Iterable[str]) -> None:
@@ -283,8 +300,8 @@ def profiles_of(stage: str, variant: Variant, text_tokens: int | None = None) ->
         scales = [scale_sizes(variant.grids, k) for k in (None, *range(len(variant.grids)))]
     both = variant.guided and stage != TEXT  # which has no rows
     forms = (variant.rows, variant.batch) if both else (variant.rows,)
-    text = {"text_tokens": text_tokens or variant.text_tokens}
-    return [sizes | {"rows": rows} | text for rows in forms for sizes in scales]
+    all_have = {"text_tokens": text_tokens or variant.text_tokens, "batch": variant.batch}
+    return [sizes | {"rows": rows} | all_have for rows in forms for sizes in scales]
 
 
 def sized(spec: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -303,9 +320,19 @@ def sized(spec: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
         ) from error
 
 
+def of_batch(variant: Variant, batch: int) -> Variant:
+    """Return a variant as it is for another number of pictures."""
+    rows = batch * variant.rows // variant.batch
+    return structs.replace(variant, batch=batch, rows=rows)
+
+
 class _Wiring:
-    def __init__(self, variant: Variant, model: Model, twin: str, text_tokens: int) -> None:
-        self.variant, self.model, self.twin, self.tokens = variant, model, twin, text_tokens
+    def __init__(
+        self, variant: Variant, model: Model, twin: str, text_tokens: int, batch: int | None
+    ) -> None:
+        self.model, self.twin, self.tokens = model, twin, text_tokens
+        self.variant = variant if batch is None else of_batch(variant, batch)
+        self.fewer = variant.batch - self.variant.batch
         self.sar = model.conditioning == "sar"
         self.guided = variant.guided
         self.scales = range(len(variant.grids))
@@ -343,7 +370,8 @@ class _Wiring:
                 continue
             profiles = profiles_of(self.twin, self.variant, self.tokens)
             profile = form * (1 + len(self.scales)) + (0 if scale is None else 1 + scale)
-            yield self._scale(name, self.twin, scale, profiles[profile], profile)
+            number = self.fewer * len(profiles) + profile
+            yield self._scale(name, self.twin, scale, profiles[profile], number)
             if scale is None and self.sar:
                 yield self._coder(REFERENCES, REFERENCES, (), (), form=form)
 

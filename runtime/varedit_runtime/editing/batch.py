@@ -54,7 +54,8 @@ def _clocks() -> tuple[float, float]:
 class PictureBatch:
     """The pictures edited at once.
 
-    rows: the pictures, all of one group; the last one is repeated up to the size of the batch.
+    rows: the pictures, all of one group; the last one is repeated where the backend takes no batch
+    of fewer.
     places: those in the results, of which there are `results`. handle: None where nobody can end
     the edit. waited: see `EditResult`.
     """

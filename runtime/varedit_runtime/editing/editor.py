@@ -398,13 +398,12 @@ class Editor:
         handle: EditHandle | None,
         waited: float,
     ) -> list[EditResult]:
-        size, results = self.variant.batch, dict[int, EditResult]()
+        sizes, results = self._open_backend().batches, dict[int, EditResult]()
         model = self.bundle.manifest.model
         run = Run(self._open_backend, self._kept, model, self.variant, self._decoder())
-        for group, places in batches(edits, self.grouping, size):
-            # The graphs take batches of this size: a smaller one repeats its last picture.
+        for group, places in batches(edits, self.grouping, sizes[-1]):
             rows = [edits[place] for place in places]
-            rows += rows[-1:] * (size - len(rows))
+            rows += rows[-1:] * (next(n for n in sizes if n >= len(rows)) - len(rows))
             batch = PictureBatch(rows, tuple(places), len(edits), group, on_scale, handle, waited)
             with _logged(batch):
                 results |= zip(places, run.edit(batch), strict=True)

@@ -43,11 +43,11 @@ class Kept:
 
     def encode_text(self, token_ids: np.ndarray, text_mask: np.ndarray) -> np.ndarray:
         """Encode texts as `Backend.encode_text` does."""
-        return _of_rows(self._texts, self._backend.encode_text, token_ids, text_mask)
+        return self._of_rows(self._texts, self._backend.encode_text, token_ids, text_mask)
 
     def encode_pictures(self, pictures: np.ndarray) -> np.ndarray:
         """Encode pictures as `Backend.encode_pictures` does."""
-        return _of_rows(self._sources, self._backend.encode_pictures, pictures)
+        return self._of_rows(self._sources, self._backend.encode_pictures, pictures)
 
     def take_prefilled(self, prompts: Prompts, pictures: np.ndarray) -> bool:
         """Return whether the backend's caches hold the prefill of an edit.
@@ -61,25 +61,30 @@ class Kept:
         """Say that the caches hold the prefill of an edit, with all rows that it began with."""
         self._prefilled = None if self._shared else (prompts, pictures)
 
-
-def _of_rows(
-    kept: OrderedDict[bytes, np.ndarray],
-    encode: Callable[..., np.ndarray],
-    *batch: np.ndarray,
-) -> np.ndarray:
-    """Return each row's kept result, or encode the batch and keep those of its rows."""
-    keys = [_key(*row) for row in zip(*batch, strict=True)]
-    if not all(key in kept for key in keys):
-        encoded = encode(*batch)
-        if len(keys) > MOST_KEPT or not np.isfinite(encoded).all():
-            return encoded
-        # A copy of each: a row alone would keep the memory of the whole batch.
-        kept.update((key, row.copy()) for key, row in zip(keys, encoded, strict=True))
-    for key in keys:
-        kept.move_to_end(key)
-    while len(kept) > MOST_KEPT:
-        kept.popitem(last=False)
-    return np.stack([kept[key] for key in keys])
+    def _of_rows(
+        self,
+        kept: OrderedDict[bytes, np.ndarray],
+        encode: Callable[..., np.ndarray],
+        *batch: np.ndarray,
+    ) -> np.ndarray:
+        """Return each row's kept result; encode the rows that have none, each once."""
+        keys = [_key(*row) for row in zip(*batch, strict=True)]
+        results = {key: kept[key] for key in keys if key in kept}
+        places = list({key: place for place, key in enumerate(keys) if key not in kept}.values())
+        if places:
+            size = next(n for n in self._backend.batches if n >= len(places))
+            places += places[-1:] * (size - len(places))
+            encoded = encode(*(array[places] for array in batch))
+            # A copy of each: a row alone would keep the memory of the whole batch.
+            new = {keys[p]: row.copy() for p, row in zip(places, encoded, strict=True)}
+            results |= new
+            kept.update((key, row) for key, row in new.items() if np.isfinite(row).all())
+        for key in keys:
+            if key in kept:
+                kept.move_to_end(key)
+        while len(kept) > MOST_KEPT:
+            kept.popitem(last=False)
+        return np.stack([results[key] for key in keys])
 
 
 def _key(*arrays: np.ndarray) -> bytes:

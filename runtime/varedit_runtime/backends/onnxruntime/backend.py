@@ -25,6 +25,7 @@ from varedit_runtime.backends.onnxruntime.integers import check_exact
 from varedit_runtime.backends.onnxruntime.options import PROVIDERS, OnnxRuntimeOptions
 from varedit_runtime.backends.wiring import (
     FUSED,
+    PICTURES,
     SYMBOLIC,
     TEXT,
     Crowded,
@@ -273,7 +274,8 @@ class OnnxBackend(GraphBackend):
         )
         _check_precision(bundle.manifest.policy, provider)
         self._threads, self._twin = options.threads or 0, twin
-        values_of(list(self._steps(self.text_lengths[0]).values()))  # raises if they do not fit
+        fewest = self._steps(self.text_lengths[0], self.batches[0])
+        values_of(list(fewest.values()))  # raises if they do not fit
         self._bundle, self._offloads = bundle, bool(options.offload)
         self._sessions = self._load(bundle)
         # What is held: True: the text encoder's part; False: all else, or everything if nothing is
@@ -289,8 +291,18 @@ class OnnxBackend(GraphBackend):
         return text_lengths(self.variant.text_tokens) if short else super().text_lengths
 
     @property
+    def batches(self) -> Sequence[int]:
+        most = self.variant.batch
+        return range(1, most + 1) if self._twin == SYMBOLIC else super().batches
+
+    @property
     def buffer_bytes(self) -> int:
         return sum(value.size for value in self._values.values())
+
+    def condition(self, inputs: Mapping[str, np.ndarray]) -> None:
+        super().condition(inputs)
+        if PICTURES in self._values:  # of fewer pictures it has the beginning: 0 .. b-1, twice
+            self._values[PICTURES].write(np.arange(self.variant.rows) % self._batch)
 
     def prepare_weights(self, bundle: Bundle) -> Callable[[], None]:
         # Both are in memory until the old sessions go: a failure leaves those as they are.
@@ -364,7 +376,7 @@ class OnnxBackend(GraphBackend):
 
     def _drop(self, scale: int) -> None:
         with _explained("move its caches together", self.provider):
-            for cache in crowded(list(self.steps.values()), scale):
+            for cache in crowded(list(self.edit_steps.values()), scale):
                 self._values[cache.value].drop(cache)
 
     def _allocate(self, steps: Sequence[Step]) -> dict[str, Buffer]:

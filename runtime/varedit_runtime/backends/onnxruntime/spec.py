@@ -147,7 +147,7 @@ def _encode_picture(bundle: "Bundle", provider: str) -> None:
     data = bundle.graph_bytes(variant.name, ENCODER)
     session = Session(ENCODER, data, bundle.graphs_folder, provider, threads=1)
     (picture,), (tokens,) = (
-        [Buffer(sized(spec, {}), spec.dtype, provider) for spec in specs]
+        [Buffer(sized(spec, {"batch": 1}), spec.dtype, provider) for spec in specs]
         for specs in (graph.inputs, graph.outputs)
     )
     picture.fill(0)
