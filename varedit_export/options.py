@@ -43,7 +43,9 @@ class BuildOptions(CheckedOptions):
     # One of varedit_runtime.precision.PRECISIONS, or auto: fp16 where the best backend of this
     # machine runs on a GPU, else fp32.
     precision: str = AUTO
-    batch: int = 1  # pictures that a graph takes at once
+    # The most pictures at a time. Engines compute as many, whatever there is to do; ONNX Runtime
+    # takes fewer at a cost in proportion, and on a CPU gains nothing by more.
+    batch: int = 1
     text_tokens: int | None = None  # most tokens of an instruction; by default 128, for nano 48
     guided: bool = True  # with the unconditional rows that guidance needs
     fused_attention: bool = False  # with a graph that ONNX Runtime runs faster on CUDA

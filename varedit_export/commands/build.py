@@ -80,7 +80,7 @@ if TYPE_CHECKING:
     help="auto: fp16 for a backend that runs on a GPU, else fp32. int8, int7: for CPUs with and "
     "without VNNI. fp8 (since sm89), int8-gpu: for engines.",
 )
-@click.option("--batch", type=int, default=1, show_default=True, help="Pictures at a time.")
+@click.option("--batch", type=int, default=1, show_default=True, help="Most pictures at a time.")
 @click.option(
     "--text-tokens", type=int, help="Most tokens of an instruction; by default 128, for nano 48."
 )
