@@ -1,4 +1,4 @@
-"""A sabotaged bundle is told from a faithful one, and a copy is equal."""
+"""Bundles that are compared: a sabotaged one, a copy, and one that a build has just made."""
 
 import json
 import shutil
@@ -6,14 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
+from evaluating import own_data
 from msgspec import structs
 from republishing import republish
 
+import varedit_export
 from varedit_engines.publish import Staging
 from varedit_export.cli import main
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.locate import embedded
+from varedit_runtime.locate import default_root, embedded, find_bundle
 from varedit_runtime.manifest import weights_file
 
 BLOCK = "blocks.2."
@@ -62,7 +64,7 @@ def test_a_shuffled_block_is_told_with_60_edits(faithful: Path, tmp_path: Path) 
     sabotaged = publish_shuffled(embedded(), tmp_path / "sabotaged")
     run = tmp_path / "run"
     output = evaluate(sabotaged, run, "--limit", 60, "--against", faithful)
-    assert "L2 to target: worse by " in output and " than faithful" in output
+    assert "L2 to target: worse than faithful by 0." in output
     overall = json.loads((run / "report.json").read_text())["comparisons"]["overall"]
     assert overall["l2"]["difference"]["count"] == 60
     assert overall["l2"]["difference"]["high"] < 0
@@ -77,3 +79,44 @@ def test_a_copy_is_equal(faithful: Path, tmp_path: Path) -> None:
     output = evaluate(embedded(), run, "--limit", 9, "--against", copy)
     assert output.count("equal to copy") == 6
     assert json.loads((run / "against/run.json").read_text())["bundle"] == Bundle.open(copy).digest
+
+
+def build(*words: object) -> Result:
+    line = ["build", "--size", "nano", "--precision", "fp32", "--backend", "onnxruntime", *words]
+    return CliRunner().invoke(main, list(map(str, line)))
+
+
+def test_a_build_that_is_not_good_enough_fails_and_does_not_become_the_default(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The build itself is that of a copy."""
+    data, places = own_data(home / "data", 1), iter(("first", "second"))
+
+    def copied(*_: object) -> Bundle:
+        target = default_root() / next(places)
+        republish(embedded(), target)
+        return Bundle.open(target)
+
+    monkeypatch.setattr(varedit_export, "build", copied)
+    gate = ("--evaluate", f"folder={data}", "--fail-below")
+    good = build(*gate, "psnr=1")
+    assert good.exit_code == 0 and "now uses first by default" in good.output
+    bad = build(*gate, "psnr=99")
+    assert bad.exit_code == 1 and "--fail-below: psnr is " in bad.output
+    assert "now uses" not in bad.output and "varedit-run bundles --set second" in bad.output
+    [run] = default_root().glob("second-evaluation-*")
+    assert (run / "report.html").is_file() and find_bundle(None).path.name == "first"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--fail-below", "psnr=1"), "say what is evaluated with --evaluate"),
+        (("--evaluate", "coco"), "no benchmark is called 'coco'"),
+        (("--evaluate", "folder"), "give its data"),
+        (("--evaluate", "folder=x", "--fail-below", "fid=1"), "no score is called 'fid'"),
+    ],
+)
+def test_a_gate_is_checked_before_anything_is_built(words: tuple[str, ...], told: str) -> None:
+    done = build(*words)
+    assert done.exit_code == 1 and told in done.output

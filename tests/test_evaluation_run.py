@@ -148,6 +148,9 @@ def test_a_limit_takes_all_types_alike_and_each_edit_keeps_its_seed(tmp_path: Pa
 
 
 def test_a_copy_is_equal_and_a_worse_one_is_told(data: Path, tmp_path: Path) -> None:
+    few = evaluated(data, tmp_path / "few", Shifted(), Shifted(128))
+    assert few.comparisons["overall"]["l1"].verdict == "too few edits to tell"
+    data = own_data(tmp_path / "more", 10)
     same = evaluated(data, tmp_path / "same", Shifted(), Shifted())
     assert {one.verdict for one in same.comparisons["overall"].values()} == {"equal"}
     worse = evaluated(data, tmp_path / "worse", Shifted(128), Run(tmp_path / "same"))
@@ -224,4 +227,5 @@ def test_differences_are_paired_and_oriented() -> None:
     assert worse is not None and worse.verdict == "worse by 0.50 to 0.50"
     unsure = compare([0.0, 1.0] * 50, [1.0, 0.0] * 50, 1, 2)
     assert unsure is not None and unsure.verdict == "no worse by more than 0.20"
+    assert unsure.beside("copy") == "no worse than copy by more than 0.20"
     assert compare([None], [1.0], 1, 2) is None

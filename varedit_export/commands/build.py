@@ -1,7 +1,7 @@
 """Build a bundle: `varedit-export build`."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ import varedit_export
 from varedit_engines.engine_compiler import check_precision, slow_precision
 from varedit_export.check_options import check_build
 from varedit_export.commands.engines import compile_and_show
+from varedit_export.commands.evaluate import Gate, gate_options
 from varedit_export.commands.shared_options import (
     architectures_option,
     checkpoint_option,
@@ -117,6 +118,7 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Make it varedit-run's default, as it is done without -o.",
 )
+@gate_options
 @click.pass_context
 @with_options(BuildOptions)
 def build(
@@ -128,6 +130,7 @@ def build(
     as_default: bool,
     yes: bool,
     dry_run: bool,
+    gate: Gate | None,
 ) -> None:
     """Build a bundle, prove its parity with the reference, and publish it.
 
@@ -148,7 +151,7 @@ def build(
         --text-encoder google/flan-t5-xl
     varedit-export build --size 8b --res 512 --lora style.safetensors:0.8 -o bundles/style
     varedit-export build --size 8b --res 512 --checkpoint tuned.pth --graphs-from bundles/8b-512
-    varedit-export build --size 125m --res 256 --random-weights 0
+    varedit-export build --size nano --evaluate nano --fail-below accuracy=70
     varedit-export build --size nano --backend tensorrt-rtx --architecture sm89
     """
     options = options.for_graphs
@@ -163,12 +166,30 @@ def build(
         return
     with progress() as on_step:
         bundle = varedit_export.build(options, on_step, say, partial(accept, yes))
-    folder = Path(options.output or bundle.path)
-    _say_default(bundle, folder, as_default or options.output is None)
+    chosen_default = as_default or options.output is None
+    passes = gate and partial(gate.passes, bundle, partial(accept, yes))
+    _finish(context, bundle, Path(options.output or bundle.path), chosen_default, engines, passes)
+
+
+def _finish(
+    context: click.Context,
+    bundle: Bundle,
+    folder: Path,
+    as_default: bool,
+    engines: EngineOptions | None,
+    passes: Callable[[], bool] | None,
+) -> None:
+    """Tell of a new bundle, and compile its engines; one with a gate has to pass it."""
+    if passes is None:
+        _say_default(bundle, folder, as_default)
     say(parity_summary(bundle.manifest.parity))
     click.echo(folder)
     if engines is not None:
         _compile_all(bundle, engines)
+    if passes is not None:
+        passed = passes()
+        _say_default(bundle, folder, passed and as_default)
+        context.exit(not passed)
 
 
 def _compile_all(bundle: Bundle, engines: EngineOptions) -> None:

@@ -1,6 +1,8 @@
 """Evaluate a bundle's edits on a benchmark: `varedit-export evaluate`."""
 
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,8 @@ from varedit_export.evaluation.benchmarks import BENCHMARKS
 from varedit_export.evaluation.metrics import FAMILIES
 from varedit_export.options import EvaluateOptions
 from varedit_runtime.backends import BACKENDS
+from varedit_runtime.bundle import Bundle
+from varedit_runtime.errors import ConfigError
 from varedit_runtime.terminal.command import (
     BUNDLE,
     PATH,
@@ -24,6 +28,7 @@ from varedit_runtime.terminal.command import (
 
 if TYPE_CHECKING:
     from varedit_export.evaluation.report import Report
+    from varedit_export.weights.published import Download
 
 
 class _Opponent(click.ParamType):
@@ -44,6 +49,59 @@ fail_below_option = click.option(
     multiple=True,
     help="Exit with 1 if a score's overall mean is worse than this; repeatable.",
 )
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What a bundle that was just built is evaluated on, and what it has to reach."""
+
+    benchmark: str
+    data: str | None
+    fail_below: tuple[str, ...]
+
+    def check(self) -> None:
+        """Raise ConfigError on names that are unknown, before anything is built."""
+        from varedit_export.evaluation.evaluate import check
+
+        check(self._options(Path()))
+
+    def passes(self, bundle: Bundle, accept: Callable[["Download"], None]) -> bool:
+        """Evaluate a bundle, in a folder beside it; return whether it is good enough."""
+        name = f"{bundle.path.name}-evaluation-{bundle.digest[:8]}"
+        options = self._options(bundle.path.with_name(name))
+        with progress() as on_step:
+            report = varedit_export.evaluate(bundle.path, options, on_step, say, accept)
+        show(report, Path(options.output))
+        return not report.failures
+
+    def _options(self, output: Path) -> EvaluateOptions:
+        return EvaluateOptions(self.benchmark, output, self.data, fail_below=self.fail_below)
+
+
+def gate_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command one argument, `gate`: None, or what a new bundle is evaluated on."""
+
+    @click.option(
+        "--evaluate",
+        "evaluated",
+        metavar="BENCHMARK[=DATA]",
+        help="Evaluate the new bundle, as `varedit-export evaluate` does.",
+    )
+    @fail_below_option
+    @wraps(command)
+    def call(*arguments: Any, evaluated: str | None, fail_below: tuple[str, ...], **given: Any):
+        gate = None
+        if evaluated is not None:
+            name, _, data = evaluated.partition("=")
+            gate = Gate(name, data or None, fail_below)
+            gate.check()
+        elif fail_below:
+            raise ConfigError(
+                "--fail-below: say what is evaluated with --evaluate BENCHMARK[=DATA]"
+            )
+        command(*arguments, gate=gate, **given)
+
+    return call
 
 
 @click.command(cls=BackendCommand)
@@ -79,8 +137,9 @@ fail_below_option = click.option(
 @backend_option()
 @variant_option
 @yes_option
+@click.pass_context
 @with_options(EvaluateOptions)
-def evaluate(bundle: Path, options: EvaluateOptions, yes: bool) -> None:
+def evaluate(context: click.Context, bundle: Path, options: EvaluateOptions, yes: bool) -> None:
     """Make a benchmark's edits with BUNDLE, score them, and write a report.
 
     RUN gets the pictures, the scores of every edit, report.json and report.html. The same command
@@ -96,10 +155,12 @@ def evaluate(bundle: Path, options: EvaluateOptions, yes: bool) -> None:
     with progress() as on_step:
         report = varedit_export.evaluate(bundle, options, on_step, say, partial(accept, yes))
     show(report, Path(options.output))
+    if report.failures:
+        context.exit(1)
 
 
 def show(report: "Report", folder: Path) -> None:
-    """Print a report's table and verdicts; exit with 1 if a score is worse than it must be."""
+    """Print a report's table and verdicts, and which scores are worse than they must be."""
     from varedit_export.evaluation.page import PAGE
     from varedit_export.evaluation.report import table, verdicts
 
@@ -112,5 +173,3 @@ def show(report: "Report", folder: Path) -> None:
     say(str(folder / PAGE))
     for line in report.failures:
         say(f"--fail-below: {line}")
-    if report.failures:
-        raise SystemExit(1)

@@ -37,16 +37,13 @@ def evaluate(
     cases. metrics: those that are open already, by their family. See `varedit_export.evaluate` for
     the rest.
     """
-    chosen = benchmark(options.benchmark)
-    families = _families(options, chosen, notice)
-    scores = [score for one in families.values() for score in one.scores]
-    gates = _gates(options, scores)
-    places = bring(_places(options, chosen, families), accept)
-    everything = chosen.read(places.get("--data", Path()))
+    chosen, families, gates, places = _planned(options, notice)
+    folders = bring(places, accept)
+    everything = chosen.read(folders.get("--data", Path()))
     cases = spread(everything, options.limit)
     digest = _digest(everything)
     told = {"benchmark": options.benchmark, "cases": digest, "seed": options.seed}
-    opened = {n: metrics.get(n) or one.open(places.get(n)) for n, one in families.items()}
+    opened = {n: metrics.get(n) or one.open(folders.get(n)) for n, one in families.items()}
 
     def work(run: Run, by: Edits) -> None:
         make_edits(run, cases, options.seed, by, on_step)
@@ -63,11 +60,32 @@ def evaluate(
             with open_run(folder / AGAINST, {**told, **other.identity}) as against:
                 work(against, other)
                 subject = replace(subject, against=other.name, other=against)
+        scores = _scores(families)
         report = summarise(chosen.title, subject, list(cases.values()), scores, list(families))
         report = replace(report, failures=failures(report, gates))
         write(report, folder)
         write_page(report, run, list(cases.values()))
     return report
+
+
+def check(options: EvaluateOptions) -> None:
+    """Raise ConfigError on names that are unknown, and on what is missing."""
+    _planned(options, lambda line: None)
+
+
+_Planned = tuple[Benchmark, dict[str, Family], list[tuple[Score, float]], dict[str, Any]]
+
+
+def _planned(options: EvaluateOptions, notice: Callable[[str], None]) -> _Planned:
+    """Return the benchmark, the families of metrics, `fail_below`, and the places of files."""
+    chosen = benchmark(options.benchmark)
+    families = _families(options, chosen, notice)
+    gates = _gates(options, _scores(families))
+    return chosen, families, gates, _places(options, chosen, families)
+
+
+def _scores(families: Mapping[str, Family]) -> list[Score]:
+    return [score for one in families.values() for score in one.scores]
 
 
 def spread(cases: Sequence[Case], limit: int | None) -> dict[int, Case]:

@@ -180,8 +180,6 @@ def verdicts(report: Report) -> list[str]:
     """Return what the comparison says of every score, over all edits, a line each."""
     labels = {score.name: score.label for score in report.scores}
     return [
-        f"{labels[name]}: {one.verdict} than {report.against}"
-        if one.verdict != "equal"
-        else f"{labels[name]}: equal to {report.against}"
+        f"{labels[name]}: {one.beside(report.against or '')}"
         for name, one in report.comparisons.get(OVERALL, {}).items()
     ]

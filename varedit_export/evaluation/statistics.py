@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 SAMPLES = 2000  # of the bootstrap
+FEWEST = 10  # edits that a verdict is given for
 _AT_ONCE = 100  # samples that are drawn at a time, to bound memory
 
 
@@ -47,11 +48,22 @@ class Comparison:
     difference: Mean
     verdict: str
 
+    def beside(self, other: str) -> str:
+        """Return the verdict with the name of what is compared with."""
+        if self.verdict == "equal":
+            return f"equal to {other}"
+        if " by " not in self.verdict:
+            return self.verdict
+        return self.verdict.replace(" by ", f" than {other} by ", 1)
+
 
 def compare(
     ours: Sequence[float | None], theirs: Sequence[float | None], better: int, digits: int
 ) -> Comparison | None:
-    """Compare scores case by case; None where no case has both. better, digits: see `Score`."""
+    """Compare scores case by case; None where no case has both. better, digits: see `Score`.
+
+    A bootstrap over a few edits knows no more than these, so that nothing is said of fewer than 10.
+    """
     pairs = zip(ours, theirs, strict=True)
     gains = [better * (a - b) for a, b in pairs if a is not None and b is not None]
     gain = mean_of(gains)
@@ -59,6 +71,8 @@ def compare(
         return None
     if not any(gains):
         return Comparison(gain, "equal")
+    if gain.count < FEWEST:
+        return Comparison(gain, "too few edits to tell")
     if gain.high < 0:
         verdict = f"worse by {-gain.high:.{digits}f} to {-gain.low:.{digits}f}"
     elif gain.low > 0:
