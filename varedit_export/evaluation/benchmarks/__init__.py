@@ -1,9 +1,12 @@
 """The benchmarks by name: each is a `Benchmark` in a file of its own."""
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
-from varedit_export.evaluation.case import Benchmark
 from varedit_runtime.errors import ConfigError, shown
+
+if TYPE_CHECKING:
+    from varedit_export.evaluation.case import Benchmark
 
 _HERE = __name__
 BENCHMARKS = {
@@ -20,7 +23,7 @@ BENCHMARKS = {
 }
 
 
-def benchmark(name: str) -> Benchmark:
+def benchmark(name: str) -> "Benchmark":
     """Return a benchmark. Raises ConfigError on an unknown name, or if it is not installed."""
     if name not in BENCHMARKS:
         raise ConfigError(

@@ -1,9 +1,12 @@
 """The families of metrics by name: each is a `Family` in a file of its own."""
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
-from varedit_export.evaluation.case import Family
 from varedit_runtime.errors import ConfigError, shown
+
+if TYPE_CHECKING:
+    from varedit_export.evaluation.case import Family
 
 _HERE = __name__
 FAMILIES = {
@@ -16,7 +19,7 @@ FAMILIES = {
 }
 
 
-def family(name: str) -> Family:
+def family(name: str) -> "Family":
     """Return a family of metrics. Raises ConfigError on an unknown name."""
     if name not in FAMILIES:
         raise ConfigError(f"no metric is called {shown(name)}; there are {', '.join(FAMILIES)}")
