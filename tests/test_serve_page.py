@@ -1,34 +1,24 @@
 """The page in headless Chromium: what a person sees and does, at two widths, light and dark."""
 
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from browsers import NEEDED, launched
+from playwright.sync_api import Browser, Page, expect
 from server_process import PERSON, Process, running
 
-# CI installs one of Debian's; a person may name another.
-NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
-FOUND = os.environ.get("VAREDIT_CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
 KEY = "sk-0123456789abcdef"
 
-pytestmark = pytest.mark.skipif(
-    FOUND is None, reason=f"there is no Chromium: install {NAMES[0]}, or set VAREDIT_CHROMIUM"
-)
+pytestmark = NEEDED
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(
-            executable_path=FOUND, args=["--no-sandbox", "--disable-gpu", "--no-zygote"]
-        )
-        yield launched
-        launched.close()
+    with launched() as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
