@@ -256,6 +256,8 @@ def test_accept_asks_for_the_pictures_bytes() -> None:
         assert reply.status == 200 and reply.body.startswith(start)
         assert reply.headers["content-type"] == kind
         assert reply.headers["x-varedit-seed"] == "9"
+    assert edit(accept="IMAGE/PNG; q=1").body.startswith(b"\x89PNG")
+    assert edit(accept="image/png;q=0, image/jpeg;q=0.5").body.startswith(b"\xff\xd8")
     assert edit(("n", "2"), accept="image/png").blamed == (400, "n")
     assert edit(("stream", "true"), accept="image/png").blamed == (400, "stream")
     assert edit(("output_format", "webp"), accept="image/png").blamed == (400, "output_format")

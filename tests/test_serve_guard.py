@@ -375,6 +375,7 @@ FORMS = {
         "multipart/form-data; boundary=XX; charset=undefined",
         HEAD + b"prompt\r\n\r\na\r\n--XX--",
     ),
+    "no text": (None, HEAD + b"prompt\r\n\r\nadd \xe9\r\n--XX--"),
     "no name": (None, b"--XX\r\nContent-Disposition: form-data\r\n\r\nx\r\n--XX--\r\n"),
     "no form": (None, b"hello"),
     "cut off": (None, HEAD + b"prompt\r\n\r\nadd"),

@@ -33,6 +33,16 @@ class GoneError(Exception):
 class _Form(MultiPartParser):
     spool_max_size = 2**62  # never on disk: the body is bounded
 
+    def on_part_end(self) -> None:
+        """Refuse text that starlette would read as Latin-1."""
+        part = self._current_part
+        try:
+            if part.file is None:
+                part.data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise MultiPartException("a field is not text in UTF-8") from error
+        super().on_part_end()
+
 
 def content_length(request: Request, limits: Limits) -> int:
     """Return the most bytes that a body may have: what it says itself, or the limit.

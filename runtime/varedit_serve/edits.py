@@ -2,6 +2,7 @@
 
 import asyncio
 import pickle
+import re
 import secrets
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -37,6 +38,7 @@ from varedit_serve.moderation import Moderation, heed
 
 T = TypeVar("T")
 
+_REFUSED = re.compile(r"\bq\s*=\s*0(\.0*)?\s*(;|$)")
 _PIECE = 2**20  # bytes
 _STREAM = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -115,8 +117,7 @@ class Edits:
     async def _read(self, request: Request) -> tuple[dict[str, Any], bool]:
         """Return the fields' values, and whether the answer is a picture's bytes."""
         values = await self._in_thread(self._values, await read_body(request, self.limits))
-        accept = request.headers.get("accept", "").split(",")
-        only_bytes = choose_format(values, [kind.partition(";")[0].strip() for kind in accept])
+        only_bytes = choose_format(values, _accepted(request.headers.get("accept", "")))
         check_together(values)
         if values["model"] not in (None, self.model):
             told = f"there is no such model; this server has {self.model}"
@@ -236,6 +237,12 @@ class Edits:
             asked.error = error if isinstance(error, ApiError) else unexpected(error, asked.id)
             content = error_event(asked.error)
         await _finish(send, claim, content)
+
+
+def _accepted(header: str) -> list[str]:
+    """Return the media types that a header Accept names, in its order, but those of quality 0."""
+    kinds = (kind.partition(";") for kind in header.lower().split(","))
+    return [kind.strip() for kind, _, quality in kinds if not _REFUSED.search(quality)]
 
 
 async def _start(send: Send, headers: list[tuple[bytes, bytes]]) -> None:
