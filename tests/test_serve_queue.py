@@ -1,6 +1,7 @@
 """Pictures that wait: batches, several results, faults, deadlines, clients that leave, room."""
 
 import asyncio
+import re
 from collections.abc import Coroutine
 from typing import Any
 
@@ -338,6 +339,12 @@ def test_moderation_judges_texts_previews_and_results() -> None:
             events = (await server.edit(flower, *PREVIEWS)).events
             assert [event.get("partial_image_index") for event in events] == [0, 1, None]
             assert events[-1]["error"]["code"] == "moderation_blocked"
+        async with served(moderation=Judge(), waits=True) as server:
+            events = (await server.edit(flower, *PREVIEWS)).events
+            assert events[-1]["error"]["code"] == "moderation_blocked"
+            assert server.child.cancelled == 1
+            numbers = (await server.ask(path="/metrics")).body.decode()  # nobody has left
+            assert not re.search(r"varedit_cancelled_total{.*} [1-9]", numbers)
 
     run(test())
 

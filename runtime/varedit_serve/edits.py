@@ -99,9 +99,10 @@ class Edits:
             except GoneError:
                 pass
             finally:
-                gone.cancel()
-                if not job.over and (when := self.queue.leave(job)) is not None:
+                when = None if job.over else self.queue.leave(job)
+                if gone.done() and when is not None:
                     self.metrics.cancelled(when)
+                gone.cancel()
 
     def _admit(self, key: Key | None, results: int, charged: int = 0) -> None:
         """Raise ApiError if no edit is admitted, or the key has used up its rate."""
