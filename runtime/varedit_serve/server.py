@@ -5,7 +5,6 @@ import logging
 import os
 import signal
 import socket
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -21,7 +20,6 @@ from varedit_serve.limits import Limits
 _HEAD_BYTES = 16_384  # of a request's headers
 _LAST_SECONDS = 10  # for clients to read the last answers
 SPARE = 64  # connections more than there may be, which are told so if they send a request
-_SWITCH = 0.0005  # seconds
 _PAUSE = 0.05  # seconds between looks whether all is done
 
 _log = logging.getLogger(__name__)
@@ -107,9 +105,6 @@ def serve(
     application: Application, children: Sequence[Child], listening: socket.socket, limits: Limits
 ) -> None:
     """Serve until SIGTERM or Ctrl-C. Raises BackendError if the bundle cannot be opened."""
-    # A thread that decodes a picture holds others up for so long; of Python's own 5 ms, several add
-    # up to an answer's time.
-    sys.setswitchinterval(_SWITCH)
     asyncio.run(_serve(application, children, listening, limits))
 
 
