@@ -25,6 +25,7 @@ from varedit_reference.text_encoder import TextEncoder
 from varedit_runtime.backends.base import Sampling, ScaleOutput
 from varedit_runtime.backends.wiring import TEXT
 from varedit_runtime.editing.editor import Editor
+from varedit_runtime.grids import Conditioning
 from varedit_runtime.manifest import MANIFEST, TOKENIZER, Manifest, canonical_json, decode_manifest
 from varedit_runtime.noise import uniform_noise
 from varedit_runtime.text import read_tokenizer
@@ -43,9 +44,18 @@ def plain_bundle() -> Path:
 
 
 def plain_config() -> ModelConfig:
+    return replace(conditioned("finest"), guidance_scale=1.0)
+
+
+@cache
+def full_bundle() -> Path:
+    """Build the small bundle with all scales of the source in front of every block."""
+    return _built("all-scales", conditioned("full"), batch=1, guided=True)
+
+
+def conditioned(conditioning: Conditioning) -> ModelConfig:
     config = bundle_config()
-    transformer = replace(config.transformer, conditioning="finest")
-    return replace(config, transformer=transformer, guidance_scale=1.0)
+    return replace(config, transformer=replace(config.transformer, conditioning=conditioning))
 
 
 def _built(name: str, config: ModelConfig, batch: int, guided: bool) -> Path:

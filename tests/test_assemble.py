@@ -264,9 +264,6 @@ def test_impossible_requests_are_refused(tmp_path: Path) -> None:
         replace(good, batch=0)
     with pytest.raises(ConfigError, match="text tokens"):
         replace(good, text_tokens=513)
-    full = replace(good.config, transformer=replace(good.config.transformer, conditioning="full"))
-    with pytest.raises(ConfigError, match="full"):
-        replace(good, config=full)
 
 
 def test_random_text_weights_do_not_depend_on_order() -> None:

@@ -218,7 +218,7 @@ def _stored(path: Path) -> dict[str, tuple[int, int]]:
 def test_profiles_are_the_shapes_of_the_static_graphs(bundle: Bundle) -> None:
     (variant,) = bundle.manifest.variants
     twin = {spec.name: spec.shape for spec in variant.graphs["scale"].inputs}
-    profiles, scales = profiles_of("scale", variant), len(variant.grids)
+    profiles, scales = profiles_of("scale", variant, "sar"), len(variant.grids)
     assert len(profiles) == 2 * (1 + scales)
     names = [f"scale_{k:02}{form}" for form in ("", UNGUIDED) for k in range(scales)]
     for index, sizes in zip(names, profiles[1 : 1 + scales] + profiles[2 + scales :], strict=True):
@@ -227,8 +227,8 @@ def test_profiles_are_the_shapes_of_the_static_graphs(bundle: Bundle) -> None:
             shape = tuple(n if isinstance(n, int) else sizes[n] for n in twin[name])
             assert shape == static[name], (index, name)
     assert profiles[0]["past"] == profiles[0]["reference"] == 0
-    assert [sizes["rows"] for sizes in profiles_of("condition", variant)] == [2, 1]
-    assert {sizes["text_tokens"] for sizes in profiles_of("scale", variant)} == {24}
+    assert [sizes["rows"] for sizes in profiles_of("condition", variant, "sar")] == [2, 1]
+    assert {sizes["text_tokens"] for sizes in profiles_of("scale", variant, "sar")} == {24}
 
 
 def test_a_second_compilation_compiles_nothing(bundle: Bundle, compiled: list[str]) -> None:

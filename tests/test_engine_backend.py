@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from editing import pair_bundle, picture, plain_bundle, small_bundle
+from editing import full_bundle, pair_bundle, picture, plain_bundle, small_bundle
 from fake_bundles import rewrite_manifest
 from PIL import Image
 from simulated_gpu import SimulatedGpu
@@ -158,7 +158,7 @@ def test_bits_can_be_forced(small: tuple[Editor, SimulatedGpu]) -> None:
 def forced(editor: Editor) -> list[ScaleOutput]:
     backend, variant = editor.backend, editor.variant
     channels = editor.bundle.manifest.model.token_channels
-    random, sizes = np.random.default_rng(0), profiles_of("condition", variant)[0]
+    random, sizes = np.random.default_rng(0), profiles_of("condition", variant, "sar")[0]
     backend.condition(
         {
             spec.name: np.ones(sized(spec, sizes), np.bool_)
@@ -176,7 +176,7 @@ def forced(editor: Editor) -> list[ScaleOutput]:
     ]
 
 
-@pytest.mark.parametrize("path", [pair_bundle, plain_bundle, embedded])
+@pytest.mark.parametrize("path", [pair_bundle, plain_bundle, full_bundle, embedded])
 @pytest.mark.parametrize("layout", ["external", "profiles"])
 def test_batches_and_other_conditionings(path: Callable[[], Path], layout: EngineLayout) -> None:
     bundle, engines = compiled(path(), layout)

@@ -155,10 +155,10 @@ def test_growth_is_the_exponent_of_a_pictures_tokens() -> None:
 
     # 9 and 32 tokens; seconds of a picture grow by the square of that.
     measurements = [timed("a", 81, 1), timed("b", 2 * 1024, 2)]
-    (growth,) = bench._growths(measurements, variants)
+    (growth,) = bench._growths(measurements, variants, "finest")
     assert (growth.name, growth.dial) == ("x", None)
     assert growth.exponent == pytest.approx(2)
-    assert not list(bench._growths(measurements[:1], variants[:1]))
+    assert not list(bench._growths(measurements[:1], variants[:1], "finest"))
 
 
 def test_the_reference_has_the_bundles_weights_as_they_were_loaded() -> None:

@@ -177,6 +177,8 @@ def test_all_extras_that_compiling_needs_are_named(
         (("build", "--size", "nano", "--res", "256"), "128 px and 1:1 alone, not at 256 px"),
         (("build", "--size", "nano", "--aspect", "2:1"), "128 px and 1:1 alone"),
         (("build", "--size", "nano", "--checkpoint", "x"), "give none, or all of --checkpoint"),
+        (("build", "--size", "nano", "--conditioning", "full"), "were trained with sar"),
+        (("build", "--size", "2b", "--res", "512", "--conditioning", "finest"), "--checkpoint"),
         (("build", "--size", "2b", "--res", "300"), "256, 512"),
         (("build", "--size", "2b"), "--res"),
         (("build", "--config", "nowhere.json"), "config.json"),

@@ -1,6 +1,6 @@
 """Masked edits: what a mask does not mark keeps its pixels, and what it marks is edited."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ import pytest
 import torch
 from bundles import small_bundle
 from click.testing import CliRunner
-from editing import Recorder, pair_bundle, picture
+from editing import Recorder, full_bundle, pair_bundle, picture
 from PIL import ExifTags, Image, ImageDraw
 
 from varedit_reference.quantisation import from_tokens, to_tokens
@@ -74,10 +74,11 @@ def test_a_full_mask_is_as_none(nano: Editor) -> None:
     assert masked == free
 
 
-def test_tokens_without_marked_pixels_take_the_sources_bits() -> None:
+@pytest.mark.parametrize("path", [small_bundle, full_bundle])
+def test_tokens_without_marked_pixels_take_the_sources_bits(path: Callable[[], Path]) -> None:
     source, mask = picture(64, 64), Image.new("L", (64, 64))
     mask.putpixel((63, 63), 255)
-    with Editor.open(small_bundle(), threads=1) as editor:
+    with Editor.open(path(), threads=1) as editor:
         recorder = Recorder.of(editor)
         editor.edit(source, "add a hat", seed=1, mask=mask)
     for sampling, step in zip(recorder.sampled, recorder.steps, strict=True):

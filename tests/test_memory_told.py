@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from bundles import bundle_config, random_weights, request, small_bundle
 from click.testing import CliRunner
-from editing import pair_bundle, picture, plain_bundle, plain_config
+from editing import conditioned, full_bundle, pair_bundle, picture, plain_bundle, plain_config
 from stand_in_cuda import pretend
 
 from varedit_export.cli import main
@@ -38,10 +38,12 @@ def planned(path: Path) -> BundlePlan:
         config = plain_config()
         wanted = replace(wanted, config=config, guided=False)
         return BundlePlan([wanted], random_sources(config, seed=0))
+    if path == full_bundle():
+        wanted = replace(wanted, config=conditioned("full"))
     return BundlePlan([wanted], random_weights())
 
 
-@pytest.mark.parametrize("path", [small_bundle, pair_bundle, plain_bundle])
+@pytest.mark.parametrize("path", [small_bundle, pair_bundle, plain_bundle, full_bundle])
 def test_it_is_what_an_editor_allocates(path: Callable[[], Path]) -> None:
     bundle = Bundle.open(path())
     (variant,) = bundle.manifest.variants
@@ -55,7 +57,7 @@ def test_it_is_what_an_editor_allocates(path: Callable[[], Path]) -> None:
         assert getattr(before, name) == pytest.approx(getattr(told, name), rel=0.05)
 
 
-@pytest.mark.parametrize("path", [small_bundle, pair_bundle, plain_bundle])
+@pytest.mark.parametrize("path", [small_bundle, pair_bundle, plain_bundle, full_bundle])
 def test_a_plan_tells_what_engines_take(path: Callable[[], Path]) -> None:
     bundle = Bundle.open(path())
     (variant,) = bundle.manifest.variants

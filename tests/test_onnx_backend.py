@@ -13,7 +13,16 @@ import pytest
 import torch
 from agreement import compare_scale
 from bundles import small_bundle
-from editing import as_reference, bundle_config, pair_bundle, plain_bundle, plain_config, reference
+from editing import (
+    as_reference,
+    bundle_config,
+    conditioned,
+    full_bundle,
+    pair_bundle,
+    plain_bundle,
+    plain_config,
+    reference,
+)
 from fake_bundles import rewrite_manifest
 from torch import Tensor
 
@@ -29,6 +38,7 @@ from varedit_runtime.backends.onnxruntime.options import OnnxRuntimeOptions
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.editing.editor import Editor
 from varedit_runtime.errors import BackendError, BundleError, ConfigError
+from varedit_runtime.geometry import source_grid
 from varedit_runtime.locate import embedded
 from varedit_runtime.manifest import (
     MANIFEST,
@@ -55,7 +65,8 @@ class Given:
     def __init__(self, config: ModelConfig, batch: int, guided: bool, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
         transformer = config.transformer
-        shape = (batch, *transformer.finest, transformer.token_channels)
+        grid = source_grid(transformer.grids, transformer.conditioning)
+        shape = (batch, *grid, transformer.token_channels)
         self.config, self.guided = config, guided
         self.source = torch.randn(shape, generator=generator) / 4
         self.text = [
@@ -105,8 +116,9 @@ class Given:
         (small_bundle, bundle_config(), 1, True),
         (pair_bundle, bundle_config(), 2, True),
         (plain_bundle, plain_config(), 1, False),
+        (full_bundle, conditioned("full"), 1, True),
     ],
-    ids=["small", "pair", "plain"],
+    ids=["small", "pair", "plain", "full"],
 )
 def test_teacher_forced_every_scale_equals_the_reference(
     path: Any, config: ModelConfig, batch: int, guided: bool

@@ -84,11 +84,13 @@ def test_every_graph_was_compared(built: Bundle) -> None:
     assert any("rounded to fp16" in line.measure for line in lines)
 
 
-def test_types_that_no_cpu_computes_are_compared_alike(
+def test_types_that_no_cpu_computes_and_full_conditioning_are_compared_alike(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(parity, "LARGEST_WHOLE", 0)
-    wanted = replace(request(tmp_path / "bf16", "bf16"), config=deep_config(), guided=False)
+    config = deep_config()
+    config = replace(config, transformer=replace(config.transformer, conditioning="full"))
+    wanted = replace(request(tmp_path / "bf16", "bf16"), config=config, guided=False)
     lines = assemble(BundlePlan([wanted], replace(deep_weights(), text=None)), quiet)
     assert any(line.measure.startswith(f"all {DEPTH} blocks") for line in lines)
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 import msgspec
 import numpy as np
 import pytest
-from editing import small_bundle
+from editing import full_bundle, small_bundle
 
 from varedit_runtime.backends.wiring import (
     KINDS,
@@ -31,9 +31,10 @@ def described(bundle: Bundle) -> tuple[Variant, Model]:
     return bundle.manifest.variants[0], bundle.manifest.model
 
 
-@pytest.fixture(params=["nano", "small"])
+@pytest.fixture(params=["nano", "small", "full"])
 def model(request: pytest.FixtureRequest) -> tuple[Variant, Model]:
-    return described(Bundle.open(embedded() if request.param == "nano" else small_bundle()))
+    path = {"nano": embedded, "small": small_bundle, "full": full_bundle}[request.param]
+    return described(Bundle.open(path()))
 
 
 def edit_of(steps: list[Step], unguided: bool) -> list[Step]:
@@ -41,6 +42,10 @@ def edit_of(steps: list[Step], unguided: bool) -> list[Step]:
     both = {step.name.removesuffix(UNGUIDED) for step in steps if step.unguided}
     shared = [step for step in steps if not step.unguided and step.name not in both]
     return [step for step in steps if step.unguided is unguided or step in shared]
+
+
+def source_of(areas: list[int], described: Model) -> int:
+    return sum(areas) if described.conditioning == "full" else areas[-1]
 
 
 def entries(view: View) -> set[tuple[str, int]]:
@@ -86,7 +91,7 @@ def test_a_scale_sees_all_tokens_before_it(model: tuple[Variant, Model], symboli
     steps = {step.name: step for step in wire(variant, described, symbolic)}
     for k in range(len(areas)):
         for i in range(described.depth):
-            own = 0 if i == 0 and described.conditioning == "sar" else areas[-1]
+            own = 0 if i == 0 and described.conditioning == "sar" else source_of(areas, described)
             seen = own + sum(areas[:k])
             for kind in KINDS:
                 new = steps[f"scale_{k:02}{form}"].outputs[f"new_{kind}.{i}"]
@@ -309,7 +314,8 @@ def test_caches_and_references_lose_their_unconditional_rows(model: tuple[Varian
         moved = {cache.value: cache for cache in crowded(steps, scale)}
         for kind in KINDS:
             past = moved[f"cache_{kind}.1"]
-            assert (past.entries, past.kept) == (areas[-1] + sum(areas[:scale]), own)
+            seen = source_of(areas, described) + sum(areas[:scale])
+            assert (past.entries, past.kept) == (seen, own)
             if described.conditioning == "sar":
                 references = [n for n in moved if n.startswith(f"reference_{kind}")]
                 assert references == [f"reference_{kind}.{k}" for k in range(scale, len(areas))]

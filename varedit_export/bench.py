@@ -29,6 +29,8 @@ from varedit_runtime.editing.editor import Editor
 from varedit_runtime.editing.preparer import read_instructions
 from varedit_runtime.editing.random_text import with_any_text
 from varedit_runtime.errors import BackendError, BundleError, ConfigError, printable
+from varedit_runtime.geometry import source_grid
+from varedit_runtime.grids import Conditioning
 from varedit_runtime.manifest import Variant
 
 REFERENCE = "reference"
@@ -96,7 +98,7 @@ def measure_all(
         versions=versions,
         repeat=repeat,
         measurements=tuple(measurements),
-        growth=tuple(_growths(measurements, variants)),
+        growth=tuple(_growths(measurements, variants, bundles[-1].manifest.model.conditioning)),
     )
 
 
@@ -155,11 +157,13 @@ def _open(one: Entrant, threads: int, variant: str) -> Editor:
     return Editor.open(one.bundle, backend=one.backend, threads=own, variant=variant)
 
 
-def _growths(measurements: Sequence[Measurement], variants: Sequence[Variant]) -> Iterator[Growth]:
+def _growths(
+    measurements: Sequence[Measurement], variants: Sequence[Variant], conditioning: Conditioning
+) -> Iterator[Growth]:
     """Fit a power of the tokens of a picture, the source's included, to the seconds of its edit."""
     tokens = {
-        variant.name: sum(h * w for h, w in (*variant.grids, variant.grids[-1]))
-        for variant in variants
+        one.name: sum(h * w for h, w in (*one.grids, source_grid(one.grids, conditioning)))
+        for one in variants
     }
     if len(set(tokens.values())) < 2:
         return

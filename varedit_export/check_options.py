@@ -27,6 +27,7 @@ def check_build(options: BuildOptions) -> None:
     Raises ConfigError, and CheckpointError if weights are missing among them.
     """
     _check_model(options)
+    _check_conditioning(options)
     policy = None if options.precision == AUTO else named(options.precision)
     check_limits(policy, options.batch, text_tokens(options), options.fused_attention)
     for lora in options.loras:
@@ -93,6 +94,18 @@ def _check_nano(options: BuildOptions) -> None:
             f"nano was trained at {own} px and 1:1 alone, not at {asked} px and {options.aspect}: "
             "leave out --res and --aspect"
         )
+
+
+def _check_conditioning(options: BuildOptions) -> None:
+    """Refuse a conditioning that the weights were not trained with."""
+    chosen = options.checkpoint is not None or options.random_weights is not None
+    if options.conditioning != "sar" and not chosen:
+        raise ConfigError(
+            f"--conditioning {options.conditioning}: weights that come with a size were trained "
+            "with sar; give the --checkpoint that was trained with it, or leave it out"
+        )
+    if options.conditioning != "sar" and options.config is not None:
+        raise ConfigError("--config: recordings are of models with sar; leave out --conditioning")
 
 
 def _check_weights(options: BuildOptions) -> None:

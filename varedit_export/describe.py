@@ -18,7 +18,8 @@ def _lines(bundle: Bundle) -> Iterator[str]:
 
     manifest, model = bundle.manifest, bundle.manifest.model
     yield f"{manifest.name}  {bundle.digest}"
-    yield f"  model      {model.size}: {model.depth} blocks of width {model.width}"
+    sizes = f"{model.depth} blocks of width {model.width}"
+    yield f"  model      {model.size}: {sizes}, conditioning {model.conditioning}"
     yield f"  weights    {model.weights}"
     for origin in model.origins or ():
         yield f"             {origin.file} of {origin.repository} at {origin.commit}"

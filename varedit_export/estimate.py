@@ -25,6 +25,7 @@ from varedit_export.graphs.stages import (
 )
 from varedit_export.parity.compare_bundle import is_large
 from varedit_export.plan import BundlePlan
+from varedit_reference.kv_cache import source_length
 from varedit_runtime.backends.engines.memory import Budget, with_offload
 from varedit_runtime.backends.machine import available_memory
 from varedit_runtime.backends.onnxruntime.memory import SCORES, HostBudget, activations
@@ -106,7 +107,7 @@ def _slowness() -> float:
 def _products(shapes: Shapes) -> int:
     """Count the operations of parity: two blocks at every scale, and three at the prefill's."""
     config = shapes.config.transformer
-    tokens = sum(config.lengths) + 2 * config.lengths[-1]
+    tokens = sum(config.lengths) + source_length(config) + config.lengths[-1]
     return 2 * 2 * sum(shapes.forms.values()) * tokens * _block_parameters(shapes)
 
 
@@ -118,7 +119,7 @@ def _block_parameters(shapes: Shapes) -> int:
 def _block_by_block(shapes: Shapes) -> int:
     """Return the bytes of one block's parity: weights stored and in fp32, the last scale's data."""
     config, block = shapes.config.transformer, _block_parameters(shapes)
-    seen = (sum(config.lengths) + config.lengths[-1]) * max(shapes.forms.values()) * config.width
+    seen = (source_length(config) + sum(config.lengths)) * max(shapes.forms.values()) * config.width
     hidden = max(shapes.forms.values()) * config.lengths[-1] * config.mlp_width
     return (shapes.dtype.itemsize + 4) * block + 4 * (KEYS_VALUES * seen + HIDDEN * hidden)
 
@@ -126,7 +127,7 @@ def _block_by_block(shapes: Shapes) -> int:
 def _attention(shapes: Shapes) -> int:
     """Return the bytes of a whole model's caches, and of the last scale's attention."""
     config = shapes.config.transformer
-    seen = sum(config.lengths) + config.lengths[-1]
+    seen = source_length(config) + sum(config.lengths)
     caches = 2 * config.depth * seen * max(shapes.forms.values()) * config.width
     scores = max(shapes.forms.values()) * config.heads * config.lengths[-1] * seen
     return int(4 * (caches + SCORES * scores))
@@ -157,7 +158,12 @@ def cpu_editing(plan: BundlePlan, shapes: Shapes) -> HostBudget:
     config = shapes.config.transformer
     rows = max(shapes.forms.values())
     running = activations(
-        shapes.batch, rows, config.heads, config.lengths, shapes.config.picture_size
+        shapes.batch,
+        rows,
+        config.heads,
+        source_length(config),
+        config.lengths,
+        shapes.config.picture_size,
     )
     return HostBudget(text, weights, _caches(shapes), _between(shapes), running)
 
@@ -171,7 +177,7 @@ def _weights(plan: BundlePlan) -> tuple[int, int]:
 def _caches(shapes: Shapes) -> int:
     """Return the bytes of all keys and values; with SAR the first block has none of the source."""
     config, rows = shapes.config.transformer, max(shapes.forms.values())
-    own, source = sum(config.lengths), config.lengths[-1]
+    own, source = sum(config.lengths), source_length(config)
     seen = config.depth * (own + source) - source * has_references(shapes)
     return 2 * seen * rows * config.width * shapes.dtype.itemsize
 
@@ -185,7 +191,7 @@ def _between(shapes: Shapes) -> int:
         * prod(lengths[size] if isinstance(size, str) else size for size in spec.shape)
         for spec in text_input_specs(shapes, head=True).values()
     )
-    own, source = sum(config.lengths), config.lengths[-1]
+    own, source = sum(config.lengths), source_length(config)
     # Of SAR: the first block's keys and values of the source, and those averaged to each grid.
     references = 2 * has_references(shapes) * (own + source) * rows * config.width
     features = rows * shapes.text_tokens * config.text_channels

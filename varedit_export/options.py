@@ -12,6 +12,7 @@ from varedit_runtime.backends.auto import AUTO, AutoBackend
 from varedit_runtime.backends.engines.engine_set import EngineLayout
 from varedit_runtime.backends.engines.import_tensorrt import EngineKind
 from varedit_runtime.bundle import Bundle
+from varedit_runtime.grids import Conditioning
 from varedit_runtime.values import AnyPath, CheckedOptions
 
 
@@ -24,6 +25,8 @@ class BuildOptions(CheckedOptions):
     resolutions: tuple[int, ...] = ()  # 256, 512, 1024 px: a variant each; nano has its own
     aspect: str = "1:1"  # height:width of all variants, one of varedit_runtime.grids.ASPECT_RATIOS
     config: AnyPath | None = None  # a recording's config.json
+    # How blocks see the source, as the checkpoint was trained; see the reference's config.py.
+    conditioning: Conditioning = "sar"
 
     # The weights: all checkpoints, or a seed. nano needs neither. With `config`, text_encoder may
     # be left out: the bundle then starts at text features.

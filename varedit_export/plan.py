@@ -46,8 +46,6 @@ class VariantRequest:
     fused_attention: bool = False
 
     def __post_init__(self) -> None:
-        if self.config.transformer.conditioning == "full":
-            raise ConfigError("models with full conditioning are not exported: use sar or finest")
         check_limits(self.policy, self.batch, self.text_tokens, self.fused_attention)
 
     @property

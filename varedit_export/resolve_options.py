@@ -102,9 +102,18 @@ def _models(options: BuildOptions) -> list[tuple[ModelConfig, int]]:
     if options.config is not None:
         return [_recorded(Path(options.config))]
     if size == NANO_SIZE:
-        return [(sources_of(nano())[0], nano().manifest.variant(None).resolution)]
+        own = _conditioned(sources_of(nano())[0], options)
+        return [(own, nano().manifest.variant(None).resolution)]
     assert size is not None
-    return [(preset(size, resolution, options.aspect), resolution) for resolution in resolutions]
+    return [
+        (_conditioned(preset(size, resolution, options.aspect), options), resolution)
+        for resolution in resolutions
+    ]
+
+
+def _conditioned(config: ModelConfig, options: BuildOptions) -> ModelConfig:
+    transformer = replace(config.transformer, conditioning=options.conditioning)
+    return replace(config, transformer=transformer)
 
 
 def _recorded(config: Path) -> tuple[ModelConfig, int]:
@@ -173,8 +182,10 @@ def _places(options: BuildOptions) -> list[str]:
 
 def _name(config: ModelConfig, options: BuildOptions, resolutions: list[int]) -> str:
     """Return the name of a bundle's default folder, such as 2b-256-512-fp16-lora-style."""
+    conditioning = [] if options.conditioning == "sar" else [options.conditioning]
     precision = [] if options.precision == "fp32" else [options.precision]
     random = [] if options.random_weights is None else ["random"]  # never in the real one's place
     loras = [short_name(parse(os.fspath(lora))[0]) for lora in options.loras]
     named = ["lora", *loras][: 1 + MOST_NAMED] if loras else []
-    return "-".join([config.name, *map(str, resolutions), *precision, *random, *named])
+    sizes = map(str, resolutions)
+    return "-".join([config.name, *sizes, *conditioning, *precision, *random, *named])

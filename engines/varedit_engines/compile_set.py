@@ -226,7 +226,7 @@ def _compile(
     job: CompileJob, stage: str, graph: bytes, plan: Path, report: Path, on_step: OnStep
 ) -> None:
     """Compile a graph; write the plan and its report to files."""
-    folder, shapes = job.bundle.graphs_folder, profiles_to_compile(job.variant, stage)
+    folder, shapes = job.bundle.graphs_folder, profiles_to_compile(job.bundle, job.variant, stage)
     compiled = job.compiler.compile(stage, graph, folder, shapes, on_step)
     if job.layout != "external":  # the compiler read weights by their path
         job.bundle.check_stands()
@@ -234,11 +234,12 @@ def _compile(
     report.write_bytes(packed(compiled.report))
 
 
-def profiles_to_compile(variant: Variant, stage: str) -> list[Mapping[str, tuple[int, ...]]]:
+def profiles_to_compile(
+    bundle: Bundle, variant: Variant, stage: str
+) -> list[Mapping[str, tuple[int, ...]]]:
     """Return the shapes of all inputs in every profile; none for a graph of static shapes."""
     specs = variant.graphs[stage].inputs
     if all(isinstance(size, int) for spec in specs for size in spec.shape):
         return []
-    return [
-        {spec.name: sized(spec, sizes) for spec in specs} for sizes in profiles_of(stage, variant)
-    ]
+    profiles = profiles_of(stage, variant, bundle.manifest.model.conditioning)
+    return [{spec.name: sized(spec, sizes) for spec in specs} for sizes in profiles]

@@ -12,9 +12,8 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, Struct, ValidationError, convert, to_builtins
 
 from varedit_runtime.errors import ConfigError, shown
-from varedit_runtime.grids import Grid, scale_grids
+from varedit_runtime.grids import Conditioning, Grid, scale_grids
 
-Conditioning = Literal["sar", "finest", "full"]
 RotaryLayout = Literal["released", "paper"]
 
 TEXT_HEAD_WIDTH = 128

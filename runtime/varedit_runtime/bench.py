@@ -338,7 +338,7 @@ def product_flops(stage: str, model: Model, variant: Variant, rows: int) -> int 
     scale, width = scale_of(stage), model.width
     if scale is None and stage != "prefill":
         return None
-    sizes = scale_sizes(variant.grids, scale)
+    sizes = scale_sizes(variant.grids, scale, model.conditioning)
     tokens = sizes["h"] * sizes["w"]
     seen = [sizes["past"] + tokens] * model.depth
     if model.conditioning == "sar":

@@ -2,7 +2,8 @@
 
 An edit reads the tokens of the source (the finest grid), then predicts the scales, coarse to fine.
 In this order, [source | scale 0 | scale 1 | ..], lie the rows of the position table and of every
-cache of keys and values. With grids of 1x1, 2x2 and 4x4 tokens:
+cache of keys and values. Under full conditioning the source has the tokens of all scales, coarse
+to fine, in one row (`source_grid`). With grids of 1x1, 2x2 and 4x4 tokens:
 
     tokens        source 0 .. 15   scale 0: 16   scale 1: 17 .. 20   scale 2: 21 .. 36
     `past`                     0             16              17                  21
@@ -22,7 +23,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from varedit_runtime.grids import Grid
+from varedit_runtime.grids import Conditioning, Grid
 
 Sizes = dict[str, int]
 # The symbolic lengths of graphs: of a scale's tokens and of those whose bits are predicted, of the
@@ -30,28 +31,46 @@ Sizes = dict[str, int]
 LENGTHS = ("h", "w", "kept_h", "kept_w", "next_h", "next_w", "reference", "past_0", "past")
 
 
-def scale_sizes(grids: Sequence[Grid], scale: int | None) -> Sizes:
+def source_grid(grids: Sequence[Grid], conditioning: Conditioning) -> Grid:
+    """Return the (height, width) in which the source's tokens are laid out."""
+    return (1, sum(map(_area, grids))) if conditioning == "full" else grids[-1]
+
+
+def scale_sizes(grids: Sequence[Grid], scale: int | None, conditioning: Conditioning) -> Sizes:
     """Return what each of `LENGTHS` is at a scale or, for None, at the prefill."""
     kept, following = _grids(grids, scale)
-    own = grids[-1] if scale is None else kept
+    source = source_grid(grids, conditioning)
+    own = source if scale is None else kept
     sizes: Sizes = dict(zip(LENGTHS, (*own, *kept, *following, 0, 0, 0), strict=True))
     if scale is not None:
         before = sum(map(_area, grids[:scale]))
-        sizes |= {"reference": _area(own), "past_0": before, "past": _area(grids[-1]) + before}
+        sizes |= {"reference": _area(own), "past_0": before, "past": _area(source) + before}
     return sizes
 
 
-def scale_inputs(grids: Sequence[Grid], scale: int | None, patch: int) -> dict[str, np.ndarray]:
+def scale_inputs(
+    grids: Sequence[Grid], scale: int | None, patch: int, conditioning: Conditioning
+) -> dict[str, np.ndarray]:
     """Return the inputs that tell the symbolic graph `scale` which scale it is.
 
     patch: the tokenizer's positions along a token's side.
     """
+    sizes = scale_sizes(grids, scale, conditioning)
+    levels = np.array([len(grids) - 1 if scale is None else scale], np.int64)
+    if conditioning == "full":  # each token has its own
+        own = source_levels(grids) if scale is None else levels
+        levels = np.broadcast_to(own, (sizes["h"], sizes["w"])).copy()
     return {
-        "level": np.array([len(grids) - 1 if scale is None else scale], np.int64),
-        "first_position": np.array([scale_sizes(grids, scale)["past"]], np.int64),
+        "level": levels,
+        "first_position": np.array([sizes["past"]], np.int64),
         "is_first": np.array([scale == 0]),
         **resizing_matrices(grids, scale, patch),
     }
+
+
+def source_levels(grids: Sequence[Grid]) -> np.ndarray:
+    """Return the scale of every token of the source under full conditioning, int64 [S]."""
+    return np.repeat(np.arange(len(grids)), [*map(_area, grids)])
 
 
 def resizing_matrices(

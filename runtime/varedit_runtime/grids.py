@@ -4,9 +4,13 @@ They are a table because the released grids follow no rule. Aspect ratios are he
 "3:2" is upright. The published models were trained on squares only.
 """
 
+from typing import Literal
+
 from varedit_runtime.errors import ConfigError
 
 Grid = tuple[int, int]
+# How a model sees its source: see the reference's `TransformerConfig`.
+Conditioning = Literal["sar", "finest", "full"]
 
 TOKEN_PIXELS = 16  # the side of the square of pixels that one token stands for
 

@@ -13,6 +13,7 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from varedit_runtime.errors import BundleError, shown
+from varedit_runtime.grids import Conditioning
 from varedit_runtime.precision import PRECISIONS, Precision
 
 SCHEMA_VERSION = 2
@@ -224,7 +225,7 @@ class Model(Struct, frozen=True, forbid_unknown_fields=True):
     width: Count
     heads: Count
     text_channels: Count
-    conditioning: Literal["sar", "finest", "full"]
+    conditioning: Conditioning
     rotary: Literal["released", "paper"]
     weights: PrintableText
     norm_groups: Count | None
@@ -402,6 +403,7 @@ def decode_manifest(data: bytes, kind: type[AnyManifest]) -> AnyManifest:
 
 class _EarlierModel(Struct):
     size: Name
+    conditioning: Conditioning = "sar"
 
 
 class _EarlierVariant(Struct):
@@ -432,6 +434,8 @@ def _command(data: bytes) -> str:
     if size != "nano":  # it has a resolution of its own
         words += [f"--res {resolution}" for resolution in resolutions]
     words += [f"--aspect {first.aspect}"] if first.aspect != "1:1" else []
+    if earlier.model.conditioning != "sar":
+        words += [f"--conditioning {earlier.model.conditioning}"]
     words += [f"--precision {earlier.precision}"]
     words += [f"--batch {first.batch}"] if first.batch > 1 else []
     words += [f"--text-tokens {first.text_tokens}"]

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 from click.core import ParameterSource
@@ -33,6 +33,7 @@ from varedit_runtime.backends.auto import AUTO, best, best_precision, told
 from varedit_runtime.backends.engines.import_tensorrt import RTX
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import BundleError, ConfigError
+from varedit_runtime.grids import Conditioning
 from varedit_runtime.locate import choose_default, label
 from varedit_runtime.precision import PRECISIONS, named
 from varedit_runtime.terminal.command import BUNDLE, PATH, Registered, backend_option
@@ -52,6 +53,13 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--aspect", default="1:1", show_default=True, help="Height:width; see varedit-run grids."
+)
+@click.option(
+    "--conditioning",
+    type=click.Choice(get_args(Conditioning)),
+    default="sar",
+    show_default=True,
+    help="How the model sees its source, as it was trained: finest, full are the paper's others.",
 )
 @checkpoint_option
 @prefer_ema_option

@@ -48,7 +48,7 @@ from varedit_export.graphs.stages import (
 )
 from varedit_reference.sampling import NUCLEUS
 from varedit_runtime.backends.wiring import FUSED, PICTURES, SYMBOLIC
-from varedit_runtime.geometry import LENGTHS, resizing_matrices, scale_sizes
+from varedit_runtime.geometry import LENGTHS, Sizes, resizing_matrices, scale_sizes
 
 Kind = Literal["first", "middle", "last"]
 _SYMBOLS = {name: name for name in LENGTHS}
@@ -58,8 +58,9 @@ _SYMBOLS = {name: name for name in LENGTHS}
 class Geometry:
     """What differs between scales besides shapes.
 
-    level [C]; cos, sin [L, 1, D/2]; up: from the scale's grid to the finest, down: from the finest
-    to the next scale's, rows and columns apart, [out, in]. The last scale needs neither.
+    level [C], or [L, C] where a source has several; cos, sin [L, 1, D/2]; up: from the scale's grid
+    to the finest, down: from the finest to the next scale's, rows and columns apart, [out, in]. The
+    last scale needs neither.
     """
 
     level: Tensor
@@ -82,7 +83,7 @@ class ScaleStage(Stage):
         self.shapes, self.model = shapes, model
         self.kind: Kind = kind
         index = 0 if kind == "first" else len(shapes.config.transformer.grids) - 1
-        known = {} if kind == "middle" else scale_sizes(shapes.config.transformer.grids, index)
+        known = {} if kind == "middle" else _sizes(shapes, index)
         self.sizes: dict[str, int | str] = {name: known.get(name, name) for name in LENGTHS}
 
     def inputs(self) -> dict[str, InputSpec]:
@@ -153,7 +154,7 @@ def kind_of(shapes: Shapes, index: int) -> Kind:
 def scale_binding(shapes: Shapes, index: int, name: str, rows: int) -> Binding:
     """Return what makes a template one scale of the variant, for a number of rows."""
     grids, patch = shapes.config.transformer.grids, shapes.config.tokenizer.patch
-    last, sizes, own = len(grids) - 1, scale_sizes(grids, index), row_binding(shapes, name, rows)
+    last, sizes, own = len(grids) - 1, _sizes(shapes, index), row_binding(shapes, name, rows)
     return Binding(
         name,
         sizes | own.sizes,
@@ -164,6 +165,11 @@ def scale_binding(shapes: Shapes, index: int, name: str, rows: int) -> Binding:
             "sin": WeightRows("table.sin", sizes["past"]),
         },
     )
+
+
+def _sizes(shapes: Shapes, index: int) -> Sizes:
+    transformer = shapes.config.transformer
+    return scale_sizes(transformer.grids, index, transformer.conditioning)
 
 
 class SymbolicScaleStage(Stage):
@@ -180,6 +186,7 @@ class SymbolicScaleStage(Stage):
     def __init__(self, shapes: Shapes, model: GraphTransformer, table: PositionTable) -> None:
         super().__init__()
         self.shapes, self.model, self.table = shapes, model, table
+        self.level_of_each = shapes.config.transformer.conditioning == "full"
 
     def inputs(self) -> dict[str, InputSpec]:
         return {
@@ -188,7 +195,7 @@ class SymbolicScaleStage(Stage):
             **pictures_of_rows(self.shapes),
             "start": _start(self.shapes),
             "is_first": InputSpec(torch.bool, (1,)),
-            "level": InputSpec(torch.int64, (1,)),
+            "level": InputSpec(torch.int64, ("h", "w") if self.level_of_each else (1,)),
             "first_position": InputSpec(torch.int64, (1,)),
             **_resampling_inputs(self.shapes, {**_SYMBOLS, "h": "kept_h", "w": "kept_w"}),
             **_sampling_inputs(self.shapes, "kept_h", "kept_w"),
@@ -200,7 +207,7 @@ class SymbolicScaleStage(Stage):
         model = self.model
         x_RLC = _embed(model, given["tokens"], given)
         cos, sin = self.table.at(given["first_position"], x_RLC)
-        level = model.level_embedding[given["level"]]
+        level = model.level_embedding[given["level"].flatten()]
         geometry = Geometry(level, cos, sin, *_resampling(given))
         x_RLC = torch.where(given["is_first"], given["start"], x_RLC)
         kept = given["noise"][0, :, :, 0].numel()

@@ -35,7 +35,7 @@ from varedit_reference.quantisation import positions
 from varedit_reference.tokenizer import Tokenizer
 from varedit_reference.weights_file import torch_dtype
 from varedit_runtime.backends.wiring import PICTURES
-from varedit_runtime.geometry import area_matrix
+from varedit_runtime.geometry import area_matrix, source_grid, source_levels
 from varedit_runtime.manifest import UNGUIDED
 from varedit_runtime.precision import Precision
 
@@ -160,14 +160,21 @@ class ImageEncoderStage(Stage):
     def __init__(self, shapes: Shapes, tokenizer: Tokenizer) -> None:
         super().__init__()
         self.shapes, self.encoder = shapes, tokenizer.encoder
+        self.pools = _pools(shapes, shapes.config.tokenizer.patch)
 
     def inputs(self) -> dict[str, InputSpec]:
         size = self.shapes.config.picture_size
         return {"pictures": InputSpec(torch.float32, (self.shapes.pictures, 3, *size))}
 
     def compute(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
-        features = self.encoder(given["pictures"])
-        return {"source_tokens": to_token_grid(features, self.shapes.config.tokenizer.patch)}
+        features, patch = self.encoder(given["pictures"]), self.shapes.config.tokenizer.patch
+        if self.shapes.config.transformer.conditioning != "full":
+            return {"source_tokens": to_token_grid(features, patch)}
+        scales = [
+            to_token_grid(rows @ features @ columns.T, patch).flatten(1, 2)
+            for rows, columns in self.pools
+        ]
+        return {"source_tokens": torch.cat(scales, dim=1)[:, None]}
 
 
 class ImageDecoderStage(Stage):
@@ -270,7 +277,8 @@ class PrefillStage(Stage):
 
     def inputs(self) -> dict[str, InputSpec]:
         transformer = self.shapes.config.transformer
-        shape = (self.shapes.batch, *transformer.finest, transformer.token_channels)
+        grid = source_grid(transformer.grids, transformer.conditioning)
+        shape = (self.shapes.batch, *grid, transformer.token_channels)
         source = {"source_tokens": InputSpec(torch.float32, shape)}
         return source | pictures_of_rows(self.shapes) | text_input_specs(self.shapes)
 
@@ -278,7 +286,11 @@ class PrefillStage(Stage):
         model = self.model
         depth = model.config.depth
         x_BLC = model.token_embedding(given["source_tokens"].flatten(1, 2)).float()
-        x_BLC = x_BLC + model.level_embedding[len(model.config.grids) - 1]
+        grids = model.config.grids
+        if model.config.conditioning == "full":
+            x_BLC = x_BLC + model.level_embedding[torch.from_numpy(source_levels(grids))]
+        else:
+            x_BLC = x_BLC + model.level_embedding[len(grids) - 1]
         text = text_of(given, depth)
         x_RLC = repeat_rows(x_BLC, given)
         _, keys, values = model.run(x_RLC, text, *self.table.source(), [Past()] * depth)
@@ -300,10 +312,7 @@ class ReferencesStage(Stage):
         super().__init__()
         self.shapes = shapes
         self.finest = shapes.config.transformer.finest
-        self.pools = [
-            tuple(torch.from_numpy(area_matrix(*n)) for n in zip(grid, self.finest, strict=True))
-            for grid in shapes.config.transformer.grids
-        ]
+        self.pools = _pools(shapes, 1)
 
     def inputs(self) -> dict[str, InputSpec]:
         source = self.shapes.kv(self.finest[0] * self.finest[1])
@@ -319,6 +328,19 @@ class ReferencesStage(Stage):
                 pooled = (columns @ by_rows).flatten(0, 1).unflatten(1, source_SRHD.shape[1:])
                 outputs[f"reference_{kind}.{k}"] = pooled.to(source_SRHD.dtype)
         return outputs
+
+
+def _pools(shapes: Shapes, patch: int) -> list[tuple[Tensor, Tensor]]:
+    """Return the matrices that average the finest grid, rows and columns, to every scale's.
+
+    patch: positions along a token's side.
+    """
+    grids = [positions(grid, patch) for grid in shapes.config.transformer.grids]
+    axes = (zip(grid, grids[-1], strict=True) for grid in grids)
+    return [
+        (torch.from_numpy(area_matrix(*rows)), torch.from_numpy(area_matrix(*columns)))
+        for rows, columns in axes
+    ]
 
 
 def where_bool(condition: Tensor, one: Tensor, other: Tensor) -> Tensor:

@@ -208,7 +208,7 @@ def compare_recording(bundle: Bundle, recording: Recording) -> Iterator[ParityLi
     edit = ComparedEdit(
         recording["in.text_features"],
         recording.tensors.get("in.negative_text_features"),
-        recording["out.source_tokens"],
+        recording["out.source_tokens"].unflatten(1, variant.grids[-1]),
         recording.guidance_scale,
         recording.temperature,
         seed=0,

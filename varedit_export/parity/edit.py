@@ -20,6 +20,7 @@ from varedit_reference.quantisation import positions
 from varedit_reference.scale_loop import PredictedScale
 from varedit_runtime.backends.base import Sampling
 from varedit_runtime.backends.wiring import DECODER, ENCODER, PICTURES, TEXT
+from varedit_runtime.geometry import source_grid
 from varedit_runtime.grids import scale_grids
 from varedit_runtime.manifest import Variant
 from varedit_runtime.noise import uniform_noise
@@ -30,7 +31,8 @@ class ComparedEdit:
     """What the transformer reads, for one picture: a batch repeats it.
 
     text, negative: features [T, text] of the real tokens, negative None for the model's own.
-    source: tokens [1, S, c]. guidance, temperature: one per scale. seed: of the noise.
+    source: tokens [1, h, w, c] as the prefill takes them. guidance, temperature: one per scale.
+    seed: of the noise.
     """
 
     text: Tensor
@@ -65,7 +67,8 @@ def random_edit(variant: Variant, config: ModelConfig) -> ComparedEdit:
     """Make up what the transformer reads; half of the text tokens are padding."""
     generator = torch.Generator().manual_seed(0)
     transformer, scales = config.transformer, len(config.transformer.grids)
-    shape = (1, transformer.lengths[-1], transformer.token_channels)
+    grid = source_grid(transformer.grids, transformer.conditioning)
+    shape = (1, *grid, transformer.token_channels)
     guidance = config.guidance_scale if variant.guided else 1.0
     return ComparedEdit(
         torch.randn(variant.text_tokens // 2, transformer.text_channels, generator=generator),
@@ -134,7 +137,7 @@ def _padded(variant: Variant, text: Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 def source_array(variant: Variant, edit: ComparedEdit) -> np.ndarray:
     """Return the source tokens [B, h, w, c], as `Backend.prefill` takes them."""
-    return _as_batch(variant, variant.grids[-1], edit.source.numpy())
+    return np.repeat(edit.source.numpy(), variant.batch, 0)
 
 
 def scale_sampling(

@@ -84,7 +84,7 @@ def first_wrong_layer(
 
         config.USE_TENSORRT_RTX = compiler.backend == RTX  # before its TensorRT part is imported
         from polygraphy.backend.trt import EngineFromBytes, TrtRunner
-    profiles = profiles_to_compile(chosen, stage)
+    profiles = profiles_to_compile(bundle, chosen, stage)
     plan, _ = compiler.compile(stage, graph, bundle.graphs_folder, profiles, lambda *_: None)
     # TensorRT for RTX is compiled to leave the memory of activations to its caller.
     engine = TrtRunner(EngineFromBytes(bytes(plan)), allocation_strategy="profile")

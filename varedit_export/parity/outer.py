@@ -87,7 +87,7 @@ class OuterReference:
         scales = predict_scales(
             self.model,
             self._config,
-            edit.source,
+            edit.source.flatten(1, 2),
             text,
             seeded([edit.seed]),
             edit.guidance,

@@ -18,7 +18,7 @@ from varedit_export.parity.edit import with_grids
 from varedit_export.sources import Sources, TextSource
 from varedit_reference.checkpoint import NamedShape, assign, empty_tokenizer, empty_transformer
 from varedit_reference.config import ModelConfig
-from varedit_reference.quantisation import to_tokens
+from varedit_reference.quantisation import source_tokens
 from varedit_reference.sampling import draw
 from varedit_reference.scale_loop import ScaleLoop
 from varedit_reference.text_encoder import t5_layout, t5_stack
@@ -26,6 +26,7 @@ from varedit_reference.tokenizer import Tokenizer
 from varedit_reference.transformer import VAR, TextCondition
 from varedit_runtime.backends.base import Backend, Sampling, ScaleOutput
 from varedit_runtime.errors import BackendError
+from varedit_runtime.geometry import source_grid
 from varedit_runtime.manifest import Variant
 from varedit_runtime.precision import Precision
 
@@ -97,8 +98,10 @@ class ReferenceBackend(Backend):
     @torch.inference_mode()
     def encode_pictures(self, pictures: np.ndarray) -> np.ndarray:
         features = self.reference.tokenizer.encode(self._tensor(pictures))
-        tokens = to_tokens(features, self.reference.config.tokenizer.patch)
-        return tokens.unflatten(1, self.variant.grids[-1]).cpu().numpy()
+        config = self.reference.config
+        grids, conditioning = config.transformer.grids, config.transformer.conditioning
+        tokens = source_tokens(features, grids, config.tokenizer.patch, conditioning)
+        return tokens.unflatten(1, source_grid(grids, conditioning)).cpu().numpy()
 
     @torch.inference_mode()
     def condition(self, inputs: Mapping[str, np.ndarray]) -> None:

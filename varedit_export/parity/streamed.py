@@ -47,7 +47,7 @@ from varedit_export.parity.reference_backend import tokenizer_of
 from varedit_export.parity.streamed_transformer import TransformerComparison
 from varedit_export.sources import Sources, TextSource
 from varedit_reference.config import ModelConfig
-from varedit_reference.quantisation import to_tokens
+from varedit_reference.quantisation import source_tokens
 from varedit_reference.text_encoder import t5_stack
 from varedit_runtime.backends.graph_file import read_graph
 from varedit_runtime.bundle import Bundle
@@ -116,7 +116,7 @@ class CoderComparison:
     ) -> None:
         self._bundle, self._variant = bundle, variant
         self._runner = Runner(files, torch.get_num_threads())
-        self._patch, self._sides = config.tokenizer.patch, variant.picture
+        self._config, self._sides = config, variant.picture
         self._tokenizer = tokenizer_of(config, sources.tokenizer)
         # In positions of the tokenizer, so that all sides divide.
         sides = [side // config.tokenizer.downsampling for side in variant.picture]
@@ -148,9 +148,11 @@ class CoderComparison:
         if stage == "image_encoder":
             whole = random_values(cut.whole.shapes[cut.maps], 5)  # type: ignore[arg-type]
             tokens = self._runner.run(cut.whole, cut.tail, {cut.maps: whole.numpy()})
-            ordered = to_tokens(whole, self._patch).numpy()
-            (found,) = tokens.values()
-            yield line(stage, "order of tokens", found.reshape(ordered.shape), ordered, 0.0)
+            grids, kind = self._variant.grids, self._config.transformer.conditioning
+            ordered = source_tokens(whole, grids, self._config.tokenizer.patch, kind).numpy()
+            (found,) = (one.reshape(ordered.shape) for one in tokens.values())
+            averaged = SUMS if kind == "full" else 0.0
+            yield line(stage, "order of tokens", found, ordered, averaged)
         else:
             yield from picture_lines(from_decoder(made[0]), from_decoder(expected[0].numpy()))
 

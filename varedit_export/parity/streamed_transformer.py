@@ -46,7 +46,7 @@ from varedit_export.parity.measures import SUMS, line, share_line, ties_line
 from varedit_export.parity.outer import OuterReference, Run
 from varedit_export.sources import Sources
 from varedit_reference.config import ModelConfig
-from varedit_reference.kv_cache import KVCache, Sight
+from varedit_reference.kv_cache import KVCache, Sight, source_length
 from varedit_reference.rotary import Rotation, full_rotation, scale_rotation, source_rotation
 from varedit_reference.sampling import bit_probability, guide, nucleus
 from varedit_reference.sar import scale_aligned_references
@@ -191,7 +191,12 @@ class TransformerComparison:
             given = {
                 "tokens": np.zeros((batch, 1, 1, channels), np.float32),
                 "running_sum": np.zeros((batch, bits, *self._shapes.positions), np.float32),
-                **scale_inputs(self._variant.grids, k, self._config.tokenizer.patch),
+                **scale_inputs(
+                    self._variant.grids,
+                    k,
+                    self._config.tokenizer.patch,
+                    self._config.transformer.conditioning,
+                ),
             }
             yield from self._without_blocks(graph, f"{stage} as {k}", k, given, False, run)
 
@@ -202,7 +207,8 @@ class TransformerComparison:
         stage = graph.name
         suffix = called.removeprefix(stage)
         arrays = scale_arrays(self._variant, run.edit, run.steps, k)
-        sizes, inputs = scale_sizes(self._variant.grids, k), self._inputs_of(run)
+        sizes = scale_sizes(self._variant.grids, k, self._config.transformer.conditioning)
+        inputs = self._inputs_of(run)
         compared = ComparedGraph(graph, k, sizes, inputs | given | arrays, every, run.rows)
         values = compared.values | self._runner.run(graph, graph.before, compared.values)
         x_RLC, step = run.seen[1 + k], run.steps[k]
@@ -384,7 +390,8 @@ class TransformerComparison:
         return Rotation(whole.cos[chosen], whole.sin[chosen])
 
     def _length(self, stage: ComparedGraph) -> int:
-        return self._config.transformer.lengths[-1 if stage.scale is None else stage.scale]
+        config = self._config.transformer
+        return source_length(config) if stage.scale is None else config.lengths[stage.scale]
 
     def _otherwise(self, block: Block, i: int, stage: ComparedGraph, x_RLC: Tensor) -> Tensor:
         """Return the stream after a block whose products are rounded unlike those compared.

@@ -34,6 +34,7 @@ from msgspec import structs
 
 from varedit_runtime.errors import BundleError, shown
 from varedit_runtime.geometry import Sizes, scale_inputs, scale_sizes
+from varedit_runtime.grids import Conditioning
 from varedit_runtime.manifest import UNGUIDED, Model, TensorSpec, Variant, scale_name
 
 KINDS = ("key", "value")
@@ -284,12 +285,14 @@ def constants(variant: Variant, model: Model) -> dict[str, np.ndarray]:
         found[PICTURES] = np.arange(variant.rows) % variant.batch
     for scale in (None, *range(len(variant.grids))):
         suffix = PREFILL if scale is None else scale
-        arrays = scale_inputs(variant.grids, scale, model.patch)
+        arrays = scale_inputs(variant.grids, scale, model.patch, model.conditioning)
         found |= {f"{name}.{suffix}": array for name, array in arrays.items()}
     return found
 
 
-def profiles_of(stage: str, variant: Variant, text_tokens: int | None = None) -> list[Sizes]:
+def profiles_of(
+    stage: str, variant: Variant, conditioning: Conditioning, text_tokens: int | None = None
+) -> list[Sizes]:
     """Return the symbolic lengths that a graph is run with, in the order of its steps' profiles.
 
     Of the twins: for the prefill, then for every scale. With guidance, all of these again, for the
@@ -297,7 +300,9 @@ def profiles_of(stage: str, variant: Variant, text_tokens: int | None = None) ->
     """
     scales: list[Sizes] = [{}]
     if stage in (SYMBOLIC, FUSED):
-        scales = [scale_sizes(variant.grids, k) for k in (None, *range(len(variant.grids)))]
+        scales = [
+            scale_sizes(variant.grids, k, conditioning) for k in (None, *range(len(variant.grids)))
+        ]
     both = variant.guided and stage != TEXT  # which has no rows
     forms = (variant.rows, variant.batch) if both else (variant.rows,)
     all_have = {"text_tokens": text_tokens or variant.text_tokens, "batch": variant.batch}
@@ -368,7 +373,7 @@ class _Wiring:
             if not symbolic:
                 yield self._scale(name, name + unguided * UNGUIDED, scale, {}, 0)
                 continue
-            profiles = profiles_of(self.twin, self.variant, self.tokens)
+            profiles = self._profiles(self.twin)
             profile = form * (1 + len(self.scales)) + (0 if scale is None else 1 + scale)
             number = self.fewer * len(profiles) + profile
             yield self._scale(name, self.twin, scale, profiles[profile], number)
@@ -406,7 +411,7 @@ class _Wiring:
         """
         called = renamed or {}
         graph = self.variant.graph(stage)
-        sizes = profiles_of(stage, self.variant, self.tokens)[form]
+        sizes = self._profiles(stage)[form]
         inputs, outputs = (
             {
                 spec.name: View(called.get(spec.name, spec.name), sized(spec, sizes), spec.dtype)
@@ -464,7 +469,10 @@ class _Wiring:
         if what != "new" or scale is None:
             return cache, 0
         before = "past_0" if self.sar and block == 0 else "past"
-        return cache, scale_sizes(self.variant.grids, scale)[before]
+        return cache, scale_sizes(self.variant.grids, scale, self.model.conditioning)[before]
+
+    def _profiles(self, stage: str) -> list[Sizes]:
+        return profiles_of(stage, self.variant, self.model.conditioning, self.tokens)
 
 
 # The condition reads one mask, of all rows; the text encoder is run for one half of them at a time.

@@ -16,6 +16,7 @@ Masks are pictures of mode L, 255 where marked and else 0, as `pictures.open_mas
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import prod
 
 import numpy as np
 from PIL import Image, ImageChops
@@ -104,12 +105,14 @@ class SourceKeeper:
     ) -> Sampling:
         """Force the bits of a scale's tokens that have no marked pixel.
 
-        source_tokens: [B, h, w, c] on the finest grid. running_sum: [B, d, H, W] of the scales
-        before this one, None before the first.
+        source_tokens: [B, h, w, c], of which the last lie on the finest grid. running_sum:
+        [B, d, H, W] of the scales before this one, None before the first.
         """
         if self._marked.all():
             return sampling
-        missing = _as_map(source_tokens, self._patch)
+        batch, *grid = self._marked.shape
+        finest = source_tokens.reshape(batch, -1, source_tokens.shape[-1])[:, -prod(grid) :]
+        missing = _as_map(finest.reshape(batch, *grid, -1), self._patch)
         if running_sum is not None:
             missing = missing - running_sum
         height, width = sampling.noise.shape[1:3]

@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 from varedit_runtime.backends.wiring import CACHE, TEXT, values_of, wire
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import readable_size
+from varedit_runtime.geometry import source_grid
 from varedit_runtime.manifest import Variant, weights_file
 
 # Measured on ONNX Runtime 1.32, of 125m in fp32 and 2b in int8: bytes that the image decoder takes
@@ -66,17 +68,30 @@ def host_budget(bundle: Bundle, variant: Variant) -> HostBudget:
         sum(sizes.values()) * growth,
         caches,
         between,
-        activations(variant.batch, variant.rows, model.heads, lengths, variant.picture),
+        activations(
+            variant.batch,
+            variant.rows,
+            model.heads,
+            prod(source_grid(variant.grids, model.conditioning)),
+            lengths,
+            variant.picture,
+        ),
     )
 
 
 def activations(
-    batch: int, rows: int, heads: int, lengths: Sequence[int], picture: tuple[int, int]
+    batch: int,
+    rows: int,
+    heads: int,
+    source: int,
+    lengths: Sequence[int],
+    picture: tuple[int, int],
 ) -> int:
-    """Return the bytes that the hungriest graph takes while it runs: last scale or image decoder.
+    """Return the bytes that the hungriest graph takes while it runs.
 
-    lengths: the tokens of each scale. picture: height and width in pixels.
+    It is the last scale, the prefill of a source of all scales, or the image decoder. source: its
+    tokens. lengths: the tokens of each scale. picture: height and width in pixels.
     """
-    seen = sum(lengths) + lengths[-1]
-    scores = rows * heads * lengths[-1] * seen * 4
+    pairs = max(lengths[-1] * (source + sum(lengths)), source**2)
+    scores = rows * heads * pairs * 4
     return int(max(SCORES * scores, DECODED * batch * picture[0] * picture[1]))
