@@ -2,6 +2,7 @@
 
 import click
 
+from varedit_export.commands.attention import attention
 from varedit_export.commands.bench import bench
 from varedit_export.commands.build import build
 from varedit_export.commands.convert import convert
@@ -27,6 +28,7 @@ def main() -> None:
 
 
 for command in (
-    *(build, engines, verify, layers, inspect, doctor, bench, evaluate, convert, triton),
+    *(build, engines, verify, layers, inspect, doctor, bench, evaluate, attention),
+    *(convert, triton),
 ):
     main.add_command(command)

@@ -34,6 +34,8 @@ MAX_LOG_SCALE = log(100)
 LinearFactory = Callable[..., "Linear"]
 # queries [R, H, L, D], keys and values [R, H, S, D] -> softmax(q·kᵀ)·v [R, H, L, D]
 AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+# The same with a mask of the keys [R, 1, 1, S], true on those that are seen; queries not yet scaled
+MaskedAttentionFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -235,7 +237,7 @@ class SelfAttention(nn.Module):
         self.value_bias = nn.Parameter(torch.empty(config.width))
         self.log_scale = nn.Parameter(torch.empty(config.heads))
         self.projection = product(config.width, config.width)
-        self.attend: AttentionFunction = fused_attention  # training on CPUs sets another
+        self.attend: AttentionFunction = fused_attention  # others for training and maps
 
     def forward(self, x_RLC: Tensor, rotate: Rotation, context: BlockContext) -> Tensor:
         key_bias = torch.zeros_like(self.value_bias)
@@ -264,6 +266,7 @@ class CrossAttention(nn.Module):
         self.kv = product(config.width, 2 * config.width, bias=False)
         self.value_bias = nn.Parameter(torch.empty(config.width))
         self.projection = product(config.width, config.width)
+        self.attend: MaskedAttentionFunction = masked_attention
 
     def project(self, memory_RTC: Tensor) -> tuple[Tensor, Tensor]:
         """Project the text memory [R, T, C] to keys and values [R, H, T, D]."""
@@ -271,7 +274,7 @@ class CrossAttention(nn.Module):
 
     def forward(self, x_RLC: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
         q_RHLD = self.query(x_RLC).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        attended = F.scaled_dot_product_attention(q_RHLD, keys, values, attn_mask=mask)
+        attended = self.attend(q_RHLD, keys, values, mask)
         return self.projection(_merge_heads(attended))
 
 
@@ -326,6 +329,11 @@ class Linear(nn.Linear):
 def fused_attention(q_RHLD: Tensor, k_RHSD: Tensor, v_RHSD: Tensor) -> Tensor:
     """Compute softmax(q·kᵀ)·v; the queries are already scaled."""
     return F.scaled_dot_product_attention(q_RHLD, k_RHSD, v_RHSD, scale=1.0)
+
+
+def masked_attention(q_RHLD: Tensor, k_RHSD: Tensor, v_RHSD: Tensor, mask: Tensor) -> Tensor:
+    """Compute softmax(q·kᵀ/√D)·v over the keys that the mask shows."""
+    return F.scaled_dot_product_attention(q_RHLD, k_RHSD, v_RHSD, attn_mask=mask)
 
 
 def _project_kv(

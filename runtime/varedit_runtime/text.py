@@ -63,6 +63,10 @@ class Instructions:
             )
         return [*ids[: self.limit - 1], self._end]
 
+    def pieces(self, prompt: str) -> list[str]:
+        """Return the texts of an instruction's tokens, end token included. Raises TextError."""
+        return [self._tokenizer.id_to_token(token) for token in self.tokenise(prompt)]
+
     def mostly_unknown(self, prompt: str) -> bool:
         """Return whether the tokenizer does not know most of an instruction's characters.
 
