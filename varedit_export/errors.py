@@ -11,5 +11,9 @@ class ParityError(VareditError):
     """Graphs that do not agree with the reference; the message names the worst measures."""
 
 
+class JudgeError(VareditError):
+    """A judge that cannot be asked."""
+
+
 class DatasetError(VareditError):
     """A benchmark's data that is missing, damaged, or not in its published format."""

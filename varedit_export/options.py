@@ -132,6 +132,15 @@ class EvaluateOptions(CheckedOptions):
     limit: int | None = None  # edits to make, of all types alike; by default all
     fail_below: tuple[str, ...] = ()  # SCORE=NUMBER: the overall mean that is good enough
 
+    # A judge: a model that takes pictures, behind an OpenAI-compatible chat endpoint. Its key is
+    # taken from the environment, VAREDIT_JUDGE_KEY.
+    judge: str | None = None  # the address, such as http://127.0.0.1:8000/v1
+    judge_model: str | None = None  # the model's name there
+    judge_repeat: int = 1  # answers about each edit, which are averaged and compared
+    judge_at_once: int = 8  # edits that it is asked about at the same time
+    judge_prompts: AnyPath | None = None  # a folder of prompts in place of ours, by their names
+    judge_price: tuple[float, float] | None = None  # of a million tokens in, and out
+
     # How the bundle edits, and what it is compared with: another bundle, a backend's name, or the
     # folder of a run.
     against: AnyPath | None = None

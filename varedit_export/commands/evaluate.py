@@ -104,6 +104,33 @@ def gate_options(command: Callable[..., None]) -> Callable[..., None]:
     return call
 
 
+def with_judge(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of a judge."""
+    for option in reversed(_JUDGE):
+        command = option(command)
+    return command
+
+
+_JUDGE = (
+    click.option(
+        "--judge",
+        metavar="URL",
+        help="Ask a model that takes pictures, at an OpenAI-compatible address such as "
+        "http://127.0.0.1:8000/v1. Its key: VAREDIT_JUDGE_KEY in the environment.",
+    ),
+    click.option("--judge-model", metavar="NAME", help="The model's name there."),
+    click.option("--judge-repeat", default=1, show_default=True, help="Answers about each edit."),
+    click.option("--judge-at-once", default=8, show_default=True, help="Edits at a time."),
+    click.option("--judge-prompts", type=PATH, help="A folder of prompts in place of ours."),
+    click.option(
+        "--judge-price",
+        type=(float, float),
+        metavar="IN OUT",
+        help="Price of a million tokens in, and out, to tell the cost.",
+    ),
+)
+
+
 @click.command(cls=BackendCommand)
 @click.argument("bundle", type=BUNDLE)
 @click.option("--benchmark", type=benchmark_type, required=True, help="What is edited and scored.")
@@ -131,6 +158,7 @@ def gate_options(command: Callable[..., None]) -> Callable[..., None]:
     help="Compare edit by edit with another bundle, another backend, or a finished run.",
 )
 @fail_below_option
+@with_judge
 @click.option("--guidance-scale", type=float, help="Default: the bundle's own.")
 @click.option("--temperature", type=float, help="Default: the bundle's own.")
 @click.option("--fast", is_flag=True, help="No guidance at the last two scales.")
@@ -167,6 +195,8 @@ def show(report: "Report", folder: Path) -> None:
     click.echo(table(report))
     for line in verdicts(report):
         click.echo(line)
+    for line in report.used:
+        say(line)
     failed = [row for row in report.edits if row.failed is not None]
     if failed:
         say(f"{len(failed)} edits could not be made, such as {failed[0].id}: {failed[0].failed}")

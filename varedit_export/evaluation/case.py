@@ -117,6 +117,7 @@ class Benchmark:
     read: returns the cases of a data set's folder, after checking every row; raises DatasetError.
     families: of metrics, in the report's order. files: of a repository, as for `Family`; none for a
     benchmark without data. weights: of families whose default this benchmark does not take.
+    judge: the family that is computed where a judge is named.
     """
 
     title: str
@@ -124,6 +125,7 @@ class Benchmark:
     families: tuple[str, ...]
     files: Sequence[Sequence[str]] = ()
     weights: Mapping[str, str] = field(default_factory=dict)
+    judge: str = "judge-paper"
 
 
 class Edits(Protocol):

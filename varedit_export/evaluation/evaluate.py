@@ -10,7 +10,10 @@ from typing import Any
 from varedit_engines import OnStep
 from varedit_export.evaluation.benchmarks import benchmark
 from varedit_export.evaluation.case import Benchmark, Case, Edits, Family, Metric, Score
+from varedit_export.evaluation.judge.endpoint import Endpoint
+from varedit_export.evaluation.judge.judge import Judge, JudgeOptions
 from varedit_export.evaluation.metrics import family
+from varedit_export.evaluation.metrics.judges import PREFIX
 from varedit_export.evaluation.page import write_page
 from varedit_export.evaluation.places import bring
 from varedit_export.evaluation.report import OVERALL, Report, Subject, summarise, write
@@ -19,6 +22,7 @@ from varedit_export.options import EvaluateOptions
 from varedit_export.weights.published import Download
 from varedit_runtime.errors import ConfigError, shown
 
+MOST = 64  # times that a judge is asked, or that it is asked at once
 AGAINST = "against"  # the folder, in a run's, of the run that it is compared with
 
 
@@ -43,6 +47,8 @@ def evaluate(
     cases = spread(everything, options.limit)
     digest = _digest(everything)
     told = {"benchmark": options.benchmark, "cases": digest, "seed": options.seed}
+    judges = _judges(options, families)
+    metrics = {**metrics, **judges}
     opened = {n: metrics.get(n) or one.open(folders.get(n)) for n, one in families.items()}
 
     def work(run: Run, by: Edits) -> None:
@@ -62,7 +68,8 @@ def evaluate(
                 subject = replace(subject, against=other.name, other=against)
         scores = _scores(families)
         report = summarise(chosen.title, subject, list(cases.values()), scores, list(families))
-        report = replace(report, failures=failures(report, gates))
+        used = [judge.usage(options.judge_price) for judge in judges.values()]
+        report = replace(report, used=used, failures=failures(report, gates))
         write(report, folder)
         write_page(report, run, list(cases.values()))
     return report
@@ -134,7 +141,10 @@ def _families(
     options: EvaluateOptions, chosen: Benchmark, notice: Callable[[str], None]
 ) -> dict[str, Family]:
     """Return the families of metrics to compute, without those whose weights are nowhere."""
-    found = {name: family(name) for name in options.metrics or chosen.families}
+    names = [*(options.metrics or chosen.families)]
+    if options.judge is not None and not any(name.startswith(PREFIX) for name in names):
+        names.append(chosen.judge)
+    found = {name: family(name) for name in names}
     given = _given(options)
     if unknown := given.keys() - found.keys():
         raise ConfigError(
@@ -147,6 +157,32 @@ def _families(
             notice(f"{name} is left out: it needs --weights {name}=PLACE")
             del found[name]
     return found
+
+
+def _judges(options: EvaluateOptions, families: Mapping[str, Family]) -> dict[str, Judge]:
+    """Open the judge for each of its families, if it is named. Raises ConfigError."""
+    if options.judge is None:
+        return {}
+    if options.judge_model is None:
+        raise ConfigError("--judge: name the model to ask with --judge-model")
+    if not (1 <= options.judge_repeat <= MOST and 1 <= options.judge_at_once <= MOST):
+        raise ConfigError(f"--judge-repeat and --judge-at-once are 1 to {MOST}")
+    endpoint = Endpoint(options.judge, options.judge_model)
+    folder, prompts = Path(options.output), options.judge_prompts
+    return {
+        name: Judge(
+            endpoint,
+            JudgeOptions(
+                name.removeprefix(PREFIX),
+                options.judge_repeat,
+                options.judge_at_once,
+                None if prompts is None else Path(prompts),
+            ),
+            folder,
+        )
+        for name in families
+        if name.startswith(PREFIX)
+    }
 
 
 def _given(options: EvaluateOptions) -> dict[str, str]:

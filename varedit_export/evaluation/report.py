@@ -47,7 +47,7 @@ class Report:
     run: what `run.json` says. scores: those that any edit has. groups: by name, the overall one
     last. published: the paper's numbers of this benchmark. against: the name of what is compared.
     comparisons: of each group by score. edits: in the benchmark's order. failures: which scores are
-    worse than they must be.
+    worse than they must be. used: what judges were asked, and the tokens that it took.
     """
 
     title: str
@@ -60,6 +60,7 @@ class Report:
     comparisons: Mapping[str, Mapping[str, Comparison]]
     edits: Sequence[Row]
     failures: Sequence[str] = ()
+    used: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

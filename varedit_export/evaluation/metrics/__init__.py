@@ -15,6 +15,9 @@ FAMILIES = {
     "structure": f"{_HERE}.dino:STRUCTURE",
     "lpips": f"{_HERE}.lpips:LPIPS",
     "pixels": f"{_HERE}.pixels:PIXELS",
+    "judge-paper": f"{_HERE}.judges:PAPER",
+    "judge-imgedit": f"{_HERE}.judges:IMGEDIT",
+    "judge-gedit": f"{_HERE}.judges:GEDIT",
     "nano": "varedit_nano.benchmark:FAMILY",  # in a clone of the project only
 }
 

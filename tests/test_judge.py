@@ -1,0 +1,359 @@
+"""The judge: what is asked of it, how its answers are read and kept, and what it may do wrong.
+
+A server on the loopback answers well, badly, late, or not at all.
+"""
+
+import json
+import math
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from evaluating import Shifted, own_data
+from PIL import Image
+
+from varedit_export.errors import JudgeError
+from varedit_export.evaluation.case import Case, Edited
+from varedit_export.evaluation.evaluate import evaluate
+from varedit_export.evaluation.judge.endpoint import Endpoint
+from varedit_export.evaluation.judge.judge import ANSWERS, Judge, JudgeOptions
+from varedit_export.evaluation.judge.protocols import PROTOCOLS, balance
+from varedit_export.evaluation.judge.replies import read_reply
+from varedit_export.options import EvaluateOptions
+from varedit_runtime.errors import ConfigError
+
+GOOD = 'All was done. {"success": 8, "overedit": 6}'
+HOW_LATE = 0.5
+
+
+class Late(str):
+    """An answer that comes too late."""
+
+
+Answer = str | int | tuple[int, dict[str, str]]  # text, or a status, or one with headers
+
+
+class Server(ThreadingHTTPServer):
+    """Answers a request with what `answer` returns for its prompt and its number."""
+
+    daemon_threads = True
+
+    def __init__(self, answer: Callable[[str, int], Answer]) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.answer, self.asked, self.lock = answer, list[dict[str, Any]](), threading.Lock()
+        self.at_once = self.most_at_once = 0
+        self.stopped = threading.Event()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def do_POST(self) -> None:
+        server = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with server.lock:
+            number = len(server.asked)
+            server.asked.append(body | {"key": self.headers["Authorization"], "path": self.path})
+            server.at_once += 1
+            server.most_at_once = max(server.most_at_once, server.at_once)
+        prompt, *_ = body["messages"][0]["content"]
+        answer = server.answer(prompt["text"], number)
+        if isinstance(answer, Late):
+            server.stopped.wait(HOW_LATE)
+        with server.lock:
+            server.at_once -= 1
+        self._send(answer)
+
+    def _send(self, answer: Answer) -> None:
+        status, headers, content = 200, dict[str, str](), b'{"error": {"message": "no"}}'
+        if isinstance(answer, str):
+            message = {"role": "assistant", "content": str(answer)}
+            content = json.dumps(
+                {
+                    "id": "1",
+                    "object": "chat.completion",
+                    "created": 1,
+                    "model": "m",
+                    "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
+                    "usage": {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110},
+                }
+            ).encode()
+        elif isinstance(answer, int):
+            status = answer
+        else:
+            status, headers = answer
+        try:
+            self.send_response(status)
+            for name, value in {**headers, "Content-Type": "application/json"}.items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+        except OSError:
+            pass  # the client has given up
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Keep the test's output clean."""
+
+
+@contextmanager
+def serving(answer: Callable[[str, int], Answer]) -> Iterator[Server]:
+    with Server(answer) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.stopped.set()
+            server.shutdown()
+            thread.join()
+
+
+def edit(number: int = 0, instruction: str = "add a hat") -> Edited:
+    source, result = (Image.new("RGB", (8, 8), (number, blue, 0)) for blue in (0, 200))
+    case = Case(str(number), (), instruction, lambda: source)
+    return Edited(case, source, result)
+
+
+def judge(server: Server, folder: Path, **options: Any) -> Judge:
+    endpoint = Endpoint(server.url, "m", timeout=0.3, retries=2)
+    folder.mkdir(exist_ok=True)
+    return Judge(endpoint, JudgeOptions(**options), folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        (GOOD, (8, 6)),
+        ('{"success": 0, "overedit": 10}', (0, 10)),
+        ('```json\n{"reason": "a { b", "success": 7.5, "overedit": 1}\n``` Done.', (7.5, 1)),
+        ('{"scores": {"success": 1, "overedit": 2}} {"success": 3, "overedit": 4}', (3, 4)),
+        (f"I first thought {{this}}: {GOOD} and again {GOOD}", (8, 6)),
+        ("success 8, overedit 6", None),
+        ('{"success": 8}', None),
+        ('{"success": 11, "overedit": 6}', None),
+        ('{"success": -1, "overedit": 6}', None),
+        ('{"success": "8", "overedit": 6}', None),
+        ('{"success": true, "overedit": 6}', None),
+        ('{"success": NaN, "overedit": 6}', None),
+        ('{"success": 8, "overedit": 6} or {"success": 2, "overedit": 6}', None),
+        ('{"success": 8, "overedit": 6', None),
+        ("{" * 5000, None),
+        ('{"a":' * 5000, None),
+        ("", None),
+    ],
+)
+def test_replies_are_read_strictly(text: str, read: tuple[float, float] | None) -> None:
+    names = "success", "overedit"
+    expected = None if read is None else dict(zip(names, read, strict=True))
+    assert read_reply(text, names, 0, 10) == expected
+
+
+def test_scores_are_what_the_protocols_say() -> None:
+    assert balance(8, 6) == pytest.approx(2 / (1 / 8 + 1 / 6))
+    assert balance(0, 10) == balance(10, 0) == balance(0, 0) == 0
+    paper = PROTOCOLS["paper"].score({"success": 9, "overedit": 0})
+    assert paper == {"judge_success": 9, "judge_overedit": 0, "judge_balance": 0}
+    imgedit = PROTOCOLS["imgedit"].score({"compliance": 5, "naturalness": 4, "detail": 3})
+    assert imgedit["judge_imgedit"] == 4
+    gedit = PROTOCOLS["gedit"].score(
+        {"success": 9, "overedit": 4, "naturalness": 8, "artifacts": 9}
+    )
+    assert gedit == {"judge_sc": 4, "judge_pq": 8, "judge_overall": math.sqrt(32)}
+    for protocol in PROTOCOLS.values():
+        for question in protocol.questions:
+            assert all(f'"{name}": NUMBER' in question.text(None) for name in question.names)
+
+
+def test_it_is_shown_source_and_result_and_its_key_is_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VAREDIT_JUDGE_KEY", "secret-key")
+    with serving(lambda *_: GOOD) as server:
+        one = judge(server, tmp_path / "run")
+        (scores,) = one.measure([edit(instruction="add {a} hat")])
+    assert scores == {
+        "judge_success": 8,
+        "judge_overedit": 6,
+        "judge_balance": balance(8, 6),
+        "judge_apart": None,
+    }
+    (asked,) = server.asked
+    assert asked["path"] == "/v1/chat/completions" and asked["model"] == "m"
+    text, source, result = asked["messages"][0]["content"]
+    assert "add {a} hat" in text["text"]
+    assert source["image_url"]["url"].startswith("data:image/png;base64,")
+    assert source != result
+    assert asked["key"] == "Bearer secret-key"
+    assert b"secret" not in (tmp_path / "run" / ANSWERS).read_bytes() + one.usage().encode()
+    assert one.usage((2.0, 30.0)) == "the judge gave 1 answers; 100 tokens in, 10 out; cost 0.00"
+
+
+def test_two_questions_are_two_requests_and_quality_sees_the_result_alone(tmp_path: Path) -> None:
+    def answer(prompt: str, _: int) -> str:
+        return GOOD if "success" in prompt else '{"naturalness": 9, "artifacts": 5}'
+
+    with serving(answer) as server:
+        (scores,) = judge(server, tmp_path, protocol="gedit").measure([edit()])
+    assert scores["judge_overall"] == math.sqrt(30)
+    assert [len(asked["messages"][0]["content"]) for asked in server.asked] == [3, 2]
+
+
+def test_what_was_answered_is_not_asked_again(tmp_path: Path) -> None:
+    """Neither in this run nor in one that continues it after it was killed in the middle."""
+    edits = [edit(number) for number in range(4)]
+    with serving(lambda *_: GOOD) as server:
+        judge(server, tmp_path).measure(edits[:2])
+        file = tmp_path / ANSWERS
+        file.write_bytes(file.read_bytes()[:-9])  # the last line was cut off
+        again = judge(server, tmp_path)
+        first = again.measure(edits)
+        assert len(server.asked) == 2 + 3
+        assert judge(server, tmp_path).measure(edits) == first
+        assert len(server.asked) == 5
+        assert judge(server, tmp_path).identity == again.identity
+        assert judge(server, tmp_path, repeat=2).identity != again.identity
+        judge(server, tmp_path).measure([edit(0, "remove the hat")])
+        assert len(server.asked) == 6
+
+
+def test_busy_broken_and_late_servers_are_asked_again(tmp_path: Path) -> None:
+    answers: list[Answer] = [(429, {"retry-after-ms": "1"}), (500, {"retry-after-ms": "1"}), GOOD]
+    with serving(lambda _, number: answers[number]) as server:
+        (scores,) = judge(server, tmp_path / "busy").measure([edit()])
+    assert scores["judge_success"] == 8 and len(server.asked) == 3
+    with serving(lambda _, number: GOOD if number else Late(GOOD)) as server:
+        (scores,) = judge(server, tmp_path / "late").measure([edit()])
+    assert scores["judge_success"] == 8 and len(server.asked) == 2
+
+
+def test_what_cannot_be_read_is_missing_and_never_zero(tmp_path: Path) -> None:
+    def answer(prompt: str, number: int) -> Answer:
+        if "refused" in prompt:
+            return 400
+        return '{"success": 12, "overedit": 3}' if "odd" in prompt or number == 0 else GOOD
+
+    with serving(answer) as server:
+        one = judge(server, tmp_path, at_once=1)
+        texts = "well", "odd", "refused"
+        good, odd, refused = one.measure([edit(instruction=text) for text in texts])
+    assert good["judge_success"] == 8  # at the second time
+    assert set(odd.values()) == set(refused.values()) == {None}
+    assert len(server.asked) == 2 + 3 + 1
+    assert one.usage() == (
+        "the judge gave 1 answers, 4 that could not be read, and refused 1; 500 tokens in, 50 out"
+    )
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (401, "VAREDIT_JUDGE_KEY"),
+        (404, "ends in /v1"),
+        (400, "does the model take pictures"),
+        ((503, {"retry-after-ms": "1"}), "continue the run later"),
+    ],
+)
+def test_a_judge_that_cannot_be_asked_ends_the_run(
+    answer: Answer, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VAREDIT_JUDGE_KEY", "secret-key")
+    with (
+        serving(lambda *_: answer) as server,
+        pytest.raises(JudgeError, match=said) as caught,
+    ):
+        judge(server, tmp_path).measure([edit(number) for number in range(20)])
+    assert len(server.asked) < 20 * 3
+    assert "secret" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_no_server_and_no_address_are_told(tmp_path: Path) -> None:
+    with serving(lambda *_: GOOD) as server:
+        url = server.url
+    with pytest.raises(JudgeError, match="at 127"):
+        endpoint = Endpoint(url, "m", retries=0)
+        Judge(endpoint, JudgeOptions(), tmp_path).measure([edit()])
+    for wrong in ("", "localhost:8000", "file:///v1", "http://user:secret@host/v1"):
+        with pytest.raises(ConfigError, match="give an address such as"):
+            Endpoint(wrong, "m")
+
+
+def test_an_openai_key_goes_to_openai_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "theirs")
+    monkeypatch.delenv("VAREDIT_JUDGE_KEY", raising=False)
+    here, there = (Endpoint(f"https://{h}/v1", "m") for h in ("example.com", "api.openai.com"))
+    assert (here._client.api_key, there._client.api_key) == ("none", "theirs")
+
+
+def test_repeats_are_averaged_and_compared(tmp_path: Path) -> None:
+    given = ['{"success": 10, "overedit": 10}', '{"success": 4, "overedit": 4}', "no"]
+    with serving(lambda _, number: given[min(number, 2)]) as server:
+        (scores,) = judge(server, tmp_path, repeat=3).measure([edit()])
+    assert scores["judge_balance"] == 7 and scores["judge_apart"] == 6
+    assert len(server.asked) == 2 + 3
+
+
+def test_no_more_are_asked_at_once_than_wanted(tmp_path: Path) -> None:
+    with serving(lambda *_: GOOD) as server:
+        judge(server, tmp_path, at_once=3).measure([edit(number) for number in range(20)])
+    assert len(server.asked) == 20 and server.most_at_once <= 3
+
+
+def test_prompts_can_be_replaced(tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "paper.txt").write_text("Is this {instruction}?", "utf-8")
+    with serving(lambda *_: GOOD) as server:
+        mine = judge(server, tmp_path / "run", prompts=own)
+        mine.measure([edit()])
+        assert mine.identity != judge(server, tmp_path / "run").identity
+    assert server.asked[0]["messages"][0]["content"][0]["text"] == "Is this add a hat?"
+    (own / "paper.txt").write_text("Is this good?", "utf-8")
+    with serving(lambda *_: GOOD) as server, pytest.raises(ConfigError, match="must contain"):
+        judge(server, tmp_path / "run", prompts=own)
+
+
+def test_a_run_is_judged_and_continued(tmp_path: Path) -> None:
+    data, run = own_data(tmp_path / "data"), tmp_path / "run"
+
+    def options(server: Server, **more: Any) -> EvaluateOptions:
+        asked = {"judge": server.url, "judge_model": "m", **more}
+        return EvaluateOptions("folder", run, data, **asked)
+
+    def answer(prompt: str, number: int) -> Answer:
+        return 401 if number == 2 else GOOD
+
+    with serving(answer) as server:
+        with pytest.raises(JudgeError, match="401"):
+            evaluate(Shifted(), options(server, judge_at_once=1))
+        report = evaluate(Shifted(), options(server, judge_price=(1e3, 0)))
+        assert len(server.asked) == 5  # four edits, and the one that was not answered
+        again = evaluate(Shifted(), options(server, judge_price=(1e3, 0)))
+        assert len(server.asked) == 5 and again == report
+    assert report.groups["odd"].means["judge_balance"].mean == pytest.approx(balance(8, 6))
+    assert [*report.used] == ["the judge gave 4 answers; 400 tokens in, 40 out; cost 0.40"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"judge": "http://127.0.0.1:9/v1"}, "--judge-model"),
+        ({"metrics": ("judge-gedit",)}, "--judge URL and --judge-model NAME"),
+        ({"judge": "http://127.0.0.1:9/v1", "judge_model": "m", "judge_repeat": 0}, "1 to 64"),
+    ],
+)
+def test_a_judge_that_is_not_named_is_told_before_anything_is_edited(
+    asked: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    data, edits = own_data(tmp_path / "data"), Shifted()
+    with pytest.raises(ConfigError, match=said):
+        evaluate(edits, EvaluateOptions("folder", tmp_path / "run", data, **asked))
+    assert not edits.made

@@ -1,0 +1,115 @@
+"""Ask a model behind an OpenAI-compatible chat endpoint about pictures.
+
+OpenAI's own client waits and asks again where a server is busy, late or broken: 408, 409, 429 (as
+long as Retry-After says, up to two minutes), 500 and higher, and no connection.
+"""
+
+import os
+from base64 import b64encode
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from varedit_export.errors import JudgeError
+from varedit_runtime.errors import ConfigError, needs_extra, reason
+
+if TYPE_CHECKING:
+    from openai import OpenAI
+
+KEY, OPENAI_KEY, OPENAI = "VAREDIT_JUDGE_KEY", "OPENAI_API_KEY", "api.openai.com"
+TIMEOUT = 180.0  # seconds that one answer may take
+RETRIES = 6
+# What a server says of one request alone: its pictures or its text are refused or too large.
+REFUSALS = (400, 413, 422)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A reply's text, and the tokens that it took as the server counts them."""
+
+    text: str
+    tokens_in: int = 0
+    tokens_out: int = 0
+
+
+class Endpoint:
+    """A model to ask. Threads may share it."""
+
+    def __init__(
+        self, url: str, model: str, timeout: float = TIMEOUT, retries: int = RETRIES
+    ) -> None:
+        """url: the address under which /chat/completions is, such as http://127.0.0.1:8000/v1.
+
+        Raises ConfigError if it is none, MissingExtraError without the openai package.
+        """
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
+            raise ConfigError(
+                "--judge: give an address such as http://127.0.0.1:8000/v1, and a key, if it needs "
+                f"one, in the environment as {KEY}"
+            )
+        self.host, self.model = parts.netloc, model
+        key = os.environ.get(KEY)
+        if key is None and parts.hostname == OPENAI:
+            key = os.environ.get(OPENAI_KEY)
+        self._client = _client(url, key or "none", timeout, retries)
+        self._answered = False
+
+    def ask(self, text: str, pictures: Sequence[bytes]) -> Reply | None:
+        """Return the reply to a text and PNG files; None if it refuses these alone.
+
+        Raises JudgeError if it cannot be asked, or refuses before it has ever answered.
+        """
+        import openai
+
+        try:
+            completion = self._client.chat.completions.create(
+                model=self.model, messages=[{"role": "user", "content": _content(text, pictures)}]
+            )
+        except openai.APIStatusError as error:
+            if self._answered and error.status_code in REFUSALS:
+                return None
+            said = f"it answers {error.status_code}"
+            raise JudgeError(f"the judge at {self.host}: {said}{_advice(error)}") from None
+        except (openai.OpenAIError, ValueError) as error:
+            raise JudgeError(f"the judge at {self.host}: {reason(error)}") from None
+        self._answered = True
+        return _reply(completion, self.host)
+
+
+def _client(url: str, key: str, timeout: float, retries: int) -> "OpenAI":
+    with needs_extra("evaluate"):
+        from openai import OpenAI
+    return OpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=retries)
+
+
+def _content(text: str, pictures: Sequence[bytes]) -> Any:
+    urls = (f"data:image/png;base64,{b64encode(picture).decode()}" for picture in pictures)
+    images = ({"type": "image_url", "image_url": {"url": url}} for url in urls)
+    return [{"type": "text", "text": text}, *images]
+
+
+def _reply(completion: Any, host: str) -> Reply:
+    try:
+        text = completion.choices[0].message.content or ""
+        usage = completion.usage
+    except (AttributeError, IndexError, TypeError):
+        raise JudgeError(
+            f"the judge at {host} does not answer as chat completions do: check its address, which "
+            "often ends in /v1"
+        ) from None
+    if usage is None:
+        return Reply(text)
+    return Reply(text, usage.prompt_tokens or 0, usage.completion_tokens or 0)
+
+
+def _advice(error: Any) -> str:
+    """Return what to do about a status; the server's own words may hold what was sent."""
+    if error.status_code in (401, 403):
+        return f": give its key in the environment as {KEY}"
+    if error.status_code == 404:
+        return ": check the address, which often ends in /v1, and the model's name"
+    if error.status_code in REFUSALS:
+        return ": it takes no such request; does the model take pictures?"
+    return ", also after asking again: continue the run later"

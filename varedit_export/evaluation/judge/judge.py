@@ -1,0 +1,157 @@
+"""The metric: asks a judge about edits, several at a time, and makes scores of its answers.
+
+An answer that cannot be read is asked for again, and at last counted as missing: the edit then has
+no score, which is not a score of 0. Answers are kept in the run's folder by what was asked, so that
+nothing is asked, or paid, twice.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from threading import Lock
+
+import msgspec
+
+from varedit_export.evaluation.case import Edited, Values
+from varedit_export.evaluation.journal import Journal
+from varedit_export.evaluation.judge.endpoint import Endpoint
+from varedit_export.evaluation.judge.protocols import (
+    APART,
+    INSTRUCTION,
+    PROTOCOLS,
+    Answer,
+    Question,
+)
+from varedit_export.evaluation.judge.replies import read_reply
+from varedit_runtime.pictures import encode_picture
+
+ASKS = 3  # times that an answer is asked for before it is missing
+ANSWERS = "judge.jsonl"
+
+
+@dataclass(frozen=True)
+class JudgeOptions:
+    """How a judge is asked.
+
+    protocol: a name of PROTOCOLS. repeat: answers to each question. at_once: edits that it is asked
+    about at the same time. prompts: a folder of prompts that replace ours.
+    """
+
+    protocol: str = "paper"
+    repeat: int = 1
+    at_once: int = 8
+    prompts: Path | None = None
+
+
+class AnswerLine(msgspec.Struct):
+    """A reply. key: of what was asked. answer: its numbers, None if it has none that can be read.
+
+    refused: whether the server refused these pictures or this text.
+    """
+
+    key: str
+    answer: dict[str, float] | None
+    tokens_in: int = 0
+    tokens_out: int = 0
+    refused: bool = False
+
+
+class Judge:
+    """The metric of a protocol."""
+
+    def __init__(self, endpoint: Endpoint, options: JudgeOptions, folder: Path) -> None:
+        """folder: the run's, which keeps answers. Raises ConfigError on files it cannot read."""
+        self._endpoint, self._options = endpoint, options
+        self._protocol = PROTOCOLS[options.protocol]
+        self._prompts = {q: q.text(options.prompts) for q in self._protocol.questions}
+        self._journal, self._lock = Journal(folder / ANSWERS, AnswerLine), Lock()
+        self._known = {line.key: line.answer for line in self._journal.lines if line.answer}
+        self.at_once = options.at_once
+        told = [endpoint.model, options.protocol, options.repeat, *self._prompts.values()]
+        self.identity = _digest(told)
+
+    def usage(self, prices: tuple[float, float] | None = None) -> str:
+        """Say what was asked and used, also by the runs that this one continues.
+
+        prices: of a million tokens in and out.
+        """
+        lines = self._journal.lines
+        told = sum(line.tokens_in for line in lines), sum(line.tokens_out for line in lines)
+        read = sum(line.answer is not None for line in lines)
+        refused = sum(line.refused for line in lines)
+        text = f"the judge gave {read} answers"
+        if unread := len(lines) - read - refused:
+            text += f", {unread} that could not be read"
+        if refused:
+            text += f", and refused {refused}"
+        text += f"; {told[0]} tokens in, {told[1]} out"
+        if prices is not None:
+            text += f"; cost {(told[0] * prices[0] + told[1] * prices[1]) / 1e6:.2f}"
+        return text
+
+    def measure(self, edited: Sequence[Edited]) -> Sequence[Values]:
+        """Return the scores of each edit. Raises JudgeError if the judge cannot be asked."""
+        with ThreadPoolExecutor(self.at_once) as pool:
+            try:
+                return list(pool.map(self._scores, edited))
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def _scores(self, edited: Edited) -> Values:
+        pictures = [encode_picture(one) for one in (edited.source, edited.result)]
+        answers = [self._answer(edited, pictures, turn) for turn in range(self._options.repeat)]
+        scored = [self._protocol.score(answer) for answer in answers if answer is not None]
+        found: dict[str, float | None] = {score.name: None for score in self._protocol.scores}
+        for name in scored[0] if scored else ():
+            found[name] = sum(one[name] for one in scored) / len(scored)
+        pairs = list(combinations([one[self._protocol.main] for one in scored], 2))
+        if pairs:
+            found[APART] = sum(abs(one - other) for one, other in pairs) / len(pairs)
+        return found
+
+    def _answer(self, edited: Edited, pictures: Sequence[bytes], turn: int) -> Answer | None:
+        """Return the numbers of the answers to all questions; None if any is missing."""
+        answer: dict[str, float] = {}
+        for question, prompt in self._prompts.items():
+            text = prompt.replace(INSTRUCTION, edited.case.instruction)
+            shown = pictures if question.source else pictures[1:]
+            part = self._ask(question, text, shown, turn)
+            if part is None:
+                return None
+            answer |= part
+        return answer
+
+    def _ask(
+        self, question: Question, text: str, pictures: Sequence[bytes], turn: int
+    ) -> Answer | None:
+        key = _digest([self._endpoint.model, text, turn], pictures)
+        if key in self._known:
+            return self._known[key]
+        for _ in range(ASKS):
+            reply = self._endpoint.ask(text, pictures)
+            if reply is None:
+                self._keep(AnswerLine(key, None, refused=True))
+                return None
+            answer = read_reply(reply.text, question.names, question.low, question.high)
+            self._keep(AnswerLine(key, answer, reply.tokens_in, reply.tokens_out))
+            if answer is not None:
+                return answer
+        return None
+
+    def _keep(self, line: AnswerLine) -> None:
+        with self._lock:
+            self._journal.append(line)
+            if line.answer is not None:
+                self._known[line.key] = line.answer
+
+
+def _digest(told: Sequence[object], pictures: Sequence[bytes] = ()) -> str:
+    digest = hashlib.sha256(json.dumps(told).encode())
+    for picture in pictures:
+        digest.update(hashlib.sha256(picture).digest())
+    return digest.hexdigest()
