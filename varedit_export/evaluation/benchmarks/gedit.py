@@ -52,6 +52,7 @@ def _benchmark(title: str, language: str) -> Benchmark:
         ("clip", "dino"),
         files=(("*.arrow",), ("data-*.arrow",), ("data/*.parquet",)),
         weights={"clip": "hf://openai/clip-vit-base-patch32"},
+        judge="judge-gedit",
     )
 
 

@@ -74,12 +74,13 @@ def _picture(folder: Path, row: str, name: str) -> Load:
 _PICTURES = tuple(
     prefix + "*/" * depth + "*.jpg" for prefix in ("", PICTURES + "/") for depth in (0, 1)
 )
+_JUDGE = "judge-imgedit"
 _WEIGHTS = {"clip": "hf://openai/clip-vit-base-patch32"}
 
 
 def _benchmark(title: str, name: str) -> Benchmark:
     files = ((name, *_PICTURES),)
-    return Benchmark(title, partial(read, name=name), ("clip", "dino"), files, _WEIGHTS)
+    return Benchmark(title, partial(read, name=name), ("clip", "dino"), files, _WEIGHTS, _JUDGE)
 
 
 BASIC = _benchmark("ImgEdit-Bench, basic edits", "basic_edit.json")
@@ -90,4 +91,5 @@ TURNS = Benchmark(
     ("clip", "dino"),
     (("*.json", *_PICTURES),),
     _WEIGHTS,
+    _JUDGE,
 )
