@@ -71,7 +71,7 @@ def calculated(config: ModelConfig, aligned: bool) -> list[np.ndarray]:
             cells = source.reshape(rows, side // rows, columns, side // columns, -1)
             seen = cells.mean((1, 3)).reshape(rows * columns, -1)
         keys = np.concatenate((seen, *targets[: k + 1]))
-        scores = np.exp(SHARPNESS * (targets[k] @ keys.conj().T).real)
+        scores = np.exp(SHARPNESS * np.real(targets[k] @ keys.conj().T))
         found.append(scores / scores.sum(1, keepdims=True))
     return found
 

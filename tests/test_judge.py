@@ -184,7 +184,7 @@ def test_it_is_shown_source_and_result_and_its_key_is_nowhere(
         "judge_success": 8,
         "judge_overedit": 6,
         "judge_balance": balance(8, 6),
-        "judge_apart": None,
+        "judge_balance_apart": None,
     }
     (asked,) = server.asked
     assert asked["path"] == "/v1/chat/completions" and asked["model"] == "m"
@@ -297,7 +297,7 @@ def test_repeats_are_averaged_and_compared(tmp_path: Path) -> None:
     given = ['{"success": 10, "overedit": 10}', '{"success": 4, "overedit": 4}', "no"]
     with serving(lambda _, number: given[min(number, 2)]) as server:
         (scores,) = judge(server, tmp_path, repeat=3).measure([edit()])
-    assert scores["judge_balance"] == 7 and scores["judge_apart"] == 6
+    assert scores["judge_balance"] == 7 and scores["judge_balance_apart"] == 6
     assert len(server.asked) == 2 + 3
 
 

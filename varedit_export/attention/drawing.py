@@ -21,6 +21,7 @@ from varedit_runtime.text import END_TOKEN
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
 COLOURS, UNSEEN, LINES = "magma", "#d9d9d9", "#ffffff"
 LEAST, MOST = 0.05, 50.0  # attention over an even one, at the ends of the colours
@@ -34,12 +35,13 @@ def draw_self_attention(maps: AttentionMaps, path: Path) -> None:
     count = len(maps.layers)
     figure = _figure(13.5, 5.0 * count)
     axes = figure.subplots(count, 2, squeeze=False, width_ratios=(1.55, 1))
-    image = None
-    for number, (left, right) in zip(maps.layers, axes, strict=True):
-        image = _draw_tokens(left, maps, number)
-        _draw_shares(right, maps, number)
-    size = {"shrink": min(0.8, 1.6 / count), "aspect": 30}
-    bar = figure.colorbar(image, ax=axes[:, 0], location="left", format="{x:g}", **size)
+    drawn = [_draw_tokens(axis, maps, n) for n, axis in zip(maps.layers, axes[:, 0], strict=True)]
+    for number, axis in zip(maps.layers, axes[:, 1], strict=True):
+        _draw_shares(axis, maps, number)
+    shrink = min(0.8, 1.6 / count)
+    bar = figure.colorbar(
+        drawn[0], ax=axes[:, 0], location="left", format="{x:g}", shrink=shrink, aspect=30
+    )
     bar.set_label("attention, times that of an even look")
     _save(figure, path)
 
@@ -59,31 +61,41 @@ def draw_words(maps: AttentionMaps, path: Path) -> None:
     first, *rest = axes.flat
     first.imshow(maps.result)
     first.set_title("result")
-    grey = maps.source.convert("L").convert("RGB")
-    side = canvas_size(grey.size, maps.grids[-1])  # of what the model sees, padding included
-    image = None
-    for axis, word, share in zip(rest, maps.words, finest.T, strict=False):
-        axis.imshow(grey)
-        image = axis.imshow(
-            share.reshape(rows, columns),
-            extent=(-0.5, side[0] - 0.5, side[1] - 0.5, -0.5),
-            cmap=COLOURS,
-            vmin=0,
-            vmax=float(finest.max()),
-            alpha=0.65,
-            interpolation="bilinear",
-        )
-        axis.set_xlim(-0.5, grey.width - 0.5)
-        axis.set_ylim(grey.height - 0.5, -0.5)
-        axis.set_title(f"{_shown(word)}  {share.mean():.0%}")
+    most = float(finest.max())
+    drawn = [
+        _draw_word(axis, maps, word, share.reshape(rows, columns), most)
+        for axis, word, share in zip(rest, maps.words, finest.T, strict=False)
+    ]
     for axis in axes.flat:
         axis.set_axis_off()
-    bar = figure.colorbar(image, ax=axes, shrink=0.8, format="{x:.0%}")
+    bar = figure.colorbar(drawn[0], ax=axes, shrink=0.8, format="{x:.0%}")
     bar.set_label(_layers(maps))
     _save(figure, path)
 
 
-def _draw_tokens(axes: "Axes", maps: AttentionMaps, number: int) -> Any:
+def _draw_word(
+    axes: "Axes", maps: AttentionMaps, word: str, share: np.ndarray, most: float
+) -> "AxesImage":
+    """Draw a word's share of the attention of every token [h, w] over the grey source."""
+    grey = maps.source.convert("L").convert("RGB")
+    width, height = canvas_size(grey.size, maps.grids[-1])  # what the model sees is padded
+    axes.imshow(grey)
+    image = axes.imshow(
+        share,
+        extent=(-0.5, width - 0.5, height - 0.5, -0.5),
+        cmap=COLOURS,
+        vmin=0,
+        vmax=most,
+        alpha=0.65,
+        interpolation="bilinear",
+    )
+    axes.set_xlim(-0.5, grey.width - 0.5)
+    axes.set_ylim(grey.height - 0.5, -0.5)
+    axes.set_title(f"{_shown(word)}  {share.mean():.0%}")
+    return image
+
+
+def _draw_tokens(axes: "Axes", maps: AttentionMaps, number: int) -> "AxesImage":
     from matplotlib import colormaps
     from matplotlib.colors import LogNorm
 

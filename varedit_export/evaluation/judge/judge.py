@@ -20,7 +20,6 @@ from varedit_export.evaluation.case import Edited, Values
 from varedit_export.evaluation.journal import Journal
 from varedit_export.evaluation.judge.endpoint import Endpoint
 from varedit_export.evaluation.judge.protocols import (
-    APART,
     INSTRUCTION,
     PROTOCOLS,
     Answer,
@@ -111,7 +110,7 @@ class Judge:
             found[name] = sum(one[name] for one in scored) / len(scored)
         pairs = list(combinations([one[self._protocol.main] for one in scored], 2))
         if pairs:
-            found[APART] = sum(abs(one - other) for one, other in pairs) / len(pairs)
+            found[self._protocol.apart] = sum(abs(one - other) for one, other in pairs) / len(pairs)
         return found
 
     def _answer(self, edited: Edited, pictures: Sequence[bytes], turn: int) -> Answer | None:

@@ -23,7 +23,6 @@ from varedit_runtime.errors import ConfigError, reason
 
 PROMPTS = Path(__file__).with_name("prompts")
 INSTRUCTION = "{instruction}"  # where a prompt has the edit's
-APART = "judge_apart"
 
 Answer = Mapping[str, float]  # the numbers of an answer by name
 
@@ -67,6 +66,11 @@ class Protocol:
     score: Callable[[Answer], Mapping[str, float]]
     main: str
 
+    @property
+    def apart(self) -> str:
+        """Return the name of the score that tells how far apart repeats are."""
+        return _apart(self.main)
+
 
 def balance(success: float, overedit: float) -> float:
     """Return the harmonic mean of two scores, 0 where either is 0."""
@@ -97,20 +101,25 @@ def _gedit(answer: Answer) -> Mapping[str, float]:
     }
 
 
-def _scores(labels: Mapping[str, str]) -> tuple[Score, ...]:
-    apart = Score(APART, "repeats differ by", better=-1, digits=2)
+def _scores(main: str, labels: Mapping[str, str]) -> tuple[Score, ...]:
+    apart = Score(_apart(main), "repeats differ by", better=-1, digits=2)
     return (*(Score(name, label, digits=2) for name, label in labels.items()), apart)
+
+
+def _apart(main: str) -> str:
+    return f"{main}_apart"
 
 
 PROTOCOLS = {
     "paper": Protocol(
         (Question("paper", ("success", "overedit")),),
         _scores(
+            "judge_balance",
             {
                 "judge_success": "success",
                 "judge_overedit": "over-edit",
                 "judge_balance": "balance",
-            }
+            },
         ),
         _paper,
         "judge_balance",
@@ -118,12 +127,13 @@ PROTOCOLS = {
     "imgedit": Protocol(
         (Question("imgedit", ("compliance", "naturalness", "detail"), 1, 5),),
         _scores(
+            "judge_imgedit",
             {
                 "judge_imgedit": "ImgEdit",
                 "judge_compliance": "compliance",
                 "judge_naturalness": "naturalness",
                 "judge_detail": "detail",
-            }
+            },
         ),
         _imgedit,
         "judge_imgedit",
@@ -133,7 +143,7 @@ PROTOCOLS = {
             Question("gedit-consistency", ("success", "overedit")),
             Question("gedit-quality", ("naturalness", "artifacts"), source=False),
         ),
-        _scores({"judge_sc": "SC", "judge_pq": "PQ", "judge_overall": "overall"}),
+        _scores("judge_overall", {"judge_sc": "SC", "judge_pq": "PQ", "judge_overall": "overall"}),
         _gedit,
         "judge_overall",
     ),
