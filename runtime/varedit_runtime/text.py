@@ -65,7 +65,7 @@ class Instructions:
 
     def pieces(self, prompt: str) -> list[str]:
         """Return the texts of an instruction's tokens, end token included. Raises TextError."""
-        return [self._tokenizer.id_to_token(token) for token in self.tokenise(prompt)]
+        return [self._tokenizer.id_to_token(token) or UNKNOWN for token in self.tokenise(prompt)]
 
     def mostly_unknown(self, prompt: str) -> bool:
         """Return whether the tokenizer does not know most of an instruction's characters.
