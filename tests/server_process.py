@@ -18,7 +18,7 @@ OPTIONS = ("--threads", "1", "--upload-seconds", "3", "--max-queue", "8")
 class Process:
     """A server of its own."""
 
-    def __init__(self, *options: str) -> None:
+    def __init__(self, *options: str, key: str = "none") -> None:
         self.popen = subprocess.Popen(
             [sys.executable, "-m", "varedit_serve.cli", "nano", "--port", "0", *options],
             stderr=subprocess.PIPE,
@@ -28,7 +28,7 @@ class Process:
         line = next(line for line in self.popen.stderr if "served at" in line)
         self.port = int(line.rsplit(":", 1)[1])
         self.client = openai.OpenAI(
-            base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0
+            base_url=f"http://127.0.0.1:{self.port}/v1", api_key=key, max_retries=0
         )
 
     def get(self, path: str) -> tuple[int, str]:
@@ -63,8 +63,9 @@ def until(true: Callable[[], object]) -> None:
 
 
 @contextmanager
-def running(*options: str) -> Iterator[Process]:
-    server = Process(*OPTIONS, *options)
+def running(*options: str, key: str = "none") -> Iterator[Process]:
+    """Run a server; key: what its client sends."""
+    server = Process(*OPTIONS, *options, key=key)
     try:
         until(lambda: server.get("readyz")[0] == 200)
         yield server

@@ -24,9 +24,13 @@ pytestmark = [
 ]
 
 
-def test_the_javascript_client_edits_streams_lists_and_meets_errors(nano: Editor) -> None:
-    with running() as server:
-        asked = ["node", FOLDER / "client.js", str(server.client.base_url), PERSON]
+def test_the_javascript_client_edits_streams_lists_and_meets_errors(
+    nano: Editor, tmp_path: Path
+) -> None:
+    own, slow, keys = "sk-own-0123456789", "sk-slow-0123456789", tmp_path / "keys"
+    keys.write_text(f"own {own}\nslow {slow} 1\n")
+    with running("--keys", str(keys), key=own) as server:
+        asked = ["node", FOLDER / "client.js", str(server.client.base_url), PERSON, own, slow]
         done = subprocess.run(asked, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
@@ -48,7 +52,10 @@ def test_the_javascript_client_edits_streams_lists_and_meets_errors(nano: Editor
     assert errors == {
         "400": ("BadRequestError", 400, "invalid_value", "size"),
         "unknown": ("BadRequestError", 400, "unknown_field", "promt"),
+        "401": ("AuthenticationError", 401, "invalid_api_key", None),
         "404": ("NotFoundError", 404, "model_not_found", "model"),
+        "413": ("APIError", 413, "request_too_large", None),
+        "429": ("RateLimitError", 429, "rate_limit_exceeded", None),
     }
     assert all(error["requestID"].startswith("req_") for error in told["errors"].values())
 

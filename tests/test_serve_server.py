@@ -70,6 +70,22 @@ def test_the_client_lists_the_model_and_meets_errors(server: Process) -> None:
         server.client.images.edit(image=b"x", prompt="x", extra_body={"promt": "x"})
 
 
+def test_the_client_meets_errors_of_keys(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("me sk-0123456789abcdef 1\n")
+    with running("--keys", str(keys), key="sk-0123456789abcdef") as server:
+        reply = server.edit()
+        assert reply._request_id.startswith("req_")
+        with pytest.raises(openai.RateLimitError) as refused:
+            server.edit()
+        assert 1 <= int(refused.value.response.headers["retry-after"]) <= 60
+        server.client.api_key = "another"
+        with pytest.raises(openai.AuthenticationError) as refused:
+            server.edit()
+        assert refused.value.code == "invalid_api_key"
+        assert refused.value.request_id
+
+
 def test_an_edit_that_is_admitted_survives_the_death_of_its_process(server: Process) -> None:
     def edited(seed: int) -> str:
         if seed % 2:
