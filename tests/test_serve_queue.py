@@ -421,6 +421,21 @@ def test_one_of_several_that_dies_loses_nothing_and_suspects_run_alone() -> None
     run(test())
 
 
+def test_one_that_has_nothing_to_do_takes_what_another_has_lost_at_once() -> None:
+    """Its process may need minutes to load again."""
+
+    async def test() -> None:
+        async with served(waits=True, children=2) as server:
+            (one, two), first = server.children, await blocked(server)
+            one.ready, one.fail = False, lambda orders: ChildDiedError()
+            two.gate.set()
+            one.gate.set()
+            await until(lambda: two.batches)
+            assert (await first).status == 200 and two.batches == [[0]]
+
+    run(test())
+
+
 def test_of_several_only_the_one_whose_client_has_left_is_cancelled() -> None:
     async def test() -> None:
         async with served(waits=True, children=2) as server:

@@ -208,3 +208,4 @@ class Queue:
                 told = "the edit failed again and again: do not send it again"
                 picture.job.events.put_nowait(ApiError(500, told, code="edit_failed", retry=False))
         self._waiting[:0] = [one for one in suspects if not one.job.over]
+        self._wake.set()  # others may have nothing to do
