@@ -217,7 +217,7 @@ def test_base64_is_read_in_pieces_as_if_it_were_whole(monkeypatch: pytest.Monkey
 
 def test_answers_are_made_and_sent_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = edit(("seed", "3")).json["data"][0]["b64_json"]
-    for module in ("answers", "edits"):
+    for module in ("answering.answers", "edits"):
         monkeypatch.setattr(f"varedit_serve.{module}._PIECE", 9)
     assert edit(("seed", "3")).json["data"][0]["b64_json"] == whole
     assert edit(("seed", "3"), ("stream", "true")).events[-1]["b64_json"] == whole

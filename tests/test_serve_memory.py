@@ -8,8 +8,8 @@ from typing import Any
 
 from serving import Server, form, png, served
 
+from varedit_serve.answering.moderation import Everything, Moderation
 from varedit_serve.limits import Limits
-from varedit_serve.moderation import Everything, Moderation
 
 MOST = 200  # bytes that a request may leave behind; Python keeps names of up to 4,096 attributes
 

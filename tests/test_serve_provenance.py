@@ -18,8 +18,8 @@ from PIL import Image
 from serving import served
 
 from varedit_runtime.errors import ConfigError
+from varedit_serve.answering.provenance import Provenance
 from varedit_serve.fields import MEDIA_TYPES
-from varedit_serve.provenance import Provenance
 
 PEM = serialization.Encoding.PEM
 USES = "digital_signature content_commitment key_encipherment data_encipherment key_agreement "

@@ -10,10 +10,10 @@ from PIL import Image
 from serving import Reply, Server, form, logged, png, served, until
 
 from varedit_runtime.errors import ConfigError
+from varedit_serve.answering.moderation import Everything, find_moderation
 from varedit_serve.editing.child import BatchFailedError, ChildDiedError
 from varedit_serve.editing.messages import Ready
 from varedit_serve.limits import Limits
-from varedit_serve.moderation import Everything, find_moderation
 
 PREVIEWS = ("stream", "true"), ("partial_images", "3")
 

@@ -7,9 +7,10 @@ each. What a request passes, in order:
     asked.py     what is known of it for the log: its id, key and error
     body.py      a form or JSON, read within limits of bytes and time
     fields.py    the table of all fields: parsing, checks, and openapi.py
-    edits.py     the endpoint: admission (budget.py), pictures in and out, the answer (answers.py)
-    moderation.py an operator's own code that judges prompts and pictures
-    provenance.py a signed statement in each picture (C2PA), if wanted
+    edits.py     the endpoint: admission (budget.py), pictures in and out
+    answering/   answers.py: results as JSON, bytes or events
+                 moderation.py: an operator's own code that judges prompts and pictures
+                 provenance.py: a signed statement in each picture (C2PA), if wanted
     editing/     queue.py: pictures that wait, batches, what runs again after a fault
                  child.py: a child as the parent sees it, started, fed, watched, replaced
                  workers.py: several children, which have the machine's cores and GPUs between them

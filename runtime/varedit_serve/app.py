@@ -12,7 +12,8 @@ from starlette.routing import Route, Router
 from starlette.types import Receive, Scope, Send
 
 from varedit_runtime import Preparer
-from varedit_serve.answers import Sign, unsigned
+from varedit_serve.answering.answers import Sign, unsigned
+from varedit_serve.answering.moderation import Everything, Moderation
 from varedit_serve.budget import Budget
 from varedit_serve.editing.queue import Queue
 from varedit_serve.edits import Edits
@@ -21,7 +22,6 @@ from varedit_serve.guard import Guard
 from varedit_serve.keys import Keys
 from varedit_serve.limits import Limits
 from varedit_serve.metrics import EDITS, Metrics
-from varedit_serve.moderation import Everything, Moderation
 from varedit_serve.openapi import openapi
 
 METRICS = "/metrics"

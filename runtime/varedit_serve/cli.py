@@ -166,12 +166,12 @@ def _chosen(
         if scheme not in ("http", "https") or not rest or urlsplit(origin).netloc != rest:
             raise ConfigError(f"--allow-origin is {shown(origin)}; give https://app.example")
     if moderation is not None:
-        from varedit_serve.moderation import find_moderation
+        from varedit_serve.answering.moderation import find_moderation
 
         chosen["moderation"] = find_moderation(moderation)
     if c2pa is not None:
         with needs_extra("c2pa"):
-            from varedit_serve.provenance import Provenance
+            from varedit_serve.answering.provenance import Provenance
         chosen["sign"] = Provenance(*c2pa).sign
     return chosen
 

@@ -17,7 +17,8 @@ from starlette.types import Receive, Scope, Send
 from varedit_runtime import Preparer
 from varedit_runtime.errors import ConfigError, PictureError, TextError
 from varedit_runtime.pictures import open_picture
-from varedit_serve.answers import Answer, Sign, error_event
+from varedit_serve.answering.answers import Answer, Sign, error_event
+from varedit_serve.answering.moderation import Moderation, heed
 from varedit_serve.asked import ASKED, Asked
 from varedit_serve.body import GoneError, content_length, parse_json, read_body
 from varedit_serve.budget import Budget, Claim
@@ -34,7 +35,6 @@ from varedit_serve.fields import (
 from varedit_serve.keys import Key
 from varedit_serve.limits import Limits
 from varedit_serve.metrics import Metrics
-from varedit_serve.moderation import Moderation, heed
 
 T = TypeVar("T")
 

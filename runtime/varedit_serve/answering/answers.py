@@ -12,9 +12,9 @@ from PIL import Image
 from varedit_runtime.decoding.to_rgb import on_white
 from varedit_runtime.editing.results import EditResult
 from varedit_runtime.pictures import encode_picture
+from varedit_serve.answering.moderation import Moderation, heed
 from varedit_serve.errors import ApiError
 from varedit_serve.fields import MEDIA_TYPES
-from varedit_serve.moderation import Moderation, heed
 
 Sign = Callable[[bytes, str], bytes]
 

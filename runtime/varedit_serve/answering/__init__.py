@@ -1,0 +1,1 @@
+"""What clients get: results made into answers, judged and signed."""
