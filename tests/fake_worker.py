@@ -21,7 +21,7 @@ def main(kind: str, connection: Connection) -> None:
         return
     if kind == "dies":
         os._exit(3)
-    connection.send(("ready", Ready("CPUExecutionProvider", len, 1, 0.001)))
+    connection.send(("ready", Ready("CPUExecutionProvider", len, 1, 0.001, 1)))
     while True:
         _, number, orders = connection.recv()
         if kind == "stuck":
@@ -33,7 +33,7 @@ def main(kind: str, connection: Connection) -> None:
         elif kind == "nonsense":
             os.write(connection.fileno(), b"\0\0\0\4abcd")
         elif kind == "fails":
-            connection.send(("failed", number, "no memory"))
+            connection.send(("failed", number, "no memory", False))
         elif kind == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         else:

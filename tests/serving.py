@@ -204,7 +204,7 @@ async def served(waits: bool = False, children: int = 1, **settings: Any):
     hosts = settings.pop("hosts", ("localhost",))
     application = Application(preparer(), Settings("nano", hosts=hosts, **settings))
     queue = application.queue
-    queue.on_ready(Ready("CUDA", lambda edit: len(edit.prompt), 4, 0.5))
+    queue.on_ready(Ready("CUDA", lambda edit: len(edit.prompt), 4, 0.5, 4))
     stand_ins = [StandIn() for _ in range(children)]
     running = [asyncio.create_task(queue.run(child)) for child in stand_ins]  # type: ignore[arg-type]
     if not waits:
@@ -219,8 +219,8 @@ async def served(waits: bool = False, children: int = 1, **settings: Any):
         await asyncio.gather(*running, return_exceptions=True)
 
 
-async def until(true: Callable[[], object]) -> None:
+async def until(true: Callable[[], object], seconds: float = 20) -> None:
     """Let other tasks run until something holds."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(seconds):
         while not true():
             await asyncio.sleep(0.001)

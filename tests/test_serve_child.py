@@ -121,7 +121,7 @@ def test_a_bundle_that_one_of_several_cannot_open_does_not_end_the_server(
 
     async def test() -> None:
         restarts: list[str] = []
-        one = make("unfit", restarts, Ready("CUDA", len, 1, 0.1))
+        one = make("unfit", restarts, Ready("CUDA", len, 1, 0.1, 1))
         running = asyncio.create_task(one.run())
         await until(lambda: len(restarts) == 2)
         one._command = (*one._command[:2], "works")

@@ -28,7 +28,7 @@ def seeded(server: Server, *seeds: int, prompt: str = "add a hat") -> list[async
 
 
 def facts(seconds: float) -> Ready:
-    return Ready("CUDA", lambda edit: len(edit.prompt), 4, seconds)
+    return Ready("CUDA", lambda edit: len(edit.prompt), 4, seconds, 4)
 
 
 async def blocked(server: Server) -> asyncio.Task[Reply]:
@@ -102,7 +102,7 @@ def test_a_batch_whose_process_dies_runs_again_alone_with_the_same_seeds() -> No
 
 
 def test_only_the_picture_that_kills_the_process_fails() -> None:
-    async def test(error: Exception) -> None:
+    async def test(error: Exception, replaced: int) -> None:
         async with served(waits=True) as server:
             first = await blocked(server)
             edits = seeded(server, 1, 2, 3)
@@ -115,10 +115,13 @@ def test_only_the_picture_that_kills_the_process_fails() -> None:
             assert "secret" not in replies[2].body.decode()
             assert server.application.budget.pictures == 0
             # What fails is judged in another process, and once more is enough.
-            assert server.child.replaced == ["failed"] * isinstance(error, BatchFailedError)
+            assert server.child.replaced == ["failed"] * replaced
+            assert sorted(server.child.batches[1]) == [1, 2, 3]
+            assert [2] in server.child.batches[2:]
 
-    run(test(ChildDiedError()))
-    run(test(BatchFailedError("secret")))
+    run(test(ChildDiedError(), 0))
+    run(test(BatchFailedError("secret"), 1))
+    run(test(BatchFailedError("secret", own=True), 0))
 
 
 def test_a_suspect_whose_client_leaves_does_not_end_the_process() -> None:

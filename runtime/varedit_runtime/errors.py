@@ -51,6 +51,10 @@ class BackendError(VareditError):
     """A backend that cannot run as asked: a provider is absent, a graph or engine cannot load."""
 
 
+class NoPictureError(BackendError):
+    """An edit whose arithmetic gave no picture; other edits are not affected."""
+
+
 class EditorError(VareditError):
     """An editor, or a preview, that cannot be used now: closed, or copied by a fork."""
 

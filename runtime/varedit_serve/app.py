@@ -38,10 +38,10 @@ _POLICY = (
 class Settings:
     """What an operator chooses.
 
-    model: its name; None for the bundle's. largest: pictures of a batch; None for as many as the
-    bundle's graphs take. hosts: names that requests may be sent to; None for all. origins: sites
-    whose pages may send requests. own_metrics: whether the numbers have an address of their own.
-    sign: see `Answer`.
+    model: its name; None for the bundle's. largest: pictures of a batch; None for one on a CPU, and
+    for as many as the bundle takes on a GPU. hosts: names that requests may be sent to; None for
+    all. origins: sites whose pages may send requests. own_metrics: whether the numbers have an
+    address of their own. sign: see `Answer`.
     """
 
     model: str | None = None

@@ -75,7 +75,11 @@ def _limits(command: Callable[..., None]) -> Callable[..., None]:
 )
 @click.option("--keys", type=PATH, help="File of API keys: NAME KEY [RATE] on each line.")
 @click.option("--name", help="The model's name for clients; by default the bundle's.")
-@click.option("--batch", type=int, help="Most pictures of a batch; by default the bundle's.")
+@click.option(
+    "--batch",
+    type=int,
+    help="Most pictures of a batch; by default 1 on a CPU.",
+)
 @click.option("--allow-host", multiple=True, help="A name of this server; repeatable.")
 @click.option("--allow-origin", multiple=True, help="Another site with pages; repeatable.")
 @click.option("--moderation", metavar="MODULE:OBJECT", help="Code that judges; see the docs.")

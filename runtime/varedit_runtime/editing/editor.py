@@ -290,8 +290,8 @@ class Editor:
         Raises ConfigError, TextError or PictureError on arguments that cannot be used;
         EditCancelled if on_scale or the handle cancelled, DeadlineExceeded at its deadline;
         EditorError if the editor is closed, called by on_scale, or opened before a fork;
-        BackendError if a graph fails, or computes numbers that are not finite or a
-        picture of a single colour. Issues EditWarnings first, which are also in the results.
+        BackendError if a graph fails, NoPictureError if it computes numbers that are not finite or
+        a picture of a single colour. Issues EditWarnings first, which are also in the results.
         """
         self._check_usable()
         asked = PerEntry(image, prompt, negative_prompt, mask, guidance_scale, temperature)

@@ -20,7 +20,7 @@ from varedit_runtime.editing.batch import PictureBatch
 from varedit_runtime.editing.kept import Kept
 from varedit_runtime.editing.masks import SourceKeeper
 from varedit_runtime.editing.results import EditResult, Progress
-from varedit_runtime.errors import BackendError
+from varedit_runtime.errors import NoPictureError
 from varedit_runtime.manifest import Model, Variant, scale_name, scale_of
 from varedit_runtime.noise import uniform_noise
 from varedit_runtime.pictures import from_decoder, to_encoder
@@ -146,7 +146,7 @@ class Run:
 
 
 def _sound(stage: str, array: np.ndarray, batch: PictureBatch) -> np.ndarray:
-    """Return a stage's output [B, ...]. Raises BackendError if the arithmetic failed before.
+    """Return a stage's output [B, ...]. Raises NoPictureError if the arithmetic failed before.
 
     Where fp16 overflows, TensorRT can give zeros in place of NaN, and the decoder a single colour.
     """
@@ -158,7 +158,7 @@ def _sound(stage: str, array: np.ndarray, batch: PictureBatch) -> np.ndarray:
             wrong = "the same colour for all pixels"
         if wrong is not None:
             with batch.naming(row):
-                raise BackendError(
+                raise NoPictureError(
                     f"{stage} computed {wrong}, so there is no picture: run "
                     "`varedit-export verify` on the bundle"
                 )

@@ -33,7 +33,11 @@ class ChildDiedError(Exception):
 
 
 class BatchFailedError(Exception):
-    """The editor failed at a batch; the process goes on."""
+    """The editor failed at a batch; the process goes on. own: whether an edit is at fault."""
+
+    def __init__(self, text: str, own: bool = False) -> None:
+        super().__init__(text)
+        self.own = own
 
 
 @dataclass
@@ -226,8 +230,8 @@ class Child:
                 self._batch.on_partial(*rest)
             case ("edited", number, results) if self._batch and self._batch.number == number:
                 self._finish(results)
-            case ("failed", number, text) if self._batch and self._batch.number == number:
-                self._finish(BatchFailedError(text))
+            case ("failed", number, *why) if self._batch and self._batch.number == number:
+                self._finish(BatchFailedError(*why))
         if message[0] in ("ready", "unfit", "died"):
             self._changed.set()
 

@@ -11,7 +11,7 @@ The child sends, besides ("alive",) every second:
     ("ready", Ready) or ("unfit", text) the editor is open, or cannot be opened
     ("partial", number, place, index, image)
     ("edited", number, [EditResult, ...])
-    ("failed", number, text)
+    ("failed", number, text, own)       own: the edit is at fault, and not the process
 """
 
 from collections.abc import Callable
@@ -49,10 +49,11 @@ class Ready:
     """What the parent learns of the editor.
 
     group: edits for which it returns the same can share a batch, bit for bit. batch: how many that
-    may be. seconds: that an edit takes.
+    may be. seconds: that an edit takes. usual: how many share a batch where no number is asked for.
     """
 
     provider: str
     group: Callable[[Any], Any]
     batch: int
     seconds: float
+    usual: int

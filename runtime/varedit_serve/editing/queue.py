@@ -76,8 +76,8 @@ class _Picture:
 class Queue:
     """Feeds the processes that edit, each by a `run` of its own.
 
-    largest: pictures of a batch; None for all that the graphs take. facts: what the last process
-    that became ready told of its editor, which is that of all; None before the first one.
+    largest: pictures of a batch; None for as many as pay where they are edited. facts: what the
+    last process that became ready told of its editor, which is that of all; None before it.
     """
 
     def __init__(self, metrics: Metrics, largest: int | None, deadline: float) -> None:
@@ -158,7 +158,7 @@ class Queue:
         """Return what one process shall edit: its share, where others have nothing to do."""
         assert self.facts is not None
         idle = sum(child.ready and not batch for child, batch in self._running.items())
-        size = min(self._largest or self.facts.batch, self.facts.batch)
+        size = min(self._largest or self.facts.usual, self.facts.batch)
         size = min(size, ceil(len(self._waiting) / idle))
         first = self._waiting[0]
         batch = [first]
@@ -184,9 +184,8 @@ class Queue:
             results = await child.edit([one.order for one in batch], on_partial)
         except (ChildDiedError, BatchFailedError) as error:
             self._run_again(batch, str(error) or "the editing process ended")
-            if isinstance(error, BatchFailedError) and any(
-                one.faults == 1 and not one.job.over for one in batch
-            ):
+            judged = isinstance(error, ChildDiedError) or error.own
+            if not judged and any(one.faults == 1 and not one.job.over for one in batch):
                 child.replace("failed")  # the fault may be the process's: judge in another one
             return
         finally:

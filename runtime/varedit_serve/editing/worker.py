@@ -23,7 +23,7 @@ from PIL import Image
 
 from varedit_runtime import EditHandle, Editor
 from varedit_runtime.editing.results import Progress
-from varedit_runtime.errors import EditCancelled, VareditError, reason
+from varedit_runtime.errors import EditCancelled, NoPictureError, VareditError, reason
 from varedit_serve.editing.messages import BEAT, Opening, Order, Ready
 
 _PR_SET_PDEATHSIG = 1
@@ -67,7 +67,7 @@ class Worker:
             self._send("edited", number, results)
         except Exception as error:  # a traceback on stderr would show paths
             text = "cancelled" if isinstance(error, EditCancelled) else reason(error)
-            self._send("failed", number, text)
+            self._send("failed", number, text, isinstance(error, NoPictureError))
         finally:
             del self._handles[number]
 
@@ -112,7 +112,10 @@ def _measured(editor: Editor) -> Ready:
         start = time.monotonic()
         editor.edit_prepared([edit])
         seconds.append(time.monotonic() - start)
-    return Ready(editor.provider, editor.grouping, editor.variant.batch, min(seconds))
+    batch = editor.variant.batch
+    # On a CPU a batch takes as long as its pictures one by one, and the first would wait for all.
+    usual = 1 if editor.provider == "cpu" else batch
+    return Ready(editor.provider, editor.grouping, batch, min(seconds), usual)
 
 
 def _open(opening: Opening) -> Editor:
