@@ -2,7 +2,11 @@
 
 import asyncio
 import re
+import socket
+import struct
+import threading
 from collections.abc import Coroutine
+from contextlib import ExitStack
 from hashlib import sha256
 from itertools import chain, repeat
 from pathlib import Path
@@ -16,6 +20,7 @@ from varedit_runtime.errors import ConfigError
 from varedit_serve.cli import _chosen
 from varedit_serve.keys import VARIABLE, Keys, read_keys
 from varedit_serve.limits import Limits
+from varedit_serve.server import serve_numbers
 
 SECRET = "sk-0123456789abcdef"
 
@@ -273,18 +278,34 @@ async def numbers(server: Server) -> str:
     return (await server.ask(path="/metrics")).body.decode()
 
 
-def test_numbers_may_have_an_address_of_their_own() -> None:
+def test_numbers_may_have_an_address_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:
     async def test() -> None:
         async with served(own_metrics=True) as server:
             assert (await server.ask(path="/metrics")).status == 404
             assert "/metrics" not in (await server.ask(path="/openapi.json")).json["paths"]
-            port = server.application.metrics.serve("127.0.0.1", 0)
+            given = server.application, "127.0.0.1"
+            port = serve_numbers(*given, 0, Limits(upload_seconds=0.5))
+            with pytest.raises(ConfigError, match=r"in use.*--metrics"):
+                serve_numbers(*given, port, Limits())
+            await asyncio.to_thread(load, port)
             with urlopen(f"http://127.0.0.1:{port}/metrics") as reply:
                 assert b"varedit_queue_pictures 0.0" in reply.read()
-            with pytest.raises(ConfigError, match=r"in use.*--metrics"):
-                server.application.metrics.serve("127.0.0.1", port)
+            assert not capsys.readouterr().err
 
     run(test())
+
+
+def load(port: int) -> None:
+    """Open connections that are reset, and many that say nothing; return when they are closed."""
+    before, address = threading.active_count(), ("127.0.0.1", port)
+    for _ in range(3):
+        with socket.create_connection(address) as reset:
+            reset.sendall(b"GET /metrics HTTP/1.1\r\nHost:")
+            reset.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    with ExitStack() as stack:
+        silent = [stack.enter_context(socket.create_connection(address, 20)) for _ in range(150)]
+        assert [one.recv(1) for one in silent] == [b""] * 150
+    assert threading.active_count() == before
 
 
 def test_the_page_loads_nothing_from_elsewhere() -> None:

@@ -1,6 +1,6 @@
 """The whole server but its socket: routes, and the parts behind them."""
 
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from importlib.resources import files
@@ -56,7 +56,11 @@ class Settings:
 
 
 class Application:
-    """A server's parts. guard: the ASGI application. draining: whether it admits no more edits."""
+    """A server's parts.
+
+    guard: the ASGI application. numbers: that of the numbers alone, which asks for no key.
+    draining: whether no more edits are admitted.
+    """
 
     def __init__(self, preparer: Preparer, settings: Settings) -> None:
         limits = settings.limits
@@ -77,22 +81,27 @@ class Application:
             settings.sign,
         )
         self._description = openapi(self.edits.fields, version("varedit-export"))
-        routes = self._routes()
+        routes, numbers = self._routes(), [Route(METRICS, self._numbers)]
         if settings.own_metrics:
-            routes = [route for route in routes if route.path != METRICS]
             del self._description["paths"][METRICS]
+        else:
+            routes += numbers
+        hosts = settings.hosts and {host.lower() for host in settings.hosts}
+        self.guard = self._guarded(routes, settings.keys, hosts, settings.origins)
+        self.numbers = self._guarded(numbers, Keys([]), None, ())
 
+    def _guarded(
+        self,
+        routes: Sequence[Route],
+        keys: Keys,
+        hosts: Collection[str] | None,
+        origins: Collection[str],
+    ) -> Guard:
         def known(path: str) -> str:
             return next((one.path for one in routes if one.path_regex.match(path)), "other")
 
-        self.guard = Guard(
-            self._routed(Router(routes, redirect_slashes=False)),
-            known,
-            settings.keys,
-            self.metrics,
-            settings.hosts and {host.lower() for host in settings.hosts},
-            settings.origins,
-        )
+        routed = self._routed(Router(routes, redirect_slashes=False))
+        return Guard(routed, known, keys, self.metrics, hosts, origins)
 
     def _routes(self) -> list[Route]:
         pages = [Route(path, _page(name)) for path, name in _PAGE.items()]
@@ -102,7 +111,6 @@ class Application:
             Route("/v1/models/{name}", self._one_model),
             Route("/livez", self._live),
             Route("/readyz", self._ready),
-            Route(METRICS, self._numbers),
             Route("/openapi.json", self._describe),
             *pages,
         ]

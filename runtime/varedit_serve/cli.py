@@ -138,7 +138,7 @@ def main(
         at = f"http://{shown}:{listening.getsockname()[1]}"
         say(f"{application.model} is loaded, and then served at {at}")
         if metrics is not None:
-            at = application.metrics.serve(*metrics)
+            at = server.serve_numbers(application, *metrics, limits)
             say(f"its numbers are served at {metrics[0]}, port {at}")
         server.serve(application, children, listening, limits)
 

@@ -9,10 +9,7 @@ from prometheus_client import (
     Histogram,
     ProcessCollector,
     generate_latest,
-    start_http_server,
 )
-
-from varedit_runtime.errors import ConfigError, reason
 
 EDITS = "/v1/images/edits"
 LEFT = "left"  # in place of a status: the client had gone before its answer
@@ -104,14 +101,3 @@ class Metrics:
     def text(self) -> bytes:
         """Return all numbers as Prometheus reads them."""
         return generate_latest(self._registry)
-
-    def serve(self, host: str, port: int) -> int:
-        """Serve the numbers at an address of their own; return the port.
-
-        Raises ConfigError if it cannot be listened at.
-        """
-        try:
-            return start_http_server(port, host, self._registry)[0].server_port
-        except (OSError, UnicodeError) as error:
-            told = f"{host}, port {port}, cannot be listened at ({reason(error)})"
-            raise ConfigError(f"{told}: choose another --metrics") from error

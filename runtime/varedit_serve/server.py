@@ -7,9 +7,11 @@ import signal
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from threading import Thread
 from typing import Any
 
 import uvicorn
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from varedit_runtime.errors import ConfigError, reason
@@ -20,6 +22,7 @@ from varedit_serve.limits import Limits
 _HEAD_BYTES = 16_384  # of a request's headers
 _LAST_SECONDS = 10  # for clients to read the last answers
 SPARE = 64  # connections more than there may be, which are told so if they send a request
+_SCRAPING = 32  # connections to the numbers, where they have an address of their own
 _PAUSE = 0.05  # seconds between looks whether all is done
 
 _log = logging.getLogger(__name__)
@@ -85,15 +88,16 @@ class _Server(uvicorn.Server):
         yield
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Return a listening socket. Raises ConfigError if the address cannot be used."""
+def listen(
+    host: str, port: int, other: str = "--port, or a --host of this machine"
+) -> socket.socket:
+    """Return a listening socket. Raises ConfigError, which says to choose another one than this."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listening = socket.create_server((host, port), family=family, backlog=1024)
     except (OSError, TypeError, ValueError) as error:  # the last ones of what is no name at all
         raise ConfigError(
-            f"{host}, port {port}, cannot be listened at ({reason(error)}): choose another --port, "
-            "or a --host of this machine"
+            f"{host}, port {port}, cannot be listened at ({reason(error)}): choose another {other}"
         ) from error
     # Connections inherit it. asyncio sets it only where the socket names its protocol; without it
     # the body of an answer waits 40 ms until the client has acknowledged its head.
@@ -108,23 +112,38 @@ def serve(
     asyncio.run(_serve(application, children, listening, limits))
 
 
-async def _serve(
-    application: Application, children: Sequence[Child], listening: socket.socket, limits: Limits
-) -> None:
-    config = uvicorn.Config(
-        application.guard,
-        http=protocol(limits.upload_seconds),
+def serve_numbers(application: Application, host: str, port: int, limits: Limits) -> int:
+    """Serve the numbers at an address of their own, in a thread, while this process lives.
+
+    Returns the port. Raises ConfigError if the address cannot be used.
+    """
+    listening = listen(host, port, "--metrics")
+    server = _Server(_config(application.numbers, limits.upload_seconds, _SCRAPING))
+    Thread(target=server.run, args=([listening],), daemon=True).start()
+    return listening.getsockname()[1]
+
+
+def _config(application: ASGIApp, seconds: float, connections: int) -> uvicorn.Config:
+    """Return how uvicorn serves strangers. seconds: that a client may take."""
+    return uvicorn.Config(
+        application,
+        http=protocol(seconds),
         ws="none",
         lifespan="off",
         log_config=None,
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        limit_concurrency=limits.max_connections,
+        limit_concurrency=connections,
         h11_max_incomplete_event_size=_HEAD_BYTES,
         timeout_graceful_shutdown=_LAST_SECONDS,
     )
-    server = _Server(config)
+
+
+async def _serve(
+    application: Application, children: Sequence[Child], listening: socket.socket, limits: Limits
+) -> None:
+    server = _Server(_config(application.guard, limits.upload_seconds, limits.max_connections))
     _on_signals(application, children, server)
     works = (
         server.serve(sockets=[listening]),

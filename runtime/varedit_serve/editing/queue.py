@@ -92,7 +92,7 @@ class Queue:
     @property
     def ready(self) -> int:
         """How many processes can edit now."""
-        return sum(child.ready for child in self._running)
+        return sum(child.ready for child in list(self._running))  # a thread may ask, for metrics
 
     def on_ready(self, facts: Ready) -> None:
         """Look again for what can be done: a process is ready."""
