@@ -324,7 +324,7 @@ def test_a_truncated_file_is_refused(written_as: str, kept: float):
     ids=["empty", "text", "EPS", "PGM"],
 )
 def test_what_is_not_in_a_listed_format_is_refused(data: bytes):
-    with pytest.raises(PictureError, match="PNG, JPEG, WEBP, GIF, BMP, TIFF, AVIF, HEIF"):
+    with pytest.raises(PictureError, match=r"PNG, JPEG, .*, AVIF, or, with the extra heif, HEIF"):
         open_picture(data)
 
 

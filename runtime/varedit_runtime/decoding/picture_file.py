@@ -128,7 +128,8 @@ def _reader(data: bytes):
     for name, (signature, reader) in _READERS.items():
         if re.match(signature, data, re.DOTALL):
             return name, reader
-    raise PictureError(f"it is not a picture in a known format: give {', '.join(READ_FORMATS)}")
+    known = ", ".join(READ_FORMATS).replace("HEIF", "or, with the extra heif, HEIF")
+    raise PictureError(f"it is not a picture in a known format: give {known}")
 
 
 @cache
