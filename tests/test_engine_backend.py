@@ -101,28 +101,41 @@ def test_by_stages_and_as_a_whole_are_the_same_edit(small: tuple[Editor, Simulat
     assert gpu.launches - before == len(steps) - 1 + len(previews)  # no negative
 
 
-def test_an_edit_with_a_handle_can_be_ended_between_stages(
-    small: tuple[Editor, SimulatedGpu],
+@pytest.mark.parametrize("options", [{}, {"fast": True}, {"negative_prompt": "a dog"}])
+def test_an_edit_that_a_handle_can_end_is_one_launch_for_each_step(
+    small: tuple[Editor, SimulatedGpu], options: dict[str, Any]
 ) -> None:
-    editor, _ = small
-    whole, handle = editor.edit(picture(40, 30), "add a hat", seed=1), EditHandle()
+    """The host copies nothing between them, and only looks at the handle."""
+    editor, gpu = small
+    whole = editor.edit(picture(40, 30), "add a hat", seed=1, **options)
     editor.forget()
-    staged = editor.edit(picture(40, 30), "add a hat", seed=1, handle=handle)
-    assert staged.image == whole.image and "scale_00" in staged.timings
-    launch, launched = editor.backend._run, list[str]()  # type: ignore[attr-defined]
+    before = gpu.launches
+    one = editor.edit(picture(40, 30), "add a hat", seed=1, handle=EditHandle(), **options)
+    assert one.image == whole.image and set(one.timings) == {"edit"}
+    steps = [step for step in editor.backend.steps.values() if not step.unguided]  # type: ignore[attr-defined]
+    assert gpu.launches - before == len(steps) + 2 - ("negative_prompt" not in options)
 
-    def cancelling(step: Any, given: Any) -> Any:
-        launched.append(step.name)
-        if step.name == "scale_01":
+
+@pytest.mark.parametrize("launches", [0, 1, 5])
+def test_an_edit_with_a_handle_can_be_ended_between_steps(
+    small: tuple[Editor, SimulatedGpu], monkeypatch: pytest.MonkeyPatch, launches: int
+) -> None:
+    editor, gpu = small
+    expected = editor.edit(picture(40, 30), "add a hat", seed=1).image
+    handle, before, wait = EditHandle(), gpu.launches, gpu.wait
+
+    def cancelling() -> None:
+        wait()
+        if gpu.launches - before == launches:
             handle.cancel()
-        return launch(step, given)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(editor.backend, "_run", cancelling)
-        with pytest.raises(EditCancelled):
-            editor.edit(picture(30, 40), "hat", seed=1, handle=handle)
-        assert launched[-1] == "scale_01"
-    assert editor.edit(picture(40, 30), "add a hat", seed=1).image == whole.image
+    if launches == 0:
+        handle.cancel()
+    monkeypatch.setattr(gpu, "wait", cancelling)
+    with pytest.raises(EditCancelled):
+        editor.edit(picture(30, 40), "hat", seed=1, handle=handle)
+    assert gpu.launches - before == launches
+    assert editor.edit(picture(40, 30), "add a hat", seed=1).image == expected
 
 
 def test_a_mask_is_kept_to(small: tuple[Editor, SimulatedGpu]) -> None:

@@ -117,10 +117,15 @@ class Lock(Protocol):
 _HEEDED: ContextVar[EditHandle | None] = ContextVar("heeded", default=None)
 
 
+def heeded() -> EditHandle | None:
+    """Return the handle that can end the edit that this thread makes, if any."""
+    return _HEEDED.get()
+
+
 @contextmanager
 def stoppable(stop: Callable[[], None]) -> Iterator[None]:
     """Call `stop` if the edit that this thread makes is ended while the block runs."""
-    handle = _HEEDED.get()
+    handle = heeded()
     if handle is None:
         yield
     else:

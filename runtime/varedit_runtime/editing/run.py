@@ -53,8 +53,8 @@ class Run:
         ]
 
     def _edited(self, batch: PictureBatch) -> list[Image.Image]:
-        # What a mask forces depends on every scale before: the host must see it.
-        stepwise = batch.handle is not None or batch.masked
+        # What a mask forces depends on every scale before: the host must see it, as on_scale does.
+        stepwise = batch.on_scale is not None or batch.masked
         edit = None if stepwise else self.usable().whole
         with batch.timings.of(WHOLE_EDIT if edit else TEXT):
             prompts = batch.prompts(self.variant.guided)

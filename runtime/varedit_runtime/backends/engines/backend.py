@@ -2,7 +2,8 @@
 
 Launching every kernel from the host, and copying caches between scales, costs time at every scale.
 So noise and parameters are copied before the first scale, keys and values are written where the
-next scale reads them, and if nobody listens between scales the whole edit is one launch.
+next scale reads them, and if nobody listens between scales the whole edit is one launch. An edit
+that a handle can end is a launch for each step, between which the host only looks at the handle.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ from varedit_runtime.backends.engines.import_tensorrt import EngineKind
 from varedit_runtime.backends.engines.memory import aligned, budget, landing, lay_out, unaligned
 from varedit_runtime.backends.engines.weights import EngineWeights
 from varedit_runtime.backends.graph_backend import GraphBackend
+from varedit_runtime.backends.handle import heeded
 from varedit_runtime.backends.wiring import (
     CACHE,
     DECODER,
@@ -92,7 +94,7 @@ class EngineBackend(GraphBackend):
         self._bound = {step.name: self._bind(step) for step in self.steps.values()}
         self._graphs = self._capture()
         self._drops: dict[int, Launch] = {}
-        self._whole: dict[tuple[bool, int, bool], Launch] = {}
+        self._whole: dict[tuple[tuple[bool, int, bool], bool], list[Launch]] = {}
 
     @property
     def buffer_bytes(self) -> int:
@@ -162,8 +164,12 @@ class EngineBackend(GraphBackend):
         if self.drops_rows:
             guided = sum(sampling.guided for sampling in samplings)
         encoded = negatives is not None and bool(negatives.present.any())
-        self._whole_edit(encoded, guided, prefilled)()
-        self._device.wait()
+        handle = heeded()
+        for launch in self._launches((encoded, guided, prefilled), ended=handle is not None):
+            if handle is not None:
+                handle.check()
+            launch()
+            self._device.wait()
         self._unguided = guided == 0  # what the next edit by stages finds, if it begins at a scale
         logits = [self._host[f"logits.{scale}"].copy() for scale in range(len(samplings))]
         return WholeEdit(logits, self._host["decoded"].copy())
@@ -300,20 +306,23 @@ class EngineBackend(GraphBackend):
         self._bound[step.name]()
         self._copy_out(step.read)
 
-    def _whole_edit(self, negatives: bool, guided: int, prefilled: bool) -> Launch:
-        """Return the captured whole edit.
+    def _launches(self, kind: tuple[bool, int, bool], ended: bool) -> list[Launch]:
+        """Return the captured whole edit: one launch or, if it may be ended, one for each step.
 
-        negatives: whether negative prompts are encoded. guided: how many scales are, the first
-        ones. prefilled: whether all before the first scale was computed.
+        kind: whether negative prompts are encoded; how many scales are guided, the first ones;
+        whether all before the first scale was computed.
         """
-        key = negatives, guided, prefilled
-        if key not in self._whole:
+        if (kind, ended) not in self._whole:
+            negatives, guided, prefilled = kind
             names = list(self._names(guided))
             if prefilled:
                 names = names[names.index(next(n for n in names if scale_of(n) == 0)) :]
             steps = [self.steps[n] for n in names if negatives or n != NEGATIVE]
-            self._whole[key] = self._device.capture(lambda: self._record_whole(steps, guided))
-        return self._whole[key]
+            works = list(self._works(steps, guided))
+            if not ended:
+                works = [partial(_in_turn, works)]
+            self._whole[kind, ended] = [self._device.capture(work) for work in works]
+        return self._whole[kind, ended]
 
     def _names(self, guided: int) -> Iterator[str]:
         """Yield the names of an edit's steps, in order; guided: how many scales are."""
@@ -323,18 +332,22 @@ class EngineBackend(GraphBackend):
                 scale = -1 if step.scale is None else step.scale
                 yield form if form in self.steps and guided <= max(scale, 0) else step.name
 
-    def _record_whole(self, steps: Sequence[Step], guided: int) -> None:
-        """Record one copy of all inputs, all steps, and the copies of logits and pictures.
+    def _works(self, steps: Sequence[Step], guided: int) -> Iterator[Launch]:
+        """Yield the parts of a whole edit: one copy of all inputs, each step, one of all outputs.
 
         guided: how many scales are; before the next one, caches are moved together.
         """
-        self._device.copy(self._start, address_of(self._mirror), self._given)
+        yield partial(self._device.copy, self._start, address_of(self._mirror), self._given)
         for step in steps:
-            if step.unguided and step.scale == guided > 0:
-                self._move_together(guided)
-            self._bound[step.name]()
-        self._copy_out(n for step in steps for n in step.read if n.startswith("logits."))
-        self._copy_out(self.steps[DECODER].read)
+            yield partial(self._record_one, step, step.unguided and step.scale == guided > 0)
+        logits = [n for step in steps for n in step.read if n.startswith("logits.")]
+        yield partial(self._copy_out, [*logits, *self.steps[DECODER].read])
+
+    def _record_one(self, step: Step, moved: bool) -> None:
+        """Record a step of a whole edit. moved: whether caches are moved together before it."""
+        if moved:
+            self._move_together(step.scale or 0)
+        self._bound[step.name]()
 
     def _copy_in(self, names: Iterable[str]) -> None:
         for name in names:
@@ -368,6 +381,11 @@ def open_engines(
     except BaseException:
         device.close()
         raise
+
+
+def _in_turn(works: Sequence[Launch]) -> None:
+    for work in works:
+        work()
 
 
 def _on_the_host(steps: Iterable[Step]) -> tuple[list[str], list[str]]:
