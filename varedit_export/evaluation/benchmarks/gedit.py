@@ -50,7 +50,7 @@ def _benchmark(title: str, language: str) -> Benchmark:
         f"GEdit-Bench, {title}",
         partial(read, language=language),
         ("clip", "dino"),
-        files=(("*.arrow",), ("data-*.arrow",), ("data/*.parquet",)),
+        files=(("*.arrow",), ("data/*.arrow",), ("data/*.parquet",)),
         weights={"clip": "hf://openai/clip-vit-base-patch32"},
         judge="judge-gedit",
     )
