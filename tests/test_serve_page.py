@@ -63,6 +63,11 @@ class Visit:
             selector,
         )
 
+    def has(self, url: str) -> bool:
+        """Return whether the page can still show a picture."""
+        shown = "(url) => Object.assign(new Image(), { src: url }).decode()"
+        return self.page.evaluate(f"url => ({shown})(url).then(() => true, () => false)", url)
+
     def check(self) -> None:
         """Check what holds at all times."""
         sideways = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
@@ -96,7 +101,7 @@ def test_a_person_edits_turn_by_turn(visit: Visit, tmp_path: Path) -> None:
     page.fill("#key", KEY)
     page.press("#key", "Tab")
     expect(page.locator("#model")).to_have_text("nano")
-    visit.says("")
+    expect(page.locator("#status")).to_have_text("")
 
     no_picture = tmp_path / "photo.png"
     no_picture.write_text("this is text")
@@ -138,7 +143,11 @@ def test_a_person_edits_turn_by_turn(visit: Visit, tmp_path: Path) -> None:
 
 def test_an_edit_is_cancelled_and_a_refusal_is_told(visit: Visit) -> None:
     page = visit.page
+    page.fill("#key", KEY)
+    gone = page.locator("#history img").evaluate_all("all => all.map(one => one.src)")
     visit.choose(PERSON)
+    expect(page.locator("#history li")).to_have_count(1)
+    assert not any(map(visit.has, gone)), "pictures of before are kept in memory"
     page.route("**/v1/images/edits", lambda route: None)  # it is never answered
     visit.edit("add a hat")
     visit.says("Waiting")

@@ -23,10 +23,16 @@ async function start(file) {
     return tell("The picture is damaged, or this browser cannot show it.", true);
   }
   cancel();
+  forget(turns);
   turns = [{ url, blob: file, prompt: file.name || "picture" }];
   show(0);
   tell("");
   $("prompt").focus();
+}
+
+/** Let go of the memory of turns that can be seen no more. */
+function forget(gone) {
+  for (const { url } of gone) URL.revokeObjectURL(url);
 }
 
 function show(place) {
@@ -126,7 +132,8 @@ function take(told, from, prompt) {
     return;
   }
   const blob = decoded(told), url = URL.createObjectURL(blob);
-  turns = [...turns.slice(0, shown + 1), { url, blob, before: from.url, prompt, seed: told.seed }];
+  forget(turns.splice(shown + 1));
+  turns = [...turns, { url, blob, before: from.url, prompt, seed: told.seed }];
   show(turns.length - 1);
   $("prompt").value = "";
   tell([`Done, seed ${told.seed}.`, ...(told.warnings ?? [])].join(" "));
