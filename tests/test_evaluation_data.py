@@ -414,3 +414,21 @@ def test_a_metric_without_known_weights_is_left_out_unless_it_is_named(tmp_path:
     with pytest.raises(CheckpointError, match="cannot reach the hub"):
         evaluate(Shifted(), options, notice=told.append)
     assert told == ["lpips is left out: it needs --weights lpips=PLACE"]
+
+
+@pytest.mark.parametrize("name", ["", "\\", "x/../"])
+def test_pictures_that_rows_name_are_found_on_the_hub(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub's cache has links to files beside the data set's folder."""
+    row = {"image": f"{name}0.png", "instruction": "change it"}
+    (tmp_path / "secret.png").write_bytes(png(drawn(1)))
+    files = {"edits.jsonl": json.dumps(row).encode(), "0.png": png(drawn(0, 64))}
+    options = EvaluateOptions("folder", tmp_path / "run", "hf://datasets/me/mine")
+    with serve({"datasets/me/mine": Repository(files)}) as hub:
+        use(hub, tmp_path / "cache", monkeypatch)
+        if not name:
+            assert len(evaluate(Shifted(), options).edits) == 1
+        else:
+            with pytest.raises(DatasetError, match="line 1"):
+                evaluate(Shifted(), options)

@@ -55,10 +55,15 @@ def as_row(row: str, line: bytes, kind: type[Kind]) -> Kind:
 
 
 def inside(row: str, folder: Path, name: str) -> Path:
-    """Return the path of a file that a row names. Raises DatasetError if it leaves the folder."""
+    """Return the path of a file that a row names. Raises DatasetError if it leaves the folder.
+
+    The hub's cache has links in the folder: to blobs/, beside the snapshots/ that the folder is in.
+    """
     with row_errors(row):
         path = Path(os.path.realpath(folder / name))
-        if Path(name).is_absolute() or not path.is_relative_to(os.path.realpath(folder)):
+        blobs = [p.with_name("blobs") for p in folder.absolute().parents if p.name == "snapshots"]
+        allowed = any(path.is_relative_to(os.path.realpath(root)) for root in (folder, *blobs))
+        if Path(name).is_absolute() or ".." in Path(name).parts or not allowed:
             raise DatasetError(f"{shown(name)} is not in the data set's folder")
         if not path.is_file():
             raise DatasetError(f"there is no file {shown(name)}")
