@@ -164,6 +164,7 @@ def test_scores_are_what_the_protocols_say() -> None:
     assert paper == {"judge_success": 9, "judge_overedit": 0, "judge_balance": 0}
     imgedit = PROTOCOLS["imgedit"].score({"compliance": 5, "naturalness": 4, "detail": 3})
     assert imgedit["judge_imgedit"] == 4
+    assert PROTOCOLS["uge"].score({"score": 3}) == {"judge_uge": 3}
     gedit = PROTOCOLS["gedit"].score(
         {"success": 9, "overedit": 4, "naturalness": 8, "artifacts": 9}
     )
@@ -253,6 +254,17 @@ def test_what_cannot_be_read_is_missing_and_never_zero(tmp_path: Path) -> None:
     )
 
 
+def test_a_refused_edit_does_not_stop_a_run_that_continues(tmp_path: Path) -> None:
+    """Its judge has answered before, in a process that has ended."""
+    with serving(lambda prompt, _: 400 if "refused" in prompt else GOOD) as server:
+        judge(server, tmp_path).measure([edit()])
+        (refused,) = judge(server, tmp_path).measure([edit(instruction="refused")])
+        assert set(refused.values()) == {None}
+        other = Judge(Endpoint(server.url, "other"), JudgeOptions(), tmp_path)
+        with pytest.raises(JudgeError, match="does the model take pictures"):
+            other.measure([edit(instruction="refused")])
+
+
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
@@ -281,7 +293,10 @@ def test_no_server_and_no_address_are_told(tmp_path: Path) -> None:
     with pytest.raises(JudgeError, match="at 127"):
         endpoint = Endpoint(url, "m", retries=0)
         Judge(endpoint, JudgeOptions(), tmp_path).measure([edit()])
-    for wrong in ("", "localhost:8000", "file:///v1", "http://user:secret@host/v1"):
+    for wrong in (
+        *("", "localhost:8000", "file:///v1", "http://user:secret@host/v1"),
+        *("http://[", "http://host:port/v1", "http://host:99999/v1", "http://\u0661/v1"),
+    ):
         with pytest.raises(ConfigError, match="give an address such as"):
             Endpoint(wrong, "m")
 

@@ -64,7 +64,7 @@ _NUMBERS = {
             "3.93 1.52 3.98 4.60 4.17 4.54 4.06 4.31 3.30",
         ),
     ],
-    "imgedit-uge": [(2, "judge_imgedit", ("overall",), "2.81", "4.09")],
+    "imgedit-uge": [(2, "judge_uge", ("overall",), "2.81", "4.09")],
     "gedit-en": [
         (5, "judge_sc", _GEDIT, "5.121 4.992", "7.292 7.092"),
         (5, "judge_pq", _GEDIT, "5.301 5.220", "6.581 6.626"),

@@ -1,9 +1,8 @@
 """The benchmarks by name: each is a `Benchmark` in a file of its own."""
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
-from varedit_runtime.errors import ConfigError, shown
+from varedit_export.evaluation.registry import entry
 
 if TYPE_CHECKING:
     from varedit_export.evaluation.case import Benchmark
@@ -25,16 +24,4 @@ BENCHMARKS = {
 
 def benchmark(name: str) -> "Benchmark":
     """Return a benchmark. Raises ConfigError on an unknown name, or if it is not installed."""
-    if name not in BENCHMARKS:
-        raise ConfigError(
-            f"no benchmark is called {shown(name)}; there are {', '.join(BENCHMARKS)}"
-        )
-    module, _, variable = BENCHMARKS[name].partition(":")
-    try:
-        return getattr(import_module(module), variable)
-    except ModuleNotFoundError as error:
-        if error.name not in ("varedit_nano", "skia"):
-            raise
-        raise ConfigError(
-            "nano's scenes are drawn in a clone of the project: run pip install -e '.[train]' there"
-        ) from error
+    return entry("benchmark", BENCHMARKS, name)

@@ -2,8 +2,9 @@
 
 Format: its repository, PKU-YuanGroup/ImgEdit (Benchmark/Basic, UGE and Multiturn, with their
 readmes): a folder with basic_edit.json, UGE_edit.json, or JSON files of edits in turns, one for
-each type; pictures lie in the folder, or in original_images/. Its scores are a judge's; what is
-kept of the source is measured too.
+each type; pictures lie in the folder, or in original_images/. Its scores are a judge's, but
+people's for edits in turns, which are judged as basic ones here; what is kept of the source is
+measured too.
 """
 
 from collections.abc import Iterator
@@ -78,13 +79,13 @@ _JUDGE = "judge-imgedit"
 _WEIGHTS = {"clip": "hf://openai/clip-vit-base-patch32"}
 
 
-def _benchmark(title: str, name: str) -> Benchmark:
+def _benchmark(title: str, name: str, judge: str) -> Benchmark:
     files = ((name, *_PICTURES),)
-    return Benchmark(title, partial(read, name=name), ("clip", "dino"), files, _WEIGHTS, _JUDGE)
+    return Benchmark(title, partial(read, name=name), ("clip", "dino"), files, _WEIGHTS, judge)
 
 
-BASIC = _benchmark("ImgEdit-Bench, basic edits", "basic_edit.json")
-UGE = _benchmark("ImgEdit-Bench, UGE", "UGE_edit.json")
+BASIC = _benchmark("ImgEdit-Bench, basic edits", "basic_edit.json", _JUDGE)
+UGE = _benchmark("ImgEdit-Bench, UGE", "UGE_edit.json", "judge-uge")
 TURNS = Benchmark(
     "ImgEdit-Bench, several turns",
     read_turns,

@@ -34,7 +34,11 @@ class Reply:
 
 
 class Endpoint:
-    """A model to ask. Threads may share it."""
+    """A model to ask. Threads may share it.
+
+    answered: whether it ever has, also in an earlier process; then what it refuses is about one
+    request alone.
+    """
 
     def __init__(
         self, url: str, model: str, timeout: float = TIMEOUT, retries: int = RETRIES
@@ -43,18 +47,12 @@ class Endpoint:
 
         Raises ConfigError if it is none, MissingExtraError without the openai package.
         """
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
-            raise ConfigError(
-                "--judge: give an address such as http://127.0.0.1:8000/v1, and a key, if it needs "
-                f"one, in the environment as {KEY}"
-            )
-        self.host, self.model = parts.netloc, model
+        self.host, host = _hosts(url)
+        self.model, self.answered = model, False
         key = os.environ.get(KEY)
-        if key is None and parts.hostname == OPENAI:
+        if key is None and host == OPENAI:
             key = os.environ.get(OPENAI_KEY)
         self._client = _client(url, key or "none", timeout, retries)
-        self._answered = False
 
     def ask(self, text: str, pictures: Sequence[bytes]) -> Reply | None:
         """Return the reply to a text and PNG files; None if it refuses these alone.
@@ -68,14 +66,29 @@ class Endpoint:
                 model=self.model, messages=[{"role": "user", "content": _content(text, pictures)}]
             )
         except openai.APIStatusError as error:
-            if self._answered and error.status_code in REFUSALS:
+            if self.answered and error.status_code in REFUSALS:
                 return None
             said = f"it answers {error.status_code}"
             raise JudgeError(f"the judge at {self.host}: {said}{_advice(error)}") from None
         except (openai.OpenAIError, ValueError) as error:
             raise JudgeError(f"the judge at {self.host}: {reason(error)}") from None
-        self._answered = True
+        self.answered = True
         return _reply(completion, self.host)
+
+
+def _hosts(url: str) -> tuple[str, str]:
+    """Return an address's host with its port, and without. Raises ConfigError if it is none."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port, (parts.hostname or "").encode("ascii")  # both raise ValueError
+    except ValueError:
+        parts = urlsplit("")
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
+        raise ConfigError(
+            "--judge: give an address such as http://127.0.0.1:8000/v1, and a key, if it needs "
+            f"one, in the environment as {KEY}"
+        )
+    return parts.netloc, parts.hostname
 
 
 def _client(url: str, key: str, timeout: float, retries: int) -> "OpenAI":

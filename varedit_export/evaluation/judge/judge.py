@@ -49,7 +49,7 @@ class JudgeOptions:
 class AnswerLine(msgspec.Struct):
     """A reply. key: of what was asked. answer: its numbers, None if it has none that can be read.
 
-    refused: whether the server refused these pictures or this text.
+    refused: whether the server refused these pictures or this text. model: the one that was asked.
     """
 
     key: str
@@ -57,6 +57,7 @@ class AnswerLine(msgspec.Struct):
     tokens_in: int = 0
     tokens_out: int = 0
     refused: bool = False
+    model: str = ""
 
 
 class Judge:
@@ -69,6 +70,8 @@ class Judge:
         self._prompts = {q: q.text(options.prompts) for q in self._protocol.questions}
         self._journal, self._lock = Journal(folder / ANSWERS, AnswerLine), Lock()
         self._known = {line.key: line.answer for line in self._journal.lines if line.answer}
+        asked = (line for line in self._journal.lines if line.model == endpoint.model)
+        endpoint.answered |= any(line.answer is not None for line in asked)
         self.at_once = options.at_once
         told = [endpoint.model, options.protocol, options.repeat, *self._prompts.values()]
         self.identity = _digest(told)
@@ -143,6 +146,7 @@ class Judge:
         return None
 
     def _keep(self, line: AnswerLine) -> None:
+        line.model = self._endpoint.model
         with self._lock:
             self._journal.append(line)
             if line.answer is not None:

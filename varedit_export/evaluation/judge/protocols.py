@@ -4,10 +4,12 @@
   over-editing from 0 to 10 in one answer. GPT-Balance of an edit is their harmonic mean, 0 where
   either is 0.
 - **imgedit**: ImgEdit-Bench's (arXiv 2505.20275; PKU-YuanGroup/ImgEdit, Benchmark/Basic): three
-  aspects from 1 to 5; an edit's score is their mean.
+  aspects from 1 to 5; an edit's score is their mean. The original has a prompt for each type.
+- **uge**: that of ImgEdit-Bench's UGE (Benchmark/UGE): one score from 1 to 5, at most 3 where
+  anything else was changed.
 - **gedit**: GEdit-Bench's (arXiv 2504.17761), which is VIEScore (arXiv 2312.14867) for edits: two
   scores of semantic consistency, two of perceptual quality; SC and PQ are the lower of each two,
-  and the overall score is the root of SC·PQ.
+  and the overall score is the root of SC·PQ. Its own totals are means over the types'.
 
 The prompts are in our own words, so that scores are not exactly those of the originals. They are
 files, of which a folder of one's own may replace any.
@@ -91,6 +93,10 @@ def _imgedit(answer: Answer) -> Mapping[str, float]:
     return {"judge_imgedit": sum(aspects.values()) / len(aspects), **aspects}
 
 
+def _uge(answer: Answer) -> Mapping[str, float]:
+    return {"judge_uge": answer["score"]}
+
+
 def _gedit(answer: Answer) -> Mapping[str, float]:
     consistency = min(answer["success"], answer["overedit"])
     quality = min(answer["naturalness"], answer["artifacts"])
@@ -137,6 +143,12 @@ PROTOCOLS = {
         ),
         _imgedit,
         "judge_imgedit",
+    ),
+    "uge": Protocol(
+        (Question("uge", ("score",), 1, 5),),
+        _scores("judge_uge", {"judge_uge": "UGE"}),
+        _uge,
+        "judge_uge",
     ),
     "gedit": Protocol(
         (

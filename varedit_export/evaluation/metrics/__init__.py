@@ -1,9 +1,8 @@
 """The families of metrics by name: each is a `Family` in a file of its own."""
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
-from varedit_runtime.errors import ConfigError, shown
+from varedit_export.evaluation.registry import entry
 
 if TYPE_CHECKING:
     from varedit_export.evaluation.case import Family
@@ -17,14 +16,12 @@ FAMILIES = {
     "pixels": f"{_HERE}.pixels:PIXELS",
     "judge-paper": f"{_HERE}.judges:PAPER",
     "judge-imgedit": f"{_HERE}.judges:IMGEDIT",
+    "judge-uge": f"{_HERE}.judges:UGE",
     "judge-gedit": f"{_HERE}.judges:GEDIT",
     "nano": "varedit_nano.benchmark:FAMILY",  # in a clone of the project only
 }
 
 
 def family(name: str) -> "Family":
-    """Return a family of metrics. Raises ConfigError on an unknown name."""
-    if name not in FAMILIES:
-        raise ConfigError(f"no metric is called {shown(name)}; there are {', '.join(FAMILIES)}")
-    module, _, variable = FAMILIES[name].partition(":")
-    return getattr(import_module(module), variable)
+    """Return a family of metrics. Raises ConfigError on an unknown name, or as `benchmark`."""
+    return entry("metric", FAMILIES, name)

@@ -13,6 +13,6 @@ def _unnamed(_: Path | None) -> Metric:
     raise ConfigError("a judge is asked with --judge URL and --judge-model NAME: give both")
 
 
-PAPER, IMGEDIT, GEDIT = (
-    Family(PROTOCOLS[name].scores, _unnamed) for name in ("paper", "imgedit", "gedit")
+PAPER, IMGEDIT, UGE, GEDIT = (
+    Family(PROTOCOLS[name].scores, _unnamed) for name in ("paper", "imgedit", "uge", "gedit")
 )
