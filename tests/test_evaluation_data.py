@@ -19,6 +19,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from varedit_export.errors import DatasetError
+from varedit_export.evaluation import tables
 from varedit_export.evaluation.benchmarks import BENCHMARKS, benchmark, folder, pie_bench
 from varedit_export.evaluation.case import Edited
 from varedit_export.evaluation.evaluate import evaluate
@@ -68,6 +69,7 @@ ROW = {"image": "0.png", "instruction": "change it"}
         ([{**ROW, "target": "link.png"}], "line 1: .* is not in the data set's folder"),
         ([{**ROW, "image": "a\0b"}], "line 1"),
         (["[" * 100_000], "line 1"),
+        ([{**ROW, "type": "overall"}], "row 1: a type cannot be called overall"),
     ],
 )
 def test_a_bad_row_of_ones_own_is_refused(rows: list[Any], told: str, tmp_path: Path) -> None:
@@ -167,6 +169,21 @@ def test_bad_rows_of_a_table_are_refused(
     write_parquet(tmp_path / "test-0.parquet", rows)
     with pytest.raises(DatasetError, match=told):
         benchmark("emu-edit").read(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["arrow", "parquet"])
+def test_a_small_file_of_very_long_rows_is_refused(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One text in many rows is stored once."""
+    monkeypatch.setattr(tables, "LARGEST", 100_000)
+    rows = [gedit(str(number), "en", instruction="x" * 1000) for number in range(200)]
+    if kind == "arrow":
+        write_arrow(tmp_path / "data-0.arrow", rows)
+    else:
+        write_parquet(tmp_path / "data/train-0.parquet", rows)
+    with pytest.raises(DatasetError, match="its texts have over"):
+        benchmark("gedit-en").read(tmp_path)
 
 
 def test_bad_pictures_of_a_table_are_refused_with_their_row(tmp_path: Path) -> None:
@@ -358,6 +375,16 @@ def test_the_papers_numbers_name_groups_and_scores_that_there_are() -> None:
     assert {one.group for one in published("pie-bench")} == {*pie_bench.TYPES, "overall"}
 
 
+def test_the_papers_numbers_of_types_have_the_papers_mean() -> None:
+    """PIE-Bench has 700 edits, of each type as many as here."""
+    counts = dict(zip(pie_bench.TYPES, (140, 80, 80, 80, 40, 40, 40, 40, 80, 80), strict=True))
+    found = {(p.score, p.model, p.group): p.value for p in published("pie-bench")}
+    for score in ("judge_success", "judge_balance"):
+        for model in ("2b", "8b"):
+            total = sum(found[score, model, name] * count for name, count in counts.items())
+            assert found[score, model, "overall"] == pytest.approx(total / 700, abs=0.001)
+
+
 # Data and weights on the hub
 
 
@@ -403,6 +430,8 @@ def test_places_that_are_not_there_are_told(tmp_path: Path) -> None:
         evaluate(Shifted(), EvaluateOptions(**options, data=tmp_path, weights=("clip=x",)))
     with pytest.raises(ConfigError, match="give METRIC=PLACE"):
         evaluate(Shifted(), EvaluateOptions(**options, data=tmp_path, weights=("clip",)))
+    with pytest.raises(ConfigError, match="--metric nano scores edits of nano alone"):
+        evaluate(Shifted(), EvaluateOptions("emu-edit", tmp_path, tmp_path, metrics=("nano",)))
     assert not (tmp_path / "run").exists()
 
 

@@ -129,7 +129,7 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
     return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
 
 
-@pytest.mark.parametrize("size", [(40, 40), (50, 37), (20, 33)])
+@pytest.mark.parametrize("size", [(40, 40), (50, 37), (20, 33), (49, 98)])
 def test_clip_is_that_of_transformers(size: tuple[int, int], clip: Path) -> None:
     picture, text = with_transformers(clip)
     source, result, target = (drawn(seed, 64).resize(size) for seed in range(3))

@@ -104,6 +104,10 @@ def test_folders_that_are_no_run_are_refused(data: Path, tmp_path: Path) -> None
         open_run(tmp_path / "run", {}),
     ):
         pass
+    for content in ("[]", "{", "[" * 100_000):
+        (tmp_path / "run/run.json").write_text(content)
+        with pytest.raises(ConfigError, match="is not the folder of a run"):
+            Run(tmp_path / "run")
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be written"):
         evaluated(data, tmp_path / "file")
@@ -155,8 +159,14 @@ def test_a_copy_is_equal_and_a_worse_one_is_told(data: Path, tmp_path: Path) -> 
     assert {one.verdict for one in same.comparisons["overall"].values()} == {"equal"}
     worse = evaluated(data, tmp_path / "worse", Shifted(128), Run(tmp_path / "same"))
     assert worse.comparisons["overall"]["l1_source"].verdict.startswith("worse by 0.")
+    edits = Shifted()
     with pytest.raises(ConfigError, match="has another seed"):
-        evaluated(data, tmp_path / "seed", Shifted(), Run(tmp_path / "same"), seed=1)
+        evaluated(data, tmp_path / "seed", edits, Run(tmp_path / "same"), seed=1)
+    lines = (tmp_path / "same/scores.jsonl").read_text().replace('"by":"1"', '"by":"2"')
+    (tmp_path / "same/scores.jsonl").write_text(lines)
+    with pytest.raises(ConfigError, match="lacks scores of pixels by the same model"):
+        evaluated(data, tmp_path / "by", edits, Run(tmp_path / "same"))
+    assert not edits.made
 
 
 def test_a_gate_fails_on_worse_and_on_missing_scores(data: Path, tmp_path: Path) -> None:
@@ -188,12 +198,12 @@ def test_the_page_escapes_what_it_shows_and_asks_for_nothing(tmp_path: Path) -> 
     assert page.count("<img ") == 3 + 1
 
 
-def test_the_page_shows_the_worst_first(data: Path, tmp_path: Path) -> None:
-    report = evaluated(data, tmp_path / "run")
+def test_the_page_shows_the_failed_and_the_worst_first(data: Path, tmp_path: Path) -> None:
+    report = evaluated(data, tmp_path / "run", Shifted(refused="change 2"))
     page = (tmp_path / "run/report.html").read_text("utf-8")
     shown = [int(number) for number in re.findall(r"change (\d)<small>", page)]
-    values = [report.edits[number].scores["psnr"] or 0 for number in shown]
-    assert len(values) == 4 and values == sorted(values)
+    values = [report.edits[number].scores.get("psnr", 0) or 0 for number in shown]
+    assert shown[0] == 2 and len(values) == 4 and values == sorted(values)
 
 
 def test_a_score_that_is_not_finite_is_missing(data: Path, tmp_path: Path) -> None:

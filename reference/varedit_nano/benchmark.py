@@ -165,5 +165,6 @@ FAMILY = Family(
         Score("ceiling", "ceiling %", digits=1),
     ),
     SceneScores,
+    benchmark="nano",
 )
 SCENES = Benchmark("nano's scenes", lambda _: scenes(), ("nano",))

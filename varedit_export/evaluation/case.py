@@ -12,6 +12,7 @@ from PIL import Image
 from varedit_export.errors import DatasetError
 from varedit_runtime.decoding.to_rgb import on_white
 
+OVERALL = "overall"  # the group of all edits in a report
 Load = Callable[[], Image.Image]
 Values = Mapping[str, float | None]  # scores of one edit by name; None where there is none
 
@@ -101,13 +102,15 @@ class Family:
 
     open: makes the metric, given its weights. weights: where they are by default, a folder or an
     address on the hub; None if there is no default. files: the files it takes of a repository, in
-    choices as `weights.hub` has them; none for a family without weights.
+    choices as `weights.hub` has them; none for a family without weights. benchmark: the only one
+    whose edits it can score, if there is one.
     """
 
     scores: tuple[Score, ...]
     open: Callable[[Path | None], Metric]
     weights: str | None = None
     files: Sequence[Sequence[str]] = ()
+    benchmark: str | None = None
 
 
 @dataclass(frozen=True)

@@ -4,21 +4,23 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
 from varedit_engines import OnStep
 from varedit_export.evaluation.benchmarks import benchmark
-from varedit_export.evaluation.case import Benchmark, Case, Edits, Family, Metric, Score
+from varedit_export.evaluation.case import OVERALL, Benchmark, Case, Edits, Family, Metric, Score
 from varedit_export.evaluation.judge.endpoint import Endpoint
 from varedit_export.evaluation.judge.judge import Judge, JudgeOptions
 from varedit_export.evaluation.metrics import family
 from varedit_export.evaluation.metrics.judges import PREFIX
 from varedit_export.evaluation.page import write_page
 from varedit_export.evaluation.places import bring
-from varedit_export.evaluation.report import OVERALL, Report, Subject, summarise, write
+from varedit_export.evaluation.report import Report, Subject, summarise, write
 from varedit_export.evaluation.run import RUN, Run, make_edits, measure, open_run
 from varedit_export.options import EvaluateOptions
+from varedit_export.weights.hub import SCHEME
 from varedit_export.weights.published import Download
 from varedit_runtime.errors import ConfigError, shown
 
@@ -50,6 +52,8 @@ def evaluate(
     judges = _judges(options, families)
     metrics = {**metrics, **judges}
     opened = {n: metrics.get(n) or one.open(folders.get(n)) for n, one in families.items()}
+    if isinstance(other, Run):
+        _check_alike(other, told, cases, opened)
 
     def work(run: Run, by: Edits) -> None:
         make_edits(run, cases, options.seed, by, on_step)
@@ -61,7 +65,7 @@ def evaluate(
         work(run, edits)
         subject = Subject(edits.name, run)
         if isinstance(other, Run):
-            subject = replace(subject, against=other.folder.name, other=_same(other, told, cases))
+            subject = replace(subject, against=other.folder.name, other=other)
         elif other is not None:
             with open_run(folder / AGAINST, {**told, **other.identity}) as against:
                 work(against, other)
@@ -76,8 +80,15 @@ def evaluate(
 
 
 def check(options: EvaluateOptions) -> None:
-    """Raise ConfigError on names that are unknown, and on what is missing."""
-    _planned(options, lambda line: None)
+    """Raise what `evaluate` raises before it edits, but for what is on the hub."""
+    chosen, families, _, places = _planned(options, lambda line: None)
+    here = {name: place for name, place in places.items() if not place[0].startswith(SCHEME)}
+    folders = bring(here, lambda download: None)
+    for name, one in families.items():
+        if name in folders or not one.files:
+            one.open(folders.get(name))
+    if "--data" in folders:
+        chosen.read(folders["--data"])
 
 
 _Planned = tuple[Benchmark, dict[str, Family], list[tuple[Score, float]], dict[str, Any]]
@@ -119,9 +130,12 @@ def _gates(options: EvaluateOptions, scores: Sequence[Score]) -> list[tuple[Scor
                 f"--fail-below: no score is called {shown(name)}; there are {', '.join(known)}"
             )
         try:
-            found.append((known[name], float(value)))
-        except ValueError as error:
-            raise ConfigError(f"--fail-below is {shown(text)}; give SCORE=NUMBER") from error
+            least = float(value)
+        except ValueError:
+            least = nan
+        if not isfinite(least):
+            raise ConfigError(f"--fail-below is {shown(text)}; give SCORE=NUMBER")
+        found.append((known[name], least))
     return found
 
 
@@ -151,6 +165,8 @@ def _families(
             f"--weights: {sorted(unknown)[0]} is not computed; --metric names what is"
         )
     for name, one in list(found.items()):
+        if one.benchmark not in (None, options.benchmark):
+            raise ConfigError(f"--metric {name} scores edits of {one.benchmark} alone")
         if one.files and one.weights is None and name not in given:
             if name in options.metrics:
                 raise ConfigError(f"--metric {name}: give its weights with --weights {name}=PLACE")
@@ -213,8 +229,16 @@ def _places(
     return found
 
 
-def _same(other: Run, told: Mapping[str, Any], cases: Mapping[int, Case]) -> Run:
-    """Check that a run has the same cases and noise. Raises ConfigError."""
+def _check_alike(
+    other: Run,
+    told: Mapping[str, Any],
+    cases: Mapping[int, Case],
+    metrics: Mapping[str, Metric],
+) -> None:
+    """Check that a run has the same cases and noise, and scores by the same metrics.
+
+    Raises ConfigError.
+    """
     for key, value in told.items():
         if other.told.get(key) != value:
             raise ConfigError(
@@ -222,7 +246,13 @@ def _same(other: Run, told: Mapping[str, Any], cases: Mapping[int, Case]) -> Run
             )
     if missing := [case.id for case in cases.values() if case.id not in other.edits]:
         raise ConfigError(f"--against: {other.folder} lacks {len(missing)} of the edits: finish it")
-    return other
+    made = [case.id for case in cases.values() if other.picture(case.id) is not None]
+    for name, metric in metrics.items():
+        if not all(other.scored(id, name, metric.identity) for id in made):
+            raise ConfigError(
+                f"--against: {other.folder} lacks scores of {name} by the same model: evaluate "
+                "it as this one first"
+            )
 
 
 def _digest(cases: Sequence[Case]) -> str:

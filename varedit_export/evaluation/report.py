@@ -7,14 +7,13 @@ from typing import Any
 
 import msgspec
 
-from varedit_export.evaluation.case import Case, Score
+from varedit_export.evaluation.case import OVERALL, Case, Score
 from varedit_export.evaluation.paper import Published, published
 from varedit_export.evaluation.run import PICTURES, Run
 from varedit_export.evaluation.statistics import Comparison, Mean, compare, mean_of
 from varedit_runtime.errors import ConfigError
 from varedit_runtime.files import atomic_file
 
-OVERALL = "overall"
 JSON = "report.json"
 
 

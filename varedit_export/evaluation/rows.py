@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from varedit_export.errors import DatasetError
-from varedit_export.evaluation.case import Case, Load
+from varedit_export.evaluation.case import OVERALL, Case, Load
 from varedit_runtime.errors import MissingExtraError, printable, reason, shown
 from varedit_runtime.pictures import Source, open_mask, open_picture
 
@@ -107,6 +107,8 @@ def checked_cases(cases: Sequence[Case]) -> list[Case]:
         seen.add(case.id)
         if not case.instruction.strip():
             raise DatasetError(f"row {printable(case.id)}: the instruction is empty")
+        if OVERALL in case.groups:
+            raise DatasetError(f"row {printable(case.id)}: a type cannot be called {OVERALL}")
         if case.after is not None and case.after not in seen:
             raise DatasetError(
                 f"row {printable(case.id)} follows {case.after!r}, which is not before it"

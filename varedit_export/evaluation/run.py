@@ -6,8 +6,8 @@
     pictures/       the results
 
 Lines are written when their work is done, so that a run that was killed continues where it was.
-Edits come first, and then one family of metrics after the other: no two models are in memory at
-once, and a later run can add metrics to the same edits.
+Edits come first, and then one family of metrics after the other, so that a later run can add
+metrics to the same edits.
 """
 
 import hashlib
@@ -62,8 +62,9 @@ class Run:
         """Read a run. Raises ConfigError if the folder is none or cannot be read."""
         self.folder = folder
         try:
-            self.told: Mapping[str, Any] = json.loads((folder / RUN).read_bytes())
-        except (OSError, ValueError) as error:
+            content = (folder / RUN).read_bytes()
+            self.told: Mapping[str, Any] = msgspec.json.decode(content, type=dict[str, Any])
+        except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(f"{folder} is not the folder of a run: name another one") from error
         self._edits = Journal(folder / EDITS, EditLine)
         self._scores = Journal(folder / SCORES, ScoreLine)

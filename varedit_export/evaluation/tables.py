@@ -1,6 +1,6 @@
 """Read tables in Parquet or Arrow files, as the hub has data sets, a picture at a time."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -8,10 +8,11 @@ from typing import Any
 import msgspec
 
 from varedit_export.errors import DatasetError
-from varedit_export.evaluation.rows import Kind, row_errors
+from varedit_export.evaluation.rows import LARGEST, Kind, row_errors
 from varedit_runtime.errors import needs_extra, readable_size
 
 LARGEST_GROUP = 2**31  # bytes of a group of rows, which is read as a whole
+_ROWS_AT_ONCE = 100
 
 
 class Table:
@@ -45,10 +46,22 @@ class Table:
         with row_errors(str(self.path)):
             if missing := set(names) - set(self._names()):
                 raise DatasetError(f"there is no column {', '.join(sorted(missing))}")
-            table = self._file.read(names) if self._parquet else self._file.select(names)
-            table.validate(full=True)
-            found = table.to_pylist()
+            found = [row for piece in self._pieces(names) for row in piece.to_pylist()]
         return [self._row(place, row, kind) for place, row in enumerate(found)]
+
+    def _pieces(self, names: list[str]) -> Iterator[Any]:
+        """Yield columns piece by piece: a small file can hold one long text in very many rows."""
+        if self._parquet:
+            pieces = self._file.iter_batches(_ROWS_AT_ONCE, columns=names)
+        else:
+            pieces = self._file.select(names).to_batches(_ROWS_AT_ONCE)
+        size = 0
+        for piece in pieces:
+            piece.validate(full=True)
+            size += piece.nbytes
+            if size > LARGEST:
+                raise DatasetError(f"its texts have over {readable_size(LARGEST)}")
+            yield piece
 
     def _row(self, place: int, row: Any, kind: type[Kind]) -> Kind:
         with row_errors(self.name(place)):

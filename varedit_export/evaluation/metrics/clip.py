@@ -52,10 +52,17 @@ class Clip:
 
             vision = CLIPVisionModelWithProjection.from_pretrained(self._folder, **_LOCAL).eval()
             text = CLIPTextModelWithProjection.from_pretrained(self._folder, **_LOCAL).eval()
-            return vision, text, AutoTokenizer.from_pretrained(self._folder, **_LOCAL)
+            # A folder's own code never runs, nor is anyone asked whether it may.
+            tokenizer = AutoTokenizer.from_pretrained(
+                self._folder, trust_remote_code=False, **_LOCAL
+            )
+            return vision, text, tokenizer
 
     def measure(self, edited: Sequence[Edited]) -> Sequence[Values]:
-        return [self._scores(one) for one in edited]
+        import torch
+
+        with torch.inference_mode():
+            return [self._scores(one) for one in edited]
 
     def _scores(self, one: Edited) -> Values:
         before, caption = one.case.before, one.case.caption
@@ -88,7 +95,7 @@ class Clip:
 
 
 def _embedding(vectors: "torch.Tensor") -> "torch.Tensor":
-    return (vectors / vectors.norm(dim=-1, keepdim=True)).detach()
+    return vectors / vectors.norm(dim=-1, keepdim=True)
 
 
 CLIP = Family(

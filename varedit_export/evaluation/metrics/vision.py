@@ -61,10 +61,7 @@ def prepared(
     """
     import torch
 
-    scale = shortest / min(picture.size)
-    width, height = (
-        shortest if side == min(picture.size) else int(side * scale) for side in picture.size
-    )
+    width, height = (shortest * side // min(picture.size) for side in picture.size)
     resized = picture.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - crop) // 2, (height - crop) // 2
     pixels = np.asarray(resized.crop((left, top, left + crop, top + crop)), np.float32) / 255

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from varedit_export.evaluation.case import Case, Score
-from varedit_export.evaluation.report import OVERALL, Group, Report, Row
+from varedit_export.evaluation.case import OVERALL, Case, Score
+from varedit_export.evaluation.report import Group, Report, Row
 from varedit_export.evaluation.run import Run, source_of
 from varedit_runtime.decoding.to_rgb import on_white
 from varedit_runtime.errors import ConfigError
@@ -75,7 +75,8 @@ def _summary(report: Report) -> Iterator[str]:
         yield f'<tr class="paper"><td>{escape(name)}</td><td></td>{cells}</tr>'
     yield "</table></div>"
     if report.published:
-        yield "<p><small>Paper: VAREdit, arXiv 2508.15772, at 512 px.</small></p>"
+        yield "<p><small>Paper: VAREdit, arXiv 2508.15772, at 512 px. The judge there is GPT-4o "
+        yield "or GPT-4.1: scores of another judge cannot be compared with it.</small></p>"
 
 
 def _mean(group: Group, score: Score) -> str:
@@ -130,10 +131,10 @@ def _edits(report: Report, run: Run, cases: Mapping[str, Case]) -> Iterator[str]
     yield "</tbody></table></div>"
 
 
-def _badness(row: Row, score: Score) -> tuple[bool, float]:
-    """Return what sorts edits, worst first; those without a score come last."""
+def _badness(row: Row, score: Score) -> tuple[bool, bool, float]:
+    """Return what sorts edits: those that failed, then the worst; those without a score last."""
     value = row.scores.get(score.name)
-    return value is None, score.better * (value or 0)
+    return row.failed is None, value is None, score.better * (value or 0)
 
 
 def _edit(report: Report, row: Row, run: Run, case: Case) -> Iterator[str]:
