@@ -7,12 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 from bundles import small_bundle
+from click.testing import CliRunner
 from editing import changed_bundle, picture
 from msgspec import structs
 from stand_in_cuda import pretend
 
+from varedit_runtime.backends.auto import wanted_backend
 from varedit_runtime.backends.graph_backend import GraphBackend
 from varedit_runtime.backends.wiring import of_batch
+from varedit_runtime.bench import measure_batches
+from varedit_runtime.cli import main
 from varedit_runtime.editing.editor import Editor
 from varedit_runtime.editing.results import EditResult
 from varedit_runtime.manifest import Manifest
@@ -142,3 +146,15 @@ def test_on_cuda_every_number_of_pictures_is_captured_once(
                 assert abs(ours - theirs).max() <= 1  # its texts are padded further
     (captured,) = (session for session in made if session.options["enable_cuda_graph"] == "1")
     assert len(set(captured.runs)) == MOST * 5 and len(captured.runs) == 5 * 5
+
+
+def test_bench_tells_what_a_picture_costs_in_batches_of_each_size(three: Path) -> None:
+    backend = wanted_backend("onnxruntime", threads=1)
+    costs = measure_batches(three, 1, backend)
+    assert [cost.pictures for cost in costs] == [1, 2, MOST]
+    assert all(cost.wall.median > 0 and cost.cpu.median > 0 for cost in costs)
+    result = CliRunner().invoke(
+        main, ["bench", str(three), "--batches", "--repeat", "1", "--threads", "1"]
+    )
+    table = result.output.partition("pictures at once")[2].splitlines()
+    assert [line.split()[0] for line in table[1:4]] == ["1", "2", "3"], result.output

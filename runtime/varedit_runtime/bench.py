@@ -28,6 +28,7 @@ from varedit_runtime.backends.onnxruntime.backend import Buffer, Session
 from varedit_runtime.backends.spec import BackendSpec
 from varedit_runtime.backends.wiring import TEXT
 from varedit_runtime.bench_report import (
+    BatchCost,
     Dial,
     Measurement,
     MemoryUse,
@@ -78,13 +79,15 @@ class Contestant:
         """The dials to measure; None first, as a further result begins with what that edit left."""
         return [None, *(dial for dial in DIALS if dial in self.dials)]
 
-    def edit(self, dial: Dial | None = None, on_scale: OnScale | None = None) -> EditResult:
-        """Edit a batch of synthetic pictures; return the first result."""
+    def edit(
+        self, dial: Dial | None = None, on_scale: OnScale | None = None, count: int | None = None
+    ) -> EditResult:
+        """Edit a batch of different synthetic pictures, by default the largest; return one."""
         if dial != "further":
             self.editor.forget()
-        batch = self.editor.variant.batch
+        batch = count or self.editor.variant.batch
         results = self.editor.edit(
-            [synthetic_picture(self.editor.variant)] * batch,
+            [synthetic_picture(self.editor.variant, place) for place in range(batch)],
             INSTRUCTION,
             seed=list(range(batch)),
             guidance_scale=1 if dial == "unguided" else None,
@@ -161,6 +164,33 @@ def measure_bundle(
         versions=versions_of([editor.chosen.spec] if editor.chosen else []),
         repeat=repeat,
         measurements=(msgspec.structs.replace(first, process=process), *others),
+    )
+
+
+def measure_batches(
+    bundle: str | os.PathLike[str],
+    repeat: int,
+    backend: str | ChosenBackend | AutoBackend = AUTO,
+    variant: str | None = None,
+) -> tuple[BatchCost, ...]:
+    """Edit 1, 2, 4, ... pictures at a time and the most, in turns, after one of each to warm up.
+
+    backend, variant: as for `Editor.open`. Raises what that raises, and ConfigError if repeat is
+    less than 1.
+    """
+    check_repeat(repeat)
+    with Editor.open(bundle, backend=backend, variant=variant) as editor:
+        most = editor.variant.batch
+        sizes = [*(2**i for i in range((most - 1).bit_length())), most]
+        one = Contestant("", with_any_text(editor), editor.bundle.manifest.precision)
+        turns = [[one.edit(count=size) for size in sizes] for _ in range(repeat + 1)]
+    return tuple(map(_batch_cost, sizes, zip(*turns[1:], strict=True)))
+
+
+def _batch_cost(pictures: int, results: Sequence[EditResult]) -> BatchCost:
+    clocks = [one.timings for one in results], [one.cpu_timings for one in results]
+    return BatchCost(
+        pictures, *(Spread.of([sum(of.values()) / pictures for of in clock]) for clock in clocks)
     )
 
 
@@ -349,8 +379,8 @@ def product_flops(stage: str, model: Model, variant: Variant, rows: int) -> int 
     return rows * tokens * blocks
 
 
-def synthetic_picture(variant: Variant) -> Image.Image:
-    pixels = np.random.default_rng(0).integers(0, 256, (*variant.picture, 3), dtype=np.uint8)
+def synthetic_picture(variant: Variant, seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (*variant.picture, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
 

@@ -160,11 +160,20 @@ class Growth(Struct, frozen=True):
     exponent: float
 
 
+class BatchCost(Struct, frozen=True):
+    """Edits of a number of pictures at a time. wall, cpu: seconds a picture."""
+
+    pictures: int
+    wall: Spread
+    cpu: Spread
+
+
 class Report(Struct, frozen=True, kw_only=True):
     """The result of a benchmark.
 
     threads: of each; None for one per core. versions: of the packages that computed. repeat: how
     often each measurement was repeated. growth: empty without variants of several resolutions.
+    batches: of the first bundle, where they were asked for.
     """
 
     schema_version: Literal[1] = 1
@@ -174,6 +183,7 @@ class Report(Struct, frozen=True, kw_only=True):
     repeat: int
     measurements: tuple[Measurement, ...]
     growth: tuple[Growth, ...] = ()
+    batches: tuple[BatchCost, ...] = ()
 
 
 def schema() -> bytes:
@@ -200,6 +210,11 @@ def report_table(report: Report) -> str:
     if len(report.measurements) > 1:
         lines += ["", *_comparison(report.measurements)]
     lines += [f"{_title(g.name, g.dial)} grows with tokens^{g.exponent:.2f}" for g in report.growth]
+    if report.batches:
+        lines += ["", f"{'pictures at once':<16}{'ms a picture':>13}{'CPU ms a picture':>18}"]
+    for one in report.batches:
+        wall, cpu = (clock.median * 1e3 for clock in (one.wall, one.cpu))
+        lines.append(f"{one.pictures:<16}{wall:>13.1f}{cpu:>18.1f}")
     return "\n".join(lines)
 
 

@@ -7,7 +7,7 @@ import click
 
 from varedit_runtime.backends import BACKENDS, choose
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.commands.bench import dial_option, show_report
+from varedit_runtime.commands.bench import batches_option, dial_option, show_report
 from varedit_runtime.errors import needs_extra
 from varedit_runtime.terminal.command import BUNDLE, PATH
 
@@ -40,6 +40,7 @@ class _Opponent(click.ParamType):
 @click.option("--variant", metavar="NAME|all", help="The variant; by default BUNDLE's first.")
 @click.option("--repeat", default=5, show_default=True, help="Number of timed edits of each.")
 @dial_option
+@batches_option
 @click.option("--threads", type=int, help="Threads of each; by default one per core.")
 @click.option("--json", "json_file", type=PATH, help="Write all numbers here, as JSON.")
 def bench(
@@ -48,6 +49,7 @@ def bench(
     variant: str | None,
     repeat: int,
     dials: "tuple[Dial, ...]",
+    batches: bool,
     threads: int | None,
     json_file: Path | None,
 ) -> None:
@@ -61,16 +63,21 @@ def bench(
     varedit-export bench bundles/2b --variant all --dial fast --dial unguided
     varedit-export bench bundles/2b-int8 --against reference --against bundles/2b-512
     """
-    from varedit_runtime.bench import check_repeat
+    from msgspec import structs
+
+    from varedit_runtime.bench import check_repeat, measure_batches
     from varedit_runtime.bench_report import check_report
 
     if json_file is not None:
         check_report(json_file)
     check_repeat(repeat)
-    choose("onnxruntime", threads=threads)
+    backend = choose("onnxruntime", threads=threads)
     Bundle.open(bundle).manifest.variant(None if variant == "all" else variant)
     with needs_extra("export"):
         from varedit_export.bench import entrants, measure_all
 
     report = measure_all(entrants(bundle, against), repeat, threads, variant, dials)
+    if batches:
+        one = None if variant == "all" else variant
+        report = structs.replace(report, batches=measure_batches(bundle, repeat, backend, one))
     show_report(report, json_file)

@@ -28,12 +28,17 @@ dial_option = click.option(
     "without guidance; repeatable.",
 )
 
+batches_option = click.option(
+    "--batches", is_flag=True, help="Also measure 1, 2, 4, ... pictures at a time, up to the most."
+)
+
 
 @click.command(cls=BackendCommand)
 @click.argument("bundle", type=BUNDLE)
 @variant_option
 @click.option("--repeat", default=5, show_default=True, help="Number of timed edits.")
 @dial_option
+@batches_option
 @backend_option()
 @click.option("--json", "json_file", type=PATH, help="Write all numbers here, as JSON.")
 @debug_option
@@ -42,6 +47,7 @@ def bench(
     variant: str | None,
     repeat: int,
     dials: "tuple[Dial, ...]",
+    batches: bool,
     backend: ChosenBackend | AutoBackend,
     json_file: Path | None,
 ) -> None:
@@ -51,12 +57,18 @@ def bench(
     varedit-run bench bundles/2b-512 --repeat 10 --threads 2 --json bench.json
     varedit-run bench bundles/2b-512 --dial further --dial fast
     """
-    from varedit_runtime.bench import measure_bundle
+    from msgspec import structs
+
+    from varedit_runtime.bench import measure_batches, measure_bundle
     from varedit_runtime.bench_report import check_report
 
     if json_file is not None:
         check_report(json_file)
-    show_report(measure_bundle(bundle, repeat, backend, variant, dials), json_file)
+    report = measure_bundle(bundle, repeat, backend, variant, dials)
+    if batches:
+        costs = measure_batches(bundle, repeat, backend, variant)
+        report = structs.replace(report, batches=costs)
+    show_report(report, json_file)
 
 
 def show_report(report: "Report", json_file: Path | None) -> None:
