@@ -6,6 +6,8 @@ NANO := runtime/varedit_runtime/nano
 DEMO := build/demo
 FRESH := build/fresh
 AUDIT := build/audit
+JAVASCRIPT := tests/javascript
+CHROMIUM := build/chromium
 EXTRAS := export,train,tensorrt-rtx,dev
 TESTED := 3.11 3.12 3.13
 # Run uv without fetching a Python: it only resolves versions.
@@ -36,8 +38,17 @@ demo: $(RUNTIME)  ## edit a sample picture
 		-o $(DEMO)/hat.png --compare $(DEMO)/before-and-after.png --overwrite
 	@echo "before and after: $(DEMO)/before-and-after.png"
 
-test: lint  ## lint, then run the tests
+test: lint $(CHROMIUM)/chromium  ## lint, then run the tests
 	$(BIN)/python -m pytest -n auto --dist loadscope
+
+# OpenAI's JavaScript client, and a headless Chromium with the libraries that it needs, which its
+# package unpacks in Lambda alone. Where this fails, their tests are skipped and say so.
+$(CHROMIUM)/chromium: $(JAVASCRIPT)/package-lock.json
+	rm -rf $(CHROMIUM)
+	mkdir -p $(CHROMIUM)
+	-npm --prefix $(JAVASCRIPT) ci --ignore-scripts --silent && cd $(JAVASCRIPT) && \
+		TMPDIR=$(CURDIR)/$(CHROMIUM) AWS_EXECUTION_ENV=AWS_Lambda_nodejs20.x node --eval \
+		"import('@sparticuz/chromium').then(package => package.default.executablePath())"
 
 lint: $(INSTALLED)  ## style, format and types
 	$(BIN)/ruff check .
