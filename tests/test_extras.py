@@ -16,7 +16,7 @@ PROGRAM = """if True:
     from click.testing import CliRunner
     ABSENT = {"torch", "transformers", "huggingface_hub", "safetensors", "onnx", "onnx_ir"}
     ABSENT |= {"onnxscript", "tqdm", "tensorrt", "tensorrt_rtx", "polygraphy", "cuda"}
-    ABSENT |= {"starlette", "uvicorn", "python_multipart", "prometheus_client", "c2pa"}
+    ABSENT |= {"starlette", "uvicorn", "python_multipart", "prometheus_client", "c2pa", "ray"}
     class Absent:
         def find_spec(self, name, path=None, target=None):
             if name.split(".")[0] in ABSENT:
@@ -87,6 +87,8 @@ WRONG = {
     ("golden",): "Missing argument",
     ("serve", "nowhere"): "there is no bundle at",
     ("serve", NANO, "--host", "0.0.0.0"): "give API keys",
+    ("serve", NANO, "--max-workers", "2"): "--max-workers is for --ray",
+    (*EDIT, "--ray"): "--ray is for several pictures",
     ("serve", NANO, "--batch", "0"): "--batch is 0",
     ("serve", NANO, "--digest", "0"): "is not the one asked for",
     ("serve", NANO, "--max-queue", "0"): "--max-queue is 0",
@@ -105,6 +107,7 @@ LACKING = {
     ("export", "convert", "--size", "2b", *CONVERT): "export",
     ("run", "bench", NANO, "--backend", "tensorrt-rtx"): "tensorrt-rtx",
     (*EDIT, "--backend", "tensorrt"): "tensorrt",
+    (*EDIT, "--ray", "-o", "out/"): "ray",
     ("golden", "nowhere"): "export",
     ("serve", NANO): "serve",
     ("serve", NANO, "--c2pa", "chain.pem", "key.pem"): "c2pa",

@@ -21,7 +21,7 @@ from varedit_runtime.locate import embedded
 from varedit_serve.editing import child, workers
 from varedit_serve.editing.child import BatchFailedError, Child, ChildDiedError
 from varedit_serve.editing.messages import Opening, Order, Ready
-from varedit_serve.editing.worker import Worker, _open
+from varedit_serve.editing.worker import Worker, opened
 from varedit_serve.editing.workers import local_children
 
 WORKER = Path(__file__).with_name("fake_worker.py")
@@ -232,4 +232,4 @@ def test_with_a_digest_a_bundle_with_other_bytes_is_not_opened(tmp_path: Path) -
     content[1000] ^= 1
     weights.write_bytes(content)
     with pytest.raises(BundleError, match="transformer"):
-        _open(Opening(copy, None, AutoBackend(), digest))
+        opened(Opening(copy, None, AutoBackend(), digest))

@@ -17,7 +17,7 @@ import pytest
 from serving import EDITS, Server, form, logged, png, served
 
 from varedit_runtime.errors import ConfigError
-from varedit_serve.cli import _chosen
+from varedit_serve.cli import settings_of
 from varedit_serve.keys import VARIABLE, Keys, read_keys
 from varedit_serve.limits import Limits
 from varedit_serve.server import serve_numbers
@@ -65,7 +65,8 @@ def test_names_of_a_server_are_compared_as_names_are() -> None:
 
 def test_a_site_may_be_named_as_people_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
-    chosen = _chosen("127.0.0.1", None, None, None, (), ("https://App.example/",), None, None)
+    given = None, None, None, (), ("https://App.example/",), None, None
+    chosen = settings_of("127.0.0.1", *given, **vars(Limits()))
     assert chosen["origins"] == ["https://app.example"]
 
 

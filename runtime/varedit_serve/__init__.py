@@ -14,8 +14,10 @@ each. What a request passes, in order:
     editing/     queue.py: pictures that wait, batches, what runs again after a fault
                  child.py: a child as the parent sees it, started, fed, watched, replaced
                  workers.py: several children, which have the machine's cores and GPUs between them
+                 replicas.py: children on a Ray cluster
                  worker.py: a child's own program; messages.py: what both tell each other
 
-`cli.py` is the command, `server.py` listens and drains, `app.py` joins the parts, `limits.py` has
-all limits with their defaults, `errors.py` errors as clients see them, `page/` the web page.
+`cli.py` is the command, `server.py` listens and drains, `on_ray.py` is an application for Ray
+Serve's own proxies, `app.py` joins the parts, `limits.py` has all limits with their defaults,
+`errors.py` errors as clients see them, `page/` the web page.
 """

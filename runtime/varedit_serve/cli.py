@@ -2,10 +2,11 @@
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import click
@@ -25,6 +26,13 @@ from varedit_runtime.terminal.command import (
 )
 from varedit_serve.keys import VARIABLE, read_keys
 from varedit_serve.limits import Limits, option
+
+if TYPE_CHECKING:
+    from varedit_serve.editing.messages import Opening
+    from varedit_serve.editing.queue import Lane, Queue
+    from varedit_serve.server import Keeper
+
+    Feeding = tuple[Sequence[Keeper], Sequence[Lane]]  # what keeps processes running; what they do
 
 LOCAL = ("localhost", "127.0.0.1", "::1")
 
@@ -73,6 +81,12 @@ def _limits(command: Callable[..., None]) -> Callable[..., None]:
     callback=lambda context, option, text: None if text is None else _address(text),
     help="Serve /metrics there, without a key, and not at the main address.",
 )
+@click.option("--ray", is_flag=True, help="Edit on the Ray cluster of RAY_ADDRESS, or a new one.")
+@click.option(
+    "--max-workers",
+    type=click.IntRange(1, 4096),
+    help="With --ray: start up to so many processes while the others are busy.",
+)
 @click.option("--keys", type=PATH, help="File of API keys: NAME KEY [RATE] on each line.")
 @click.option("--name", help="The model's name for clients; by default the bundle's.")
 @click.option(
@@ -100,6 +114,8 @@ def main(
     port: int,
     workers: int,
     metrics: tuple[str, int] | None,
+    ray: bool,
+    max_workers: int | None,
     **options: Any,
 ) -> None:
     """Serve edits with BUNDLE, as OpenAI's images API does, and a page to make them.
@@ -114,8 +130,8 @@ def main(
     RATE is how many results a minute. SIGTERM or Ctrl-C lets admitted edits finish; a second one
     does not. docs/serving.md says more.
     """
-    limits = Limits(**{limit.name: options.pop(limit.name) for limit in fields(Limits)})
-    chosen = _chosen(host, **options)
+    chosen = settings_of(host, **options)
+    _check_workers(ray, workers, max_workers)
 
     from varedit_runtime import Preparer
 
@@ -125,25 +141,48 @@ def main(
         from varedit_serve import server
         from varedit_serve.app import Application, Settings
     from varedit_serve.editing.messages import Opening
-    from varedit_serve.editing.workers import local_children
 
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("varedit_serve").setLevel(logging.INFO)
-    settings = Settings(limits=limits, own_metrics=metrics is not None, **chosen)
-    application = Application(preparer, settings)
+    application = Application(preparer, Settings(own_metrics=metrics is not None, **chosen))
     opening = Opening(bundle, variant, backend, digest)
-    children = local_children(opening, application.queue, workers)
-    with server.listen(host, port) as listening:
+    given = opening, preparer.bundle.digest, workers, max_workers, ray
+    with server.listen(host, port) as listening, _feeding(application.queue, *given) as feeding:
         shown = f"[{host}]" if ":" in host else host
         at = f"http://{shown}:{listening.getsockname()[1]}"
         say(f"{application.model} is loaded, and then served at {at}")
         if metrics is not None:
-            at = server.serve_numbers(application, *metrics, limits)
+            at = server.serve_numbers(application, *metrics, chosen["limits"])
             say(f"its numbers are served at {metrics[0]}, port {at}")
-        server.serve(application, children, listening, limits)
+        server.serve(application, *feeding, listening, chosen["limits"])
 
 
-def _chosen(
+@contextmanager
+def _feeding(
+    queue: "Queue", opening: "Opening", digest: str, workers: int, most: int | None, ray: bool
+) -> Iterator["Feeding"]:
+    """Yield what edits: processes of this machine, or of a Ray cluster, which it joins."""
+    if not ray:
+        from varedit_serve.editing.workers import local_children
+
+        children = local_children(opening, queue, workers)
+        yield children, children
+        return
+    from varedit_runtime.terminal.ray_cluster import cluster
+
+    with cluster():
+        from varedit_serve.editing.replicas import fleet
+
+        with fleet(queue, opening, digest, workers, most) as feeding:
+            yield feeding
+
+
+def _check_workers(ray: bool, least: int, most: int | None) -> None:
+    if most is not None and (not ray or most < least):
+        raise ConfigError("--max-workers is for --ray, and at least as many as --workers")
+
+
+def settings_of(
     host: str,
     keys: Path | None,
     name: str | None,
@@ -152,12 +191,14 @@ def _chosen(
     allow_origin: tuple[str, ...],
     moderation: str | None,
     c2pa: tuple[Path, Path] | None,
+    **options: Any,
 ) -> dict[str, Any]:
-    """Return the Settings that options stand for. Raises ConfigError."""
+    """Return the Settings that options stand for, by name. Raises ConfigError."""
+    limits = Limits(**{limit.name: options[limit.name] for limit in fields(Limits)})
     known = read_keys(keys, os.environ.get(VARIABLE, ""))
     if host not in LOCAL and not known:
         raise ConfigError(f"others can reach {host}: give API keys, with --keys or {VARIABLE}")
-    chosen: dict[str, Any] = {"model": name, "keys": known, "largest": batch}
+    chosen: dict[str, Any] = {"model": name, "keys": known, "largest": batch, "limits": limits}
     if name == "":
         raise ConfigError("--name is empty; give the model's name for clients")
     chosen["hosts"] = {*LOCAL, *allow_host} if host in LOCAL or allow_host else None

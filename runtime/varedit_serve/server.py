@@ -8,7 +8,7 @@ import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from threading import Thread
-from typing import Any
+from typing import Any, Protocol
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -16,7 +16,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from varedit_runtime.errors import ConfigError, reason
 from varedit_serve.app import Application
-from varedit_serve.editing.child import Child
+from varedit_serve.editing.queue import Lane
 from varedit_serve.limits import Limits
 
 _HEAD_BYTES = 16_384  # of a request's headers
@@ -105,11 +105,25 @@ def listen(
     return listening
 
 
+class Keeper(Protocol):
+    """What keeps processes that edit running: a `Child`, or Ray's `Fleet`."""
+
+    async def run(self) -> None:
+        """Keep them running. Raises BackendError if the bundle cannot be opened."""
+
+    def end(self) -> None:
+        """End them at once."""
+
+
 def serve(
-    application: Application, children: Sequence[Child], listening: socket.socket, limits: Limits
+    application: Application,
+    keepers: Sequence[Keeper],
+    lanes: Sequence[Lane],
+    listening: socket.socket,
+    limits: Limits,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C. Raises BackendError if the bundle cannot be opened."""
-    asyncio.run(_serve(application, children, listening, limits))
+    asyncio.run(_serve(application, keepers, lanes, listening, limits))
 
 
 def serve_numbers(application: Application, host: str, port: int, limits: Limits) -> int:
@@ -141,14 +155,18 @@ def _config(application: ASGIApp, seconds: float, connections: int) -> uvicorn.C
 
 
 async def _serve(
-    application: Application, children: Sequence[Child], listening: socket.socket, limits: Limits
+    application: Application,
+    keepers: Sequence[Keeper],
+    lanes: Sequence[Lane],
+    listening: socket.socket,
+    limits: Limits,
 ) -> None:
     server = _Server(_config(application.guard, limits.upload_seconds, limits.max_connections))
-    _on_signals(application, children, server)
+    _on_signals(application, keepers, server)
     works = (
         server.serve(sockets=[listening]),
-        *(child.run() for child in children),
-        *(application.queue.run(child) for child in children),
+        *(keeper.run() for keeper in keepers),
+        *(application.queue.run(lane) for lane in lanes),
     )
     tasks = [asyncio.create_task(work) for work in works]
     done, waiting = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -160,7 +178,7 @@ async def _serve(
 
 
 def _on_signals(
-    application: Application, children: Sequence[Child], server: uvicorn.Server
+    application: Application, keepers: Sequence[Keeper], server: uvicorn.Server
 ) -> None:
     """Drain at the first signal; end at the second, at once."""
     loop, drains = asyncio.get_running_loop(), set[asyncio.Task[None]]()
@@ -168,8 +186,8 @@ def _on_signals(
     def ended(number: int) -> None:
         if application.draining:
             _log.warning("ended at once; results that are lost: %d", application.budget.pictures)
-            for child in children:
-                child.end()
+            for keeper in keepers:
+                keeper.end()
             os._exit(128 + number)
         application.draining = True
         told = "draining; results that are still waited for: %d"

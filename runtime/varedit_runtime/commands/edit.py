@@ -28,6 +28,8 @@ from varedit_runtime.terminal.command import (
 from varedit_runtime.terminal.streams import STREAM
 
 if TYPE_CHECKING:
+    from varedit_runtime.commands.job import Job
+    from varedit_runtime.commands.orders import Orders
     from varedit_runtime.editing.arguments import OutputSize
 
 EDIT = "edit"
@@ -151,6 +153,9 @@ def _per_scale(name: str, help: str) -> Callable[[Callable[..., None]], Callable
 @click.option("--previews", type=PATH, help="Write the picture after every scale to this folder.")
 @click.option("--keep-steps", is_flag=True, help="With --then: write the pictures between too.")
 @backend_option()
+@click.option(
+    "--ray", "on_ray", is_flag=True, help="Edit on the Ray cluster of RAY_ADDRESS, or a new one."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print a line of JSON for each picture.")
 @debug_option
 @click.pass_context
@@ -171,6 +176,7 @@ def edit(
     backend: ChosenBackend | AutoBackend,
     keep_steps: bool,
     overwrite: bool,
+    on_ray: bool,
     as_json: bool,
     **settings: Any,
 ) -> None:
@@ -192,7 +198,7 @@ def edit(
     job = Job(then, settings, bundle, variant, backend, keep_steps, overwrite, as_json)
     usual = Order(Path(*images[:1]), instruction or "", negative_prompt, mask, seed)
     orders = Orders(usual, list(map(Path, images)), listed)
-    folder = _folder(images, listed, output)
+    folder = _folder(images, listed, output, on_ray)
     job.check()
     count = orders.checked()
     if folder is None:
@@ -201,8 +207,18 @@ def edit(
         raise ConfigError("--compare and --previews are of one picture: name a file with -o")
     else:
         with made_folder(folder, RECORD):
-            failed = edit_several(orders, count, folder, job)
+            failed = (_edit_on_ray if on_ray else edit_several)(orders, count, folder, job)
         ctx.exit(min(failed, 1))
+
+
+def _edit_on_ray(orders: "Orders", count: int, folder: Path, job: "Job") -> int:
+    """Join a Ray cluster and edit there; see `edit_several`."""
+    from varedit_runtime.terminal.ray_cluster import cluster
+
+    with cluster():
+        from varedit_runtime.commands.on_ray import edit_on_ray
+
+        return edit_on_ray(orders, count, folder, job)
 
 
 def _check_words(
@@ -237,7 +253,9 @@ def _check_command(ctx: click.Context, word: str) -> None:
         raise click.UsageError(f"no command {shown(word)}; did you mean {close[0]}?", ctx)
 
 
-def _folder(images: Sequence[str], listed: Path | None, output: str | None) -> Path | None:
+def _folder(
+    images: Sequence[str], listed: Path | None, output: str | None, on_ray: bool
+) -> Path | None:
     """Return the folder of the results, None if there is one result that goes to a file or stream.
 
     Several pictures need a folder. For one, a folder is what exists as one or ends in a slash.
@@ -248,6 +266,8 @@ def _folder(images: Sequence[str], listed: Path | None, output: str | None) -> P
     is_folder = named.endswith("/") or os.path.isdir(named)
     several = listed is not None or len(images) > 1 or os.path.isdir(images[0])
     if not several and not is_folder:
+        if on_ray:
+            raise ConfigError("--ray is for several pictures: name a folder for results with -o")
         return None
     missing = next((image for image in images if not os.path.lexists(image)), STREAM)
     if several and missing != STREAM:

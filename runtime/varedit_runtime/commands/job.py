@@ -20,6 +20,7 @@ from varedit_runtime.editing.preparer import read_instructions
 from varedit_runtime.editing.results import EditResult, OnScale
 from varedit_runtime.errors import ConfigError
 from varedit_runtime.locate import Found, find_bundle
+from varedit_runtime.manifest import Variant
 from varedit_runtime.terminal.command import say
 from varedit_runtime.text import check_instruction
 from varedit_runtime.values import PerScale, per_scale, temperature_per_scale
@@ -64,24 +65,98 @@ class Job:
 
         Raises BundleError if it takes no instructions.
         """
+        found = self.find()
+        with Editor.open(found.path, backend=self.backend, variant=self.variant) as editor:
+            known = self, found, editor.bundle, editor.variant, editor.chosen, editor.provider
+            opened = OpenJob(*known, editor=editor)
+            opened.check_then()  # not only after the first turns
+            yield opened
+
+    def find(self) -> Found:
+        """Return the bundle, and tell on stderr which it is and why.
+
+        Raises BundleError if it takes no instructions.
+        """
         found = find_bundle(self.bundle)
         say(f"bundle: {found.path} ({found.why})")
         Bundle.open(found.path).check_text()  # before minutes are spent on loading
-        with Editor.open(found.path, backend=self.backend, variant=self.variant) as editor:
-            if self.then:  # not only after the first turns
-                instructions = read_instructions(editor.bundle, editor.variant.text_tokens)
-                for text in self.then:
-                    instructions.tokenise(text)
-            yield OpenJob(self, editor, found)
+        return found
 
 
-@dataclass(frozen=True)
-class OpenJob:
-    """A job whose bundle is open."""
+@dataclass
+class KnownJob:
+    """A job whose bundle is known. chosen, provider: what edits, as far as that is known."""
 
     job: Job
-    editor: Editor
     found: Found
+    bundle: Bundle
+    variant: Variant
+    chosen: ChosenBackend | None = None
+    provider: str = ""
+
+    def check_then(self) -> None:
+        """Raise TextError if an instruction of a later turn has too many tokens."""
+        if self.job.then:
+            instructions = read_instructions(self.bundle, self.variant.text_tokens)
+            for text in self.job.then:
+                instructions.tokenise(text)
+
+    @property
+    def common(self) -> dict[str, Any]:
+        """Return what results depend on beside their orders, for the record."""
+        told = {"then": self.job.then, "keep_steps": self.job.keep_steps, **self.job.settings}
+        return {**told, "bundle": self.bundle.digest, "variant": self.variant.name}
+
+    def tell(self, order: Order, output: Path | str, turns: Sequence[EditResult]) -> str:
+        """Return a line about an edit: of JSON, if that is wanted."""
+        result, seconds = turns[-1], dict[str, float]()
+        for stage, took in (item for turn in turns for item in turn.timings.items()):
+            seconds[stage] = seconds.get(stage, 0.0) + took
+        if not self.job.as_json:
+            width, height = result.image.size
+            return (
+                f"{output}: {width} x {height}, seed {result.seed}, {sum(seconds.values()):.1f} s"
+            )
+        given = self.job.settings
+        settings = Settings(self.bundle.manifest, self.variant, given["fast"])
+        assert self.chosen
+        told = {
+            **self.asked(order, output),
+            "width": result.image.width,
+            "height": result.image.height,
+            "seed": result.seed,
+            "guidance_scale": settings.guidance(given["guidance_scale"]),
+            "temperature": settings.temperature(given["temperature"]),
+            "bundle": str(self.found.path),
+            "bundle_chosen": self.found.why,
+            "digest": self.bundle.digest,
+            "variant": self.variant.name,
+            "backend": self.chosen.spec.name,
+            "backend_chosen": self.chosen.why,
+            "provider": self.provider,
+            "timings": seconds,
+            "warnings": list(dict.fromkeys(text for turn in turns for text in turn.warnings)),
+        }
+        return json.dumps(told)
+
+    def asked(self, order: Order, output: Path | str | None = None) -> dict[str, Any]:
+        """Return what an order asks for, and where its result is, for JSON."""
+        return {
+            "input": str(order.image),
+            "output": output and str(output),
+            "instruction": order.instruction,
+            "then": self.job.then,
+            "negative_prompt": order.negative_prompt,
+            "mask": order.mask and str(order.mask),
+            "seed": order.seed,
+        }
+
+
+@dataclass(kw_only=True)
+class OpenJob(KnownJob):
+    """A job whose bundle is open."""
+
+    editor: Editor
 
     def edit(
         self,
@@ -115,56 +190,6 @@ class OpenJob:
                 )
             )
         return list(zip(*turns, strict=True))
-
-    @property
-    def common(self) -> dict[str, Any]:
-        """Return what results depend on beside their orders, for the record."""
-        told = {"then": self.job.then, "keep_steps": self.job.keep_steps, **self.job.settings}
-        return {**told, "bundle": self.editor.bundle.digest, "variant": self.editor.variant.name}
-
-    def tell(self, order: Order, output: Path | str, turns: Sequence[EditResult]) -> str:
-        """Return a line about an edit: of JSON, if that is wanted."""
-        result, seconds = turns[-1], dict[str, float]()
-        for stage, took in (item for turn in turns for item in turn.timings.items()):
-            seconds[stage] = seconds.get(stage, 0.0) + took
-        if not self.job.as_json:
-            width, height = result.image.size
-            return (
-                f"{output}: {width} x {height}, seed {result.seed}, {sum(seconds.values()):.1f} s"
-            )
-        editor, given = self.editor, self.job.settings
-        settings = Settings(editor.bundle.manifest, editor.variant, given["fast"])
-        assert editor.chosen
-        told = {
-            **self.asked(order, output),
-            "width": result.image.width,
-            "height": result.image.height,
-            "seed": result.seed,
-            "guidance_scale": settings.guidance(given["guidance_scale"]),
-            "temperature": settings.temperature(given["temperature"]),
-            "bundle": str(self.found.path),
-            "bundle_chosen": self.found.why,
-            "digest": editor.bundle.digest,
-            "variant": editor.variant.name,
-            "backend": editor.chosen.spec.name,
-            "backend_chosen": editor.chosen.why,
-            "provider": editor.provider,
-            "timings": seconds,
-            "warnings": list(dict.fromkeys(text for turn in turns for text in turn.warnings)),
-        }
-        return json.dumps(told)
-
-    def asked(self, order: Order, output: Path | str | None = None) -> dict[str, Any]:
-        """Return what an order asks for, and where its result is, for JSON."""
-        return {
-            "input": str(order.image),
-            "output": output and str(output),
-            "instruction": order.instruction,
-            "then": self.job.then,
-            "negative_prompt": order.negative_prompt,
-            "mask": order.mask and str(order.mask),
-            "seed": order.seed,
-        }
 
 
 def _scales(value: PerScale) -> int:

@@ -88,6 +88,11 @@ class Record:
                 if found.output == Path(found.output).name:
                     self._finished.setdefault(found.key, []).append(found)
 
+    @property
+    def keys(self) -> frozenset[str]:
+        """The keys of all results that it tells of, whether their files are still there or not."""
+        return frozenset(self._finished)
+
     def take(self, key: str, taken: Container[str] = ()) -> Finished | None:
         """Return a result with a key whose file is as it was written, once for each result.
 

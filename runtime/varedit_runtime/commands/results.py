@@ -75,14 +75,15 @@ def check_free(
 
 def write_steps(
     names: Iterable[Path],
-    steps: Sequence[Image.Image],
+    steps: Sequence[Image.Image | bytes],
     overwrite: bool,
     before: Callable[[Path, bytes], object] = lambda path, content: None,
 ) -> Path:
     """Write a result, and the pictures before it, under the first name that is free for all.
 
-    names: of the result. steps: the result is the last. before: called before the result is there.
-    Returns the result's name. Raises ConfigError if no name is free, and PictureError.
+    names: of the result. steps: the result is the last; bytes are a file's. before: called before
+    the result is there. Returns the result's name. Raises ConfigError if no name is free, and
+    PictureError.
     """
     encoded: list[bytes] = []
     taken = Path()
@@ -91,7 +92,10 @@ def write_steps(
         taken = next(filter(os.path.lexists, paths), name)
         if overwrite or not os.path.lexists(taken):
             written_as = check_target(name)
-            encoded = encoded or [encode_picture(one, written_as, target=name) for one in steps]
+            encoded = encoded or [
+                one if isinstance(one, bytes) else encode_picture(one, written_as, target=name)
+                for one in steps
+            ]
             with suppress(FileExistsError):  # another process was faster
                 _write_together(paths, encoded, overwrite, before)
                 return name

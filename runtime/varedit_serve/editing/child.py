@@ -22,10 +22,15 @@ from varedit_serve.editing.messages import BEAT, Opening, Order, Ready
 COMMAND = (sys.executable, "-P", "-m", "varedit_serve.editing.worker")
 SILENT = 15.0  # seconds without a message after which a process is taken for stopped
 SILENT_LOADING = 120.0  # while it loads, when a library may keep Python from running
-LEAST_TIME, TIMES = 20.0, 10  # a batch may take so many seconds, and so many times an edit
+LEAST_TIME, TIMES = 20.0, 10  # see `patience`
 LONGEST_PAUSE = 60.0  # seconds between attempts to start
 
 _log = logging.getLogger(__name__)
+
+
+def patience(facts: Ready, pictures: int) -> float:
+    """Return the seconds that a batch may take before its process is taken for stuck."""
+    return max(LEAST_TIME, TIMES * facts.seconds * pictures)
 
 
 class ChildDiedError(Exception):
@@ -255,9 +260,8 @@ class Child:
         facts = self._listener.facts
         assert facts is not None and self._process is not None and self._batch is None
         self._numbers += 1
-        patience = max(LEAST_TIME, TIMES * facts.seconds * len(orders))
         done = asyncio.get_running_loop().create_future()
-        batch = self._batch = _Batch(self._numbers, patience, done, on_partial)
+        batch = self._batch = _Batch(self._numbers, patience(facts, len(orders)), done, on_partial)
         self._process.send("edit", batch.number, orders)
         return await batch.done
 

@@ -2,14 +2,15 @@
 
 import asyncio
 import logging
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from math import ceil
+from typing import Any, Protocol
 
 from PIL import Image
 
 from varedit_runtime.editing.results import EditResult
-from varedit_serve.editing.child import BatchFailedError, Child, ChildDiedError
+from varedit_serve.editing.child import BatchFailedError, ChildDiedError
 from varedit_serve.editing.messages import Order, Ready
 from varedit_serve.errors import ApiError
 from varedit_serve.metrics import Metrics
@@ -73,6 +74,27 @@ class _Picture:
         return Order(self.job.prepared, self.job.seeds[self.place], self.job.previews)
 
 
+class Lane(Protocol):
+    """What edits one batch at a time: a `Child`, or a lane to the replicas of Ray."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether it can edit now."""
+        ...
+
+    async def edit(
+        self, orders: list[Order], on_partial: Callable[[int, int, Any], None]
+    ) -> list[EditResult]:
+        """Edit a batch; see `Child.edit`."""
+        ...
+
+    def cancel(self) -> None:
+        """End the batch that is edited."""
+
+    def replace(self, why: str) -> None:
+        """Have the process replaced."""
+
+
 class Queue:
     """Feeds the processes that edit, each by a `run` of its own.
 
@@ -83,7 +105,7 @@ class Queue:
     def __init__(self, metrics: Metrics, largest: int | None, deadline: float) -> None:
         self._metrics, self._largest, self._deadline = metrics, largest, deadline
         self._waiting: list[_Picture] = []
-        self._running: dict[Child, list[_Picture]] = {}
+        self._running: dict[Lane, list[_Picture]] = {}
         self._wake = asyncio.Event()
         self._seconds = 1.0  # that a process takes for a picture, about
         self.facts: Ready | None = None
@@ -92,7 +114,7 @@ class Queue:
     @property
     def ready(self) -> int:
         """How many processes can edit now."""
-        return sum(child.ready for child in list(self._running))  # a thread may ask, for metrics
+        return sum(lane.ready for lane in list(self._running))  # a thread may ask, for metrics
 
     def on_ready(self, facts: Ready) -> None:
         """Look again for what can be done: a process is ready."""
@@ -100,6 +122,10 @@ class Queue:
         if facts.seconds > self._deadline:
             told = "an edit takes %.0f s and --deadline is %g s: no request will be answered"
             _log.warning(told, facts.seconds, self._deadline)
+        self.wake()
+
+    def wake(self) -> None:
+        """Look again for what can be done."""
         self._wake.set()
 
     def on_restart(self, why: str) -> None:
@@ -117,7 +143,7 @@ class Queue:
         places = range(len(job.seeds))
         self._waiting += [_Picture(job, place, loop.time()) for place in places]
         job.timer = loop.call_later(self._deadline, self._expire, job)
-        self._wake.set()
+        self.wake()
 
     def leave(self, job: Job) -> str | None:
         """Drop what is left of a job; return "waiting" or "running" if anything was, else None."""
@@ -127,11 +153,11 @@ class Queue:
         waiting = [one for one in self._waiting if one.job is job]
         self._waiting = [one for one in self._waiting if one.job is not job]
         running = False
-        for child, batch in self._running.items():
+        for lane, batch in self._running.items():
             if any(one.job is job for one in batch):
                 running = True
                 if all(one.job.over for one in batch):
-                    child.cancel()
+                    lane.cancel()
         return "running" if running else "waiting" if waiting else None
 
     def _expire(self, job: Job) -> None:
@@ -141,23 +167,23 @@ class Queue:
             error = ApiError(503, told, code="deadline", retry_after=self.retry_after())
             job.events.put_nowait(error)
 
-    async def run(self, child: Child) -> None:
-        """Have one process edit what waits, batch by batch, until cancelled."""
-        self._running[child] = []
+    async def run(self, lane: Lane) -> None:
+        """Edit what waits by one lane, batch by batch, until cancelled."""
+        self._running[lane] = []
         try:
             while True:
                 self._wake.clear()
-                if self._waiting and child.ready:
-                    await self._run_batch(child, self._next_batch())
+                if self._waiting and lane.ready:
+                    await self._run_batch(lane, self._next_batch())
                 else:
                     await self._wake.wait()
         finally:
-            del self._running[child]
+            del self._running[lane]
 
     def _next_batch(self) -> list[_Picture]:
         """Return what one process shall edit: its share, where others have nothing to do."""
         assert self.facts is not None
-        idle = sum(child.ready and not batch for child, batch in self._running.items())
+        idle = sum(lane.ready and not batch for lane, batch in self._running.items())
         size = min(self._largest or self.facts.usual, self.facts.batch)
         size = min(size, ceil(len(self._waiting) / idle))
         first = self._waiting[0]
@@ -169,9 +195,9 @@ class Queue:
         self._waiting = [one for one in self._waiting if one not in batch]
         return batch
 
-    async def _run_batch(self, child: Child, batch: list[_Picture]) -> None:
+    async def _run_batch(self, lane: Lane, batch: list[_Picture]) -> None:
         start = asyncio.get_running_loop().time()
-        self._running[child] = batch
+        self._running[lane] = batch
         self._metrics.started([start - one.since for one in batch if not one.faults], len(batch))
 
         def on_partial(place: int, index: int, image: Image.Image) -> None:
@@ -181,15 +207,15 @@ class Queue:
                 picture.job.events.put_nowait(Partial(index, image))
 
         try:
-            results = await child.edit([one.order for one in batch], on_partial)
+            results = await lane.edit([one.order for one in batch], on_partial)
         except (ChildDiedError, BatchFailedError) as error:
             self._run_again(batch, str(error) or "the editing process ended")
             judged = isinstance(error, ChildDiedError) or error.own
             if not judged and any(one.faults == 1 and not one.job.over for one in batch):
-                child.replace("failed")  # the fault may be the process's: judge in another one
+                lane.replace("failed")  # the fault may be the process's: judge in another one
             return
         finally:
-            self._running[child] = []
+            self._running[lane] = []
         elapsed = (asyncio.get_running_loop().time() - start) / len(batch)
         self._seconds = (3 * self._seconds + elapsed) / 4
         self._metrics.edited(results[0].timings)

@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -43,8 +43,7 @@ class Worker:
         Thread(target=self._beat, daemon=True).start()
         _, opening = self._inbox.get()
         try:
-            editor = _open(opening)
-            ready = _measured(editor)
+            editor, ready = opened(opening)
         except (VareditError, MemoryError, OSError) as error:
             self._send("unfit", reason(error))
             return
@@ -54,20 +53,11 @@ class Worker:
             self._edit(editor, number, orders)
 
     def _edit(self, editor: Editor, number: int, orders: list[Order]) -> None:
-        def show(progress: Progress) -> None:
-            for place in progress.pictures:
-                if progress.scale in (scales := orders[place].previews):
-                    index = scales.index(progress.scale)
-                    self._send("partial", number, place, index, progress.preview(place))
+        def tell(kind: str, *told: Any) -> None:
+            self._send(kind, number, *told)
 
-        listener = show if any(one.previews for one in orders) else None
         try:
-            edits = [replace(pickle.loads(one.prepared), seed=one.seed) for one in orders]
-            results = editor.edit_prepared(edits, on_scale=listener, handle=self._handles[number])
-            self._send("edited", number, results)
-        except Exception as error:  # a traceback on stderr would show paths
-            text = "cancelled" if isinstance(error, EditCancelled) else reason(error)
-            self._send("failed", number, text, isinstance(error, NoPictureError))
+            edit_orders(editor, orders, self._handles[number], tell)
         finally:
             del self._handles[number]
 
@@ -103,8 +93,34 @@ def _end_of_process() -> Iterator[None]:
         os._exit(1)
 
 
-def _measured(editor: Editor) -> Ready:
-    """Edit once, so that the first request finds all warm, and measure it."""
+def edit_orders(
+    editor: Editor, orders: list[Order], handle: EditHandle, tell: Callable[..., None]
+) -> None:
+    """Edit a batch.
+
+    tell: called with "partial", place, index and image of previews, then with "edited" and the
+    results, or "failed", why, and whether an edit is at fault; why is "cancelled" if the handle
+    ended the edit.
+    """
+
+    def show(progress: Progress) -> None:
+        for place in progress.pictures:
+            if progress.scale in (scales := orders[place].previews):
+                index = scales.index(progress.scale)
+                tell("partial", place, index, progress.preview(place))
+
+    listener = show if any(one.previews for one in orders) else None
+    try:
+        edits = [replace(pickle.loads(one.prepared), seed=one.seed) for one in orders]
+        tell("edited", editor.edit_prepared(edits, on_scale=listener, handle=handle))
+    except Exception as error:  # a traceback on stderr would show paths
+        text = "cancelled" if isinstance(error, EditCancelled) else reason(error)
+        tell("failed", text, isinstance(error, NoPictureError))
+
+
+def opened(opening: Opening) -> tuple[Editor, Ready]:
+    """Open an editor, and edit once, so that the first request finds all warm, and measure that."""
+    editor = Editor.open(**vars(opening))
     edit = editor.prepare(Image.new("RGB", (64, 64), "white"), "add a red circle", seed=0)
     seconds = []
     for _ in range(2):
@@ -115,11 +131,7 @@ def _measured(editor: Editor) -> Ready:
     batch = editor.variant.batch
     # On a CPU a batch takes as long as its pictures one by one, and the first would wait for all.
     usual = 1 if editor.provider == "cpu" else batch
-    return Ready(editor.provider, editor.grouping, batch, min(seconds), usual)
-
-
-def _open(opening: Opening) -> Editor:
-    return Editor.open(**vars(opening))
+    return editor, Ready(editor.provider, editor.grouping, batch, min(seconds), usual)
 
 
 def main() -> None:

@@ -1,0 +1,206 @@
+"""Edit several pictures on a Ray cluster, with Ray Data.
+
+Processes of the cluster read pictures and edit them. This process alone writes results and the
+record, so that each result is written once, however often one that died makes Ray edit it again.
+"""
+
+import logging
+import pickle
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
+from io import BytesIO
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import ray
+from PIL import Image
+from ray.data import ActorPoolStrategy, DataContext, from_items
+from ray.util.annotations import RayDeprecationWarning
+
+from varedit_runtime.backends import ChosenBackend
+from varedit_runtime.backends.onnxruntime.memory import host_budget
+from varedit_runtime.commands.job import Job, KnownJob, OpenJob
+from varedit_runtime.commands.orders import Order, Orders
+from varedit_runtime.commands.record import Record
+from varedit_runtime.commands.several import Results, Told, opened_pictures, read_order
+from varedit_runtime.editing.editor import Editor
+from varedit_runtime.editing.preparer import Preparer
+from varedit_runtime.editing.results import EditResult
+from varedit_runtime.errors import BackendError, BundleError, EditWarning, VareditError
+from varedit_runtime.locate import Found
+from varedit_runtime.pictures import FileContent, encode_picture
+from varedit_runtime.terminal.ray_cluster import resources
+
+_MOST_BLOCKS = 1000  # that the orders are divided into
+_RETRIES = 3  # of a batch whose process dies; then it is taken to be the reason
+_READING = 0.5  # of a core, for a task that reads pictures: the processes that edit leave one
+
+
+@dataclass(frozen=True)
+class _Read:
+    """An order as it was read. image: None if the record has the key of a result of it."""
+
+    order: Order
+    key: str
+    image: FileContent | None = None
+    mask: FileContent | None = None
+
+
+@dataclass(frozen=True)
+class _Edited:
+    """A result. kept: the files to write. turns: without their pictures."""
+
+    key: str
+    kept: list[bytes]
+    turns: list[EditResult]
+    chosen: ChosenBackend | None
+    provider: str
+
+
+_Outcome = _Read | _Edited | VareditError
+_Row = dict[str, Any]  # place: that of the order; told: an _Outcome, pickled
+
+
+def edit_on_ray(orders: Orders, count: int, folder: Path, job: Job) -> int:
+    """Do what `edit_several` does, on the cluster that this process has joined."""
+    found = job.find()
+    preparer = Preparer.open(found.path, variant=job.variant)
+    known = KnownJob(job, found, preparer.bundle, preparer.variant)
+    known.check_then()
+    record = Record(folder)
+    with Told(known, count) as told, redirect_stdout(sys.stderr):  # where Ray tells of faults
+        results = Results(known, told, record, orders)
+        left = dict(enumerate(orders))
+        keys = frozenset[str]() if job.overwrite else record.keys
+        while left:
+            left, keys = _pass(known, results, left, keys), frozenset[str]()
+    return told.ended()
+
+
+def _pass(
+    known: KnownJob, results: Results, left: dict[int, Order], keys: frozenset[str]
+) -> dict[int, Order]:
+    """Edit orders; return those whose results are not in the record, although their keys are.
+
+    A file was changed since, or equal orders are more than there are results. keys: see `_reading`.
+    """
+    begun, again = perf_counter(), dict[int, Order]()
+    for place, outcome in _outcomes(known, left, keys):
+        order = left.pop(place)
+        if isinstance(outcome, VareditError):
+            results.told.failed(place, order, outcome)
+        elif isinstance(outcome, _Edited):
+            known.chosen, known.provider = outcome.chosen, outcome.provider
+            for text in outcome.turns[-1].warnings:
+                warnings.warn(text, EditWarning, stacklevel=2)
+            now, image = perf_counter(), Image.open(BytesIO(outcome.kept[-1]))
+            turns = [replace(turn, image=image) for turn in outcome.turns]  # which tell its size
+            results.write(place, order, outcome.key, outcome.kept, turns, now - begun)
+            begun = now
+        elif not results.finished(order, outcome.key):
+            again[place] = order
+    for place, order in left.items():
+        lost = BackendError(f"the process that edited it died {_RETRIES + 1} times")
+        results.told.failed(place, order, lost)
+    return again
+
+
+def _outcomes(
+    known: KnownJob, orders: Mapping[int, Order], keys: frozenset[str]
+) -> Iterator[tuple[int, _Outcome]]:
+    """Yield places and what becomes of their orders; nothing of those whose process died."""
+    context = DataContext.get_current()
+    context.max_errored_blocks, context.enable_progress_bars = -1, False
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    batch, given = known.variant.batch, resources(known.job.backend)
+    threads = int(given["num_cpus"])
+    job = replace(known.job, backend=known.job.backend.with_threads(threads))
+    items = [{"place": place, "told": pickle.dumps(order)} for place, order in orders.items()]
+    blocks = max(1, min(len(items) // batch, _MOST_BLOCKS))
+    common = known.common
+
+    def read(row: _Row) -> _Row:
+        return {**row, "told": pickle.dumps(_reading(pickle.loads(row["told"]), common, keys))}
+
+    rows = from_items(items, override_num_blocks=blocks).map(read, num_cpus=_READING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RayDeprecationWarning)  # the number of retries has no other
+        rows = rows.map_batches(
+            _Editing,
+            fn_constructor_args=(job, known.found, known.bundle.digest),
+            batch_size=batch,
+            batch_format="pandas",
+            compute=ActorPoolStrategy(
+                min_size=1, max_size=_most(known, given), max_tasks_in_flight_per_actor=2
+            ),
+            num_cpus=given["num_cpus"],
+            num_gpus=given["num_gpus"],
+            max_restarts=-1,
+            max_task_retries=_RETRIES,
+        )
+    for row in rows.iter_rows():
+        yield row["place"], pickle.loads(row["told"])
+
+
+def _most(known: KnownJob, given: Mapping[str, float]) -> int:
+    """Return how many processes that edit the cluster has room for, beside one that reads."""
+    there = ray.cluster_resources()
+    if given["num_gpus"]:
+        return max(1, int(there.get("GPU", 1)))
+    by_memory = there["memory"] // host_budget(known.bundle, known.variant).total
+    return max(1, min(int((there["CPU"] - 1) // given["num_cpus"]), int(by_memory)))
+
+
+def _reading(order: Order, common: Mapping[str, Any], keys: frozenset[str]) -> _Outcome:
+    """Read an order's pictures, unless it has one of the keys."""
+    try:
+        key, image, mask = read_order(order, common)
+    except VareditError as error:
+        return error
+    return _Read(order, key) if key in keys else _Read(order, key, image, mask)
+
+
+class _Editing:
+    """Edits batches, with an editor of its own."""
+
+    def __init__(self, job: Job, found: Found, digest: str) -> None:
+        """digest: of the bundle, which another machine must have too."""
+        editor = Editor.open(found.path, backend=job.backend, variant=job.variant)
+        if editor.bundle.digest != digest:
+            raise BundleError(f"{found.path} is another bundle on another machine")
+        self._opened = OpenJob(job, found, editor.bundle, editor.variant, editor=editor)
+
+    def __call__(self, batch: Any) -> Any:
+        """Return a batch with what becomes of its orders in place of what was read."""
+        outcomes: list[_Outcome] = list(map(pickle.loads, batch["told"]))
+        reads = {i: one for i, one in enumerate(outcomes) if isinstance(one, _Read) and one.image}
+        for place, outcome in zip(reads, self._outcomes(list(reads.values())), strict=True):
+            outcomes[place] = outcome
+        return batch.assign(told=list(map(pickle.dumps, outcomes)))
+
+    def _outcomes(self, reads: list[_Read]) -> list[_Outcome]:
+        """Edit a batch; if that fails, each picture alone."""
+        try:
+            return list(map(self._edited, reads, self._edit(reads))) if reads else []
+        except VareditError as error:
+            if len(reads) == 1:
+                return [error]
+            return [outcome for one in reads for outcome in self._outcomes([one])]
+
+    def _edit(self, reads: list[_Read]) -> list[tuple[EditResult, ...]]:
+        pictures = [opened_pictures(one.image, one.mask) for one in reads if one.image]
+        sources, masks = zip(*pictures, strict=True)
+        return self._opened.edit([one.order for one in reads], sources, masks)
+
+    def _edited(self, read: _Read, turns: Sequence[EditResult]) -> _Edited:
+        editor = self._opened.editor
+        kept = [
+            encode_picture(turn.image, target=read.order.image)
+            for turn in turns[-self._opened.job.kept :]
+        ]
+        bare = [replace(turn, image=Image.new("1", (1, 1))) for turn in turns]
+        return _Edited(read.key, kept, bare, editor.chosen, editor.provider)

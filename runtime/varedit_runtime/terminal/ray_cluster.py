@@ -1,0 +1,62 @@
+"""Connect to a Ray cluster, or start one on this machine that nobody else can use."""
+
+import os
+import secrets
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from varedit_runtime.backends import ChosenBackend
+from varedit_runtime.backends.auto import AutoBackend
+from varedit_runtime.errors import BackendError, needs_extra, reason, shown
+
+STORE_BYTES = 500_000_000  # of objects that pass between processes of a cluster of our own
+
+
+@contextmanager
+def cluster() -> Iterator[None]:
+    """Be connected to the Ray cluster that RAY_ADDRESS names, or else to a new one.
+
+    A new one is bound to this machine, asks for a token, and ends with the block, its files too.
+    Raises MissingExtraError without the extra ray, BackendError if there is no connection.
+    """
+    given = {"RAY_USAGE_STATS_ENABLED": "0"}  # nothing is told to others
+    if not (address := os.environ.get("RAY_ADDRESS")):
+        given |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        # Listen at 127.0.0.1 alone, as Ray does on systems where it builds no clusters.
+        given |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    os.environ |= given  # which Ray reads when it is imported
+    with needs_extra("ray"):
+        import ray
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    with TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        if not address:
+            options |= {"include_dashboard": False, "object_store_memory": STORE_BYTES}
+            options |= {"_temp_dir": folder}
+        try:
+            ray.init(address or "local", **options)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            where = f"at RAY_ADDRESS, {shown(address)}" if address else "on this machine"
+            raise BackendError(f"no Ray cluster can be used {where}: {reason(error)}") from error
+        try:
+            yield
+        finally:
+            with redirect_stdout(sys.stderr):  # it tells of earlier faults
+                ray.shutdown()
+
+
+def resources(backend: ChosenBackend | AutoBackend) -> dict[str, float]:
+    """Return what Ray shall give a process that edits: cores for its threads, or a GPU too.
+
+    Where the backend is chosen when a bundle is opened, that is a GPU if the cluster has any.
+    """
+    import ray
+
+    if isinstance(backend, AutoBackend):
+        threads, on_gpu = None, "GPU" in ray.cluster_resources()
+    else:
+        options = vars(backend.options)
+        threads, on_gpu = options.get("threads"), options.get("provider") != "cpu"
+    return {"num_cpus": threads or 1, "num_gpus": float(on_gpu)}

@@ -1,0 +1,246 @@
+"""Edits on Ray: replicas behind a server, lists of pictures with Ray Data."""
+
+import asyncio
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from server_process import OPTIONS, PERSON, Process, until
+from serving import preparer, served
+
+from varedit_runtime import Editor
+from varedit_runtime.backends.auto import wanted_backend
+from varedit_runtime.locate import embedded
+from varedit_serve.editing.child import BatchFailedError, ChildDiedError
+from varedit_serve.editing.messages import Opening, Order
+
+pytest.importorskip("ray", reason="the extra ray is not installed")
+
+pytestmark = pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecatedSince20")
+
+# Ray would end processes because other programs have filled the memory.
+CALM = {"RAY_memory_monitor_refresh_ms": "0"}
+CLUSTERS = Path("/tmp")
+
+
+def descendants(parent: int, name: str) -> list[int]:
+    """Return the processes below one whose title begins with a name."""
+    listed = subprocess.check_output(["ps", "-eo", "pid=,ppid=,args="], text=True)
+    rows = [line.split(maxsplit=2) for line in listed.splitlines()]
+    parents = {int(pid): int(ppid) for pid, ppid, _ in rows}
+
+    def below(pid: int) -> bool:
+        return pid == parent or (pid in parents and below(parents[pid]))
+
+    return [int(pid) for pid, _, title in rows if title.startswith(name) and below(int(pid))]
+
+
+def clusters() -> set[Path]:
+    return set(CLUSTERS.glob("ray-*"))
+
+
+# A server
+
+
+def test_a_replica_that_is_killed_under_load_loses_nothing(
+    nano: Editor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def edited(seed: int) -> bytes:
+        if seed % 2:
+            return server.edit(seed=seed).data[0].b64_json
+        *partials, last = server.edit(seed=seed, stream=True, partial_images=3)
+        assert [event.partial_image_index for event in partials] == [0, 1, 2]
+        return last.b64_json
+
+    before = clusters()
+    monkeypatch.setenv(*next(iter(CALM.items())))
+    server = Process(*OPTIONS, "--ray", "--workers", "2")
+    try:
+        until(lambda: "varedit_workers_ready 2.0" in server.get("metrics")[1])
+        wanted = [server.edit(seed=seed).data[0].b64_json for seed in range(2)]
+        replicas = descendants(server.popen.pid, "ray::ServeReplica")
+        assert len(replicas) == 2
+        if sys.platform == "linux":  # strangers need a token
+            assert b"RAY_AUTH_MODE=token" in Path(f"/proc/{replicas[0]}/environ").read_bytes()
+        with ThreadPoolExecutor(8) as clients:
+            edits = [clients.submit(edited, seed) for seed in range(8)]
+            until(lambda: "varedit_queue_pictures 4.0" in server.get("metrics")[1])
+            os.kill(replicas[0], signal.SIGKILL)  # which has an edit then, as what waits says
+            results = [edit.result() for edit in edits]
+        assert results[:2] == wanted and len(set(results)) == 8
+        until(lambda: "varedit_workers_ready 1.0" in server.get("metrics")[1])
+        until(lambda: "varedit_workers_ready 2.0" in server.get("metrics")[1])
+        assert replicas[0] not in descendants(server.popen.pid, "ray::ServeReplica")
+        server.popen.send_signal(signal.SIGTERM)
+        assert server.popen.wait(60) == 0
+    finally:
+        server.popen.kill()
+        server.popen.wait()
+        server.client.close()
+    until(lambda: not [path for path in clusters() - before if path.exists()])
+
+
+class Response:
+    """What a handle of Ray Serve returns. steps: messages, an error to raise, or "waits"."""
+
+    def __init__(self, steps: Sequence[Any]) -> None:
+        self.steps, self.cancelled = steps, asyncio.Event()
+
+    async def __aiter__(self) -> AsyncIterator[tuple[Any, ...]]:
+        for step in self.steps:
+            if isinstance(step, BaseException):
+                raise step
+            if step == "waits":
+                await self.cancelled.wait()
+                raise asyncio.CancelledError
+            yield step
+
+    def cancel(self) -> None:
+        self.cancelled.set()
+
+
+class Handle:
+    def __init__(self, *steps: Any) -> None:
+        self.response = Response(steps)
+        self.edit = self
+
+    def options(self, stream: bool) -> "Handle":
+        return self
+
+    def remote(self, orders: list[Order]) -> Response:
+        return self.response
+
+
+def test_a_lane_tells_failures_apart_as_a_child_does() -> None:
+    from varedit_serve.editing.replicas import Fleet
+
+    async def test() -> None:
+        async with served() as server:
+            fleet = Fleet("x", lambda: None, 3, server.application.queue)  # type: ignore[arg-type,return-value]
+            lane, shown = fleet.lanes[0], list[Any]()
+
+            async def edit(*steps: Any) -> Any:
+                fleet.handle = Handle(*steps)  # type: ignore[assignment]
+                return await lane.edit([], lambda *told: shown.append(told))
+
+            assert await edit(("partial", 0, 0, "image"), ("edited", ["result"])) == ["result"]
+            assert shown == [(0, 0, "image")]
+            with pytest.raises(ChildDiedError):
+                await edit(RuntimeError("the actor died"))
+            with pytest.raises(ChildDiedError):
+                await edit()
+            running = asyncio.create_task(edit("waits"))
+            await asyncio.sleep(0)
+            lane.cancel()
+            with pytest.raises(BatchFailedError, match="cancelled"):
+                await running
+            running = asyncio.create_task(edit("waits"))
+            await asyncio.sleep(0)
+            running.cancel()  # the server ends
+            with pytest.raises(asyncio.CancelledError):
+                await running
+            fleet.running = 2
+            assert [lane.ready for lane in fleet.lanes] == [True, True, False]
+            numbers = (await server.ask(path="/metrics")).body.decode()
+            assert 'varedit_restarts_total{reason="died"} 1.0' in numbers
+
+    asyncio.run(test())
+
+
+def order(seed: int, previews: tuple[int, ...] = ()) -> Order:
+    edit = preparer().prepare(Image.open(PERSON), "add a hat", seed=0)
+    return Order(pickle.dumps(edit), seed, previews)
+
+
+def test_a_replica_edits_is_cancelled_and_tells_when_it_is_stuck_or_damaged(
+    nano: Editor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from varedit_serve.editing import replicas
+
+    ended: list[int] = []
+    monkeypatch.setattr(replicas.os, "_exit", ended.append)
+    opening = Opening(embedded(), None, wanted_backend(threads=1))
+
+    async def test() -> None:
+        with pytest.raises(replicas.BundleError, match="another bundle"):
+            replicas.Replica(opening, "0")
+        replica = replicas.Replica(opening, nano.bundle.digest)
+        told = [message async for message in replica.edit([order(3, (1, 4))])]
+        assert [message[:3] for message in told[:2]] == [("partial", 0, 0), ("partial", 0, 1)]
+        wanted = nano.edit(PERSON, "add a hat", seed=3).image
+        assert told[2][1][0].image.tobytes() == wanted.tobytes()
+        replica.check_health()
+        monkeypatch.setattr(replicas, "patience", lambda *_: -1.0)
+        edits = replica.edit([order(3, (0,)), order(4, (0,))])
+        assert (await anext(edits))[0] == "partial"
+        with pytest.raises(TimeoutError):
+            replica.check_health()
+        await edits.aclose()  # type: ignore[attr-defined]  # its client has left
+        replica.check_health()
+        damaged = asyncio.ensure_future(anext(replica.edit([Order(b"", 0, ())])))
+        async with asyncio.timeout(20):
+            while not ended:
+                await asyncio.sleep(0.01)
+        damaged.cancel()
+
+    asyncio.run(test())
+
+
+# Lists of pictures
+
+
+def start(folder: Path, *words: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "varedit_runtime", "photos", "red", "-o", "out", "--seed", "3"]
+    command += ["--bundle", "nano", "--ray", "--json", *words]
+    environment = {**os.environ, **CALM}
+    return subprocess.Popen(command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE)
+
+
+def test_a_run_that_was_ended_goes_on_and_a_killed_process_has_each_result_once(
+    nano: Editor, tmp_path: Path
+) -> None:
+    (tmp_path / "photos").mkdir()
+    for number in range(16):
+        Image.new("RGB", (32, 24), (number * 15, 90, 30)).save(
+            tmp_path / "photos" / f"{number:02}.png"
+        )
+    (tmp_path / "photos" / "16.png").write_bytes(b"no picture")
+    first = start(tmp_path)
+    assert first.stdout is not None
+    told = [json.loads(next(first.stdout)) for _ in range(3)]
+    first.send_signal(signal.SIGINT)
+    told += map(json.loads, first.stdout)
+    assert first.wait(60) == 130
+    done = {line["output"] for line in told if "error" not in line}
+    assert 3 <= len(done) < 16
+    (tmp_path / sorted(done)[0]).unlink()
+
+    second = start(tmp_path)
+    assert second.stdout is not None
+    lines: list[dict[str, Any]] = []
+    for text in second.stdout:
+        lines.append(json.loads(text))
+        if sum("finished_before" not in line for line in lines) == 3:
+            for process in descendants(second.pid, "ray::MapWorker"):
+                os.kill(process, signal.SIGKILL)
+    assert second.wait(60) == 1  # one is no picture
+    assert [line["input"] for line in lines if "error" in line] == ["photos/16.png"]
+    outputs = [line["output"] for line in lines if "error" not in line]
+    assert sorted(outputs) == [f"out/{number:02}-edited.png" for number in range(16)]
+    before = {line["output"] for line in lines if "finished_before" in line}
+    assert before == done - {sorted(done)[0]}
+    written = sorted(path.name for path in (tmp_path / "out").glob("*.png"))
+    assert written == [f"{number:02}-edited.png" for number in range(16)]
+    with Image.open(tmp_path / "out" / "07-edited.png") as result:
+        wanted = nano.edit(tmp_path / "photos" / "07.png", "red", seed=3).image
+        assert result.tobytes() == wanted.tobytes()
+    assert {line["backend"] for line in lines if "backend" in line} == {"onnxruntime"}
