@@ -336,8 +336,8 @@ def test_gedit_is_read_by_language(kind: str, tmp_path: Path) -> None:
 
 
 def test_magicbrush_is_read(tmp_path: Path) -> None:
-    transparent = Image.new("RGBA", (16, 16), (9, 9, 9, 255))
-    transparent.paste((0, 0, 0, 0), (0, 0, 16, 4))
+    transparent = Image.new("RGBA", (32, 32), (9, 9, 9, 255))  # twice as large as the source
+    transparent.paste((0, 0, 0, 0), (0, 0, 32, 8))
     rows = [
         {
             "img_id": "77",
@@ -355,6 +355,7 @@ def test_magicbrush_is_read(tmp_path: Path) -> None:
     assert second.target is not None and level(second.target()) == level(drawn(12))
     assert level(first.source()) == level(drawn(1)) and second.mask is not None
     assert second.mask()[:4].all() and not second.mask()[4:].any()
+    assert second.mask().shape == (16, 16) and second.mask().dtype == bool
 
 
 def test_a_folder_without_the_benchmarks_files_is_refused(tmp_path: Path) -> None:

@@ -357,6 +357,25 @@ def test_a_run_is_judged_and_continued(tmp_path: Path) -> None:
     assert [*report.used] == ["the judge gave 4 answers; 400 tokens in, 40 out; cost 0.40"]
 
 
+def test_two_protocols_have_totals_of_their_own_also_in_a_run_that_continues(
+    tmp_path: Path,
+) -> None:
+    def answer(prompt: str, _: int) -> str:
+        rated = '{"compliance": 5, "naturalness": 4, "detail": 3}'
+        return rated if "compliance" in prompt else GOOD
+
+    data, run = own_data(tmp_path / "data"), tmp_path / "run"
+    with serving(answer) as server:
+        options = EvaluateOptions(
+            *("folder", run, data, ("judge-paper", "judge-imgedit")),
+            judge=server.url,
+            judge_model="m",
+        )
+        report = evaluate(Shifted(), options)
+        assert [*report.used] == ["the judge gave 4 answers; 400 tokens in, 40 out"] * 2
+        assert evaluate(Shifted(), options) == report
+
+
 @pytest.mark.parametrize(
     ("asked", "said"),
     [

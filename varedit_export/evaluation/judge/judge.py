@@ -49,7 +49,8 @@ class JudgeOptions:
 class AnswerLine(msgspec.Struct):
     """A reply. key: of what was asked. answer: its numbers, None if it has none that can be read.
 
-    refused: whether the server refused these pictures or this text. model: the one that was asked.
+    refused: whether the server refused these pictures or this text. model, protocol: what was
+    asked, by which the totals are told.
     """
 
     key: str
@@ -58,6 +59,7 @@ class AnswerLine(msgspec.Struct):
     tokens_out: int = 0
     refused: bool = False
     model: str = ""
+    protocol: str = ""
 
 
 class Judge:
@@ -70,8 +72,9 @@ class Judge:
         self._prompts = {q: q.text(options.prompts) for q in self._protocol.questions}
         self._journal, self._lock = Journal(folder / ANSWERS, AnswerLine), Lock()
         self._known = {line.key: line.answer for line in self._journal.lines if line.answer}
-        asked = (line for line in self._journal.lines if line.model == endpoint.model)
-        endpoint.answered |= any(line.answer is not None for line in asked)
+        endpoint.answered |= any(
+            line.answer is not None for line in self._journal.lines if line.model == endpoint.model
+        )
         self.at_once = options.at_once
         told = [endpoint.model, options.protocol, options.repeat, *self._prompts.values()]
         self.identity = _digest(told)
@@ -81,7 +84,8 @@ class Judge:
 
         prices: of a million tokens in and out.
         """
-        lines = self._journal.lines
+        asked = self._endpoint.model, self._options.protocol
+        lines = [line for line in self._journal.lines if (line.model, line.protocol) == asked]
         told = sum(line.tokens_in for line in lines), sum(line.tokens_out for line in lines)
         read = sum(line.answer is not None for line in lines)
         refused = sum(line.refused for line in lines)
@@ -146,7 +150,7 @@ class Judge:
         return None
 
     def _keep(self, line: AnswerLine) -> None:
-        line.model = self._endpoint.model
+        line.model, line.protocol = self._endpoint.model, self._options.protocol
         with self._lock:
             self._journal.append(line)
             if line.answer is not None:
