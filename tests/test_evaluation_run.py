@@ -172,6 +172,9 @@ def test_a_copy_is_equal_and_a_worse_one_is_told(data: Path, tmp_path: Path) -> 
 def test_a_gate_fails_on_worse_and_on_missing_scores(data: Path, tmp_path: Path) -> None:
     report = evaluated(data, tmp_path / "run", fail_below=("psnr=99", "l1_source=0.9"))
     assert len(report.failures) == 1 and report.failures[0].startswith("psnr is ")
+    refused = Shifted(refused="change 1")
+    few = evaluated(data, tmp_path / "few", refused, fail_below=("psnr=1",))
+    assert few.failures == ["1 edits could not be made, such as 2"]
     with pytest.raises(ConfigError, match="no score is called 'clip'; there are psnr"):
         evaluated(data, tmp_path / "run", fail_below=("clip=1",))
     with pytest.raises(ConfigError, match="give SCORE=NUMBER"):

@@ -47,7 +47,8 @@ fail_below_option = click.option(
     "--fail-below",
     metavar="SCORE=NUMBER",
     multiple=True,
-    help="Exit with 1 if a score's overall mean is worse than this; repeatable.",
+    help="Exit with 1 if a score's overall mean is worse than this, or an edit could not be made; "
+    "repeatable.",
 )
 
 

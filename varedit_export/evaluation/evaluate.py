@@ -140,8 +140,14 @@ def _gates(options: EvaluateOptions, scores: Sequence[Score]) -> list[tuple[Scor
 
 
 def failures(report: Report, gates: Sequence[tuple[Score, float]]) -> list[str]:
-    """Return which overall means are worse than they must be, or missing, a line each."""
+    """Return which overall means are worse than they must be, or missing, a line each.
+
+    Means are of edits that were made, so that no other may be missing.
+    """
+    failed = [row.id for row in report.edits if row.failed is not None]
     lines = []
+    if gates and failed:
+        lines.append(f"{len(failed)} edits could not be made, such as {failed[0]}")
     for score, least in gates:
         mean = report.groups[OVERALL].means.get(score.name)
         if mean is None:
