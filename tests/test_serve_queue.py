@@ -12,7 +12,7 @@ from serving import Reply, Server, form, logged, png, served, until
 from varedit_runtime.errors import ConfigError
 from varedit_serve.answering.moderation import Everything, find_moderation
 from varedit_serve.editing.child import BatchFailedError, ChildDiedError
-from varedit_serve.editing.messages import Ready
+from varedit_serve.editing.messages import Order, Ready
 from varedit_serve.limits import Limits
 
 PREVIEWS = ("stream", "true"), ("partial_images", "3")
@@ -122,6 +122,30 @@ def test_only_the_picture_that_kills_the_process_fails() -> None:
     run(test(ChildDiedError(), 0))
     run(test(BatchFailedError("secret"), 1))
     run(test(BatchFailedError("secret", own=True), 0))
+
+
+def test_what_shared_a_batch_with_an_edit_that_has_no_picture_may_still_lose_its_process() -> None:
+    async def test() -> None:
+        async with served(waits=True) as server:
+            first = await blocked(server)
+            edits, dying = seeded(server, 1, 2, 3), {1, 3}
+            await until(lambda: waiting(server) == 3)
+
+            def fail(orders: list[Order]) -> Exception | None:
+                if any(order.seed == 2 for order in orders):
+                    return BatchFailedError("not finite", own=True)
+                if (seed := orders[0].seed) in dying:  # each once
+                    dying.remove(seed)
+                    return ChildDiedError()
+                return None
+
+            server.child.fail = fail
+            server.child.gate.set()
+            replies = await asyncio.gather(first, *edits)
+            assert [r.status for r in replies] == [200, 200, 500, 200]
+            assert server.child.batches.count([2]) == 1  # it would fail again
+
+    run(test())
 
 
 def test_a_suspect_whose_client_leaves_does_not_end_the_process() -> None:

@@ -66,6 +66,7 @@ class _Picture:
     job: Job
     place: int
     since: float
+    alone: bool = False  # it was in a batch that failed
     faults: int = 0
     told: int = 0  # previews
 
@@ -188,9 +189,9 @@ class Queue:
         size = min(size, ceil(len(self._waiting) / idle))
         first = self._waiting[0]
         batch = [first]
-        if not first.faults:  # a suspect runs alone
+        if not first.alone:
             batch = [
-                one for one in self._waiting if one.job.group == first.job.group and not one.faults
+                one for one in self._waiting if one.job.group == first.job.group and not one.alone
             ][:size]
         self._waiting = [one for one in self._waiting if one not in batch]
         return batch
@@ -198,7 +199,7 @@ class Queue:
     async def _run_batch(self, lane: Lane, batch: list[_Picture]) -> None:
         start = asyncio.get_running_loop().time()
         self._running[lane] = batch
-        self._metrics.started([start - one.since for one in batch if not one.faults], len(batch))
+        self._metrics.started([start - one.since for one in batch if not one.alone], len(batch))
 
         def on_partial(place: int, index: int, image: Image.Image) -> None:
             picture = batch[place]
@@ -209,7 +210,7 @@ class Queue:
         try:
             results = await lane.edit([one.order for one in batch], on_partial)
         except (ChildDiedError, BatchFailedError) as error:
-            self._run_again(batch, str(error) or "the editing process ended")
+            self._run_again(batch, error)
             judged = isinstance(error, ChildDiedError) or error.own
             if not judged and any(one.faults == 1 and not one.job.over for one in batch):
                 lane.replace("failed")  # the fault may be the process's: judge in another one
@@ -222,15 +223,19 @@ class Queue:
         for picture, result in zip(batch, results, strict=True):
             picture.job.events.put_nowait(Finished(picture.place, result))
 
-    def _run_again(self, batch: list[_Picture], why: str) -> None:
+    def _run_again(self, batch: list[_Picture], error: ChildDiedError | BatchFailedError) -> None:
         """Let pictures whose batch failed run alone; blame one that does so again."""
-        suspects = [one for one in batch if not one.job.over]
+        suspects, faults = [one for one in batch if not one.job.over], 1
+        if isinstance(error, BatchFailedError) and error.own:
+            # Of several it is not said which one; one that is alone would fail again.
+            faults = FAULTS if len(batch) == 1 else 0
         for picture in suspects:
-            picture.faults += 1
+            picture.alone, picture.faults = True, picture.faults + faults
             if picture.faults >= FAULTS and not picture.job.over:
-                _log.error("an edit failed %d times and is given up: %s", FAULTS, why)
+                why = str(error) or "the editing process ended"
+                _log.error("an edit is given up, which would fail again: %s", why)
                 self.leave(picture.job)
-                told = "the edit failed again and again: do not send it again"
+                told = "the edit failed, and would again: do not send it again"
                 picture.job.events.put_nowait(ApiError(500, told, code="edit_failed", retry=False))
         self._waiting[:0] = [one for one in suspects if not one.job.over]
         self._wake.set()  # others may have nothing to do
