@@ -17,6 +17,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from operator import truediv
 from statistics import median
+from threading import Thread
 
 import openai
 from PIL import Image
@@ -47,6 +48,7 @@ def measure(server: "subprocess.Popen[str]", given: argparse.Namespace) -> dict[
     lines = iter(server.stderr.readline, "")
     told = next(filter(None, (re.search(r"served at (\S+)", line) for line in lines)))
     next(line for line in lines if "ready:" in line)
+    Thread(target=server.stderr.read, daemon=True).start()  # a full pipe would stop the server
     client = openai.OpenAI(base_url=f"{told[1]}/v1", api_key="none", max_retries=0)
 
     def ask(number: int) -> None:

@@ -238,4 +238,4 @@ class Queue:
                 told = "the edit failed, and would again: do not send it again"
                 picture.job.events.put_nowait(ApiError(500, told, code="edit_failed", retry=False))
         self._waiting[:0] = [one for one in suspects if not one.job.over]
-        self._wake.set()  # others may have nothing to do
+        self.wake()  # others may have nothing to do
