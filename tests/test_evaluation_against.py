@@ -3,18 +3,23 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from evaluating import own_data
 from msgspec import structs
+from PIL import Image
 from republishing import republish
 
 import varedit_export
 from varedit_engines.publish import Staging
 from varedit_export.cli import main
+from varedit_export.evaluation.bundle_edits import BundleEdits, Dials
+from varedit_export.evaluation.case import Case
 from varedit_runtime.bundle import Bundle
+from varedit_runtime.errors import NoPictureError, PictureError
 from varedit_runtime.locate import default_root, embedded, find_bundle
 from varedit_runtime.manifest import weights_file
 
@@ -79,6 +84,29 @@ def test_a_copy_is_equal(faithful: Path, tmp_path: Path) -> None:
     output = evaluate(embedded(), run, "--limit", 9, "--against", copy)
     assert output.count("equal to copy") == 6
     assert json.loads((run / "against/run.json").read_text())["bundle"] == Bundle.open(copy).digest
+
+
+class Faulty:
+    """An editor that cannot use one picture, and whose arithmetic fails on one instruction."""
+
+    def prepare(self, image: Image.Image, prompt: str, **_: object) -> str:
+        if image.width == 1:
+            raise PictureError("too thin")
+        return prompt
+
+    def edit_prepared(self, prompts: list[str]) -> list[SimpleNamespace]:
+        if "overflow" in prompts:
+            raise NoPictureError("not finite")
+        return [SimpleNamespace(image=prompt) for prompt in prompts]
+
+
+def test_what_a_bundle_cannot_edit_is_a_failed_edit() -> None:
+    edits = BundleEdits(embedded(), "onnxruntime", None, Dials())
+    vars(edits)["_editor"] = Faulty()
+    pictures = [Image.new("RGB", (width, 8)) for width in (8, 1, 8, 8)]
+    texts = ["a", "b", "overflow", "c"]
+    cases = [Case(text, (), text, lambda: pictures[0]) for text in texts]
+    assert edits.edit(pictures, cases, range(4)) == ["a", "too thin", "not finite", "c"]
 
 
 def build(*words: object) -> Result:

@@ -20,7 +20,8 @@ from varedit_runtime.backends import BACKENDS, ChosenBackend
 from varedit_runtime.backends.auto import AutoBackend, wanted_backend
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.editing.editor import Editor
-from varedit_runtime.errors import BundleError, TextError
+from varedit_runtime.editing.prepared import PreparedEdit
+from varedit_runtime.errors import BundleError, NoPictureError, PictureError, TextError
 
 
 @dataclass(frozen=True)
@@ -76,17 +77,29 @@ class BundleEdits:
     def edit(
         self, sources: Sequence[Image.Image], cases: Sequence[Case], seeds: Sequence[int]
     ) -> Sequence[Image.Image | str]:
-        """Return each case's result, or why the bundle cannot follow its instruction."""
+        """Return each case's result, or why there is none.
+
+        The instruction or the picture cannot be used, or the arithmetic gave no picture.
+        """
         prepared, failed = [], dict[int, str]()
         for place, (source, case, seed) in enumerate(zip(sources, cases, seeds, strict=True)):
             try:
                 prepared.append(
                     self._editor.prepare(source, case.instruction, seed=seed, **vars(self._dials))
                 )
-            except TextError as error:
+            except (TextError, PictureError) as error:
                 failed[place] = str(error)
-        made = iter(self._editor.edit_prepared(prepared))
-        return [failed.get(place) or next(made).image for place in range(len(cases))]
+        made = iter(self._made(prepared))
+        return [failed.get(place) or next(made) for place in range(len(cases))]
+
+    def _made(self, prepared: Sequence[PreparedEdit]) -> list[Image.Image | str]:
+        """Make edits, alone if one of them fails, so that it is known which."""
+        try:
+            return [result.image for result in self._editor.edit_prepared(prepared)]
+        except NoPictureError as error:
+            if len(prepared) == 1:
+                return [str(error)]
+            return [made for one in prepared for made in self._made([one])]
 
 
 def evaluate_bundle(
