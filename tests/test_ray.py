@@ -19,9 +19,10 @@ from serving import preparer, served
 
 from varedit_runtime import Editor
 from varedit_runtime.backends.auto import wanted_backend
+from varedit_runtime.errors import BackendError
 from varedit_runtime.locate import embedded
 from varedit_serve.editing.child import BatchFailedError, ChildDiedError
-from varedit_serve.editing.messages import Opening, Order
+from varedit_serve.editing.messages import Opening, Order, Ready
 
 pytest.importorskip("ray", reason="the extra ray is not installed")
 
@@ -153,6 +154,62 @@ def test_a_lane_tells_failures_apart_as_a_child_does() -> None:
             numbers = (await server.ask(path="/metrics")).body.decode()
             assert 'varedit_restarts_total{reason="died"} 1.0' in numbers
 
+    asyncio.run(test())
+
+
+def test_a_server_goes_on_while_ray_replaces_what_counts_the_replicas(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from ray.exceptions import RayActorError
+
+    from varedit_serve.editing import replicas
+
+    class Deployed:
+        @property
+        def facts(self) -> "Deployed":
+            return self
+
+        async def remote(self) -> Ready:
+            return Ready("CUDA", len, 1, 0.5, 1)
+
+    counts = iter([RayActorError(), 2])
+
+    def count() -> int:
+        told = next(counts, 2)
+        if isinstance(told, Exception):
+            raise told
+        return told
+
+    async def test() -> None:
+        async with served() as server:
+            fleet = replicas.Fleet("x", Deployed, 2, server.application.queue)  # type: ignore[arg-type]
+            fleet._count = count  # type: ignore[method-assign]
+            watching = asyncio.create_task(fleet.run())
+            async with asyncio.timeout(20):
+                while fleet.running < 2:
+                    assert not watching.done()
+                    await asyncio.sleep(0.01)
+            watching.cancel()
+
+    monkeypatch.setattr(replicas, "BEAT", 0.01)
+    asyncio.run(test())
+
+
+def test_that_ray_serve_cannot_start_is_told_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.serve.exceptions import RayServeException
+
+    from varedit_serve.editing import replicas
+
+    def delete(name: str) -> None:
+        raise RayServeException("There is no Serve instance")
+
+    async def test() -> None:
+        async with served() as server:
+            given = server.application.queue, Opening(embedded(), None, wanted_backend()), "0", 1
+            with pytest.raises(BackendError, match="no room"), replicas.fleet(*given, None):
+                raise BackendError("no room")
+
+    monkeypatch.setattr(replicas.serve, "delete", delete)
     asyncio.run(test())
 
 

@@ -11,11 +11,13 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
 from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from varedit_runtime import EditHandle
@@ -95,7 +97,8 @@ def fleet(
     try:
         yield [made], made.lanes
     finally:
-        serve.delete(name)
+        with suppress(RayServeException):  # Serve may not have started
+            serve.delete(name)
 
 
 def replicas(opening: Opening, digest: str, least: int, most: int) -> serve.Application:
@@ -180,17 +183,22 @@ class Fleet:
         """Start the replicas and watch how many run. Raises BackendError if none can be."""
         try:
             self.handle = await asyncio.to_thread(self._deploy)
-        except RuntimeError as error:
+            facts = await self.handle.facts.remote()
+        except (RuntimeError, RayError) as error:
             raise BackendError(f"Ray can start no editing process: {reason(error)}") from error
-        self._queue.on_ready(await self.handle.facts.remote())
+        self._queue.on_ready(facts)
         while True:
-            self.running = await asyncio.to_thread(self._count)
+            try:
+                self.running = await asyncio.to_thread(self._count)
+            except RayError as error:  # the replicas go on while Ray replaces what counts them
+                _log.warning("Ray cannot tell which replicas run: %s", type(error).__name__)
             self._queue.wake()
             await asyncio.sleep(BEAT)
 
     def _count(self) -> int:
         application = serve.status().applications.get(self._name)
-        states = application.deployments[EDITING].replica_states if application else {}
+        deployment = application and application.deployments.get(EDITING)
+        states = deployment.replica_states if deployment else {}
         return sum(count for state, count in states.items() if state == "RUNNING")
 
     def end(self) -> None:
