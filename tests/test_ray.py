@@ -19,7 +19,7 @@ from serving import preparer, served
 
 from varedit_runtime import Editor
 from varedit_runtime.backends.auto import wanted_backend
-from varedit_runtime.errors import BackendError
+from varedit_runtime.errors import BackendError, ConfigError
 from varedit_runtime.locate import embedded
 from varedit_serve.editing.child import BatchFailedError, ChildDiedError
 from varedit_serve.editing.messages import Opening, Order, Ready
@@ -74,7 +74,7 @@ def test_a_replica_that_is_killed_under_load_loses_nothing(
             assert b"RAY_AUTH_MODE=token" in Path(f"/proc/{replicas[0]}/environ").read_bytes()
         with ThreadPoolExecutor(8) as clients:
             edits = [clients.submit(edited, seed) for seed in range(8)]
-            until(lambda: "varedit_queue_pictures 4.0" in server.get("metrics")[1])
+            until(lambda: "varedit_queue_pictures 0.0" not in server.get("metrics")[1])
             os.kill(replicas[0], signal.SIGKILL)  # which has an edit then, as what waits says
             results = [edit.result() for edit in edits]
         assert results[:2] == wanted and len(set(results)) == 8
@@ -211,6 +211,19 @@ def test_that_ray_serve_cannot_start_is_told_as_it_is(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(replicas.serve, "delete", delete)
     asyncio.run(test())
+
+
+def test_behind_rays_proxies_keys_are_needed_unless_only_this_machine_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from varedit_serve import on_ray
+
+    monkeypatch.delenv("VAREDIT_SERVE_KEYS", raising=False)
+    asked = {"bundle": embedded(), "allow_host": ["edits.example.org"], "max_n": 2}
+    with pytest.raises(ConfigError, match="give API keys"):
+        on_ray.settings_of(**on_ray._read(on_ray._words(asked)))
+    chosen = on_ray.settings_of(**on_ray._read(on_ray._words({**asked, "host": "127.0.0.1"})))
+    assert (chosen["limits"].max_n, "edits.example.org" in chosen["hosts"]) == (2, True)
 
 
 def order(seed: int, previews: tuple[int, ...] = ()) -> Order:

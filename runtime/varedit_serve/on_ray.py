@@ -1,6 +1,6 @@
 """The server as an application of Ray Serve, whose proxies answer HTTP.
 
-    serve run varedit_serve.on_ray:app bundle=/bundles/2b-512 workers=2 max_workers=8
+    serve run varedit_serve.on_ray:app bundle=/bundles/2b-512 workers=2 host=127.0.0.1
 
 Arguments are the options of `varedit-serve`, with underscores; where it listens is said to Ray.
 """
@@ -28,10 +28,7 @@ _log = logging.getLogger(__name__)
 
 def app(arguments: Mapping[str, Any]) -> serve.Application:
     """Return the application: one ingress, which has the queue, and replicas that edit."""
-    words = [str(arguments["bundle"])]
-    for name in arguments.keys() - {"bundle"}:
-        values = arguments[name] if isinstance(arguments[name], list) else [arguments[name]]
-        words += [f"--{name.replace('_', '-')}={value}" for value in values]
+    words = _words(arguments)
     given = _read(words)
     preparer, least, most = _preparer(given), given["workers"], _most(given)
     opening = Opening(given["bundle"], given["variant"], given["backend"], given["digest"])
@@ -39,6 +36,16 @@ def app(arguments: Mapping[str, Any]) -> serve.Application:
     connections = given["max_connections"]
     deployed = serve.deployment(max_ongoing_requests=connections)(serve.ingress()(Ingress))
     return deployed.bind(words, editing)
+
+
+def _words(arguments: Mapping[str, Any]) -> list[str]:
+    """Return arguments as a command line."""
+    # Where Ray's proxies listen is not known here: without another word, where others reach them.
+    words = [str(arguments["bundle"]), "--host=0.0.0.0"]
+    for name in arguments.keys() - {"bundle"}:
+        values = arguments[name] if isinstance(arguments[name], list) else [arguments[name]]
+        words += [f"--{name.replace('_', '-')}={value}" for value in values]
+    return words
 
 
 def _read(words: Sequence[str]) -> dict[str, Any]:
