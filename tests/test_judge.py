@@ -3,8 +3,12 @@
 A server on the loopback answers well, badly, late, or not at all.
 """
 
+import gzip
+import itertools
 import json
 import math
+import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 from evaluating import Shifted, own_data
 from PIL import Image
@@ -19,6 +24,7 @@ from PIL import Image
 from varedit_export.errors import JudgeError
 from varedit_export.evaluation.case import Case, Edited
 from varedit_export.evaluation.evaluate import evaluate
+from varedit_export.evaluation.judge import reading
 from varedit_export.evaluation.judge.endpoint import Endpoint
 from varedit_export.evaluation.judge.judge import ANSWERS, Judge, JudgeOptions
 from varedit_export.evaluation.judge.protocols import PROTOCOLS, balance
@@ -28,13 +34,19 @@ from varedit_runtime.errors import ConfigError
 
 GOOD = 'All was done. {"success": 8, "overedit": 6}'
 HOW_LATE = 0.5
+ASKED = {"messages": [{"content": [{"text": "score it"}]}]}
 
 
 class Late(str):
     """An answer that comes too late."""
 
 
-Answer = str | int | tuple[int, dict[str, str]]  # text, or a status, or one with headers
+class Never(Late):
+    """An answer that comes when the test has ended."""
+
+
+# A text, a body, a status, or a status and headers, with a body or without.
+Answer = str | bytes | int | tuple[int, dict[str, str]] | tuple[int, dict[str, str], bytes]
 
 
 class Server(ThreadingHTTPServer):
@@ -67,7 +79,7 @@ class Handler(BaseHTTPRequestHandler):
         prompt, *_ = body["messages"][0]["content"]
         answer = server.answer(prompt["text"], number)
         if isinstance(answer, Late):
-            server.stopped.wait(HOW_LATE)
+            server.stopped.wait(HOW_LATE * (10 if isinstance(answer, Never) else 1))
         with server.lock:
             server.at_once -= 1
         self._send(answer)
@@ -86,10 +98,13 @@ class Handler(BaseHTTPRequestHandler):
                     "usage": {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110},
                 }
             ).encode()
+        elif isinstance(answer, bytes):
+            content = answer
         elif isinstance(answer, int):
             status = answer
         else:
-            status, headers = answer
+            status, headers, *bodies = answer
+            content = bodies[0] if bodies else content
         try:
             self.send_response(status)
             for name, value in {**headers, "Content-Type": "application/json"}.items():
@@ -285,6 +300,77 @@ def test_a_judge_that_cannot_be_asked_ends_the_run(
         judge(server, tmp_path).measure([edit(number) for number in range(20)])
     assert len(server.asked) < 20 * 3
     assert "secret" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        *(b"null", b"{}", b"[" * 10**5, b"\xff", b'{"choices": {"0": 1}}', b'{"choices": [null]}'),
+        *(b'{"choices": [{"message": {"content": %s}}]}' % c for c in (b"5", b"[1]", b'{"a": 1}')),
+        b'{"choices": [{"message": {}}], "usage": "much"}',
+        b'{"choices": [{"message": {}}], "usage": {"prompt_tokens": "many"}}',
+    ],
+)
+def test_a_reply_of_another_form_is_told(body: bytes, tmp_path: Path) -> None:
+    with serving(lambda *_: body) as server, pytest.raises(JudgeError, match="does not answer as"):
+        judge(server, tmp_path).measure([edit()])
+
+
+def test_a_judge_cannot_send_pictures_elsewhere(tmp_path: Path) -> None:
+    with serving(lambda *_: GOOD) as other:
+        for status in (301, 302, 303, 307, 308):
+            moved = (status, {"Location": f"{other.url}/chat/completions"})
+            with serving(lambda *_, moved=moved: moved) as server:
+                with pytest.raises(JudgeError, match=f"{status}: it is elsewhere"):
+                    judge(server, tmp_path).measure([edit()])
+        assert other.asked == []
+
+
+def test_a_judge_cannot_fill_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "LARGEST", 1000)
+    packed = gzip.compress(GOOD.encode() + b" " * 10**5)
+    whole = (b" " * 10**4, (200, {"Content-Encoding": "gzip"}, packed))
+    for answer in whole:  # it would be read, were it read as a whole
+        with serving(lambda *_, answer=answer: answer) as server:
+            with reading.client(1) as client, client.stream("POST", server.url, json=ASKED) as got:
+                assert sum(map(len, got.iter_bytes())) <= 1000
+            with pytest.raises(JudgeError, match="does not answer as"):
+                judge(server, tmp_path).measure([edit()])
+
+
+def test_an_answer_that_trickles_is_late() -> None:
+    class Trickle(httpx2.SyncByteStream):
+        def __iter__(self) -> Iterator[bytes]:
+            return itertools.repeat(b" ")
+
+    with pytest.raises(httpx2.ReadTimeout):
+        list(reading.Bounded(Trickle(), seconds=0))
+
+
+def test_an_interrupted_run_waits_for_no_answer(tmp_path: Path) -> None:
+    def answer(_: str, number: int) -> Answer:
+        if number == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return Never(GOOD)
+
+    with serving(answer) as server:
+        one = Judge(Endpoint(server.url, "m", retries=0), JudgeOptions(at_once=2), tmp_path)
+        with pytest.raises(KeyboardInterrupt):
+            one.measure([edit(number) for number in range(4)])
+        assert server.at_once == len(server.asked) == 2
+
+
+def test_kept_answers_that_were_edited_are_asked_for_again(tmp_path: Path) -> None:
+    with serving(lambda *_: GOOD) as server:
+        judge(server, tmp_path).measure([edit()])
+        for wrong in ('{"success":8.0}', '{"success":8.0,"overedit":1e300}'):
+            text = (tmp_path / ANSWERS).read_text("utf-8")
+            (tmp_path / ANSWERS).write_text(
+                text.replace('{"success":8.0,"overedit":6.0}', wrong), "utf-8"
+            )
+            (scores,) = judge(server, tmp_path).measure([edit()])
+            assert scores["judge_overedit"] == 6
+    assert len(server.asked) == 3
 
 
 def test_no_server_and_no_address_are_told(tmp_path: Path) -> None:

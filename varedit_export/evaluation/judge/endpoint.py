@@ -1,7 +1,8 @@
 """Ask a model behind an OpenAI-compatible chat endpoint about pictures.
 
 OpenAI's own client waits and asks again where a server is busy, late or broken: 408, 409, 429 (as
-long as Retry-After says, up to two minutes), 500 and higher, and no connection.
+long as Retry-After says, up to two minutes), 500 and higher, and no connection. `reading.py` bounds
+what a server can send.
 """
 
 import os
@@ -62,7 +63,7 @@ class Endpoint:
         import openai
 
         try:
-            completion = self._client.chat.completions.create(
+            answer = self._client.chat.completions.with_raw_response.create(
                 model=self.model, messages=[{"role": "user", "content": _content(text, pictures)}]
             )
         except openai.APIStatusError as error:
@@ -72,8 +73,9 @@ class Endpoint:
             raise JudgeError(f"the judge at {self.host}: {said}{_advice(error)}") from None
         except (openai.OpenAIError, ValueError) as error:
             raise JudgeError(f"the judge at {self.host}: {reason(error)}") from None
+        reply = _reply(answer.content, self.host)
         self.answered = True
-        return _reply(completion, self.host)
+        return reply
 
 
 def _hosts(url: str) -> tuple[str, str]:
@@ -94,7 +96,15 @@ def _hosts(url: str) -> tuple[str, str]:
 def _client(url: str, key: str, timeout: float, retries: int) -> "OpenAI":
     with needs_extra("evaluate"):
         from openai import OpenAI
-    return OpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=retries)
+
+        from varedit_export.evaluation.judge.reading import client
+    return OpenAI(
+        base_url=url,
+        api_key=key,
+        timeout=timeout,
+        max_retries=retries,
+        http_client=client(timeout),
+    )
 
 
 def _content(text: str, pictures: Sequence[bytes]) -> Any:
@@ -103,16 +113,17 @@ def _content(text: str, pictures: Sequence[bytes]) -> Any:
     return [{"type": "text", "text": text}, *images]
 
 
-def _reply(completion: Any, host: str) -> Reply:
-    try:
-        text = completion.choices[0].message.content or ""
-        usage = completion.usage
-    except (AttributeError, IndexError, TypeError):
+def _reply(content: bytes, host: str) -> Reply:
+    from varedit_export.evaluation.judge.reading import parse
+
+    completion = parse(content)
+    if completion is None:
         raise JudgeError(
             f"the judge at {host} does not answer as chat completions do: check its address, which "
             "often ends in /v1"
-        ) from None
-    if usage is None:
+        )
+    text = completion.choices[0].message.content or ""
+    if (usage := completion.usage) is None:
         return Reply(text)
     return Reply(text, usage.prompt_tokens or 0, usage.completion_tokens or 0)
 
@@ -121,6 +132,8 @@ def _advice(error: Any) -> str:
     """Return what to do about a status; the server's own words may hold what was sent."""
     if error.status_code in (401, 403):
         return f": give its key in the environment as {KEY}"
+    if error.status_code < 400:
+        return ": it is elsewhere, and is not followed there; give its new address"
     if error.status_code == 404:
         return ": check the address, which often ends in /v1, and the model's name"
     if error.status_code in REFUSALS:

@@ -8,11 +8,13 @@ nothing is asked, or paid, twice.
 import hashlib
 import json
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from threading import Lock
+from queue import Empty, SimpleQueue
+from threading import Lock, Thread
 
 import msgspec
 
@@ -25,7 +27,7 @@ from varedit_export.evaluation.judge.protocols import (
     Answer,
     Question,
 )
-from varedit_export.evaluation.judge.replies import read_reply
+from varedit_export.evaluation.judge.replies import numbers, read_reply
 from varedit_runtime.pictures import encode_picture
 
 ASKS = 3  # times that an answer is asked for before it is missing
@@ -101,12 +103,30 @@ class Judge:
 
     def measure(self, edited: Sequence[Edited]) -> Sequence[Values]:
         """Return the scores of each edit. Raises JudgeError if the judge cannot be asked."""
-        with ThreadPoolExecutor(self.at_once) as pool:
-            try:
-                return list(pool.map(self._scores, edited))
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+        futures = [Future[Values]() for _ in edited]
+        queue = SimpleQueue[tuple[Future[Values], Edited]]()
+        for pair in zip(futures, edited, strict=True):
+            queue.put(pair)
+        for _ in range(min(self.at_once, len(edited))):
+            # Ctrl-C waits for no daemon, and so for no answer, which may take minutes.
+            Thread(target=self._work, args=(queue,), daemon=True).start()
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            for future in futures:
+                future.cancel()
+        wait(futures)  # what was asked is paid, and is kept
+        return [future.result() for future in futures]
+
+    def _work(self, queue: "SimpleQueue[tuple[Future[Values], Edited]]") -> None:
+        with suppress(Empty):
+            while True:
+                future, edited = queue.get_nowait()
+                if future.set_running_or_notify_cancel():
+                    try:
+                        future.set_result(self._scores(edited))
+                    except Exception as error:
+                        future.set_exception(error)
 
     def _scores(self, edited: Edited) -> Values:
         pictures = [encode_picture(one) for one in (edited.source, edited.result)]
@@ -136,8 +156,9 @@ class Judge:
         self, question: Question, text: str, pictures: Sequence[bytes], turn: int
     ) -> Answer | None:
         key = _digest([self._endpoint.model, text, turn], pictures)
-        if key in self._known:
-            return self._known[key]
+        kept = numbers(self._known.get(key, {}), question.names, question.low, question.high)
+        if kept is not None:  # the file may have been edited
+            return kept
         for _ in range(ASKS):
             reply = self._endpoint.ask(text, pictures)
             if reply is None:

@@ -1,7 +1,7 @@
 """Read the numbers in a judge's reply."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 MOST_CHARACTERS = 20_000  # of a reply that are read: its numbers stand at its end
@@ -13,11 +13,18 @@ def read_reply(text: str, names: Sequence[str], low: float, high: float) -> dict
     None unless there is one with all names, each a number from low to high. Objects of which one
     contradicts another are no answer.
     """
-    found = []
-    for value in _objects(text[-MOST_CHARACTERS:]):
-        if all(_number(value.get(name), low, high) for name in names):
-            found.append({name: float(value[name]) for name in names})
+    values = _objects(text[-MOST_CHARACTERS:])
+    found = [one for value in values if (one := numbers(value, names, low, high))]
     return found[0] if found and all(one == found[0] for one in found) else None
+
+
+def numbers(
+    value: Mapping[str, Any], names: Sequence[str], low: float, high: float
+) -> dict[str, float] | None:
+    """Return the numbers with these names; None unless each is there, and from low to high."""
+    if not all(_number(value.get(name), low, high) for name in names):
+        return None
+    return {name: float(value[name]) for name in names}
 
 
 def _number(value: Any, low: float, high: float) -> bool:
