@@ -1,6 +1,7 @@
 """Data sets of benchmarks: what is read, and what is refused with the row's name."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -186,6 +187,25 @@ def test_a_small_file_of_very_long_rows_is_refused(
         benchmark("gedit-en").read(tmp_path)
 
 
+def test_rows_that_are_short_in_a_file_and_long_in_memory_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [emu(number, instruction="x" * 1000) for number in range(300)]
+    path = write_parquet(tmp_path / "test-0.parquet", rows, 300)
+    monkeypatch.setattr(tables, "LARGEST", 300_000)
+    with pytest.raises(DatasetError, match="its texts have over 300 kB"):
+        benchmark("emu-edit").read(tmp_path)
+    write_parquet(path, [emu(0, instruction=[["x"]])])
+    with pytest.raises(DatasetError, match="instruction holds no plain values"):
+        benchmark("emu-edit").read(tmp_path)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "edits.jsonl")
+    with pytest.raises(DatasetError, match="it is not a file"):
+        benchmark("folder").read(tmp_path)
+
+
 def test_bad_pictures_of_a_table_are_refused_with_their_row(tmp_path: Path) -> None:
     rows = [emu(0, image={"bytes": b"no picture", "path": None}), emu(1, image=None)]
     write_parquet(tmp_path / "test-0.parquet", [*rows, emu(2)])
@@ -253,6 +273,7 @@ def test_pie_bench_is_read(tmp_path: Path) -> None:
         (pie(0, mask=[1]), "row 000: mask: give pairs"),
         (pie(0, mask=[-1, 5]), "row 000: mask: give pairs of a start in the picture"),
         (pie(0, mask=[512 * 512, 1]), "row 000: mask: give pairs of a start in the picture"),
+        (pie(0, mask=[0] * 2**19), "row 000: mask: there are more runs than pixels"),
         (pie(0, mask=[5, -1]), "row 000: mask: a length is below 0"),
         (pie(0, mask=None), "row 000: .*mask"),
         ({k: v for k, v in pie(0).items() if k != "mask"}, "row 000: .*mask"),

@@ -1,6 +1,7 @@
 """Runs of an evaluation: they continue, refuse what is another run, and compare."""
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from functools import partial
@@ -13,6 +14,7 @@ from killing import FORKS, killed_at
 
 from varedit_export.evaluation.case import Edited, Values
 from varedit_export.evaluation.evaluate import evaluate
+from varedit_export.evaluation.report import table
 from varedit_export.evaluation.run import Run, open_run
 from varedit_export.evaluation.statistics import compare, mean_of
 from varedit_export.options import EvaluateOptions
@@ -133,6 +135,42 @@ def test_lines_are_not_written_through_a_link(data: Path, tmp_path: Path) -> Non
         evaluated(data, tmp_path / "run")
 
 
+@pytest.mark.parametrize("text", ["[]", "null", "[" * 10**5, '{"seed": NaN}', "{}"])
+def test_a_run_that_says_something_else_is_refused(text: str, data: Path, tmp_path: Path) -> None:
+    evaluated(data, tmp_path / "run")
+    (tmp_path / "run/run.json").write_text(text)
+    with pytest.raises(ConfigError, match="name another"):
+        evaluated(data, tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["run.json", "edits.jsonl", "scores.jsonl"])
+def test_a_pipe_in_a_run_is_not_waited_for(name: str, data: Path, tmp_path: Path) -> None:
+    evaluated(data, tmp_path / "run")
+    (tmp_path / "run" / name).unlink()
+    os.mkfifo(tmp_path / "run" / name)
+    with pytest.raises(ConfigError, match="is not"):
+        evaluated(data, tmp_path / "run")
+
+
+@pytest.mark.parametrize("wrong", [{"output": "a" * 5000}, {"output": ".."}, {"output": None}])
+def test_an_edit_whose_line_was_edited_is_made_again(
+    wrong: dict[str, object], data: Path, tmp_path: Path
+) -> None:
+    evaluated(data, tmp_path / "run")
+    whole, path = contents(tmp_path / "run"), tmp_path / "run/edits.jsonl"
+    lines = [json.loads(line) | wrong for line in path.read_text("utf-8").splitlines()]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    evaluated(data, tmp_path / "run")
+    assert contents(tmp_path / "run") == whole
+
+
+def test_a_type_cannot_move_the_terminal(data: Path, tmp_path: Path) -> None:
+    row = {"image": "0.png", "instruction": "x", "type": "\x1b[2J\n" + "long" * 1000}
+    lines = table(evaluated(write_lines(data, [row]), tmp_path / "run")).split("\n")
+    assert len(lines) == 3 and max(map(len, lines)) < 200
+    assert all(line.isprintable() for line in lines)
+
+
 def test_an_instruction_that_cannot_be_followed_is_counted(data: Path, tmp_path: Path) -> None:
     report = evaluated(data, tmp_path / "run", Shifted(refused="change 1"))
     assert [row.failed for row in report.edits] == [None, "not understood", None, None]
@@ -177,8 +215,9 @@ def test_a_gate_fails_on_worse_and_on_missing_scores(data: Path, tmp_path: Path)
     assert few.failures == ["1 edits could not be made, such as 2"]
     with pytest.raises(ConfigError, match="no score is called 'clip'; there are psnr"):
         evaluated(data, tmp_path / "run", fail_below=("clip=1",))
-    with pytest.raises(ConfigError, match="give SCORE=NUMBER"):
-        evaluated(data, tmp_path / "run", fail_below=("psnr",))
+    for wrong in ("psnr", "psnr=nan", "l1=inf", "psnr=-inf"):
+        with pytest.raises(ConfigError, match="give SCORE=NUMBER"):
+            evaluated(data, tmp_path / "run", fail_below=(wrong,))
     write_lines(data, [{"image": "0.png", "instruction": "change it"}])
     unmasked = evaluated(data, tmp_path / "unmasked", fail_below=("psnr=1",))
     assert unmasked.failures == ["psnr: no edit has this score"]

@@ -320,9 +320,11 @@ def test_a_judge_cannot_send_pictures_elsewhere(tmp_path: Path) -> None:
     with serving(lambda *_: GOOD) as other:
         for status in (301, 302, 303, 307, 308):
             moved = (status, {"Location": f"{other.url}/chat/completions"})
-            with serving(lambda *_, moved=moved: moved) as server:
-                with pytest.raises(JudgeError, match=f"{status}: it is elsewhere"):
-                    judge(server, tmp_path).measure([edit()])
+            with (
+                serving(lambda *_, moved=moved: moved) as server,
+                pytest.raises(JudgeError, match=f"{status}: it is elsewhere"),
+            ):
+                judge(server, tmp_path).measure([edit()])
         assert other.asked == []
 
 

@@ -2,13 +2,16 @@
 
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from errno import EFBIG, EINVAL
 from pathlib import Path
 from secrets import token_hex
 from threading import Lock
 from weakref import finalize
 
+from varedit_runtime.errors import readable_size
 from varedit_runtime.manifest import DIGEST, MANIFEST
 
 
@@ -144,6 +147,17 @@ def _move_to_free(file: Path, path: Path) -> None:
         except BaseException:
             path.unlink(missing_ok=True)
             raise
+
+
+def read_regular(path: Path, most: int) -> bytes:
+    """Return a file's bytes. Raises OSError if there are over `most`, or it is a pipe or device."""
+    if not stat.S_ISREG(path.stat().st_mode):  # a pipe could be waited for without end
+        raise OSError(EINVAL, "it is not a file")
+    with path.open("rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise OSError(EFBIG, f"it has over {readable_size(most)}")
+    return content
 
 
 def read_kept(path: Path) -> bytes:

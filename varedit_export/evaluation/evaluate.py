@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from math import isfinite, nan
+from math import inf, isfinite, nan
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +189,8 @@ def _judges(options: EvaluateOptions, families: Mapping[str, Family]) -> dict[st
         raise ConfigError("--judge: name the model to ask with --judge-model")
     if not (1 <= options.judge_repeat <= MOST and 1 <= options.judge_at_once <= MOST):
         raise ConfigError(f"--judge-repeat and --judge-at-once are 1 to {MOST}")
+    if not all(0 <= price < inf for price in options.judge_price or ()):
+        raise ConfigError("--judge-price: give two prices, 0 or more")
     endpoint = Endpoint(options.judge, options.judge_model)
     folder, prompts = Path(options.output), options.judge_prompts
     return {

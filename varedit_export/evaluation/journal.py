@@ -8,7 +8,9 @@ from typing import Generic, TypeVar
 import msgspec
 
 from varedit_runtime.errors import ConfigError
+from varedit_runtime.files import read_regular
 
+LARGEST = 2**28  # bytes: a line for each of a million edits
 Line = TypeVar("Line", bound=msgspec.Struct)
 
 _NO_LINKS = getattr(os, "O_NOFOLLOW", 0)
@@ -24,7 +26,7 @@ class Journal(Generic[Line]):
         """
         self._path, self.lines = path, list[Line]()
         try:
-            content = path.read_bytes() if os.path.lexists(path) else b""
+            content = read_regular(path, LARGEST) if os.path.lexists(path) else b""
         except OSError as error:
             raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
         self._cut_off = not content.endswith(b"\n") and content != b""

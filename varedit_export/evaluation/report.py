@@ -11,10 +11,11 @@ from varedit_export.evaluation.case import OVERALL, Case, Score
 from varedit_export.evaluation.paper import Published, published
 from varedit_export.evaluation.run import PICTURES, Run
 from varedit_export.evaluation.statistics import Comparison, Mean, compare, mean_of
-from varedit_runtime.errors import ConfigError
+from varedit_runtime.errors import ConfigError, printable
 from varedit_runtime.files import atomic_file
 
 JSON = "report.json"
+_WIDEST = 40  # characters of a group's name on a terminal
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,11 @@ def table(report: Report) -> str:
     """Return the groups' means with their intervals as lines of text, then the paper's numbers."""
     heads = ["", "edits", *(score.label for score in report.scores)]
     lines = [heads] + [
-        [name, str(group.edits), *(_cell(group.means.get(s.name), s) for s in report.scores)]
+        [
+            printable(name)[:_WIDEST],
+            str(group.edits),
+            *(_cell(group.means.get(s.name), s) for s in report.scores),
+        ]
         for name, group in report.groups.items()
     ]
     for model, values in _models(report).items():

@@ -13,6 +13,7 @@ from PIL import Image
 from varedit_export.errors import DatasetError
 from varedit_export.evaluation.case import OVERALL, Case, Load
 from varedit_runtime.errors import MissingExtraError, printable, reason, shown
+from varedit_runtime.files import read_regular
 from varedit_runtime.pictures import Source, open_mask, open_picture
 
 LARGEST = 2**28  # bytes of a file of rows
@@ -33,13 +34,9 @@ def row_errors(row: str) -> Iterator[None]:
 def read_rows(path: Path) -> bytes:
     """Return the content of a file of rows. Raises DatasetError."""
     try:
-        with open(path, "rb") as file:
-            content = file.read(LARGEST + 1)
+        return read_regular(path, LARGEST)
     except OSError as error:
         raise DatasetError(f"{path} cannot be read: {error.strerror}") from error
-    if len(content) > LARGEST:
-        raise DatasetError(f"{path} has over {LARGEST} bytes: no benchmark's list is that long")
-    return content
 
 
 def read_json(path: Path, kind: type[Kind]) -> Kind:

@@ -13,7 +13,7 @@ metrics to the same edits.
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,8 @@ from varedit_export.evaluation.case import Case, Edited, Edits, Metric, Values
 from varedit_export.evaluation.journal import Journal
 from varedit_runtime.bundle import file_digest
 from varedit_runtime.decoding.to_rgb import on_white
-from varedit_runtime.errors import ConfigError, shown
-from varedit_runtime.files import atomic_file, bundle_around, plain_name
+from varedit_runtime.errors import BundleError, ConfigError, shown
+from varedit_runtime.files import atomic_file, bundle_around, plain_name, read_regular
 from varedit_runtime.pictures import encode_picture, open_picture, write_encoded
 
 RUN, EDITS, SCORES, PICTURES, LOCK = "run.json", "edits.jsonl", "scores.jsonl", "pictures", ".lock"
@@ -62,9 +62,8 @@ class Run:
         """Read a run. Raises ConfigError if the folder is none or cannot be read."""
         self.folder = folder
         try:
-            content = (folder / RUN).read_bytes()
-            self.told: Mapping[str, Any] = msgspec.json.decode(content, type=dict[str, Any])
-        except (OSError, ValueError, RecursionError) as error:
+            self.told = msgspec.json.decode(read_regular(folder / RUN, 2**20), type=dict[str, Any])
+        except (OSError, msgspec.MsgspecError, RecursionError) as error:
             raise ConfigError(f"{folder} is not the folder of a run: name another one") from error
         self._edits = Journal(folder / EDITS, EditLine)
         self._scores = Journal(folder / SCORES, ScoreLine)
@@ -87,8 +86,10 @@ class Run:
         """Return whether an edit was made, and its picture is as it was written."""
         line, path = self.edits.get(id), self.picture(id)
         if line is None or path is None:
-            return line is not None
-        return path.is_file() and file_digest(path) == line.sha256
+            return line is not None and line.failed is not None
+        with suppress(OSError, BundleError):  # the name may be any text
+            return path.is_file() and file_digest(path) == line.sha256
+        return False
 
     def add_edit(self, place: int, id: str, seed: int, result: Image.Image | str) -> None:
         """Write a result and its line; place names its file. result: a text says why it failed."""

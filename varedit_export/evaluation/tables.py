@@ -1,6 +1,6 @@
 """Read tables in Parquet or Arrow files, as the hub has data sets, a picture at a time."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from varedit_export.evaluation.rows import LARGEST, Kind, row_errors
 from varedit_runtime.errors import needs_extra, readable_size
 
 LARGEST_GROUP = 2**31  # bytes of a group of rows, which is read as a whole
-_ROWS_AT_ONCE = 100
+
+_ROWS, _ROW = 16, 256  # that are read at a time; bytes of one beside its texts
 
 
 class Table:
@@ -46,22 +47,29 @@ class Table:
         with row_errors(str(self.path)):
             if missing := set(names) - set(self._names()):
                 raise DatasetError(f"there is no column {', '.join(sorted(missing))}")
-            found = [row for piece in self._pieces(names) for row in piece.to_pylist()]
+            found = self._read_rows(names)
         return [self._row(place, row, kind) for place, row in enumerate(found)]
 
-    def _pieces(self, names: list[str]) -> Iterator[Any]:
-        """Yield columns piece by piece: a small file can hold one long text in very many rows."""
-        if self._parquet:
-            pieces = self._file.iter_batches(_ROWS_AT_ONCE, columns=names)
-        else:
-            pieces = self._file.select(names).to_batches(_ROWS_AT_ONCE)
-        size = 0
-        for piece in pieces:
+    def _read_rows(self, names: Sequence[str]) -> list[dict[str, Any]]:
+        """Return the rows of plain columns: what is repeated is short in a file, and long here."""
+        for field in self._file.schema_arrow if self._parquet else self._file.schema:
+            if field.name in names and field.type.num_fields:
+                raise DatasetError(f"the column {field.name} holds no plain values")
+        size, found = 0, list[dict[str, Any]]()
+        for piece in self._pieces(names):
             piece.validate(full=True)
-            size += piece.nbytes
+            for row in piece.to_pylist():
+                size += _ROW + sum(len(value) for value in row.values() if isinstance(value, str))
+                found.append(row)
             if size > LARGEST:
                 raise DatasetError(f"its texts have over {readable_size(LARGEST)}")
-            yield piece
+        return found
+
+    def _pieces(self, names: Sequence[str]) -> Any:
+        """Return columns, some rows at a time."""
+        if self._parquet:
+            return self._file.iter_batches(_ROWS, columns=names)
+        return self._file.select(names).to_batches(_ROWS)
 
     def _row(self, place: int, row: Any, kind: type[Kind]) -> Kind:
         with row_errors(self.name(place)):

@@ -71,6 +71,8 @@ def decode_mask(runs: list[int]) -> np.ndarray:
     The last run may be too long, as in published rows; it is cut.
     """
     mask = np.zeros(SIDE * SIDE, bool)
+    if len(runs) > mask.size:
+        raise DatasetError("mask: there are more runs than pixels")
     if len(runs) % 2 or not all(0 <= start < mask.size for start in runs[::2]):
         raise DatasetError("mask: give pairs of a start in the picture and a length")
     for start, length in zip(runs[::2], runs[1::2], strict=True):
