@@ -1,6 +1,8 @@
 """Maps of attention: of planted weights as calculated, of nano as the paper claims, and drawn."""
 
+import os
 from dataclasses import replace
+from errno import ENOSPC
 from pathlib import Path
 
 import numpy as np
@@ -182,3 +184,15 @@ def test_what_cannot_be_drawn_is_said(
     done = CliRunner().invoke(main, ["attention", "nano", sample, "add a hat", *options])
     assert done.exit_code in (1, 2) and said in done.output
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(ENOSPC, os.strerror(ENOSPC))
+
+    monkeypatch.setattr("varedit_export.attention.maps.attention_maps", lambda *_, **__: None)
+    monkeypatch.setattr("varedit_export.attention.drawing.draw_self_attention", full)
+    heat = str(tmp_path / "heat.png")
+    done = CliRunner().invoke(main, ["attention", "nano", "a.png", "add a hat", "-o", heat])
+    assert done.exit_code == 1
+    assert done.stderr == f"Error: {heat} cannot be written: No space left on device\n"

@@ -59,7 +59,7 @@ ROW = {"image": "0.png", "instruction": "change it"}
     ("rows", "told"),
     [
         ([], "no rows"),
-        (["{"], "line 1"),
+        (["{"], "line 1: it must be one whole JSON object"),
         ([ROW, {"image": "0.png"}], "line 2.*instruction"),
         ([{**ROW, "colour": 1}], "line 1.*colour"),
         ([{**ROW, "instruction": " \n"}], "row 1: the instruction is empty"),

@@ -1,5 +1,7 @@
 """Show what a model attends to: `varedit-export attention`."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -72,14 +74,24 @@ def attention(
 
     opened = Bundle.open(bundle)
     maps = attention_maps(opened, images, instruction, layers=layers, seed=seed, variant=variant)
-    draw_self_attention(maps, output)
-    click.echo(output)
+    with _written(output):
+        draw_self_attention(maps, output)
     if words is not None:
-        draw_words(maps, words)
-        click.echo(words)
+        with _written(words):
+            draw_words(maps, words)
     if arrays is not None:
-        maps.write(arrays)
-        click.echo(arrays)
+        with _written(arrays):
+            maps.write(arrays)
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[None]:
+    """Name a file once it is written. Raises ConfigError if that fails, such as on a full disk."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror or error}") from error
+    click.echo(path)
 
 
 def _check(path: Path, suffix: str) -> None:

@@ -48,7 +48,12 @@ def read_json(path: Path, kind: type[Kind]) -> Kind:
 def as_row(row: str, line: bytes, kind: type[Kind]) -> Kind:
     """Read a row of JSON as a type. Raises DatasetError, which says in what it differs."""
     with row_errors(row):
-        return msgspec.json.decode(line, type=kind)
+        try:
+            return msgspec.json.decode(line, type=kind)
+        except msgspec.ValidationError:
+            raise
+        except msgspec.DecodeError as error:
+            raise DatasetError(f"it must be one whole JSON object: {reason(error)}") from error
 
 
 def inside(row: str, folder: Path, name: str) -> Path:

@@ -71,6 +71,11 @@ class Endpoint:
                 return None
             said = f"it answers {error.status_code}"
             raise JudgeError(f"the judge at {self.host}: {said}{_advice(error)}") from None
+        except openai.APIConnectionError:  # timeouts too
+            raise JudgeError(
+                f"the judge at {self.host} cannot be reached, or does not answer in time: check "
+                "the address and that it runs, and give the same command again to continue"
+            ) from None
         except (openai.OpenAIError, ValueError) as error:
             raise JudgeError(f"the judge at {self.host}: {reason(error)}") from None
         reply = _reply(answer.content, self.host)
