@@ -21,6 +21,7 @@ from varedit_runtime import Editor
 from varedit_runtime.backends.auto import wanted_backend
 from varedit_runtime.errors import BackendError, ConfigError
 from varedit_runtime.locate import embedded
+from varedit_runtime.terminal.ray_cluster import cluster
 from varedit_serve.editing.child import BatchFailedError, ChildDiedError
 from varedit_serve.editing.messages import Opening, Order, Ready
 
@@ -47,6 +48,18 @@ def descendants(parent: int, name: str) -> list[int]:
 
 def clusters() -> set[Path]:
     return set(CLUSTERS.glob("ray-*"))
+
+
+def test_a_cluster_that_does_not_start_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(*given: Any, **options: Any) -> None:
+        raise Exception("the node timed out\nduring startup")
+
+    monkeypatch.setattr("ray.init", init)
+    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):  # of what else is tried here
+        monkeypatch.delenv(name, raising=False)
+    told = "no Ray cluster can be used on this machine: the node timed out during startup"
+    with pytest.raises(BackendError, match=told), cluster():
+        pass
 
 
 # A server

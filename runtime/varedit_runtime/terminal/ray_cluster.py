@@ -37,7 +37,9 @@ def cluster() -> Iterator[None]:
             options |= {"_temp_dir": folder}
         try:
             ray.init(address or "local", **options)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (
+            Exception
+        ) as error:  # Ray has no type of its own for all that can keep it from starting
             where = f"at RAY_ADDRESS, {shown(address)}" if address else "on this machine"
             raise BackendError(f"no Ray cluster can be used {where}: {reason(error)}") from error
         try:
