@@ -4,6 +4,7 @@ import base64
 import io
 import os
 import re
+import resource
 import signal
 import socket
 import sys
@@ -134,6 +135,29 @@ def test_one_of_two_processes_that_dies_under_load_loses_nothing(nano: Editor) -
         server.popen.send_signal(signal.SIGTERM)
         assert server.popen.wait(30) == 0
         until(lambda: not any(Path(f"/proc/{child}").exists() for child in children))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of other processes are Linux's")
+def test_a_process_that_runs_out_of_memory_is_replaced_and_loses_nothing(nano: Editor) -> None:
+    def edited(seed: int) -> Image.Image:
+        if seed % 2:
+            return opened(server.edit(seed=seed).data[0].b64_json)
+        *partials, last = server.edit(seed=seed, stream=True, partial_images=3)
+        assert [event.partial_image_index for event in partials] == [0, 1, 2]
+        return opened(last.b64_json)
+
+    with running() as server:
+        first = server.child()
+        _, most = resource.prlimit(first, resource.RLIMIT_AS)
+        resource.prlimit(
+            first, resource.RLIMIT_AS, (1, most)
+        )  # it has what it has, and gets no more
+        with ThreadPoolExecutor(4) as clients:
+            for seed, image in enumerate(clients.map(edited, range(4))):
+                assert same(image, nano.edit(PERSON, "add a hat", seed=seed).image)
+        assert server.child() != first
+        restarts = re.findall(r"varedit_restarts_total{.*} (.*)", server.get("metrics")[1])
+        assert sum(map(float, restarts)) == 1
 
 
 def test_more_clients_than_places_are_served_or_told_to_come_again(server: Process) -> None:
