@@ -138,8 +138,8 @@ def edit(number: int = 0, instruction: str = "add a hat") -> Edited:
     return Edited(case, source, result)
 
 
-def judge(server: Server, folder: Path, **options: Any) -> Judge:
-    endpoint = Endpoint(server.url, "m", timeout=0.3, retries=2)
+def judge(server: Server, folder: Path, timeout: float = 10, **options: Any) -> Judge:
+    endpoint = Endpoint(server.url, "m", timeout=timeout, retries=2)
     folder.mkdir(exist_ok=True)
     return Judge(endpoint, JudgeOptions(**options), folder)
 
@@ -247,7 +247,7 @@ def test_busy_broken_and_late_servers_are_asked_again(tmp_path: Path) -> None:
         (scores,) = judge(server, tmp_path / "busy").measure([edit()])
     assert scores["judge_success"] == 8 and len(server.asked) == 3
     with serving(lambda _, number: GOOD if number else Late(GOOD)) as server:
-        (scores,) = judge(server, tmp_path / "late").measure([edit()])
+        (scores,) = judge(server, tmp_path / "late", timeout=0.3).measure([edit()])
     assert scores["judge_success"] == 8 and len(server.asked) == 2
 
 
