@@ -264,11 +264,25 @@ def test_a_score_that_is_not_finite_is_missing(data: Path, tmp_path: Path) -> No
 def test_intervals_are_those_of_the_bootstrap() -> None:
     assert mean_of([]) is None
     one = mean_of([3.0])
-    assert one is not None and (one.mean, one.low, one.high, one.count) == (3, 3, 3, 1)
+    assert one is not None and (one.mean, one.low, one.high, one.count) == (3, None, None, 1)
     many = mean_of([0.0, 1.0] * 200)  # the standard error is 0.5 / sqrt(400)
     assert many is not None and many == mean_of([0.0, 1.0] * 200)
     assert many.low == pytest.approx(0.5 - 1.96 * 0.025, abs=0.005)
     assert many.high == pytest.approx(0.5 + 1.96 * 0.025, abs=0.005)
+
+
+def test_a_mean_of_one_edit_has_no_interval_and_tells_that_it_is_one(tmp_path: Path) -> None:
+    data = own_data(tmp_path / "data", 3)
+    lines = (data / "edits.jsonl").read_text().splitlines()
+    write_lines(data, [*lines, {"image": "0.png", "instruction": "no mask", "type": "odd"}])
+    report = evaluated(data, tmp_path / "run", Shifted(), Shifted(20))
+    odd = json.loads((tmp_path / "run/report.json").read_bytes())["groups"]["odd"]
+    assert odd["edits"] == 2 and odd["means"]["psnr"]["count"] == 1
+    assert odd["means"]["psnr"]["low"] is None and odd["means"]["psnr"]["high"] is None
+    psnr = f"{odd['means']['psnr']['mean']:.2f}"
+    assert f"{psnr} (1 edit)" in table(report)
+    assert f"<td>{psnr}<small>1 edit</small></td>" in (tmp_path / "run/report.html").read_text()
+    assert ", 3 edits)" in table(report).splitlines()[-1]
 
 
 def test_differences_are_paired_and_oriented() -> None:

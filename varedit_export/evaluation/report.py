@@ -151,7 +151,7 @@ def table(report: Report) -> str:
         [
             printable(name)[:_WIDEST],
             str(group.edits),
-            *(_cell(group.means.get(s.name), s) for s in report.scores),
+            *(_cell(group, s) for s in report.scores),
         ]
         for name, group in report.groups.items()
     ]
@@ -165,11 +165,12 @@ def table(report: Report) -> str:
     return "\n".join(line.rstrip() for line in text)
 
 
-def _cell(mean: Mean | None, score: Score) -> str:
+def _cell(group: Group, score: Score) -> str:
+    mean = group.means.get(score.name)
     if mean is None:
         return "-"
-    digits = score.digits
-    return f"{mean.mean:.{digits}f} ({mean.low:.{digits}f} to {mean.high:.{digits}f})"
+    beside = mean.beside(group.edits, score.digits)
+    return f"{mean.mean:.{score.digits}f}" + (f" ({beside})" if beside else "")
 
 
 def _models(report: Report) -> dict[str, dict[str, str]]:

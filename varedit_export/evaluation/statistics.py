@@ -12,22 +12,33 @@ _AT_ONCE = 100  # samples that are drawn at a time, to bound memory
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over edits, and the interval that holds it with 95 % confidence."""
+    """A mean over edits, and the interval that holds it with 95 % confidence: None for one edit."""
 
     mean: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     count: int
+
+    def beside(self, edits: int, digits: int) -> str:
+        """Return the interval, and the number of edits behind the mean if the row has another."""
+        told = []
+        if self.low is not None:
+            told.append(f"{self.low:.{digits}f} to {self.high:.{digits}f}")
+        if self.count != edits:
+            told.append("1 edit" if self.count == 1 else f"{self.count} edits")
+        return ", ".join(told)
 
 
 def mean_of(values: Sequence[float]) -> Mean | None:
     """Return the mean of values and its interval by the percentile bootstrap; None if empty.
 
     The edits are drawn again, with replacement. Random numbers depend on how many values there are
-    and on nothing else.
+    and on nothing else. One edit does not tell how much edits differ, so it has no interval.
     """
     if not values:
         return None
+    if len(values) == 1:
+        return Mean(float(values[0]), None, None, 1)
     array, random = np.asarray(values, np.float64), np.random.default_rng(0)
     draws = [
         array[random.integers(0, len(array), (_AT_ONCE, len(array)))].mean(1)
@@ -71,7 +82,7 @@ def compare(
         return None
     if not any(gains):
         return Comparison(gain, "equal")
-    if gain.count < FEWEST:
+    if gain.low is None or gain.high is None or gain.count < FEWEST:
         return Comparison(gain, "too few edits to tell")
     if gain.high < 0:
         verdict = f"worse by {-gain.high:.{digits}f} to {-gain.low:.{digits}f}"

@@ -83,8 +83,7 @@ def _mean(group: Group, score: Score) -> str:
     mean, digits = group.means.get(score.name), score.digits
     if mean is None:
         return "<td>–</td>"
-    interval = f"{mean.low:.{digits}f} to {mean.high:.{digits}f}"
-    return f"<td>{mean.mean:.{digits}f}<small>{interval}</small></td>"
+    return f"<td>{mean.mean:.{digits}f}<small>{mean.beside(group.edits, digits)}</small></td>"
 
 
 def _published(report: Report) -> dict[str, dict[str, str]]:
