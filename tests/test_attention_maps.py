@@ -173,6 +173,8 @@ def test_pieces_become_words() -> None:
         (["-o", "heat.png", "--arrays", "maps.npy"], "must end in .npz"),
         (["-o", "heat.png", "--layers", "0,4"], "no layer 4: the model has 0 to 3"),
         (["-o", "heat.png", "--layers", "first"], "are no layers"),
+        (["-o", "heat.png", "--layers", "9" * 5000], "are no layers"),
+        (["-o", str(ROOT / "docs/samples/person.png")], "exists: choose another name"),
         (["-o", "nowhere/heat.png"], "cannot be written"),
     ],
 )

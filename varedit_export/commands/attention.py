@@ -8,9 +8,11 @@ from typing import Any
 import click
 
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.errors import ConfigError, needs_extra
+from varedit_runtime.errors import ConfigError, needs_extra, shown
 from varedit_runtime.files import unwritable
 from varedit_runtime.terminal.command import BUNDLE, PATH, TEXT_PATH, variant_option
+
+_DIGITS = 10  # more than any layer's number has
 
 
 class _Layers(click.ParamType):
@@ -22,8 +24,9 @@ class _Layers(click.ParamType):
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[int, ...]:
         numbers = value.split(",")
-        if not all(number.strip().isdecimal() for number in numbers):
-            self.fail(f"{value!r} are no layers; write numbers from 0, such as 0,1,16", param, ctx)
+        if not all(number.strip().isdecimal() and len(number) < _DIGITS for number in numbers):
+            told = f"{shown(value)} are no layers; write numbers from 0, such as 0,1,16"
+            self.fail(told, param, ctx)
         return tuple(map(int, numbers))
 
 
@@ -43,6 +46,7 @@ class _Layers(click.ParamType):
 )
 @click.option("--arrays", type=PATH, help="Write the maps here as arrays of NumPy, an .npz.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the edits.")
+@click.option("--overwrite", is_flag=True, help="Replace files that exist.")
 @variant_option
 def attention(
     bundle: Path,
@@ -53,6 +57,7 @@ def attention(
     words: Path | None,
     arrays: Path | None,
     seed: int,
+    overwrite: bool,
     variant: str | None,
 ) -> None:
     """Draw what BUNDLE's model attends to while it edits IMAGE by INSTRUCTION.
@@ -67,7 +72,7 @@ def attention(
     """
     for suffix, path in ((".png", output), (".png", words), (".npz", arrays)):
         if path is not None:
-            _check(path, suffix)
+            _check(path, suffix, overwrite)
     with needs_extra("export"), needs_extra("plot"):
         from varedit_export.attention.drawing import draw_self_attention, draw_words
         from varedit_export.attention.maps import attention_maps
@@ -94,9 +99,11 @@ def _written(path: Path) -> Iterator[None]:
     click.echo(path)
 
 
-def _check(path: Path, suffix: str) -> None:
+def _check(path: Path, suffix: str, overwrite: bool) -> None:
     """Raise ConfigError, before work is spent, if a file cannot be written there."""
     if path.suffix.lower() != suffix:
         raise ConfigError(f"{path}: its name must end in {suffix}")
     if (why := unwritable(path)) is not None:
         raise ConfigError(f"{path} cannot be written: {why}")
+    if path.exists() and not overwrite:
+        raise ConfigError(f"{path} exists: choose another name, or replace it with --overwrite")
