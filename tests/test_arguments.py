@@ -40,7 +40,7 @@ class Idle:
     """A backend that computes nothing."""
 
     provider, whole, drops_rows = "none", staticmethod(accept), True
-    text_lengths = (48,)
+    text_lengths, batches = (48,), (1,)
     encode_text = encode_pictures = staticmethod(accept)
 
 

@@ -141,8 +141,9 @@ def test_every_command_takes_bundles_by_name() -> None:
             if parameter.name == "bundle":
                 assert parameter.type is BUNDLE, name
                 taken.append(name)
-    ours = ["edit", "bench", "engines", "layers", "verify", "inspect", "doctor", "triton", "serve"]
-    assert sorted(taken) == sorted([*ours, "bench"])
+    edits = ["edit", "bench", "serve", "evaluate", "attention", "bench"]
+    shows = ["engines", "layers", "verify", "inspect", "doctor", "triton"]
+    assert sorted(taken) == sorted(edits + shows)
 
 
 def test_an_edit_and_inspect_by_name(home: Path) -> None:

@@ -406,6 +406,11 @@ def _shrink(graph: onnx.GraphProto, last: int, factor: int) -> None:
         if normed is None or normed.op_type != "InstanceNormalization":
             continue
         grouped = makers[normed.input[0]]
+        if node.input[1] in makers:  # where the number of pictures is symbolic
+            read = makers[node.input[1]]
+            if (read.op_type, list(read.input)) != ("Shape", [grouped.input[0]]):
+                raise ExportError(f"{node.name} makes another shape than was normalised")
+            continue
         shape = numpy_helper.to_array(constants[node.input[1]])
         if tuple(shape) != _shape(infos[grouped.input[0]]):
             raise ExportError(f"{node.name} makes another shape than was normalised")

@@ -34,11 +34,13 @@ if TYPE_CHECKING:
 
 # Names of what else commands and `Editor.open` take.
 RESERVED = {
-    *("as_json", "backend", "bundle", "compare", "debug", "dial", "dials", "digest", "fast"),
-    *("golden", "guidance_scale", "help", "images", "instruction", "json", "json_file"),
-    *("keep_steps", "list", "listed", "mask", "max_side", "negative_prompt", "output"),
-    *("output_size", "overwrite", "previews", "repeat", "report", "seed", "temperature", "then"),
-    *("variant", "version"),
+    *("against", "as_json", "backend", "batches", "benchmark", "bundle", "compare", "data"),
+    *("debug", "dial", "dials", "digest", "fail_below", "fast", "golden", "guidance_scale"),
+    *("help", "images", "instruction", "json", "json_file", "judge", "judge_at_once"),
+    *("judge_model", "judge_price", "judge_prompts", "judge_repeat", "keep_steps", "limit"),
+    *("list", "listed", "mask", "max_side", "metric", "metrics", "negative_prompt"),
+    *("on_ray", "output", "output_size", "overwrite", "previews", "ray", "repeat"),
+    *("report", "seed", "temperature", "then", "variant", "version", "weights", "yes"),
 }
 
 
