@@ -146,7 +146,8 @@ class CoderComparison:
             stage, f"maps of {height} x {width}, largest error", made, expected.numpy(), SUMS
         )
         if stage == "image_encoder":
-            whole = random_values(cut.whole.shapes[cut.maps], 5)  # type: ignore[arg-type]
+            of_one = cut.whole.shapes[cut.maps][1:]
+            whole = random_values((len(given), *of_one), 5)  # type: ignore[arg-type]
             tokens = self._runner.run(cut.whole, cut.tail, {cut.maps: whole.numpy()})
             grids, kind = self._variant.grids, self._config.transformer.conditioning
             ordered = source_tokens(whole, grids, self._config.tokenizer.patch, kind).numpy()

@@ -150,7 +150,7 @@ class TransformerComparison:
         graph = open_cut_graph(self._bundle, self._variant, "prefill" + run.form)
         given = {"source_tokens": source_array(self._variant, run.edit)}
         stage = ComparedGraph(graph, None, {}, self._inputs_of(run) | given, False, run.rows)
-        before = self._runner.run(graph, graph.before, stage.values)
+        before = self._before(stage)
         yield self._line(graph.name, "stream", before[graph.entering(0)], run.seen[0])
         self._stages.append(stage)
         if "references" in self._variant.graphs:
@@ -210,7 +210,7 @@ class TransformerComparison:
         sizes = scale_sizes(self._variant.grids, k, self._config.transformer.conditioning)
         inputs = self._inputs_of(run)
         compared = ComparedGraph(graph, k, sizes, inputs | given | arrays, every, run.rows)
-        values = compared.values | self._runner.run(graph, graph.before, compared.values)
+        values = compared.values | self._before(compared)
         x_RLC, step = run.seen[1 + k], run.steps[k]
         yield self._line(stage, f"stream{suffix}", values[graph.entering(0)], x_RLC)
         values[graph.carried[graph.blocks[-1]]] = self._tiled(x_RLC)
@@ -223,8 +223,8 @@ class TransformerComparison:
         measure = "bits that differ and are no ties"
         yield ties_line(stage, measure, differs, step.logits.numpy(), noise)
         if differs.any():  # ties, which may fall to either side: what follows is of other bits
-            all_forced = compared.values | {"forced_mask": np.ones_like(arrays["forced_mask"])}
-            values |= all_forced | self._runner.run(graph, graph.before, all_forced)
+            compared.values |= {"forced_mask": np.ones_like(arrays["forced_mask"])}
+            values |= compared.values | self._before(compared)
             values[graph.carried[graph.blocks[-1]]] = self._tiled(x_RLC)
             out = self._runner.run(graph, graph.after, values)
         sums = {"running_sum_out": step.sum}
@@ -302,7 +302,7 @@ class TransformerComparison:
         x_RLC = stage.x_RLC
         if x_RLC is None:
             x_RLC = random_values((stage.rows, length, self._config.transformer.width), i)
-        values = stage.values | self._runner.run(graph, graph.before, stage.values)
+        values = stage.values | self._before(stage)
         values[graph.entering(i)] = self._tiled(x_RLC)
         new = None
         if cut.attention is None:  # a block of the fused twin is one piece: only small scales
@@ -353,6 +353,14 @@ class TransformerComparison:
             return None
         keys = keys_RHDS[..., -length:].permute(3, 0, 1, 2)[..., self._halves.argsort()]
         return {"key": keys, "value": values_RHSD[:, :, -length:].permute(2, 0, 1, 3).clone()}
+
+    def _before(self, stage: ComparedGraph) -> Arrays:
+        """Run the part before the blocks, which reads at most the number of rows of the past."""
+        transformer, rows = self._config.transformer, stage.rows * self._variant.batch
+        none = np.zeros((0, rows, transformer.heads, transformer.head_width), np.float32)
+        read = stage.graph.before.inputs.values()
+        past = {name: none for name in read if name.startswith("past_")}
+        return self._runner.run(stage.graph, stage.graph.before, past | stage.values)
 
     def _past(
         self, stage: ComparedGraph, i: int, names: Collection[str] | None = None
