@@ -18,6 +18,7 @@ from varedit_runtime.backends.wiring import (
     Step,
     wire,
 )
+from varedit_runtime.errors import BackendError
 from varedit_runtime.manifest import UNGUIDED, Model, Variant, scale_name
 
 
@@ -134,8 +135,15 @@ class GraphBackend(Backend):
         return self.edit_steps[name + UNGUIDED if self._unguided else name]
 
     def _code(self, name: str, value: str, array: np.ndarray) -> np.ndarray:
-        """Run a coder, which has one input and one output."""
+        """Run a coder, which has one input and one output.
+
+        Raises BackendError for an array that is no batch of what the graph takes.
+        """
         step = self._steps(self.variant.text_tokens, len(array))[name]
+        (taken,) = {view.shape[1:] for view in step.inputs.values()}
+        if array.shape[1:] != taken:
+            told = f"{value} is a batch of {array.shape[1:]}; it must be one of {taken}"
+            raise BackendError(f"cannot run graph {name}: {told}")
         (coded,) = self._fed(step, {value: array})
         return coded
 
