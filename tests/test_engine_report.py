@@ -72,6 +72,16 @@ def test_a_kernel_is_read_from_the_log() -> None:
     assert kernel.attends
 
 
+def test_a_length_that_is_copied_is_no_kernel() -> None:
+    copied = (
+        "Name: [ShapeHostToDeviceCopy 0], LayerType: ShapeHostToDevice, Inputs: [], Outputs: [ { "
+        "Name: [Cast]_output, Location: Device, Dimensions: [], Datatype: Int64, Format: Format "
+        "not available due to dynamic shapes }], ParameterType: ShapeH2D, shapeValues0: [1], "
+        "TacticValue: 0x0000000000000000, StreamId: 0, Metadata: "
+    )
+    assert engine_report(7, [copied, KERNEL]) == engine_report(7, [KERNEL])
+
+
 @pytest.mark.parametrize(
     "line",
     [

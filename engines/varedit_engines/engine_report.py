@@ -27,6 +27,7 @@ KERNEL = re.compile(
     r"Constants: \[(?P<constants>.*?)\], Outputs: \[(?P<outputs>.*?)\], "
     r"TacticName: .*?, StreamId: (?P<stream>\d+), Metadata: (?P<nodes>.*)"
 )
+NO_KERNEL = ", LayerType: ShapeHostToDevice, "  # copies a length, where the graph computes with it
 TENSOR = re.compile(r"\{ Name: (.*?), Dimensions: \[([\d,]*)\], Strides: .*?, Datatype: (\w+),")
 NODE = re.compile(r"\[ONNX Layer: (.*?)\]")
 BITS = {
@@ -97,7 +98,8 @@ def engine_report(plan: int, messages: Iterable[str]) -> EngineReport:
         for pattern in (SCRATCH, WEIGHTS, PERSISTENT)
     )
     resident = sum(weights + persistent) if weights else None
-    listed = [line for line in lines if line.startswith("Name: ") and ", LayerType: " in line]
+    named = (line for line in lines if line.startswith("Name: ") and ", LayerType: " in line)
+    listed = [line for line in named if NO_KERNEL not in line]
     try:
         kernels = tuple(map(_kernel, listed)) or None
     except (KeyError, ValueError):  # a version that lists them in another form
