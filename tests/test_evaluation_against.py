@@ -145,7 +145,7 @@ def test_a_build_that_is_not_good_enough_fails_and_does_not_become_the_default(
         (("--evaluate", "folder=x", "--fail-below", "fid=1"), "no score is called 'fid'"),
         (("--evaluate", "folder=/none"), "--data: there is no folder"),
         (("--evaluate", "folder=/tmp", "--fail-below", "psnr=nan"), "give SCORE=NUMBER"),
-        (("--evaluate", "folder=/dev"), "edits.jsonl cannot be read"),
+        (("--evaluate", "folder=/dev"), "has no edits.jsonl"),
     ],
 )
 def test_a_gate_is_checked_before_anything_is_built(words: tuple[str, ...], told: str) -> None:

@@ -444,10 +444,13 @@ def test_data_on_the_hub_is_fetched_after_asking(
 
 def test_places_that_are_not_there_are_told(tmp_path: Path) -> None:
     options = {"benchmark": "emu-edit", "output": tmp_path / "run", "metrics": ("pixels",)}
-    with pytest.raises(ConfigError, match="emu-edit: give its data with --data"):
+    with pytest.raises(ConfigError, match="FOLDER, or --data hf://datasets/facebook/emu_edit"):
         evaluate(Shifted(), EvaluateOptions(**options))
     with pytest.raises(ConfigError, match="--data: there is no folder"):
         evaluate(Shifted(), EvaluateOptions(**options, data=tmp_path / "none"))
+    mine = EvaluateOptions("folder", tmp_path / "run", tmp_path)
+    with pytest.raises(DatasetError, match=r"has no edits\.jsonl, .* image and instr.* --data"):
+        evaluate(Shifted(), mine)
     with pytest.raises(ConfigError, match="--weights: clip is not computed"):
         evaluate(Shifted(), EvaluateOptions(**options, data=tmp_path, weights=("clip=x",)))
     with pytest.raises(ConfigError, match="give METRIC=PLACE"):
@@ -462,7 +465,7 @@ def test_a_metric_without_known_weights_is_left_out_unless_it_is_named(tmp_path:
     options = EvaluateOptions(benchmark="pie-bench", output=tmp_path / "run", data=tmp_path)
     with pytest.raises(ConfigError, match="give its weights with --weights lpips=PLACE"):
         evaluate(Shifted(), replace(options, metrics=("lpips",)))
-    with pytest.raises(CheckpointError, match="cannot reach the hub"):
+    with pytest.raises(CheckpointError, match=r"cannot reach the hub.*--weights clip=FOLDER"):
         evaluate(Shifted(), options, notice=told.append)
     assert told == ["lpips is left out: it needs --weights lpips=PLACE"]
 

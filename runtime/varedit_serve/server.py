@@ -88,6 +88,13 @@ class _Server(uvicorn.Server):
         yield
 
 
+def _why(error: Exception) -> str:
+    """Return why an address cannot be listened at, without the address, which Python appends."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.partition(" (while attempting")[0]
+    return reason(error)
+
+
 def listen(
     host: str, port: int, other: str = "--port, or a --host of this machine"
 ) -> socket.socket:
@@ -97,7 +104,7 @@ def listen(
         listening = socket.create_server((host, port), family=family, backlog=1024)
     except (OSError, TypeError, ValueError) as error:  # the last ones of what is no name at all
         raise ConfigError(
-            f"{host}, port {port}, cannot be listened at ({reason(error)}): choose another {other}"
+            f"{host}, port {port}, cannot be listened at ({_why(error)}): choose another {other}"
         ) from error
     # Connections inherit it. asyncio sets it only where the socket names its protocol; without it
     # the body of an answer waits 40 ms until the client has acknowledged its head.

@@ -120,7 +120,8 @@ class Benchmark:
     read: returns the cases of a data set's folder, after checking every row; raises DatasetError.
     families: of metrics, in the report's order. files: of a repository, as for `Family`; none for a
     benchmark without data. weights: of families whose default this benchmark does not take.
-    judge: the family that is computed where a judge is named.
+    judge: the family that is computed where a judge is named. place: what `--data` can be besides
+    the folder of one's own copy, for the message where it is missing.
     """
 
     title: str
@@ -129,6 +130,7 @@ class Benchmark:
     files: Sequence[Sequence[str]] = ()
     weights: Mapping[str, str] = field(default_factory=dict)
     judge: str = "judge-paper"
+    place: str = ""
 
 
 class Edits(Protocol):

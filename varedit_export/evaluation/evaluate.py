@@ -232,7 +232,8 @@ def _places(
     }
     if chosen.files:
         if options.data is None:
-            raise ConfigError(f"{options.benchmark}: give its data with --data FOLDER")
+            other = f", or --data {chosen.place}" if chosen.place else ""
+            raise ConfigError(f"{options.benchmark}: give its data with --data FOLDER{other}")
         found["--data"] = (str(options.data), chosen.files)
     return found
 

@@ -1,11 +1,12 @@
 """Bring a benchmark's data and the weights of metrics: folders, or repositories on the hub."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
 
 from varedit_export.weights import hub
-from varedit_export.weights.hub import SCHEME, HubAddress
+from varedit_export.weights.hub import SCHEME, HubAddress, Wanted
 from varedit_export.weights.published import Download
 from varedit_runtime.errors import CheckpointError, ConfigError
 
@@ -22,22 +23,35 @@ def bring(
     refuse. Raises ConfigError if there is no such folder, CheckpointError if a download fails.
     """
     found = {name: Path(place) for name, (place, _) in places.items()}
-    wanted = {
-        name: hub.look_up(address, _within(address, files))
-        for name, (place, files) in places.items()
-        if place.startswith(SCHEME)
-        for address in [hub.parse(place)]
-    }
+    wanted = dict[str, Wanted]()
+    for name, (place, files) in places.items():
+        if place.startswith(SCHEME):
+            address = hub.parse(place)
+            with _option_told(name):
+                wanted[name] = hub.look_up(address, _within(address, files))
     if missing := tuple(one for one in wanted.values() if not one.cached):
         download = Download(missing)
         if not download.fits:
             raise CheckpointError(f"the disk has no room: {download}")
         accept(download)
-    found |= {name: hub.fetch(one)[0] for name, one in wanted.items()}
+    for name, one in wanted.items():
+        with _option_told(name):
+            found[name] = hub.fetch(one)[0]
     for name, folder in found.items():
         if not folder.is_dir():
             raise ConfigError(f"{name}: there is no folder {folder}")
     return found
+
+
+@contextmanager
+def _option_told(name: str) -> Iterator[None]:
+    """Say in an error about a repository which option gives a folder in its place."""
+    try:
+        yield
+    except CheckpointError as error:
+        option = "--data FOLDER" if name == "--data" else f"--weights {name}=FOLDER"
+        error.args = (f"{error}; a folder on this machine is given with {option}",)
+        raise
 
 
 def _within(address: HubAddress, files: Files) -> list[list[str]]:

@@ -48,5 +48,6 @@ EMU_EDIT = Benchmark(
     read,
     ("clip", "dino", "pixels"),
     files=(("data/test-*.parquet",),),
+    place="hf://datasets/facebook/emu_edit_test_set",
     weights={"clip": "hf://openai/clip-vit-base-patch32"},
 )

@@ -8,10 +8,12 @@ transparent, where the edit may change the picture; before and caption say what 
 right result show.
 """
 
+import os
 from pathlib import Path
 
 import msgspec
 
+from varedit_export.errors import DatasetError
 from varedit_export.evaluation.case import Benchmark, Case
 from varedit_export.evaluation.rows import (
     as_row,
@@ -39,6 +41,11 @@ class _Row(msgspec.Struct, forbid_unknown_fields=True):
 
 def read(folder: Path) -> list[Case]:
     """Read a folder's list. Raises DatasetError, which names the line."""
+    if not os.path.lexists(folder / LIST):
+        raise DatasetError(
+            f"{folder} has no {LIST}, whose every line is an edit with image and instruction: "
+            "write one as docs/evaluation.md shows, or name another folder with --data"
+        )
     lines = read_rows(folder / LIST).splitlines()
     return checked_cases(
         [_case(folder, number, line) for number, line in enumerate(lines, 1) if line.strip()]

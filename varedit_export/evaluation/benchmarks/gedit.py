@@ -53,6 +53,7 @@ def _benchmark(title: str, language: str) -> Benchmark:
         files=(("*.arrow",), ("data/*.arrow",), ("data/*.parquet",)),
         weights={"clip": "hf://openai/clip-vit-base-patch32"},
         judge="judge-gedit",
+        place="hf://datasets/stepfun-ai/GEdit-Bench",
     )
 
 

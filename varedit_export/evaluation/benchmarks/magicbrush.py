@@ -60,5 +60,6 @@ MAGICBRUSH = Benchmark(
     read,
     ("pixels", "clip", "dino"),
     files=(("data/dev-*.parquet",),),
+    place="hf://datasets/osunlp/MagicBrush",
     weights={"clip": "hf://openai/clip-vit-base-patch32"},
 )
