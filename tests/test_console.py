@@ -64,6 +64,15 @@ def test_through_a_pipe_every_step_is_a_line(capsys: pytest.CaptureFixture[str])
     )
 
 
+def test_through_a_pipe_a_long_step_is_told_in_parts(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress(2) as on_step:
+        for done in range(101):
+            on_step("editing", done, 100)
+    assert capsys.readouterr().err == (
+        "  0 of 100: editing\n  50 of 100: editing\n  100 of 100: editing\n"
+    )
+
+
 def test_a_terminal_shows_a_counter_and_keeps_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     def action() -> None:
         with progress() as on_step:

@@ -21,6 +21,10 @@ def test_the_page_sorts_and_asks_for_nothing(tmp_path: Path) -> None:
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("console", lambda message: wrong.append(message.text))
         page.goto((tmp_path / "run/report.html").as_uri())
+        page.set_viewport_size({"width": 1200, "height": 800})
+        assert page.evaluate("document.documentElement.scrollWidth") <= 1200  # tables scroll alone
+        cases = page.locator("p span[title]")
+        assert len(cases.get_attribute("title") or "") == 64 and len(cases.inner_text()) == 9
         column, last = "#edits tbody td:nth-child(5)", "#edits tbody tr:last-child"
 
         def values() -> list[float]:

@@ -8,10 +8,12 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from disks import file_size_limit
 from evaluating import Shifted, evaluated, own_data, write_lines
 from killing import FORKS, killed_at
 
+from varedit_export.cli import main
 from varedit_export.evaluation.case import Edited, Values
 from varedit_export.evaluation.evaluate import evaluate
 from varedit_export.evaluation.report import table
@@ -259,6 +261,26 @@ def test_a_score_that_is_not_finite_is_missing(data: Path, tmp_path: Path) -> No
     report = evaluate(Shifted(), options, metrics={"pixels": Broken()})
     assert report.edits[0].scores == {"psnr": None, "ssim": None, "mse": 1.0}
     assert [score.name for score in report.scores] == ["mse"]
+
+
+def test_ctrl_c_says_that_the_same_command_continues(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("varedit_export.evaluate", interrupted)
+    words = ["evaluate", "nano", "--benchmark", "folder", "--data", str(data)]
+    done = CliRunner().invoke(main, [*words, "-o", str(tmp_path / "run")])
+    assert done.exit_code == 130
+    assert done.stderr.endswith("Interrupted. The same command continues this run.\n")
+
+
+def test_progress_ends_with_all(data: Path, tmp_path: Path) -> None:
+    steps: list[tuple[str, int, int]] = []
+    options = EvaluateOptions(benchmark="folder", data=data, output=tmp_path / "run")
+    evaluate(Shifted(), options, on_step=lambda *step: steps.append(step))
+    assert steps[4] == ("editing", 4, 4) and steps[-1] == ("scoring, pixels", 4, 4)
 
 
 def test_intervals_are_those_of_the_bootstrap() -> None:

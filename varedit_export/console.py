@@ -26,15 +26,16 @@ def say(line: str) -> None:
 
 
 @contextmanager
-def progress() -> Iterator[OnStep]:
+def progress(parts: int = 0) -> Iterator[OnStep]:
     """Show a bar that counts steps on a terminal, and a line for each step elsewhere.
 
+    parts: a step that counts things, such as edits, also has a line after each of so many parts.
     There is no estimate of the time left: steps differ a hundredfold.
     """
     form = "{desc} |{bar}| {n_fmt} of {total_fmt}, {elapsed}"
     with ExitStack() as stack:
         bar: Any = None  # from the first step on: what is before has bars of its own
-        last = ""
+        last: Any = None
 
         def show(what: str, done: int, steps: int) -> None:
             nonlocal bar, last
@@ -44,7 +45,8 @@ def progress() -> Iterator[OnStep]:
                 bar = stack.enter_context(tqdm(total=steps, disable=None, bar_format=form))
             bar.n = done
             bar.set_description_str(what)
-            step = what.partition(",")[0]  # how far it is stands behind a comma
+            # How far a step is stands behind a comma.
+            step = (what.partition(",")[0], done * parts // max(steps, 1))
             if bar.disable and step != last:
                 say(f"  {done} of {steps}: {what}")
             last = step

@@ -23,6 +23,7 @@ from varedit_runtime.terminal.command import (
     BackendCommand,
     Registered,
     backend_option,
+    tell_when_interrupted,
     variant_option,
 )
 
@@ -42,6 +43,7 @@ class _Opponent(click.ParamType):
         return value if value in BACKENDS else BUNDLE.convert(value, param, ctx)
 
 
+_PARTS = 10  # of the edits, and of each family's scores, that have lines of progress
 benchmark_type = Registered("benchmark", lambda: BENCHMARKS)
 fail_below_option = click.option(
     "--fail-below",
@@ -70,7 +72,7 @@ class Gate:
         """Evaluate a bundle, in a folder beside it; return whether it is good enough."""
         name = f"{bundle.path.name}-evaluation-{bundle.digest[:8]}"
         options = self._options(bundle.path.with_name(name))
-        with progress() as on_step:
+        with progress(_PARTS) as on_step:
             report = varedit_export.evaluate(bundle.path, options, on_step, say, accept)
         show(report, Path(options.output))
         return not report.failures
@@ -181,7 +183,8 @@ def evaluate(context: click.Context, bundle: Path, options: EvaluateOptions, yes
     varedit-export evaluate bundles/2b --benchmark emu-edit -o runs/2b \\
         --data hf://datasets/facebook/emu_edit_test_set --limit 200 --fail-below clip_out=0.26
     """
-    with progress() as on_step:
+    tell_when_interrupted(context, "The same command continues this run.")
+    with progress(_PARTS) as on_step:
         report = varedit_export.evaluate(bundle, options, on_step, say, partial(accept, yes))
     show(report, Path(options.output))
     if report.failures:

@@ -173,7 +173,8 @@ def make_edits(
     """Make the edits that a run lacks.
 
     cases: by their places in the benchmark; what a case follows stands before it. seed: the case at
-    place i has seed + i. on_step: called before every step, with the number of edits that are done.
+    place i has seed + i. on_step: called before every step and at the end, with the number of edits
+    that are done.
     """
     missing = [place for place, case in cases.items() if not run.stands(case.id)]
     while missing:
@@ -184,6 +185,7 @@ def make_edits(
         for place, case, own, result in zip(places, chosen, seeds, results, strict=True):
             run.add_edit(place, case.id, own, result)
         missing = missing[len(places) :]
+    on_step("editing", len(cases), len(cases))
 
 
 def _next(cases: Mapping[int, Case], missing: Sequence[int], count: int) -> Sequence[int]:
@@ -227,6 +229,7 @@ def measure(run: Run, cases: Sequence[Case], family: str, metric: Metric, on_ste
         some = [_load(run, case) for case in missing[start:][: metric.at_once]]
         for edited, values in zip(some, metric.measure(some), strict=True):
             run.add_scores(edited.case.id, family, metric.identity, values)
+    on_step(f"scoring, {family}", len(made), len(made))
 
 
 def _load(run: Run, case: Case) -> Edited:

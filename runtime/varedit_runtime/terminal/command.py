@@ -30,11 +30,13 @@ class _Run:
     """One run of a command.
 
     debug: show tracebacks. as_json: tell errors on stdout too. signals: those that ended it.
+    interrupted: what is said then.
     """
 
     debug: bool = False
     as_json: bool = False
     signals: list[int] = field(default_factory=list)
+    interrupted: str = _INTERRUPTED
 
 
 def _remember(context: click.Context, _: click.Parameter, debug: bool) -> None:
@@ -96,6 +98,11 @@ def tell_errors_as_json(context: click.Context) -> None:
     context.ensure_object(_Run).as_json = True
 
 
+def tell_when_interrupted(context: click.Context, advice: str) -> None:
+    """Let a signal that ends the run be told with what the user can do then."""
+    context.ensure_object(_Run).interrupted = f"{_INTERRUPTED} {advice}"
+
+
 def error_as_json(error: BaseException, message: str, code: int) -> dict[str, Any]:
     """Return what JSON says of an error."""
     kind = "UsageError" if isinstance(error, click.UsageError) else type(error).__name__
@@ -116,7 +123,7 @@ def _print_json(error: BaseException, code: int) -> None:
 def _exit_code(error: BaseException, run: _Run) -> int:
     """Tell an error on stderr; return the exit code. Raises it if nobody could have expected it."""
     if run.signals or isinstance(error, click.Abort | KeyboardInterrupt):
-        say(_INTERRUPTED)  # whatever a library has made of a signal
+        say(run.interrupted)  # whatever a library has made of a signal
         return 128 + next(iter(run.signals), signal.SIGINT)
     if isinstance(error, click.UsageError):
         if not isinstance(error, click.exceptions.NoArgsIsHelpError):

@@ -6,6 +6,7 @@ page forbids all scripts and styles but its own, and every request.
 
 import base64
 import hashlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -61,8 +62,10 @@ def _hash(text: str) -> str:
 
 
 def _summary(report: Report) -> Iterator[str]:
-    told = ", ".join(f"{key} {value}" for key, value in report.run.items() if value is not None)
-    yield f"<p><small>{escape(told)}</small></p>"
+    told = [
+        f"{escape(key)} {_short(value)}" for key, value in report.run.items() if value is not None
+    ]
+    yield f"<p><small>{', '.join(told)}</small></p>"
     yield '<h2>Means, with 95 % confidence</h2><div class="scroll"><table>'
     heads = "".join(f"<th>{escape(score.label)}</th>" for score in report.scores)
     yield f"<tr><th>type</th><th>edits</th>{heads}</tr>"
@@ -77,6 +80,14 @@ def _summary(report: Report) -> Iterator[str]:
     if report.published:
         yield "<p><small>Paper: VAREdit, arXiv 2508.15772, at 512 px. The judge there is GPT-4o "
         yield "or GPT-4.1: scores of another judge cannot be compared with it.</small></p>"
+
+
+def _short(value: object) -> str:
+    """Return a setting as HTML: of a digest its beginning, and all of it where a pointer rests."""
+    text = str(value)
+    if not re.fullmatch("[0-9a-f]{64}", text):
+        return escape(text)
+    return f'<span title="{text}">{text[:8]}…</span>'
 
 
 def _mean(group: Group, score: Score) -> str:
