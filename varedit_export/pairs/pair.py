@@ -1,0 +1,132 @@
+"""A pair, data sets of them, and the order in which training sees them."""
+
+import hashlib
+import json
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+from PIL import Image
+
+from varedit_export.errors import DatasetError
+from varedit_export.evaluation.rows import row_errors
+from varedit_runtime.pictures import Source, open_mask, open_picture
+
+SOURCE, TARGET, MASK = "source", "target", "mask"
+
+
+@dataclass(frozen=True)
+class Root:
+    """The folder of a data set, which its names do not leave.
+
+    place: its address on the hub, with the commit; "" for a folder of this machine.
+    """
+
+    folder: Path
+    place: str = ""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A picture's file, wherever it is.
+
+    name: its path in the data set's folder, in which a tar or Parquet file counts as a folder.
+    identity: changes when the content does. read: returns its path or bytes; raises DatasetError.
+    """
+
+    name: str
+    identity: str
+    read: Callable[[], Source]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A pair to learn from.
+
+    id: its file and row, as errors name them. files: the stored source and target, and mask if
+    there is one. weight: its share of the loss, beside 1 of others. root: of the files' names.
+    """
+
+    id: str
+    instruction: str
+    files: Mapping[str, Stored]
+    root: Root
+    weight: float = 1.0
+
+    def source(self) -> Image.Image:
+        """Open the picture to edit. Raises DatasetError, which names the row."""
+        return self._picture(SOURCE)
+
+    def target(self) -> Image.Image:
+        """Open the right result. Raises DatasetError, which names the row."""
+        return self._picture(TARGET)
+
+    def mask(self) -> np.ndarray | None:
+        """Return which pixels of the source the edit may change, bool [H, W]; None if unknown.
+
+        Raises DatasetError, which names the row.
+        """
+        if MASK not in self.files:
+            return None
+        with row_errors(self.id):
+            return np.asarray(open_mask(self.files[MASK].read())) > 0
+
+    @property
+    def key(self) -> str:
+        """The sha256 of what the pair consists of: other pictures or words have another."""
+        told = [self.instruction, sorted((k, f.identity) for k, f in self.files.items())]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+    def _picture(self, name: str) -> Image.Image:
+        with row_errors(self.id):
+            return open_picture(self.files[name].read())
+
+
+class Pairs(Sequence[Pair]):
+    """Pairs of one or several files, each read when it is asked for."""
+
+    def __init__(self, parts: Sequence[Sequence[Pair]]) -> None:
+        """Join parts, one after the other. Raises DatasetError if they have no pairs."""
+        self._parts, self._ends = parts, list(accumulate(map(len, parts)))
+        if not len(self):
+            raise DatasetError("the data has no pairs")
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    @overload
+    def __getitem__(self, place: int) -> Pair: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[Pair]: ...
+    def __getitem__(self, place: int | slice) -> Any:
+        """Return a pair. Raises DatasetError, which names the file and row."""
+        if isinstance(place, slice):
+            return [self[one] for one in range(*place.indices(len(self)))]
+        if not -len(self) <= place < len(self):
+            raise IndexError(f"there is no pair {place} of {len(self)}")
+        place %= len(self)
+        part = bisect_right(self._ends, place)
+        return self._parts[part][place - (self._ends[part - 1] if part else 0)]
+
+
+class Order:
+    """The order in which training sees pairs: shuffled anew in each pass, the same in every run.
+
+    A position counts all pairs that were seen before it, so that it is all that resuming needs.
+    """
+
+    def __init__(self, count: int, seed: int) -> None:
+        self._count, self._seed = count, seed
+        self._pass, self._shuffled = -1, np.empty(0, np.int64)
+
+    def __getitem__(self, position: int) -> int:
+        """Return the place of the pair at a position, 0 or more."""
+        number, place = divmod(position, self._count)
+        if number != self._pass:
+            random = np.random.default_rng([self._seed, number])
+            self._pass, self._shuffled = number, random.permutation(self._count)
+        return int(self._shuffled[place])
