@@ -46,8 +46,8 @@ test: lint $(CHROMIUM)/chromium  ## lint, then run the tests
 $(CHROMIUM)/chromium: $(JAVASCRIPT)/package-lock.json
 	rm -rf $(CHROMIUM)
 	mkdir -p $(CHROMIUM)
-	-npm --prefix $(JAVASCRIPT) ci --ignore-scripts --silent && cd $(JAVASCRIPT) && \
-		TMPDIR=$(CURDIR)/$(CHROMIUM) AWS_EXECUTION_ENV=AWS_Lambda_nodejs20.x node --eval \
+	-timeout 300 npm --prefix $(JAVASCRIPT) ci --ignore-scripts --no-audit --no-fund --silent && cd $(JAVASCRIPT) && \
+		TMPDIR=$(CURDIR)/$(CHROMIUM) AWS_EXECUTION_ENV=AWS_Lambda_nodejs20.x timeout 120 node --eval \
 		"import('@sparticuz/chromium').then(package => package.default.executablePath())"
 
 lint: $(INSTALLED)  ## style, format and types

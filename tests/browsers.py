@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, expect, sync_playwright
 
 UNPACKED = Path(__file__).parent.parent / "build" / "chromium"
 NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
@@ -19,11 +19,13 @@ NEEDED = pytest.mark.skipif(
 
 @contextmanager
 def launched() -> Iterator[Browser]:
-    """Run it while the context lasts."""
+    """Run it while the context lasts. Pages are waited for as long as a busy machine may need."""
+    expect.set_options(timeout=60_000)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=FOUND,
-            args=["--no-sandbox", "--disable-gpu", "--no-zygote"],
+            args=["--no-sandbox", "--disable-gpu", "--no-zygote", "--disable-dev-shm-usage"],
+            timeout=120_000,
             env={**os.environ, "LD_LIBRARY_PATH": str(UNPACKED / "al2023" / "lib")},
         )
         yield browser

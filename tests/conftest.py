@@ -26,6 +26,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fuzz", type=int, default=1, help="Run N times as many random cases.")
 
 
+class _AtOnce:
+    """Tells of each failure when it happens: a run that takes too long has no summary."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        terminal = self._config.pluginmanager.get_plugin("terminalreporter")
+        if report.failed and terminal is not None:
+            terminal.write_line(f"\n{report.nodeid} failed:\n{report.longreprtext}")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(_AtOnce(config))
+
+
 @pytest.fixture
 def cases(pytestconfig: pytest.Config) -> Callable[[int], Iterator[Random]]:
     """Return a function that yields sources of randomness, one a case: `for random in cases(300)`.

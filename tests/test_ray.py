@@ -7,14 +7,17 @@ import pickle
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
+import psutil
 import pytest
 from PIL import Image
-from server_process import OPTIONS, PERSON, Process, until
+from server_process import OPTIONS, PATIENCE, PERSON, started, until
 from serving import preparer, served
 
 from varedit_runtime import Editor
@@ -34,16 +37,14 @@ CALM = {"RAY_memory_monitor_refresh_ms": "0"}
 CLUSTERS = Path("/tmp")
 
 
-def descendants(parent: int, name: str) -> list[int]:
+def descendants(parent: int, name: str) -> list[psutil.Process]:
     """Return the processes below one whose title begins with a name."""
-    listed = subprocess.check_output(["ps", "-eo", "pid=,ppid=,args="], text=True)
-    rows = [line.split(maxsplit=2) for line in listed.splitlines()]
-    parents = {int(pid): int(ppid) for pid, ppid, _ in rows}
-
-    def below(pid: int) -> bool:
-        return pid == parent or (pid in parents and below(parents[pid]))
-
-    return [int(pid) for pid, _, title in rows if title.startswith(name) and below(int(pid))]
+    found = []
+    for process in psutil.Process(parent).children(recursive=True):
+        with suppress(psutil.Error):  # it has ended
+            if " ".join(process.cmdline()).startswith(name):
+                found.append(process)
+    return found
 
 
 def clusters() -> set[Path]:
@@ -58,7 +59,7 @@ def test_a_cluster_that_does_not_start_is_told_in_one_line(monkeypatch: pytest.M
     for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):  # of what else is tried here
         monkeypatch.delenv(name, raising=False)
     told = "no Ray cluster can be used on this machine: the node timed out during startup"
-    with pytest.raises(BackendError, match=told), cluster():
+    with pytest.raises(BackendError, match=told), cluster(1):
         pass
 
 
@@ -77,18 +78,17 @@ def test_a_replica_that_is_killed_under_load_loses_nothing(
 
     before = clusters()
     monkeypatch.setenv(*next(iter(CALM.items())))
-    server = Process(*OPTIONS, "--ray", "--workers", "2")
-    try:
+    with started(*OPTIONS, "--ray", "--workers", "2") as server:
         until(lambda: "varedit_workers_ready 2.0" in server.get("metrics")[1])
         wanted = [server.edit(seed=seed).data[0].b64_json for seed in range(2)]
         replicas = descendants(server.popen.pid, "ray::ServeReplica")
         assert len(replicas) == 2
         if sys.platform == "linux":  # strangers need a token
-            assert b"RAY_AUTH_MODE=token" in Path(f"/proc/{replicas[0]}/environ").read_bytes()
+            assert replicas[0].environ()["RAY_AUTH_MODE"] == "token"
         with ThreadPoolExecutor(8) as clients:
             edits = [clients.submit(edited, seed) for seed in range(8)]
             until(lambda: "varedit_queue_pictures 0.0" not in server.get("metrics")[1])
-            os.kill(replicas[0], signal.SIGKILL)  # which has an edit then, as what waits says
+            replicas[0].kill()  # which has an edit then, as what waits says
             results = [edit.result() for edit in edits]
         assert results[:2] == wanted and len(set(results)) == 8
         until(lambda: "varedit_workers_ready 1.0" in server.get("metrics")[1])
@@ -96,10 +96,6 @@ def test_a_replica_that_is_killed_under_load_loses_nothing(
         assert replicas[0] not in descendants(server.popen.pid, "ray::ServeReplica")
         server.popen.send_signal(signal.SIGTERM)
         assert server.popen.wait(60) == 0
-    finally:
-        server.popen.kill()
-        server.popen.wait()
-        server.client.close()
     until(lambda: not [path for path in clusters() - before if path.exists()])
 
 
@@ -281,11 +277,22 @@ def test_a_replica_edits_is_cancelled_and_tells_when_it_is_stuck_or_damaged(
 # Lists of pictures
 
 
-def start(folder: Path, *words: str) -> "subprocess.Popen[str]":
+@contextmanager
+def started_run(folder: Path) -> Iterator["subprocess.Popen[str]"]:
+    """Start the command on a folder's pictures; it is ended when it takes too long."""
     command = [sys.executable, "-m", "varedit_runtime", "photos", "red", "-o", "out", "--seed", "3"]
-    command += ["--bundle", "nano", "--ray", "--json", *words]
+    command += ["--bundle", "nano", "--ray", "--json"]
     environment = {**os.environ, **CALM}
-    return subprocess.Popen(command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE)
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, cwd=folder, env=environment, text=True, stdout=pipe)
+    late = Timer(2 * PATIENCE, process.kill)
+    late.start()
+    try:
+        yield process
+    finally:
+        late.cancel()
+        process.kill()
+        process.wait(PATIENCE)
 
 
 def test_a_run_that_was_ended_goes_on_and_a_killed_process_has_each_result_once(
@@ -297,25 +304,25 @@ def test_a_run_that_was_ended_goes_on_and_a_killed_process_has_each_result_once(
             tmp_path / "photos" / f"{number:02}.png"
         )
     (tmp_path / "photos" / "16.png").write_bytes(b"no picture")
-    first = start(tmp_path)
-    assert first.stdout is not None
-    told = [json.loads(next(first.stdout)) for _ in range(3)]
-    first.send_signal(signal.SIGINT)
-    told += map(json.loads, first.stdout)
-    assert first.wait(60) == 130
+    with started_run(tmp_path) as first:
+        assert first.stdout is not None
+        told = [json.loads(next(first.stdout)) for _ in range(4)]
+        first.send_signal(signal.SIGINT)
+        told += map(json.loads, first.stdout)
+        assert first.wait(PATIENCE) == 130
     done = {line["output"] for line in told if "error" not in line}
     assert 3 <= len(done) < 16
     (tmp_path / sorted(done)[0]).unlink()
 
-    second = start(tmp_path)
-    assert second.stdout is not None
     lines: list[dict[str, Any]] = []
-    for text in second.stdout:
-        lines.append(json.loads(text))
-        if sum("finished_before" not in line for line in lines) == 3:
-            for process in descendants(second.pid, "ray::MapWorker"):
-                os.kill(process, signal.SIGKILL)
-    assert second.wait(60) == 1  # one is no picture
+    with started_run(tmp_path) as second:
+        assert second.stdout is not None
+        for text in second.stdout:
+            lines.append(json.loads(text))
+            if sum("finished_before" not in line for line in lines) == 3:
+                for process in descendants(second.pid, "ray::MapWorker"):
+                    process.kill()
+        assert second.wait(PATIENCE) == 1  # one is no picture
     assert [line["input"] for line in lines if "error" in line] == ["photos/16.png"]
     outputs = [line["output"] for line in lines if "error" not in line]
     assert sorted(outputs) == [f"out/{number:02}-edited.png" for number in range(16)]

@@ -147,7 +147,7 @@ def shares(
     """Return threads and GPUs of so many workers on a machine with 8 cores."""
     found = (Gpu("H100", "sm90", None, None),) * gpus
     monkeypatch.setattr(workers, "nvidia", lambda: Nvidia("580", found))
-    monkeypatch.setattr(workers.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(workers, "cores", lambda: 8)
     monkeypatch.delenv(VISIBLE, raising=False)
     if named is not None:
         monkeypatch.setenv(VISIBLE, named)

@@ -85,7 +85,7 @@ def visit(request: pytest.FixtureRequest, browser: Browser, server: Process) -> 
     context = browser.new_context(
         viewport={"width": width, "height": height}, color_scheme=_scheme(scheme)
     )
-    context.set_default_timeout(20_000)
+    context.set_default_timeout(60_000)
     yield Visit(context.new_page(), server)
     context.close()
 

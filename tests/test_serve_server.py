@@ -2,7 +2,6 @@
 
 import base64
 import io
-import os
 import re
 import resource
 import signal
@@ -10,12 +9,13 @@ import socket
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import openai
 import pytest
 from PIL import Image
-from server_process import OPTIONS, PERSON, Process, running, until
+from server_process import OPTIONS, PERSON, Process, gone, running, started, until
 from serving import form, png
 
 from varedit_runtime import Editor
@@ -97,11 +97,11 @@ def test_an_edit_that_is_admitted_survives_the_death_of_its_process(server: Proc
 
     wanted = [edited(seed) for seed in range(4)]
     first = server.child()
-    os.kill(first, signal.SIGSTOP)  # so that all of them have come before the first is done
+    first.suspend()  # so that all of them have come before the first is done
     with ThreadPoolExecutor(4) as clients:
         edits = [clients.submit(edited, seed) for seed in range(4)]
         until(lambda: "varedit_queue_pictures 3.0" in server.get("metrics")[1])
-        os.kill(first, signal.SIGKILL)
+        first.kill()
         assert [edit.result() for edit in edits] == wanted
     assert server.child() != first
     assert 'varedit_restarts_total{reason="died"} 1.0' in server.get("metrics")[1]
@@ -121,40 +121,37 @@ def test_one_of_two_processes_that_dies_under_load_loses_nothing(nano: Editor) -
         assert len(children) == 2
         with ThreadPoolExecutor(8) as clients:
             for child in children:  # so that both have an edit when one of them dies
-                os.kill(child, signal.SIGSTOP)
+                child.suspend()
             edits = [clients.submit(edited, seed) for seed in range(8)]
             until(lambda: "varedit_queue_pictures 6.0" in server.get("metrics")[1])
-            os.kill(children[0], signal.SIGKILL)
+            children[0].kill()
             until(lambda: "varedit_workers_ready 1.0" in server.get("metrics")[1])
             assert server.get("readyz")[0] == 200
-            os.kill(children[1], signal.SIGCONT)
+            children[1].resume()
             for seed, edit in enumerate(edits):
                 assert same(edit.result(), nano.edit(PERSON, "add a hat", seed=seed).image)
         until(lambda: "varedit_workers_ready 2.0" in server.get("metrics")[1])
         children = server.children()
         server.popen.send_signal(signal.SIGTERM)
         assert server.popen.wait(30) == 0
-        until(lambda: not any(Path(f"/proc/{child}").exists() for child in children))
+        until(lambda: all(map(gone, children)))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of other processes are Linux's")
 def test_a_process_that_runs_out_of_memory_is_replaced_and_loses_nothing(nano: Editor) -> None:
-    def edited(seed: int) -> Image.Image:
-        if seed % 2:
-            return opened(server.edit(seed=seed).data[0].b64_json)
-        *partials, last = server.edit(seed=seed, stream=True, partial_images=3)
-        assert [event.partial_image_index for event in partials] == [0, 1, 2]
-        return opened(last.b64_json)
-
+    content = io.BytesIO()
+    large = Image.open(PERSON).resize((2000, 2000))  # its result takes memory anew
+    large.save(content, "PNG")
     with running() as server:
         first = server.child()
-        _, most = resource.prlimit(first, resource.RLIMIT_AS)
-        resource.prlimit(
-            first, resource.RLIMIT_AS, (1, most)
-        )  # it has what it has, and gets no more
-        with ThreadPoolExecutor(4) as clients:
-            for seed, image in enumerate(clients.map(edited, range(4))):
-                assert same(image, nano.edit(PERSON, "add a hat", seed=seed).image)
+        _, most = resource.prlimit(first.pid, resource.RLIMIT_AS)
+        # It has what it has, and gets no more.
+        resource.prlimit(first.pid, resource.RLIMIT_AS, (1, most))
+        *partials, last = server.edit(
+            image=content.getvalue(), seed=3, stream=True, partial_images=3
+        )
+        assert [event.partial_image_index for event in partials] == [0, 1, 2]
+        assert same(opened(last.b64_json), nano.edit(large, "add a hat", seed=3).image)
         assert server.child() != first
         restarts = re.findall(r"varedit_restarts_total{.*} (.*)", server.get("metrics")[1])
         assert sum(map(float, restarts)) == 1
@@ -169,15 +166,20 @@ def test_more_clients_than_places_are_served_or_told_to_come_again(server: Proce
             return error.status_code
         return 200
 
+    child = server.child()
+    child.suspend()  # so that all of them have come before the first is done
     with ThreadPoolExecutor(24) as clients:
-        statuses = list(clients.map(status, range(24)))
-    assert set(statuses) == {200, 503} and statuses.count(200) >= 8
+        asked = [clients.submit(status, seed) for seed in range(24)]
+        until(lambda: sum(one.done() for one in asked) == 16)
+        child.resume()
+    assert sorted(one.result() for one in asked) == [200] * 8 + [503] * 16
 
 
 def raw(server: Process, content: bytes) -> socket.socket:
     connection = socket.create_connection(("127.0.0.1", server.port))
     connection.settimeout(30)
-    connection.sendall(content)
+    with suppress(ConnectionError):  # the server may have closed it
+        connection.sendall(content)
     return connection
 
 
@@ -199,12 +201,13 @@ def head(length: int) -> bytes:
 def test_a_client_that_closes_its_connection_is_cancelled(server: Process) -> None:
     _, body = form([("image", png()), ("prompt", "add a hat"), ("n", "4")])
     before = cancelled(server)
-    os.kill(server.child(), signal.SIGSTOP)
+    child = server.child()
+    child.suspend()
     connection = raw(server, head(len(body)) + body)
     until(lambda: "varedit_queue_pictures 0.0" not in server.get("metrics")[1])
     connection.close()
     until(lambda: cancelled(server) == before + 1)
-    os.kill(server.child(), signal.SIGCONT)
+    child.resume()
     raw(server, head(len(body)) + body[:50]).close()
     until(lambda: cancelled(server) == before + 2)
     assert server.edit(seed=1).data
@@ -240,41 +243,53 @@ def test_sigterm_lets_admitted_edits_finish(nano: Editor) -> None:
     with running() as server:
         stream = server.edit(n=1, seed=3, stream=True, partial_images=3)
         first = next(iter(stream))
-        server.popen.send_signal(signal.SIGTERM)
         assert first.type == "image_edit.partial_image"
-        events = list(stream)
-        assert same(opened(events[-1].b64_json), nano.edit(PERSON, "add a hat", seed=3).image)
+        child = server.child()
+        child.suspend()  # so that what comes next cannot be done before the signal
+        with ThreadPoolExecutor(1) as clients:
+            last = clients.submit(server.edit, seed=4)
+            until(lambda: "varedit_queue_pictures 1.0" in server.get("metrics")[1])
+            server.popen.send_signal(signal.SIGTERM)
+            until(
+                lambda: re.search(
+                    "draining; results that are still waited for: [12]", server.said()
+                )
+            )
+            child.resume()
+            results = [list(stream)[-1], last.result().data[0]]
+        for seed, result in enumerate(results, 3):
+            assert same(opened(result.b64_json), nano.edit(PERSON, "add a hat", seed=seed).image)
         assert server.popen.wait(30) == 0
-        assert server.popen.stderr is not None
-        said = server.popen.stderr.read()
-        assert "draining; results that are still waited for: 1" in said and "drained" in said
+        assert "drained" in server.said()
 
 
 def test_sigterm_ends_a_server_that_loads_and_a_second_one_a_server_that_edits() -> None:
-    loading = Process(*OPTIONS)
-    loading.popen.send_signal(signal.SIGTERM)
-    assert loading.popen.wait(30) == 0
-    with running() as server:
+    with started(*OPTIONS) as loading:
+        loading.popen.send_signal(signal.SIGTERM)
+        assert loading.popen.wait(30) == 0
+    with running() as server, ThreadPoolExecutor(1) as clients:
         child = server.child()
-        next(iter(server.edit(stream=True, partial_images=1)))
-        os.kill(child, signal.SIGSTOP)  # so that the edit takes long enough
+        child.suspend()
+        edit = clients.submit(server.edit, n=2)  # of which one waits
+        until(lambda: "varedit_queue_pictures 0.0" not in server.get("metrics")[1])
         server.popen.send_signal(signal.SIGTERM)
         until(lambda: server.get("readyz")[0] == 503)
         assert "draining" in server.get("readyz")[1]
         server.popen.send_signal(signal.SIGTERM)
         assert server.popen.wait(30) == 128 + signal.SIGTERM
-        until(lambda: not Path(f"/proc/{child}").exists())
+        with pytest.raises(openai.APIConnectionError):
+            edit.result()
+        until(lambda: gone(child))
 
 
 def test_no_process_outlives_a_server_that_is_killed() -> None:
-    with running() as server:
+    with running() as server, ThreadPoolExecutor(1) as clients:
         child = server.child()
-        with ThreadPoolExecutor(1) as clients:
-            edit = clients.submit(server.edit, n=4)
-            until(lambda: "varedit_batch_pictures_count 0.0" not in server.get("metrics")[1])
-            if sys.platform == "linux":
-                os.kill(child, signal.SIGSTOP)  # it cannot end itself
-            server.popen.kill()
-            with pytest.raises(openai.APIConnectionError):
-                edit.result()
-        until(lambda: not Path(f"/proc/{child}").exists())
+        if sys.platform == "linux":
+            child.suspend()  # it cannot end itself
+        edit = clients.submit(server.edit, n=4)
+        until(lambda: "varedit_queue_pictures 0.0" not in server.get("metrics")[1])
+        server.popen.kill()
+        with pytest.raises(openai.APIConnectionError):
+            edit.result()
+        until(lambda: gone(child))

@@ -168,9 +168,9 @@ def _feeding(
         children = local_children(opening, queue, workers)
         yield children, children
         return
-    from varedit_runtime.terminal.ray_cluster import cluster
+    from varedit_runtime.terminal.ray_cluster import cluster, threads_of
 
-    with cluster():
+    with cluster(least=workers * threads_of(opening.backend)):
         from varedit_serve.editing.replicas import fleet
 
         with fleet(queue, opening, digest, workers, most) as feeding:

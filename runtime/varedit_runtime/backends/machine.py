@@ -10,7 +10,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,9 +22,24 @@ from varedit_runtime.precision import Precision
 if TYPE_CHECKING:
     from varedit_runtime.backends.engines.engine_set import EngineRecipe
 
+CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 SMI_SECONDS = 10  # a driver that hangs must not hang this program
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 SMI_FIELDS = "driver_version,name,compute_cap,memory.total,memory.free"
+
+
+def cores() -> int:
+    """Return how many cores this process may use, by its affinity and its cgroups' quotas."""
+    affinity = getattr(os, "sched_getaffinity", None)  # which macOS lacks
+    count = len(affinity(0)) if affinity else os.cpu_count() or 1
+    with suppress(OSError):  # there are no cgroups
+        path = OWN_CGROUP.read_text().rpartition("0::/")[2].strip()
+        for parent in (".", *accumulate(Path(path).parts, os.path.join)):
+            file = CGROUPS / parent / "cpu.max"
+            quota, period = file.read_text().split() if file.exists() else ("max", "")
+            if quota != "max":
+                count = min(count, int(quota) // int(period))
+    return max(1, count)
 
 
 @dataclass(frozen=True)

@@ -213,9 +213,9 @@ def edit(
 
 def _edit_on_ray(orders: "Orders", count: int, folder: Path, job: "Job") -> int:
     """Join a Ray cluster and edit there; see `edit_several`."""
-    from varedit_runtime.terminal.ray_cluster import cluster
+    from varedit_runtime.terminal.ray_cluster import cluster, threads_of
 
-    with cluster():
+    with cluster(least=threads_of(job.backend) + 1):  # one reads
         from varedit_runtime.commands.on_ray import edit_on_ray
 
         return edit_on_ray(orders, count, folder, job)

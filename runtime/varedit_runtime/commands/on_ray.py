@@ -151,6 +151,8 @@ def _most(known: KnownJob, given: Mapping[str, float]) -> int:
     there = ray.cluster_resources()
     if given["num_gpus"]:
         return max(1, int(there.get("GPU", 1)))
+    if there["CPU"] < given["num_cpus"] + _READING:
+        raise BackendError(f"the cluster has {there['CPU']:g} cores, too few to read and edit")
     by_memory = there["memory"] // host_budget(known.bundle, known.variant).total
     return max(1, min(int((there["CPU"] - 1) // given["num_cpus"]), int(by_memory)))
 

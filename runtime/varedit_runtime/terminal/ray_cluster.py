@@ -10,16 +10,18 @@ from typing import Any
 
 from varedit_runtime.backends import ChosenBackend
 from varedit_runtime.backends.auto import AutoBackend
+from varedit_runtime.backends.machine import cores
 from varedit_runtime.errors import BackendError, needs_extra, reason, shown
 
 STORE_BYTES = 500_000_000  # of objects that pass between processes of a cluster of our own
 
 
 @contextmanager
-def cluster() -> Iterator[None]:
+def cluster(least: int) -> Iterator[None]:
     """Be connected to the Ray cluster that RAY_ADDRESS names, or else to a new one.
 
     A new one is bound to this machine, asks for a token, and ends with the block, its files too.
+    least: how many cores it counts even if the machine has fewer, as nothing would begin else.
     Raises MissingExtraError without the extra ray, BackendError if there is no connection.
     """
     given = {"RAY_USAGE_STATS_ENABLED": "0"}  # nothing is told to others
@@ -34,7 +36,7 @@ def cluster() -> Iterator[None]:
     with TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         if not address:
             options |= {"include_dashboard": False, "object_store_memory": STORE_BYTES}
-            options |= {"_temp_dir": folder}
+            options |= {"_temp_dir": folder, "num_cpus": max(cores(), least)}
         try:
             ray.init(address or "local", **options)
         except (
@@ -57,8 +59,12 @@ def resources(backend: ChosenBackend | AutoBackend) -> dict[str, float]:
     import ray
 
     if isinstance(backend, AutoBackend):
-        threads, on_gpu = None, "GPU" in ray.cluster_resources()
+        on_gpu = "GPU" in ray.cluster_resources()
     else:
-        options = vars(backend.options)
-        threads, on_gpu = options.get("threads"), options.get("provider") != "cpu"
-    return {"num_cpus": threads or 1, "num_gpus": float(on_gpu)}
+        on_gpu = vars(backend.options).get("provider") != "cpu"
+    return {"num_cpus": threads_of(backend), "num_gpus": float(on_gpu)}
+
+
+def threads_of(backend: ChosenBackend | AutoBackend) -> int:
+    """Return how many threads of the CPU a process that edits has on Ray."""
+    return 1 if isinstance(backend, AutoBackend) else vars(backend.options).get("threads") or 1

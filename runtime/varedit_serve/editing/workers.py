@@ -3,7 +3,7 @@
 import os
 from dataclasses import replace
 
-from varedit_runtime.backends.machine import VISIBLE, nvidia
+from varedit_runtime.backends.machine import VISIBLE, cores, nvidia
 from varedit_serve.editing.child import Child, Listener
 from varedit_serve.editing.messages import Opening
 
@@ -16,7 +16,7 @@ def local_children(opening: Opening, listener: Listener, count: int) -> list[Chi
     """
     if count == 1:
         return [Child(opening, listener)]
-    threads = max(1, (os.cpu_count() or 1) // count)
+    threads = max(1, cores() // count)
     opening = replace(opening, backend=opening.backend.with_threads(threads))
     named = os.environ.get(VISIBLE)
     gpus = list(map(str, range(len(nvidia().gpus)))) if named is None else named.split(",")
