@@ -92,7 +92,7 @@ def test_pictures_are_refused_when_they_are_opened(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_list_and_an_unknown_benchmark_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match=r"edits\.jsonl cannot be read"):
+    with pytest.raises(DatasetError, match=r"has no edits\.jsonl"):
         folder.read(tmp_path)
     with pytest.raises(ConfigError, match="no benchmark is called 'coco'; there are "):
         benchmark("coco")
