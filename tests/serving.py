@@ -200,12 +200,16 @@ def form(fields: Fields) -> tuple[dict[str, str], bytes]:
 
 @asynccontextmanager
 async def served(waits: bool = False, children: int = 1, **settings: Any):
-    """Run a server's parts. waits: whether batches wait for the `gate` of their child."""
+    """Run a server's parts. waits: whether batches wait for the `gate` of their child.
+
+    kind: of the children.
+    """
+    kind = settings.pop("kind", StandIn)
     hosts = settings.pop("hosts", ("localhost",))
     application = Application(preparer(), Settings("nano", hosts=hosts, **settings))
     queue = application.queue
     queue.on_ready(Ready("CUDA", lambda edit: len(edit.prompt), 4, 0.5, 4))
-    stand_ins = [StandIn() for _ in range(children)]
+    stand_ins = [kind() for _ in range(children)]
     running = [asyncio.create_task(queue.run(child)) for child in stand_ins]  # type: ignore[arg-type]
     if not waits:
         for child in stand_ins:

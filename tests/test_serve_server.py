@@ -14,6 +14,7 @@ from pathlib import Path
 
 import openai
 import pytest
+from node import NEEDED, answers
 from PIL import Image
 from server_process import OPTIONS, PERSON, Process, gone, running, started, until
 from serving import form, png
@@ -60,31 +61,23 @@ def test_a_stream_has_previews_and_the_same_result(server: Process) -> None:
     assert events[-1].usage.output_tokens > 0
 
 
-def test_the_client_lists_the_model_and_meets_errors(server: Process) -> None:
+def test_the_client_lists_the_model(server: Process) -> None:
     assert [model.id for model in server.client.models.list()] == ["nano"]
-    with pytest.raises(openai.BadRequestError) as refused:
-        server.edit(size="1024x1024")
-    assert refused.value.param == "size"
-    with pytest.raises(openai.NotFoundError):
-        server.edit(model="gpt-image-1")
-    with pytest.raises(openai.BadRequestError, match="did you mean prompt"):
-        server.client.images.edit(image=b"x", prompt="x", extra_body={"promt": "x"})
 
 
-def test_the_client_meets_errors_of_keys(tmp_path: Path) -> None:
-    keys = tmp_path / "keys"
-    keys.write_text("me sk-0123456789abcdef 1\n")
-    with running("--keys", str(keys), key="sk-0123456789abcdef") as server:
-        reply = server.edit()
-        assert reply._request_id.startswith("req_")
-        with pytest.raises(openai.RateLimitError) as refused:
-            server.edit()
-        assert 1 <= int(refused.value.response.headers["retry-after"]) <= 60
-        server.client.api_key = "another"
-        with pytest.raises(openai.AuthenticationError) as refused:
-            server.edit()
-        assert refused.value.code == "invalid_api_key"
-        assert refused.value.request_id
+@NEEDED
+def test_the_client_in_javascript_edits_streams_and_lists(server: Process, nano: Editor) -> None:
+    told = answers("edits.js", server.client.base_url, PERSON)
+    assert (told["models"], told["retrieved"], told["listed"]) == (["nano"], "nano", 1)
+    partial = "image_edit.partial_image"
+    kinds = [(kind, index) for kind, index, _ in told["events"]]
+    assert kinds == [(partial, 0), (partial, 1), ("image_edit.completed", None)]
+    edited = nano.edit(PERSON, "add a hat", seed=3)
+    assert same(opened(told["events"][-1][2]), edited.image)
+    several = nano.edit(PERSON, "add a hat", seed=3, temperature=[0.5] * 7, num_images_per_prompt=2)
+    assert [one["seed"] for one in told["two"]] == [3, 4]
+    for one, own in zip(told["two"], several, strict=True):
+        assert same(opened(one["b64_json"]), own.image)
 
 
 def test_an_edit_that_is_admitted_survives_the_death_of_its_process(server: Process) -> None:
@@ -100,14 +93,14 @@ def test_an_edit_that_is_admitted_survives_the_death_of_its_process(server: Proc
     first.suspend()  # so that all of them have come before the first is done
     with ThreadPoolExecutor(4) as clients:
         edits = [clients.submit(edited, seed) for seed in range(4)]
-        until(lambda: "varedit_queue_pictures 3.0" in server.get("metrics")[1])
+        until(lambda: "varedit_queue_pictures 0.0" not in server.get("metrics")[1])
         first.kill()
         assert [edit.result() for edit in edits] == wanted
     assert server.child() != first
     assert 'varedit_restarts_total{reason="died"} 1.0' in server.get("metrics")[1]
 
 
-def test_one_of_two_processes_that_dies_under_load_loses_nothing(nano: Editor) -> None:
+def test_of_two_processes_a_killed_one_loses_nothing_and_sigterm_drains_both(nano: Editor) -> None:
     def edited(seed: int) -> Image.Image:
         if seed % 2:
             return opened(server.edit(seed=seed).data[0].b64_json)
@@ -131,30 +124,52 @@ def test_one_of_two_processes_that_dies_under_load_loses_nothing(nano: Editor) -
             for seed, edit in enumerate(edits):
                 assert same(edit.result(), nano.edit(PERSON, "add a hat", seed=seed).image)
         until(lambda: "varedit_workers_ready 2.0" in server.get("metrics")[1])
-        children = server.children()
+        check_drain(server, nano)
+
+
+def check_drain(server: Process, nano: Editor) -> None:
+    """Check that SIGTERM lets a stream and four results finish, and ends all processes."""
+    stream = server.edit(seed=3, stream=True, partial_images=3)
+    assert next(iter(stream)).type == "image_edit.partial_image"
+    children = server.children()
+    for child in children:  # so that what comes next cannot be done before the signal
+        child.suspend()
+    with ThreadPoolExecutor(1) as clients:
+        last = clients.submit(server.edit, n=4, seed=4)
+        until(lambda: "varedit_queue_pictures 0.0" not in server.get("metrics")[1])
         server.popen.send_signal(signal.SIGTERM)
-        assert server.popen.wait(30) == 0
-        until(lambda: all(map(gone, children)))
+        waited = "draining; results that are still waited for: [1-5]"
+        until(lambda: re.search(waited, server.said()))
+        for child in children:
+            child.resume()
+        results = [list(stream)[-1], *last.result().data]
+    for seed, result in enumerate(results, 3):
+        assert same(opened(result.b64_json), nano.edit(PERSON, "add a hat", seed=seed).image)
+    assert server.popen.wait(30) == 0 and "drained" in server.said()
+    until(lambda: all(map(gone, children)))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of other processes are Linux's")
-def test_a_process_that_runs_out_of_memory_is_replaced_and_loses_nothing(nano: Editor) -> None:
+def test_a_process_that_runs_out_of_memory_is_replaced_and_loses_nothing(
+    server: Process, nano: Editor
+) -> None:
     content = io.BytesIO()
     large = Image.open(PERSON).resize((2000, 2000))  # its result takes memory anew
     large.save(content, "PNG")
-    with running() as server:
-        first = server.child()
-        _, most = resource.prlimit(first.pid, resource.RLIMIT_AS)
-        # It has what it has, and gets no more.
-        resource.prlimit(first.pid, resource.RLIMIT_AS, (1, most))
-        *partials, last = server.edit(
-            image=content.getvalue(), seed=3, stream=True, partial_images=3
-        )
-        assert [event.partial_image_index for event in partials] == [0, 1, 2]
-        assert same(opened(last.b64_json), nano.edit(large, "add a hat", seed=3).image)
-        assert server.child() != first
-        restarts = re.findall(r"varedit_restarts_total{.*} (.*)", server.get("metrics")[1])
-        assert sum(map(float, restarts)) == 1
+    first, before = server.child(), restarts(server)
+    _, most = resource.prlimit(first.pid, resource.RLIMIT_AS)
+    # It has what it has, and gets no more.
+    resource.prlimit(first.pid, resource.RLIMIT_AS, (1, most))
+    asked = {"seed": 3, "stream": True, "partial_images": 3}
+    *partials, last = server.edit(content.getvalue(), **asked)
+    assert [event.partial_image_index for event in partials] == [0, 1, 2]
+    assert same(opened(last.b64_json), nano.edit(large, "add a hat", seed=3).image)
+    assert server.child() != first and restarts(server) == before + 1
+
+
+def restarts(server: Process) -> float:
+    numbers = server.get("metrics")[1]
+    return sum(map(float, re.findall(r"varedit_restarts_total{.*} (.*)", numbers)))
 
 
 def test_more_clients_than_places_are_served_or_told_to_come_again(server: Process) -> None:
@@ -237,30 +252,6 @@ def test_slow_heads_and_endless_bodies_are_closed(server: Process) -> None:
     assert answers.count(b"HTTP/1.1 200") < 3000
     trickling.close()
     unread.close()
-
-
-def test_sigterm_lets_admitted_edits_finish(nano: Editor) -> None:
-    with running() as server:
-        stream = server.edit(n=1, seed=3, stream=True, partial_images=3)
-        first = next(iter(stream))
-        assert first.type == "image_edit.partial_image"
-        child = server.child()
-        child.suspend()  # so that what comes next cannot be done before the signal
-        with ThreadPoolExecutor(1) as clients:
-            last = clients.submit(server.edit, seed=4)
-            until(lambda: "varedit_queue_pictures 1.0" in server.get("metrics")[1])
-            server.popen.send_signal(signal.SIGTERM)
-            until(
-                lambda: re.search(
-                    "draining; results that are still waited for: [12]", server.said()
-                )
-            )
-            child.resume()
-            results = [list(stream)[-1], last.result().data[0]]
-        for seed, result in enumerate(results, 3):
-            assert same(opened(result.b64_json), nano.edit(PERSON, "add a hat", seed=seed).image)
-        assert server.popen.wait(30) == 0
-        assert "drained" in server.said()
 
 
 def test_sigterm_ends_a_server_that_loads_and_a_second_one_a_server_that_edits() -> None:
