@@ -1,14 +1,14 @@
 """Small evaluations: a folder of drawn pictures, and edits that no model makes."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from varedit_export.evaluation.case import Case, Edited
+from varedit_export.evaluation.case import Case, Edited, Made, Wanted
 from varedit_export.evaluation.evaluate import evaluate
 from varedit_export.evaluation.report import Report
 from varedit_export.options import EvaluateOptions
@@ -49,22 +49,20 @@ def own_data(folder: Path, count: int = 4) -> Path:
 class Shifted:
     """Edits that add a number to every level, and noise that depends on the seed."""
 
-    name, at_once = "shifted", 1
+    name = "shifted"
 
     def __init__(self, shift: int = 10, refused: str = "") -> None:
         self.identity = {"shift": shift}
-        self.shift, self.refused, self.made = shift, refused, list[str]()
+        self.shift, self.refused, self.made = shift, refused, list[int]()
 
-    def edit(
-        self, sources: Sequence[Image.Image], cases: Sequence[Case], seeds: Sequence[int]
-    ) -> Sequence[Image.Image | str]:
-        self.made += [case.id for case in cases]
-        return [
-            "not understood"
-            if case.instruction == self.refused
-            else Image.fromarray(np.asarray(source) // 2 + np.uint8(self.shift + seed))
-            for source, case, seed in zip(sources, cases, seeds, strict=True)
-        ]
+    def edit(self, wanted: Iterable[Wanted]) -> Made:
+        for one in wanted:
+            self.made.append(one.place)
+            if one.instruction == self.refused:
+                yield one, "not understood"
+            else:
+                levels = np.asarray(one.source) // 2 + np.uint8(self.shift + one.seed)
+                yield one, Image.fromarray(levels)
 
 
 def evaluated(

@@ -17,7 +17,7 @@ import varedit_export
 from varedit_engines.publish import Staging
 from varedit_export.cli import main
 from varedit_export.evaluation.bundle_edits import BundleEdits, Dials
-from varedit_export.evaluation.case import Case
+from varedit_export.evaluation.case import Wanted
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import NoPictureError, PictureError
 from varedit_runtime.locate import default_root, embedded, find_bundle
@@ -101,12 +101,12 @@ class Faulty:
 
 
 def test_what_a_bundle_cannot_edit_is_a_failed_edit() -> None:
-    edits = BundleEdits(embedded(), "onnxruntime", None, Dials())
-    vars(edits)["_editor"] = Faulty()
+    opening = BundleEdits(embedded(), "onnxruntime", None, Dials()).opening
     pictures = [Image.new("RGB", (width, 8)) for width in (8, 1, 8, 8)]
     texts = ["a", "b", "overflow", "c"]
-    cases = [Case(text, (), text, lambda: pictures[0]) for text in texts]
-    assert edits.edit(pictures, cases, range(4)) == ["a", "too thin", "not finite", "c"]
+    wanted = [Wanted(*one, seed=0) for one in zip(range(4), pictures, texts, strict=True)]
+    results = opening.results(Faulty(), wanted)  # pyright: ignore[reportArgumentType]
+    assert results == ["a", "too thin", "not finite", "c"]
 
 
 def build(*words: object) -> Result:

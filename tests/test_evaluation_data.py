@@ -324,8 +324,8 @@ def test_turns_of_imgedit_edit_the_result_before(tmp_path: Path) -> None:
         metrics=("pixels",),
     )
     edits = Shifted(refused="b")
-    edits.at_once = 4  # a batch ends where a turn follows
     report = evaluate(edits, options)
+    assert edits.made == [0, 3, 1, 4, 2]  # all first turns, then all second ones
     assert [row.groups[1] for row in report.edits][:3] == ["turn 1", "turn 2", "turn 3"]
     pictures = [tmp_path / "run" / (row.picture or "") for row in report.edits[:3]]
     results = [np.asarray(Image.open(path)) for path in pictures]

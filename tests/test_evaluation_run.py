@@ -57,7 +57,7 @@ def test_a_finished_run_makes_nothing_again(data: Path, tmp_path: Path) -> None:
     evaluated(data, tmp_path / "run", first)
     lines = (tmp_path / "run/scores.jsonl").read_bytes()
     evaluated(data, tmp_path / "run", second)
-    assert first.made == ["1", "2", "3", "4"] and second.made == []
+    assert first.made == [0, 1, 2, 3] and second.made == []
     assert (tmp_path / "run/scores.jsonl").read_bytes() == lines
 
 
@@ -69,7 +69,7 @@ def test_a_picture_that_was_changed_is_made_and_scored_again(data: Path, tmp_pat
     second.unlink()
     again = Shifted()
     evaluated(data, tmp_path / "run", again)
-    assert again.made == ["1", "2"] and contents(tmp_path / "run") == whole
+    assert again.made == [0, 1] and contents(tmp_path / "run") == whole
 
 
 @pytest.mark.parametrize("torn", [b'{"id": "1", "se', b"\xff\xfe", b"[[[[", b'{"id": 3}\n'])

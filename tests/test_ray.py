@@ -1,4 +1,4 @@
-"""Edits on Ray: replicas behind a server, lists of pictures with Ray Data."""
+"""Edits on Ray: replicas behind a server, lists of pictures with Ray Data, evaluations."""
 
 import asyncio
 import json
@@ -7,24 +7,29 @@ import pickle
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from threading import Timer
 from typing import Any
 
 import psutil
 import pytest
+from evaluating import own_data
 from PIL import Image
 from server_process import OPTIONS, PATIENCE, PERSON, started, until
 from serving import preparer, served
 
+import varedit_export
+from varedit_export.evaluation.case import Wanted, batches
+from varedit_export.options import EvaluateOptions
 from varedit_runtime import Editor
 from varedit_runtime.backends.auto import wanted_backend
 from varedit_runtime.errors import BackendError, ConfigError
 from varedit_runtime.locate import embedded
-from varedit_runtime.terminal.ray_cluster import cluster
+from varedit_runtime.terminal.ray_cluster import cluster, most_editors
 from varedit_serve.editing.child import BatchFailedError, ChildDiedError
 from varedit_serve.editing.messages import Opening, Order, Ready
 
@@ -61,6 +66,22 @@ def test_a_cluster_that_does_not_start_is_told_in_one_line(monkeypatch: pytest.M
     told = "no Ray cluster can be used on this machine: the node timed out during startup"
     with pytest.raises(BackendError, match=told), cluster(1):
         pass
+
+
+@pytest.mark.parametrize(
+    ("given", "spare", "told"),
+    [
+        ({"num_cpus": 1, "num_gpus": 1}, 0, "has 0 GPU, and editing takes 1"),
+        ({"num_cpus": 2, "num_gpus": 0}, 1, "has 2 CPU, and editing takes 3"),
+    ],
+)
+def test_a_cluster_without_room_is_told(
+    given: dict[str, float], spare: int, told: str, nano: Editor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0, "memory": 8e9})
+    with pytest.raises(BackendError, match=told):
+        most_editors(nano.bundle, nano.variant, given, spare)
+    assert most_editors(nano.bundle, nano.variant, {"num_cpus": 1, "num_gpus": 0}) == 2
 
 
 # A server
@@ -277,11 +298,13 @@ def test_a_replica_edits_is_cancelled_and_tells_when_it_is_stuck_or_damaged(
 # Lists of pictures
 
 
+EDIT = ("varedit_runtime", "photos", "red", "-o", "out", "--seed", "3", "--bundle", "nano")
+
+
 @contextmanager
-def started_run(folder: Path) -> Iterator["subprocess.Popen[str]"]:
-    """Start the command on a folder's pictures; it is ended when it takes too long."""
-    command = [sys.executable, "-m", "varedit_runtime", "photos", "red", "-o", "out", "--seed", "3"]
-    command += ["--bundle", "nano", "--ray", "--json"]
+def started_run(folder: Path, *words: str) -> Iterator["subprocess.Popen[str]"]:
+    """Start a command in a folder; it is ended when it takes too long."""
+    command = [sys.executable, "-m", *words, "--ray"]
     environment = {**os.environ, **CALM}
     pipe = subprocess.PIPE
     process = subprocess.Popen(command, cwd=folder, env=environment, text=True, stdout=pipe)
@@ -304,7 +327,7 @@ def test_a_run_that_was_ended_goes_on_and_a_killed_process_has_each_result_once(
             tmp_path / "photos" / f"{number:02}.png"
         )
     (tmp_path / "photos" / "16.png").write_bytes(b"no picture")
-    with started_run(tmp_path) as first:
+    with started_run(tmp_path, *EDIT, "--json") as first:
         assert first.stdout is not None
         told = [json.loads(next(first.stdout)) for _ in range(4)]
         first.send_signal(signal.SIGINT)
@@ -315,7 +338,7 @@ def test_a_run_that_was_ended_goes_on_and_a_killed_process_has_each_result_once(
     (tmp_path / sorted(done)[0]).unlink()
 
     lines: list[dict[str, Any]] = []
-    with started_run(tmp_path) as second:
+    with started_run(tmp_path, *EDIT, "--json") as second:
         assert second.stdout is not None
         for text in second.stdout:
             lines.append(json.loads(text))
@@ -334,3 +357,61 @@ def test_a_run_that_was_ended_goes_on_and_a_killed_process_has_each_result_once(
         wanted = nano.edit(tmp_path / "photos" / "07.png", "red", seed=3).image
         assert result.tobytes() == wanted.tobytes()
     assert {line["backend"] for line in lines if "backend" in line} == {"onnxruntime"}
+
+
+# Evaluations
+
+
+def test_an_evaluation_goes_on_on_ray_to_the_report_of_one_process(tmp_path: Path) -> None:
+    """Its processes are killed, and the edits that it had before are not made again."""
+    data, backend = own_data(tmp_path / "data", 10), wanted_backend(threads=1)
+    options = EvaluateOptions("folder", tmp_path / "one", data, guidance_scale=1, backend=backend)
+    varedit_export.evaluate(embedded(), options)
+    varedit_export.evaluate(embedded(), replace(options, output=tmp_path / "ray", limit=2))
+    edits = tmp_path / "ray/edits.jsonl"
+    begun = edits.read_bytes()
+    words = ("evaluate", "nano", "--benchmark", "folder", "--data", "data", "-o", "ray")
+    with started_run(
+        tmp_path, "varedit_export", *words, "--guidance-scale", "1", "--threads", "1"
+    ) as run:
+        until(lambda: len(edits.read_bytes().splitlines()) > 3)
+        for process in descendants(run.pid, "ray::_Editing"):
+            process.kill()
+        assert run.wait(PATIENCE) == 0
+    assert edits.read_bytes().startswith(begun) and len(edits.read_bytes().splitlines()) == 10
+    for name in ("report.json", "report.html"):
+        assert (tmp_path / "ray" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+
+class Actor:
+    """A process of a cluster as the driver sees it; its references are its outcomes."""
+
+    def __init__(self, outcome: Callable[[list[Wanted]], Any]) -> None:
+        self.edit, self.remote = self, lambda batch: (self, outcome(batch))
+
+
+def test_batches_go_to_processes_that_are_ready_and_failures_are_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from ray.exceptions import ActorDiedError
+
+    from varedit_export.evaluation import on_ray
+
+    def get(reference: tuple[Actor, Any]) -> Any:
+        if isinstance(reference[1], ActorDiedError):
+            raise reference[1]
+        return reference[1]
+
+    def wait(references: list[tuple[Actor, Any]], num_returns: int) -> tuple[list[Any], list[Any]]:
+        return [one for one in references if one[0] is not starting][:num_returns], []
+
+    monkeypatch.setattr(on_ray.ray, "get", get)
+    monkeypatch.setattr(on_ray.ray, "wait", wait)
+    starting, ready = Actor(lambda batch: ()), Actor(lambda batch: (*[one.seed for one in batch],))
+    wanted = [Wanted(place, Image.new("RGB", (8, 8)), "red", 10 + place) for place in range(5)]
+    made = list(on_ray._spread([starting, ready], batches(wanted, 2)))
+    assert [(one.place, seed) for one, seed in made] == [(n, 10 + n) for n in range(5)]
+    for outcome, told in ((BackendError("no room"), "no room"), (ActorDiedError(), "died 4 times")):
+        failing = Actor(lambda batch, outcome=outcome: outcome)
+        with pytest.raises(BackendError, match=told):
+            list(on_ray._spread([failing], batches(wanted, 2)))

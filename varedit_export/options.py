@@ -149,3 +149,4 @@ class EvaluateOptions(CheckedOptions):
     guidance_scale: float | None = None  # by default the bundle's own
     temperature: float | None = None
     fast: bool = False  # no guidance at the last two scales
+    ray: bool = False  # edit on the Ray cluster of RAY_ADDRESS, or a new one of this machine

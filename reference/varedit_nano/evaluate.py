@@ -4,15 +4,14 @@ It is `varedit-export evaluate --benchmark nano` with the reference in place of 
 weights that are being trained and for the paper's other conditionings.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import click
-from PIL import Image
 
 from varedit_export.commands.evaluate import show
 from varedit_export.console import progress
-from varedit_export.evaluation.case import Case
+from varedit_export.evaluation.case import Made, Wanted, batches
 from varedit_export.evaluation.evaluate import evaluate
 from varedit_export.evaluation.run import Run
 from varedit_export.options import EvaluateOptions
@@ -36,7 +35,7 @@ class ReferenceEdits:
         temperature: float,
         batch: int,
     ) -> None:
-        self._model, self._dials, self.at_once = model, (guidance_scale, temperature), batch
+        self._model, self._dials, self._batch = model, (guidance_scale, temperature), batch
         self.name = weights.name
         self.identity = {
             **{name: file_digest(weights / name) for name in (TOKENIZER_FILE, TRANSFORMER_FILE)},
@@ -45,17 +44,17 @@ class ReferenceEdits:
             "temperature": temperature,
         }
 
-    def edit(
-        self, sources: Sequence[Image.Image], cases: Sequence[Case], seeds: Sequence[int]
-    ) -> Sequence[Image.Image | str]:
+    def edit(self, wanted: Iterable[Wanted]) -> Made:
         guidance_scale, temperature = self._dials
-        return self._model.edit(
-            list(sources),
-            [case.instruction for case in cases],
-            seed=list(seeds),
-            guidance_scale=guidance_scale,
-            temperature=temperature,
-        )
+        for batch in batches(wanted, self._batch):
+            results = self._model.edit(
+                [one.source for one in batch],
+                [one.instruction for one in batch],
+                seed=[one.seed for one in batch],
+                guidance_scale=guidance_scale,
+                temperature=temperature,
+            )
+            yield from zip(batch, results, strict=True)
 
 
 @click.command()

@@ -165,6 +165,7 @@ _JUDGE = (
 @click.option("--guidance-scale", type=float, help="Default: the bundle's own.")
 @click.option("--temperature", type=float, help="Default: the bundle's own.")
 @click.option("--fast", is_flag=True, help="No guidance at the last two scales.")
+@click.option("--ray", is_flag=True, help="Edit on the Ray cluster of RAY_ADDRESS, or a new one.")
 @backend_option()
 @variant_option
 @yes_option

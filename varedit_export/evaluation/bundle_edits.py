@@ -1,16 +1,16 @@
 """Evaluate a bundle: the edits of an evaluation that it makes, alone or beside another."""
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from varedit_engines import OnStep
-from varedit_export.evaluation.case import Case
+from varedit_export.evaluation.case import Made, Wanted, batches
 from varedit_export.evaluation.evaluate import evaluate
 from varedit_export.evaluation.report import Report
 from varedit_export.evaluation.run import RUN, Run
@@ -22,6 +22,7 @@ from varedit_runtime.bundle import Bundle
 from varedit_runtime.editing.editor import Editor
 from varedit_runtime.editing.prepared import PreparedEdit
 from varedit_runtime.errors import BundleError, NoPictureError, PictureError, TextError
+from varedit_runtime.terminal.ray_cluster import cluster, threads_of
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,52 @@ class Dials:
     fast: bool = False
 
 
+@dataclass(frozen=True)
+class Opening:
+    """How a bundle is opened to edit, by any process that has it."""
+
+    path: Path
+    digest: str
+    backend: ChosenBackend
+    variant: str
+    dials: Dials
+
+    def editor(self) -> Editor:
+        """Open an editor. Raises BundleError if another bundle is there by now."""
+        editor = Editor.open(self.path, backend=self.backend, variant=self.variant)
+        if editor.bundle.digest != self.digest:
+            editor.close()
+            raise BundleError(f"{self.path} is not the bundle that this run began with")
+        return editor
+
+    def results(self, editor: Editor, batch: Sequence[Wanted]) -> list[Image.Image | str]:
+        """Return the result of each edit of a batch, or why there is none.
+
+        The instruction or the picture cannot be used, or the arithmetic gave no picture.
+        """
+        prepared, failed = [], dict[int, str]()
+        for place, one in enumerate(batch):
+            try:
+                dials = vars(self.dials)
+                prepared.append(editor.prepare(one.source, one.instruction, seed=one.seed, **dials))
+            except (TextError, PictureError) as error:
+                failed[place] = str(error)
+        made = iter(_made(editor, prepared))
+        return [failed.get(place) or next(made) for place in range(len(batch))]
+
+
+def _made(editor: Editor, prepared: Sequence[PreparedEdit]) -> list[Image.Image | str]:
+    """Make edits, alone if one of them fails, so that it is known which."""
+    try:
+        return [result.image for result in editor.edit_prepared(prepared)]
+    except NoPictureError as error:
+        if len(prepared) == 1:
+            return [str(error)]
+        return [made for one in prepared for made in _made(editor, [one])]
+
+
 class BundleEdits:
-    """A bundle that edits; it is opened with the first edit, and closed by the with block."""
+    """A bundle that edits, and is open while it does."""
 
     def __init__(
         self,
@@ -44,62 +89,28 @@ class BundleEdits:
         dials: Dials,
     ) -> None:
         """Choose the backend. Raises BundleError, and ConfigError on an unknown variant."""
-        self._bundle, self._dials = Bundle.open(bundle), dials
-        self._bundle.check_text()
-        chosen = self._bundle.manifest.variant(variant)
-        self._backend = wanted_backend(backend).pick(self._bundle, chosen)
-        self._variant, self.at_once = chosen.name, chosen.batch
+        self.bundle = Bundle.open(bundle)
+        self.bundle.check_text()
+        self.variant = self.bundle.manifest.variant(variant)
+        chosen = wanted_backend(backend).pick(self.bundle, self.variant)
+        self.opening = Opening(
+            self.bundle.path, self.bundle.digest, chosen, self.variant.name, dials
+        )
         self.name = bundle.name
         self.identity: dict[str, Any] = {
-            "bundle": self._bundle.digest,
-            "variant": chosen.name,
-            "backend": self._backend.label,
+            "bundle": self.bundle.digest,
+            "variant": self.variant.name,
+            "backend": chosen.label,
             "guidance_scale": dials.guidance_scale,
             "temperature": dials.temperature,
             "fast": dials.fast,
         }
 
-    def __enter__(self) -> "BundleEdits":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if "_editor" in vars(self):
-            self._editor.close()
-
-    @cached_property
-    def _editor(self) -> Editor:
-        editor = Editor.open(self._bundle.path, backend=self._backend, variant=self._variant)
-        if editor.bundle.digest != self._bundle.digest:
-            editor.close()
-            raise BundleError(f"{self._bundle.path} was replaced meanwhile: evaluate it again")
-        return editor
-
-    def edit(
-        self, sources: Sequence[Image.Image], cases: Sequence[Case], seeds: Sequence[int]
-    ) -> Sequence[Image.Image | str]:
-        """Return each case's result, or why there is none.
-
-        The instruction or the picture cannot be used, or the arithmetic gave no picture.
-        """
-        prepared, failed = [], dict[int, str]()
-        for place, (source, case, seed) in enumerate(zip(sources, cases, seeds, strict=True)):
-            try:
-                prepared.append(
-                    self._editor.prepare(source, case.instruction, seed=seed, **vars(self._dials))
-                )
-            except (TextError, PictureError) as error:
-                failed[place] = str(error)
-        made = iter(self._made(prepared))
-        return [failed.get(place) or next(made) for place in range(len(cases))]
-
-    def _made(self, prepared: Sequence[PreparedEdit]) -> list[Image.Image | str]:
-        """Make edits, alone if one of them fails, so that it is known which."""
-        try:
-            return [result.image for result in self._editor.edit_prepared(prepared)]
-        except NoPictureError as error:
-            if len(prepared) == 1:
-                return [str(error)]
-            return [made for one in prepared for made in self._made([one])]
+    def edit(self, wanted: Iterable[Wanted]) -> Made:
+        """Make edits; see `Edits`."""
+        with self.opening.editor() as editor:
+            for batch in batches(wanted, self.variant.batch):
+                yield from zip(batch, self.opening.results(editor, batch), strict=True)
 
 
 def evaluate_bundle(
@@ -112,16 +123,21 @@ def evaluate_bundle(
     """Evaluate a bundle; see `varedit_export.evaluate`."""
     dials = Dials(options.guidance_scale, options.temperature, options.fast)
     backend, against = options.backend, options.against
-    with ExitStack() as stack:
-        edits = stack.enter_context(BundleEdits(bundle, backend, options.variant, dials))
-        other = None
-        if against is not None and (Path(against) / RUN).is_file():
-            other = Run(Path(against))
-        elif against in BACKENDS:
-            other = BundleEdits(bundle, str(against), options.variant, dials)
-            other.name = str(against)
-        elif against is not None:
-            other = BundleEdits(Path(against), backend, options.variant, dials)
-        if isinstance(other, BundleEdits):
-            stack.enter_context(other)
+    edits, other = BundleEdits(bundle, backend, options.variant, dials), None
+    if against is not None and (Path(against) / RUN).is_file():
+        other = Run(Path(against))
+    elif against in BACKENDS:
+        other = BundleEdits(bundle, str(against), options.variant, dials)
+        other.name = str(against)
+    elif against is not None:
+        other = BundleEdits(Path(against), backend, options.variant, dials)
+    if not options.ray:
         return evaluate(edits, options, other, {}, on_step, notice, accept)
+    with (
+        cluster(threads_of(edits.opening.backend)),
+        redirect_stdout(sys.stderr),
+    ):  # where Ray tells of faults
+        from varedit_export.evaluation.on_ray import RayEdits
+
+        others = RayEdits(other) if isinstance(other, BundleEdits) else other
+        return evaluate(RayEdits(edits), options, others, {}, on_step, notice, accept)

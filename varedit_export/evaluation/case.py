@@ -1,8 +1,9 @@
 """The interfaces of an evaluation: what a benchmark asks for, and what a metric returns."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -133,22 +134,40 @@ class Benchmark:
     place: str = ""
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """An edit to make. place: of its case in the benchmark."""
+
+    place: int
+    source: Image.Image
+    instruction: str
+    seed: int
+
+
+Made = Generator[tuple[Wanted, Image.Image | str]]
+
+
 class Edits(Protocol):
     """What edits pictures.
 
     name: for the report. identity: what results depend on besides the cases and their seeds.
-    at_once: how many cases `edit` gets at a time.
     """
 
     @property
     def name(self) -> str: ...
     @property
     def identity(self) -> Mapping[str, Any]: ...
-    @property
-    def at_once(self) -> int: ...
 
-    def edit(
-        self, sources: Sequence[Image.Image], cases: Sequence[Case], seeds: Sequence[int]
-    ) -> Sequence[Image.Image | str]:
-        """Return each case's result, or why its instruction cannot be followed."""
+    def edit(self, wanted: Iterable[Wanted]) -> Made:
+        """Yield each wanted edit with its result, or why it has none, in any order.
+
+        What is wanted is taken bit by bit, as it has pictures in memory.
+        """
         ...
+
+
+def batches(wanted: Iterable[Wanted], count: int) -> Iterator[list[Wanted]]:
+    """Yield lists of up to so many edits."""
+    left = iter(wanted)
+    while batch := list(islice(left, count)):
+        yield batch

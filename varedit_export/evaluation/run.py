@@ -13,7 +13,7 @@ metrics to the same edits.
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 from PIL import Image
 
 from varedit_engines import OnStep
-from varedit_export.evaluation.case import Case, Edited, Edits, Metric, Values
+from varedit_export.evaluation.case import Case, Edited, Edits, Metric, Values, Wanted
 from varedit_export.evaluation.journal import Journal
 from varedit_runtime.bundle import file_digest
 from varedit_runtime.decoding.to_rgb import on_white
@@ -173,43 +173,30 @@ def make_edits(
     """Make the edits that a run lacks.
 
     cases: by their places in the benchmark; what a case follows stands before it. seed: the case at
-    place i has seed + i. on_step: called before every step and at the end, with the number of edits
-    that are done.
+    place i has seed + i. on_step: called at the start and after every edit, with the number of
+    edits that are done.
     """
-    missing = [place for place, case in cases.items() if not run.stands(case.id)]
+    missing = {place: case for place, case in cases.items() if not run.stands(case.id)}
     while missing:
         on_step("editing", len(cases) - len(missing), len(cases))
-        places = _next(cases, missing, edits.at_once)
-        chosen, seeds = [cases[place] for place in places], [seed + place for place in places]
-        results = _results(run, edits, chosen, seeds)
-        for place, case, own, result in zip(places, chosen, seeds, results, strict=True):
-            run.add_edit(place, case.id, own, result)
-        missing = missing[len(places) :]
+        ids = {case.id for case in missing.values()}
+        turn = {place: case for place, case in missing.items() if case.after not in ids}
+        with closing(edits.edit(_wanted(run, turn, seed))) as made:
+            for one, result in made:
+                run.add_edit(one.place, missing.pop(one.place).id, one.seed, result)
+                on_step("editing", len(cases) - len(missing), len(cases))
+        for place in turn.keys() & missing.keys():
+            failed = "the edit before it failed"
+            run.add_edit(place, missing.pop(place).id, seed + place, failed)
     on_step("editing", len(cases), len(cases))
 
 
-def _next(cases: Mapping[int, Case], missing: Sequence[int], count: int) -> Sequence[int]:
-    """Return the places of the next edits to make at once: up to one that follows another."""
-    ids = set[str]()
-    for number, place in enumerate(missing[:count]):
-        if cases[place].after in ids:
-            return missing[:number]
-        ids.add(cases[place].id)
-    return missing[:count]
-
-
-def _results(
-    run: Run, edits: Edits, cases: Sequence[Case], seeds: Sequence[int]
-) -> list[Image.Image | str]:
-    """Return each case's result, or why it has none."""
-    sources = [source_of(run, case) for case in cases]
-    wanted = [
-        (source, case, seed)
-        for source, case, seed in zip(sources, cases, seeds, strict=True)
-        if source is not None
-    ]
-    made = iter(edits.edit(*zip(*wanted, strict=True)) if wanted else ())
-    return ["the edit before it failed" if source is None else next(made) for source in sources]
+def _wanted(run: Run, cases: Mapping[int, Case], seed: int) -> Iterator[Wanted]:
+    """Yield the edits to make for cases that have a source."""
+    for place, case in cases.items():
+        source = source_of(run, case)
+        if source is not None:
+            yield Wanted(place, source, case.instruction, seed + place)
 
 
 def source_of(run: Run, case: Case) -> Image.Image | None:

@@ -16,13 +16,11 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import ray
 from PIL import Image
 from ray.data import ActorPoolStrategy, DataContext, from_items
 from ray.util.annotations import RayDeprecationWarning
 
 from varedit_runtime.backends import ChosenBackend
-from varedit_runtime.backends.onnxruntime.memory import host_budget
 from varedit_runtime.commands.job import Job, KnownJob, OpenJob
 from varedit_runtime.commands.orders import Order, Orders
 from varedit_runtime.commands.record import Record
@@ -33,7 +31,7 @@ from varedit_runtime.editing.results import EditResult
 from varedit_runtime.errors import BackendError, BundleError, EditWarning, VareditError
 from varedit_runtime.locate import Found
 from varedit_runtime.pictures import FileContent, encode_picture
-from varedit_runtime.terminal.ray_cluster import resources
+from varedit_runtime.terminal.ray_cluster import most_editors, resources
 
 _MOST_BLOCKS = 1000  # that the orders are divided into
 _RETRIES = 3  # of a batch whose process dies; then it is taken to be the reason
@@ -117,6 +115,7 @@ def _outcomes(
     context.max_errored_blocks, context.enable_progress_bars = -1, False
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     batch, given = known.variant.batch, resources(known.job.backend)
+    most = most_editors(known.bundle, known.variant, given, spare=1)  # for those that read
     threads = int(given["num_cpus"])
     job = replace(known.job, backend=known.job.backend.with_threads(threads))
     items = [{"place": place, "told": pickle.dumps(order)} for place, order in orders.items()]
@@ -134,9 +133,7 @@ def _outcomes(
             fn_constructor_args=(job, known.found, known.bundle.digest),
             batch_size=batch,
             batch_format="pandas",
-            compute=ActorPoolStrategy(
-                min_size=1, max_size=_most(known, given), max_tasks_in_flight_per_actor=2
-            ),
+            compute=ActorPoolStrategy(min_size=1, max_size=most, max_tasks_in_flight_per_actor=2),
             num_cpus=given["num_cpus"],
             num_gpus=given["num_gpus"],
             max_restarts=-1,
@@ -144,17 +141,6 @@ def _outcomes(
         )
     for row in rows.iter_rows():
         yield row["place"], pickle.loads(row["told"])
-
-
-def _most(known: KnownJob, given: Mapping[str, float]) -> int:
-    """Return how many processes that edit the cluster has room for, beside one that reads."""
-    there = ray.cluster_resources()
-    if given["num_gpus"]:
-        return max(1, int(there.get("GPU", 1)))
-    if there["CPU"] < given["num_cpus"] + _READING:
-        raise BackendError(f"the cluster has {there['CPU']:g} cores, too few to read and edit")
-    by_memory = there["memory"] // host_budget(known.bundle, known.variant).total
-    return max(1, min(int((there["CPU"] - 1) // given["num_cpus"]), int(by_memory)))
 
 
 def _reading(order: Order, common: Mapping[str, Any], keys: frozenset[str]) -> _Outcome:

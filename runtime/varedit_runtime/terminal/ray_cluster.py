@@ -3,15 +3,20 @@
 import os
 import secrets
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from varedit_runtime.backends import ChosenBackend
 from varedit_runtime.backends.auto import AutoBackend
 from varedit_runtime.backends.machine import cores
+from varedit_runtime.backends.onnxruntime.memory import host_budget
 from varedit_runtime.errors import BackendError, needs_extra, reason, shown
+
+if TYPE_CHECKING:
+    from varedit_runtime.bundle import Bundle
+    from varedit_runtime.manifest import Variant
 
 STORE_BYTES = 500_000_000  # of objects that pass between processes of a cluster of our own
 
@@ -68,3 +73,26 @@ def resources(backend: ChosenBackend | AutoBackend) -> dict[str, float]:
 def threads_of(backend: ChosenBackend | AutoBackend) -> int:
     """Return how many threads of the CPU a process that edits has on Ray."""
     return 1 if isinstance(backend, AutoBackend) else vars(backend.options).get("threads") or 1
+
+
+def most_editors(
+    bundle: "Bundle", variant: "Variant", given: Mapping[str, float], spare: float = 0
+) -> int:
+    """Return how many processes that edit the cluster has room for.
+
+    given: to each, as `resources` says. spare: cores that others need. Raises BackendError if there
+    is room for none: Ray would wait for a machine without end.
+    """
+    import ray
+
+    there = ray.cluster_resources()
+    for what, needed in (("CPU", given["num_cpus"] + spare), ("GPU", given["num_gpus"])):
+        if needed > there.get(what, 0):
+            raise BackendError(
+                f"the Ray cluster has {there.get(what, 0):g} {what}, and editing takes {needed:g}: "
+                "choose another --backend, or fewer --threads"
+            )
+    if given["num_gpus"]:
+        return int(there["GPU"])
+    by_memory = there["memory"] // host_budget(bundle, variant).total
+    return max(1, min(int((there["CPU"] - spare) // given["num_cpus"]), int(by_memory)))

@@ -1,0 +1,91 @@
+"""Make the edits of an evaluation on a Ray cluster.
+
+Processes of the cluster edit. This one alone reads the data set and writes the run, so that a run
+is the same whatever made its edits, and continues in either way.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import ray
+from PIL import Image
+from ray.exceptions import RayError
+
+from varedit_export.evaluation.bundle_edits import BundleEdits, Opening
+from varedit_export.evaluation.case import Made, Wanted, batches
+from varedit_runtime.editing.editor import Editor
+from varedit_runtime.errors import BackendError, VareditError
+from varedit_runtime.terminal.ray_cluster import most_editors, resources
+
+_RETRIES = 3  # of a batch whose process dies; then it is taken to be the reason
+
+
+class RayEdits:
+    """Edits of a bundle, made on the cluster that this process has joined."""
+
+    def __init__(self, edits: BundleEdits) -> None:
+        self.name, self.identity, self._edits = edits.name, edits.identity, edits
+
+    def edit(self, wanted: Iterable[Wanted]) -> Made:
+        """Make edits; see `Edits`. Raises BackendError if the cluster has no room for one."""
+        edits, given = self._edits, resources(self._edits.opening.backend)
+        count = most_editors(edits.bundle, edits.variant, given)
+        backend = edits.opening.backend.with_threads(int(given["num_cpus"]))
+        kind: Any = ray.remote(
+            num_cpus=given["num_cpus"],
+            num_gpus=given["num_gpus"],
+            max_restarts=-1,
+            max_task_retries=_RETRIES,
+        )(_Editing)
+        opening = replace(edits.opening, backend=backend)
+        actors = [kind.remote(opening) for _ in range(count)]
+        try:
+            yield from _spread(actors, batches(wanted, edits.variant.batch))
+        finally:
+            for actor in actors:
+                ray.kill(actor)
+
+
+def _spread(actors: Sequence[Any], waiting: Iterator[list[Wanted]]) -> Made:
+    """Give each process a batch whenever it has none, and yield what they made.
+
+    A process that the cluster has no room for yet, or that has not opened the bundle, has none.
+    """
+    busy: dict[Any, tuple[Any, list[Wanted]]] = {a.edit.remote([]): (a, []) for a in actors}
+    while busy:
+        (done, *_), _ = ray.wait([*busy], num_returns=1)
+        actor, batch = busy.pop(done)
+        try:
+            outcome = ray.get(done)
+        except RayError as error:
+            raise BackendError(
+                f"a process that edits died {_RETRIES + 1} times: its machine may lack memory"
+            ) from error
+        if isinstance(outcome, VareditError):
+            raise outcome
+        more = next(waiting, None)
+        if more is not None:
+            busy[actor.edit.remote(more)] = actor, more
+        yield from zip(batch, outcome, strict=True)
+        if more is None and not any(batch for _, batch in busy.values()):
+            return
+
+
+class _Editing:
+    """A process that edits batches, with an editor of its own."""
+
+    def __init__(self, opening: Opening) -> None:
+        self._opening = opening
+
+    @cached_property
+    def _editor(self) -> Editor:
+        return self._opening.editor()
+
+    def edit(self, batch: list[Wanted]) -> list[Image.Image | str] | VareditError:
+        """Return the results of a batch; none of an empty one, for which the bundle is opened."""
+        try:
+            return self._opening.results(self._editor, batch)
+        except VareditError as error:
+            return error
