@@ -16,4 +16,4 @@ class JudgeError(VareditError):
 
 
 class DatasetError(VareditError):
-    """A benchmark's data that is missing, damaged, or not in its published format."""
+    """Data to evaluate or train on that is missing, damaged, or not in its published format."""

@@ -9,7 +9,7 @@ import msgspec
 
 from varedit_export.errors import DatasetError
 from varedit_export.evaluation.rows import LARGEST, Kind, row_errors
-from varedit_runtime.errors import needs_extra, readable_size
+from varedit_runtime.errors import needs_extra, readable_size, shown
 
 LARGEST_GROUP = 2**31  # bytes of a group of rows, which is read as a whole
 
@@ -37,29 +37,30 @@ class Table:
             except pa.ArrowInvalid:
                 return pa.ipc.open_file(source).read_all().combine_chunks()
 
-    def rows(self, kind: type[Kind]) -> list[Kind]:
+    def rows(self, kind: type[Kind], nested: bool = False) -> list[Kind]:
         """Return all rows without their pictures: structs whose fields are columns.
 
-        Raises DatasetError if a column is missing or of another type.
+        nested: whether columns may hold lists and structs. Raises DatasetError if a column is
+        missing or of another type.
         """
         assert issubclass(kind, msgspec.Struct)
         names = [field.encode_name for field in msgspec.structs.fields(kind)]
         with row_errors(str(self.path)):
-            if missing := set(names) - set(self._names()):
+            if missing := set(names) - set(self.names):
                 raise DatasetError(f"there is no column {', '.join(sorted(missing))}")
-            found = self._read_rows(names)
+            found = self._read_rows(names, nested)
         return [self._row(place, row, kind) for place, row in enumerate(found)]
 
-    def _read_rows(self, names: Sequence[str]) -> list[dict[str, Any]]:
+    def _read_rows(self, names: Sequence[str], nested: bool) -> list[dict[str, Any]]:
         """Return the rows of plain columns: what is repeated is short in a file, and long here."""
         for field in self._file.schema_arrow if self._parquet else self._file.schema:
-            if field.name in names and field.type.num_fields:
+            if field.name in names and field.type.num_fields and not nested:
                 raise DatasetError(f"the column {field.name} holds no plain values")
         size, found = 0, list[dict[str, Any]]()
         for piece in self._pieces(names):
             piece.validate(full=True)
             for row in piece.to_pylist():
-                size += _ROW + sum(len(value) for value in row.values() if isinstance(value, str))
+                size += _size(row)
                 found.append(row)
             if size > LARGEST:
                 raise DatasetError(f"its texts have over {readable_size(LARGEST)}")
@@ -79,17 +80,21 @@ class Table:
         """Return what a row is called in errors."""
         return f"{self.path.name}, row {place}"
 
+    @property
+    def names(self) -> Sequence[str]:
+        """The names of all columns. Raises DatasetError."""
+        with row_errors(str(self.path)):
+            return self._file.schema_arrow.names if self._parquet else self._file.column_names
+
     def has(self, column: str) -> bool:
         """Return whether there is a column. Raises DatasetError."""
-        with row_errors(str(self.path)):
-            return column in self._names()
+        return column in self.names
 
     def picture(self, column: str, place: int) -> Callable[[], bytes]:
         """Return what reads a row's picture. It raises DatasetError if there is none."""
 
         def read() -> bytes:
-            group, offset = self._place(place)
-            found = self._column(group, column)[offset].as_py()
+            found = self._cell(column, place)
             content = found.get("bytes") if isinstance(found, dict) else found
             if not isinstance(content, bytes):
                 raise DatasetError(f"{column} has no picture")
@@ -97,12 +102,15 @@ class Table:
 
         return read
 
+    def empty(self, column: str, place: int) -> bool:
+        """Return whether a row has no picture in a column. Raises DatasetError."""
+        with row_errors(self.name(place)):
+            found = self._cell(column, place)
+            return (found.get("bytes") if isinstance(found, dict) else found) is None
+
     @property
     def _parquet(self) -> bool:
         return self.path.suffix == ".parquet"
-
-    def _names(self) -> Sequence[str]:
-        return self._file.schema_arrow.names if self._parquet else self._file.column_names
 
     def _place(self, place: int) -> tuple[int, int]:
         """Return the group of rows that has a row, and its place there."""
@@ -114,6 +122,12 @@ class Table:
                 return group, place
             place -= count
         raise DatasetError("the file has fewer rows than it says")
+
+    def _cell(self, column: str, place: int) -> Any:
+        if column not in self.names:
+            raise DatasetError(f"there is no column {shown(column)}")
+        group, offset = self._place(place)
+        return self._column(group, column)[offset].as_py()
 
     def _column(self, group: int, column: str) -> Any:
         """Return a column of a group of rows."""
@@ -132,6 +146,15 @@ class Table:
         if size > LARGEST_GROUP:
             raise DatasetError(f"a group of rows has {readable_size(size)}: write smaller ones")
         return self._file.read_row_group(group, [column])[column]
+
+
+def _size(value: Any) -> int:
+    """Return about how many bytes a value of a row takes."""
+    if isinstance(value, dict):
+        return _ROW + sum(map(_size, value.values()))
+    if isinstance(value, list):
+        return sum(map(_size, value))
+    return len(value) if isinstance(value, str) else 8
 
 
 def tables(folder: Path, patterns: Sequence[str]) -> list[Table]:

@@ -6,7 +6,8 @@ One's own:
 
 source, target and instruction are needed. A mask is white, or transparent, where the edit may
 change the picture; weight is the pair's share of the loss, 1 by default. `varedit-export filter`
-adds whether a pair was kept and why: one that was not is passed over.
+adds whether a pair was kept and why: one that was not is passed over. `data` is the place on the
+hub that a row's files are at; such rows are its, too.
 
 SEED-Data-Edit (arXiv 2405.04007; huggingface.co/datasets/AILab-CVC/SEED-Data-Edit-Part2-3, loader
 in AILab-CVC/SEED-X, src/data/sft_clm.py): annotations/*.jsonl with source_image, target_image and
@@ -15,25 +16,24 @@ Pictures lie in images/ beside annotations/, unpacked as its card says.
 """
 
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
-from msgspec import Meta
 
 from varedit_export.errors import DatasetError
 from varedit_export.evaluation.rows import as_row, row_errors
-from varedit_export.pairs.pair import MASK, SOURCE, TARGET, Pair, Root
-from varedit_export.pairs.stored import check_name, locate
-from varedit_runtime.errors import readable_size
-from varedit_runtime.files import HeldFile
+from varedit_export.pairs.names import MASK, SOURCE, TARGET
+from varedit_export.pairs.pair import Pair, Weight, check_instruction
+from varedit_export.pairs.stored import Root, check_name, read_part, regular
+from varedit_export.weights.hub import SCHEME
+from varedit_runtime.errors import readable_size, shown
 
 LARGEST_LINE = 2**20  # bytes
+MOST_PLACES = 100  # on the hub that a list names
 TURNS, EDIT, INSTRUCTION = 6, "edit_image_", "instruction_"
-
-Weight = Annotated[float, Meta(gt=0, le=1000)]
 
 
 class _Own(msgspec.Struct, forbid_unknown_fields=True):
@@ -44,6 +44,7 @@ class _Own(msgspec.Struct, forbid_unknown_fields=True):
     weight: Weight = 1.0
     kept: bool = True
     why: str | None = None
+    data: str | None = None
 
 
 class _Seed(msgspec.Struct):
@@ -60,26 +61,29 @@ class _Edit:
     files: Mapping[str, str]
     instruction: str
     weight: float = 1.0
+    data: str | None = None
 
 
 class PairList(Sequence[Pair]):
     """A file of JSON lines, of which the places of the pairs are kept in memory."""
 
-    def __init__(self, path: Path, root: Root, folders: Sequence[str] = ("",)) -> None:
+    def __init__(
+        self, path: Path, root: Root, folders: Sequence[str], remote: Callable[[str], Root]
+    ) -> None:
         """Check all lines; pictures are looked for when a pair is asked for.
 
-        folders: of the root, in which files are looked for in turn. Raises DatasetError, which
-        names the line.
+        folders: of the root, in which files are looked for in turn. remote: brings the data of a
+        place on the hub. Raises DatasetError, which names the line.
         """
-        self._name, self._root, self._folders = path, root, folders
+        regular(path)
+        self._path, self._folders = path, folders
+        self._roots: dict[str | None, Root] = {None: root}  # by the rows' `data`
         self._places = array("q")  # of each pair: its line's number, offset and size, and its turn
-        if not path.is_file():  # a pipe could be waited for without end
-            raise DatasetError(f"there is no file {path}")
-        with row_errors(str(path)):
-            self._file = HeldFile(path)
         for number, offset, line in _lines(path):
             for turn, edit in enumerate(self._edits(number, line)):
                 _check(edit)
+                if edit.data not in self._roots:
+                    self._roots[edit.data] = _remote(edit, remote, len(self._roots))
                 self._places.extend((number, offset, len(line), turn))
 
     def __len__(self) -> int:
@@ -87,12 +91,13 @@ class PairList(Sequence[Pair]):
 
     def __getitem__(self, place: int) -> Pair:  # pyright: ignore[reportIncompatibleMethodOverride]
         number, offset, size, turn = self._places[4 * place : 4 * place + 4]
-        edit = self._edits(number, self._file.read(size, offset))[turn]
-        files = {k: locate(edit.row, self._root, n, self._folders) for k, n in edit.files.items()}
-        return Pair(edit.row, edit.instruction, files, self._root, edit.weight)
+        edit = self._edits(number, read_part(self._path, offset, size))[turn]
+        root = self._roots[edit.data]
+        files = {k: root.locate(edit.row, name, self._folders) for k, name in edit.files.items()}
+        return Pair(edit.row, edit.instruction, files, root, edit.weight)
 
     def _edits(self, number: int, line: bytes) -> list[_Edit]:
-        row = f"{self._name}, line {number}"
+        row = f"{self._path}, line {number}"
         found = as_row(row, line, dict[str, Any])
         if f"{EDIT}1" in found:
             return _turns(row, found)
@@ -105,7 +110,7 @@ class PairList(Sequence[Pair]):
             own = msgspec.convert(found, _Own)
         files = {SOURCE: own.source, TARGET: own.target}
         files |= {} if own.mask is None else {MASK: own.mask}
-        return [_Edit(row, files, own.instruction, own.weight)] if own.kept else []
+        return [_Edit(row, files, own.instruction, own.weight, own.data)] if own.kept else []
 
 
 def _turns(row: str, found: Mapping[str, Any]) -> list[_Edit]:
@@ -124,10 +129,18 @@ def _turns(row: str, found: Mapping[str, Any]) -> list[_Edit]:
 
 
 def _check(edit: _Edit) -> None:
-    if not edit.instruction.strip():
-        raise DatasetError(f"{edit.row}: the instruction is empty")
+    check_instruction(edit.row, edit.instruction)
     for name in edit.files.values():
         check_name(edit.row, name)
+
+
+def _remote(edit: _Edit, remote: Callable[[str], Root], count: int) -> Root:
+    """Bring the data of the place on the hub that a row names."""
+    if not (edit.data or "").startswith(SCHEME):
+        raise DatasetError(f"{edit.row}: data is {shown(edit.data)}: give hf://datasets/...")
+    if count > MOST_PLACES:
+        raise DatasetError(f"{edit.row}: there are over {MOST_PLACES} places on the hub")
+    return remote(edit.data or "")
 
 
 def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:

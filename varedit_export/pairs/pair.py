@@ -3,44 +3,22 @@
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
-from typing import Any, overload
+from typing import Annotated, Any, overload
 
 import numpy as np
+from msgspec import Meta
 from PIL import Image
 
 from varedit_export.errors import DatasetError
 from varedit_export.evaluation.rows import row_errors
-from varedit_runtime.pictures import Source, open_mask, open_picture
+from varedit_export.pairs.names import MASK, SOURCE, TARGET
+from varedit_export.pairs.stored import Root, Stored
+from varedit_runtime.pictures import open_mask, open_picture
 
-SOURCE, TARGET, MASK = "source", "target", "mask"
-
-
-@dataclass(frozen=True)
-class Root:
-    """The folder of a data set, which its names do not leave.
-
-    place: its address on the hub, with the commit; "" for a folder of this machine.
-    """
-
-    folder: Path
-    place: str = ""
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A picture's file, wherever it is.
-
-    name: its path in the data set's folder, in which a tar or Parquet file counts as a folder.
-    identity: changes when the content does. read: returns its path or bytes; raises DatasetError.
-    """
-
-    name: str
-    identity: str
-    read: Callable[[], Source]
+Weight = Annotated[float, Meta(gt=0, le=1000)]
 
 
 @dataclass(frozen=True)
@@ -84,6 +62,12 @@ class Pair:
     def _picture(self, name: str) -> Image.Image:
         with row_errors(self.id):
             return open_picture(self.files[name].read())
+
+
+def check_instruction(row: str, instruction: str) -> None:
+    """Raise DatasetError, which names the row, on a blank instruction."""
+    if not instruction.strip():
+        raise DatasetError(f"{row}: the instruction is empty")
 
 
 class Pairs(Sequence[Pair]):
