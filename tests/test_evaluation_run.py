@@ -11,7 +11,8 @@ import pytest
 from click.testing import CliRunner
 from disks import file_size_limit
 from evaluating import Shifted, evaluated, own_data, write_lines
-from killing import FORKS, killed_at
+from judging import Answer, serving
+from killing import FORKS, killed_at, uses
 
 from varedit_export.cli import main
 from varedit_export.evaluation.case import Edited, Values
@@ -34,22 +35,36 @@ def contents(run: Path) -> list[bytes]:
     return [(run / name).read_bytes() for name in REPORTS]
 
 
+def judged(prompt: str, number: int) -> Answer:
+    """Answer by what is asked, and only now and then: one edit's answers cannot be read."""
+    if number % 5 == 0:
+        return 503, {"retry-after-ms": "1"}
+    if "change 2" in prompt:
+        return "It is fine."
+    return f'{{"success": {next(n for n in range(4) if f"change {n}" in prompt)}, "overedit": 7}}'
+
+
 @FORKS
 def test_a_run_that_is_killed_continues_to_the_same_report(
     data: Path, tmp_path: Path, no_flushing: None
 ) -> None:
-    evaluated(data, tmp_path / "whole")
-    whole = contents(tmp_path / "whole")
-    uses = next(
-        step
-        for step in range(64, 4096, 64)
-        if not killed_at(step, partial(evaluated, data, tmp_path / f"counted-{step}"))
-    )
-    for number in range(10):
-        run = tmp_path / f"killed-{number}"
-        assert killed_at(number * (uses - 64) // 10, partial(evaluated, data, run))
-        evaluated(data, run)
-        assert contents(run) == whole
+    """Also with a judge: what it answered is not asked again, and its totals are the same."""
+    with serving(judged) as server:
+
+        def judged_run(run: Path) -> None:
+            judge = {"judge": server.url, "judge_model": "m", "judge_price": (1.0, 2.0)}
+            evaluated(data, run, **judge, judge_repeat=2)
+
+        judged_run(tmp_path / "whole")
+        whole = contents(tmp_path / "whole")
+        count = uses(partial(judged_run, tmp_path / "counted"))
+        for number in range(10):
+            run = tmp_path / f"killed-{number}"
+            assert killed_at(number * (count - 16) // 9, partial(judged_run, run))
+            judged_run(run)
+            assert contents(run) == whole
+    (used,) = json.loads(whole[0])["judges"]
+    assert (used["answers"], used["unread"], used["repeated"], used["agreed"]) == (6, 6, 3, 3)
 
 
 def test_a_finished_run_makes_nothing_again(data: Path, tmp_path: Path) -> None:

@@ -9,16 +9,14 @@ import json
 import math
 import os
 import signal
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
 from evaluating import Shifted, own_data
+from judging import GOOD, Answer, Late, Never, Server, serving
 from PIL import Image
 
 from varedit_export.errors import JudgeError
@@ -32,104 +30,7 @@ from varedit_export.evaluation.judge.replies import read_reply
 from varedit_export.options import EvaluateOptions
 from varedit_runtime.errors import ConfigError
 
-GOOD = 'All was done. {"success": 8, "overedit": 6}'
-HOW_LATE = 0.5
 ASKED = {"messages": [{"content": [{"text": "score it"}]}]}
-
-
-class Late(str):
-    """An answer that comes too late."""
-
-
-class Never(Late):
-    """An answer that comes when the test has ended."""
-
-
-# A text, a body, a status, or a status and headers, with a body or without.
-Answer = str | bytes | int | tuple[int, dict[str, str]] | tuple[int, dict[str, str], bytes]
-
-
-class Server(ThreadingHTTPServer):
-    """Answers a request with what `answer` returns for its prompt and its number."""
-
-    daemon_threads = True
-
-    def __init__(self, answer: Callable[[str, int], Answer]) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.answer, self.asked, self.lock = answer, list[dict[str, Any]](), threading.Lock()
-        self.at_once = self.most_at_once = 0
-        self.stopped = threading.Event()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server  # pyright: ignore[reportIncompatibleVariableOverride]
-
-    def do_POST(self) -> None:
-        server = self.server
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with server.lock:
-            number = len(server.asked)
-            server.asked.append(body | {"key": self.headers["Authorization"], "path": self.path})
-            server.at_once += 1
-            server.most_at_once = max(server.most_at_once, server.at_once)
-        prompt, *_ = body["messages"][0]["content"]
-        answer = server.answer(prompt["text"], number)
-        if isinstance(answer, Late):
-            server.stopped.wait(HOW_LATE * (10 if isinstance(answer, Never) else 1))
-        with server.lock:
-            server.at_once -= 1
-        self._send(answer)
-
-    def _send(self, answer: Answer) -> None:
-        status, headers, content = 200, dict[str, str](), b'{"error": {"message": "no"}}'
-        if isinstance(answer, str):
-            message = {"role": "assistant", "content": str(answer)}
-            content = json.dumps(
-                {
-                    "id": "1",
-                    "object": "chat.completion",
-                    "created": 1,
-                    "model": "m",
-                    "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
-                    "usage": {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110},
-                }
-            ).encode()
-        elif isinstance(answer, bytes):
-            content = answer
-        elif isinstance(answer, int):
-            status = answer
-        else:
-            status, headers, *bodies = answer
-            content = bodies[0] if bodies else content
-        try:
-            self.send_response(status)
-            for name, value in {**headers, "Content-Type": "application/json"}.items():
-                self.send_header(name, value)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-        except OSError:
-            pass  # the client has given up
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Keep the test's output clean."""
-
-
-@contextmanager
-def serving(answer: Callable[[str, int], Answer]) -> Iterator[Server]:
-    with Server(answer) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.stopped.set()
-            server.shutdown()
-            thread.join()
 
 
 def edit(number: int = 0, instruction: str = "add a hat") -> Edited:
@@ -138,8 +39,18 @@ def edit(number: int = 0, instruction: str = "add a hat") -> Edited:
     return Edited(case, source, result)
 
 
-def judge(server: Server, folder: Path, timeout: float = 10, **options: Any) -> Judge:
-    endpoint = Endpoint(server.url, "m", timeout=timeout, retries=2)
+def ignored(_: str) -> None:
+    """Show nothing."""
+
+
+def judge(
+    server: Server,
+    folder: Path,
+    timeout: float = 10,
+    notice: Callable[[str], None] = ignored,
+    **options: Any,
+) -> Judge:
+    endpoint = Endpoint(server.url, "m", notice, timeout=timeout, retries=2)
     folder.mkdir(exist_ok=True)
     return Judge(endpoint, JudgeOptions(**options), folder)
 
@@ -209,8 +120,9 @@ def test_it_is_shown_source_and_result_and_its_key_is_nowhere(
     assert source["image_url"]["url"].startswith("data:image/png;base64,")
     assert source != result
     assert asked["key"] == "Bearer secret-key"
-    assert b"secret" not in (tmp_path / "run" / ANSWERS).read_bytes() + one.usage().encode()
-    assert one.usage((2.0, 30.0)) == "the judge gave 1 answers; 100 tokens in, 10 out; cost 0.00"
+    used = str(one.use((), (2000.0, 30000.0)))
+    assert used == "judge m, paper: 1 answers; 100 tokens in, 10 out; cost 0.50"
+    assert b"secret" not in (tmp_path / "run" / ANSWERS).read_bytes() + used.encode()
 
 
 def test_two_questions_are_two_requests_and_quality_sees_the_result_alone(tmp_path: Path) -> None:
@@ -244,8 +156,13 @@ def test_what_was_answered_is_not_asked_again(tmp_path: Path) -> None:
 def test_busy_broken_and_late_servers_are_asked_again(tmp_path: Path) -> None:
     answers: list[Answer] = [(429, {"retry-after-ms": "1"}), (500, {"retry-after-ms": "1"}), GOOD]
     with serving(lambda _, number: answers[number]) as server:
-        (scores,) = judge(server, tmp_path / "busy").measure([edit()])
+        told = list[str]()
+        one = judge(server, tmp_path / "busy", notice=told.append)
+        (scores,) = one.measure([edit()])
     assert scores["judge_success"] == 8 and len(server.asked) == 3
+    host = server.url.split("/")[2]
+    again = f"the judge at {host} is busy or does not answer: asking again"
+    assert told == [f"{again}, 1 of 2", f"{again}, 2 of 2"]
     with serving(lambda _, number: GOOD if number else Late(GOOD)) as server:
         (scores,) = judge(server, tmp_path / "late", timeout=0.3).measure([edit()])
     assert scores["judge_success"] == 8 and len(server.asked) == 2
@@ -261,11 +178,15 @@ def test_what_cannot_be_read_is_missing_and_never_zero(tmp_path: Path) -> None:
         one = judge(server, tmp_path, at_once=1)
         texts = "well", "odd", "refused"
         good, odd, refused = one.measure([edit(instruction=text) for text in texts])
-    assert good["judge_success"] == 8  # at the second time
-    assert set(odd.values()) == set(refused.values()) == {None}
-    assert len(server.asked) == 2 + 3 + 1
-    assert one.usage() == (
-        "the judge gave 1 answers, 4 that could not be read, and refused 1; 500 tokens in, 50 out"
+        assert good["judge_success"] == 8  # at the second time
+        assert set(odd.values()) == set(refused.values()) == {None}
+        assert len(server.asked) == 2 + 3 + 1
+        again = judge(server, tmp_path)
+        assert again.measure([edit(instruction=text) for text in texts]) == [good, odd, refused]
+    assert len(server.asked) == 6 and again.use(()) == one.use(())
+    assert str(one.use(())) == (
+        "judge m, paper: 1 answers, 4 that could not be read, 1 requests refused; "
+        "500 tokens in, 50 out"
     )
 
 
@@ -442,7 +363,10 @@ def test_a_run_is_judged_and_continued(tmp_path: Path) -> None:
         again = evaluate(Shifted(), options(server, judge_price=(1e3, 0)))
         assert len(server.asked) == 5 and again == report
     assert report.groups["odd"].means["judge_balance"].mean == pytest.approx(balance(8, 6))
-    assert [*report.used] == ["the judge gave 4 answers; 400 tokens in, 40 out; cost 0.40"]
+    told = "judge m, paper: 4 answers; 400 tokens in, 40 out; cost 0.40"
+    assert str(*report.judges) == told and told in (run / "report.html").read_text("utf-8")
+    (used,) = json.loads((run / "report.json").read_bytes())["judges"]
+    assert used["tokens_in"] == 400 and used["tokens_out"] == 40 and used["cost"] == 0.4
 
 
 def test_two_protocols_have_totals_of_their_own_also_in_a_run_that_continues(
@@ -460,7 +384,8 @@ def test_two_protocols_have_totals_of_their_own_also_in_a_run_that_continues(
             judge_model="m",
         )
         report = evaluate(Shifted(), options)
-        assert [*report.used] == ["the judge gave 4 answers; 400 tokens in, 40 out"] * 2
+        told = ["judge m, paper: 4 answers", "judge m, imgedit: 4 answers"]
+        assert [str(one).split(";")[0] for one in report.judges] == told
         assert evaluate(Shifted(), options) == report
 
 

@@ -200,8 +200,8 @@ def show(report: "Report", folder: Path) -> None:
     click.echo(table(report))
     for line in verdicts(report):
         click.echo(line)
-    for line in report.used:
-        say(line)
+    for judge in report.judges:
+        say(str(judge))
     failed = [row for row in report.edits if row.failed is not None]
     if failed:
         say(f"{len(failed)} edits could not be made, such as {failed[0].id}: {failed[0].failed}")

@@ -49,7 +49,7 @@ def evaluate(
     cases = spread(everything, options.limit)
     digest = _digest(everything)
     told = {"benchmark": options.benchmark, "cases": digest, "seed": options.seed}
-    judges = _judges(options, families)
+    judges = _judges(options, families, notice)
     metrics = {**metrics, **judges}
     opened = {n: metrics.get(n) or one.open(folders.get(n)) for n, one in families.items()}
     if isinstance(other, Run):
@@ -72,8 +72,8 @@ def evaluate(
                 subject = replace(subject, against=other.name, other=against)
         scores = _scores(families)
         report = summarise(chosen.title, subject, list(cases.values()), scores, list(families))
-        used = [judge.usage(options.judge_price) for judge in judges.values()]
-        report = replace(report, used=used, failures=failures(report, gates))
+        used = [judge.use(report.edits, options.judge_price) for judge in judges.values()]
+        report = replace(report, judges=used, failures=failures(report, gates))
         write(report, folder)
         write_page(report, run, list(cases.values()))
     return report
@@ -181,7 +181,9 @@ def _families(
     return found
 
 
-def _judges(options: EvaluateOptions, families: Mapping[str, Family]) -> dict[str, Judge]:
+def _judges(
+    options: EvaluateOptions, families: Mapping[str, Family], notice: Callable[[str], None]
+) -> dict[str, Judge]:
     """Open the judge for each of its families, if it is named. Raises ConfigError."""
     if options.judge is None:
         return {}
@@ -191,7 +193,7 @@ def _judges(options: EvaluateOptions, families: Mapping[str, Family]) -> dict[st
         raise ConfigError(f"--judge-repeat and --judge-at-once are 1 to {MOST}")
     if not all(0 <= price < inf for price in options.judge_price or ()):
         raise ConfigError("--judge-price: give two prices, 0 or more")
-    endpoint = Endpoint(options.judge, options.judge_model)
+    endpoint = Endpoint(options.judge, options.judge_model, notice)
     folder, prompts = Path(options.output), options.judge_prompts
     return {
         name: Judge(

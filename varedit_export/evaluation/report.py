@@ -41,13 +41,47 @@ class Row:
 
 
 @dataclass(frozen=True)
+class JudgeUse:
+    """What a judge was asked by a protocol, and what it used.
+
+    answers: that could be read. unread: that could not. refused: requests that the server refused.
+    cost: in the currency of the prices; None without them. repeated: edits that were judged several
+    times. agreed: those of them that got the same score each time.
+    """
+
+    model: str
+    protocol: str
+    answers: int
+    unread: int
+    refused: int
+    tokens_in: int
+    tokens_out: int
+    cost: float | None
+    repeated: int
+    agreed: int
+
+    def __str__(self) -> str:
+        text = f"judge {self.model}, {self.protocol}: {self.answers} answers"
+        if self.unread:
+            text += f", {self.unread} that could not be read"
+        if self.refused:
+            text += f", {self.refused} requests refused"
+        text += f"; {self.tokens_in} tokens in, {self.tokens_out} out"
+        if self.cost is not None:
+            text += f"; cost {self.cost:.2f}"
+        if self.repeated:
+            text += f"; repeats agree about {self.agreed} of {self.repeated} edits"
+        return text
+
+
+@dataclass(frozen=True)
 class Report:
     """An evaluation's results, as `report.json` has them.
 
     run: what `run.json` says. scores: those that any edit has. groups: by name, the overall one
     last. published: the paper's numbers of this benchmark. against: the name of what is compared.
     comparisons: of each group by score. edits: in the benchmark's order. failures: which scores are
-    worse than they must be. used: what judges were asked, and the tokens that it took.
+    worse than they must be. judges: what they were asked and used, one for each protocol.
     """
 
     title: str
@@ -60,7 +94,7 @@ class Report:
     comparisons: Mapping[str, Mapping[str, Comparison]]
     edits: Sequence[Row]
     failures: Sequence[str] = ()
-    used: Sequence[str] = ()
+    judges: Sequence[JudgeUse] = ()
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ what a server can send.
 
 import os
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 KEY, OPENAI_KEY, OPENAI = "VAREDIT_JUDGE_KEY", "OPENAI_API_KEY", "api.openai.com"
 TIMEOUT = 180.0  # seconds that one answer may take
 RETRIES = 6
+AGAIN = "x-stainless-retry-count"  # the header in which OpenAI's client counts its retries
 # What a server says of one request alone: its pictures or its text are refused or too large.
 REFUSALS = (400, 413, 422)
 
@@ -42,10 +43,16 @@ class Endpoint:
     """
 
     def __init__(
-        self, url: str, model: str, timeout: float = TIMEOUT, retries: int = RETRIES
+        self,
+        url: str,
+        model: str,
+        notice: Callable[[str], None] = lambda line: None,
+        timeout: float = TIMEOUT,
+        retries: int = RETRIES,
     ) -> None:
         """url: the address under which /chat/completions is, such as http://127.0.0.1:8000/v1.
 
+        notice: told that a request is made again, once for all threads that do so.
         Raises ConfigError if it is none, MissingExtraError without the openai package.
         """
         self.host, host = _hosts(url)
@@ -53,7 +60,8 @@ class Endpoint:
         key = os.environ.get(KEY)
         if key is None and host == OPENAI:
             key = os.environ.get(OPENAI_KEY)
-        self._client = _client(url, key or "none", timeout, retries)
+        self._notice, self._retries, self._again = notice, retries, 0
+        self._client = _client(url, key or "none", timeout, retries, self._sending)
 
     def ask(self, text: str, pictures: Sequence[bytes]) -> Reply | None:
         """Return the reply to a text and PNG files; None if it refuses these alone.
@@ -79,8 +87,18 @@ class Endpoint:
         except (openai.OpenAIError, ValueError) as error:
             raise JudgeError(f"the judge at {self.host}: {reason(error)}") from None
         reply = _reply(answer.content, self.host)
-        self.answered = True
+        self.answered, self._again = True, 0
         return reply
+
+    def _sending(self, headers: Mapping[str, str]) -> None:
+        """Say that a request is sent again, as its headers tell."""
+        again = int(headers.get(AGAIN, 0))
+        if again > self._again:
+            self._again = again
+            self._notice(
+                f"the judge at {self.host} is busy or does not answer: "
+                f"asking again, {again} of {self._retries}"
+            )
 
 
 def _hosts(url: str) -> tuple[str, str]:
@@ -98,7 +116,13 @@ def _hosts(url: str) -> tuple[str, str]:
     return parts.netloc, parts.hostname
 
 
-def _client(url: str, key: str, timeout: float, retries: int) -> "OpenAI":
+def _client(
+    url: str,
+    key: str,
+    timeout: float,
+    retries: int,
+    sending: Callable[[Mapping[str, str]], None],
+) -> "OpenAI":
     with needs_extra("evaluate"):
         from openai import OpenAI
 
@@ -108,7 +132,7 @@ def _client(url: str, key: str, timeout: float, retries: int) -> "OpenAI":
         api_key=key,
         timeout=timeout,
         max_retries=retries,
-        http_client=client(timeout),
+        http_client=client(timeout, sending),
     )
 
 

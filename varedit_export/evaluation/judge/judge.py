@@ -7,11 +7,13 @@ nothing is asked, or paid, twice.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import combinations
+from operator import mul
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Lock, Thread
@@ -28,6 +30,7 @@ from varedit_export.evaluation.judge.protocols import (
     Question,
 )
 from varedit_export.evaluation.judge.replies import numbers, read_reply
+from varedit_export.evaluation.report import JudgeUse, Row
 from varedit_runtime.pictures import encode_picture
 
 ASKS = 3  # times that an answer is asked for before it is missing
@@ -74,6 +77,9 @@ class Judge:
         self._prompts = {q: q.text(options.prompts) for q in self._protocol.questions}
         self._journal, self._lock = Journal(folder / ANSWERS, AnswerLine), Lock()
         self._known = {line.key: line.answer for line in self._journal.lines if line.answer}
+        failed = [line for line in self._journal.lines if line.answer is None]
+        self._refused = {line.key for line in failed if line.refused}
+        self._missed = Counter(line.key for line in failed)  # answers that could not be read
         endpoint.answered |= any(
             line.answer is not None for line in self._journal.lines if line.model == endpoint.model
         )
@@ -81,25 +87,27 @@ class Judge:
         told = [endpoint.model, options.protocol, options.repeat, *self._prompts.values()]
         self.identity = _digest(told)
 
-    def usage(self, prices: tuple[float, float] | None = None) -> str:
-        """Say what was asked and used, also by the runs that this one continues.
+    def use(self, rows: Iterable[Row], prices: tuple[float, float] | None = None) -> JudgeUse:
+        """Return what was asked and used, also by the runs that this one continues.
 
-        prices: of a million tokens in and out.
+        rows: the report's edits. prices: of a million tokens in and out.
         """
         asked = self._endpoint.model, self._options.protocol
         lines = [line for line in self._journal.lines if (line.model, line.protocol) == asked]
-        told = sum(line.tokens_in for line in lines), sum(line.tokens_out for line in lines)
+        tokens = sum(line.tokens_in for line in lines), sum(line.tokens_out for line in lines)
         read = sum(line.answer is not None for line in lines)
         refused = sum(line.refused for line in lines)
-        text = f"the judge gave {read} answers"
-        if unread := len(lines) - read - refused:
-            text += f", {unread} that could not be read"
-        if refused:
-            text += f", and refused {refused}"
-        text += f"; {told[0]} tokens in, {told[1]} out"
-        if prices is not None:
-            text += f"; cost {(told[0] * prices[0] + told[1] * prices[1]) / 1e6:.2f}"
-        return text
+        apart = [row.scores.get(self._protocol.apart) for row in rows]
+        return JudgeUse(
+            *asked,
+            read,
+            len(lines) - read - refused,
+            refused,
+            *tokens,
+            None if prices is None else sum(map(mul, tokens, prices)) / 1e6,
+            sum(one is not None for one in apart),
+            apart.count(0),
+        )
 
     def measure(self, edited: Sequence[Edited]) -> Sequence[Values]:
         """Return the scores of each edit. Raises JudgeError if the judge cannot be asked."""
@@ -159,7 +167,7 @@ class Judge:
         kept = numbers(self._known.get(key, {}), question.names, question.low, question.high)
         if kept is not None:  # the file may have been edited
             return kept
-        for _ in range(ASKS):
+        while self._missed[key] < ASKS and key not in self._refused:
             reply = self._endpoint.ask(text, pictures)
             if reply is None:
                 self._keep(AnswerLine(key, None, refused=True))
@@ -176,6 +184,10 @@ class Judge:
             self._journal.append(line)
             if line.answer is not None:
                 self._known[line.key] = line.answer
+            elif line.refused:
+                self._refused.add(line.key)
+            else:
+                self._missed[line.key] += 1
 
 
 def _digest(told: Sequence[object], pictures: Sequence[bytes] = ()) -> str:

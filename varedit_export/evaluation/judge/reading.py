@@ -1,6 +1,6 @@
 """Read what a judge's server sends, none of which is trusted."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from time import monotonic
 from typing import Annotated
 
@@ -62,10 +62,13 @@ class Bounded(httpx2.SyncByteStream):
         self._stream.close()
 
 
-def client(seconds: float) -> httpx2.Client:
+def client(
+    seconds: float, sending: Callable[[Mapping[str, str]], None] = lambda headers: None
+) -> httpx2.Client:
     """Return a client that sends to the host it was told alone, and reads bounded answers.
 
-    It follows no redirects, and unpacks nothing: small packed answers may be huge.
+    It follows no redirects, and unpacks nothing: small packed answers may be huge. sending: called
+    with the headers of a request before it is sent.
     """
 
     def bound(response: httpx2.Response) -> None:
@@ -76,5 +79,8 @@ def client(seconds: float) -> httpx2.Client:
     return httpx2.Client(
         follow_redirects=False,
         headers={"Accept-Encoding": "identity"},
-        event_hooks={"response": [bound]},
+        event_hooks={
+            "request": [lambda request: sending(request.headers)],
+            "response": [bound],
+        },
     )

@@ -77,6 +77,7 @@ def _summary(report: Report) -> Iterator[str]:
         cells = "".join(f"<td>{values.get(score.name, '')}</td>" for score in report.scores)
         yield f'<tr class="paper"><td>{escape(name)}</td><td></td>{cells}</tr>'
     yield "</table></div>"
+    yield from (f"<p>{escape(str(judge))}</p>" for judge in report.judges)
     if report.published:
         yield "<p><small>Paper: VAREdit, arXiv 2508.15772, at 512 px. The judge there is GPT-4o "
         yield "or GPT-4.1: scores of another judge cannot be compared with it.</small></p>"
