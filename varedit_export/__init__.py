@@ -206,7 +206,7 @@ def evaluate(
     folder = Path(checked("bundle", bundle, AnyPath))
     _check_functions(on_step=on_step, notice=notice, accept=accept)
     with needs_extra("evaluate"):
-        from varedit_export.evaluation.bundle_edits import evaluate_bundle
+        from varedit_export.evaluation.evaluate_bundle import evaluate_bundle
 
     return evaluate_bundle(folder, options, on_step, notice, accept)
 
