@@ -2,6 +2,7 @@
 
 import asyncio
 import pickle
+import resource
 import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -108,6 +109,26 @@ def test_a_picture_that_kills_the_process_fails_alone(four: Path, editor: Editor
             outcomes = [await outcome(job) for job in jobs]
             assert sizes == [4, 1, 1, 1, 1] and child.pid != pid
             check(editor, outcomes, SEEDS.index(POISON))
+
+    asyncio.run(test())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of other processes are Linux's")
+def test_a_process_that_runs_out_of_memory_is_replaced_and_loses_nothing(
+    four: Path, editor: Editor
+) -> None:
+    async def test() -> None:
+        async with editing(four) as (queue, child, sizes):
+            pid = child.pid
+            assert pid is not None
+            _, most = resource.prlimit(pid, resource.RLIMIT_AS)
+            # It has what it has, which was enough for one picture, and gets no more.
+            resource.prlimit(pid, resource.RLIMIT_AS, (1, most))
+            jobs = submitted(editor, queue)
+            outcomes = [await outcome(job) for job in jobs]
+            assert sizes == [4, 1, 1, 1, 1] and child.pid != pid
+            for seed, image in zip(SEEDS, outcomes, strict=True):
+                assert image == editor.edit(PHOTO, "add a hat", seed=seed).image
 
     asyncio.run(test())
 

@@ -353,6 +353,18 @@ def test_results_are_counted_before_they_are_made() -> None:
     run(test())
 
 
+def test_memory_counts_what_a_result_takes_from_its_source() -> None:
+    async def test() -> None:
+        async with served(waits=True) as server:
+            edit = asyncio.create_task(server.edit(("image", png(600, "RGBA"))))
+            await until(lambda: server.child.batches)
+            assert server.application.budget.bytes > 600 * 600 * (4 + 1)  # a result, its alpha
+            server.child.gate.set()
+            assert (await edit).status == 200
+
+    run(test())
+
+
 def test_moderation_judges_texts_previews_and_results() -> None:
     async def test() -> None:
         async with served(moderation=Judge()) as server:

@@ -3,7 +3,6 @@
 import base64
 import io
 import re
-import resource
 import signal
 import socket
 import sys
@@ -147,29 +146,6 @@ def check_drain(server: Process, nano: Editor) -> None:
         assert same(opened(result.b64_json), nano.edit(PERSON, "add a hat", seed=seed).image)
     assert server.popen.wait(30) == 0 and "drained" in server.said()
     until(lambda: all(map(gone, children)))
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="limits of other processes are Linux's")
-def test_a_process_that_runs_out_of_memory_is_replaced_and_loses_nothing(
-    server: Process, nano: Editor
-) -> None:
-    content = io.BytesIO()
-    large = Image.open(PERSON).resize((2000, 2000))  # its result takes memory anew
-    large.save(content, "PNG")
-    first, before = server.child(), restarts(server)
-    _, most = resource.prlimit(first.pid, resource.RLIMIT_AS)
-    # It has what it has, and gets no more.
-    resource.prlimit(first.pid, resource.RLIMIT_AS, (1, most))
-    asked = {"seed": 3, "stream": True, "partial_images": 3}
-    *partials, last = server.edit(content.getvalue(), **asked)
-    assert [event.partial_image_index for event in partials] == [0, 1, 2]
-    assert same(opened(last.b64_json), nano.edit(large, "add a hat", seed=3).image)
-    assert server.child() != first and restarts(server) == before + 1
-
-
-def restarts(server: Process) -> float:
-    numbers = server.get("metrics")[1]
-    return sum(map(float, re.findall(r"varedit_restarts_total{.*} (.*)", numbers)))
 
 
 def test_more_clients_than_places_are_served_or_told_to_come_again(server: Process) -> None:

@@ -80,12 +80,13 @@ class Application:
             settings.moderation,
             settings.sign,
         )
-        self._description = openapi(self.edits.fields, version("varedit-export"))
+        description = openapi(self.edits.fields, version("varedit-export"))
         routes, numbers = self._routes(), [Route(METRICS, self._numbers)]
         if settings.own_metrics:
-            del self._description["paths"][METRICS]
+            del description["paths"][METRICS]
         else:
             routes += numbers
+        self._description = JSONResponse(description).body
         hosts = settings.hosts and {host.lower() for host in settings.hosts}
         self.guard = self._guarded(routes, settings.keys, hosts, settings.origins)
         self.numbers = self._guarded(numbers, Keys([]), None, ())
@@ -158,7 +159,7 @@ class Application:
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def _describe(self, request: Request) -> Response:
-        return JSONResponse(self._description)
+        return Response(self._description, media_type="application/json")
 
 
 def _page(name: str) -> Callable[[Request], Awaitable[Response]]:

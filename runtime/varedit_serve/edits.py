@@ -6,7 +6,7 @@ import re
 import secrets
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from PIL import Image
@@ -15,6 +15,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from varedit_runtime import Preparer
+from varedit_runtime.editing.finish import Finish
+from varedit_runtime.editing.prepared import PreparedEdit
 from varedit_runtime.errors import ConfigError, PictureError, TextError
 from varedit_runtime.pictures import open_picture
 from varedit_serve.answering.answers import Answer, Sign, error_event
@@ -86,7 +88,7 @@ class Edits:
             claim.hold(values["n"], claim.bytes)
             job, answer = await self._in_thread(self._prepare, values)
             del values["image"], values["mask"]  # which are not counted any more
-            claim.hold(values["n"], job.memory)
+            claim.hold(values["n"], job.memory + answer.memory)
             gone = asyncio.create_task(_until_gone(receive))
             self.queue.submit(job)
             try:
@@ -160,14 +162,17 @@ class Edits:
         if seed is None:
             seed = secrets.randbelow(LARGEST_SEED + 2 - values["n"])
         assert self.queue.facts is not None, "nothing is admitted before"
+        # It is finished here, in a thread: large pictures would hold up whoever unpickles them.
+        height, width, _ = edit.square.shape
+        drawn = replace(edit, finish=Finish((width, height), None, None))
         job = Job(
-            pickle.dumps(edit, pickle.HIGHEST_PROTOCOL),
+            pickle.dumps(drawn, pickle.HIGHEST_PROTOCOL),
             edit.size,
             self.queue.facts.group(edit),
             range(seed, seed + values["n"]),
             _previews(values["partial_images"], len(self.preparer.variant.grids)),
         )
-        return job, self._answer(values, len(edit.prompt))
+        return job, self._answer(values, edit)
 
     def _opened(self, name: str, content: bytes) -> Image.Image:
         try:
@@ -179,7 +184,8 @@ class Edits:
             raise wrong(name, told, "invalid_image")
         return image
 
-    def _answer(self, values: dict[str, Any], text_tokens: int) -> Answer:
+    def _answer(self, values: dict[str, Any], edit: PreparedEdit) -> Answer:
+        text_tokens = len(edit.prompt)
         tokens = [rows * columns for rows, columns in self.preparer.variant.grids]
         read, made = text_tokens + tokens[-1], sum(tokens) * values["n"]
         usage = {
@@ -189,6 +195,8 @@ class Edits:
             "total_tokens": read + made,
         }
         return Answer(
+            edit.finish,
+            self.preparer.variant.grids[-1],
             values["output_format"],
             values["output_compression"],
             values["background"],

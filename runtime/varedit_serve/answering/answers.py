@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
+import numpy as np
 from PIL import Image
 
 from varedit_runtime.decoding.to_rgb import on_white
+from varedit_runtime.editing.finish import Finish
 from varedit_runtime.editing.results import EditResult
+from varedit_runtime.grids import Grid
 from varedit_runtime.pictures import encode_picture
 from varedit_serve.answering.moderation import Moderation, heed
 from varedit_serve.errors import ApiError
@@ -26,11 +29,14 @@ _PNG_COMPRESSION = 3  # 12 % more bytes than 6, in a third of the time
 class Answer:
     """How a request's pictures are answered; its methods take time, and are for a thread.
 
+    finish: what a picture that the model drew takes from its source. finest: the last scale's grid.
     written_as: png, jpeg or webp. usage: as OpenAI counts tokens. moderation: judges each picture;
     ApiError is raised for those that it refuses. sign: returns a file of a media type with a
     statement of where it comes from.
     """
 
+    finish: Finish
+    finest: Grid
     written_as: str
     compression: int | None
     background: str
@@ -38,6 +44,12 @@ class Answer:
     usage: dict[str, Any]
     moderation: Moderation
     sign: Sign
+
+    @property
+    def memory(self) -> int:
+        """The bytes of what is kept of the source."""
+        kept = filter(None, (self.finish.source, self.finish.mask))
+        return sum(image.width * image.height * len(image.getbands()) for image in kept)
 
     def results(self, results: Sequence[EditResult]) -> bytes:
         """Return the JSON of all results."""
@@ -80,6 +92,7 @@ class Answer:
         }
 
     def _shown(self, image: Image.Image) -> Image.Image:
+        image = self.finish.finished(np.asarray(image), self.finest)
         heed(self.moderation.result(image))
         opaque = self.background == "opaque" or self.written_as == "jpeg"
         return on_white(image) if opaque else image
