@@ -24,7 +24,7 @@ from varedit_export.parity.edit import (
     random_edit,
     scale_sampling,
 )
-from varedit_export.parity.measures import share_line
+from varedit_export.parity.measures import gate, share_line, share_of_error_line
 from varedit_export.parity.reference_backend import Reference, ReferenceBackend
 from varedit_export.parity.static_backend import StaticBackend
 from varedit_runtime.backends.base import Sampling, ScaleOutput
@@ -175,6 +175,18 @@ def test_a_flipped_bit_counts_the_same_in_every_batch() -> None:
         differs[..., :3] = True
         line = share_line("scale_00", "share", differs, Gates(bits=0.02))
         assert not line.value <= line.tolerance
+
+
+def test_the_error_of_rounded_features_is_a_share_of_them_in_every_batch() -> None:
+    features = np.array([[3.0, -4.0]])
+    for rows in (1, 4):
+        expected = np.repeat(features, rows, 0)
+        line = share_of_error_line("text_encoder", "features", expected + 0.5, expected, 0.2)
+        assert line.value == pytest.approx(0.5 / 12.5**0.5)
+        assert gate([line]) == [line]
+    bad = share_of_error_line("text_encoder", "features", expected * np.nan, expected, 0.2)
+    with pytest.raises(ParityError):
+        gate([bad])
 
 
 def test_a_static_graph_with_another_shape_than_its_manifest_is_refused() -> None:

@@ -177,15 +177,16 @@ PAST_FP16 = Kept(
 class Gates:
     """How far a bundle may differ from the reference in fp32.
 
-    features: largest error of the text's features. logits: of guided logits, over the largest of
-    them; 0: as in fp32. bits: share of a scale's bits, each from the
-    noise of the expected one; 0 where only ties may differ. few: bits that always may, as the first
-    scales have few, of which one would be more than a share. blocks: error of one block, over the
-    rms of what it adds, from the reference's block with the same roundings: fp32 arithmetic in
-    another order gives under 1e-4 at full size, two swapped biases of a random model over 1e-2.
+    features: rms of the error of the text's features, over their rms. logits: largest error of
+    guided logits, over the largest of them. Both 0: as in fp32. bits: share of a scale's bits, each
+    from the noise of the expected one; 0 where only ties may differ. few: bits that
+    always may, as the first scales have few, of which one would be more than a share. blocks: error
+    of one block, over the rms of what it adds, from the reference's block with the same roundings:
+    fp32 arithmetic in another order gives under 1e-4 at full size, two swapped biases of a random
+    model over 1e-2.
     """
 
-    features: float = 1e-3
+    features: float = 0.0
     logits: float = 0.0
     bits: float = 0.0
     few: int = 2
@@ -299,14 +300,14 @@ class Precision:
         return Format(self.type, next(stored, None))
 
 
-ROUNDED = Gates(features=0.1, logits=0.2, bits=0.02)
+ROUNDED = Gates(features=0.01, logits=0.2, bits=0.02)
 
 
 def _integers(name: str, largest: int) -> Precision:
     storage = Int8Columns(largest)
     return Precision(
         name,
-        gates=Gates(features=0.8, logits=0.3, bits=0.05, few=4, blocks=5e-3),
+        gates=Gates(features=0.2, logits=0.3, bits=0.05, few=4, blocks=5e-3),
         kept=(
             Kept("transformer", "attention, keys and values, text pooling and memory"),
             Kept("text_encoder", "attention, MLP output projections", ("blocks.down",)),
@@ -340,13 +341,13 @@ PRECISIONS = {
         _engine_bytes(
             "fp8",
             Float8Columns(LARGEST_FP8),
-            Gates(features=0.1, logits=0.5, bits=0.1, few=4, blocks=2e-2),
+            Gates(features=0.01, logits=0.5, bits=0.1, few=4, blocks=2e-2),
             oldest_gpu=89,
         ),
         _engine_bytes(
             "int8-gpu",
             EngineColumns(WHOLE_BYTE),
-            Gates(features=0.1, logits=0.3, bits=0.05, few=4, blocks=5e-3),
+            Gates(features=0.01, logits=0.3, bits=0.05, few=4, blocks=5e-3),
         ),
     )
 }

@@ -30,6 +30,7 @@ from varedit_export.parity.measures import (
     line,
     picture_lines,
     share_line,
+    share_of_error_line,
     ties_line,
 )
 from varedit_runtime.backends.base import (
@@ -63,9 +64,9 @@ class Rules:
 
     outputs: the names of a scale's outputs that are compared. rounded: how many bits may differ,
     where products are rounded; None: those that differ must be ties. half: whether every other bit
-    is forced while the others are drawn. features, tokens: tolerances of the text and image
-    encoders. largest_logit: the tolerance of guided logits, where rounding makes it more than
-    LOGITS, as a share of the largest one.
+    is forced while the others are drawn. tokens: the tolerance of the image encoder. largest_logit:
+    the tolerance of guided logits, where rounding makes it more than LOGITS, as a share of the
+    largest one.
 
     against: names the expected run, where a report has lines against several, as " against the
     reference". rounding: says what was rounded. form: UNGUIDED where the graphs without guidance
@@ -76,7 +77,6 @@ class Rules:
     outputs: Collection[str] = (LOGITS_OUT, BITS_OUT, SUM_OUT)
     rounded: Gates | None = None
     half: bool = False
-    features: float = FEATURES
     tokens: float = SUMS
     largest_logit: float = 0.0
     against: str = ""
@@ -179,8 +179,12 @@ def _coder_lines(
         yield line(stage, measure, ours, theirs, rules.tokens)
     else:
         _, mask = given  # what stands where the padding is does not matter
-        measure = f"features{rules.against}, largest error"
-        yield line(stage, measure, ours[mask], theirs[mask], rules.features)
+        real = ours[mask], theirs[mask]
+        if rules.rounded is None:
+            yield line(stage, f"features{rules.against}, largest error", *real, FEATURES)
+        else:
+            measure = f"features{rules.against}, error as a share"
+            yield share_of_error_line(stage, measure, *real, rules.rounded.features)
 
 
 def _scale_lines(

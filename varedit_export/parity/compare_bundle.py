@@ -154,7 +154,7 @@ def _first_rows(inputs: CoderInputs) -> CoderInputs:
 def _rounded(precision: Precision) -> Rules:
     """Return how far rounded products may take a run from the reference in fp32."""
     gates = precision.gates
-    return Rules(rounded=gates, features=gates.features, largest_logit=gates.logits)
+    return Rules(rounded=gates, largest_logit=gates.logits)
 
 
 def _without_guidance(backend: Backend, edit: ComparedEdit) -> list[tuple[ComparedEdit, Expected]]:

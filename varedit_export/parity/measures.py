@@ -34,6 +34,18 @@ def line(
     return ParityLine(stage, measure, value, tolerance)
 
 
+def share_of_error_line(
+    stage: str, measure: str, actual: np.ndarray, expected: np.ndarray, tolerance: float
+) -> ParityLine:
+    """Measure the root mean square error, as a share of the root mean square of `expected`.
+
+    The largest error would grow with how many numbers are compared. NaN never passes the gate.
+    """
+    error = np.square(actual.astype(np.float64) - expected).mean()
+    value = np.sqrt(error / np.square(expected, dtype=np.float64).mean())
+    return ParityLine(stage, measure, float(value), tolerance)
+
+
 def ties_line(
     stage: str,
     measure: str,
