@@ -53,7 +53,7 @@ def _consecutive(component: Component) -> dict[str, StoredWeight]:
 
 def whole(plan: BundlePlan, graph: GraphPlan) -> Stage:
     """Return the stage of a graph with all of its blocks."""
-    shapes = plan.request.shapes
+    shapes = replace(plan.request.shapes, any_batch=graph.stage.shapes.any_batch)
     modules = {component.name: component.module for component in plan.components}
     model, table = modules["transformer"], modules[f"positions_{plan.request.name}"]
     stage, text = graph.stage, modules["text_encoder"]

@@ -58,7 +58,7 @@ def test_every_stage_of_a_layout_has_inputs_of_an_edit(nano: Bundle) -> None:
     for stage in ("text_encoder", "image_encoder", "prefill", "scale_06"):
         assert stage in stages_of(variant, "external")
         inputs = stage_inputs(nano, variant, stage)
-        most = {"text_tokens": variant.text_tokens}
+        most = {"text_tokens": variant.text_tokens, "batch": variant.batch}
         specs = {spec.name: sized(spec, most) for spec in variant.graph(stage).inputs}
         assert {name: array.shape for name, array in inputs.items()} == specs
 
