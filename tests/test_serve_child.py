@@ -3,10 +3,12 @@
 import asyncio
 import shutil
 import sys
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from socket import socketpair
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,8 +26,20 @@ from varedit_serve.editing.messages import Opening, Order, Ready
 from varedit_serve.editing.worker import Worker, opened
 from varedit_serve.editing.workers import local_children
 
+
 WORKER = Path(__file__).with_name("fake_worker.py")
 ORDER = Order(b"", 7, ())
+
+
+def pauses_of_child(
+    monkeypatch: pytest.MonkeyPatch, pause: Callable[[float], Awaitable[None]]
+) -> None:
+    """Replace asyncio.sleep in that module alone.
+
+    Event loops in other threads, which Ray leaves behind, sleep too.
+    """
+    replaced = SimpleNamespace(**(vars(asyncio) | {"sleep": pause}))
+    monkeypatch.setattr(child, "asyncio", replaced)
 
 
 class Noted:
@@ -131,8 +145,7 @@ def test_a_bundle_that_one_of_several_cannot_open_does_not_end_the_server(
         with suppress(asyncio.CancelledError):
             await running
 
-    sleep = asyncio.sleep
-    monkeypatch.setattr(child.asyncio, "sleep", lambda seconds: sleep(0.01))
+    pauses_of_child(monkeypatch, lambda seconds: asyncio.sleep(0.01))
     asyncio.run(test())
 
 
@@ -191,8 +204,7 @@ def test_a_process_that_cannot_be_started_is_tried_again(monkeypatch: pytest.Mon
         with suppress(asyncio.CancelledError):
             await running
 
-    sleep = asyncio.sleep
-    monkeypatch.setattr(child.asyncio, "sleep", lambda seconds: sleep(0.01))
+    pauses_of_child(monkeypatch, lambda seconds: asyncio.sleep(0.01))
     asyncio.run(test())
     one = make("works", [])
     one._command = ("/no/such/program",)
@@ -204,16 +216,14 @@ def test_a_process_that_dies_while_it_loads_is_started_again_ever_more_slowly(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pauses: list[float] = []
-    sleep = asyncio.sleep
 
     async def noted(seconds: float) -> None:
         pauses.append(seconds)
         if len(pauses) == 4:
             raise asyncio.CancelledError
-        await sleep(0)
 
     monkeypatch.setattr(child, "LONGEST_PAUSE", 5)
-    monkeypatch.setattr(child.asyncio, "sleep", noted)
+    pauses_of_child(monkeypatch, noted)
 
     async def test() -> None:
         with suppress(asyncio.CancelledError):
