@@ -17,6 +17,8 @@ RECORDINGS = Path(__file__).parent / "golden"
 
 # Before the hub's library reads them: no test asks the real hub, or finds what a cache has.
 os.environ.update(HF_HUB_OFFLINE="1", HF_HOME="/nonexistent")
+# The tests already run on all cores; a build that they start brings no more threads and processes.
+os.environ["OMP_NUM_THREADS"] = "1"
 # One cache for all processes of a run, empty at its start: each template is traced once.
 os.environ["XDG_CACHE_HOME"] = str(run_folder() / "cache")
 

@@ -26,7 +26,6 @@ from varedit_serve.editing.messages import Opening, Order, Ready
 from varedit_serve.editing.worker import Worker, opened
 from varedit_serve.editing.workers import local_children
 
-
 WORKER = Path(__file__).with_name("fake_worker.py")
 ORDER = Order(b"", 7, ())
 
