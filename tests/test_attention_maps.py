@@ -15,7 +15,7 @@ from torch import Tensor
 
 from varedit_export.attention.maps import AttentionMaps, LayerMap, layer_maps, recorded, words_of
 from varedit_export.cli import main
-from varedit_reference.config import Conditioning, ModelConfig
+from varedit_reference.config import Conditioning, ModelConfig, preset
 from varedit_reference.rotary import BASE, scale_positions, source_positions
 from varedit_reference.scale_loop import seeded
 from varedit_reference.transformer import VAR, fused_attention, masked_attention
@@ -166,6 +166,36 @@ def test_pieces_become_words() -> None:
     assert words_of(["a", "b", "Ġc", "</s>"]) == (("ab", "c", "</s>"), [0, 0, 1, 2])
 
 
+def test_a_size_has_the_weights_that_build_would_take(tmp_path: Path) -> None:
+    heat, arrays = (str(tmp_path / name) for name in ("heat.png", "maps.npz"))
+    sample = str(ROOT / "docs/samples/person.png")
+    size = ["tiny-2b", "--res", "256", "--random-weights", "0", "--conditioning", "full"]
+    line = ["attention", *size, sample, "hat", "-o", heat, "--layers", "1", "--arrays", arrays]
+    done = CliRunner().invoke(main, line)
+    assert done.exit_code == 0, done.output
+    config = preset("tiny-2b", 256)
+    tokens = sum(rows * columns for rows, columns in config.transformer.grids)
+    with np.load(arrays) as loaded:
+        assert loaded["weights.1"].shape == (tokens, 2 * tokens)
+        assert grids_of(loaded["grids"]) == config.transformer.grids
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["nano", "--res", "256"], "--res is for a SIZE: a bundle has weights of its own"),
+        (["tiny-2b", "--res", "256", "--variant", "a"], "--variant is for a bundle"),
+        (["tiny-2b", "--res", "256"], "checkpoint"),
+    ],
+)
+def test_options_of_the_other_kind_of_model_are_refused(
+    words: list[str], said: str, tmp_path: Path
+) -> None:
+    line = ["attention", *words, "a.png", "add a hat", "-o", str(tmp_path / "heat.png")]
+    done = CliRunner().invoke(main, line)
+    assert done.exit_code == 1 and said in done.output, done.output
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -192,7 +222,7 @@ def test_a_full_disk_is_told_with_the_file(tmp_path: Path, monkeypatch: pytest.M
     def full(*_: object) -> None:
         raise OSError(ENOSPC, os.strerror(ENOSPC))
 
-    monkeypatch.setattr("varedit_export.attention.maps.attention_maps", lambda *_, **__: None)
+    monkeypatch.setattr("varedit_export.attention.maps.bundle_maps", lambda *_, **__: None)
     monkeypatch.setattr("varedit_export.attention.drawing.draw_self_attention", full)
     heat = str(tmp_path / "heat.png")
     done = CliRunner().invoke(main, ["attention", "nano", "a.png", "add a hat", "-o", heat])

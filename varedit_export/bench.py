@@ -204,15 +204,15 @@ def open_reference(bundle: Bundle, variant: Variant) -> Editor:
     """Open a bundle for PyTorch to edit with: the same weights, eager, in fp32."""
     reference = Reference.from_sources(*sources_of(bundle)).of(variant)
     backend, instructions = ReferenceBackend(reference, variant), None
-    _lay_out(reference.transformer)
-    _lay_out(reference.tokenizer)
+    lay_out(reference.transformer)
+    lay_out(reference.tokenizer)
     if reference.text is not None:
-        _lay_out(backend.text_encoder)
+        lay_out(backend.text_encoder)
         instructions = read_instructions(bundle, variant.text_tokens)
     return Editor(bundle, variant, backend, instructions)
 
 
-def _lay_out(module: nn.Module) -> None:
+def lay_out(module: nn.Module) -> None:
     """Copy weights into rows: restored ones are transposed views of the graphs', which are slow."""
     for parameter in module.parameters():
         parameter.data = parameter.data.contiguous()

@@ -1,8 +1,8 @@
 """Compute what a model attends to while it edits: self-attention and cross-attention, by layer.
 
-The reference edits with a bundle's own weights, and the functions that compute its attention are
-replaced by recording ones. Kept are the weights of the conditional rows, averaged over heads, and
-over the pictures if there are several.
+The reference edits, with the weights of a bundle or those that one is built from, and the functions
+that compute its attention are replaced by recording ones. Kept are the weights of the conditional
+rows, averaged over heads, and over the pictures if there are several.
 
 A layer's map has a row for each token of the target, scale by scale, and a column for each key:
 
@@ -24,18 +24,23 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from varedit_export.bench import open_reference
-from varedit_export.parity.reference_backend import ReferenceBackend
+from varedit_export.bench import lay_out
+from varedit_export.manifest_model import sources_of
+from varedit_export.parity.edit import with_grids
+from varedit_export.parity.reference_backend import Reference, t5_encoder
+from varedit_export.sources import Sources
+from varedit_reference.config import MAX_TEXT_TOKENS, ModelConfig
 from varedit_reference.kv_cache import uses_references
+from varedit_reference.pipeline import VAREdit
+from varedit_reference.text_encoder import TextEncoder
 from varedit_reference.transformer import VAR, fused_attention, masked_attention
 from varedit_runtime.bundle import Bundle
-from varedit_runtime.editing.editor import Editor
-from varedit_runtime.editing.preparer import read_instructions
+from varedit_runtime.decoding.to_rgb import on_white
 from varedit_runtime.errors import ConfigError
 from varedit_runtime.files import atomic_file
 from varedit_runtime.grids import Grid
 from varedit_runtime.pictures import Source, open_picture
-from varedit_runtime.text import END_TOKEN
+from varedit_runtime.text import END_TOKEN, Instructions, read_tokenizer
 
 WORD_STARTS = "▁", "Ġ"  # how pieces of a word's beginning are marked by T5, and by byte tokenizers
 
@@ -110,7 +115,7 @@ class AttentionMaps:
         return (*self.layers[layer].source, *self.grids)
 
 
-def attention_maps(
+def bundle_maps(
     bundle: Bundle,
     pictures: Sequence[Source],
     instruction: str,
@@ -119,27 +124,55 @@ def attention_maps(
     seed: int = 0,
     variant: str | None = None,
 ) -> AttentionMaps:
-    """Edit pictures with the reference of a bundle's weights; return what it attends to.
+    """Return what a bundle's model attends to; see `attention_maps`.
+
+    Raises BundleError if it has no text encoder, ConfigError on an unknown variant.
+    """
+    bundle.check_text()
+    chosen = bundle.manifest.variant(variant)
+    config, sources = sources_of(bundle)
+    config = with_grids(chosen, config)
+    maps = attention_maps(config, sources, pictures, instruction, layers=layers, seed=seed)
+    bundle.check_stands()  # its weights were read by their path
+    return maps
+
+
+def attention_maps(
+    config: ModelConfig,
+    sources: Sources,
+    pictures: Sequence[Source],
+    instruction: str,
+    *,
+    layers: Sequence[int] | None = None,
+    seed: int = 0,
+) -> AttentionMaps:
+    """Edit pictures with a model and its weights; return what it attends to.
 
     layers: from 0, by default the first, the last, and two between. Raises ConfigError on a layer
     that the model lacks, and what `Editor.edit` raises.
     """
-    chosen = bundle.manifest.variant(variant)
-    numbers = check_layers(layers, bundle.manifest.model.depth)
-    bundle.check_text()
-    opened, results = [*map(open_picture, pictures)], list[Image.Image]()
-    with open_reference(bundle, chosen) as editor:
-        assert isinstance(editor.backend, ReferenceBackend)
-        words, places = words_of(read_instructions(bundle, chosen.text_tokens).pieces(instruction))
-        totals: dict[int, LayerMap] = {}
-        for picture in opened:
-            result, found = _edit(editor, editor.backend, picture, instruction, numbers, seed)
-            results.append(result)
-            for number, layer in found.items():
-                grouped = np.add.reduceat(layer.words[:, : len(places)], _firsts(places), 1)
-                totals[number] = _added(totals.get(number), layer, grouped, len(pictures))
-    bundle.check_stands()  # its weights were read by their path
-    return AttentionMaps(chosen.grids, words, totals, opened[0].convert("RGB"), results[0])
+    numbers, text = check_layers(layers, config.transformer.depth), sources.text
+    assert text is not None, "an instruction needs a text encoder"
+    opened, results = [on_white(open_picture(one)) for one in pictures], list[Image.Image]()
+    vocabulary = read_tokenizer(text.tokenizer_json)
+    words, places = words_of(Instructions(vocabulary, MAX_TEXT_TOKENS).pieces(instruction))
+    model = _model(config, sources, TextEncoder(t5_encoder(text), vocabulary))
+    totals: dict[int, LayerMap] = {}
+    for picture in opened:
+        with recorded(model.transformer, numbers) as recorders:
+            results += model.edit([picture], [instruction], seed=[seed])
+        for number, layer in layer_maps(model.transformer, recorders).items():
+            grouped = np.add.reduceat(layer.words[:, : len(places)], _firsts(places), 1)
+            totals[number] = _added(totals.get(number), layer, grouped, len(pictures))
+    return AttentionMaps(config.transformer.grids, words, totals, opened[0], results[0])
+
+
+def _model(config: ModelConfig, sources: Sources, encoder: TextEncoder) -> VAREdit:
+    """Load the reference in fp32."""
+    reference = Reference.from_sources(config, sources)
+    for module in (reference.transformer, reference.tokenizer, encoder.model):
+        lay_out(module)
+    return VAREdit(config, reference.tokenizer, reference.transformer, encoder)
 
 
 def _added(total: LayerMap | None, layer: LayerMap, words: np.ndarray, pictures: int) -> LayerMap:
@@ -223,21 +256,6 @@ def layer_maps(model: VAR, recorders: Recorders) -> dict[int, LayerMap]:
         number: LayerMap(*_assembled(model, number, own.maps[1:]), np.concatenate(cross.maps[1:]))
         for number, (own, cross) in recorders.items()
     }
-
-
-def _edit(
-    editor: Editor,
-    backend: ReferenceBackend,
-    picture: Source,
-    instruction: str,
-    layers: Sequence[int],
-    seed: int,
-) -> tuple[Image.Image, dict[int, LayerMap]]:
-    model = backend.reference.transformer
-    editor.forget()  # or the prefill of an equal picture would not run again
-    with recorded(model, layers) as recorders:
-        result = editor.edit(picture, instruction, seed=seed)
-    return result.image, layer_maps(model, recorders)
 
 
 def _assembled(

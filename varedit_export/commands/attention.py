@@ -1,16 +1,32 @@
 """Show what a model attends to: `varedit-export attention`."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
+from varedit_export.commands.shared_options import (
+    checkpoint_option,
+    prefer_ema_option,
+    text_encoder_option,
+    tokenizer_option,
+    yes_option,
+)
+from varedit_export.console import accept
+from varedit_export.options import BuildOptions
+from varedit_reference.config import PRESETS
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import ConfigError, needs_extra, shown
 from varedit_runtime.files import unwritable
+from varedit_runtime.grids import Conditioning
 from varedit_runtime.terminal.command import BUNDLE, PATH, TEXT_PATH, variant_option
+
+if TYPE_CHECKING:
+    from varedit_export.attention.maps import AttentionMaps
+    from varedit_export.weights.published import Download
 
 _DIGITS = 10  # more than any layer's number has
 
@@ -30,8 +46,37 @@ class _Layers(click.ParamType):
         return tuple(map(int, numbers))
 
 
+class _Model(click.ParamType):
+    """The name of a size that is no bundle, or a bundle."""
+
+    name = "bundle|size"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> str | Path:
+        return value if value in PRESETS else BUNDLE.convert(value, param, ctx)
+
+
+def _weights_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options that say which weights a size has, as `build` has them."""
+    for option in reversed(_WEIGHTS):
+        command = option(command)
+    return command
+
+
+_WEIGHTS = (
+    click.option("--res", "resolutions", type=int, multiple=True, help="Of a SIZE: 256, 512, 1024"),
+    click.option("--conditioning", type=click.Choice(get_args(Conditioning)), help="As `build`."),
+    checkpoint_option,
+    prefer_ema_option,
+    tokenizer_option,
+    text_encoder_option,
+    click.option("--random-weights", type=int, help="Seed of random weights."),
+)
+
+
 @click.command()
-@click.argument("bundle", type=BUNDLE)
+@click.argument("model", metavar="BUNDLE|SIZE", type=_Model())
 @click.argument("images", metavar="IMAGE...", type=TEXT_PATH, nargs=-1, required=True)
 @click.argument("instruction")
 @click.option("-o", "--output", type=PATH, required=True, help="The heat maps, a PNG.")
@@ -48,8 +93,10 @@ class _Layers(click.ParamType):
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the edits.")
 @click.option("--overwrite", is_flag=True, help="Replace files that exist.")
 @variant_option
+@_weights_options
+@yes_option
 def attention(
-    bundle: Path,
+    model: str | Path,
     images: tuple[str, ...],
     instruction: str,
     output: Path,
@@ -59,26 +106,28 @@ def attention(
     seed: int,
     overwrite: bool,
     variant: str | None,
+    yes: bool,
+    **weights: Any,
 ) -> None:
-    """Draw what BUNDLE's model attends to while it edits IMAGE by INSTRUCTION.
+    """Draw what a model attends to while it edits IMAGE by INSTRUCTION.
 
+    The model is BUNDLE's, or one of a SIZE that `build` knows, with weights as `build` takes them.
     Every target scale's self-attention over source and target, averaged over heads and, if there
-    are several, over pictures. The PyTorch reference computes it in fp32 with the bundle's own
-    weights. Needs the extra `plot`.
+    are several, over pictures. The PyTorch reference computes it in fp32. Needs the extra `plot`.
 
     \b
     varedit-export attention nano photo.png "add a hat" -o heat.png --words words.png
     varedit-export attention bundles/2b-512 a.png b.png "make it night" -o heat.png --layers 0,1,31
+    varedit-export attention 2b --res 512 --checkpoint tuned.pth photo.png "add a hat" -o heat.png
     """
     for suffix, path in ((".png", output), (".png", words), (".npz", arrays)):
         if path is not None:
             _check(path, suffix, overwrite)
     with needs_extra("export"), needs_extra("plot"):
         from varedit_export.attention.drawing import draw_self_attention, draw_words
-        from varedit_export.attention.maps import attention_maps
 
-    opened = Bundle.open(bundle)
-    maps = attention_maps(opened, images, instruction, layers=layers, seed=seed, variant=variant)
+        looked = _looking(model, variant, weights, partial(accept, yes))
+    maps = looked(images, instruction, layers=layers, seed=seed)
     with _written(output):
         draw_self_attention(maps, output)
     if words is not None:
@@ -87,6 +136,32 @@ def attention(
     if arrays is not None:
         with _written(arrays):
             maps.write(arrays)
+
+
+def _looking(
+    model: str | Path,
+    variant: str | None,
+    weights: Mapping[str, Any],
+    accept: Callable[["Download"], None],
+) -> Callable[..., "AttentionMaps"]:
+    """Return what computes the maps of a bundle, or of a size with its weights.
+
+    Raises ConfigError on options of the other one.
+    """
+    from varedit_export.attention.maps import attention_maps, bundle_maps
+
+    given = {n: value for n, value in weights.items() if value or type(value) is int}  # a seed of 0
+    if isinstance(model, Path):
+        if given:
+            flag = next(iter(given)).replace("resolutions", "res").replace("_", "-")
+            raise ConfigError(f"--{flag} is for a SIZE: a bundle has weights of its own")
+        return partial(bundle_maps, Bundle.open(model), variant=variant)
+    if variant is not None:
+        raise ConfigError("--variant is for a bundle: give a SIZE its --res")
+    from varedit_export.resolve_options import plan_of
+
+    plan = plan_of(BuildOptions(size=model, precision="fp32", **given), accept)
+    return partial(attention_maps, plan.request.config, plan.sources)
 
 
 @contextmanager
