@@ -81,8 +81,10 @@ def test_a_copy_is_equal(faithful: Path, tmp_path: Path) -> None:
     republish(embedded(), copy)
     run = tmp_path / "run"
     shutil.copytree(faithful, run)  # whose edits are made already
-    output = evaluate(embedded(), run, "--limit", 9, "--against", copy)
+    output = evaluate(embedded(), run, "--limit", 60, "--against", copy)
     assert output.count("equal to copy") == 6
+    overall = json.loads((run / "report.json").read_text())["comparisons"]["overall"]
+    assert overall["l2"]["difference"]["count"] == 60
     assert json.loads((run / "against/run.json").read_text())["bundle"] == Bundle.open(copy).digest
 
 

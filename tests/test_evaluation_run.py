@@ -300,15 +300,18 @@ def test_progress_ends_with_all(data: Path, tmp_path: Path) -> None:
 
 def test_intervals_are_those_of_the_bootstrap() -> None:
     assert mean_of([]) is None
-    one = mean_of([3.0])
-    assert one is not None and (one.mean, one.low, one.high, one.count) == (3, None, None, 1)
+    few = mean_of([3.0] * 9)  # of which a bootstrap would be certain
+    assert few is not None and (few.mean, few.low, few.high, few.count) == (3, None, None, 9)
+    ten = mean_of([0.0, 1.0] * 5)
+    assert ten is not None and ten.low is not None and ten.high is not None
+    assert 0.1 < ten.low < 0.3 and 0.7 < ten.high < 0.9
     many = mean_of([0.0, 1.0] * 200)  # the standard error is 0.5 / sqrt(400)
     assert many is not None and many == mean_of([0.0, 1.0] * 200)
     assert many.low == pytest.approx(0.5 - 1.96 * 0.025, abs=0.005)
     assert many.high == pytest.approx(0.5 + 1.96 * 0.025, abs=0.005)
 
 
-def test_a_mean_of_one_edit_has_no_interval_and_tells_that_it_is_one(tmp_path: Path) -> None:
+def test_a_mean_of_few_edits_has_no_interval_and_tells_of_how_many_it_is(tmp_path: Path) -> None:
     data = own_data(tmp_path / "data", 3)
     lines = (data / "edits.jsonl").read_text().splitlines()
     write_lines(data, [*lines, {"image": "0.png", "instruction": "no mask", "type": "odd"}])
@@ -319,7 +322,7 @@ def test_a_mean_of_one_edit_has_no_interval_and_tells_that_it_is_one(tmp_path: P
     psnr = f"{odd['means']['psnr']['mean']:.2f}"
     assert f"{psnr} (1 edit)" in table(report)
     assert f"<td>{psnr}<small>1 edit</small></td>" in (tmp_path / "run/report.html").read_text()
-    assert ", 3 edits)" in table(report).splitlines()[-1]
+    assert " (3 edits)" in table(report).splitlines()[-1]
 
 
 def test_differences_are_paired_and_oriented() -> None:

@@ -150,7 +150,7 @@ def _looking(
     """
     from varedit_export.attention.maps import attention_maps, bundle_maps
 
-    given = {n: value for n, value in weights.items() if value or type(value) is int}  # a seed of 0
+    given = {n: v for n, v in weights.items() if v not in (None, ()) and v is not False}
     if isinstance(model, Path):
         if given:
             flag = next(iter(given)).replace("resolutions", "res").replace("_", "-")

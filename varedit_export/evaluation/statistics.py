@@ -6,13 +6,13 @@ from dataclasses import dataclass
 import numpy as np
 
 SAMPLES = 2000  # of the bootstrap
-FEWEST = 10  # edits that a verdict is given for
+FEWEST = 10  # edits that an interval, and a verdict, is given for
 _AT_ONCE = 100  # samples that are drawn at a time, to bound memory
 
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over edits, and the interval that holds it with 95 % confidence: None for one edit."""
+    """A mean over edits, and the interval that holds it with 95 % confidence: None of too few."""
 
     mean: float
     low: float | None
@@ -33,13 +33,14 @@ def mean_of(values: Sequence[float]) -> Mean | None:
     """Return the mean of values and its interval by the percentile bootstrap; None if empty.
 
     The edits are drawn again, with replacement. Random numbers depend on how many values there are
-    and on nothing else. One edit does not tell how much edits differ, so it has no interval.
+    and on nothing else. Fewer than 10 edits have no interval: drawing them again knows no others,
+    and would be certain of a mean of two edits that are alike.
     """
     if not values:
         return None
-    if len(values) == 1:
-        return Mean(float(values[0]), None, None, 1)
     array, random = np.asarray(values, np.float64), np.random.default_rng(0)
+    if len(array) < FEWEST:
+        return Mean(float(array.mean()), None, None, len(array))
     draws = [
         array[random.integers(0, len(array), (_AT_ONCE, len(array)))].mean(1)
         for _ in range(SAMPLES // _AT_ONCE)
@@ -71,10 +72,7 @@ class Comparison:
 def compare(
     ours: Sequence[float | None], theirs: Sequence[float | None], better: int, digits: int
 ) -> Comparison | None:
-    """Compare scores case by case; None where no case has both. better, digits: see `Score`.
-
-    A bootstrap over a few edits knows no more than these, so that nothing is said of fewer than 10.
-    """
+    """Compare scores case by case; None where no case has both. better, digits: see `Score`."""
     pairs = zip(ours, theirs, strict=True)
     gains = [better * (a - b) for a, b in pairs if a is not None and b is not None]
     gain = mean_of(gains)
@@ -82,7 +80,7 @@ def compare(
         return None
     if not any(gains):
         return Comparison(gain, "equal")
-    if gain.low is None or gain.high is None or gain.count < FEWEST:
+    if gain.low is None or gain.high is None:
         return Comparison(gain, "too few edits to tell")
     if gain.high < 0:
         verdict = f"worse by {-gain.high:.{digits}f} to {-gain.low:.{digits}f}"
