@@ -105,6 +105,15 @@ def test_what_was_not_trained_for_warns(editor: Editor) -> None:
     assert len(warned(editor, fractal(), "帽子をかぶせて hat")) == 2
 
 
+def test_guidance_below_zero_warns(editor: Editor) -> None:
+    scales = len(editor.variant.grids)
+    edits = [
+        editor.prepare(drawn(3), "add a hat", seed=0, guidance_scale=guidance)
+        for guidance in (-1, [*[4] * (scales - 1), -0.5], 0)
+    ]
+    assert ["below 0" in " ".join(one.warnings) for one in edits] == [True, True, False]
+
+
 def test_of_several_pictures_each_has_its_own_warnings(editor: Editor) -> None:
     pictures = [fractal(), drawn(3)]
     with pytest.warns(EditWarning) as caught:

@@ -31,6 +31,13 @@ def generator(seed: int = 7) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def test_the_number_of_steps_can_be_the_models_alone(pipe: VAREditPipeline) -> None:
+    image = Image.new("RGB", (64, 64), "white")
+    pipe(image=image, prompt="add a hat", num_inference_steps=pipe.num_timesteps)
+    with pytest.raises(ConfigError, match="num_inference_steps is 20; the model has 7: leave it"):
+        pipe(image=image, prompt="add a hat", num_inference_steps=20)
+
+
 def test_a_call_is_an_edit(pipe: VAREditPipeline, nano: Editor, sample: Image.Image) -> None:
     output: Any = pipe(
         image=sample,

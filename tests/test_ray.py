@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from threading import Timer
 from typing import Any
+from unittest.mock import Mock
 
 import psutil
 import pytest
@@ -299,6 +300,27 @@ def test_a_replica_edits_is_cancelled_and_tells_when_it_is_stuck_or_damaged(
 
 
 EDIT = ("varedit_runtime", "photos", "red", "-o", "out", "--seed", "3", "--bundle", "nano")
+
+
+def test_what_a_dead_process_took_with_it_runs_alone_before_it_is_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from varedit_runtime.commands import on_ray
+
+    passes = list[tuple[list[int], bool]]()
+
+    def outcomes(known: Any, orders: Any, keys: Any, alone: bool) -> Iterator[tuple[int, Any]]:
+        passes.append((list(orders), alone))
+        for place in list(orders):
+            if place == 0 or (alone and place == 1):
+                yield place, on_ray._Read(orders[place], "key")
+
+    results = Mock()
+    monkeypatch.setattr(on_ray, "_outcomes", outcomes)
+    assert on_ray._pass(Mock(), results, dict.fromkeys(range(3), Mock()), frozenset()) == {}
+    assert passes == [([0, 1, 2], False), ([1, 2], True)]
+    ((place, _, error),) = [call.args for call in results.told.failed.call_args_list]
+    assert place == 2 and "died 4 times" in str(error)
 
 
 @contextmanager

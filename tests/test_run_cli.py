@@ -379,6 +379,13 @@ def test_wrong_usage_is_told_as_of_the_command_that_was_typed() -> None:
     assert result.stderr.splitlines()[-1].endswith(r"(one \x1b[31mtwo)")
 
 
+def test_with_a_digest_no_other_bundle_is_used(photo: Path) -> None:
+    assert edit(photo, "--digest", Bundle.open(small_bundle()).digest).exit_code == 0
+    fails(
+        edit(photo, "--digest", "0" * 64, "-o", photo.with_name("other.png")), "not the one asked"
+    )
+
+
 def test_wrong_pictures_and_instructions_are_one_line(photo: Path) -> None:
     fails(edit(photo, prompt=" "), "the instruction is empty")
     fails(edit(photo, prompt="x" * 30), "31 tokens, end token included, of at most 24")

@@ -126,6 +126,15 @@ def shell(*words: object, closing: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True)
 
 
+def test_an_edit_goes_on_when_nobody_reads_what_it_says(photo: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "varedit_runtime", photo, "add a hat", "--bundle", embedded()]
+    done = subprocess.run(command, stderr=writing, stdout=subprocess.PIPE, timeout=120)
+    os.close(writing)
+    assert done.returncode == 0 and photo.with_name("photo-edited.png").exists()
+
+
 def test_closed_streams_are_no_files_of_an_edit(photo: Path) -> None:
     edited = photo.with_name("photo-edited.png")
     done = shell(photo, "add a hat", "--threads", 1, closing="<&- 2>&-")

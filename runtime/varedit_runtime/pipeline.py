@@ -71,6 +71,7 @@ class VAREditPipeline:
         negative_prompt: str | Sequence[str] | None = None,
         mask_image: Any = None,
         guidance_scale: float | None = None,
+        num_inference_steps: int | None = None,
         num_images_per_prompt: int = 1,
         generator: Any = None,
         output_type: str = "pil",
@@ -83,6 +84,7 @@ class VAREditPipeline:
         image, mask_image: Pillow images, what else `Editor.edit` takes, arrays [H, W, C] or
         [B, H, W, C] of 0 to 1 or of uint8, or tensors [C, H, W] or [B, C, H, W] of the same; lists
         of these. Of a mask only what is white may change. guidance_scale: by default the bundle's.
+        num_inference_steps: the model's number of scales, which it has anyway, or None.
         generator: a torch.Generator, from which a seed is drawn, or one for each result.
         output_type: "pil", "np" for an array [B, H, W, C] or "pt" for a tensor [B, C, H, W], of 0
         to 1. callback_on_step_end: called after each scale; what it returns is not used.
@@ -90,9 +92,7 @@ class VAREditPipeline:
 
         Raises what `Editor.edit` raises; EditCancelled also if a callback set `pipe._interrupt`.
         """
-        if output_type not in OUTPUT_TYPES:
-            told = ", ".join(OUTPUT_TYPES)
-            raise ConfigError(f"output_type is {shown(output_type)}; give one of {told}")
+        self._check(output_type, num_inference_steps)
         self._interrupt = False
         results = self.editor.edit(
             _pictures(image),
@@ -109,6 +109,14 @@ class VAREditPipeline:
         seeds, warned = [one.seed for one in results], [one.warnings for one in results]
         output = VAREditPipelineOutput(images, seeds, warned)
         return output if return_dict else output.to_tuple()
+
+    def _check(self, output_type: object, steps: object) -> None:
+        if output_type not in OUTPUT_TYPES:
+            told = ", ".join(OUTPUT_TYPES)
+            raise ConfigError(f"output_type is {shown(output_type)}; give one of {told}")
+        if steps not in (None, self.num_timesteps):
+            told = f"num_inference_steps is {shown(steps)}"
+            raise ConfigError(f"{told}; the model has {self.num_timesteps}: leave it out")
 
     def _on_scale(
         self, callback: OnStepEnd | None, wanted: Sequence[str]

@@ -129,6 +129,7 @@ def _per_scale(name: str, help: str) -> Callable[[Callable[..., None]], Callable
 @click.option(
     "--bundle", type=BUNDLE, metavar="NAME|PATH", help="The model's bundle; see `bundles`."
 )
+@click.option("--digest", help="Use no bundle but that of this digest, and hash all its files.")
 @variant_option
 @click.option("--seed", type=int, help="The same seed gives the same picture; random if left out.")
 @_per_scale("--guidance-scale", "How much the instruction counts.")
@@ -172,6 +173,7 @@ def edit(
     previews: Path | None,
     then: tuple[str, ...],
     bundle: Path | None,
+    digest: str | None,
     variant: str | None,
     backend: ChosenBackend | AutoBackend,
     keep_steps: bool,
@@ -190,12 +192,10 @@ def edit(
     """
     _check_words(ctx, images, instruction, listed)
     from varedit_runtime.commands.job import Job
-    from varedit_runtime.commands.one import edit_one, made_folder
+    from varedit_runtime.commands.one import edit_one
     from varedit_runtime.commands.orders import Order, Orders
-    from varedit_runtime.commands.record import RECORD
-    from varedit_runtime.commands.several import edit_several
 
-    job = Job(then, settings, bundle, variant, backend, keep_steps, overwrite, as_json)
+    job = Job(then, settings, bundle, digest, variant, backend, keep_steps, overwrite, as_json)
     usual = Order(Path(*images[:1]), instruction or "", negative_prompt, mask, seed)
     orders = Orders(usual, list(map(Path, images)), listed)
     folder = _folder(images, listed, output, on_ray)
@@ -206,19 +206,23 @@ def edit(
     elif compare or previews:
         raise ConfigError("--compare and --previews are of one picture: name a file with -o")
     else:
-        with made_folder(folder, RECORD):
-            failed = (_edit_on_ray if on_ray else edit_several)(orders, count, folder, job)
-        ctx.exit(min(failed, 1))
+        ctx.exit(min(_edit_several(orders, count, folder, job, on_ray), 1))
 
 
-def _edit_on_ray(orders: "Orders", count: int, folder: Path, job: "Job") -> int:
-    """Join a Ray cluster and edit there; see `edit_several`."""
+def _edit_several(orders: "Orders", count: int, folder: Path, job: "Job", on_ray: bool) -> int:
+    """Edit into a folder, here or on a Ray cluster; see `edit_several`."""
+    from varedit_runtime.commands.one import made_folder
+    from varedit_runtime.commands.record import RECORD
+    from varedit_runtime.commands.several import edit_several
     from varedit_runtime.terminal.ray_cluster import cluster, threads_of
 
-    with cluster(least=threads_of(job.backend) + 1):  # one reads
-        from varedit_runtime.commands.on_ray import edit_on_ray
+    with made_folder(folder, RECORD):
+        if not on_ray:
+            return edit_several(orders, count, folder, job)
+        with cluster(least=threads_of(job.backend) + 1):  # one reads
+            from varedit_runtime.commands.on_ray import edit_on_ray
 
-        return edit_on_ray(orders, count, folder, job)
+            return edit_on_ray(orders, count, folder, job)
 
 
 def _check_words(

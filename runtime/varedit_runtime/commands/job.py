@@ -31,11 +31,13 @@ class Job:
     """What is done with every picture.
 
     then: instructions that follow each order's own. settings: further arguments of `Editor.edit`.
+    digest: of the only bundle that may be used.
     """
 
     then: tuple[str, ...]
     settings: dict[str, Any]
     bundle: Path | None
+    digest: str | None
     variant: str | None
     backend: ChosenBackend | AutoBackend
     keep_steps: bool
@@ -66,11 +68,16 @@ class Job:
         Raises BundleError if it takes no instructions.
         """
         found = self.find()
-        with Editor.open(found.path, backend=self.backend, variant=self.variant) as editor:
+        with self.open(found) as editor:
             known = self, found, editor.bundle, editor.variant, editor.chosen, editor.provider
             opened = OpenJob(*known, editor=editor)
             opened.check_then()  # not only after the first turns
             yield opened
+
+    def open(self, found: Found) -> Editor:
+        """Open an editor with the bundle that was found."""
+        given = {"backend": self.backend, "variant": self.variant, "digest": self.digest}
+        return Editor.open(found.path, **given)
 
     def find(self) -> Found:
         """Return the bundle, and tell on stderr which it is and why.
@@ -79,7 +86,7 @@ class Job:
         """
         found = find_bundle(self.bundle)
         say(f"bundle: {found.path} ({found.why})")
-        Bundle.open(found.path).check_text()  # before minutes are spent on loading
+        Bundle.open(found.path, self.digest).check_text()  # before minutes are spent on loading
         return found
 
 

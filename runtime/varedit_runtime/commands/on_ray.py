@@ -25,7 +25,6 @@ from varedit_runtime.commands.job import Job, KnownJob, OpenJob
 from varedit_runtime.commands.orders import Order, Orders
 from varedit_runtime.commands.record import Record
 from varedit_runtime.commands.several import Results, Told, opened_pictures, read_order
-from varedit_runtime.editing.editor import Editor
 from varedit_runtime.editing.preparer import Preparer
 from varedit_runtime.editing.results import EditResult
 from varedit_runtime.errors import BackendError, BundleError, EditWarning, VareditError
@@ -66,7 +65,7 @@ _Row = dict[str, Any]  # place: that of the order; told: an _Outcome, pickled
 def edit_on_ray(orders: Orders, count: int, folder: Path, job: Job) -> int:
     """Do what `edit_several` does, on the cluster that this process has joined."""
     found = job.find()
-    preparer = Preparer.open(found.path, variant=job.variant)
+    preparer = Preparer.open(found.path, variant=job.variant, digest=job.digest)
     known = KnownJob(job, found, preparer.bundle, preparer.variant)
     known.check_then()
     record = Record(folder)
@@ -80,14 +79,20 @@ def edit_on_ray(orders: Orders, count: int, folder: Path, job: Job) -> int:
 
 
 def _pass(
-    known: KnownJob, results: Results, left: dict[int, Order], keys: frozenset[str]
+    known: KnownJob,
+    results: Results,
+    left: dict[int, Order],
+    keys: frozenset[str],
+    alone: bool = False,
 ) -> dict[int, Order]:
     """Edit orders; return those whose results are not in the record, although their keys are.
 
     A file was changed since, or equal orders are more than there are results. keys: see `_reading`.
+    alone: edit each in a batch of its own. What is lost runs so once more: a picture that ends its
+    process takes others with it.
     """
     begun, again = perf_counter(), dict[int, Order]()
-    for place, outcome in _outcomes(known, left, keys):
+    for place, outcome in _outcomes(known, left, keys, alone):
         order = left.pop(place)
         if isinstance(outcome, VareditError):
             results.told.failed(place, order, outcome)
@@ -101,6 +106,8 @@ def _pass(
             begun = now
         elif not results.finished(order, outcome.key):
             again[place] = order
+    if left and not alone:
+        return again | _pass(known, results, left, keys, alone=True)
     for place, order in left.items():
         lost = BackendError(f"the process that edited it died {_RETRIES + 1} times")
         results.told.failed(place, order, lost)
@@ -108,18 +115,19 @@ def _pass(
 
 
 def _outcomes(
-    known: KnownJob, orders: Mapping[int, Order], keys: frozenset[str]
+    known: KnownJob, orders: Mapping[int, Order], keys: frozenset[str], alone: bool
 ) -> Iterator[tuple[int, _Outcome]]:
     """Yield places and what becomes of their orders; nothing of those whose process died."""
     context = DataContext.get_current()
     context.max_errored_blocks, context.enable_progress_bars = -1, False
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    batch, given = known.variant.batch, resources(known.job.backend)
+    batch, given = 1 if alone else known.variant.batch, resources(known.job.backend)
     most = most_editors(known.bundle, known.variant, given, spare=1)  # for those that read
     threads = int(given["num_cpus"])
     job = replace(known.job, backend=known.job.backend.with_threads(threads))
     items = [{"place": place, "told": pickle.dumps(order)} for place, order in orders.items()]
-    blocks = max(1, min(len(items) // batch, _MOST_BLOCKS))
+    blocks = len(items) if alone else max(1, min(len(items) // batch, _MOST_BLOCKS))
+    ahead = 1 if alone else 2  # batches that one process has at a time
     common = known.common
 
     def read(row: _Row) -> _Row:
@@ -133,7 +141,9 @@ def _outcomes(
             fn_constructor_args=(job, known.found, known.bundle.digest),
             batch_size=batch,
             batch_format="pandas",
-            compute=ActorPoolStrategy(min_size=1, max_size=most, max_tasks_in_flight_per_actor=2),
+            compute=ActorPoolStrategy(
+                min_size=1, max_size=most, max_tasks_in_flight_per_actor=ahead
+            ),
             num_cpus=given["num_cpus"],
             num_gpus=given["num_gpus"],
             max_restarts=-1,
@@ -157,7 +167,7 @@ class _Editing:
 
     def __init__(self, job: Job, found: Found, digest: str) -> None:
         """digest: of the bundle, which another machine must have too."""
-        editor = Editor.open(found.path, backend=job.backend, variant=job.variant)
+        editor = job.open(found)
         if editor.bundle.digest != digest:
             raise BundleError(f"{found.path} is another bundle on another machine")
         self._opened = OpenJob(job, found, editor.bundle, editor.variant, editor=editor)

@@ -1,6 +1,6 @@
 """Warn of edits that can be made, but will hardly be what is wanted."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from PIL import Image
@@ -23,14 +23,23 @@ LEAST_CALM = 0.3
 
 
 def warnings_of(
-    model: Model, instructions: Instructions, text: str, picture: Image.Image
+    model: Model,
+    instructions: Instructions,
+    text: str,
+    picture: Image.Image,
+    guidance_scale: Sequence[float],
 ) -> Iterator[str]:
-    """Yield what speaks against an edit of a picture, as `open_picture` returns it: a line each."""
+    """Yield what speaks against an edit of a picture, as `open_picture` returns it: a line each.
+
+    guidance_scale: of every scale.
+    """
     if model.random:
         yield (
             "the bundle's weights are random, so the result is noise: use a bundle that was built "
             "from checkpoints"
         )
+    if min(guidance_scale) < 0:
+        yield ("guidance_scale is below 0, which leads away from the instruction: give 1 or more")
     if instructions.mostly_unknown(text):
         yield (
             "most of the instruction is in characters that the model's tokenizer does not know: "

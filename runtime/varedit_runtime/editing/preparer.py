@@ -124,7 +124,7 @@ class Preparer:
         prompts = asked.each("prompt", self._tokenise)
         negatives = asked.each("negative_prompt", self._tokenise_negative)
         settings = self._settings(wanted, any(negatives))
-        views = self._views(asked, size)
+        views = self._views(asked, size, settings)
         entries = zip(prompts, negatives, *zip(*views, strict=True), settings, strict=True)
         repeated = [entry for entry in entries for _ in range(copies)]
         return [
@@ -156,7 +156,7 @@ class Preparer:
         temperature = asked.each("temperature", settings.temperature)
         return list(map(ScaleSettings, guidance, temperature))
 
-    def _views(self, asked: PerEntry, size: SizeOf) -> list[_View]:
+    def _views(self, asked: PerEntry, size: SizeOf, settings: list[ScaleSettings]) -> list[_View]:
         """Return what the model and the result take from each entry's picture and mask."""
         pictures = asked.each("image", open_picture)
         opened = asked.each("mask", lambda source: None if source is None else open_mask(source))
@@ -164,21 +164,24 @@ class Preparer:
             masks = one_by_one(fitted, opened, pictures)
         texts = asked.each("prompt", _text)
 
-        def view(picture: Image.Image, mask: Image.Image | None, text: str) -> _View:
+        def view(
+            picture: Image.Image, mask: Image.Image | None, text: str, chosen: ScaleSettings
+        ) -> _View:
             shown = visible(picture, mask)
             return _View(
                 np.asarray(pad_and_resize(shown, self.variant.picture)),
                 None if mask is None else marked_tokens(mask, self.variant.grids[-1]),
                 Finish.of(shown, mask, size(shown.size)),
-                tuple(self._warnings(text, shown)),
+                tuple(self._warnings(text, shown, chosen)),
             )
 
         with about("image"):
-            return one_by_one(view, pictures, masks, texts)
+            return one_by_one(view, pictures, masks, texts, settings)
 
-    def _warnings(self, text: str, picture: Image.Image) -> Iterator[str]:
+    def _warnings(self, text: str, picture: Image.Image, chosen: ScaleSettings) -> Iterator[str]:
         assert self.instructions is not None
-        return warnings_of(self.bundle.manifest.model, self.instructions, text, picture)
+        model, guidance = self.bundle.manifest.model, chosen.guidance_scale
+        return warnings_of(model, self.instructions, text, picture, guidance)
 
 
 def _text(prompt: object) -> str:

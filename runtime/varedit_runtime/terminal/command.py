@@ -55,8 +55,12 @@ debug_option = click.option(
 
 
 def say(line: str) -> None:
-    """Print a line on stderr, `printable` whatever names of files or messages are in it."""
-    click.echo(printable(line), err=True)
+    """Print a line on stderr, `printable` whatever names of files or messages are in it.
+
+    Does nothing where who read stderr has ended, as `| head` does: a server goes on.
+    """
+    with suppress(BrokenPipeError):
+        click.echo(printable(line), err=True)
 
 
 class OneLineErrors(click.Command):
