@@ -209,6 +209,8 @@ def test_a_limit_takes_all_types_alike_and_each_edit_keeps_its_seed(tmp_path: Pa
 def test_a_copy_is_equal_and_a_worse_one_is_told(data: Path, tmp_path: Path) -> None:
     few = evaluated(data, tmp_path / "few", Shifted(), Shifted(128))
     assert few.comparisons["overall"]["l1"].verdict == "too few edits to tell"
+    alike = compare([1.0] * 9, [1.0] * 9, 1, 2)
+    assert alike is not None and alike.verdict == "too few edits to tell"
     data = own_data(tmp_path / "more", 10)
     same = evaluated(data, tmp_path / "same", Shifted(), Shifted())
     assert {one.verdict for one in same.comparisons["overall"].values()} == {"equal"}

@@ -78,10 +78,10 @@ def compare(
     gain = mean_of(gains)
     if gain is None:
         return None
-    if not any(gains):
-        return Comparison(gain, "equal")
     if gain.low is None or gain.high is None:
         return Comparison(gain, "too few edits to tell")
+    if not any(gains):
+        return Comparison(gain, "equal")
     if gain.high < 0:
         verdict = f"worse by {-gain.high:.{digits}f} to {-gain.low:.{digits}f}"
     elif gain.low > 0:

@@ -66,7 +66,8 @@ def _summary(report: Report) -> Iterator[str]:
         f"{escape(key)} {_short(value)}" for key, value in report.run.items() if value is not None
     ]
     yield f"<p><small>{', '.join(told)}</small></p>"
-    yield '<h2>Means, with 95 % confidence</h2><div class="scroll"><table>'
+    yield "<h2>Means</h2><p><small>Below a mean of 10 edits or more is the interval that holds it "
+    yield 'with 95 % confidence.</small></p><div class="scroll"><table>'
     heads = "".join(f"<th>{escape(score.label)}</th>" for score in report.scores)
     yield f"<tr><th>type</th><th>edits</th>{heads}</tr>"
     for name, group in report.groups.items():
@@ -129,7 +130,11 @@ def _edits(report: Report, run: Run, cases: Mapping[str, Case]) -> Iterator[str]
     if report.scores:
         rows.sort(key=lambda row: _badness(row, report.scores[0]))
     left = f", the worst {SHOWN} of {len(rows)}" if len(rows) > SHOWN else ", worst first"
-    yield f'<h2>Edits{left}</h2><div class="scroll"><table id="edits"><thead><tr>'
+    yield f"<h2>Edits{left}</h2>"
+    if report.against is not None:
+        other = escape(report.against)
+        yield f"<p><small>Below each score is that of {other}.</small></p>"
+    yield '<div class="scroll"><table id="edits"><thead><tr>'
     yield "<th>instruction</th><th>source</th><th>result</th><th>target</th>"
     for place, score in enumerate(report.scores):
         order = "descending" if score.better < 0 else "ascending"
