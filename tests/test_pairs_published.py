@@ -216,7 +216,7 @@ def test_instructpix2pix_is_read(tmp_path: Path) -> None:
         (magicbrush(0, instruction=[["x"]]), "instruction holds no plain values"),
         (magicbrush(0, weight=0.0), "row 0: .*weight"),
         ({"source_img": as_image(drawn(0)), "instruction": "x"}, "no column is a pair's target"),
-        (magicbrush(0, source_img=None), "row 0: source_img has no picture"),
+        (magicbrush(0, source_img=None), "row 0: there is no source"),
         (magicbrush(0, target_img={"bytes": b"none"}), "row 0: .*cannot be read"),
     ],
 )

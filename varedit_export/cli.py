@@ -8,6 +8,7 @@ from varedit_export.commands.build import build
 from varedit_export.commands.convert import convert
 from varedit_export.commands.engines import engines, layers
 from varedit_export.commands.evaluate import evaluate
+from varedit_export.commands.filter import filter_pairs
 from varedit_export.commands.show import doctor, inspect
 from varedit_export.commands.triton import triton
 from varedit_export.commands.verify import verify
@@ -29,6 +30,6 @@ def main() -> None:
 
 for command in (
     *(build, engines, verify, layers, inspect, doctor, bench, evaluate, attention),
-    *(convert, triton),
+    *(filter_pairs, convert, triton),
 ):
     main.add_command(command)

@@ -118,8 +118,32 @@ class VerifyOptions(CheckedOptions):
     variant: str | None = None  # the variant that it runs; by default the bundle's first
 
 
+@dataclass(frozen=True, kw_only=True)
+class JudgedOptions(CheckedOptions):
+    """A judge: a model that takes pictures, behind an OpenAI-compatible chat endpoint.
+
+    Its key is taken from the environment, VAREDIT_JUDGE_KEY.
+    """
+
+    judge: str | None = None  # the address, such as http://127.0.0.1:8000/v1
+    judge_model: str | None = None  # the model's name there
+    judge_repeat: int = 1  # answers about each edit, which are averaged and compared
+    judge_at_once: int = 8  # edits that it is asked about at the same time
+    judge_prompts: AnyPath | None = None  # a folder of prompts in place of ours, by their names
+    judge_price: tuple[float, float] | None = None  # of a million tokens in, and out
+
+
 @dataclass(frozen=True)
-class EvaluateOptions(CheckedOptions):
+class FilterOptions(JudgedOptions):
+    """Which pairs to learn from are judged, and which of them are kept."""
+
+    data: tuple[AnyPath, ...]  # the places that `pairs.read_pairs` takes
+    output: AnyPath  # the new list, a .jsonl: a new one, or that of the same data
+    least: float = 7.0  # of 10: the score that match, source and target of a kept pair have
+
+
+@dataclass(frozen=True)
+class EvaluateOptions(JudgedOptions):
     """What a bundle is evaluated on, and how it edits."""
 
     benchmark: str  # one of varedit_export.evaluation.benchmarks.BENCHMARKS
@@ -131,15 +155,6 @@ class EvaluateOptions(CheckedOptions):
     seed: int = 0  # edit i has seed + i
     limit: int | None = None  # edits to make, of all types alike; by default all
     fail_below: tuple[str, ...] = ()  # SCORE=NUMBER: the overall mean that is good enough
-
-    # A judge: a model that takes pictures, behind an OpenAI-compatible chat endpoint. Its key is
-    # taken from the environment, VAREDIT_JUDGE_KEY.
-    judge: str | None = None  # the address, such as http://127.0.0.1:8000/v1
-    judge_model: str | None = None  # the model's name there
-    judge_repeat: int = 1  # answers about each edit, which are averaged and compared
-    judge_at_once: int = 8  # edits that it is asked about at the same time
-    judge_prompts: AnyPath | None = None  # a folder of prompts in place of ours, by their names
-    judge_price: tuple[float, float] | None = None  # of a million tokens in, and out
 
     # How the bundle edits, and what it is compared with: another bundle, a backend's name, or the
     # folder of a run.

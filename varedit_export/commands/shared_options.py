@@ -7,7 +7,13 @@ from typing import Any
 
 import click
 
-from varedit_export.options import BuildOptions, EngineOptions, EvaluateOptions, VerifyOptions
+from varedit_export.options import (
+    BuildOptions,
+    EngineOptions,
+    EvaluateOptions,
+    FilterOptions,
+    VerifyOptions,
+)
 
 PLACE = "PATH|hf://..."  # a file or folder here, or one on the Hugging Face hub
 checkpoint_option = click.option(
@@ -48,7 +54,11 @@ def layout_option(name: str) -> Callable[[Callable[..., None]], Callable[..., No
 
 
 def with_options(
-    kind: type[BuildOptions] | type[EngineOptions] | type[EvaluateOptions] | type[VerifyOptions],
+    kind: type[BuildOptions]
+    | type[EngineOptions]
+    | type[EvaluateOptions]
+    | type[FilterOptions]
+    | type[VerifyOptions],
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command one argument, `options`, in place of the fields of an options class."""
 

@@ -4,15 +4,14 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from math import inf, isfinite, nan
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
 from varedit_engines import OnStep
 from varedit_export.evaluation.benchmarks import benchmark
 from varedit_export.evaluation.case import OVERALL, Benchmark, Case, Edits, Family, Metric, Score
-from varedit_export.evaluation.judge.endpoint import Endpoint
-from varedit_export.evaluation.judge.judge import Judge, JudgeOptions
+from varedit_export.evaluation.judge.judge import open_judges
 from varedit_export.evaluation.metrics import family
 from varedit_export.evaluation.metrics.judges import PREFIX
 from varedit_export.evaluation.page import write_page
@@ -24,7 +23,6 @@ from varedit_export.weights.hub import SCHEME
 from varedit_export.weights.published import Download
 from varedit_runtime.errors import ConfigError, shown
 
-MOST = 64  # times that a judge is asked, or that it is asked at once
 AGAINST = "against"  # the folder, in a run's, of the run that it is compared with
 
 
@@ -49,8 +47,9 @@ def evaluate(
     cases = spread(everything, options.limit)
     digest = _digest(everything)
     told = {"benchmark": options.benchmark, "cases": digest, "seed": options.seed}
-    judges = _judges(options, families, notice)
-    metrics = {**metrics, **judges}
+    judged = [name.removeprefix(PREFIX) for name in families if name.startswith(PREFIX)]
+    judges = open_judges(options, judged, Path(options.output), notice)
+    metrics = {**metrics, **{PREFIX + name: judge for name, judge in judges.items()}}
     opened = {n: metrics.get(n) or one.open(folders.get(n)) for n, one in families.items()}
     if isinstance(other, Run):
         _check_alike(other, told, cases, opened)
@@ -179,36 +178,6 @@ def _families(
             notice(f"{name} is left out: it needs --weights {name}=PLACE")
             del found[name]
     return found
-
-
-def _judges(
-    options: EvaluateOptions, families: Mapping[str, Family], notice: Callable[[str], None]
-) -> dict[str, Judge]:
-    """Open the judge for each of its families, if it is named. Raises ConfigError."""
-    if options.judge is None:
-        return {}
-    if options.judge_model is None:
-        raise ConfigError("--judge: name the model to ask with --judge-model")
-    if not (1 <= options.judge_repeat <= MOST and 1 <= options.judge_at_once <= MOST):
-        raise ConfigError(f"--judge-repeat and --judge-at-once are 1 to {MOST}")
-    if not all(0 <= price < inf for price in options.judge_price or ()):
-        raise ConfigError("--judge-price: give two prices, 0 or more")
-    endpoint = Endpoint(options.judge, options.judge_model, notice)
-    folder, prompts = Path(options.output), options.judge_prompts
-    return {
-        name: Judge(
-            endpoint,
-            JudgeOptions(
-                name.removeprefix(PREFIX),
-                options.judge_repeat,
-                options.judge_at_once,
-                None if prompts is None else Path(prompts),
-            ),
-            folder,
-        )
-        for name in families
-        if name.startswith(PREFIX)
-    }
 
 
 def _given(options: EvaluateOptions) -> dict[str, str]:

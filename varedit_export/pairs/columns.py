@@ -60,7 +60,7 @@ class Columns(Sequence[Pair]):
         files = {
             part: self._root.cell(table, column, place)
             for part, column in self._columns.items()
-            if part in (SOURCE, TARGET) or (part == MASK and not table.empty(column, place))
+            if part in (SOURCE, TARGET, MASK)
         }
         weight = getattr(row, WEIGHT, 1.0)
         return Pair(table.name(place), row.instruction, files, self._root, weight)

@@ -43,7 +43,7 @@ class _Own(msgspec.Struct, forbid_unknown_fields=True):
     mask: str | None = None
     weight: Weight = 1.0
     kept: bool = True
-    why: str | None = None
+    scores: dict[str, float] | None = None
     data: str | None = None
 
 
@@ -99,6 +99,8 @@ class PairList(Sequence[Pair]):
     def _edits(self, number: int, line: bytes) -> list[_Edit]:
         row = f"{self._path}, line {number}"
         found = as_row(row, line, dict[str, Any])
+        if found.get("kept") is False:
+            return []
         if f"{EDIT}1" in found:
             return _turns(row, found)
         if "source_image" in found:
@@ -110,7 +112,7 @@ class PairList(Sequence[Pair]):
             own = msgspec.convert(found, _Own)
         files = {SOURCE: own.source, TARGET: own.target}
         files |= {} if own.mask is None else {MASK: own.mask}
-        return [_Edit(row, files, own.instruction, own.weight, own.data)] if own.kept else []
+        return [_Edit(row, files, own.instruction, own.weight, own.data)]
 
 
 def _turns(row: str, found: Mapping[str, Any]) -> list[_Edit]:

@@ -48,10 +48,9 @@ class Pair:
 
         Raises DatasetError, which names the row.
         """
-        if MASK not in self.files:
-            return None
         with row_errors(self.id):
-            return np.asarray(open_mask(self.files[MASK].read())) > 0
+            content = self.files[MASK].read() if MASK in self.files else None
+            return None if content is None else np.asarray(open_mask(content)) > 0
 
     @property
     def key(self) -> str:
@@ -61,7 +60,9 @@ class Pair:
 
     def _picture(self, name: str) -> Image.Image:
         with row_errors(self.id):
-            return open_picture(self.files[name].read())
+            if (content := self.files[name].read()) is None:
+                raise DatasetError(f"there is no {name}")
+            return open_picture(content)
 
 
 def check_instruction(row: str, instruction: str) -> None:

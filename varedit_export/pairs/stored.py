@@ -27,12 +27,13 @@ class Stored:
     """A picture's file, wherever it is.
 
     name: its path in the data set's folder, in which a tar or Parquet file counts as a folder.
-    identity: changes when the content does. read: returns its path or bytes; raises DatasetError.
+    identity: changes when the content does. read: returns its path or bytes, None for an empty cell
+    of a table; raises DatasetError.
     """
 
     name: str
     identity: str
-    read: Callable[[], Source]
+    read: Callable[[], Source | None]
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Root:
         """Return a cell of a table in this folder."""
         name = f"{self._name(table.path)}/{column}/{place}"
         identity = f"{name} {_version(table.path)}"
-        return Stored(name, identity, table.picture(column, place))
+        return Stored(name, identity, partial(_cell, table.path, column, place))
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self.folder).as_posix()
@@ -200,6 +201,11 @@ def _version(path: Path) -> str:
 
 def _exists(path: Path) -> bool:
     return "\0" not in str(path) and os.path.lexists(path)
+
+
+def _cell(path: Path, column: str, place: int) -> bytes | None:
+    table = table_of(path)  # which may not be kept with all that it has read
+    return None if table.empty(column, place) else table.picture(column, place)()
 
 
 def _path(path: Path) -> Path:

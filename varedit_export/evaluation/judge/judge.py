@@ -8,11 +8,12 @@ nothing is asked, or paid, twice.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import combinations
+from math import inf
 from operator import mul
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -31,10 +32,13 @@ from varedit_export.evaluation.judge.protocols import (
 )
 from varedit_export.evaluation.judge.replies import numbers, read_reply
 from varedit_export.evaluation.report import JudgeUse, Row
+from varedit_export.options import JudgedOptions
+from varedit_runtime.errors import ConfigError
 from varedit_runtime.pictures import encode_picture
 
 ASKS = 3  # times that an answer is asked for before it is missing
 ANSWERS = "judge.jsonl"
+MOST = 64  # times that a judge is asked, or that it is asked at once
 
 
 @dataclass(frozen=True)
@@ -188,6 +192,30 @@ class Judge:
                 self._refused.add(line.key)
             else:
                 self._missed[line.key] += 1
+
+
+def open_judges(
+    options: JudgedOptions,
+    protocols: Sequence[str],
+    folder: Path,
+    notice: Callable[[str], None],
+) -> dict[str, Judge]:
+    """Open a judge, if one is named, for each of some protocols. Raises ConfigError.
+
+    folder: keeps the answers. notice: see `Endpoint`.
+    """
+    if options.judge is None:
+        return {}
+    if options.judge_model is None:
+        raise ConfigError("--judge: name the model to ask with --judge-model")
+    if not (1 <= options.judge_repeat <= MOST and 1 <= options.judge_at_once <= MOST):
+        raise ConfigError(f"--judge-repeat and --judge-at-once are 1 to {MOST}")
+    if not all(0 <= price < inf for price in options.judge_price or ()):
+        raise ConfigError("--judge-price: give two prices, 0 or more")
+    endpoint = Endpoint(options.judge, options.judge_model, notice)
+    prompts = None if options.judge_prompts is None else Path(options.judge_prompts)
+    asked = options.judge_repeat, options.judge_at_once, prompts
+    return {name: Judge(endpoint, JudgeOptions(name, *asked), folder) for name in protocols}
 
 
 def _digest(told: Sequence[object], pictures: Sequence[bytes] = ()) -> str:

@@ -10,6 +10,8 @@
 - **gedit**: GEdit-Bench's (arXiv 2504.17761), which is VIEScore (arXiv 2312.14867) for edits: two
   scores of semantic consistency, two of perceptual quality; SC and PQ are the lower of each two,
   and the overall score is the root of SC·PQ. Its own totals are means over the types'.
+- **pairs**: that of VAREdit's filter of pairs to learn from (its Figure 8), of no evaluation:
+  whether a pair matches its instruction, and whether both pictures are clear.
 
 The prompts are in our own words, so that scores are not exactly those of the originals. They are
 files, of which a folder of one's own may replace any.
@@ -25,6 +27,7 @@ from varedit_runtime.errors import ConfigError, reason
 
 PROMPTS = Path(__file__).with_name("prompts")
 INSTRUCTION = "{instruction}"  # where a prompt has the edit's
+PAIRS, PAIR_SCORES = "pairs", ("match", "source", "target")
 
 Answer = Mapping[str, float]  # the numbers of an answer by name
 
@@ -158,5 +161,11 @@ PROTOCOLS = {
         _scores("judge_overall", {"judge_sc": "SC", "judge_pq": "PQ", "judge_overall": "overall"}),
         _gedit,
         "judge_overall",
+    ),
+    PAIRS: Protocol(
+        (Question(PAIRS, PAIR_SCORES),),
+        _scores(PAIR_SCORES[0], {name: name for name in PAIR_SCORES}),
+        dict,
+        PAIR_SCORES[0],
     ),
 }
