@@ -147,9 +147,9 @@ def test_the_command_scores_the_reference(tmp_path: Path) -> None:
     content = json.loads((tmp_path / "run/report.json").read_text())
     assert content["run"]["guidance_scale"] == 1 and content["run"]["conditioning"] == "sar"
     assert [one["groups"] for one in content["edits"]] == [["add"], ["remove"]]
-    against = ["--against", str(tmp_path / "run"), "--limit", "2", "--out", str(tmp_path / "fast")]
+    against = ["--against", str(tmp_path / "run"), "--limit", "1", "--out", str(tmp_path / "fast")]
     other = CliRunner().invoke(evaluate.main, [*against, "--fast"], catch_exceptions=False)
-    assert "kept dB: " in other.output and "run" in other.output
+    assert "kept dB: too few edits to tell" in other.output
 
 
 def test_a_bundle_is_scored_by_the_command(tmp_path: Path) -> None:
