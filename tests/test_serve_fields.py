@@ -126,6 +126,8 @@ def test_errors_say_what_to_give() -> None:
         assert edit(*fields).json["error"]["message"] == told
     reply = edit_json({"image": DATA, "prompt": 5})
     assert reply.json["error"]["message"].startswith("prompt is 5; give a text of at most")
+    reply = edit_json({"image": DATA.replace("image/png", ""), "prompt": "add a hat"})
+    assert reply.json["error"]["message"].startswith("image cannot be used: give a data: URL")
 
 
 def test_what_programs_for_openai_send_is_taken() -> None:

@@ -381,6 +381,8 @@ def test_a_body_of_another_kind_is_a_415(kind: str) -> None:
         async with served() as server:
             reply = await server.ask("POST", headers={"content-type": kind}, body=[b"x"])
             assert reply.status == 415
+            zipped = await server.edit(headers={"content-encoding": "gzip"})
+            assert zipped.status == 415
 
     run(test())
 

@@ -65,12 +65,14 @@ async def read_body(request: Request, limits: Limits) -> list[tuple[str, Any]] |
 
     A form's values are text, or bytes of files. Raises ApiError: 400 if it is malformed or has
     too many fields, 408 if it does not arrive in time, 413 if it is too large, 415 if it is of
-    another kind; GoneError.
+    another kind or compressed; GoneError.
     """
     name, options = parse_options_header(request.headers.get("content-type"))
     kind = name.decode("latin-1")
     if kind not in (MULTIPART, JSON):
         raise ApiError(415, f"send {MULTIPART} or {JSON}", code="unsupported_media_type")
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise ApiError(415, "send it without a Content-Encoding", code="unsupported_media_type")
     if options.get(b"charset", b"utf-8").lower() != b"utf-8":  # Python knows some that take minutes
         raise ApiError(400, "send text in UTF-8, and no other charset", code="bad_charset")
     try:

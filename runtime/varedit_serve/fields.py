@@ -17,6 +17,7 @@ MOST_PARTIALS = 3
 _PIECE = 2**20  # characters of base64, a multiple of 4
 PICTURE = {"type": "string", "format": "binary"}  # the schema of a form's file
 
+_PRIVATE = ("image", "mask", "prompt", "negative_prompt", "user")  # no answer has a part of them
 _INTEGER = re.compile(r"-?[0-9]{1,20}")
 _NUMBER = re.compile(r"-?[0-9]{1,20}(\.[0-9]{1,20})?([eE][-+]?[0-9]{1,3})?")
 _DATA = re.compile(r"data:[\w.+-]+/[\w.+-]+;base64,", re.ASCII)
@@ -236,7 +237,7 @@ def _value(field: Field, value: Any, as_text: bool) -> Any:
         return field.read(value, as_text)
     except ValueError as error:
         private = isinstance(value, bytes | list | dict) or (
-            isinstance(value, str) and "prompt" in field.name
+            isinstance(value, str) and field.name in _PRIVATE
         )
         told = "cannot be used: " if private else f"is {shown(value)}; "
         raise wrong(field.name, f"{field.name} {told}{error}") from error
