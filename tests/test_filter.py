@@ -105,6 +105,11 @@ def test_a_run_that_was_ended_goes_on_and_asks_nothing_twice(tmp_path: Path) -> 
         # Another model, and another prompt, are asked about all.
         filter_pairs(replace(asked, judge_model="other"))
         assert len(server.asked) == 8 + 7
+        (tmp_path / "own").mkdir()
+        (tmp_path / "own/pairs.txt").write_text("Is it {instruction}?")
+        filter_pairs(replace(asked, judge_prompts=tmp_path / "own"))
+        assert len(server.asked) == 8 + 7 + 7
+        assert server.asked[-1]["messages"][0]["content"][0]["text"] == "Is it a?"
 
 
 @FORKS

@@ -140,6 +140,40 @@ def test_a_damaged_shard_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         read_pairs([long])
 
 
+def header(name: bytes, size: int, kind: bytes = b"0") -> bytes:
+    """Return a member's header; sizes that octal digits cannot say are binary, as GNU has them."""
+    field = b"%011o\0" % size if 0 <= size < 8**11 else (size % 2**96).to_bytes(12, "big")
+    block = bytearray(512)
+    block[:100] = name.ljust(100, b"\0")
+    block[124:136], block[156:157], block[257:265] = field, kind, b"ustar\x0000"
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def pax(record: bytes) -> bytes:
+    return header(b"pax", len(record), b"x") + record.ljust(512, b"\0")
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (header(b"a", -1536), "none that can be read"),
+        (header(b"a", 2**95 + 2**70), "ends in the middle of 'a'"),
+        (pax(b"14 size=-4096\n") + header(b"a", 0), "none that can be read"),
+        (header(b"long", -1536, b"L"), "the header of a member is too large"),
+        (header(b"long", 2**95 + 2**70, b"L"), "the header of a member is too large"),
+        (pax(b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n") + header(b"a", 512), "h.tar: "),
+        (pax(b"10 path=x\n") * 3000 + header(b"a", 0), "recursion"),
+    ],
+)
+def test_hostile_headers_of_a_shard_are_refused(content: bytes, told: str, tmp_path: Path) -> None:
+    """Sizes below 0, which could be read for ever, and such that would fill the memory."""
+    (tmp_path / "h.tar").write_bytes(content + b"99999999999\n".ljust(2048, b"1"))
+    with pytest.raises(DatasetError, match=told):
+        read_pairs([tmp_path / "h.tar"])
+
+
 def test_a_shard_that_changes_is_read_anew(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "0.tar", shard(0, 1))
     before = read_pairs([path])[0].key

@@ -10,7 +10,7 @@ import os
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 
@@ -26,17 +26,6 @@ PARTS = (SOURCE, TARGET, MASK, INSTRUCTION, JSON)
 LARGEST_TEXT = 2**20  # bytes of an instruction's file
 
 _NONE = -1
-
-
-class Files(Protocol):
-    """The files of a folder or a tar file: their names, and where they are stored."""
-
-    @property
-    def path(self) -> Path: ...
-    @property
-    def names(self) -> Sequence[str]: ...
-
-    def stored(self, place: int) -> Stored: ...
 
 
 class Shard:
@@ -65,7 +54,7 @@ class Folder:
 class Groups(Sequence[Pair]):
     """Pairs of the files of a folder or a tar file."""
 
-    def __init__(self, files: Files, root: Root) -> None:
+    def __init__(self, files: Shard | Folder, root: Root) -> None:
         """Check that each pair is whole. Raises DatasetError, which names it."""
         self._files, self._root = files, root
         self._keys, self._places = _group(files)
@@ -90,7 +79,7 @@ class Groups(Sequence[Pair]):
         return Pair(row, instruction, found, self._root, weight)
 
 
-def _group(files: Files) -> tuple[list[str], Sequence[int]]:
+def _group(files: Shard | Folder) -> tuple[list[str], Sequence[int]]:
     """Return what the pairs are called, and the places of their PARTS in the names, or _NONE."""
     found = dict[str, dict[str, int]]()
     for place, name in enumerate(files.names):
