@@ -264,10 +264,10 @@ def compute_in_fp16(transformer: Any) -> None:
     """Compute products in fp16, casting weights once; the reference casts at every product."""
     import torch
 
-    from varedit_nano.train_transformer import set_compute_dtype
+    from varedit_export.training.attention import compute_in
     from varedit_reference.transformer import Linear
 
-    set_compute_dtype(transformer, torch.float16)
+    compute_in(transformer, torch.float16, "cuda")
     for module in transformer.modules():
         if isinstance(module, Linear):
             module.to(torch.float16)

@@ -50,6 +50,7 @@ SKELETONS = {
         ("engines", "folder"),
         ("bench", "folder"),
         ("triton", "nano", "-o", "folder"),
+        ("train", "--size", "nano", "--data", "pairs.jsonl", "-o", "folder"),
         ("doctor",),
         (),
     ),

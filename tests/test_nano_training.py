@@ -15,8 +15,18 @@ from click.testing import CliRunner
 from PIL import Image
 from torch import Tensor, nn
 
-from varedit_nano.attention import eager_attention
-from varedit_nano.checkpointing import RunFolder, TrainingState, write_weights
+from varedit_export.training.attention import eager_attention
+from varedit_export.training.loop import (
+    TrainingMachine,
+    batches,
+    check_gradients,
+    ema_decay,
+    learning_rate,
+    train,
+)
+from varedit_export.training.optimisers import optimisers
+from varedit_export.training.run_folder import RunFolder, TrainingState, write_weights
+from varedit_export.training.teacher import bit_losses, flip, lesson, scale_weights
 from varedit_nano.data import (
     EVALUATION_SEEDS,
     TRAINING_SHARES,
@@ -24,30 +34,18 @@ from varedit_nano.data import (
     EditBatch,
     EditBatches,
     PictureBatches,
-    batches,
     step_seeds,
     training_kind,
 )
 from varedit_nano.export_weights import LARGEST_BYTES, export_weights
 from varedit_nano.model import NANO, TOKENIZER_FILE, load_nano, nano
-from varedit_nano.optimisers import optimisers
 from varedit_nano.scenes import KINDS
-from varedit_nano.teacher import bit_losses, flip, lesson, scale_weights
 from varedit_nano.text import build_vocabulary, new_text_encoder
 from varedit_nano.train_tokenizer import RECIPE as TOKENIZER_RECIPE
 from varedit_nano.train_tokenizer import TokenizerTask, new_tokenizer
 from varedit_nano.train_transformer import RECIPE as TRANSFORMER_RECIPE
 from varedit_nano.train_transformer import EditModel, TransformerTask, new_transformer
-from varedit_nano.training import (
-    TrainingMachine,
-    TrainingRecipe,
-    check_gradients,
-    ema_decay,
-    learning_rate,
-    run_training,
-    tokenizer_options,
-    train,
-)
+from varedit_nano.training import NanoRecipe, run_training, tokenizer_options
 from varedit_reference.config import ModelConfig, TokenizerConfig, TransformerConfig
 from varedit_reference.initialise import initialise
 from varedit_reference.quantisation import quantise, to_tokens
@@ -90,12 +88,12 @@ def features(generator: torch.Generator, side: int = 16, bits: int = 6) -> Tenso
     return torch.randn(3, bits, side, side, generator=generator) / 2
 
 
-def tokenizer_task(recipe: TrainingRecipe, machine: TrainingMachine) -> TokenizerTask:
+def tokenizer_task(recipe: NanoRecipe, machine: TrainingMachine) -> TokenizerTask:
     return TokenizerTask(new_tokenizer(TINY.tokenizer, 0), recipe, machine, GRIDS)
 
 
 def transformer_task(
-    recipe: TrainingRecipe, machine: TrainingMachine, config: ModelConfig = TINY
+    recipe: NanoRecipe, machine: TrainingMachine, config: ModelConfig = TINY
 ) -> TransformerTask:
     torch.manual_seed(0)
     vocabulary = build_vocabulary(INSTRUCTIONS)
@@ -104,7 +102,7 @@ def transformer_task(
     return TransformerTask(config, model, tokenizer, vocabulary, recipe, machine)
 
 
-BuildTask = Callable[[TrainingRecipe, TrainingMachine], Any]
+BuildTask = Callable[[NanoRecipe, TrainingMachine], Any]
 TASKS = pytest.mark.parametrize(
     ("build", "recipe"),
     [(tokenizer_task, TOKENIZER_RECIPE), (transformer_task, TRANSFORMER_RECIPE)],
@@ -127,7 +125,7 @@ def flat(content: Any) -> list[Any]:
 
 @TASKS
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(
-    build: BuildTask, recipe: TrainingRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    build: BuildTask, recipe: NanoRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = replace(recipe, steps=5, batch=2, warmup=2)
     machine = TrainingMachine(log_every=1, save_every=2, report_every=NEVER)
@@ -164,11 +162,11 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
 
 
 @TASKS
-def test_it_learns(build: BuildTask, recipe: TrainingRecipe, tmp_path: Path) -> None:
+def test_it_learns(build: BuildTask, recipe: NanoRecipe, tmp_path: Path) -> None:
     recipe = replace(recipe, steps=40, batch=2, warmup=1)
     machine = TrainingMachine(log_every=10, save_every=NEVER, report_every=NEVER)
     task = build(recipe, machine)
-    first = task.dataset[0]
+    [first] = task.dataset[0]
     before = task.losses(first, 0, False)["loss"].item()
     state = TrainingState.start(task.model, optimisers(task.model, 3e-3, 0.01, (0.9, 0.999)))
     for _ in range(40):
@@ -194,7 +192,7 @@ def test_a_run_starts_from_the_averaged_weights_of_another(tmp_path: Path) -> No
     pictures: list[Tensor] = []
     tasks: list[TokenizerTask] = []
 
-    def quiet_task(recipe: TrainingRecipe, machine: TrainingMachine) -> TokenizerTask:
+    def quiet_task(recipe: NanoRecipe, machine: TrainingMachine) -> TokenizerTask:
         task = tokenizer_task(recipe, machine)
         tasks.append(task)
         losses = task.losses
@@ -324,9 +322,9 @@ def test_eager_attention_is_fused_attention(generator: torch.Generator) -> None:
 def test_batches_depend_on_the_step_alone() -> None:
     dataset = PictureBatches(batch=2, size=16)
     drawn = list(batches(dataset, range(3, 6), workers=2))
-    assert [torch.equal(drawn[i], dataset[3 + i]) for i in range(3)] == [True] * 3
-    assert not torch.equal(dataset[3], dataset[4])
-    edits = EditBatches(batch=2, size=16)[7]
+    assert [torch.equal(drawn[i][0], dataset[3 + i][0]) for i in range(3)] == [True] * 3
+    assert not torch.equal(dataset[3][0], dataset[4][0])
+    [edits] = EditBatches(batch=2, size=16)[7]
     assert edits.source.shape == edits.target.shape == (2, 16, 16, 3)
     assert len(edits.instructions) == 2
 
@@ -398,7 +396,8 @@ def test_the_loss_is_the_two_way_cross_entropy(generator: torch.Generator) -> No
     logits = torch.randn(2, 5, 3, 2, generator=generator)
     bits = torch.rand(2, 5, 3, generator=generator) < 0.5
     expected = F.cross_entropy(logits.flatten(0, 2), bits.flatten().long())
-    torch.testing.assert_close(bit_losses([logits], [bits]), [expected])
+    [by_picture] = bit_losses([logits], [bits])
+    torch.testing.assert_close(by_picture.mean(), expected)
 
 
 def test_text_is_dropped_now_and_then() -> None:
@@ -422,7 +421,8 @@ def test_quantisation_sets_in_gradually() -> None:
 
 def test_gradients_pass_through_the_bits() -> None:
     task = tokenizer_task(replace(TOKENIZER_RECIPE, steps=10, batch=2), TrainingMachine())
-    loss = task.losses(task.dataset[0], 9, False)["absolute"]
+    [first] = task.dataset[0]
+    loss = task.losses(first, 9, False)["absolute"]
     loss.backward()
     gradient = task.model.encoder.conv_in.weight.grad
     assert gradient is not None

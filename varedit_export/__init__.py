@@ -23,7 +23,13 @@ from typing import TYPE_CHECKING
 from varedit_engines import OnStep
 from varedit_export.check_options import check_build
 from varedit_export.errors import ExportError, ParityError
-from varedit_export.options import BuildOptions, EngineOptions, EvaluateOptions, VerifyOptions
+from varedit_export.options import (
+    BuildOptions,
+    EngineOptions,
+    EvaluateOptions,
+    TrainOptions,
+    VerifyOptions,
+)
 from varedit_runtime.backends import choose
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import ConfigError, VareditError, needs_extra
@@ -42,12 +48,15 @@ __all__ = [
     "EvaluateOptions",
     "ExportError",
     "ParityError",
+    "TrainOptions",
     "VareditError",
     "VerifyOptions",
     "build",
     "compile_engines",
     "evaluate",
     "plan_build",
+    "plan_train",
+    "train",
     "verify",
 ]
 
@@ -209,6 +218,44 @@ def evaluate(
         from varedit_export.evaluation.evaluate_bundle import evaluate_bundle
 
     return evaluate_bundle(folder, options, on_step, notice, accept)
+
+
+def train(
+    options: TrainOptions,
+    notice: Callable[[str], None] = _ignore,
+    accept: Callable[["Download"], None] = _ignore,
+) -> Path:
+    """Fine-tune a model on pairs; return the file of what it learned, for a build.
+
+    A run that was interrupted is continued, to the bit. `notice` is called with what will be done,
+    and then with losses; `accept` before anything is downloaded, as for `build`. Of the processes
+    that torchrun started, each calls this function.
+
+    Raises ConfigError on impossible options, or if the folder holds another run; CheckpointError
+    if weights cannot be fetched or read or do not fit, or the disk has no room; DatasetError, which
+    names the row, on pairs that cannot be read; ExportError if memory is too small; BackendError if
+    torchrun's processes cannot reach each other.
+    """
+    options = checked("options", options, TrainOptions)
+    _check_functions(notice=notice, accept=accept)
+    check_build(options.build_options)
+    with needs_extra("export"):
+        from varedit_export.training.run import fine_tune
+
+    return fine_tune(options, notice, accept)
+
+
+def plan_train(options: TrainOptions) -> str:
+    """Return what `train` would train and the memory that takes, in lines.
+
+    Neither weights nor pairs are read. Raises ConfigError as `train` does.
+    """
+    options = checked("options", options, TrainOptions)
+    check_build(options.build_options)
+    with needs_extra("export"):
+        from varedit_export.training.run import plan_training
+
+    return str(plan_training(options))
 
 
 def _check_functions(**given: object) -> None:

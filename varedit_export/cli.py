@@ -10,6 +10,7 @@ from varedit_export.commands.engines import engines, layers
 from varedit_export.commands.evaluate import evaluate
 from varedit_export.commands.filter import filter_pairs
 from varedit_export.commands.show import doctor, inspect
+from varedit_export.commands.train import train
 from varedit_export.commands.triton import triton
 from varedit_export.commands.verify import verify
 from varedit_runtime.terminal.command import CommandGroup, debug_option
@@ -30,6 +31,6 @@ def main() -> None:
 
 for command in (
     *(build, engines, verify, layers, inspect, doctor, bench, evaluate, attention),
-    *(filter_pairs, convert, triton),
+    *(train, filter_pairs, convert, triton),
 ):
     main.add_command(command)

@@ -1,10 +1,11 @@
-"""The options of `build`, `verify`, `compile_engines` and `evaluate`: one frozen class each.
+"""The options of `build`, `verify`, `compile_engines`, `evaluate` and `train`: a frozen class each.
 
 An option has the meaning of the command's option of that name. None leaves the choice to us. A
 value of another type is a ConfigError.
 """
 
 from dataclasses import dataclass, fields, replace
+from typing import Literal
 
 from varedit_engines.engine_compiler import EngineCompiler, Flags, check_compiler
 from varedit_runtime.backends import DEFAULT, ChosenBackend
@@ -12,8 +13,11 @@ from varedit_runtime.backends.auto import AUTO, AutoBackend
 from varedit_runtime.backends.engines.engine_set import EngineLayout
 from varedit_runtime.backends.engines.import_tensorrt import EngineKind
 from varedit_runtime.bundle import Bundle
+from varedit_runtime.errors import ConfigError, shown
 from varedit_runtime.grids import Conditioning
 from varedit_runtime.values import AnyPath, CheckedOptions
+
+MOST = 2**31 - 1  # of steps, pairs, seeds
 
 
 @dataclass(frozen=True)
@@ -165,3 +169,79 @@ class EvaluateOptions(JudgedOptions):
     temperature: float | None = None
     fast: bool = False  # no guidance at the last two scales
     ray: bool = False  # edit on the Ray cluster of RAY_ADDRESS, or a new one of this machine
+
+
+@dataclass(frozen=True)
+class TrainOptions(CheckedOptions):
+    """What is fine-tuned, on which pairs, and how."""
+
+    # The model and its weights, as `build` takes them.
+    size: str
+    data: tuple[AnyPath, ...]  # places of pairs: files, folders, or hf://datasets/OWNER/REPOSITORY
+    output: AnyPath  # the run's folder: a new one, or that of the same run
+    resolution: int | None = None  # 256, 512 or 1024 px; nano has its own
+    checkpoint: AnyPath | None = None
+    prefer_ema: bool = False
+    tokenizer: AnyPath | None = None
+    text_encoder: AnyPath | None = None
+    source: str | None = None
+    random_weights: int | None = None  # the seed of random weights, to try out memory and speed
+    cache: AnyPath | None = None  # folder of the pairs' tokens; by default in that of the run
+
+    # How it learns, on every machine alike.
+    lora: int | None = None  # rank of each product's change; by default all weights are trained
+    steps: int = 1000
+    batch: int = 32  # pairs of a step
+    # After the warmup. By default the paper's, 6e-5, and 1.875e-5 from 512 px on; ten times that
+    # with LoRA.
+    learning_rate: float | None = None
+    seed: int = 0  # of the order of pairs, and of all that is random
+    held_out: int = 8  # most pairs that are not learned from, but a tenth; their loss is reported
+
+    # How it is computed.
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of products; auto: bf16 on a GPU
+    at_once: int = 1  # pairs that one process computes at a time; gradients are summed
+    keep_activations: bool = False  # faster, and takes more memory; by default computed again
+
+    # Steps between lines of the log, between checkpoints, and between sheets of pictures.
+    log_every: int = 10
+    save_every: int = 200
+    report_every: int = 500
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError on values of other types, or out of range."""
+        super().__post_init__()
+        counts = {
+            "--lora": 1 if self.lora is None else self.lora,
+            "--steps": self.steps,
+            "--batch": self.batch,
+            "--at-once": self.at_once,
+            "--log-every": self.log_every,
+            "--save-every": self.save_every,
+            "--report-every": self.report_every,
+        }
+        for name, count in counts.items():
+            if not 1 <= count <= MOST:
+                raise ConfigError(f"{name} is {shown(count)}: give 1 to {MOST}")
+        if not (0 <= self.seed <= MOST and 0 <= self.held_out <= MOST):
+            raise ConfigError(f"--seed and --held-out: give 0 to {MOST}")
+        rate = self.learning_rate
+        if rate is not None and not 0 < rate <= 1:
+            raise ConfigError(f"--learning-rate is {rate:g}: give more than 0, at most 1")
+        if not self.data:
+            raise ConfigError("--data: give a file or folder of pairs")
+
+    @property
+    def build_options(self) -> BuildOptions:
+        """The same model and weights, as options of a build."""
+        return BuildOptions(
+            size=self.size,
+            resolutions=() if self.resolution is None else (self.resolution,),
+            checkpoint=self.checkpoint,
+            prefer_ema=self.prefer_ema,
+            tokenizer=self.tokenizer,
+            text_encoder=self.text_encoder,
+            source=self.source,
+            random_weights=self.random_weights,
+            precision="fp32",
+        )

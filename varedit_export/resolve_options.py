@@ -53,6 +53,21 @@ def plan_without_weights(options: BuildOptions) -> BundlePlan:
     return _plan(options, _unread)
 
 
+def model_and_weights(
+    options: BuildOptions, accept: Callable[[Download], None] | None = None
+) -> tuple[ModelConfig, Sources]:
+    """Return the model that options name, of one resolution, and its weights.
+
+    accept: see `plan_of`; without it weights are neither fetched nor read.
+    Raises ConfigError and CheckpointError as `plan_of`.
+    """
+    check_build(options)
+    [(config, _), *_] = _models(options)
+    if accept is None:
+        return config, _unread(config)
+    return config, _sources(config, options, lambda: None, accept)
+
+
 def _plan(options: BuildOptions, sources_of_build: "_FindSources") -> BundlePlan:
     check_build(options)
     options = options.for_graphs
@@ -127,7 +142,7 @@ def _recorded(config: Path) -> tuple[ModelConfig, int]:
         ) from error
 
 
-_FindSources = Callable[[ModelConfig, BuildOptions, Callable[[], Further]], Sources]
+_FindSources = Callable[[ModelConfig, BuildOptions, Callable[[], Further | None]], Sources]
 
 
 def _unread(config: ModelConfig, *_: object) -> Sources:
@@ -137,7 +152,7 @@ def _unread(config: ModelConfig, *_: object) -> Sources:
 def _sources(
     config: ModelConfig,
     options: BuildOptions,
-    further: Callable[[], Further],
+    further: Callable[[], Further | None],
     accept: Callable[[Download], None],
 ) -> Sources:
     loras = [parse(os.fspath(lora)) for lora in options.loras]

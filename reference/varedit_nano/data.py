@@ -3,14 +3,12 @@
 Evaluation, validation (pictures shown during training) and training have disjoint ranges of seeds.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from varedit_nano.scenes import draw_edit, draw_kind, draw_picture
 
@@ -31,8 +29,6 @@ TRAINING_SHARES = {
 }
 """The share of each kind of edit in training; kinds that are harder to learn have more."""
 
-Batch = TypeVar("Batch")
-
 
 @dataclass(frozen=True)
 class EditBatch:
@@ -43,37 +39,31 @@ class EditBatch:
     instructions: list[str]
 
 
-class PictureBatches(Dataset[Tensor]):
-    """The pictures of every step, uint8 [B, H, W, 3]."""
+class PictureBatches(Dataset[list[Tensor]]):
+    """The pictures of every step, uint8 [B, H, W, 3], in one part."""
 
     def __init__(self, batch: int, size: int, first_seed: int = FIRST_TRAINING_SEED) -> None:
         self.batch, self.size, self.first_seed = batch, size, first_seed
 
-    def __getitem__(self, index: int) -> Tensor:
-        return _stack(
-            [
-                draw_picture(seed, self.size)
-                for seed in step_seeds(index, self.batch, self.first_seed)
-            ]
-        )
+    def __getitem__(self, index: int) -> list[Tensor]:
+        seeds = step_seeds(index, self.batch, self.first_seed)
+        return [_stack([draw_picture(seed, self.size) for seed in seeds])]
 
 
-class EditBatches(Dataset[EditBatch]):
-    """The edits of every step."""
+class EditBatches(Dataset[list[EditBatch]]):
+    """The edits of every step, in one part."""
 
     def __init__(self, batch: int, size: int, first_seed: int = FIRST_TRAINING_SEED) -> None:
         self.batch, self.size, self.first_seed = batch, size, first_seed
 
-    def __getitem__(self, index: int) -> EditBatch:
+    def __getitem__(self, index: int) -> list[EditBatch]:
         edits = [
             draw_edit(seed, self.size, training_kind(seed))
             for seed in step_seeds(index, self.batch, self.first_seed)
         ]
-        return EditBatch(
-            _stack([edit.source for edit in edits]),
-            _stack([edit.target for edit in edits]),
-            [edit.instruction for edit in edits],
-        )
+        sources = _stack([edit.source for edit in edits])
+        targets = _stack([edit.target for edit in edits])
+        return [EditBatch(sources, targets, [edit.instruction for edit in edits])]
 
 
 def training_kind(seed: int) -> str:
@@ -85,18 +75,6 @@ def step_seeds(step: int, batch: int, first_seed: int = FIRST_TRAINING_SEED) -> 
     """Return a step's training seeds; no two steps share any."""
     start = first_seed + step * batch
     return range(start, start + batch)
-
-
-def batches(dataset: Dataset[Batch], steps: range, workers: int) -> Iterator[Batch]:
-    """Yield the batches of these steps in order; worker processes, if any, draw them ahead."""
-    loader = DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=steps,
-        num_workers=workers,
-        prefetch_factor=4 if workers else None,
-    )
-    return iter(loader)
 
 
 def to_model(pictures: Tensor) -> Tensor:

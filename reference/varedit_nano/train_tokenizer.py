@@ -10,15 +10,15 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from varedit_export.training.loop import TrainingMachine
+from varedit_export.training.run_folder import write_weights
+from varedit_export.training.sheets import contact_sheet
 from varedit_nano.benchmark import psnr
-from varedit_nano.checkpointing import write_weights
 from varedit_nano.data import VALIDATION_SEEDS, PictureBatches, to_model, to_pixels
 from varedit_nano.model import NANO, TOKENIZER_FILE
 from varedit_nano.scenes import draw_picture
-from varedit_nano.sheets import contact_sheet
 from varedit_nano.training import (
-    TrainingMachine,
-    TrainingRecipe,
+    NanoRecipe,
     run_training,
     tokenizer_options,
     training_options,
@@ -30,7 +30,7 @@ from varedit_reference.quantisation import quantise
 from varedit_reference.tokenizer import ResidualBlock, Tokenizer
 
 DEFAULT_RUN = Path.home() / ".cache" / "varedit-nano" / "tokenizer"
-RECIPE = TrainingRecipe(
+RECIPE = NanoRecipe(
     steps=6000,
     batch=4,
     learning_rate=1.5e-3,
@@ -65,7 +65,7 @@ class TokenizerTask:
     def __init__(
         self,
         model: Tokenizer,
-        recipe: TrainingRecipe,
+        recipe: NanoRecipe,
         machine: TrainingMachine,
         grids: tuple[Grid, ...] = NANO.transformer.grids,
         weights: LossWeights | None = None,
@@ -179,7 +179,7 @@ def new_tokenizer(config: TokenizerConfig, seed: int) -> Tokenizer:
 
 
 def new_tokenizer_task(
-    config: TokenizerConfig, recipe: TrainingRecipe, machine: TrainingMachine
+    config: TokenizerConfig, recipe: NanoRecipe, machine: TrainingMachine
 ) -> TokenizerTask:
     model = new_tokenizer(config, recipe.seed)
     model.to(machine.device, memory_format=machine.memory_format)  # pyright: ignore[reportCallIssue]

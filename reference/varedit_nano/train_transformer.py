@@ -14,18 +14,18 @@ from tokenizers import Tokenizer as Vocabulary
 from torch import Tensor, nn
 from transformers.models.t5.modeling_t5 import T5Stack
 
-from varedit_nano.attention import eager_attention
+from varedit_export.training.attention import compute_in
+from varedit_export.training.loop import TrainingMachine
+from varedit_export.training.run_folder import write_weights
+from varedit_export.training.sheets import contact_sheet
+from varedit_export.training.teacher import edit_losses, lesson
 from varedit_nano.benchmark import psnr
-from varedit_nano.checkpointing import write_weights
 from varedit_nano.data import TRAINING_SHARES, VALIDATION_SEEDS, EditBatch, EditBatches, to_model
 from varedit_nano.model import TEXT_FOLDER, TRANSFORMER_FILE, nano
 from varedit_nano.scenes import EditSample, draw_edit, vocabulary_text
-from varedit_nano.sheets import contact_sheet
-from varedit_nano.teacher import bit_losses, lesson, scale_weights
 from varedit_nano.text import build_vocabulary, new_text_encoder, text_features, write_text_folder
 from varedit_nano.training import (
-    TrainingMachine,
-    TrainingRecipe,
+    NanoRecipe,
     run_training,
     tokenizer_options,
     training_options,
@@ -37,18 +37,12 @@ from varedit_reference.pipeline import VAREdit
 from varedit_reference.quantisation import source_tokens
 from varedit_reference.text_encoder import TextEncoder
 from varedit_reference.tokenizer import Tokenizer
-from varedit_reference.transformer import (
-    VAR,
-    AttentionFunction,
-    Linear,
-    SelfAttention,
-    fused_attention,
-)
+from varedit_reference.transformer import VAR, Linear
 from varedit_reference.weights_file import open_weights
 from varedit_runtime.errors import ConfigError
 
 DEFAULT_RUN = Path.home() / ".cache" / "varedit-nano" / "transformer"
-RECIPE = TrainingRecipe(
+RECIPE = NanoRecipe(
     steps=20000,
     batch=8,
     learning_rate=1e-3,
@@ -81,7 +75,7 @@ class TransformerTask:
         model: EditModel,
         tokenizer: Tokenizer,
         vocabulary: Vocabulary,
-        recipe: TrainingRecipe,
+        recipe: NanoRecipe,
         machine: TrainingMachine,
     ) -> None:
         self.config, self.model, self.recipe, self.machine = config, model, recipe, machine
@@ -107,9 +101,8 @@ class TransformerTask:
 
     def losses(self, batch: EditBatch, step: int, fast: bool) -> dict[str, Tensor]:
         bf16 = fast and self.machine.precision == "bf16"
-        set_compute_dtype(self.model.transformer, torch.bfloat16 if bf16 else torch.float32)
-        eager = bf16 and self.machine.device == "cpu"
-        set_attention(self.model.transformer, eager_attention if eager else fused_attention)
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        compute_in(self.model.transformer, dtype, self.machine.device)
         generator = torch.Generator(self.machine.device).manual_seed(step)
         config, patch = self.config.transformer, self.config.tokenizer.patch
         source, target = self._encode(batch)
@@ -117,11 +110,9 @@ class TransformerTask:
         text = self.model.transformer.condition(self._text_rows(batch.instructions, generator))
         forward = self._forward if fast else self.model.transformer
         tokens = source_tokens(source, config.grids, patch, config.conditioning)
-        by_scale = bit_losses(forward(tokens, taught.inputs, text), taught.bits)
-        weights = scale_weights(config.grids)
-        loss = sum(weight * part for weight, part in zip(weights, by_scale, strict=True))
-        parts = {f"scale{k + 1}": part for k, part in enumerate(by_scale)}
-        return {"loss": torch.as_tensor(loss), **parts}
+        shares = torch.full((len(source),), 1 / len(source), device=source.device)
+        logits = forward(tokens, taught.inputs, text)
+        return edit_losses(logits, taught.bits, config.grids, shares)
 
     @torch.no_grad()
     def _encode(self, batch: EditBatch) -> tuple[Tensor, Tensor]:
@@ -214,22 +205,8 @@ def new_transformer(config: ModelConfig, seed: int) -> VAR:
     return model
 
 
-def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
-    """Set the type that matrix products are computed in; weights keep theirs."""
-    for module in model.modules():
-        if isinstance(module, Linear):
-            module.compute_dtype = dtype
-
-
-def set_attention(model: nn.Module, attend: AttentionFunction) -> None:
-    """Set the function that computes all self-attention."""
-    for module in model.modules():
-        if isinstance(module, SelfAttention):
-            module.attend = attend
-
-
 def new_transformer_task(
-    config: ModelConfig, tokenizer: Tokenizer, recipe: TrainingRecipe, machine: TrainingMachine
+    config: ModelConfig, tokenizer: Tokenizer, recipe: NanoRecipe, machine: TrainingMachine
 ) -> TransformerTask:
     torch.manual_seed(recipe.seed)
     vocabulary = build_vocabulary(vocabulary_text())

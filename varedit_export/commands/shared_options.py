@@ -12,6 +12,7 @@ from varedit_export.options import (
     EngineOptions,
     EvaluateOptions,
     FilterOptions,
+    TrainOptions,
     VerifyOptions,
 )
 
@@ -58,6 +59,7 @@ def with_options(
     | type[EngineOptions]
     | type[EvaluateOptions]
     | type[FilterOptions]
+    | type[TrainOptions]
     | type[VerifyOptions],
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command one argument, `options`, in place of the fields of an options class."""

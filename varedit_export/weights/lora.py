@@ -48,6 +48,8 @@ from varedit_runtime.values import LARGEST
 SETTINGS = "adapter_config.json"
 FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # in a folder
 METADATA = "lora_adapter_metadata"  # where diffusers keeps PEFT's settings in the file itself
+BASE = "base_digest"  # where `varedit-export train` keeps that of the weights under an adapter
+SAMPLES = 64  # numbers of a weight that tell it from others
 PEFT = "base_model.model."
 COMPONENTS = ("transformer.", "unet.")
 PREFIXES = (PEFT, *COMPONENTS, "diffusion_model.", "lora_unet_", "lora_transformer_", "")
@@ -144,10 +146,14 @@ class Change:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter that was read: what the manifest says of it, and its changes by parameter."""
+    """An adapter that was read: what the manifest says of it, and its changes by parameter.
+
+    base: `base_digest` of the weights that it was trained on, if it says so.
+    """
 
     record: MergedLora
     changes: Mapping[str, Change]
+    base: str | None = None
 
 
 class Merged(Mapping[str, Tensor]):
@@ -198,9 +204,33 @@ def merge_loras(
     return replace(
         sources,
         transformer=Merged(sources.transformer, adapters),
+        description=f"{sources.description}{_foreign(sources, adapters)}",
         identity=sha256(repr((sources.identity, records, factors)).encode()).hexdigest(),
         loras=records,
     )
+
+
+def base_digest(weights: Mapping[str, Tensor]) -> str:
+    """Return a sha256 that tells a transformer's weights from others, by the reference's names.
+
+    It is of all names and shapes, and of a few numbers of each weight: hashing tens of gigabytes
+    would take as long as copying them.
+    """
+    digest = sha256()
+    for name in sorted(weights):
+        numbers = weights[name].flatten()
+        few = numbers[:: max(1, numbers.numel() // SAMPLES)][:SAMPLES].float()
+        digest.update(f"{name} {[*weights[name].shape]}".encode() + few.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _foreign(sources: Sources, adapters: Sequence[Adapter]) -> str:
+    """Say which adapters were trained on other weights than these, for people."""
+    if not any(adapter.base for adapter in adapters):
+        return ""
+    own = base_digest(sources.transformer)
+    foreign = [a.record.file for a in adapters if a.base not in (None, own)]
+    return f" ({', '.join(foreign)} was trained on other weights)" if foreign else ""
 
 
 def product_names(config: TransformerConfig, stored: Collection[str] = ()) -> dict[str, NamedShape]:
@@ -240,7 +270,7 @@ def read_adapter(path: Path, scale: float, products: Mapping[str, NamedShape]) -
     with file.open("rb") as stream:
         digest = file_digest(stream, "sha256").hexdigest()
     name = printable(file.relative_to(path.parent).as_posix())[:1000]
-    return Adapter(MergedLora(name, digest, scale), changes)
+    return Adapter(MergedLora(name, digest, scale), changes, _metadata(file).get(BASE))
 
 
 def _matched(
@@ -336,8 +366,7 @@ def _settings(file: Path, weights: Mapping[str, Tensor]) -> _Settings | None:
     if file.name != FILES[0] and not any(".lora_A." in name for name in weights):
         return None
     beside = file.parent / SETTINGS
-    with safe_open(file, framework="pt") as opened:
-        inside = (opened.metadata() or {}).get(METADATA)
+    inside = _metadata(file).get(METADATA)
     source = beside if beside.is_file() else file
     try:
         if source == beside:
@@ -362,6 +391,11 @@ def _settings(file: Path, weights: Mapping[str, Tensor]) -> _Settings | None:
                 "strangers can take for ever: write the modules' names in its place"
             )
     return settings
+
+
+def _metadata(file: Path) -> Mapping[str, str]:
+    with safe_open(file, framework="pt") as opened:
+        return opened.metadata() or {}
 
 
 def _check_kind(source: Path, content: Mapping[str, Any]) -> None:

@@ -65,9 +65,27 @@ def scale_weights(grids: Sequence[Grid]) -> list[float]:
 
 
 def bit_losses(logits: Sequence[Tensor], bits: Sequence[Tensor]) -> list[Tensor]:
-    """Return each scale's mean cross-entropy per bit, of logits [B, L, c, 2] and bits [B, L, c]."""
+    """Return each scale's mean cross-entropy per bit of every picture, [B].
+
+    logits: [B, L, c, 2] of every scale. bits: the targets [B, L, c].
+    """
     return [
         # softmax over two logits is the sigmoid of their difference
-        F.binary_cross_entropy_with_logits(scale[..., 1] - scale[..., 0], target.float())
+        F.binary_cross_entropy_with_logits(
+            scale[..., 1] - scale[..., 0], target.float(), reduction="none"
+        ).mean((1, 2))
         for scale, target in zip(logits, bits, strict=True)
     ]
+
+
+def edit_losses(
+    logits: Sequence[Tensor], bits: Sequence[Tensor], grids: Sequence[Grid], shares: Tensor
+) -> dict[str, Tensor]:
+    """Return the loss of a batch, and of every scale: scale1, scale2, and so on.
+
+    logits, bits: as `bit_losses` takes them. shares [B]: what each picture's loss is multiplied by.
+    """
+    by_scale = [loss @ shares for loss in bit_losses(logits, bits)]
+    weighted = (weight * part for weight, part in zip(scale_weights(grids), by_scale, strict=True))
+    parts = {f"scale{k + 1}": part for k, part in enumerate(by_scale)}
+    return {"loss": torch.stack([*weighted]).sum(), **parts}

@@ -1,0 +1,96 @@
+"""Make what a model sees of pairs, by its frozen parts, and keep it on a disk."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from varedit_export.pairs.pair import Pair
+from varedit_export.pairs.tokens import TokenCache
+from varedit_export.sources import Sources, TextSource
+from varedit_export.training import parallel
+from varedit_export.training.learner import PairTokens
+from varedit_export.weights.lora import base_digest
+from varedit_reference.checkpoint import assign, empty_tokenizer, fit, load
+from varedit_reference.config import ModelConfig
+from varedit_reference.text_encoder import TextEncoder, t5_layout, t5_stack
+from varedit_reference.tokenizer import Tokenizer
+from varedit_runtime.pictures import to_square
+from varedit_runtime.text import read_tokenizer
+
+
+@dataclass(frozen=True)
+class CachedPairs(Sequence[PairTokens]):
+    """The tokens of pairs, by their places."""
+
+    pairs: Sequence[Pair]
+    cache: TokenCache
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, place: int) -> PairTokens:  # pyright: ignore[reportIncompatibleMethodOverride]
+        arrays = self.cache[self.pairs[place]]
+        return PairTokens(**{name: torch.from_numpy(array) for name, array in arrays.items()})
+
+
+def tokens_of(
+    pairs: Sequence[Pair], config: ModelConfig, sources: Sources, folder: Path, device: str
+) -> tuple[CachedPairs, Tokenizer]:
+    """Make the tokens of all pairs that the folder lacks; several processes share the work.
+
+    Returns them with the picture tokenizer, which is on the CPU. Raises DatasetError, which names
+    the row, on pairs that cannot be read; TextError on an instruction that is too long; ConfigError
+    if the folder cannot be written or has no room.
+    """
+    assert sources.text is not None
+    tokenizer = assign(empty_tokenizer(config.tokenizer), sources.tokenizer)
+    tokenizer.requires_grad_(False).eval().to(device)
+    text = _text_encoder(sources.text, device)
+    made_by = [
+        base_digest(sources.tokenizer),
+        base_digest(sources.text.state),
+        sha256(sources.text.tokenizer_json).hexdigest(),
+        config.picture_size,
+    ]
+    encode = partial(encode_pair, config=config, tokenizer=tokenizer, text=text)
+    cache = TokenCache(folder, made_by, encode)
+    with tqdm(desc="tokens", disable=None if parallel.is_first() else True) as bar:
+
+        def show(done: int, count: int) -> None:
+            bar.total = count
+            bar.update()
+
+        cache.fill(pairs, show, parallel.rank(), parallel.processes())
+    parallel.wait_for_all()
+    return CachedPairs(pairs, cache), tokenizer.to("cpu")
+
+
+def encode_pair(
+    pair: Pair, config: ModelConfig, tokenizer: Tokenizer, text: TextEncoder
+) -> Mapping[str, np.ndarray]:
+    """Return the arrays of a pair's tokens. Where its mask is black, the target is the source."""
+    source, target, mask = pair.source(), pair.target(), pair.mask()
+    if mask is not None:
+        keep = Image.fromarray(~mask).resize(source.size)
+        target = Image.composite(source, target.resize(source.size, Image.Resampling.LANCZOS), keep)
+    squares = np.stack([to_square(picture, config.picture_size) for picture in (source, target)])
+    with torch.no_grad():
+        features = tokenizer.encode(torch.from_numpy(squares).to(text.model.device))
+    made: dict[str, Tensor] = {"source": features[0], "target": features[1]}
+    made["text"] = text.encode([pair.instruction])[0]
+    return {name: tensor.float().cpu().numpy() for name, tensor in made.items()}
+
+
+def _text_encoder(text: TextSource, device: str) -> TextEncoder:
+    model = t5_stack(text.config)
+    weights = fit(model, text.state, t5_layout, "the text encoder")
+    load(model, weights).to(device)  # pyright: ignore[reportArgumentType]
+    return TextEncoder(model, read_tokenizer(text.tokenizer_json))
