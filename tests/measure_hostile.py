@@ -150,7 +150,7 @@ def unread(connection: socket.socket) -> None:
 def reset(connection: socket.socket) -> None:
     connection.sendall(b"GET /livez HTTP/1.1\r\nhost:")
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    time.sleep(0.01)  # else all connections that there may be are taken
+    time.sleep(0.1)  # else all connections that there may be are taken
 
 
 def endless(connection: socket.socket) -> None:

@@ -306,7 +306,7 @@ def load(port: int) -> None:
     with ExitStack() as stack:
         silent = [stack.enter_context(socket.create_connection(address, 20)) for _ in range(150)]
         assert [one.recv(1) for one in silent] == [b""] * 150
-    assert threading.active_count() == before
+    assert threading.active_count() <= before  # those of earlier servers may end meanwhile
 
 
 def test_the_page_loads_nothing_from_elsewhere() -> None:

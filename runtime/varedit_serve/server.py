@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from threading import Thread
@@ -23,6 +24,7 @@ _HEAD_BYTES = 16_384  # of a request's headers
 _LAST_SECONDS = 10  # for clients to read the last answers
 SPARE = 64  # connections more than there may be, which are told so if they send a request
 _SCRAPING = 32  # connections to the numbers, where they have an address of their own
+_SWITCH = 0.0005  # seconds; with Python's own 5 ms, /livez took half as long again under attack
 _PAUSE = 0.05  # seconds between looks whether all is done
 
 _log = logging.getLogger(__name__)
@@ -130,6 +132,8 @@ def serve(
     limits: Limits,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C. Raises BackendError if the bundle cannot be opened."""
+    # After each call of the system this thread waits so long for others that compute in Python.
+    sys.setswitchinterval(_SWITCH)
     asyncio.run(_serve(application, keepers, lanes, listening, limits))
 
 
