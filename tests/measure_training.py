@@ -10,12 +10,11 @@ import sys
 from dataclasses import replace
 from functools import partial
 
-from varedit_export.training.fine_tune import fill, new_learner
+from varedit_export.training.fine_tune import new_learner
 from varedit_export.training.loop import TrainingMachine
 from varedit_export.training.memory import example_without_content, peak_of_tensors, plan_memory
 from varedit_export.training.optimisers import optimisers
 from varedit_reference.config import preset
-from varedit_reference.initialise import random_weights
 
 
 def main(resolution: int = 256) -> None:
@@ -25,8 +24,9 @@ def main(resolution: int = 256) -> None:
         for depth in (1, 2):
             own = replace(config, transformer=replace(config.transformer, depth=depth))
             with peak_of_tensors() as peak:
-                learner = new(own)
-                fill(learner, random_weights(learner.transformer, 0), "cpu", 0)
+                learner = new(own).to_empty(device="cpu")
+                for parameter in learner.parameters():
+                    parameter.data.zero_()  # whatever the numbers are, memory is the same
                 learner([example_without_content(own)])["loss"].backward()
             trained = [p for p in learner.parameters() if p.requires_grad]
             optimiser = optimisers(learner, 1e-4, 0.02, (0.9, 0.97))
