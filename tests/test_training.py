@@ -30,6 +30,7 @@ from varedit_export.training.learner import Learner, PairTokens, make_example
 from varedit_export.training.loop import TrainingMachine
 from varedit_export.training.memory import peak_of_tensors, plan_memory
 from varedit_export.training.run import plan_training
+from varedit_export.training.tokens import tokens_of
 from varedit_export.weights.lora import merge_loras
 from varedit_reference.checkpoint import load_transformer
 from varedit_reference.config import ModelConfig, preset
@@ -81,6 +82,7 @@ def options(pairs: Path, output: Path, **given: Any) -> TrainOptions:
         "log_every": 1,
         "save_every": 2,
         "report_every": NEVER,
+        "cache": pairs.parent / "tokens",
     }
     return TrainOptions(data=(pairs,), output=output, **settings | given)
 
@@ -185,7 +187,7 @@ def test_pairs_at_once_change_no_result(pairs: Path, tmp_path: Path) -> None:
 
 def test_recomputed_blocks_give_the_same_gradients() -> None:
     generator = torch.Generator().manual_seed(0)
-    example = make_example(tokens(TINY, generator), TINY, 1.0, generator)
+    example = make_example(some_tokens(TINY, generator), TINY, 1.0, generator)
     gradients = []
     for recompute in (False, True):
         learner = tiny_learner(2, recompute)
@@ -216,7 +218,7 @@ def test_an_adapter_is_merged_as_it_was_trained(pairs: Path, tmp_path: Path) -> 
     kept = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["model"]
     learner.load_state_dict(kept, strict=False)
     generator = torch.Generator().manual_seed(1)
-    example = make_example(tokens(config, generator), config, 1.0, None)
+    example = make_example(some_tokens(config, generator), config, 1.0, None)
     with torch.no_grad():
         beside = learner([example])
         learner.load_state_dict(
@@ -277,6 +279,18 @@ def test_each_pass_has_all_pairs_in_another_order_with_other_mistakes(lessons: L
     assert len({*sources[0]}) == 12
 
 
+def test_outside_its_mask_a_target_is_its_source(pairs: Path, tmp_path: Path) -> None:
+    Image.new("L", (64, 64), 0).save(pairs.with_name("black.png"))
+    row = {"instruction": "x", "source": "source0.png", "target": "target0.png"}
+    masked = pairs.with_name("masked.jsonl")
+    masked.write_text(f"{json.dumps(row)}\n{json.dumps(row | {'mask': 'black.png'})}\n")
+    build = options(pairs, tmp_path).build_options
+    config, sources = model_and_weights(build, lambda download: None)
+    tokens, _ = tokens_of(run.read_pairs([masked]), config, sources, tmp_path, "cpu")
+    assert not torch.equal(tokens[0].source, tokens[0].target)
+    assert torch.equal(tokens[1].source, tokens[1].target)
+
+
 def test_held_out_pairs_are_measured_and_drawn(
     pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -300,7 +314,7 @@ def test_the_planned_memory_is_what_a_step_takes(lora: int | None, recompute: bo
     plan = plan_memory(deep, new, 2)
     generator = torch.Generator().manual_seed(0)
     words = torch.zeros(64, TINY.transformer.text_channels)
-    pair = replace(tokens(TINY, generator), text=words)
+    pair = replace(some_tokens(TINY, generator), text=words)
     examples = [make_example(pair, deep, 0.5, None)] * 2
     with peak_of_tensors() as peak:
         learner = new(deep)
@@ -334,7 +348,7 @@ def test_options_out_of_range_are_refused(pairs: Path, tmp_path: Path) -> None:
             options(pairs, tmp_path, **wrong)
 
 
-def tokens(config: ModelConfig, generator: torch.Generator) -> PairTokens:
+def some_tokens(config: ModelConfig, generator: torch.Generator) -> PairTokens:
     sizes, patch = config.transformer, config.tokenizer.patch
     rows, columns = sizes.finest
     shape = config.tokenizer.bits, rows * patch, columns * patch
