@@ -70,6 +70,7 @@ def shard(start: int = 0, count: int = 2) -> dict[str, bytes]:
 
 
 def as_image(picture: Image.Image | None) -> dict[str, Any] | None:
+    """Return a picture as the hub's data sets have it."""
     return None if picture is None else {"bytes": png(picture), "path": "x.png"}
 
 

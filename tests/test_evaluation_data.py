@@ -5,7 +5,6 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
-from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
 from random import Random
@@ -16,8 +15,8 @@ import pyarrow as pa
 import pytest
 from evaluating import Shifted, drawn, own_data, write_lines
 from hub_stand_in import Repository, serve, use
+from pairing import as_image, png, write_parquet
 from PIL import Image
-from pyarrow import parquet
 
 from varedit_export.errors import DatasetError
 from varedit_export.evaluation import tables
@@ -101,23 +100,6 @@ def test_a_folder_without_a_list_and_an_unknown_benchmark_are_refused(tmp_path: 
 
 
 # Published formats, written as their repositories and cards say
-
-
-def png(picture: Image.Image) -> bytes:
-    content = BytesIO()
-    picture.save(content, "PNG")
-    return content.getvalue()
-
-
-def as_image(picture: Image.Image | None) -> dict[str, Any] | None:
-    """Return a picture as the hub's data sets have it."""
-    return None if picture is None else {"bytes": png(picture), "path": "x.png"}
-
-
-def write_parquet(path: Path, rows: list[dict[str, Any]], group: int = 2) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    parquet.write_table(pa.Table.from_pylist(rows), path, row_group_size=group)
-    return path
 
 
 def write_arrow(path: Path, rows: list[dict[str, Any]]) -> None:

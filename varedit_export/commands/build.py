@@ -20,6 +20,7 @@ from varedit_export.commands.shared_options import (
     checkpoint_option,
     layout_option,
     prefer_ema_option,
+    source_option,
     text_encoder_option,
     tokenizer_option,
     with_options,
@@ -65,12 +66,7 @@ if TYPE_CHECKING:
 @prefer_ema_option
 @tokenizer_option
 @text_encoder_option
-@click.option(
-    "--from",
-    "source",
-    metavar="OWNER/REPOSITORY|FOLDER",
-    help="Where the published weights of 2b and 8b are taken from; by default their authors'.",
-)
+@source_option
 @click.option(
     "--lora",
     "loras",

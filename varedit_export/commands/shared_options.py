@@ -33,6 +33,12 @@ tokenizer_option = click.option(
 text_encoder_option = click.option(
     "--text-encoder", metavar=PLACE, help="The flan-t5-xl folder, or OWNER/REPOSITORY."
 )
+source_option = click.option(
+    "--from",
+    "source",
+    metavar="OWNER/REPOSITORY|FOLDER",
+    help="Where the published weights of 2b and 8b are taken from; by default their authors'.",
+)
 yes_option = click.option("--yes", is_flag=True, help="Download weights without asking.")
 architectures_option = click.option(
     "--architecture",

@@ -9,6 +9,7 @@ from varedit_export.commands.shared_options import (
     PLACE,
     checkpoint_option,
     prefer_ema_option,
+    source_option,
     text_encoder_option,
     tokenizer_option,
     with_options,
@@ -26,12 +27,7 @@ from varedit_runtime.terminal.command import PATH
 @prefer_ema_option
 @tokenizer_option
 @text_encoder_option
-@click.option(
-    "--from",
-    "source",
-    metavar="OWNER/REPOSITORY|FOLDER",
-    help="Where the published weights are taken from; by default their authors'.",
-)
+@source_option
 @yes_option
 @click.option("--random-weights", type=int, help="Seed of random weights, to try memory and speed.")
 @click.option(
