@@ -184,7 +184,8 @@ def _coder_lines(
             yield line(stage, f"features{rules.against}, largest error", *real, FEATURES)
         else:
             measure = f"features{rules.against}, error as a share"
-            yield share_of_error_line(stage, measure, *real, rules.rounded.features)
+            most = max(rules.rounded.features, FEATURES)
+            yield share_of_error_line(stage, measure, *real, most)
 
 
 def _scale_lines(
