@@ -165,7 +165,7 @@ def test_a_small_file_of_very_long_rows_is_refused(
         write_arrow(tmp_path / "data-0.arrow", rows)
     else:
         write_parquet(tmp_path / "data/train-0.parquet", rows)
-    with pytest.raises(DatasetError, match="its texts have over"):
+    with pytest.raises(DatasetError, match="its texts and lists have over"):
         benchmark("gedit-en").read(tmp_path)
 
 
@@ -175,7 +175,7 @@ def test_rows_that_are_short_in_a_file_and_long_in_memory_are_refused(
     rows = [emu(number, instruction="x" * 1000) for number in range(300)]
     path = write_parquet(tmp_path / "test-0.parquet", rows, 300)
     monkeypatch.setattr(tables, "LARGEST", 300_000)
-    with pytest.raises(DatasetError, match="its texts have over 300 kB"):
+    with pytest.raises(DatasetError, match="its texts and lists have over 300 kB"):
         benchmark("emu-edit").read(tmp_path)
     write_parquet(path, [emu(0, instruction=[["x"]])])
     with pytest.raises(DatasetError, match="instruction holds no plain values"):

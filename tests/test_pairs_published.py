@@ -318,7 +318,7 @@ def test_long_lists_in_a_small_table_are_refused(
     monkeypatch.setattr("varedit_export.evaluation.tables.LARGEST", 50_000)
     turns = {"data": [imgedit(0)] * 300}
     path = write_parquet(tmp_path / "Parquet/x.parquet", [turns] * 20)
-    with pytest.raises(DatasetError, match="its texts have over"):
+    with pytest.raises(DatasetError, match="its texts and lists have over"):
         read_pairs([path])
 
 

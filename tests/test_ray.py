@@ -53,6 +53,12 @@ def descendants(parent: int, name: str) -> list[psutil.Process]:
     return found
 
 
+def kill_all(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):  # it has ended
+            process.kill()
+
+
 def clusters() -> set[Path]:
     return set(CLUSTERS.glob("ray-*"))
 
@@ -365,8 +371,7 @@ def test_a_run_that_was_ended_goes_on_and_a_killed_process_has_each_result_once(
         for text in second.stdout:
             lines.append(json.loads(text))
             if sum("finished_before" not in line for line in lines) == 3:
-                for process in descendants(second.pid, "ray::MapWorker"):
-                    process.kill()
+                kill_all(descendants(second.pid, "ray::MapWorker"))
         assert second.wait(PATIENCE) == 1  # one is no picture
     assert [line["input"] for line in lines if "error" in line] == ["photos/16.png"]
     outputs = [line["output"] for line in lines if "error" not in line]
@@ -397,8 +402,9 @@ def test_an_evaluation_goes_on_on_ray_to_the_report_of_one_process(tmp_path: Pat
         tmp_path, "varedit_export", *words, "--guidance-scale", "1", "--threads", "1"
     ) as run:
         until(lambda: len(edits.read_bytes().splitlines()) > 3)
-        for process in descendants(run.pid, "ray::_Editing"):
-            process.kill()
+        processes = descendants(run.pid, "ray::_Editing")
+        assert processes
+        kill_all(processes)
         assert run.wait(PATIENCE) == 0
     assert edits.read_bytes().startswith(begun) and len(edits.read_bytes().splitlines()) == 10
     for name in ("report.json", "report.html"):

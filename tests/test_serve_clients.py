@@ -5,6 +5,7 @@ import io
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import openai
@@ -21,7 +22,8 @@ from varedit_serve.limits import Limits
 
 OWN, LIMITED = "sk-own-0123456789", "sk-limited-0123456789"
 DEADLY, LATE = 13, 14  # seeds: of edits that end the process, and that take longer than they may
-LIMITS = Limits(max_body=100_000, upload_seconds=2.0, deadline=2.0)
+LIMITS = Limits(max_body=100_000, upload_seconds=20.0, deadline=20.0)
+HURRIED, STRICT = replace(LIMITS, upload_seconds=2.0), replace(LIMITS, deadline=2.0)
 
 ERRORS = {  # kind, status, code, param
     "400": ("BadRequestError", 400, "invalid_value", "size"),
@@ -53,13 +55,13 @@ def dies(orders: list[Order]) -> Exception | None:
 
 
 @asynccontextmanager
-async def listening(**settings: Any) -> AsyncIterator[tuple[Server, str]]:
+async def listening(limits: Limits = LIMITS) -> AsyncIterator[tuple[Server, str]]:
     """Run a server's parts at a port; yield them and its address."""
     keys = read_keys(None, f"own {OWN}\nlimited {LIMITED} 1")
-    given = {"keys": keys, "hosts": ("127.0.0.1",), "limits": LIMITS, "kind": Faulty}
-    async with served(**given, **settings) as parts:
+    given = {"keys": keys, "hosts": ("127.0.0.1",), "limits": limits, "kind": Faulty}
+    async with served(**given) as parts:
         parts.child.fail = dies
-        http = server._Server(server._config(parts.application.guard, LIMITS.upload_seconds, 100))
+        http = server._Server(server._config(parts.application.guard, limits.upload_seconds, 100))
         with server.listen("127.0.0.1", 0) as listener:
             running = asyncio.create_task(http.serve(sockets=[listener]))
             yield parts, f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
@@ -67,11 +69,15 @@ async def listening(**settings: Any) -> AsyncIterator[tuple[Server, str]]:
             await running
 
 
-def asked_in_python(address: str) -> dict[str, Any]:
-    """Return what the client raises, by the names of ERRORS."""
-    common = {"base_url": address, "max_retries": 0, "timeout": 60.0}
-    client = openai.OpenAI(api_key=OWN, **common)
-    limited = openai.OpenAI(api_key=LIMITED, **common)
+def asked_in_python(address: str, hurried: str, strict: str) -> dict[str, Any]:
+    """Return what the client raises, by the names of ERRORS.
+
+    hurried, strict: addresses of servers that wait only a short time for an upload, or an edit.
+    """
+    client = openai.OpenAI(api_key=OWN, base_url=address, max_retries=0, timeout=60.0)
+    limited = client.with_options(api_key=LIMITED)
+    to_hurried = client.with_options(base_url=hurried)
+    to_strict = client.with_options(base_url=strict)
 
     def edit(by: openai.OpenAI = client, image: Any = None, **fields: Any) -> Any:
         ours = {name: fields.pop(name) for name in ("seed", "promt") if name in fields}
@@ -89,12 +95,12 @@ def asked_in_python(address: str) -> dict[str, Any]:
         "unknown": lambda: edit(promt="x"),
         "401": lambda: edit(client.with_options(api_key="sk-another-0123456789")),
         "404": lambda: edit(model="gpt-image-1"),
-        "408": lambda: edit(image=Trickling(png())),
+        "408": lambda: edit(to_hurried, image=Trickling(png())),
         "413": lambda: edit(image=bytes(200_000)),
         "415": lambda: client.post("/images/edits", cast_to=object, content=b"x", options=plain),
         "429": too_often,
         "500": lambda: edit(client.with_options(max_retries=2), seed=DEADLY),
-        "503": lambda: edit(seed=LATE),
+        "503": lambda: edit(to_strict, seed=LATE),
         "event": lambda: list(edit(seed=DEADLY, stream=True, partial_images=1)),
     }
     return {name: failed(attempt) for name, attempt in attempts.items()}
@@ -119,15 +125,19 @@ def failed(attempt: Callable[[], object]) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("client", ["Python", pytest.param("JavaScript", marks=NEEDED)])
 def test_the_client_meets_each_class_of_error(client: str) -> None:
-    def asked(address: str) -> dict[str, Any]:
+    def asked(*addresses: str) -> dict[str, Any]:
         if client == "Python":
-            return asked_in_python(address)
-        told = answers("errors.js", address, PERSON, OWN, LIMITED)
+            return asked_in_python(*addresses)
+        told = answers("errors.js", *addresses, PERSON, OWN, LIMITED)
         return {name: tuple(error) for name, error in told.items()}
 
     async def test() -> None:
-        async with listening() as (parts, address):
-            told = await asyncio.to_thread(asked, address)
+        async with (
+            listening() as (parts, address),
+            listening(HURRIED) as (_, hurried),
+            listening(STRICT) as (_, strict),
+        ):
+            told = await asyncio.to_thread(asked, address, hurried, strict)
             assert told == {name: in_client(error, client) for name, error in ERRORS.items()}
             # Asked once, although the client tries again what may succeed; died of it twice.
             deadly = [batch for batch in parts.child.batches if batch == [DEADLY]]

@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import openai
+import psutil
 import pytest
 from node import NEEDED, answers
 from PIL import Image
@@ -29,6 +30,11 @@ def server() -> Iterator[Process]:
 
 def opened(b64_json: str) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(b64_json)))
+
+
+def resume(child: psutil.Process) -> None:
+    with suppress(psutil.NoSuchProcess):  # it has ended
+        child.resume()
 
 
 def same(one: Image.Image, other: Image.Image) -> bool:
@@ -119,7 +125,7 @@ def test_of_two_processes_a_killed_one_loses_nothing_and_sigterm_drains_both(nan
             children[0].kill()
             until(lambda: "varedit_workers_ready 1.0" in server.get("metrics")[1])
             assert server.get("readyz")[0] == 200
-            children[1].resume()
+            resume(children[1])
             for seed, edit in enumerate(edits):
                 assert same(edit.result(), nano.edit(PERSON, "add a hat", seed=seed).image)
         until(lambda: "varedit_workers_ready 2.0" in server.get("metrics")[1])
@@ -140,7 +146,7 @@ def check_drain(server: Process, nano: Editor) -> None:
         waited = "draining; results that are still waited for: [1-5]"
         until(lambda: re.search(waited, server.said()))
         for child in children:
-            child.resume()
+            resume(child)
         results = [list(stream)[-1], *last.result().data]
     for seed, result in enumerate(results, 3):
         assert same(opened(result.b64_json), nano.edit(PERSON, "add a hat", seed=seed).image)
@@ -162,7 +168,7 @@ def test_more_clients_than_places_are_served_or_told_to_come_again(server: Proce
     with ThreadPoolExecutor(24) as clients:
         asked = [clients.submit(status, seed) for seed in range(24)]
         until(lambda: sum(one.done() for one in asked) == 16)
-        child.resume()
+        resume(child)
     assert sorted(one.result() for one in asked) == [200] * 8 + [503] * 16
 
 
@@ -198,7 +204,7 @@ def test_a_client_that_closes_its_connection_is_cancelled(server: Process) -> No
     until(lambda: "varedit_queue_pictures 0.0" not in server.get("metrics")[1])
     connection.close()
     until(lambda: cancelled(server) == before + 1)
-    child.resume()
+    resume(child)
     raw(server, head(len(body)) + body[:50]).close()
     until(lambda: cancelled(server) == before + 2)
     assert server.edit(seed=1).data
@@ -232,6 +238,7 @@ def test_slow_heads_and_endless_bodies_are_closed(server: Process) -> None:
 
 def test_sigterm_ends_a_server_that_loads_and_a_second_one_a_server_that_edits() -> None:
     with started(*OPTIONS) as loading:
+        until(lambda: loading.get("livez")[0] == 200)  # which it answers after it hears signals
         loading.popen.send_signal(signal.SIGTERM)
         assert loading.popen.wait(30) == 0
     with running() as server, ThreadPoolExecutor(1) as clients:

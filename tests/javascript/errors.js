@@ -1,12 +1,16 @@
-// Makes a server refuse requests; prints what OpenAI's client threw as JSON. Arguments: address,
+// Makes servers refuse requests; prints what OpenAI's client threw as JSON. Arguments: addresses of
+// a patient server, of one that waits a short time for uploads, and of one that does for edits;
 // picture, a key, a key for one edit a minute.
 
 import { readFileSync } from "node:fs";
 import OpenAI, { toFile } from "openai";
 
-const [baseURL, path, apiKey, limitedKey] = process.argv.slice(2);
-const client = new OpenAI({ baseURL, apiKey, maxRetries: 0 });
+const [baseURL, hurriedURL, strictURL, path, apiKey, limitedKey] = process.argv.slice(2);
+const common = { apiKey, maxRetries: 0 };
+const client = new OpenAI({ baseURL, ...common });
 const limited = client.withOptions({ apiKey: limitedKey });
+const hurried = new OpenAI({ baseURL: hurriedURL, ...common, fetch: trickle });
+const strict = new OpenAI({ baseURL: strictURL, ...common });
 const picture = readFileSync(path);
 
 async function edit(more = {}, by = client, content = picture) {
@@ -32,7 +36,7 @@ const attempts = {
   unknown: () => edit({ promt: "x" }),
   401: () => edit({}, client.withOptions({ apiKey: "sk-another-0123456789" })),
   404: () => edit({ model: "gpt-image-1" }),
-  408: () => edit({}, client.withOptions({ fetch: trickle })),
+  408: () => edit({}, hurried),
   413: () => edit({}, client, Buffer.alloc(200_000)),
   415: () => client.post("/images/edits", { body: "x", headers: { "content-type": "text/plain" } }),
   429: async () => {
@@ -40,7 +44,7 @@ const attempts = {
     await edit({}, limited);
   },
   500: () => edit({ seed: 13 }, client.withOptions({ maxRetries: 2 })),
-  503: () => edit({ seed: 14 }),
+  503: () => edit({ seed: 14 }, strict),
   event: async () => read(await edit({ seed: 13, stream: true, partial_images: 1 })),
 };
 

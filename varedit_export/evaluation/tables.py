@@ -14,6 +14,7 @@ from varedit_runtime.errors import needs_extra, readable_size, shown
 LARGEST_GROUP = 2**31  # bytes of a group of rows, which is read as a whole
 
 _ROWS, _ROW = 16, 256  # that are read at a time; bytes of one beside its texts
+_NESTED = 64  # bytes of a list, even an empty one: a few bytes of a file may say millions
 
 
 class Table:
@@ -56,15 +57,25 @@ class Table:
         for field in self._file.schema_arrow if self._parquet else self._file.schema:
             if field.name in names and field.type.num_fields and not nested:
                 raise DatasetError(f"the column {field.name} holds no plain values")
+        if nested and self._parquet:
+            self._check_lists(names)
         size, found = 0, list[dict[str, Any]]()
         for piece in self._pieces(names):
             piece.validate(full=True)
             for row in piece.to_pylist():
                 size += _size(row)
                 found.append(row)
-            if size > LARGEST:
-                raise DatasetError(f"its texts have over {readable_size(LARGEST)}")
+            _check(size)
         return found
+
+    def _check_lists(self, names: Sequence[str]) -> None:
+        """Raise DatasetError if columns of lists have too many values: one row may have all."""
+        metadata, count = self._file.metadata, 0
+        for group in map(metadata.row_group, range(metadata.num_row_groups)):
+            for column in map(group.column, range(group.num_columns)):
+                if f"{column.path_in_schema}.".startswith(tuple(f"{name}." for name in names)):
+                    count += column.num_values
+        _check(count * _NESTED)
 
     def _pieces(self, names: Sequence[str]) -> Any:
         """Return columns, some rows at a time."""
@@ -142,10 +153,24 @@ class Table:
     def _read(self, group: int, column: str) -> Any:
         if not self._parquet:
             return self._file[column]
+        import pyarrow as pa
+
         size = self._file.metadata.row_group(group).total_byte_size
         if size > LARGEST_GROUP:
             raise DatasetError(f"a group of rows has {readable_size(size)}: write smaller ones")
-        return self._file.read_row_group(group, [column])[column]
+        pieces, size = list[Any](), 0
+        for piece in self._file.iter_batches(_ROWS, row_groups=[group], columns=[column]):
+            pieces.append(piece.column(0))
+            size += piece.nbytes  # a picture in many rows is stored once
+            if size > LARGEST_GROUP:
+                told = f"a group of rows has over {readable_size(LARGEST_GROUP)}"
+                raise DatasetError(f"{told} in memory: write smaller ones")
+        return pa.chunked_array(pieces)
+
+
+def _check(size: int) -> None:
+    if size > LARGEST:
+        raise DatasetError(f"its texts and lists have over {readable_size(LARGEST)}")
 
 
 def _size(value: Any) -> int:
@@ -153,7 +178,7 @@ def _size(value: Any) -> int:
     if isinstance(value, dict):
         return _ROW + sum(map(_size, value.values()))
     if isinstance(value, list):
-        return sum(map(_size, value))
+        return _NESTED + sum(map(_size, value))
     return len(value) if isinstance(value, str) else 8
 
 
