@@ -9,6 +9,7 @@ from random import Random
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from evaluating import drawn
 from hub_stand_in import Repository, serve, use
@@ -23,8 +24,10 @@ from pairing import (
     write_tar,
 )
 from PIL import Image
+from pyarrow import parquet
 
 from varedit_export.errors import DatasetError
+from varedit_export.evaluation.tables import Table
 from varedit_export.pairs import columns, stored
 from varedit_export.pairs.read import read_pairs
 from varedit_runtime.errors import CheckpointError
@@ -320,6 +323,31 @@ def test_long_lists_in_a_small_table_are_refused(
     path = write_parquet(tmp_path / "Parquet/x.parquet", [turns] * 20)
     with pytest.raises(DatasetError, match="its texts and lists have over"):
         read_pairs([path])
+
+
+def test_empty_lists_in_a_tiny_table_are_refused_before_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two million of them in one row take 667 bytes of a file, and 300 MB of memory."""
+    path = tmp_path / "x.parquet"
+    lists = pa.array([[[]] * 2_000_000], pa.list_(pa.list_(pa.string())))
+    parquet.write_table(pa.table({"data": lists}), path)
+    assert path.stat().st_size < 1000
+    monkeypatch.setattr(Table, "_pieces", lambda *_: pytest.fail("it is read"))
+    monkeypatch.setattr("varedit_export.evaluation.tables.LARGEST", 100_000_000)
+    with pytest.raises(DatasetError, match="its texts and lists have over 100 MB"):
+        read_pairs([path])
+
+
+def test_a_picture_that_a_small_table_repeats_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("varedit_export.evaluation.tables.LARGEST_GROUP", 2_000_000)
+    rows = [magicbrush(0, source_img={"bytes": bytes(300_000)}) for _ in range(100)]
+    path = write_parquet(tmp_path / "x.parquet", rows, 100)
+    assert path.stat().st_size < 500_000
+    with pytest.raises(DatasetError, match=r"a group of rows has over 2\.0 MB in memory"):
+        read_pairs([path])[0].source()
 
 
 def test_a_place_that_holds_no_pairs_is_told(tmp_path: Path) -> None:
