@@ -159,9 +159,64 @@ def test_training_that_diverged_ends(
         return {name: loss * torch.nan for name, loss in losses(task, *given).items()}
 
     monkeypatch.setattr(FineTuning, "losses", diverging)
-    with pytest.raises(ConfigError, match=r"nan at step 1, .* smaller --learning-rate"):
+    with pytest.raises(ConfigError, match=r"loss is nan at step 1, .* another folder .* smaller"):
         varedit_export.train(options(pairs, tmp_path, lora=2))
     assert not (tmp_path / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("stopped", [False, True], ids=["saved", "ctrl-c"])
+def test_a_diverged_model_replaces_no_checkpoint(
+    stopped: bool, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gradient alone is no number, at a step whose loss is not logged."""
+    losses = FineTuning.losses
+
+    def diverging(task: FineTuning, batch: Any, step: int, fast: bool) -> dict[str, Tensor]:
+        if stopped and step == 3:
+            raise KeyboardInterrupt
+        made = losses(task, batch, step, fast)
+        if step == 2 + (not stopped):
+            made["loss"].register_hook(lambda gradient: gradient * torch.nan)
+        return made
+
+    monkeypatch.setattr(FineTuning, "losses", diverging)
+    with pytest.raises(KeyboardInterrupt if stopped else ConfigError) as raised:
+        varedit_export.train(options(pairs, tmp_path, lora=2, steps=6, log_every=NEVER))
+    assert stopped or "the gradient is nan at step 4" in str(raised.value)
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 2
+
+
+@pytest.mark.parametrize("error", [Killed, KeyboardInterrupt])
+def test_a_run_that_stopped_at_its_end_writes_its_result(
+    error: type[BaseException], pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = varedit_export.train(options(pairs, tmp_path / "whole", lora=2)).read_bytes()
+    stopped, count = options(pairs, tmp_path / "stopped", lora=2), 0
+    export = FineTuning.export
+
+    def failing(task: FineTuning, *given: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == 2:
+            raise error
+        export(task, *given)
+
+    monkeypatch.setattr(FineTuning, "export", failing)
+    with pytest.raises(error):
+        varedit_export.train(stopped)
+    assert varedit_export.train(stopped).read_bytes() == expected
+
+
+def test_what_a_report_fails_on_is_saved(
+    pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(task: FineTuning, model: Any) -> None:
+        raise Killed
+
+    monkeypatch.setattr(FineTuning, "report", failing)
+    with pytest.raises(Killed):
+        varedit_export.train(options(pairs, tmp_path, lora=2, report_every=2))
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 2
 
 
 def test_a_run_goes_on_with_the_same_data_and_recipe_alone(pairs: Path, tmp_path: Path) -> None:
@@ -277,6 +332,11 @@ def test_each_pass_has_all_pairs_in_another_order_with_other_mistakes(lessons: L
     sources = [[example.source.sum().item() for example in seen] for seen in passes]
     assert sources[0] != sources[1] and sorted(sources[0]) == sorted(sources[1])
     assert len({*sources[0]}) == 12
+
+
+def test_mistakes_do_not_repeat(lessons: Lessons) -> None:
+    states = [lessons._generator(position).get_state() for position in (1, 1 + 2**12, 1 + 2**32)]
+    assert not torch.equal(states[0], states[1]) and not torch.equal(states[0], states[2])
 
 
 def test_outside_its_mask_a_target_is_its_source(pairs: Path, tmp_path: Path) -> None:

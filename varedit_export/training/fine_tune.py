@@ -65,11 +65,16 @@ class Lessons(Dataset[Sequence[Sequence[Example]]]):
                 self.tokens[pair],
                 self.config,
                 self.weights[pair] / total,
-                torch.Generator().manual_seed(self.recipe.seed + 2**20 * (1 + position)),
+                self._generator(position),
             )
             for pair, position in zip(pairs[own], positions[own], strict=True)
         ]
         return _parts(examples, self.at_once)
+
+    def _generator(self, position: int) -> torch.Generator:
+        # A CPU generator keeps 32 bits of its seed, so they have to depend on all of the position.
+        seed = np.random.SeedSequence((self.recipe.seed, position)).generate_state(1)[0]
+        return torch.Generator().manual_seed(int(seed))
 
     @cached_property
     def _order(self) -> Order:

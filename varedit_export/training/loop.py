@@ -109,10 +109,12 @@ def train(
     """
     state = TrainingState.start(task.model, _optimisers(task, recipe), recipe.ema_decay > 0)
     run.resume(state)
+    if state.step == recipe.steps:  # it may have been stopped before its weights were written
+        task.export(state.averaged, run.weights)
     try:
         _steps(task, state, recipe, machine, run, notice)
     except (KeyboardInterrupt, SignalArrived):
-        if processes() == 1:
+        if processes() == 1 and not _divergence(state):
             run.save(state)
             notice(f"{run.folder}: saved after {state.step} steps; the same command continues")
         raise
@@ -138,28 +140,37 @@ def _steps(
     for step, parts in zip(steps, bar, strict=True):
         logged.add(train_step(task, state, recipe, parts, fast=True))
         if _due(state.step, machine.log_every, recipe):
+            _check_values(state, run)
             entry = logged.take()
-            _check_loss(entry["loss"], state.step, run)
             run.log({"step": state.step, "rate": learning_rate(recipe, step), **entry})
             bar.set_postfix({"loss": f"{entry['loss']:.4f}"})
             notice(f"step {state.step} of {recipe.steps}: {_told(entry)}")
-        if _due(state.step, machine.report_every, recipe):
+        if _due(state.step, machine.save_every, recipe):
+            _check_values(state, run)
+            # Whoever stops between the two goes on from the older checkpoint and writes both again.
+            task.export(state.averaged, run.weights)
+            run.save(state)
+        if _due(state.step, machine.report_every, recipe):  # which may run out of memory
             scores, sheet = task.report(state.averaged)
             run.log({"step": state.step, **scores})
             run.keep_sheet(f"{state.step:07}.png", sheet)
             notice(f"step {state.step} of {recipe.steps}: {_told(scores)}")
-        if _due(state.step, machine.save_every, recipe):
-            run.save(state)
-            task.export(state.averaged, run.weights)
 
 
-def _check_loss(loss: float, step: int, run: RunFolder) -> None:
-    """Raise ConfigError if a loss is no number: what was learned since the checkpoint is lost."""
-    if not isfinite(loss):
+def _check_values(state: TrainingState, run: RunFolder) -> None:
+    """Raise ConfigError if training has diverged: the checkpoint stays as it was before."""
+    if found := _divergence(state):
         raise ConfigError(
-            f"the loss is {loss} at step {step}, so training has diverged: delete {run.folder} and "
-            "start again with a smaller --learning-rate"
+            f"{found} at step {state.step}, so training has diverged: start again in another "
+            f"folder with a smaller --learning-rate; {run.folder} keeps what was saved before"
         )
+
+
+def _divergence(state: TrainingState) -> str:
+    """Say which value of the last step is not finite, "" if none: the weights are then not."""
+    values = {name: float(state.values[name]) for name in ("loss", "gradient") if state.values}
+    wrong = (f"the {name} is {value}" for name, value in values.items() if not isfinite(value))
+    return next(wrong, "")
 
 
 def _told(entry: Mapping[str, float]) -> str:
@@ -198,12 +209,13 @@ def train_step(
         (losses["loss"] * processes()).backward()
         sums = {name: sums.get(name, 0) + loss.detach() for name, loss in losses.items()}
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), recipe.clip)
+    values = summed(sums) | {"gradient": number(norm.detach())}
     with held_signals():  # a step is taken whole or not at all
         state.optimiser.step()
-        state.step += 1
+        state.step, state.values = state.step + 1, values
         if state.ema is not None:
             average(state.ema, state.model, ema_decay(recipe, state.step))
-    return summed(sums) | {"gradient": number(norm.detach())}
+    return values
 
 
 def learning_rate(recipe: TrainingRecipe, step: int) -> float:

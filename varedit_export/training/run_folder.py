@@ -16,7 +16,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,16 @@ from varedit_runtime.errors import CheckpointError, ConfigError, one_line
 
 @dataclass
 class TrainingState:
-    """A model in training, the running average of its weights (EMA), and the steps done."""
+    """A model in training, the running average of its weights (EMA), and the steps done.
+
+    values: losses and norm of the gradient of the last step; none before the first one.
+    """
 
     model: nn.Module
     ema: nn.Module | None
     optimiser: Optimisers
     step: int = 0
+    values: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def start(
