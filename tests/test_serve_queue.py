@@ -1,12 +1,13 @@
 """Pictures that wait: batches, several results, faults, deadlines, clients that leave, room."""
 
 import asyncio
+import io
 import re
 from collections.abc import Coroutine
 from typing import Any
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 from serving import Reply, Server, form, logged, png, served, until
 
 from varedit_runtime.errors import ConfigError
@@ -331,6 +332,24 @@ def test_an_answer_holds_its_bytes_and_no_place_until_it_is_read(stream: str) ->
             reads.set()
             reply = await asking
             assert reply.status == 200 and reply.body and budget.bytes == 0
+
+    run(test())
+
+
+def test_an_answer_that_is_read_slowly_holds_its_source_and_mask() -> None:
+    part = io.BytesIO()
+    ImageOps.expand(Image.new("L", (300, 300), 255), 150).save(part, "PNG")
+
+    async def test() -> None:
+        async with served() as server:
+            fields = [("image", png(600)), ("mask", part.getvalue()), ("prompt", "a hat")]
+            kind, body = form([*fields, ("output_format", "jpeg")])
+            budget, reads = server.application.budget, asyncio.Event()
+            asking = asyncio.create_task(server.ask("POST", headers=kind, body=[body], reads=reads))
+            await until(lambda: server.child.batches and not budget.pictures)
+            assert not asking.done() and budget.bytes > 600 * 600 * (4 + 1)  # source, mask
+            reads.set()
+            assert (await asking).status == 200 and budget.bytes == 0
 
     run(test())
 

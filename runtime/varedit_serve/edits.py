@@ -97,7 +97,7 @@ class Edits:
                 else:
                     response = await self._whole(job, answer, gone, only_bytes)
                     await _start(send, response.raw_headers)
-                    await _finish(send, claim, bytes(response.body))
+                    await _finish(send, claim, bytes(response.body), _kept(job, answer))
             except GoneError:
                 pass
             finally:
@@ -245,7 +245,8 @@ class Edits:
         except Exception as error:
             asked.error = error if isinstance(error, ApiError) else unexpected(error, asked.id)
             content = error_event(asked.error)
-        await _finish(send, claim, content)
+        del event  # which has the result's picture
+        await _finish(send, claim, content, _kept(job, answer))
 
 
 def _accepted(header: str) -> list[str]:
@@ -265,9 +266,17 @@ async def _send(send: Send, content: bytes) -> None:
         await send({"type": "http.response.body", "body": piece, "more_body": True})
 
 
-async def _finish(send: Send, claim: Claim, content: bytes) -> None:
-    """Send the last part of an answer: it holds memory until it is read, but no place."""
-    claim.hold(0, min(claim.bytes, len(content)))
+def _kept(job: Job, answer: Answer) -> int:
+    """Return the bytes that a request holds besides its results until it is answered."""
+    return len(job.prepared) + answer.memory
+
+
+async def _finish(send: Send, claim: Claim, content: bytes, kept: int) -> None:
+    """Send the last part of an answer: it holds memory until it is read, but no place.
+
+    kept: bytes that the request holds meanwhile besides this part.
+    """
+    claim.hold(0, min(claim.bytes, len(content) + kept))
     await _send(send, content)
     # This waits until the client has read what came before.
     await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -49,7 +49,8 @@ class Answer:
     def memory(self) -> int:
         """The bytes of what is kept of the source."""
         kept = filter(None, (self.finish.source, self.finish.mask))
-        return sum(image.width * image.height * len(image.getbands()) for image in kept)
+        # Pillow has 4 bytes for a pixel of RGB too.
+        return sum(image.width * image.height * (1 if image.mode == "L" else 4) for image in kept)
 
     def results(self, results: Sequence[EditResult]) -> bytes:
         """Return the JSON of all results."""
