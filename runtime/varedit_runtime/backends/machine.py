@@ -32,7 +32,7 @@ def cores() -> int:
     """Return how many cores this process may use, by its affinity and its cgroups' quotas."""
     affinity = getattr(os, "sched_getaffinity", None)  # which macOS lacks
     count = len(affinity(0)) if affinity else os.cpu_count() or 1
-    with suppress(OSError):  # there are no cgroups
+    with suppress(OSError, ValueError, ZeroDivisionError):  # no cgroups, or odd ones
         path = OWN_CGROUP.read_text().rpartition("0::/")[2].strip()
         for parent in (".", *accumulate(Path(path).parts, os.path.join)):
             file = CGROUPS / parent / "cpu.max"
