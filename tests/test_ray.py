@@ -30,7 +30,7 @@ from varedit_runtime import Editor
 from varedit_runtime.backends.auto import wanted_backend
 from varedit_runtime.errors import BackendError, ConfigError
 from varedit_runtime.locate import embedded
-from varedit_runtime.terminal.ray_cluster import cluster, most_editors
+from varedit_runtime.terminal.ray_cluster import cluster
 from varedit_serve.editing.child import BatchFailedError, ChildDiedError
 from varedit_serve.editing.messages import Opening, Order, Ready
 
@@ -73,22 +73,6 @@ def test_a_cluster_that_does_not_start_is_told_in_one_line(monkeypatch: pytest.M
     told = "no Ray cluster can be used on this machine: the node timed out during startup"
     with pytest.raises(BackendError, match=told), cluster(1):
         pass
-
-
-@pytest.mark.parametrize(
-    ("given", "spare", "told"),
-    [
-        ({"num_cpus": 1, "num_gpus": 1}, 0, "has 0 GPU, and editing takes 1"),
-        ({"num_cpus": 2, "num_gpus": 0}, 1, "has 2 CPU, and editing takes 3"),
-    ],
-)
-def test_a_cluster_without_room_is_told(
-    given: dict[str, float], spare: int, told: str, nano: Editor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0, "memory": 8e9})
-    with pytest.raises(BackendError, match=told):
-        most_editors(nano.bundle, nano.variant, given, spare)
-    assert most_editors(nano.bundle, nano.variant, {"num_cpus": 1, "num_gpus": 0}) == 2
 
 
 # A server
@@ -329,6 +313,34 @@ def test_what_a_dead_process_took_with_it_runs_alone_before_it_is_given_up(
     assert place == 2 and "died 4 times" in str(error)
 
 
+def test_that_a_bundle_cannot_be_opened_or_that_ray_fails_is_told_in_one_line(
+    nano: Editor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pandas
+    from ray.exceptions import RaySystemError
+
+    from varedit_runtime.commands import on_ray
+
+    job = Mock()
+    job.open.side_effect = BackendError("too little memory")
+    batch = pandas.DataFrame({"place": [0, 1], "told": [pickle.dumps(None)] * 2})
+    editing = on_ray._Editing(job, Mock(), "0")
+    (first, second) = map(pickle.loads, editing(batch)["told"])
+    monkeypatch.setattr(on_ray, "_outcomes", lambda *_: iter([(0, first), (1, second)]))
+    with pytest.raises(BackendError, match="too little memory"):
+        on_ray._pass(Mock(), Mock(), {0: Mock(), 1: Mock()}, frozenset())
+
+    monkeypatch.undo()
+    rows, known = Mock(), Mock(bundle=nano.bundle, variant=nano.variant)
+    rows.map.return_value.map_batches.return_value.iter_rows.side_effect = RaySystemError("x\ny")
+    monkeypatch.setattr(on_ray, "from_items", lambda *_, **__: rows)
+    monkeypatch.setattr(on_ray, "resources", lambda backend: {"num_cpus": 1.0, "num_gpus": 0.0})
+    monkeypatch.setattr(on_ray, "most_editors", lambda *_, **__: 1)
+    monkeypatch.setattr(on_ray, "replace", lambda job, **_: job)
+    with pytest.raises(BackendError, match=r"Ray cannot go on: .*x y"):
+        list(on_ray._outcomes(known, {}, frozenset(), False))
+
+
 @contextmanager
 def started_run(folder: Path, *words: str) -> Iterator["subprocess.Popen[str]"]:
     """Start a command in a folder; it is ended when it takes too long."""
@@ -421,12 +433,12 @@ class Actor:
 def test_batches_go_to_processes_that_are_ready_and_failures_are_told(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from ray.exceptions import ActorDiedError
+    from ray.exceptions import ActorDiedError, RayTaskError
 
     from varedit_export.evaluation import on_ray
 
     def get(reference: tuple[Actor, Any]) -> Any:
-        if isinstance(reference[1], ActorDiedError):
+        if isinstance(reference[1], ActorDiedError | RayTaskError):
             raise reference[1]
         return reference[1]
 
@@ -435,11 +447,23 @@ def test_batches_go_to_processes_that_are_ready_and_failures_are_told(
 
     monkeypatch.setattr(on_ray.ray, "get", get)
     monkeypatch.setattr(on_ray.ray, "wait", wait)
-    starting, ready = Actor(lambda batch: ()), Actor(lambda batch: (*[one.seed for one in batch],))
+    dies, starting, ready = (
+        ActorDiedError(),
+        Actor(lambda batch: ()),
+        Actor(lambda batch: (*[one.seed for one in batch],)),
+    )
     wanted = [Wanted(place, Image.new("RGB", (8, 8)), "red", 10 + place) for place in range(5)]
     made = list(on_ray._spread([starting, ready], batches(wanted, 2)))
     assert [(one.place, seed) for one, seed in made] == [(n, 10 + n) for n in range(5)]
-    for outcome, told in ((BackendError("no room"), "no room"), (ActorDiedError(), "died 4 times")):
+    deadly = Actor(lambda batch: dies if wanted[1] in batch else (*[one.seed for one in batch],))
+    made = {one.place: seed for one, seed in on_ray._spread([deadly], batches(wanted, 2))}
+    assert made == {0: 10, 1: "the process that edited it died 4 times", 2: 12, 3: 13, 4: 14}
+    raised = RayTaskError("edit", "a traceback", RuntimeError("no such operator"))
+    for outcome, told in (
+        (BackendError("no room"), "no room"),
+        (dies, "opens the bundle died 4 times"),
+        (raised, "a process that edits failed: no such operator"),
+    ):
         failing = Actor(lambda batch, outcome=outcome: outcome)
         with pytest.raises(BackendError, match=told):
             list(on_ray._spread([failing], batches(wanted, 2)))

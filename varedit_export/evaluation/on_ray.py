@@ -11,12 +11,12 @@ from typing import Any
 
 import ray
 from PIL import Image
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
 from varedit_export.evaluation.bundle_edits import BundleEdits, Opening
 from varedit_export.evaluation.case import Made, Wanted, batches
 from varedit_runtime.editing.editor import Editor
-from varedit_runtime.errors import BackendError, VareditError
+from varedit_runtime.errors import BackendError, VareditError, reason
 from varedit_runtime.terminal.ray_cluster import most_editors, resources
 
 _RETRIES = 3  # of a batch whose process dies; then it is taken to be the reason
@@ -54,23 +54,41 @@ def _spread(actors: Sequence[Any], waiting: Iterator[list[Wanted]]) -> Made:
     A process that the cluster has no room for yet, or that has not opened the bundle, has none.
     """
     busy: dict[Any, tuple[Any, list[Wanted]]] = {a.edit.remote([]): (a, []) for a in actors}
+    alone = list[list[Wanted]]()
     while busy:
         (done, *_), _ = ray.wait([*busy], num_returns=1)
         actor, batch = busy.pop(done)
-        try:
-            outcome = ray.get(done)
-        except RayError as error:
-            raise BackendError(
-                f"a process that edits died {_RETRIES + 1} times: its machine may lack memory"
-            ) from error
-        if isinstance(outcome, VareditError):
-            raise outcome
-        more = next(waiting, None)
+        outcome = _outcome(done, batch)
+        if outcome is None:
+            alone += [[one] for one in batch]
+        more = alone.pop() if alone else next(waiting, None)
         if more is not None:
             busy[actor.edit.remote(more)] = actor, more
-        yield from zip(batch, outcome, strict=True)
+        if outcome is not None:
+            yield from zip(batch, outcome, strict=True)
         if more is None and not any(batch for _, batch in busy.values()):
             return
+
+
+def _outcome(done: Any, batch: list[Wanted]) -> Sequence[Image.Image | str] | None:
+    """Return the results of a batch; None if its process died, and each is to be edited alone.
+
+    Of one edit that is why it has no result. Raises BackendError if the process cannot open the
+    bundle, or fails, and what it raised itself.
+    """
+    died = f"died {_RETRIES + 1} times"
+    try:
+        outcome = ray.get(done)
+    except RayTaskError as error:
+        raise BackendError(f"a process that edits failed: {reason(error.cause)}") from error
+    except RayError as error:
+        if not batch:
+            told = f"a process that opens the bundle {died}: its machine may lack memory"
+            raise BackendError(told) from error
+        return [f"the process that edited it {died}"] if len(batch) == 1 else None
+    if isinstance(outcome, VareditError):
+        raise outcome
+    return outcome
 
 
 class _Editing:

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
+from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 from time import perf_counter
@@ -18,6 +19,7 @@ from typing import Any
 
 from PIL import Image
 from ray.data import ActorPoolStrategy, DataContext, from_items
+from ray.exceptions import RayError
 from ray.util.annotations import RayDeprecationWarning
 
 from varedit_runtime.backends import ChosenBackend
@@ -27,7 +29,7 @@ from varedit_runtime.commands.record import Record
 from varedit_runtime.commands.several import Results, Told, opened_pictures, read_order
 from varedit_runtime.editing.preparer import Preparer
 from varedit_runtime.editing.results import EditResult
-from varedit_runtime.errors import BackendError, BundleError, EditWarning, VareditError
+from varedit_runtime.errors import BackendError, BundleError, EditWarning, VareditError, reason
 from varedit_runtime.locate import Found
 from varedit_runtime.pictures import FileContent, encode_picture
 from varedit_runtime.terminal.ray_cluster import most_editors, resources
@@ -58,7 +60,14 @@ class _Edited:
     provider: str
 
 
-_Outcome = _Read | _Edited | VareditError
+@dataclass(frozen=True)
+class _Unopened:
+    """Why a process cannot open the bundle."""
+
+    error: VareditError
+
+
+_Outcome = _Read | _Edited | _Unopened | VareditError
 _Row = dict[str, Any]  # place: that of the order; told: an _Outcome, pickled
 
 
@@ -94,6 +103,8 @@ def _pass(
     begun, again = perf_counter(), dict[int, Order]()
     for place, outcome in _outcomes(known, left, keys, alone):
         order = left.pop(place)
+        if isinstance(outcome, _Unopened):
+            raise outcome.error
         if isinstance(outcome, VareditError):
             results.told.failed(place, order, outcome)
         elif isinstance(outcome, _Edited):
@@ -149,8 +160,11 @@ def _outcomes(
             max_restarts=-1,
             max_task_retries=_RETRIES,
         )
-    for row in rows.iter_rows():
-        yield row["place"], pickle.loads(row["told"])
+    try:
+        for row in rows.iter_rows():
+            yield row["place"], pickle.loads(row["told"])
+    except RayError as error:
+        raise BackendError(f"Ray cannot go on: {reason(error)}") from error
 
 
 def _reading(order: Order, common: Mapping[str, Any], keys: frozenset[str]) -> _Outcome:
@@ -166,15 +180,27 @@ class _Editing:
     """Edits batches, with an editor of its own."""
 
     def __init__(self, job: Job, found: Found, digest: str) -> None:
-        """digest: of the bundle, which another machine must have too."""
-        editor = job.open(found)
-        if editor.bundle.digest != digest:
-            raise BundleError(f"{found.path} is another bundle on another machine")
-        self._opened = OpenJob(job, found, editor.bundle, editor.variant, editor=editor)
+        """digest: of the bundle, which another machine must have too.
+
+        It is opened by the first call: Ray bounds how often a call is made again whose process
+        dies, and not how often a process is made.
+        """
+        self._job, self._found, self._digest = job, found, digest
+
+    @cached_property
+    def _opened(self) -> OpenJob:
+        editor = self._job.open(self._found)
+        if editor.bundle.digest != self._digest:
+            raise BundleError(f"{self._found.path} is another bundle on another machine")
+        return OpenJob(self._job, self._found, editor.bundle, editor.variant, editor=editor)
 
     def __call__(self, batch: Any) -> Any:
         """Return a batch with what becomes of its orders in place of what was read."""
         outcomes: list[_Outcome] = list(map(pickle.loads, batch["told"]))
+        try:
+            _ = self._opened
+        except VareditError as error:
+            return batch.assign(told=[pickle.dumps(_Unopened(error))] * len(outcomes))
         reads = {i: one for i, one in enumerate(outcomes) if isinstance(one, _Read) and one.image}
         for place, outcome in zip(reads, self._outcomes(list(reads.values())), strict=True):
             outcomes[place] = outcome

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from varedit_runtime.bundle import Bundle
     from varedit_runtime.manifest import Variant
 
+_CHOOSE = "choose another --backend, or fewer --threads"
 STORE_BYTES = 500_000_000  # of objects that pass between processes of a cluster of our own
 
 
@@ -85,14 +86,32 @@ def most_editors(
     """
     import ray
 
+    check_room(given, spare)
+    there = ray.cluster_resources()
+    if given["num_gpus"]:
+        return int(there["GPU"])
+    by_memory = there["memory"] // host_budget(bundle, variant).total
+    return max(1, min(int((there["CPU"] - spare) // given["num_cpus"]), int(by_memory)))
+
+
+def check_room(given: Mapping[str, float], spare: float = 0) -> None:
+    """Raise BackendError if the cluster has no room for one process that edits.
+
+    Its cores and its GPU must be of one machine; spare: cores of any, which others need.
+    """
+    import ray
+
     there = ray.cluster_resources()
     for what, needed in (("CPU", given["num_cpus"] + spare), ("GPU", given["num_gpus"])):
         if needed > there.get(what, 0):
             raise BackendError(
                 f"the Ray cluster has {there.get(what, 0):g} {what}, and editing takes {needed:g}: "
-                "choose another --backend, or fewer --threads"
+                + _CHOOSE
             )
-    if given["num_gpus"]:
-        return int(there["GPU"])
-    by_memory = there["memory"] // host_budget(bundle, variant).total
-    return max(1, min(int((there["CPU"] - spare) // given["num_cpus"]), int(by_memory)))
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    wanted = {"CPU": given["num_cpus"], "GPU": given["num_gpus"]}
+    if not any(all(one.get(w, 0) >= n for w, n in wanted.items()) for one in machines):
+        told = " and ".join(f"{needed:g} {what}" for what, needed in wanted.items())
+        raise BackendError(
+            f"no machine of the Ray cluster has {told}, which editing takes together: {_CHOOSE}"
+        )

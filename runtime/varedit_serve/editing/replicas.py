@@ -23,7 +23,7 @@ from ray.serve.handle import DeploymentHandle
 from varedit_runtime import EditHandle
 from varedit_runtime.editing.results import EditResult
 from varedit_runtime.errors import BackendError, BundleError, reason
-from varedit_runtime.terminal.ray_cluster import resources
+from varedit_runtime.terminal.ray_cluster import check_room, resources
 from varedit_serve.editing.child import BatchFailedError, ChildDiedError, patience
 from varedit_serve.editing.messages import BEAT, Opening, Order, Ready
 from varedit_serve.editing.queue import Queue
@@ -88,6 +88,7 @@ def fleet(
     name = f"varedit-{os.getpid()}"
 
     def deploy() -> DeploymentHandle:
+        check_room(resources(opening.backend))  # Ray would wait for a machine without end
         application = replicas(opening, digest, least, most or least)
         serve.start(proxy_location="Disabled")  # the server answers HTTP itself
         return serve.run(application, name=name, route_prefix=None)
