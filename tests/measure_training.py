@@ -3,7 +3,8 @@
     python tests/measure_training.py [RESOLUTION]
 
 Prints, for one and two blocks, the bytes of weights, gradients and optimiser, and the most that all
-tensors took at once during forward and backward; behind each, what `plan_memory` says of it.
+tensors took at once during forward and backward, or while a pair was drawn; behind each, what
+`plan_memory` says of it.
 """
 
 import sys
@@ -12,7 +13,12 @@ from functools import partial
 
 from varedit_export.training.fine_tune import new_learner
 from varedit_export.training.loop import TrainingMachine
-from varedit_export.training.memory import example_without_content, peak_of_tensors, plan_memory
+from varedit_export.training.memory import (
+    example_without_content,
+    pair_without_content,
+    peak_of_tensors,
+    plan_memory,
+)
 from varedit_export.training.optimisers import optimisers
 from varedit_reference.config import preset
 
@@ -28,6 +34,7 @@ def main(resolution: int = 256) -> None:
                 for parameter in learner.parameters():
                     parameter.data.zero_()  # whatever the numbers are, memory is the same
                 learner([example_without_content(own)])["loss"].backward()
+                learner.draw(pair_without_content(own), 0)
             trained = [p for p in learner.parameters() if p.requires_grad]
             optimiser = optimisers(learner, 1e-4, 0.02, (0.9, 0.97))
             optimiser.step()

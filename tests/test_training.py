@@ -28,11 +28,11 @@ from varedit_export.training.fine_tune import (
 )
 from varedit_export.training.learner import Learner, PairTokens, make_example
 from varedit_export.training.loop import TrainingMachine
-from varedit_export.training.memory import peak_of_tensors, plan_memory
+from varedit_export.training.memory import pair_without_content, peak_of_tensors, plan_memory
 from varedit_export.training.run import plan_training
 from varedit_export.training.tokens import tokens_of
 from varedit_export.weights.lora import merge_loras
-from varedit_reference.checkpoint import load_transformer
+from varedit_reference.checkpoint import NamedShape, load_transformer, released_transformer
 from varedit_reference.config import ModelConfig, preset
 from varedit_reference.initialise import random_weights
 from varedit_reference.weights_file import open_weights
@@ -262,12 +262,17 @@ def test_all_weights_are_written_with_released_names(pairs: Path, tmp_path: Path
     assert all(not torch.equal(trained[n], sources.transformer[n]) for n in ("head.weight",))
 
 
-def test_an_adapter_is_merged_as_it_was_trained(pairs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("chunks", [None, 1, 2])
+def test_an_adapter_is_merged_as_it_was_trained(
+    chunks: int | None, pairs: Path, tmp_path: Path
+) -> None:
     settings = options(pairs, tmp_path, lora=3)
     adapter = varedit_export.train(settings)
     assert adapter == tmp_path / ADAPTER
     config, sources = model_and_weights(settings.build_options, lambda download: None)
-    merged = merge_loras(sources, [(adapter, 1.0)], config.transformer, ())
+    layout = released_transformer(config.transformer.depth, chunks)
+    stored = [layout(NamedShape(n, tuple(w.shape))).name for n, w in sources.transformer.items()]
+    merged = merge_loras(sources, [(adapter, 1.0)], config.transformer, stored)
     assert merged.description == sources.description
     learner = tiny_learner(3)
     kept = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["model"]
@@ -360,6 +365,36 @@ def test_held_out_pairs_are_measured_and_drawn(
     assert entry["held_out_loss"] > 0 and "held_out_scale7" in entry
     sheet = Image.open(tmp_path / "sheets" / "0000001.png")
     assert sheet.width > 3 * 256
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA"])
+def test_what_a_mask_keeps_is_what_a_model_sees(mode: str, tmp_path: Path) -> None:
+    """The colours under transparent pixels of the source are not shown."""
+    Image.new("RGBA", (64, 64), (255, 0, 0, 0)).save(tmp_path / "source.png")
+    Image.new(mode, (64, 64)).save(tmp_path / "target.png")
+    Image.new("L", (64, 64), 0).save(tmp_path / "mask.png")
+    row = {"instruction": "x"} | {n: f"{n}.png" for n in ("source", "target", "mask")}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row))
+    build = options(tmp_path, tmp_path).build_options
+    config, sources = model_and_weights(build, lambda download: None)
+    pairs = run.read_pairs([tmp_path / "pairs.jsonl"])
+    [tokens], _ = tokens_of(pairs, config, sources, tmp_path, "cpu")
+    assert torch.equal(tokens.source, tokens.target)
+
+
+def test_the_planned_memory_is_what_drawing_a_pair_takes() -> None:
+    """Without activations to keep, that of a deep model's keys and values is the most."""
+    deep = replace(TINY, transformer=replace(TINY.transformer, depth=40))
+
+    def new(config: ModelConfig) -> Learner:
+        return new_learner(config, TrainingMachine(), 1, True)
+
+    plan = plan_memory(deep, new, 1)
+    with peak_of_tensors() as peak:
+        learner = new(deep)
+        fill(learner, random_weights(learner.transformer, 0), "cpu", 0)
+        learner.draw(pair_without_content(deep), 0)
+    assert plan.weights + plan.activations == pytest.approx(peak(), rel=0.05)
 
 
 @pytest.mark.parametrize("lora", [None, 4], ids=["full", "lora"])

@@ -63,7 +63,7 @@ class TokenCache:
         on_step: called before each pair, with the number that are done, of how many. Raises as
         `cache[pair]`, and ConfigError if the disk has no room for all.
         """
-        own = range(len(pairs) * rank // ranks, len(pairs) * (rank + 1) // ranks)
+        own = range(rank, len(pairs), ranks)  # in turn: lists may begin with what is already made
         room = False
         for done, place in enumerate(own):
             on_step(done, len(own))

@@ -71,10 +71,12 @@ def first_changes(model: nn.Module, seed: int) -> Mapping[str, Tensor]:
 def write_adapter(path: Path, changes: Mapping[str, Tensor], depth: int, base: str) -> None:
     """Write an adapter in diffusers' layout, with released names, for `build --lora`.
 
+    The names are those without chunks, which fit checkpoints whose blocks are in any chunks.
+
     changes: the factors by the names of the model's parameters. base: `weights.lora.base_digest` of
     the weights that it changes.
     """
-    layout = released_transformer(depth)
+    layout = released_transformer(depth, None)
     stored = dict(_released(changes, layout))
     rank = min(factor.shape[0] for name, factor in changes.items() if name.endswith(DOWN))
     settings = {"transformer.r": rank, "transformer.lora_alpha": rank}

@@ -117,7 +117,8 @@ class FineTuning:
                 parts = model([example])
             losses = {n: losses.get(n, 0.0) + float(part) for n, part in parts.items()}
         drawn = [tokens[place] for place in self.instructions]
-        pictures = self._decoded([model.draw(drawn).cpu()])
+        # One at a time: the keys and values of an edit take gigabytes.
+        pictures = self._decoded([model.draw(pair, n).cpu() for n, pair in enumerate(drawn)])
         sources, targets = (
             self._decoded([getattr(pair, name)[None].float() for pair in drawn])
             for name in ("source", "target")

@@ -91,20 +91,19 @@ class Learner(nn.Module):
         return edit_losses(logits, bits.split(sizes.lengths, dim=1), sizes.grids, shares)
 
     @torch.no_grad()
-    def draw(self, tokens: Sequence[PairTokens]) -> Tensor:
-        """Edit the pairs' sources; return sums of codes [B, d, h, w], which can be decoded."""
+    def draw(self, pair: PairTokens, seed: int) -> Tensor:
+        """Edit a pair's source; return the sum of codes [1, d, h, w], which can be decoded."""
         config, device = self.config, self._device
-        features = torch.stack([pair.source for pair in tokens]).float().to(device)
+        features = pair.source[None].float().to(device)
         sizes = config.transformer
         source = source_tokens(features, sizes.grids, config.tokenizer.patch, sizes.conditioning)
-        prompts = [pair.text.to(device) for pair in tokens]
-        rows = self.transformer.text_rows(prompts, config.guidance_scale != 1)
+        rows = self.transformer.text_rows([pair.text.to(device)], config.guidance_scale != 1)
         *_, last = predict_scales(
             self.transformer,
             config,
             source,
             self.transformer.condition(rows),
-            seeded(range(len(tokens))),
+            seeded([seed]),
             config.guidance_scale,
             config.temperature,
         )

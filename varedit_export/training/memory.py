@@ -8,6 +8,7 @@ take what the third one takes.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 from weakref import finalize
 
@@ -16,9 +17,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from varedit_export.training.learner import Example, Learner
+from varedit_export.training.learner import Example, Learner, PairTokens
 from varedit_reference.config import ModelConfig
 from varedit_reference.kv_cache import source_length
+from varedit_reference.quantisation import positions
 from varedit_reference.transformer import CrossAttention, SelfAttention, fused_attention
 from varedit_runtime.errors import readable_size
 
@@ -35,7 +37,8 @@ class MemoryPlan:
     """Bytes that training takes of each process's device.
 
     weights: of all parameters. gradients, optimiser: of those that are trained. activations: all
-    else that lives at the peak of a step. processes: that share all but the activations.
+    else that lives at the peak of a step, or of drawing a pair for a sheet. processes: that share
+    all but the activations.
     """
 
     weights: int
@@ -71,27 +74,44 @@ def plan_memory(
     whole = new(config)
     block = sum(p.nbytes for p in whole.transformer.blocks[0].parameters())
     with torch.enable_grad():
-        two, three = (_step_peak(_shallow(config, depth), new, pictures) for depth in (2, 3))
+        step = _peak_of_whole(config, partial(_step_peak, new=new, pictures=pictures))
     trained = [p for p in whole.parameters() if p.requires_grad]
     gradients = sum(p.nbytes for p in trained)
     weights = sum(p.nbytes for p in whole.parameters())
-    peak = two + (config.transformer.depth - 2) * (three - two)
+    drawing = _peak_of_whole(config, partial(_draw_peak, new=new)) - weights
     gathered = 2 * block if processes > 1 else 0  # the one that runs, and the next one
-    activations = max(peak - weights - gradients, 0) + gathered
+    activations = max(step - weights - gradients, drawing, 0) + gathered
     return MemoryPlan(weights, gradients, ADAM * gradients, activations, processes)
+
+
+def _peak_of_whole(config: ModelConfig, peak: Callable[[ModelConfig], int]) -> int:
+    """Return a peak of all blocks by that of two and of three."""
+    two, three = (peak(_shallow(config, depth)) for depth in (2, 3))
+    return two + (config.transformer.depth - 2) * (three - two)
 
 
 def _step_peak(config: ModelConfig, new: NewLearner, pictures: int) -> int:
     """Return the most bytes that live during a step, but for the optimiser's."""
     with peak_of_tensors() as peak:
-        learner = new(config)
-        for module in learner.modules():
-            if isinstance(module, CrossAttention) or (
-                isinstance(module, SelfAttention) and module.attend is fused_attention
-            ):
-                module.attend = _attend
+        learner = _without_scores(new(config))
         learner([example_without_content(config)] * pictures)["loss"].backward()
     return peak()
+
+
+def _draw_peak(config: ModelConfig, new: NewLearner) -> int:
+    """Return the most bytes that live while one pair is drawn, without any gradients."""
+    with peak_of_tensors() as peak:
+        _without_scores(new(config)).draw(pair_without_content(config), 0)
+    return peak()
+
+
+def _without_scores(learner: Learner) -> Learner:
+    for module in learner.modules():
+        if isinstance(module, CrossAttention) or (
+            isinstance(module, SelfAttention) and module.attend is fused_attention
+        ):
+            module.attend = _attend
+    return learner
 
 
 def _attend(q_RHLD: Tensor, k_RHSD: Tensor, v_RHSD: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -112,6 +132,14 @@ def example_without_content(config: ModelConfig) -> Example:
         False,
         1.0,
     )
+
+
+def pair_without_content(config: ModelConfig) -> PairTokens:
+    """Return the tokens of a pair as zeros, with a long instruction."""
+    sizes, patch = config.transformer, config.tokenizer.patch
+    height, width = positions(sizes.finest, patch)
+    features = torch.zeros(config.tokenizer.bits, height, width)
+    return PairTokens(features, features, torch.zeros(TEXT_TOKENS, sizes.text_channels))
 
 
 def _shallow(config: ModelConfig, depth: int) -> ModelConfig:

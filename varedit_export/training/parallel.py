@@ -19,8 +19,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from varedit_runtime.errors import BackendError, one_line
 
-# Longer than a checkpoint takes to write, which the others wait for.
-TIMEOUT = timedelta(minutes=30)
+# Longer than the slowest process takes to download weights or encode its pairs, which the others
+# wait for. When a process fails, torchrun ends them.
+TIMEOUT = timedelta(days=7)
 
 
 def started_by_torchrun() -> bool:

@@ -22,6 +22,7 @@ from varedit_reference.checkpoint import assign, empty_tokenizer, fit, load
 from varedit_reference.config import ModelConfig
 from varedit_reference.text_encoder import TextEncoder, t5_layout, t5_stack
 from varedit_reference.tokenizer import Tokenizer
+from varedit_runtime.decoding.to_rgb import on_white
 from varedit_runtime.pictures import to_square
 from varedit_runtime.text import read_tokenizer
 
@@ -70,6 +71,8 @@ def tokens_of(
 
         cache.fill(pairs, show, parallel.rank(), parallel.processes())
     parallel.wait_for_all()
+    # Beside the tokenizer: training needs the device's memory.
+    text.model.to("cpu")  # pyright: ignore[reportArgumentType]
     return CachedPairs(pairs, cache), tokenizer.to("cpu")
 
 
@@ -79,6 +82,8 @@ def encode_pair(
     """Return the arrays of a pair's tokens. Where its mask is black, the target is the source."""
     source, target, mask = pair.source(), pair.target(), pair.mask()
     if mask is not None:
+        # The colours under transparent pixels are not what a model sees.
+        source, target = on_white(source), on_white(target)
         keep = Image.fromarray(~mask).resize(source.size)
         target = Image.composite(source, target.resize(source.size, Image.Resampling.LANCZOS), keep)
     squares = np.stack([to_square(picture, config.picture_size) for picture in (source, target)])
