@@ -182,6 +182,21 @@ def test_rows_that_are_short_in_a_file_and_long_in_memory_are_refused(
         benchmark("emu-edit").read(tmp_path)
 
 
+def test_a_dictionary_of_lists_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    """A list of a million nulls takes no bytes of a file, however many rows have it."""
+    lists = pa.ListArray.from_arrays([0, 1_000_000], pa.nulls(1_000_000))
+    column = pa.DictionaryArray.from_arrays(pa.array([0] * 16, pa.int8()), lists)
+    table = pa.Table.from_pylist([gedit(str(number), "en") for number in range(16)])
+    table = table.set_column(table.column_names.index("instruction"), "instruction", column)
+    with (
+        pa.OSFile(str(tmp_path / "data-0.arrow"), "wb") as file,
+        pa.ipc.new_stream(file, table.schema) as writer,
+    ):
+        writer.write_table(table)
+    with pytest.raises(DatasetError, match="instruction holds no plain values"):
+        benchmark("gedit-en").read(tmp_path)
+
+
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "edits.jsonl")
     with pytest.raises(DatasetError, match="it is not a file"):

@@ -55,7 +55,7 @@ class Table:
     def _read_rows(self, names: Sequence[str], nested: bool) -> list[dict[str, Any]]:
         """Return the rows of plain columns: what is repeated is short in a file, and long here."""
         for field in self._file.schema_arrow if self._parquet else self._file.schema:
-            if field.name in names and field.type.num_fields and not nested:
+            if field.name in names and _is_nested(field.type) and not nested:
                 raise DatasetError(f"the column {field.name} holds no plain values")
         if nested and self._parquet:
             self._check_lists(names)
@@ -166,6 +166,12 @@ class Table:
                 told = f"a group of rows has over {readable_size(LARGEST_GROUP)}"
                 raise DatasetError(f"{told} in memory: write smaller ones")
         return pa.chunked_array(pieces)
+
+
+def _is_nested(kind: Any) -> bool:
+    """Return whether values of an Arrow type hold others, also those of a dictionary."""
+    inner = (getattr(kind, name, None) for name in ("value_type", "storage_type"))
+    return kind.num_fields > 0 or any(_is_nested(one) for one in inner if one is not None)
 
 
 def _check(size: int) -> None:
