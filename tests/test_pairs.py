@@ -44,6 +44,19 @@ def test_ones_own_list_is_read(tmp_path: Path) -> None:
         pairs[3]
 
 
+def test_pairs_of_two_folders_are_two_pairs(tmp_path: Path) -> None:
+    """Also if their files have the same names, sizes and times."""
+    keys = set()
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        pictures(folder, "a.png", "b.png")
+        for name in ("a.png", "b.png"):
+            os.utime(folder / name, ns=(1, 1))
+        keys.add(read_pairs([write_list(folder / "pairs.jsonl", [ROW])])[0].key)
+    (tmp_path / "link").symlink_to(tmp_path / "one")
+    keys.add(read_pairs([tmp_path / "link/pairs.jsonl"])[0].key)
+    assert len(keys) == 2
+
+
 @pytest.mark.parametrize(
     ("rows", "told"),
     [

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 from torch import Tensor
 
@@ -230,6 +231,40 @@ def test_a_run_goes_on_with_the_same_data_and_recipe_alone(pairs: Path, tmp_path
         varedit_export.train(replace(run_options, data=(other,)))
 
 
+def test_a_run_does_not_go_on_with_other_encoders(
+    pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This is told before anything is computed."""
+    varedit_export.train(options(pairs, tmp_path, lora=2, steps=1))
+    read = run.model_and_weights
+
+    def other(*given: Any) -> Any:
+        config, sources = read(*given)
+        tokenizer = {name: weight + 1 for name, weight in sources.tokenizer.items()}
+        return config, replace(sources, tokenizer=tokenizer)
+
+    monkeypatch.setattr(run, "model_and_weights", other)
+    monkeypatch.setattr(run, "_task", None)
+    with pytest.raises(ConfigError, match="was started with encoders"):
+        varedit_export.train(options(pairs, tmp_path, lora=2, steps=1))
+
+
+def test_one_process_trains_in_a_folder(pairs: Path, tmp_path: Path) -> None:
+    left, kept = tmp_path / f".{'0a' * 16}", tmp_path / ".mine"
+    for folder in (left, kept):
+        folder.mkdir()
+        (folder / "checkpoint.pt").write_bytes(b"half")
+    given = options(pairs, tmp_path, lora=2, steps=1)
+    with (
+        FileLock(tmp_path / ".lock"),
+        pytest.raises(ConfigError, match="another process trains in"),
+    ):
+        varedit_export.train(given)
+    assert left.exists()
+    varedit_export.train(given)
+    assert not left.exists() and kept.exists()
+
+
 def test_pairs_at_once_change_no_result(pairs: Path, tmp_path: Path) -> None:
     states = []
     for at_once in (1, 4):
@@ -312,7 +347,7 @@ def test_blocks_products_alone_are_adapted() -> None:
 def lessons(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Lessons:
     plan = plan_training(options(pairs, tmp_path_factory.mktemp("run"), batch=12, held_out=0))
     config, sources = model_and_weights(plan.options.build_options, lambda download: None)
-    return run._task(plan, config, sources, run.read_pairs([pairs])).lessons
+    return run._task(plan, config, sources, run.read_pairs([pairs]), "").lessons
 
 
 def test_the_weight_of_a_pair_is_its_share(lessons: Lessons) -> None:
@@ -365,6 +400,14 @@ def test_held_out_pairs_are_measured_and_drawn(
     assert entry["held_out_loss"] > 0 and "held_out_scale7" in entry
     sheet = Image.open(tmp_path / "sheets" / "0000001.png")
     assert sheet.width > 3 * 256
+
+
+def test_a_pair_is_read_once_for_its_tokens(pairs: Path, tmp_path: Path) -> None:
+    config, sources = model_and_weights(options(pairs, tmp_path).build_options, lambda _: None)
+    tokens, _ = tokens_of(run.read_pairs([pairs]), config, sources, pairs.parent / "tokens", "cpu")
+    first = tokens[3]
+    tokens.pairs = ()
+    assert torch.equal(tokens[3].source, first.source)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA"])

@@ -62,7 +62,7 @@ class Root:
                 with row_errors(row):
                     return self._within(path, parts[count:])
         path = inside(row, self.folder, own)
-        return Stored(own, f"{own} {_version(path)}", partial(_path, path))
+        return Stored(own, self._identity(own, path), partial(_path, path))
 
     def _within(self, path: Path, parts: Sequence[str]) -> Stored:
         """Return what a tar file has under a path, or a table under COLUMN/ROW."""
@@ -78,14 +78,22 @@ class Root:
     def member(self, members: "Members", place: int) -> Stored:
         """Return a member of a tar file in this folder."""
         name = f"{self._name(members.path)}/{members.names[place]}"
-        identity = f"{name} {_version(members.path)}"
+        identity = self._identity(name, members.path)
         return Stored(name, identity, partial(members.read, place))
 
     def cell(self, table: Table, column: str, place: int) -> Stored:
         """Return a cell of a table in this folder."""
         name = f"{self._name(table.path)}/{column}/{place}"
-        identity = f"{name} {_version(table.path)}"
+        identity = self._identity(name, table.path)
         return Stored(name, identity, partial(_cell, table.path, column, place))
+
+    def _identity(self, name: str, path: Path) -> str:
+        return f"{self._resolved}/{name} {_version(path)}"
+
+    @cached_property
+    def _resolved(self) -> Path:
+        """The folder by its only name: files of two folders may have the same name and version."""
+        return self.folder.resolve()
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self.folder).as_posix()

@@ -44,12 +44,16 @@ class TokenCache:
         Raises DatasetError if they are not finite, ConfigError if they cannot be written, and what
         encoding raises.
         """
-        if (found := _read(self._path(pair))) is None:
+        if (found := self.find(pair.key)) is None:
             self._write(pair)
-            found = _read(self._path(pair))
+            found = self.find(pair.key)
         if found is None:
-            raise ConfigError(f"{self._path(pair)} cannot be read: is the disk well?")
+            raise ConfigError(f"{self._path(pair.key)} cannot be read: is the disk well?")
         return found
+
+    def find(self, key: str) -> Arrays | None:
+        """Return the tokens of the pair with a key; None if they are not there, or damaged."""
+        return _read(self._path(key))
 
     def fill(
         self,
@@ -68,14 +72,13 @@ class TokenCache:
         for done, place in enumerate(own):
             on_step(done, len(own))
             pair = pairs[place]
-            if not self._path(pair).is_file():
+            if not self._path(pair.key).is_file():
                 size = self._write(pair)
                 if not room:
                     self._check_room(size * (len(own) - done - 1) * ranks)
                     room = True
 
-    def _path(self, pair: Pair) -> Path:
-        key = pair.key
+    def _path(self, key: str) -> Path:
         return self._folder / key[:2] / f"{key}.npz"
 
     def _write(self, pair: Pair) -> int:
@@ -85,7 +88,7 @@ class TokenCache:
             arrays: dict[str, Any] = {k: np.asarray(v).astype(np.float16) for k, v in made}
         if not all(np.isfinite(array).all() for array in arrays.values()):
             raise DatasetError(f"{pair.id}: its tokens are not finite numbers")
-        path = self._path(pair)
+        path = self._path(pair.key)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(path) as whole:

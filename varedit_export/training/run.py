@@ -1,11 +1,11 @@
 """Resolve the options of a fine-tuning, say what it takes, and run it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -29,7 +29,7 @@ from varedit_export.training.learner import Learner
 from varedit_export.training.loop import ComputeType, TrainingMachine, TrainingRecipe, train
 from varedit_export.training.memory import MemoryPlan, plan_memory
 from varedit_export.training.run_folder import RunFolder
-from varedit_export.training.tokens import tokens_of
+from varedit_export.training.tokens import made_by, tokens_of
 from varedit_export.weights.lora import base_digest
 from varedit_export.weights.published import Download
 from varedit_reference.config import ModelConfig
@@ -120,10 +120,11 @@ def fine_tune(
         plan.check()
         pairs = _in_turn(lambda: read_pairs([str(place) for place in options.data], accept))
         config, sources = _in_turn(lambda: model_and_weights(options.build_options, accept))
-        with torch.enable_grad():
-            task = _task(plan, config, sources, pairs)
-            folder = RunFolder(Path(options.output), weights="")
-            folder.keep_options(_record(plan, task, pairs))
+        folder = RunFolder(Path(options.output), weights="")
+        with folder.locked(), torch.enable_grad():
+            record = _record(plan, config, sources, pairs)
+            folder.keep_options(record)
+            task = _task(plan, config, sources, pairs, record["base"])
             recipe = task.lessons.recipe
             passes = recipe.steps * recipe.batch / len(task.lessons.places)
             notice(f"{len(pairs)} pairs, {len(task.held_out)} held out: {passes:.3g} passes")
@@ -168,7 +169,7 @@ def _recipe(options: TrainOptions, config: ModelConfig) -> TrainingRecipe:
 
 
 def _task(
-    plan: TrainingPlan, config: ModelConfig, sources: Sources, pairs: Sequence[Pair]
+    plan: TrainingPlan, config: ModelConfig, sources: Sources, pairs: Sequence[Pair], base: str
 ) -> FineTuning:
     options, machine = plan.options, plan.machine
     folder = Path(options.output) / CACHE if options.cache is None else Path(options.cache)
@@ -196,7 +197,7 @@ def _task(
         held_out,
         {place: pairs[place].instruction for place in (held_out or places)[:DRAWN]},
         _types(learner, sources) if options.lora is None else {},
-        base_digest(sources.transformer),
+        base,
     )
 
 
@@ -205,19 +206,23 @@ def _types(learner: Learner, sources: Sources) -> dict[str, torch.dtype]:
     return {name: sources.transformer[name].dtype for name in names}
 
 
-def _record(plan: TrainingPlan, task: FineTuning, pairs: Sequence[Pair]) -> Mapping[str, object]:
+def _record(
+    plan: TrainingPlan, config: ModelConfig, sources: Sources, pairs: Sequence[Pair]
+) -> dict[str, Any]:
     """Return what a run must not change while it goes on."""
     options = plan.options
+    encoders = repr(made_by(config, sources)).encode()
     few = range(0, len(pairs), max(1, len(pairs) // KEYS))
     keys = [len(pairs), *(f"{pairs[place].key} {pairs[place].weight}" for place in few)]
     return {
-        **asdict(task.lessons.recipe),
+        **asdict(_recipe(options, config)),
         "size": plan.config.name,
         "pixels": plan.config.picture_size[0],
         "lora": options.lora,
         "precision": plan.machine.precision,
         "held_out": options.held_out,
-        "base": task.base,
+        "base": base_digest(sources.transformer),
+        "encoders": sha256(encoders).hexdigest(),
         "data": sha256(repr(keys).encode()).hexdigest(),
     }
 

@@ -14,13 +14,16 @@ first one writes; a checkpoint is the same for any number of them.
 import copy
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -29,6 +32,9 @@ from varedit_export.training.optimisers import Optimisers
 from varedit_export.training.parallel import gathered, is_first, share_like, wait_for_all
 from varedit_reference.weights_file import read_header_file, whole_file
 from varedit_runtime.errors import CheckpointError, ConfigError, one_line
+
+LOCK = ".lock"
+LEFTOVER = re.compile(r"\.[0-9a-f]{32}")  # of `atomic_file` in a process that was killed
 
 
 @dataclass
@@ -82,6 +88,32 @@ class RunFolder:
         self.sheets = self.folder / "sheets"
         self.weights = self.folder / weights
         self.sheets.mkdir(parents=True, exist_ok=True)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other runs out of the folder, and delete what killed ones were writing.
+
+        Raises ConfigError if another process trains there.
+        """
+        if not is_first():
+            yield
+            return
+        lock = FileLock(self.folder / LOCK, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise ConfigError(
+                f"another process trains in {self.folder}: wait for it, or choose another folder"
+            ) from error
+        except OSError as error:
+            raise ConfigError(f"{self.folder} cannot be written: {error.strerror}") from error
+        try:
+            for path in self.folder.iterdir():
+                if LEFTOVER.fullmatch(path.name):
+                    rmtree(path, ignore_errors=True)
+            yield
+        finally:
+            lock.release()
 
     def keep_options(self, options: Mapping[str, Any]) -> None:
         """Record the run's options. Raises ConfigError if it was started with different ones."""

@@ -1,7 +1,6 @@
 """Make what a model sees of pairs, by its frozen parts, and keep it on a disk."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -27,18 +26,24 @@ from varedit_runtime.pictures import to_square
 from varedit_runtime.text import read_tokenizer
 
 
-@dataclass(frozen=True)
 class CachedPairs(Sequence[PairTokens]):
     """The tokens of pairs, by their places."""
 
-    pairs: Sequence[Pair]
-    cache: TokenCache
+    def __init__(self, pairs: Sequence[Pair], cache: TokenCache) -> None:
+        self.pairs, self._cache = pairs, cache
+        # Kept, because a pair has to be read for its key; zeros are of those not asked for yet.
+        self._keys = np.zeros((len(pairs), 32), np.uint8)
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, place: int) -> PairTokens:  # pyright: ignore[reportIncompatibleMethodOverride]
-        arrays = self.cache[self.pairs[place]]
+        key = self._keys[place]
+        if not key.any():
+            key[:] = bytearray.fromhex(self.pairs[place].key)
+        arrays = self._cache.find(key.tobytes().hex())
+        if arrays is None:
+            arrays = self._cache[self.pairs[place]]
         return PairTokens(**{name: torch.from_numpy(array) for name, array in arrays.items()})
 
 
@@ -55,14 +60,8 @@ def tokens_of(
     tokenizer = assign(empty_tokenizer(config.tokenizer), sources.tokenizer)
     tokenizer.requires_grad_(False).eval().to(device)
     text = _text_encoder(sources.text, device)
-    made_by = [
-        base_digest(sources.tokenizer),
-        base_digest(sources.text.state),
-        sha256(sources.text.tokenizer_json).hexdigest(),
-        config.picture_size,
-    ]
     encode = partial(encode_pair, config=config, tokenizer=tokenizer, text=text)
-    cache = TokenCache(folder, made_by, encode)
+    cache = TokenCache(folder, made_by(config, sources), encode)
     with tqdm(desc="tokens", disable=None if parallel.is_first() else True) as bar:
 
         def show(done: int, count: int) -> None:
@@ -74,6 +73,17 @@ def tokens_of(
     # Beside the tokenizer: training needs the device's memory.
     text.model.to("cpu")  # pyright: ignore[reportArgumentType]
     return CachedPairs(pairs, cache), tokenizer.to("cpu")
+
+
+def made_by(config: ModelConfig, sources: Sources) -> Sequence[object]:
+    """Return what tokens depend on beside the pair, to tell them from others."""
+    assert sources.text is not None
+    return [
+        base_digest(sources.tokenizer),
+        base_digest(sources.text.state),
+        sha256(sources.text.tokenizer_json).hexdigest(),
+        config.picture_size,
+    ]
 
 
 def encode_pair(
