@@ -141,7 +141,7 @@ def test_every_command_takes_bundles_by_name() -> None:
             if parameter.name == "bundle":
                 assert parameter.type is BUNDLE, name
                 taken.append(name)
-    edits = ["edit", "bench", "serve", "evaluate", "attention", "bench"]
+    edits = ["edit", "bench", "serve", "evaluate", "bench"]  # attention takes a size as well
     shows = ["engines", "layers", "verify", "inspect", "doctor", "triton"]
     assert sorted(taken) == sorted(edits + shows)
 
