@@ -14,6 +14,7 @@ from killing import FORKS, killed_at
 from pairing import pictures, shard, shows, write_list, write_parquet, write_tar
 from test_pairs_published import magicbrush
 
+from varedit_engines.locked import locked
 from varedit_export.cli import main
 from varedit_export.errors import JudgeError
 from varedit_export.options import FilterOptions
@@ -207,7 +208,7 @@ def test_two_processes_do_not_filter_into_one_list(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place, output = data(tmp_path, "a"), tmp_path / "kept.jsonl"
-    with serving(by_instruction({})) as server, filtering._locked(Path(f"{output}.answers")):
+    with serving(by_instruction({})) as server, locked(Path(f"{output}.answers")):
         with pytest.raises(ConfigError, match="another process works in"):
             filter_pairs(options(server, place, output))
         monkeypatch.setattr(filtering, "MOST", 0)

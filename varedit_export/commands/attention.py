@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from varedit_export.commands.shared_options import (
+    BundleOr,
     checkpoint_option,
     prefer_ema_option,
     text_encoder_option,
+    together,
     tokenizer_option,
     yes_option,
 )
@@ -22,7 +24,7 @@ from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import ConfigError, needs_extra, shown
 from varedit_runtime.files import unwritable
 from varedit_runtime.grids import Conditioning
-from varedit_runtime.terminal.command import BUNDLE, PATH, TEXT_PATH, variant_option
+from varedit_runtime.terminal.command import PATH, TEXT_PATH, variant_option
 
 if TYPE_CHECKING:
     from varedit_export.attention.maps import AttentionMaps
@@ -46,25 +48,7 @@ class _Layers(click.ParamType):
         return tuple(map(int, numbers))
 
 
-class _Model(click.ParamType):
-    """The name of a size that is no bundle, or a bundle."""
-
-    name = "bundle|size"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> str | Path:
-        return value if value in PRESETS else BUNDLE.convert(value, param, ctx)
-
-
-def _weights_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options that say which weights a size has, as `build` has them."""
-    for option in reversed(_WEIGHTS):
-        command = option(command)
-    return command
-
-
-_WEIGHTS = (
+_weights_options = together(
     click.option("--res", "resolutions", type=int, multiple=True, help="Of a SIZE: 256, 512, 1024"),
     click.option("--conditioning", type=click.Choice(get_args(Conditioning)), help="As `build`."),
     checkpoint_option,
@@ -76,7 +60,7 @@ _WEIGHTS = (
 
 
 @click.command()
-@click.argument("model", metavar="BUNDLE|SIZE", type=_Model())
+@click.argument("model", metavar="BUNDLE|SIZE", type=BundleOr("bundle|size", PRESETS))
 @click.argument("images", metavar="IMAGE...", type=TEXT_PATH, nargs=-1, required=True)
 @click.argument("instruction")
 @click.option("-o", "--output", type=PATH, required=True, help="The heat maps, a PNG.")

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import varedit_export
-from varedit_export.commands.shared_options import PLACE, with_options, yes_option
+from varedit_export.commands.shared_options import (
+    PLACE,
+    BundleOr,
+    together,
+    with_options,
+    yes_option,
+)
 from varedit_export.console import accept, progress, say
 from varedit_export.evaluation.benchmarks import BENCHMARKS
 from varedit_export.evaluation.metrics import FAMILIES
@@ -30,17 +36,6 @@ from varedit_runtime.terminal.command import (
 if TYPE_CHECKING:
     from varedit_export.evaluation.report import Report
     from varedit_export.weights.published import Download
-
-
-class _Opponent(click.ParamType):
-    """A backend, by its name, the folder of a run, or a bundle."""
-
-    name = "opponent"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> str | Path:
-        return value if value in BACKENDS else BUNDLE.convert(value, param, ctx)
 
 
 _PARTS = 10  # of the edits, and of each family's scores, that have lines of progress
@@ -107,14 +102,7 @@ def gate_options(command: Callable[..., None]) -> Callable[..., None]:
     return call
 
 
-def with_judge(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of a judge."""
-    for option in reversed(_JUDGE):
-        command = option(command)
-    return command
-
-
-_JUDGE = (
+with_judge = together(
     click.option(
         "--judge",
         metavar="URL",
@@ -156,7 +144,7 @@ _JUDGE = (
 @click.option("--limit", type=int, help="Number of edits, of all types alike. Default: all.")
 @click.option(
     "--against",
-    type=_Opponent(),
+    type=BundleOr("opponent", BACKENDS),
     metavar="BUNDLE|BACKEND|RUN",
     help="Compare edit by edit with another bundle, another backend, or a finished run.",
 )

@@ -1,8 +1,9 @@
 """The options that several commands have."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import fields
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import click
@@ -15,6 +16,9 @@ from varedit_export.options import (
     TrainOptions,
     VerifyOptions,
 )
+from varedit_runtime.terminal.command import BUNDLE
+
+Command = Callable[..., None]
 
 PLACE = "PATH|hf://..."  # a file or folder here, or one on the Hugging Face hub
 checkpoint_option = click.option(
@@ -46,6 +50,29 @@ architectures_option = click.option(
     multiple=True,
     help="GPU architecture, such as sm89; repeatable, tensorrt-rtx only. Default: this GPU's.",
 )
+
+
+class BundleOr(click.ParamType):
+    """A bundle, or one of some names, which then are not looked for among bundles."""
+
+    def __init__(self, name: str, names: Collection[str]) -> None:
+        self.name, self._names = name, names
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> str | Path:
+        return value if value in self._names else BUNDLE.convert(value, param, ctx)
+
+
+def together(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Return what gives a command several options, in this order."""
+
+    def give(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return give
 
 
 def layout_option(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

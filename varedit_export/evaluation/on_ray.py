@@ -17,9 +17,7 @@ from varedit_export.evaluation.bundle_edits import BundleEdits, Opening
 from varedit_export.evaluation.case import Made, Wanted, batches
 from varedit_runtime.editing.editor import Editor
 from varedit_runtime.errors import BackendError, VareditError, reason
-from varedit_runtime.terminal.ray_cluster import most_editors, resources
-
-_RETRIES = 3  # of a batch whose process dies; then it is taken to be the reason
+from varedit_runtime.terminal.ray_cluster import DIED, RETRIES, most_editors, resources
 
 
 class RayEdits:
@@ -37,7 +35,7 @@ class RayEdits:
             num_cpus=given["num_cpus"],
             num_gpus=given["num_gpus"],
             max_restarts=-1,
-            max_task_retries=_RETRIES,
+            max_task_retries=RETRIES,
         )(_Editing)
         opening = replace(edits.opening, backend=backend)
         actors = [kind.remote(opening) for _ in range(count)]
@@ -76,16 +74,15 @@ def _outcome(done: Any, batch: list[Wanted]) -> Sequence[Image.Image | str] | No
     Of one edit that is why it has no result. Raises BackendError if the process cannot open the
     bundle, or fails, and what it raised itself.
     """
-    died = f"died {_RETRIES + 1} times"
     try:
         outcome = ray.get(done)
     except RayTaskError as error:
         raise BackendError(f"a process that edits failed: {reason(error.cause)}") from error
     except RayError as error:
         if not batch:
-            told = f"a process that opens the bundle {died}: its machine may lack memory"
+            told = f"a process that opens the bundle {DIED}: its machine may lack memory"
             raise BackendError(told) from error
-        return [f"the process that edited it {died}"] if len(batch) == 1 else None
+        return [f"the process that edited it {DIED}"] if len(batch) == 1 else None
     if isinstance(outcome, VareditError):
         raise outcome
     return outcome

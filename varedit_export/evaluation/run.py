@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from filelock import BaseFileLock, FileLock, Timeout
 from PIL import Image
 
 from varedit_engines import OnStep
+from varedit_engines.locked import LOCK, locked
 from varedit_export.evaluation.case import Case, Edited, Edits, Metric, Values, Wanted
 from varedit_export.evaluation.journal import Journal
 from varedit_runtime.bundle import file_digest
@@ -31,7 +31,7 @@ from varedit_runtime.errors import BundleError, ConfigError, shown
 from varedit_runtime.files import atomic_file, bundle_around, plain_name, read_regular
 from varedit_runtime.pictures import encode_picture, open_picture, write_encoded
 
-RUN, EDITS, SCORES, PICTURES, LOCK = "run.json", "edits.jsonl", "scores.jsonl", "pictures", ".lock"
+RUN, EDITS, SCORES, PICTURES = "run.json", "edits.jsonl", "scores.jsonl", "pictures"
 _LARGEST_ID = 40  # characters of a case's id in the name of its picture
 
 
@@ -124,30 +124,27 @@ def open_run(folder: Path, told: Mapping[str, Any]) -> Iterator[Run]:
     told: what is evaluated. Raises ConfigError if the folder holds another evaluation or other
     things, cannot be written, or another process works in it.
     """
-    lock = FileLock(folder / LOCK, timeout=0)
-    try:
-        _begin(folder, told, lock)
-        run = Run(folder)
-        _check_same(run, json.loads(json.dumps(told)))
-        yield run
-    finally:
-        lock.release()
-
-
-def _begin(folder: Path, told: Mapping[str, Any], lock: BaseFileLock) -> None:
-    """Make a run's folder, unless it is there, and lock it."""
     if bundle := bundle_around(folder):
         raise ConfigError(f"{folder} lies in the bundle {bundle}, which never changes")
-    try:
+    with _writing(folder):
         if folder.exists() and not (folder / RUN).exists() and any(_others(folder)):
             raise ConfigError(f"{folder} holds other things than a run: name a new folder")
         (folder / PICTURES).mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-        if not (folder / RUN).exists():
-            with atomic_file(folder / RUN) as whole:
-                whole.write_text(json.dumps(told, indent=1) + "\n", "utf-8")
-    except Timeout as error:
-        raise ConfigError(f"another process works in {folder}: wait for it") from error
+    with locked(folder):
+        with _writing(folder):
+            if not (folder / RUN).exists():
+                with atomic_file(folder / RUN) as whole:
+                    whole.write_text(json.dumps(told, indent=1) + "\n", "utf-8")
+        run = Run(folder)
+        _check_same(run, json.loads(json.dumps(told)))
+        yield run
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Turn an OSError into a ConfigError."""
+    try:
+        yield
     except OSError as error:
         raise ConfigError(f"{folder} cannot be written: {error.strerror}") from error
 

@@ -6,16 +6,15 @@ or killed goes on, and another limit asks nothing again. The list itself is writ
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
-from filelock import FileLock, Timeout
 from PIL import Image
 
 from varedit_engines import OnStep
+from varedit_engines.locked import locked
 from varedit_export.errors import DatasetError
 from varedit_export.evaluation.case import Case, Edited
 from varedit_export.evaluation.journal import Journal
@@ -33,7 +32,7 @@ from varedit_runtime.files import atomic_file, unwritable
 HIGHEST = 10  # score
 MOST = 1_000_000  # pairs of a run: their answers are in memory
 LARGEST_SIDE = 1024  # px of a picture as the judge sees it: of the largest squares of training
-ANSWERS, VERDICTS, LOCK = ".answers", "verdicts.jsonl", ".lock"
+ANSWERS, VERDICTS = ".answers", "verdicts.jsonl"
 
 _TURN = 2  # times as many pairs as are judged at once are read at a time
 
@@ -83,7 +82,7 @@ def filter_pairs(
     pairs = read_pairs([str(place) for place in options.data], accept)
     if len(pairs) > MOST:
         raise ConfigError(f"{len(pairs)} pairs are too many at once: filter {MOST}, of some files")
-    with _locked(folder):
+    with locked(folder):
         [judge] = open_judges(options, [PAIRS], folder, notice).values()
         verdicts = _judged(pairs, judge, output, folder, on_step)
         kept = _write(pairs, verdicts, options.least, output)
@@ -98,22 +97,6 @@ def _check(output: Path, folder: Path) -> None:
         raise ConfigError(f"{output} cannot be written: {why}")
     if output.exists() and not folder.is_dir():
         raise ConfigError(f"{output} exists: choose another name")
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    lock = FileLock(folder / LOCK, timeout=0)
-    try:
-        folder.mkdir(exist_ok=True)
-        lock.acquire()
-    except Timeout as error:
-        raise ConfigError(f"another process works in {folder}: wait for it") from error
-    except OSError as error:
-        raise ConfigError(f"{folder} cannot be written: {error.strerror}") from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _judged(

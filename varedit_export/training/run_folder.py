@@ -23,17 +23,16 @@ from shutil import rmtree
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from varedit_engines.locked import locked
 from varedit_export.training.optimisers import Optimisers
 from varedit_export.training.parallel import gathered, is_first, share_like, wait_for_all
 from varedit_reference.weights_file import read_header_file, whole_file
 from varedit_runtime.errors import CheckpointError, ConfigError, one_line
 
-LOCK = ".lock"
 LEFTOVER = re.compile(r"\.[0-9a-f]{32}")  # of `atomic_file` in a process that was killed
 
 
@@ -98,22 +97,11 @@ class RunFolder:
         if not is_first():
             yield
             return
-        lock = FileLock(self.folder / LOCK, timeout=0)
-        try:
-            lock.acquire()
-        except Timeout as error:
-            raise ConfigError(
-                f"another process trains in {self.folder}: wait for it, or choose another folder"
-            ) from error
-        except OSError as error:
-            raise ConfigError(f"{self.folder} cannot be written: {error.strerror}") from error
-        try:
+        with locked(self.folder, "trains"):
             for path in self.folder.iterdir():
                 if LEFTOVER.fullmatch(path.name):
                     rmtree(path, ignore_errors=True)
             yield
-        finally:
-            lock.release()
 
     def keep_options(self, options: Mapping[str, Any]) -> None:
         """Record the run's options. Raises ConfigError if it was started with different ones."""
@@ -153,27 +141,20 @@ class RunFolder:
                 os.fsync(file.fileno())
         wait_for_all()
 
-    def _load(self) -> dict[str, Any]:
-        return torch.load(self.checkpoint, map_location="cpu", weights_only=True, mmap=True)
-
-    @contextmanager
-    def _fitting(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, RuntimeError, KeyError, ValueError, EOFError) as error:
-            reason = one_line(error)[:200]
-            raise CheckpointError(
-                f"{self.checkpoint} does not fit this model ({reason}): use another run folder"
-            ) from error
-
     def resume(self, state: TrainingState) -> None:
         """Load the checkpoint, if there is one, into a new state; drop later lines of the log.
 
         Raises CheckpointError if the checkpoint does not fit the model.
         """
         if self.checkpoint.exists():
-            with self._fitting():
-                state.restore(self._load())
+            try:
+                kept = torch.load(self.checkpoint, "cpu", weights_only=True, mmap=True)
+                state.restore(kept)
+            except (OSError, RuntimeError, KeyError, ValueError, EOFError) as error:
+                raise CheckpointError(
+                    f"{self.checkpoint} does not fit this model ({one_line(error)[:200]}): use "
+                    "another run folder"
+                ) from error
         if is_first():
             self._cut_log(state.step)
 

@@ -32,10 +32,9 @@ from varedit_runtime.editing.results import EditResult
 from varedit_runtime.errors import BackendError, BundleError, EditWarning, VareditError, reason
 from varedit_runtime.locate import Found
 from varedit_runtime.pictures import FileContent, encode_picture
-from varedit_runtime.terminal.ray_cluster import most_editors, resources
+from varedit_runtime.terminal.ray_cluster import DIED, RETRIES, most_editors, resources
 
 _MOST_BLOCKS = 1000  # that the orders are divided into
-_RETRIES = 3  # of a batch whose process dies; then it is taken to be the reason
 _READING = 0.5  # of a core, for a task that reads pictures: the processes that edit leave one
 
 
@@ -120,7 +119,7 @@ def _pass(
     if left and not alone:
         return again | _pass(known, results, left, keys, alone=True)
     for place, order in left.items():
-        lost = BackendError(f"the process that edited it died {_RETRIES + 1} times")
+        lost = BackendError(f"the process that edited it {DIED}")
         results.told.failed(place, order, lost)
     return again
 
@@ -158,7 +157,7 @@ def _outcomes(
             num_cpus=given["num_cpus"],
             num_gpus=given["num_gpus"],
             max_restarts=-1,
-            max_task_retries=_RETRIES,
+            max_task_retries=RETRIES,
         )
     try:
         for row in rows.iter_rows():

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from varedit_runtime.manifest import Variant
 
 _CHOOSE = "choose another --backend, or fewer --threads"
+RETRIES = 3  # of a batch whose process dies; then it is taken to be the reason
+DIED = f"died {RETRIES + 1} times"
 STORE_BYTES = 500_000_000  # of objects that pass between processes of a cluster of our own
 
 
