@@ -24,7 +24,7 @@ from varedit_export.training.loop import (
     learning_rate,
     train,
 )
-from varedit_export.training.optimisers import optimisers
+from varedit_export.training.optimisers import Muon, optimisers, orthogonalised
 from varedit_export.training.run_folder import RunFolder, TrainingState, write_weights
 from varedit_export.training.teacher import bit_losses, flip, lesson, scale_weights
 from varedit_nano.data import (
@@ -531,3 +531,49 @@ def test_muon_trains_the_matrices_between_hidden_states() -> None:
     trained = [[id(p) for g in part.param_groups for p in g["params"]] for part in (adamw, muon)]
     assert sorted(trained[0] + trained[1]) == sorted(names)
     assert trained[1] == [id(parameter) for parameter in task.hidden]
+
+
+def test_muon_trains_the_tokenizers_kernels_but_not_its_ends() -> None:
+    recipe = replace(TOKENIZER_RECIPE, steps=1, batch=1)
+    task = tokenizer_task(recipe, TrainingMachine())
+    hidden = {id(parameter) for parameter in task.hidden}
+    names = {name for name, p in task.model.named_parameters() if id(p) not in hidden}
+    kernels = {name for name, p in task.model.named_parameters() if p.ndim == 4}
+    ends = {
+        f"{part}.{end}.weight" for part in ("encoder", "decoder") for end in ("conv_in", "conv_out")
+    }
+    assert names & kernels == ends and len(hidden) == len(kernels) - len(ends)
+
+
+@pytest.mark.parametrize("shape", [(12, 40), (40, 12), (16, 16)])
+def test_muon_is_pytorchs_but_for_rounding(shape: tuple[int, int]) -> None:
+    start, gradients = torch.randn(shape), torch.randn(20, *shape)
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    muon = Muon([ours], lr=1e-2, weight_decay=0.1)
+    other = torch.optim.Muon([theirs], lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for gradient in gradients:
+        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+        muon.step()
+        other.step()
+    moved = (theirs - start).norm()
+    assert (ours - theirs).norm() < 0.02 * moved  # bf16 rounds PyTorch's matrices by 1 % or so
+
+
+def test_muon_takes_a_kernel_as_a_matrix() -> None:
+    kernel = nn.Parameter(torch.randn(8, 4, 3, 3).to(memory_format=torch.channels_last))
+    matrix = nn.Parameter(kernel.detach().flatten(1).clone())
+    kernel.grad = torch.randn(kernel.shape)
+    matrix.grad = kernel.grad.flatten(1).clone()
+    Muon([kernel, matrix], lr=1e-2, weight_decay=0.1).step()
+    torch.testing.assert_close(kernel.flatten(1), matrix, rtol=0, atol=1e-7)
+
+
+def test_orthogonalised_matrices_have_singular_values_near_one() -> None:
+    matrix = torch.randn(24, 200, dtype=torch.float64)
+    made = orthogonalised(matrix)
+    values = torch.linalg.svdvals(made)
+    assert values.min() > 0.6 and values.max() < 1.3  # Jordan's coefficients do not converge to 1
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    alike = torch.einsum("ij,ij->", made, left @ right) / made.norm() / (left @ right).norm()
+    assert alike > 0.98
+    torch.testing.assert_close(orthogonalised(matrix.T), made.T)

@@ -80,7 +80,13 @@ class TokenizerTask:
 
     @property
     def hidden(self) -> tuple[nn.Parameter, ...]:
-        return ()
+        """All kernels but those of the first and the last convolution of either part."""
+        ends = ("encoder.conv_in", "encoder.conv_out", "decoder.conv_in", "decoder.conv_out")
+        return tuple(
+            module.get_parameter("weight")
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Conv2d) and name not in ends
+        )
 
     @property
     def dataset(self) -> PictureBatches:

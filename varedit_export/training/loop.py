@@ -71,7 +71,7 @@ class Task(Protocol[Batch]):
 
     @property
     def hidden(self) -> tuple[nn.Parameter, ...]:
-        """The matrices that Muon trains."""
+        """The matrices and kernels that Muon trains."""
         ...
 
     @property
