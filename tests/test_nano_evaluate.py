@@ -1,6 +1,8 @@
 """nano's benchmark: its scores on pictures whose scores are known, and its commands."""
 
 import json
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,8 @@ from varedit_nano.benchmark import (
     score,
 )
 from varedit_nano.scenes import KINDS, EditSample
+from varedit_nano.turns import SCENES, TURNS, right_turns, turns
+from varedit_nano.turns import score as score_turn
 from varedit_runtime.editing.editor import Editor
 from varedit_runtime.locate import embedded
 
@@ -166,3 +170,44 @@ def test_a_bundle_is_scored_by_the_command(tmp_path: Path) -> None:
     picture = tmp_path / "run" / one["picture"]
     assert np.array_equal(np.asarray(Image.open(picture)), np.asarray(result.image))
     assert one["scores"]["margin"] == margin(draw_question(0, 128), np.asarray(result.image))
+
+
+def test_turns_are_local_edits_of_what_the_last_one_left() -> None:
+    cases = turns(32)
+    assert len(cases) == SCENES * TURNS and cases[0].after is None
+    assert [case.after for case in cases[6:10]] == ["1.1", "1.2", "1.3", "1.4"]
+    samples = right_turns(1, 32)
+    assert [case.instruction for case in cases[5:10]] == [one.instruction for one in samples]
+    for before, one in pairwise(samples):
+        changed = (before.target != one.target).any(-1)
+        assert (one.source == samples[0].source).all() and changed.any()
+        assert (one.mask >= before.mask).all() and (one.mask >= (changed & ~before.mask)).all()
+
+
+def test_turns_are_compared_with_the_scene_before_the_first_outside_all_masks() -> None:
+    source = np.full((SIDE, SIDE, 3), 100, np.uint8)
+    first = edit("add", 200, slice(0, 2), source)
+    mask = first.mask.copy()
+    mask[4:6] = True
+    second = replace(first, mask=mask)
+    result = source.copy()
+    result[4:6] = 0  # in the second mask alone
+    assert score_turn(second, result)["preservation"] == 100
+    assert score_turn(first, result)["preservation"] == pytest.approx(
+        10 * np.log10(255**2 / (100**2 * 2 / 14))
+    )
+    assert score_turn(first, first.target) == {"preservation": 100, "inside": 100}
+    mask[:] = True
+    assert score_turn(second, result)["preservation"] is None
+
+
+def test_turns_are_scored_by_the_command(tmp_path: Path) -> None:
+    words = ["--benchmark", "nano-turns", "--limit", "2", "--guidance-scale", "1"]
+    arguments = [*words, "--out", str(tmp_path / "run")]
+    done = CliRunner().invoke(evaluate.main, arguments, catch_exceptions=False)
+    assert "turn 2" in done.output
+    content = json.loads((tmp_path / "run/report.json").read_text())
+    first, second = content["edits"]
+    assert (first["id"], second["id"]) == ("0.1", "0.2")
+    picture = np.asarray(Image.open(tmp_path / "run" / second["picture"]))
+    assert second["scores"] == score_turn(right_turns(0, 128)[1], picture)

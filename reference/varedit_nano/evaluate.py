@@ -1,6 +1,6 @@
 """Score nano's weights before they are exported: `python -m varedit_nano.evaluate`.
 
-It is `varedit-export evaluate --benchmark nano` with the reference in place of a bundle, for
+It is `varedit-export evaluate` on nano's benchmarks with the reference in place of a bundle, for
 weights that are being trained and for the paper's other conditionings.
 """
 
@@ -59,7 +59,8 @@ class ReferenceEdits:
 
 @click.command()
 @click.option("--weights", type=click.Path(exists=True, path_type=Path), default=WEIGHTS)
-@click.option("--limit", type=int, help="Edits, all kinds in turn; by default 540.")
+@click.option("--benchmark", type=click.Choice(["nano", "nano-turns"]), default="nano")
+@click.option("--limit", type=int, help="Edits, all kinds alike; by default all.")
 @click.option("--guidance-scale", type=float, help="Default: the model's own.")
 @click.option("--fast", is_flag=True, help="No guidance at the last two scales.")
 @click.option("--temperature", type=float, help="Default: the model's own.")
@@ -72,6 +73,7 @@ class ReferenceEdits:
 def main(
     size: TokenizerConfig,
     weights: Path,
+    benchmark: str,
     limit: int | None,
     guidance_scale: float | None,
     fast: bool,
@@ -93,10 +95,10 @@ def main(
         config.temperature if temperature is None else temperature,
         batch,
     )
-    options = EvaluateOptions(benchmark="nano", output=out, limit=limit)
+    options = EvaluateOptions(benchmark=benchmark, output=out, limit=limit)
     other = None if against is None else Run(against)
     with progress() as on_step:
-        metrics = {"nano": SceneScores(weights, model)}
+        metrics = {"nano": SceneScores(weights, model)} if benchmark == "nano" else {}
         report = evaluate(edits, options, other, metrics, on_step)
     show(report, out)
 

@@ -11,6 +11,7 @@ from varedit_nano.scenes.samples import (
     draw_edit,
     draw_kind,
     draw_picture,
+    draw_turns,
     vocabulary_text,
 )
 
@@ -21,5 +22,6 @@ __all__ = [
     "draw_edit",
     "draw_kind",
     "draw_picture",
+    "draw_turns",
     "vocabulary_text",
 ]

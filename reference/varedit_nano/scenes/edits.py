@@ -186,6 +186,17 @@ def compound(scene: Scene, rng: Rng) -> SceneEdit | None:
     return SceneEdit("compound", subject, clauses, second.after, (first, second))
 
 
+def in_turn(scene: Scene, count: int, rng: Rng) -> list[SceneEdit] | None:
+    """Draw so many local edits of different things, each of the scene that the last one leaves."""
+    turns: list[SceneEdit] = []
+    for _ in range(count):
+        edit = pick(rng, LOCAL)(turns[-1].after if turns else scene, rng)
+        if not edit or any(_undoes(edit, other) for other in turns):
+            return None
+        turns.append(edit)
+    return turns
+
+
 def _undoes(second: SceneEdit, first: SceneEdit) -> bool:
     whole = second.subject == "figure" and second.kind in ("remove", "replace")
     return whole or second.subject == first.subject

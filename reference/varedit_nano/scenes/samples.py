@@ -1,13 +1,13 @@
 """Draw edits as pictures, for training and evaluation."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
 
 from varedit_nano.scenes.compose import Rng, pick, random_scene
-from varedit_nano.scenes.edits import EDITORS, SceneEdit
+from varedit_nano.scenes.edits import EDITORS, SceneEdit, in_turn
 from varedit_nano.scenes.render import draw_pair, draw_scene
 from varedit_nano.scenes.scene import Scene
 from varedit_nano.scenes.wording import joined, sentence
@@ -75,6 +75,24 @@ def draw_alternatives(
             samples.append(_sample(scene, edit, sentence(rng, pick(rng, edit.clauses)), size))
         if len(samples) == count:
             break
+    return samples
+
+
+def draw_turns(seed: int, count: int, size: int = 128) -> list[EditSample]:
+    """Draw edits of one scene in turn: local ones, of different things.
+
+    The source of all is the scene before the first; a mask has what differs after any turn so far.
+    """
+    rng = np.random.default_rng([seed, 4])
+    scene = random_scene(rng)
+    while not (edits := in_turn(scene, count, rng)):
+        scene = random_scene(rng)
+    samples: list[EditSample] = []
+    changed = np.zeros((size, size), bool)
+    for edit in edits:
+        sample = _sample(scene, edit, sentence(rng, pick(rng, edit.clauses)), size)
+        changed = changed | sample.mask
+        samples.append(replace(sample, mask=changed))
     return samples
 
 

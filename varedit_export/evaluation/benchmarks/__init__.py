@@ -18,7 +18,8 @@ BENCHMARKS = {
     "gedit-cn": f"{_HERE}.gedit:CHINESE",
     "magicbrush": f"{_HERE}.magicbrush:MAGICBRUSH",
     "folder": f"{_HERE}.folder:FOLDER",
-    "nano": "varedit_nano.benchmark:SCENES",  # in a clone of the project only
+    "nano": "varedit_nano.benchmark:SCENES",  # in a clone of the project only, as the next one
+    "nano-turns": "varedit_nano.turns:BENCHMARK",
 }
 
 

@@ -18,7 +18,8 @@ FAMILIES = {
     "judge-imgedit": f"{_HERE}.judges:IMGEDIT",
     "judge-uge": f"{_HERE}.judges:UGE",
     "judge-gedit": f"{_HERE}.judges:GEDIT",
-    "nano": "varedit_nano.benchmark:FAMILY",  # in a clone of the project only
+    "nano": "varedit_nano.benchmark:FAMILY",  # in a clone of the project only, as the next one
+    "nano-turns": "varedit_nano.turns:FAMILY",
 }
 
 
