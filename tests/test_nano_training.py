@@ -27,6 +27,8 @@ from varedit_export.training.loop import (
 from varedit_export.training.optimisers import Muon, optimisers, orthogonalised
 from varedit_export.training.run_folder import RunFolder, TrainingState, write_weights
 from varedit_export.training.teacher import bit_losses, flip, lesson, scale_weights
+from varedit_nano import train_transformer
+from varedit_nano.benchmark import reconstruct
 from varedit_nano.data import (
     EVALUATION_SEEDS,
     TRAINING_SHARES,
@@ -35,6 +37,7 @@ from varedit_nano.data import (
     EditBatches,
     PictureBatches,
     step_seeds,
+    to_model,
     training_kind,
 )
 from varedit_nano.export_weights import LARGEST_BYTES, export_weights
@@ -44,7 +47,12 @@ from varedit_nano.text import build_vocabulary, new_text_encoder
 from varedit_nano.train_tokenizer import RECIPE as TOKENIZER_RECIPE
 from varedit_nano.train_tokenizer import TokenizerTask, new_tokenizer
 from varedit_nano.train_transformer import RECIPE as TRANSFORMER_RECIPE
-from varedit_nano.train_transformer import EditModel, TransformerTask, new_transformer
+from varedit_nano.train_transformer import (
+    SOURCE_PASSES,
+    EditModel,
+    TransformerTask,
+    new_transformer,
+)
 from varedit_nano.training import NanoRecipe, run_training, tokenizer_options
 from varedit_reference.config import ModelConfig, TokenizerConfig, TransformerConfig
 from varedit_reference.initialise import initialise
@@ -577,3 +585,32 @@ def test_orthogonalised_matrices_have_singular_values_near_one() -> None:
     alike = torch.einsum("ij,ij->", made, left @ right) / made.norm() / (left @ right).norm()
     assert alike > 0.98
     torch.testing.assert_close(orthogonalised(matrix.T), made.T)
+
+
+@pytest.mark.parametrize("passes", [0, 1, 2])
+def test_sources_go_through_the_tokenizer_before_an_edit(
+    passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_nano()
+    shares = tuple(float(count == passes) for count in range(3))
+    monkeypatch.setattr(train_transformer, "SOURCE_PASSES", shares)
+    task = transformer_task(replace(TRANSFORMER_RECIPE, batch=2), TrainingMachine(), NANO)
+    task.tokenizer = model.tokenizer
+    [batch] = task.dataset[0]
+    source, target = task._encode(batch, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        pictures = batch.source.numpy()
+        for _ in range(passes):
+            pictures = np.stack(reconstruct(model, list(pictures)))
+        wanted = model.tokenizer.encode(to_model(torch.from_numpy(pictures)))
+        torch.testing.assert_close(source, wanted)
+        torch.testing.assert_close(target, model.tokenizer.encode(to_model(batch.target)))
+
+
+def test_sources_are_passed_by_the_shares() -> None:
+    task = transformer_task(replace(TRANSFORMER_RECIPE, batch=2), TrainingMachine(), TINY)
+    given = torch.randn(400, 4, 2, 2)
+    passed = task._passed(given.clone(), torch.Generator().manual_seed(0))
+    unchanged = (passed == given).all((1, 2, 3)).float().mean()
+    assert abs(unchanged - SOURCE_PASSES[0]) < 0.08  # three standard deviations
+    assert sum(SOURCE_PASSES) == pytest.approx(1)

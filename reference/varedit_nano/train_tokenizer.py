@@ -54,7 +54,7 @@ class LossWeights:
     absolute: float = 1.0
     squared: float = 5.0
     edges: float = 0.5
-    commitment: float = 0.25
+    commitment: float = 1.0
     mixed_from: float = 0.05
     quantised_from: float = 0.25
 

@@ -20,10 +20,18 @@ from varedit_export.training.run_folder import write_weights
 from varedit_export.training.sheets import contact_sheet
 from varedit_export.training.teacher import edit_losses, lesson
 from varedit_nano.benchmark import psnr
-from varedit_nano.data import TRAINING_SHARES, VALIDATION_SEEDS, EditBatch, EditBatches, to_model
+from varedit_nano.data import (
+    TRAINING_SHARES,
+    VALIDATION_SEEDS,
+    EditBatch,
+    EditBatches,
+    to_model,
+    to_pixels,
+)
 from varedit_nano.model import TEXT_FOLDER, TRANSFORMER_FILE, nano
 from varedit_nano.scenes import EditSample, draw_edit, vocabulary_text
 from varedit_nano.text import build_vocabulary, new_text_encoder, text_features, write_text_folder
+from varedit_nano.train_tokenizer import quantised_features
 from varedit_nano.training import (
     NanoRecipe,
     run_training,
@@ -52,6 +60,11 @@ RECIPE = NanoRecipe(
     ema_decay=0.999,
 )
 TEXT_DROPOUT = 0.1
+SOURCE_PASSES = (0.7, 0.2, 0.1)
+"""Shares of sources that went through the tokenizer no time, once, and twice, before an edit.
+
+Their targets did not, so an edit of an edit learns to mend what the turns before it blurred.
+"""
 FIRST_GAMMA = 1e-3
 REPORTED_EDITS = 16
 READS_BITS, PREDICTS_BITS = "token_embedding", "head"
@@ -105,7 +118,7 @@ class TransformerTask:
         compute_in(self.model.transformer, dtype, self.machine.device)
         generator = torch.Generator(self.machine.device).manual_seed(step)
         config, patch = self.config.transformer, self.config.tokenizer.patch
-        source, target = self._encode(batch)
+        source, target = self._encode(batch, generator)
         taught = lesson(target, config.grids, patch, generator)
         text = self.model.transformer.condition(self._text_rows(batch.instructions, generator))
         forward = self._forward if fast else self.model.transformer
@@ -115,10 +128,22 @@ class TransformerTask:
         return edit_losses(logits, taught.bits, config.grids, shares)
 
     @torch.no_grad()
-    def _encode(self, batch: EditBatch) -> tuple[Tensor, Tensor]:
+    def _encode(self, batch: EditBatch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         pictures = torch.cat((batch.source, batch.target)).to(self.machine.device)
         source, target = self.tokenizer.encode(to_model(pictures)).contiguous().chunk(2)
-        return source, target
+        return self._passed(source, generator), target
+
+    def _passed(self, features: Tensor, generator: torch.Generator) -> Tensor:
+        """Send some features through pixels and back, as `SOURCE_PASSES` says."""
+        shares = torch.tensor(SOURCE_PASSES, device=generator.device)
+        passes = torch.multinomial(shares, len(features), replacement=True, generator=generator)
+        for count in range(1, len(SOURCE_PASSES)):
+            again = (passes >= count).to(features.device)
+            if again.any():
+                quantised, _ = quantised_features(features[again], self.config.transformer.grids)
+                pixels = torch.from_numpy(to_pixels(self.tokenizer.decode(quantised)))
+                features[again] = self.tokenizer.encode(to_model(pixels.to(features.device)))
+        return features
 
     def _text_rows(self, instructions: list[str], generator: torch.Generator) -> list[Tensor]:
         """Return each instruction's features; some are dropped for the unconditional rows."""
@@ -229,7 +254,12 @@ def main(
     config = nano(conditioning, size)
     coder = load_tokenizer(tokenizer, config.tokenizer)
     digest = sha256(tokenizer.read_bytes()).hexdigest()
-    learns = {"conditioning": conditioning, "tokenizer": digest, "shares": TRAINING_SHARES}
+    learns = {
+        "conditioning": conditioning,
+        "tokenizer": digest,
+        "shares": TRAINING_SHARES,
+        "source_passes": SOURCE_PASSES,
+    }
     run_training(partial(new_transformer_task, config, coder), RECIPE, learns, **options)
 
 

@@ -128,10 +128,11 @@ def run_training(
     folder = RunFolder(options["run"])
     if start_from is not None:
         task.restore(start_from)
-    folder.keep_options({**asdict(recipe), **learns})
-    if machine.precision != "fp32" or machine.compiled:
-        check_gradients(task)
-    train(task, recipe, machine, folder)
+    with folder.locked():
+        folder.keep_options({**asdict(recipe), **learns})
+        if machine.precision != "fp32" or machine.compiled:
+            check_gradients(task)
+        train(task, recipe, machine, folder)
 
 
 def _seed_after(digest: str) -> int:
