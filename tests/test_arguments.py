@@ -62,7 +62,7 @@ def idle(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compare_bundle, "check_weights", bool)
     monkeypatch.setattr(Bundle, "verify", bool)
     monkeypatch.setattr(compile_set, "compile_engine_set", accept)
-    for name in ("BundlePlan", "find_weights", "bring"):
+    for name in ("BundlePlan", "find_weights", "bring_weights"):
         monkeypatch.setattr(resolve_options, name, accept)
     monkeypatch.setattr(resolve_options, "random_sources", cache(resolve_options.random_sources))
 

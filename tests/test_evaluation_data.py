@@ -26,7 +26,7 @@ from varedit_export.evaluation.evaluate import evaluate
 from varedit_export.evaluation.metrics import FAMILIES, family
 from varedit_export.evaluation.paper import published
 from varedit_export.options import EvaluateOptions
-from varedit_export.weights.published import Download
+from varedit_export.weights.download import Download
 from varedit_runtime.errors import CheckpointError, ConfigError
 
 

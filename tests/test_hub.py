@@ -14,8 +14,8 @@ import pytest
 from hub_stand_in import Hub, Repository, serve, use
 from huggingface_hub import constants
 
+from varedit_export.weights.download import Download
 from varedit_export.weights.hub import HubAddress, fetch, list_files, look_up, parse
-from varedit_export.weights.published import Download
 from varedit_runtime.errors import CheckpointError, ConfigError
 from varedit_runtime.manifest import HubOrigin
 

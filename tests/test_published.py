@@ -20,8 +20,9 @@ from small_t5 import write_t5
 from varedit_export.cli import main
 from varedit_export.console import accept
 from varedit_export.weights import published
+from varedit_export.weights.download import Download, Further
 from varedit_export.weights.names import Published
-from varedit_export.weights.published import Download, Places, find_weights
+from varedit_export.weights.published import Places, find_weights
 from varedit_reference.config import preset
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import CheckpointError, ConfigError, readable_size
@@ -203,7 +204,7 @@ def test_size_and_resolution_alone_build_a_bundle(hub: Hub, tmp_path: Path) -> N
 
 
 def test_a_mistyped_path_is_not_looked_for_on_the_hub(hub: Hub) -> None:
-    files = published.bring(["weights/var.pth"], lambda _: None, ["loras/x.safetensors"])
+    files = published.bring_weights(["weights/var.pth"], lambda _: None, ["loras/x.safetensors"])
     assert (files.paths, files.adapters) == (
         [Path("weights/var.pth")],
         [Path("loras/x.safetensors")],
@@ -217,7 +218,7 @@ def test_every_download_is_asked_about_in_printable_lines(hub: Hub) -> None:
         {"var.pth": b""}, licence="\x1b[31mfree\nSay yes" + "x" * 5000
     )
     asked: list[str] = []
-    published.bring(["hf://me/x/var.pth"], lambda download: asked.append(str(download)))
+    published.bring_weights(["hf://me/x/var.pth"], lambda download: asked.append(str(download)))
     [told] = asked
     assert all(line.isprintable() for line in told.splitlines()) and len(told.splitlines()) == 2
     assert len(told) < 1000
@@ -247,8 +248,8 @@ def test_a_download_that_does_not_fit_is_refused(
     hub.repositories["me/x"] = Repository({"var.pth": b"0" * 5000})
     usage = shutil.disk_usage(tmp_path)._replace(free=free)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
-    monkeypatch.setattr(published, "same_disk", lambda one, other: together)
-    further = later and published.Further(tmp_path / "bundle", later, "much")
+    monkeypatch.setattr("varedit_export.weights.download.same_disk", lambda one, other: together)
+    further = later and Further(tmp_path / "bundle", later, "much")
     asked: list[str] = []
 
     class RefusedError(Exception):
@@ -259,7 +260,7 @@ def test_a_download_that_does_not_fit_is_refused(
         raise RefusedError
 
     with pytest.raises(RefusedError if fits else CheckpointError) as refused:
-        published.bring(["hf://me/x/var.pth"], accept, further=lambda: further or None)
+        published.bring_weights(["hf://me/x/var.pth"], accept, further=lambda: further or None)
     assert fits or "the disk has no room: 5.0 kB to download" in str(refused.value)
     assert len(asked) == fits
     if later and fits:

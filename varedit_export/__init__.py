@@ -39,7 +39,7 @@ from varedit_runtime.values import AnyPath, checked
 if TYPE_CHECKING:
     from varedit_export.evaluation.report import Report
     from varedit_export.plan import BundlePlan
-    from varedit_export.weights.published import Download
+    from varedit_export.weights.download import Download
     from varedit_runtime.backends.engines.engine_set import EngineSet
 
 __all__ = [

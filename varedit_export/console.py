@@ -11,7 +11,7 @@ from varedit_engines import OnStep
 from varedit_runtime.errors import ConfigError, printable
 
 if TYPE_CHECKING:
-    from varedit_export.weights.published import Download
+    from varedit_export.weights.download import Download
 
 
 def say(line: str) -> None:

@@ -18,9 +18,10 @@ from varedit_export.sources import (
     checkpoint_sources,
     random_sources,
 )
+from varedit_export.weights.download import Download, Further
 from varedit_export.weights.lora import merge_loras, short_name
 from varedit_export.weights.names import NANO_SIZE, PUBLISHED, parse
-from varedit_export.weights.published import Download, Further, Places, bring, find_weights
+from varedit_export.weights.published import Places, bring_weights, find_weights
 from varedit_reference.config import ModelConfig, preset
 from varedit_reference.golden.recordings import PIXEL_BUDGETS, recorded_config
 from varedit_reference.weights_file import open_weights, read_header_file
@@ -157,7 +158,7 @@ def _sources(
 ) -> Sources:
     loras = [parse(os.fspath(lora)) for lora in options.loras]
     places = _places(options)
-    files = bring(places, accept, [place for place, _ in loras], further)
+    files = bring_weights(places, accept, [place for place, _ in loras], further)
     stored: Collection[str] = ()
     if places:
         transformer, tokenizer, *text_encoder = files.paths

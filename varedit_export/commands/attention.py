@@ -28,7 +28,7 @@ from varedit_runtime.terminal.command import PATH, TEXT_PATH, variant_option
 
 if TYPE_CHECKING:
     from varedit_export.attention.maps import AttentionMaps
-    from varedit_export.weights.published import Download
+    from varedit_export.weights.download import Download
 
 _DIGITS = 10  # more than any layer's number has
 

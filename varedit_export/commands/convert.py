@@ -48,10 +48,10 @@ def convert(
         raise CheckpointError(f"convert needs {missing} too")
     preset(size)
     with needs_extra("export"):
-        from varedit_export.weights.published import bring
+        from varedit_export.weights.published import bring_weights
         from varedit_reference.convert import convert as convert_checkpoints
 
-    files = bring([checkpoint, tokenizer, text_encoder], partial(accept, yes))
+    files = bring_weights([checkpoint, tokenizer, text_encoder], partial(accept, yes))
     transformer, picture_tokenizer, text_folder = files.paths
     for path in convert_checkpoints(
         size, transformer, picture_tokenizer, text_folder, output, say, prefer_ema

@@ -35,7 +35,7 @@ from varedit_runtime.terminal.command import (
 
 if TYPE_CHECKING:
     from varedit_export.evaluation.report import Report
-    from varedit_export.weights.published import Download
+    from varedit_export.weights.download import Download
 
 
 _PARTS = 10  # of the edits, and of each family's scores, that have lines of progress

@@ -15,12 +15,12 @@ from varedit_export.evaluation.judge.judge import open_judges
 from varedit_export.evaluation.metrics import family
 from varedit_export.evaluation.metrics.judges import PREFIX
 from varedit_export.evaluation.page import write_page
-from varedit_export.evaluation.places import bring
+from varedit_export.evaluation.places import bring_folders
 from varedit_export.evaluation.report import Report, Subject, summarise, write
 from varedit_export.evaluation.run import RUN, Run, make_edits, measure, open_run
 from varedit_export.options import EvaluateOptions
+from varedit_export.weights.download import Download
 from varedit_export.weights.hub import SCHEME
-from varedit_export.weights.published import Download
 from varedit_runtime.errors import ConfigError, shown
 
 AGAINST = "against"  # the folder, in a run's, of the run that it is compared with
@@ -42,7 +42,7 @@ def evaluate(
     the rest.
     """
     chosen, families, gates, places = _planned(options, notice)
-    folders = bring(places, accept)
+    folders = bring_folders(places, accept)
     everything = chosen.read(folders.get("--data", Path()))
     cases = spread(everything, options.limit)
     digest = _digest(everything)
@@ -82,7 +82,7 @@ def check(options: EvaluateOptions) -> None:
     """Raise what `evaluate` raises before it edits, but for what is on the hub."""
     chosen, families, _, places = _planned(options, lambda line: None)
     here = {name: place for name, place in places.items() if not place[0].startswith(SCHEME)}
-    folders = bring(here, lambda download: None)
+    folders = bring_folders(here, lambda download: None)
     for name, one in families.items():
         if name in folders or not one.files:
             one.open(folders.get(name))

@@ -11,7 +11,7 @@ from varedit_export.evaluation.evaluate import evaluate
 from varedit_export.evaluation.report import Report
 from varedit_export.evaluation.run import RUN, Run
 from varedit_export.options import EvaluateOptions
-from varedit_export.weights.published import Download
+from varedit_export.weights.download import Download
 from varedit_runtime.backends import BACKENDS
 from varedit_runtime.terminal.ray_cluster import cluster, threads_of
 

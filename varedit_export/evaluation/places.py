@@ -6,14 +6,14 @@ from glob import escape
 from pathlib import Path
 
 from varedit_export.weights import hub
+from varedit_export.weights.download import Download, ask
 from varedit_export.weights.hub import SCHEME, HubAddress, Wanted
-from varedit_export.weights.published import Download
 from varedit_runtime.errors import CheckpointError, ConfigError
 
 Files = Sequence[Sequence[str]]
 
 
-def bring(
+def bring_folders(
     places: Mapping[str, tuple[str, Files]], accept: Callable[[Download], None]
 ) -> dict[str, Path]:
     """Download what is on the hub; return where all is on this machine.
@@ -29,11 +29,7 @@ def bring(
             address = hub.parse(place)
             with _option_told(name):
                 wanted[name] = hub.look_up(address, _within(address, files))
-    if missing := tuple(one for one in wanted.values() if not one.cached):
-        download = Download(missing)
-        if not download.fits:
-            raise CheckpointError(f"the disk has no room: {download}")
-        accept(download)
+    ask(wanted.values(), accept)
     for name, one in wanted.items():
         with _option_told(name):
             found[name] = hub.fetch(one)[0]

@@ -24,7 +24,7 @@ from varedit_export.evaluation.report import JudgeUse
 from varedit_export.options import FilterOptions
 from varedit_export.pairs.pair import Pair, Pairs
 from varedit_export.pairs.read import read_pairs
-from varedit_export.weights.published import Download
+from varedit_export.weights.download import Download
 from varedit_runtime.decoding.to_rgb import on_white
 from varedit_runtime.errors import ConfigError, reason
 from varedit_runtime.files import atomic_file, unwritable

@@ -6,14 +6,14 @@ from glob import escape
 from pathlib import Path, PurePosixPath
 
 from varedit_export.errors import DatasetError
-from varedit_export.evaluation.places import bring
+from varedit_export.evaluation.places import bring_folders
 from varedit_export.pairs.columns import Columns, ImgEdit, is_imgedit
 from varedit_export.pairs.groups import Folder, Groups, Shard
 from varedit_export.pairs.lists import PairList
 from varedit_export.pairs.pair import Pair, Pairs
 from varedit_export.pairs.stored import PARQUET, TAR, Root
 from varedit_export.weights import hub
-from varedit_export.weights.published import Download
+from varedit_export.weights.download import Download
 
 LIST, LISTS, ANNOTATIONS, IMAGES = "pairs.jsonl", ".jsonl", "annotations", "images/"
 TABLES, IMGEDIT = ("train-*.parquet", "*.parquet"), "Parquet"
@@ -63,7 +63,7 @@ def _brought(place: str, accept: Callable[[Download], None]) -> tuple[Path, Root
         choices = ((escape(name), *(_PICTURES if name.endswith(LISTS) else ())),)
     inside = "" if path == PurePosixPath() else path.as_posix()
     parent = replace(address, path=inside)
-    folder = bring({"--data": (str(parent), choices)}, accept)["--data"]
+    folder = bring_folders({"--data": (str(parent), choices)}, accept)["--data"]
     commit = folder.parts[-1 - len(path.parts)]
     return folder / name, Root(folder, str(replace(address, revision=commit)))
 

@@ -30,8 +30,8 @@ from varedit_export.training.loop import ComputeType, TrainingMachine, TrainingR
 from varedit_export.training.memory import MemoryPlan, plan_memory
 from varedit_export.training.run_folder import RunFolder
 from varedit_export.training.tokens import made_by, tokens_of
+from varedit_export.weights.download import Download
 from varedit_export.weights.lora import base_digest
-from varedit_export.weights.published import Download
 from varedit_reference.config import ModelConfig
 from varedit_runtime.backends.machine import available_memory
 from varedit_runtime.errors import ConfigError, readable_size

@@ -2,8 +2,8 @@
 
 A build takes a transformer, a picture tokenizer and a text encoder. Each is a path, or a name on
 the Hugging Face hub. What a build is not given is looked for in the table below, in the repository
-or folder that `--from` names. `find_weights` says where all are; `bring` downloads those on the hub
-after it has told what that takes.
+or folder that `--from` names. `find_weights` says where all are; `bring_weights` downloads those on
+the hub after it has told what that takes.
 """
 
 import re
@@ -13,13 +13,13 @@ from glob import escape
 from pathlib import Path
 
 from varedit_export.weights import hub
-from varedit_export.weights.hub import SCHEME, Choice, HubAddress, Wanted
+from varedit_export.weights.download import Download, Further, ask
+from varedit_export.weights.hub import SCHEME, Choice, HubAddress
 from varedit_export.weights.lora import FILES, SETTINGS
 from varedit_export.weights.names import PUBLISHED, SUFFIX
 from varedit_reference.text_encoder import BESIDE_WEIGHTS
 from varedit_reference.weights_file import PICKLED
-from varedit_runtime.errors import CheckpointError, ConfigError, printable, readable_size
-from varedit_runtime.files import free_space, same_disk
+from varedit_runtime.errors import CheckpointError, ConfigError
 from varedit_runtime.manifest import HubOrigin
 
 TOKENIZERS = "FoundationVision/Infinity"  # has the picture tokenizers that a repository lacks
@@ -49,60 +49,6 @@ class Files:
     adapters: Sequence[Path]
     names: Sequence[str]
     origins: tuple[HubOrigin, ...]
-
-
-@dataclass(frozen=True)
-class Further:
-    """What is made of downloaded weights. folder: where. size: its bytes. needs: for people."""
-
-    folder: Path
-    size: int
-    needs: str
-
-
-@dataclass(frozen=True)
-class Download:
-    """The files that a build needs from the hub, before anything is downloaded.
-
-    further: what will be made of them, if that is known.
-    """
-
-    wanted: tuple[Wanted, ...]
-    further: Further | None = None
-
-    @property
-    def size(self) -> int:
-        """Return the bytes that are not in the cache yet."""
-        return sum(one.missing for one in self.wanted)
-
-    @property
-    def free(self) -> int:
-        """Return the free bytes of the disk that the hub's cache is on."""
-        return free_space(hub.cache())
-
-    @property
-    def fits(self) -> bool:
-        """Return whether there is room for the files, and for what is made of them."""
-        later = self.further
-        if later is None:
-            return self.size <= self.free
-        if same_disk(hub.cache(), later.folder):
-            return self.size + later.size <= self.free
-        return self.size <= self.free and later.size <= free_space(later.folder)
-
-    def __str__(self) -> str:
-        """Return the lines that a person reads before saying yes."""
-        free = f"{readable_size(self.free)} are free in {hub.cache()}"
-        lines = [f"{readable_size(self.size)} to download; {free}"]
-        lines += (
-            f"  {one.address}: {readable_size(one.missing)}, "
-            f"licence {(one.licence or 'not stated')[:80]}"
-            for one in self.wanted
-        )
-        if later := self.further:
-            free = f"{readable_size(free_space(later.folder))} are free in {later.folder}"
-            lines.append(f"  then {later.needs}; {free}")
-        return "\n".join(map(printable, lines))
 
 
 def find_weights(
@@ -181,7 +127,7 @@ def _transformer(shelf: _Shelf, size: str, resolutions: Sequence[int]) -> str:
     return found[0]
 
 
-def bring(
+def bring_weights(
     places: Sequence[str],
     accept: Callable[[Download], None],
     adapters: Sequence[str] = (),
@@ -202,12 +148,7 @@ def bring(
         address and hub.look_up(address, files(address.path))
         for address, (_, files) in zip(addresses, asked, strict=True)
     ]
-    missing = tuple(one for one in wanted if one is not None and not one.cached)
-    if missing:
-        download = Download(missing, further())
-        if not download.fits:
-            raise CheckpointError(f"the disk has no room: {download}")
-        accept(download)
+    ask([one for one in wanted if one is not None], accept, further)
     paths: list[Path] = []
     origins: list[HubOrigin] = []
     for (place, _), one in zip(asked, wanted, strict=True):
