@@ -35,7 +35,7 @@ def evaluate_bundle(
     elif against is not None:
         other = BundleEdits(Path(against), backend, options.variant, dials)
     if not options.ray:
-        return evaluate(edits, options, other, {}, on_step, notice, accept)
+        return evaluate(edits, options, other, on_step=on_step, notice=notice, accept=accept)
     with (
         cluster(threads_of(edits.opening.backend)),
         redirect_stdout(sys.stderr),
@@ -43,4 +43,5 @@ def evaluate_bundle(
         from varedit_export.evaluation.on_ray import RayEdits
 
         others = RayEdits(other) if isinstance(other, BundleEdits) else other
-        return evaluate(RayEdits(edits), options, others, {}, on_step, notice, accept)
+        by_ray = RayEdits(edits)
+        return evaluate(by_ray, options, others, on_step=on_step, notice=notice, accept=accept)

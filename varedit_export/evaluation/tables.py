@@ -97,10 +97,6 @@ class Table:
         with row_errors(str(self.path)):
             return self._file.schema_arrow.names if self._parquet else self._file.column_names
 
-    def has(self, column: str) -> bool:
-        """Return whether there is a column. Raises DatasetError."""
-        return column in self.names
-
     def picture(self, column: str, place: int) -> Callable[[], bytes]:
         """Return what reads a row's picture. It raises DatasetError if there is none."""
 

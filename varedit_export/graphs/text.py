@@ -39,7 +39,7 @@ class GraphTextEncoder(nn.Module):
         bias_BHTT = bias_BHTT + torch.where(mask, 0.0, -torch.inf)[:, None, None]
         for block in self.blocks:
             x_BTC = block(x_BTC, bias_BHTT)
-        return _rms_norm(x_BTC, self.final_norm, self.config)
+        return _rms_norm(x_BTC, self.final_norm, self.config.epsilon)
 
     def _position_bias(self, tokens: int, most: int) -> Tensor:
         """Return the bias of relative positions, [H, T, T]: the first of those of `most` tokens."""
@@ -65,13 +65,13 @@ class GraphTextBlock(nn.Module):
         self.down = weight_parameter(config.mlp_width, config.width, formats("blocks.down"))
 
     def forward(self, x_BTC: Tensor, bias_BHTT: Tensor) -> Tensor:
-        qkv = self._product("qkv", _rms_norm(x_BTC, self.attention_norm, self.config))
+        qkv = self._product("qkv", _rms_norm(x_BTC, self.attention_norm, self.config.epsilon))
         q, k, v = (x.unflatten(-1, (self.config.heads, -1)) for x in split(qkv, 3))
         attended = softmax_attention(
             q.transpose(1, 2), k.permute(0, 2, 3, 1), v.transpose(1, 2), bias_BHTT
         )
         x_BTC = x_BTC + self._product("projection", attended).float()
-        hidden = self._product("gate_up", _rms_norm(x_BTC, self.mlp_norm, self.config))
+        hidden = self._product("gate_up", _rms_norm(x_BTC, self.mlp_norm, self.config.epsilon))
         gate, up = split(hidden.to(self._dtype("down")), 2)
         hidden = F.gelu(gate, approximate="tanh") * up
         return x_BTC + self._product("down", hidden).float()
@@ -149,5 +149,5 @@ def _fused(sources: tuple[str, ...]) -> GraphWeight:
     )
 
 
-def _rms_norm(x: Tensor, weight: Tensor, config: TextEncoderConfig) -> Tensor:
-    return F.rms_norm(x, x.shape[-1:], weight, config.epsilon)
+def _rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], weight, epsilon)

@@ -28,6 +28,7 @@ from varedit_export.graphs.stages import (
     Shapes,
     Stage,
     TextEncoderStage,
+    has_references,
 )
 from varedit_export.graphs.text import GraphTextEncoder
 from varedit_reference.config import TextEncoderConfig
@@ -84,7 +85,7 @@ class VariantShapes:
                 for form, rows in full.forms.items()
             ),
             *(GraphPlan(twin, depth) for twin in twins),
-            *([GraphPlan(references)] if full.config.transformer.conditioning == "sar" else []),
+            *([GraphPlan(references)] if has_references(full) else []),
             *(
                 GraphPlan(
                     kinds[own[index]],

@@ -33,7 +33,6 @@ from varedit_export.parity.compare import (
     compare_whole,
     run_edit,
 )
-from varedit_export.parity.cut import WeightFiles
 from varedit_export.parity.edit import (
     ComparedEdit,
     random_coder_inputs,
@@ -47,7 +46,7 @@ from varedit_export.parity.streamed import compare_streamed
 from varedit_export.sources import Sources, TextSource
 from varedit_reference.config import ModelConfig
 from varedit_reference.golden.recordings import Recording
-from varedit_reference.weights_file import check_finite, open_weights
+from varedit_reference.weights_file import check_finite, open_weights, read_header
 from varedit_runtime.backends import DEFAULT, ChosenBackend
 from varedit_runtime.backends.base import Backend, ScaleOutput
 from varedit_runtime.backends.onnxruntime.backend import OnnxBackend
@@ -96,9 +95,8 @@ def is_large(parameters: int) -> bool:
 
 def count_parameters(bundle: Bundle) -> int:
     """Count the numbers that a bundle's weights are."""
-    files = WeightFiles(bundle.path)
-    layouts = (files.layout(weights_file(name)) for name in bundle.components)
-    return sum(prod(tensor.shape) for layout in layouts for tensor in layout.values())
+    headers = (read_header(bundle.path, weights_file(name)) for name in bundle.components)
+    return sum(prod(tensor.shape) for header in headers for tensor in header.values())
 
 
 def compare_graphs(bundle: Bundle, model: Reference) -> Iterator[ParityLine]:

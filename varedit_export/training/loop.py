@@ -138,7 +138,7 @@ def _steps(
     )
     logged = Averages()
     for step, parts in zip(steps, bar, strict=True):
-        logged.add(train_step(task, state, recipe, parts, fast=True))
+        logged.add(train_step(task, state, recipe, parts))
         if _due(state.step, machine.log_every, recipe):
             _check_values(state, run)
             entry = logged.take()
@@ -196,7 +196,6 @@ def train_step(
     state: TrainingState,
     recipe: TrainingRecipe,
     parts: Sequence[Batch],
-    fast: bool = False,
 ) -> dict[str, Tensor]:
     """Take one step of the optimisers and the EMA; return the losses before it."""
     for group in state.optimiser.param_groups:
@@ -204,7 +203,7 @@ def train_step(
     state.optimiser.zero_grad(set_to_none=True)
     sums: dict[str, Tensor] = {}
     for part in parts:
-        losses = task.losses(part, state.step, fast)
+        losses = task.losses(part, state.step, True)
         # Gradients are averaged over the processes, and losses are to be summed.
         (losses["loss"] * processes()).backward()
         sums = {name: sums.get(name, 0) + loss.detach() for name, loss in losses.items()}

@@ -96,7 +96,7 @@ def draw_turns(seed: int, count: int, size: int = 128) -> list[EditSample]:
     return samples
 
 
-def draw_picture(seed: int, size: int = 128) -> np.ndarray:
+def draw_picture(seed: int, size: int) -> np.ndarray:
     """Draw a scene before or after an edit, to train a tokenizer on: uint8 [size, size, 3]."""
     rng = np.random.default_rng([seed, 2])
     scene = random_scene(rng)

@@ -32,7 +32,7 @@ def read(folder: Path, language: str) -> list[Case]:
 
 
 def _cases(table: Table, language: str) -> list[Case]:
-    raw = "input_image_raw" if table.has("input_image_raw") else "input_image"
+    raw = "input_image_raw" if "input_image_raw" in table.names else "input_image"
     return [
         Case(
             id=row.key,
