@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from varedit_export.graphs.layout import reference_formats, round_products
+from varedit_export.parity.rounding import reference_formats, round_products
 from varedit_nano.data import EVALUATION_SEEDS
 from varedit_nano.model import load_nano
 from varedit_nano.scenes import draw_edit

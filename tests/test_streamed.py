@@ -17,10 +17,11 @@ from varedit_export.errors import ParityError
 from varedit_export.manifest_model import sources_of
 from varedit_export.parity import compare_bundle as parity
 from varedit_export.parity import measures, streamed_transformer
-from varedit_export.parity.cut import Arrays, WeightFiles
 from varedit_export.parity.edit import scale_arrays
 from varedit_export.parity.measures import gate
+from varedit_export.parity.runner import Arrays
 from varedit_export.parity.streamed import compare_streamed
+from varedit_export.parity.weight_files import WeightFiles
 from varedit_export.plan import BundlePlan
 from varedit_export.sources import Sources, random_sources
 from varedit_reference.config import ModelConfig

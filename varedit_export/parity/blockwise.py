@@ -13,8 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from varedit_export.errors import ParityError
-from varedit_export.graphs.layout import GraphWeight, round_weight
-from varedit_export.parity.cut import Arrays, CutGraph, WeightFiles
+from varedit_export.graphs.layout import GraphWeight
+from varedit_export.parity.cut import CutGraph
+from varedit_export.parity.rounding import round_weight
+from varedit_export.parity.runner import Arrays
+from varedit_export.parity.weight_files import WeightFiles
 from varedit_runtime.backends.graph_file import read_graph
 from varedit_runtime.backends.wiring import FUSED, SYMBOLIC
 from varedit_runtime.bundle import Bundle

@@ -12,17 +12,14 @@ What is in 16 bits is widened to fp32, because a CPU computes fp16 in fp32 anywa
 has no bf16 there. Weights keep the values they were rounded to.
 """
 
-import mmap
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime as ort
 import torch
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 from onnx_ir.tensor_adapters import from_torch_dtype, to_torch_dtype
@@ -31,44 +28,13 @@ from torch import Tensor
 from varedit_engines.network import external_weights
 from varedit_export.errors import ExportError
 from varedit_export.graphs.blocks import NODE_NAME
-from varedit_reference.weights_file import StoredTensor, read_header
-from varedit_runtime.backends.onnxruntime.backend import load_graph
+from varedit_reference.weights_file import StoredTensor
 from varedit_runtime.manifest import StoredWeight
 
-Arrays = dict[str, np.ndarray]
-
 PAST = ("past_", "reference_")  # inputs that are keys and values of earlier tokens
-SHARED = "memory_rounding/"  # nodes whose results the blocks read: see graphs/integers.py
+SHARED = "memory_rounding/"  # nodes whose results the blocks read: `Rounding`, graphs/model.py
 NARROW = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 Message = TypeVar("Message", NodeProto, TensorProto, ValueInfoProto)
-
-
-class WeightFiles:
-    """The weights files of a bundle's folder, memory-mapped."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._maps: dict[str, mmap.mmap] = {}
-        self._layouts: dict[str, dict[str, StoredTensor]] = {}
-
-    def layout(self, file: str) -> Mapping[str, StoredTensor]:
-        """Return where a file's own header says that its tensors are, by name."""
-        if file not in self._layouts:
-            self._layouts[file] = read_header(self._folder, file)
-        return self._layouts[file]
-
-    def read(self, tensor: StoredTensor) -> Tensor:
-        """Return a view of the file, in its own type."""
-        place, name = tensor.place, tensor.place.file
-        if name not in self._maps:
-            with (self._folder / name).open("rb") as file:
-                # Copy on write: torch takes no read-only memory.
-                self._maps[name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        if place.offset + place.length > len(self._maps[name]):
-            raise ExportError(f"a weight lies past the end of {name}")
-        return torch.frombuffer(
-            self._maps[name], dtype=tensor.dtype, count=prod(tensor.shape), offset=place.offset
-        ).view(tensor.shape)
 
 
 @dataclass(frozen=True)
@@ -270,7 +236,7 @@ class CutGraph:
     def _info(self, name: str, alias: str, any_length: bool) -> ValueInfoProto:
         if name in self.places:
             place = self.places[name]
-            kind = from_torch_dtype(_fed(torch.empty(0, dtype=place.dtype)).dtype)
+            kind = from_torch_dtype(fed(torch.empty(0, dtype=place.dtype)).dtype)
             return helper.make_tensor_value_info(alias, kind, place.shape)
         info = _named(self._infos[name], alias)
         if any_length:
@@ -298,51 +264,9 @@ class CutCoder:
         self.tail = self.whole.part(slice(last + 1, None))
 
 
-class Runner:
-    """A runner of pieces, which keeps one session for all pieces with the same model."""
-
-    def __init__(self, weights: WeightFiles, threads: int) -> None:
-        self._weights, self._threads = weights, threads
-        self._sessions: dict[bytes, ort.InferenceSession] = {}
-
-    def run(self, graph: CutGraph, piece: Piece, values: Mapping[str, np.ndarray]) -> Arrays:
-        """Run a piece on values and weights; inputs and outputs have the graph's names."""
-        if not piece.outputs:
-            return {}
-        session = self._session(piece)
-        feeds = {}
-        for alias, name in piece.inputs.items():
-            place = graph.places.get(name)
-            if place is None:
-                feeds[alias] = np.ascontiguousarray(values[name])
-            else:
-                feeds[alias] = _given(self._weights.read(place))
-        results = session.run(list(piece.outputs), feeds)
-        return {
-            name: np.asarray(x) for name, x in zip(piece.outputs.values(), results, strict=True)
-        }
-
-    def _session(self, piece: Piece) -> ort.InferenceSession:
-        if piece.model not in self._sessions:
-            # Pieces run in turn, with other weights each: memory must be returned after each run.
-            self._sessions[piece.model] = load_graph(
-                piece.model, Path(), threads=self._threads, arena=False
-            )
-        return self._sessions[piece.model]
-
-
-def _fed(weight: Tensor) -> Tensor:
+def fed(weight: Tensor) -> Tensor:
     """Return a weight in the type that pieces take it in: fp32, or one of 8 bits."""
     return weight.float() if weight.is_floating_point() and weight.itemsize > 1 else weight
-
-
-def _given(weight: Tensor) -> np.ndarray | ort.OrtValue:
-    """Return a weight as ONNX Runtime takes it; NumPy has no E4M3."""
-    fed = _fed(weight)
-    if fed.dtype != torch.float8_e4m3fn:
-        return fed.numpy()
-    values = fed.contiguous().view(torch.uint8).numpy()
-    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(values, from_torch_dtype(fed.dtype))
 
 
 def _typed(place: StoredWeight, tensor: TensorProto) -> StoredTensor:

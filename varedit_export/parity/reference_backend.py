@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from varedit_export.graphs.layout import reference_formats, round_products
 from varedit_export.parity.edit import with_grids
+from varedit_export.parity.rounding import reference_formats, round_products
 from varedit_export.sources import Sources, TextSource
 from varedit_reference.checkpoint import NamedShape, assign, empty_tokenizer, empty_transformer
 from varedit_reference.config import ModelConfig

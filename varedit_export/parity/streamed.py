@@ -16,7 +16,7 @@ the graph's types: what 16-bit products change is measured in the reference, thr
 one scale.
 
 Here are the checks of the weights' places, the image coders and the text encoder; the transformer
-is in `streamed_transformer.py`. `cut.py` takes graphs apart.
+is in `streamed_transformer.py`. `cut.py` takes graphs apart, and `runner.py` runs their pieces.
 """
 
 import ctypes
@@ -40,11 +40,13 @@ from varedit_export.parity.blockwise import (
     open_cut_graph,
     random_values,
 )
-from varedit_export.parity.cut import Arrays, CutCoder, Runner, WeightFiles
+from varedit_export.parity.cut import CutCoder
 from varedit_export.parity.edit import with_grids
 from varedit_export.parity.measures import FEATURES, SUMS, check_output, line, picture_lines
 from varedit_export.parity.reference_backend import tokenizer_of
+from varedit_export.parity.runner import Arrays, Runner
 from varedit_export.parity.streamed_transformer import TransformerComparison
+from varedit_export.parity.weight_files import WeightFiles
 from varedit_export.sources import Sources, TextSource
 from varedit_reference.config import ModelConfig
 from varedit_reference.quantisation import source_tokens
@@ -115,7 +117,7 @@ class CoderComparison:
         files: WeightFiles,
     ) -> None:
         self._bundle, self._variant = bundle, variant
-        self._runner = Runner(files, torch.get_num_threads())
+        self._runner = Runner(files)
         self._config, self._sides = config, variant.picture
         self._tokenizer = tokenizer_of(config, sources.tokenizer)
         # In positions of the tokenizer, so that all sides divide.
@@ -165,7 +167,7 @@ class TextComparison:
         self, bundle: Bundle, variant: Variant, text: TextSource, files: WeightFiles
     ) -> None:
         self._graph = open_cut_graph(bundle, variant, "text_encoder")
-        self._runner = Runner(files, torch.get_num_threads())
+        self._runner = Runner(files)
         self._config, self._depth = text.config, text.config.depth
         self._precision, layout = bundle.manifest.policy, text_encoder_layout(text.config)
         self._stored = RoundedWeights(text.state, layout, files, "text_encoder", self._precision)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from varedit_export.errors import ParityError
-from varedit_export.graphs.layout import formatted, reference_formats, transformer_layout
+from varedit_export.graphs.layout import transformer_layout
 from varedit_export.graphs.stages import Shapes
 from varedit_export.parity.blockwise import (
     ComparedGraph,
@@ -35,7 +35,7 @@ from varedit_export.parity.blockwise import (
     open_cut_graph,
     random_values,
 )
-from varedit_export.parity.cut import Arrays, CutAttention, CutGraph, Runner, WeightFiles
+from varedit_export.parity.cut import CutAttention, CutGraph
 from varedit_export.parity.edit import (
     random_edit,
     scale_arrays,
@@ -44,6 +44,9 @@ from varedit_export.parity.edit import (
 )
 from varedit_export.parity.measures import SUMS, line, share_line, ties_line
 from varedit_export.parity.outer import OuterReference, Run
+from varedit_export.parity.rounding import formatted, reference_formats
+from varedit_export.parity.runner import Arrays, Runner
+from varedit_export.parity.weight_files import WeightFiles
 from varedit_export.sources import Sources
 from varedit_reference.config import ModelConfig
 from varedit_reference.kv_cache import KVCache, Sight, source_length
@@ -75,7 +78,7 @@ class TransformerComparison:
         self._bundle, self._variant, self._config = bundle, variant, config
         self._precision = bundle.manifest.policy
         self._formats = reference_formats(config.transformer, self._precision)
-        self._files, self._runner = files, Runner(files, torch.get_num_threads())
+        self._files, self._runner = files, Runner(files)
         layout = transformer_layout(config.transformer)
         self._stored = RoundedWeights(
             sources.transformer, layout, files, "transformer", self._precision
