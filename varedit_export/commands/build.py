@@ -138,7 +138,7 @@ def build(
 ) -> None:
     """Build a bundle, prove its parity with the reference, and publish it.
 
-    The published weights of 2b and 8b are downloaded, once, unless they are given: as paths, or as
+    The published weights are downloaded, once, unless they are given: as paths, or as
     hf://OWNER/REPOSITORY/PATH[@REVISION] on the Hugging Face hub. HF_TOKEN, HF_HOME, HF_ENDPOINT
     and HF_HUB_OFFLINE are obeyed.
 

@@ -41,7 +41,7 @@ source_option = click.option(
     "--from",
     "source",
     metavar="OWNER/REPOSITORY|FOLDER",
-    help="Where the published weights of 2b and 8b are taken from; by default their authors'.",
+    help="Where the published weights are taken from; by default their authors'.",
 )
 yes_option = click.option("--yes", is_flag=True, help="Download weights without asking.")
 architectures_option = click.option(
