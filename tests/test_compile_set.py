@@ -23,12 +23,13 @@ from click.testing import CliRunner
 from fake_bundles import rewrite_manifest
 from onnx import helper
 
-from varedit_engines import OnStep, compile_set, engine_cache, engine_compiler
+from varedit_engines import compile_set, engine_cache, engine_compiler
 from varedit_engines.compile_set import CompileJob, compile_engine_set, stages_of
 from varedit_engines.engine_cache import EngineCache
 from varedit_engines.engine_compiler import Compiled, EngineCompiler
 from varedit_engines.engine_report import EngineReport, Kernel, engine_reports
 from varedit_engines.network import external_inputs
+from varedit_engines.progress import OnStep
 from varedit_engines.publish import Staging
 from varedit_export import EngineOptions, assemble, compile_engines
 from varedit_export.cli import main

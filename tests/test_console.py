@@ -13,7 +13,7 @@ import pytest
 import torch
 from terminals import read_terminal
 
-from varedit_engines import OnStep
+from varedit_engines.progress import OnStep
 from varedit_export.console import progress, say
 from varedit_reference.weights_file import write_safetensors
 

@@ -18,8 +18,8 @@ from hub_stand_in import Repository, serve, use
 from pairing import as_image, png, write_parquet
 from PIL import Image
 
+from varedit_export.datasets import tables
 from varedit_export.errors import DatasetError
-from varedit_export.evaluation import tables
 from varedit_export.evaluation.benchmarks import BENCHMARKS, benchmark, folder, pie_bench
 from varedit_export.evaluation.case import Edited
 from varedit_export.evaluation.evaluate import evaluate

@@ -14,13 +14,13 @@ from killing import FORKS, killed_at
 from pairing import pictures, shard, shows, write_list, write_parquet, write_tar
 from test_pairs_published import magicbrush
 
-from varedit_engines.locked import locked
 from varedit_export.cli import main
 from varedit_export.errors import JudgeError
 from varedit_export.options import FilterOptions
 from varedit_export.pairs import filter as filtering
 from varedit_export.pairs.filter import filter_pairs
 from varedit_export.pairs.read import read_pairs
+from varedit_export.resumable.locked import locked
 from varedit_runtime.errors import ConfigError
 
 

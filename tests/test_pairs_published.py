@@ -26,8 +26,8 @@ from pairing import (
 from PIL import Image
 from pyarrow import parquet
 
+from varedit_export.datasets.tables import Table
 from varedit_export.errors import DatasetError
-from varedit_export.evaluation.tables import Table
 from varedit_export.pairs import columns, stored
 from varedit_export.pairs.read import read_pairs
 from varedit_runtime.errors import CheckpointError
@@ -318,7 +318,7 @@ def test_bad_rows_of_imgedit_are_refused(more: dict[str, Any], told: str, tmp_pa
 def test_long_lists_in_a_small_table_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("varedit_export.evaluation.tables.LARGEST", 50_000)
+    monkeypatch.setattr("varedit_export.datasets.tables.LARGEST", 50_000)
     turns = {"data": [imgedit(0)] * 300}
     path = write_parquet(tmp_path / "Parquet/x.parquet", [turns] * 20)
     with pytest.raises(DatasetError, match="its texts and lists have over"):
@@ -334,7 +334,7 @@ def test_empty_lists_in_a_tiny_table_are_refused_before_they_are_read(
     parquet.write_table(pa.table({"data": lists}), path)
     assert path.stat().st_size < 1000
     monkeypatch.setattr(Table, "_pieces", lambda *_: pytest.fail("it is read"))
-    monkeypatch.setattr("varedit_export.evaluation.tables.LARGEST", 100_000_000)
+    monkeypatch.setattr("varedit_export.datasets.tables.LARGEST", 100_000_000)
     with pytest.raises(DatasetError, match="its texts and lists have over 100 MB"):
         read_pairs([path])
 
@@ -342,7 +342,7 @@ def test_empty_lists_in_a_tiny_table_are_refused_before_they_are_read(
 def test_a_picture_that_a_small_table_repeats_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("varedit_export.evaluation.tables.LARGEST_GROUP", 2_000_000)
+    monkeypatch.setattr("varedit_export.datasets.tables.LARGEST_GROUP", 2_000_000)
     rows = [magicbrush(0, source_img={"bytes": bytes(300_000)}) for _ in range(100)]
     path = write_parquet(tmp_path / "x.parquet", rows, 100)
     assert path.stat().st_size < 500_000

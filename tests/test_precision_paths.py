@@ -9,7 +9,7 @@ from click.testing import CliRunner, Result
 from editing import picture
 from test_resume import contents
 
-from varedit_engines import OnStep
+from varedit_engines.progress import OnStep
 from varedit_export.assemble import assemble
 from varedit_export.cli import main as export
 from varedit_export.plan import BundlePlan

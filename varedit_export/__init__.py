@@ -20,7 +20,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from varedit_engines import OnStep
+from varedit_engines.progress import OnStep
 from varedit_export.check_options import check_build
 from varedit_export.errors import ExportError, ParityError
 from varedit_export.options import (

@@ -9,8 +9,8 @@ from pathlib import Path
 import onnx_ir as ir
 from msgspec import structs
 
-from varedit_engines import OnStep
 from varedit_engines.engine_cache import copy_sets
+from varedit_engines.progress import OnStep
 from varedit_engines.publish import Staging
 from varedit_export.components import Component
 from varedit_export.estimate import check_memory, needs, present

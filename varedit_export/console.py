@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from varedit_engines import OnStep
+from varedit_engines.progress import OnStep
 from varedit_runtime.errors import ConfigError, printable
 
 if TYPE_CHECKING:

@@ -19,11 +19,11 @@ from pathlib import Path
 
 from msgspec import structs
 
-from varedit_engines import OnStep
 from varedit_engines.engine_cache import EngineCache
 from varedit_engines.engine_compiler import EngineCompiler, check_precision, slow_precision
 from varedit_engines.engine_report import packed, unpacked
 from varedit_engines.network import external_inputs
+from varedit_engines.progress import OnStep
 from varedit_engines.publish import Staging
 from varedit_runtime.backends.engines.engine_set import (
     LAYOUTS,

@@ -13,8 +13,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple, get_args
 
-from varedit_engines import OnStep
 from varedit_engines.engine_report import EngineReport, engine_report
+from varedit_engines.progress import OnStep
 from varedit_engines.timing_cache import kept_timings, timings_file
 from varedit_runtime.backends.engines.import_tensorrt import (
     ENGINE_KINDS,

@@ -8,14 +8,14 @@ from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
-from varedit_engines import OnStep
+from varedit_engines.progress import OnStep
+from varedit_export.datasets.places import bring_folders
 from varedit_export.evaluation.benchmarks import benchmark
 from varedit_export.evaluation.case import OVERALL, Benchmark, Case, Edits, Family, Metric, Score
 from varedit_export.evaluation.judge.judge import open_judges
 from varedit_export.evaluation.metrics import family
 from varedit_export.evaluation.metrics.judges import PREFIX
 from varedit_export.evaluation.page import write_page
-from varedit_export.evaluation.places import bring_folders
 from varedit_export.evaluation.report import Report, Subject, summarise, write
 from varedit_export.evaluation.run import RUN, Run, make_edits, measure, open_run
 from varedit_export.options import EvaluateOptions

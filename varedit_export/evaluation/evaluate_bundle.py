@@ -5,7 +5,7 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from varedit_engines import OnStep
+from varedit_engines.progress import OnStep
 from varedit_export.evaluation.bundle_edits import BundleEdits, Dials
 from varedit_export.evaluation.evaluate import evaluate
 from varedit_export.evaluation.report import Report

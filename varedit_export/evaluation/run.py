@@ -21,10 +21,10 @@ from typing import Any
 import msgspec
 from PIL import Image
 
-from varedit_engines import OnStep
-from varedit_engines.locked import LOCK, locked
+from varedit_engines.progress import OnStep
 from varedit_export.evaluation.case import Case, Edited, Edits, Metric, Values, Wanted
-from varedit_export.evaluation.journal import Journal
+from varedit_export.resumable.journal import Journal
+from varedit_export.resumable.locked import LOCK, locked
 from varedit_runtime.bundle import file_digest
 from varedit_runtime.decoding.to_rgb import on_white
 from varedit_runtime.errors import BundleError, ConfigError, shown

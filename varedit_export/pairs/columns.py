@@ -18,8 +18,8 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
+from varedit_export.datasets.tables import Table
 from varedit_export.errors import DatasetError
-from varedit_export.evaluation.tables import Table
 from varedit_export.pairs.names import INSTRUCTION, MASK, NAMES, SOURCE, TARGET, WEIGHT, called
 from varedit_export.pairs.pair import Pair, Weight, check_instruction
 from varedit_export.pairs.stored import TAR, Root, Stored, check_name, members_of, table_of

@@ -13,17 +13,17 @@ from typing import Any
 import msgspec
 from PIL import Image
 
-from varedit_engines import OnStep
-from varedit_engines.locked import locked
+from varedit_engines.progress import OnStep
 from varedit_export.errors import DatasetError
 from varedit_export.evaluation.case import Case, Edited
-from varedit_export.evaluation.journal import Journal
 from varedit_export.evaluation.judge.judge import Judge, open_judges
 from varedit_export.evaluation.judge.protocols import PAIR_SCORES, PAIRS
 from varedit_export.evaluation.report import JudgeUse
 from varedit_export.options import FilterOptions
 from varedit_export.pairs.pair import Pair, Pairs
 from varedit_export.pairs.read import read_pairs
+from varedit_export.resumable.journal import Journal
+from varedit_export.resumable.locked import locked
 from varedit_export.weights.download import Download
 from varedit_runtime.decoding.to_rgb import on_white
 from varedit_runtime.errors import ConfigError, reason

@@ -14,8 +14,8 @@ from typing import Any
 
 import msgspec
 
+from varedit_export.datasets.rows import row_errors
 from varedit_export.errors import DatasetError
-from varedit_export.evaluation.rows import row_errors
 from varedit_export.pairs.names import INSTRUCTION, JSON, MASK, SOURCE, TARGET, called, split
 from varedit_export.pairs.pair import Pair, Weight, check_instruction
 from varedit_export.pairs.stored import Root, Stored, members_of

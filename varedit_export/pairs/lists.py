@@ -23,8 +23,8 @@ from typing import Any
 
 import msgspec
 
+from varedit_export.datasets.rows import as_row, row_errors
 from varedit_export.errors import DatasetError
-from varedit_export.evaluation.rows import as_row, row_errors
 from varedit_export.pairs.names import MASK, SOURCE, TARGET
 from varedit_export.pairs.pair import Pair, Weight, check_instruction
 from varedit_export.pairs.stored import Root, check_name, read_part, regular

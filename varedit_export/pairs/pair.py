@@ -12,8 +12,8 @@ import numpy as np
 from msgspec import Meta
 from PIL import Image
 
+from varedit_export.datasets.rows import row_errors
 from varedit_export.errors import DatasetError
-from varedit_export.evaluation.rows import row_errors
 from varedit_export.pairs.names import MASK, SOURCE, TARGET
 from varedit_export.pairs.stored import Root, Stored
 from varedit_runtime.pictures import open_mask, open_picture

@@ -5,8 +5,8 @@ from dataclasses import replace
 from glob import escape
 from pathlib import Path, PurePosixPath
 
+from varedit_export.datasets.places import bring_folders
 from varedit_export.errors import DatasetError
-from varedit_export.evaluation.places import bring_folders
 from varedit_export.pairs.columns import Columns, ImgEdit, is_imgedit
 from varedit_export.pairs.groups import Folder, Groups, Shard
 from varedit_export.pairs.lists import PairList

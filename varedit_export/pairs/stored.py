@@ -9,9 +9,9 @@ from functools import cached_property, lru_cache, partial
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
+from varedit_export.datasets.rows import inside, row_errors
+from varedit_export.datasets.tables import Table
 from varedit_export.errors import DatasetError
-from varedit_export.evaluation.rows import inside, row_errors
-from varedit_export.evaluation.tables import Table
 from varedit_runtime.decoding.limits import MAX_MEMORY
 from varedit_runtime.errors import readable_size, shown
 from varedit_runtime.pictures import Source

@@ -27,7 +27,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from varedit_engines.locked import locked
+from varedit_export.resumable.locked import locked
 from varedit_export.training.optimisers import Optimisers
 from varedit_export.training.parallel import gathered, is_first, share_like, wait_for_all
 from varedit_reference.weights_file import read_header_file, whole_file

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import msgspec
 
+from varedit_export.datasets.tables import Table, tables
+from varedit_export.evaluation.benchmarks.cases import checked_cases, picture, text
 from varedit_export.evaluation.case import Benchmark, Case
-from varedit_export.evaluation.rows import checked_cases, picture, text
-from varedit_export.evaluation.tables import Table, tables
 
 
 class _Row(msgspec.Struct):

@@ -13,17 +13,10 @@ from pathlib import Path
 
 import msgspec
 
+from varedit_export.datasets.rows import as_row, inside, read_rows
 from varedit_export.errors import DatasetError
+from varedit_export.evaluation.benchmarks.cases import checked_cases, mask, picture, text
 from varedit_export.evaluation.case import Benchmark, Case
-from varedit_export.evaluation.rows import (
-    as_row,
-    checked_cases,
-    inside,
-    mask,
-    picture,
-    read_rows,
-    text,
-)
 
 LIST = "edits.jsonl"
 

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import msgspec
 
+from varedit_export.datasets.rows import inside, read_json
+from varedit_export.evaluation.benchmarks.cases import checked_cases, picture
 from varedit_export.evaluation.case import Benchmark, Case, Load
-from varedit_export.evaluation.rows import checked_cases, inside, picture, read_json
 from varedit_runtime.errors import printable
 
 PICTURES = "original_images"

@@ -14,9 +14,9 @@ import msgspec
 import numpy as np
 from PIL import Image
 
+from varedit_export.datasets.tables import Table, tables
+from varedit_export.evaluation.benchmarks.cases import checked_cases, mask, picture
 from varedit_export.evaluation.case import Benchmark, Case, Load
-from varedit_export.evaluation.rows import checked_cases, mask, picture
-from varedit_export.evaluation.tables import Table, tables
 
 
 class _Row(msgspec.Struct):

@@ -14,16 +14,10 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
+from varedit_export.datasets.rows import inside, read_json, row_errors
 from varedit_export.errors import DatasetError
+from varedit_export.evaluation.benchmarks.cases import checked_cases, picture, text
 from varedit_export.evaluation.case import Benchmark, Case
-from varedit_export.evaluation.rows import (
-    checked_cases,
-    inside,
-    picture,
-    read_json,
-    row_errors,
-    text,
-)
 
 SIDE = 512
 TYPES = (

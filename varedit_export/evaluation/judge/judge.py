@@ -22,7 +22,6 @@ from threading import Lock, Thread
 import msgspec
 
 from varedit_export.evaluation.case import Edited, Values
-from varedit_export.evaluation.journal import Journal
 from varedit_export.evaluation.judge.endpoint import Endpoint
 from varedit_export.evaluation.judge.protocols import (
     INSTRUCTION,
@@ -33,6 +32,7 @@ from varedit_export.evaluation.judge.protocols import (
 from varedit_export.evaluation.judge.replies import numbers, read_reply
 from varedit_export.evaluation.report import JudgeUse, Row
 from varedit_export.options import JudgedOptions
+from varedit_export.resumable.journal import Journal
 from varedit_runtime.errors import ConfigError
 from varedit_runtime.pictures import encode_picture
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import msgspec
 
+from varedit_export.datasets.rows import LARGEST, Kind, row_errors
 from varedit_export.errors import DatasetError
-from varedit_export.evaluation.rows import LARGEST, Kind, row_errors
 from varedit_runtime.errors import needs_extra, readable_size, shown
 
 LARGEST_GROUP = 2**31  # bytes of a group of rows, which is read as a whole

@@ -1,0 +1,1 @@
+"""The folder of a command that works for a long time, and can go on where it was ended."""
