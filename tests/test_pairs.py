@@ -16,8 +16,8 @@ from PIL import Image
 
 from varedit_export.errors import DatasetError
 from varedit_export.pairs.lists import LARGEST_LINE
-from varedit_export.pairs.pair import Order
 from varedit_export.pairs.read import read_pairs
+from varedit_export.training.fine_tune import Order
 
 ROW = {"source": "a.png", "target": "b.png", "instruction": "add a hat"}
 

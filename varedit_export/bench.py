@@ -17,10 +17,9 @@ from tempfile import TemporaryDirectory
 import msgspec
 import numpy as np
 import torch
-from torch import nn
 
 from varedit_export.manifest_model import sources_of
-from varedit_export.parity.reference_backend import Reference, ReferenceBackend
+from varedit_export.parity.reference_backend import Reference, ReferenceBackend, make_contiguous
 from varedit_runtime.backends import DEFAULT, find_backend
 from varedit_runtime.bench import Contestant, check_repeat, summarise, take_turns, versions_of
 from varedit_runtime.bench_report import Dial, Growth, Measurement, Process, Processor, Report
@@ -204,18 +203,12 @@ def open_reference(bundle: Bundle, variant: Variant) -> Editor:
     """Open a bundle for PyTorch to edit with: the same weights, eager, in fp32."""
     reference = Reference.from_sources(*sources_of(bundle)).of(variant)
     backend, instructions = ReferenceBackend(reference, variant), None
-    lay_out(reference.transformer)
-    lay_out(reference.tokenizer)
+    make_contiguous(reference.transformer)
+    make_contiguous(reference.tokenizer)
     if reference.text is not None:
-        lay_out(backend.text_encoder)
+        make_contiguous(backend.text_encoder)
         instructions = read_instructions(bundle, variant.text_tokens)
     return Editor(bundle, variant, backend, instructions)
-
-
-def lay_out(module: nn.Module) -> None:
-    """Copy weights into rows: restored ones are transposed views of the graphs', which are slow."""
-    for parameter in module.parameters():
-        parameter.data = parameter.data.contiguous()
 
 
 @contextmanager

@@ -24,10 +24,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from varedit_export.bench import lay_out
 from varedit_export.manifest_model import sources_of
 from varedit_export.parity.edit import with_grids
-from varedit_export.parity.reference_backend import Reference, t5_encoder
+from varedit_export.parity.reference_backend import Reference, make_contiguous, t5_encoder
 from varedit_export.sources import Sources
 from varedit_reference.config import MAX_TEXT_TOKENS, ModelConfig
 from varedit_reference.kv_cache import uses_references
@@ -171,7 +170,7 @@ def _model(config: ModelConfig, sources: Sources, encoder: TextEncoder) -> VAREd
     """Load the reference in fp32."""
     reference = Reference.from_sources(config, sources)
     for module in (reference.transformer, reference.tokenizer, encoder.model):
-        lay_out(module)
+        make_contiguous(module)
     return VAREdit(config, reference.tokenizer, reference.transformer, encoder)
 
 

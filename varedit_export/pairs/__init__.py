@@ -1,8 +1,7 @@
 """Pairs to fine-tune on: a source, its right result, and the instruction between them.
 
-    place -> read_pairs -> Pairs -> [filter by a judge] -> TokenCache -> training
+    place -> read_pairs -> Pairs -> [filter by a judge] -> training
 
 `read.py` finds what kind of data a place holds; each kind has a file: `lists.py`, `groups.py`,
-`columns.py`. `stored.py` reads the pictures, `tokens.py` keeps what the model sees of them. All
-data comes from strangers.
+`columns.py`. `stored.py` reads the pictures. All data comes from strangers.
 """

@@ -1,4 +1,4 @@
-"""A pair, data sets of them, and the order in which training sees them."""
+"""A pair, and data sets of them."""
 
 import hashlib
 import json
@@ -96,22 +96,3 @@ class Pairs(Sequence[Pair]):
         place %= len(self)
         part = bisect_right(self._ends, place)
         return self._parts[part][place - (self._ends[part - 1] if part else 0)]
-
-
-class Order:
-    """The order in which training sees pairs: shuffled anew in each pass, the same in every run.
-
-    A position counts all pairs that were seen before it, so that it is all that resuming needs.
-    """
-
-    def __init__(self, count: int, seed: int) -> None:
-        self._count, self._seed = count, seed
-        self._pass, self._shuffled = -1, np.empty(0, np.int64)
-
-    def __getitem__(self, position: int) -> int:
-        """Return the place of the pair at a position, 0 or more."""
-        number, place = divmod(position, self._count)
-        if number != self._pass:
-            random = np.random.default_rng([self._seed, number])
-            self._pass, self._shuffled = number, random.permutation(self._count)
-        return int(self._shuffled[place])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from varedit_export.parity.edit import with_grids
 from varedit_export.parity.rounding import reference_formats, round_products
@@ -166,6 +166,12 @@ def t5_encoder(text: TextSource) -> "T5Stack":
         name: text.state[t5_layout(NamedShape(name, ())).name] for name in encoder.state_dict()
     }
     return assign(encoder, state).eval()
+
+
+def make_contiguous(module: nn.Module) -> None:
+    """Copy weights into rows: restored ones are transposed views of the graphs', which are slow."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.contiguous()
 
 
 def _var(config: ModelConfig, state: Mapping[str, Tensor]) -> VAR:

@@ -73,8 +73,8 @@ def write_adapter(path: Path, changes: Mapping[str, Tensor], depth: int, base: s
 
     The names are those without chunks, which fit checkpoints whose blocks are in any chunks.
 
-    changes: the factors by the names of the model's parameters. base: `weights.lora.base_digest` of
-    the weights that it changes.
+    changes: the factors by the names of the model's parameters. base: `weights_digest` of the
+    weights that it changes.
     """
     layout = released_transformer(depth, None)
     stored = dict(_released(changes, layout))

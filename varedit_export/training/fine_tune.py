@@ -16,7 +16,6 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from varedit_export.pairs.pair import Order
 from varedit_export.training import parallel
 from varedit_export.training.adapter import adapt, first_changes, is_change, write_adapter
 from varedit_export.training.attention import compute_in
@@ -35,6 +34,25 @@ from varedit_runtime.pictures import from_decoder
 
 ADAPTER, TRANSFORMER = "adapter.safetensors", "transformer.safetensors"
 DRAWN = 4  # pairs of a sheet
+
+
+class Order:
+    """The order in which training sees pairs: shuffled anew in each pass, the same in every run.
+
+    A position counts all pairs that were seen before it, so that it is all that resuming needs.
+    """
+
+    def __init__(self, count: int, seed: int) -> None:
+        self._count, self._seed = count, seed
+        self._pass, self._shuffled = -1, np.empty(0, np.int64)
+
+    def __getitem__(self, position: int) -> int:
+        """Return the place of the pair at a position, 0 or more."""
+        number, place = divmod(position, self._count)
+        if number != self._pass:
+            random = np.random.default_rng([self._seed, number])
+            self._pass, self._shuffled = number, random.permutation(self._count)
+        return int(self._shuffled[place])
 
 
 @dataclass(frozen=True)
@@ -86,7 +104,7 @@ class FineTuning:
     """A model that is fine-tuned on pairs: a task of the training loop.
 
     held_out: places of pairs that are not learned from, whose losses are reported. instructions: of
-    the pairs of a sheet. types: of the weights as they were stored. base: their `base_digest`.
+    the pairs of a sheet. types: of the weights as they were stored. base: their `weights_digest`.
     """
 
     model: Learner

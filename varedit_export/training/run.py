@@ -30,8 +30,8 @@ from varedit_export.training.loop import ComputeType, TrainingMachine, TrainingR
 from varedit_export.training.memory import MemoryPlan, plan_memory
 from varedit_export.training.run_folder import RunFolder
 from varedit_export.training.tokens import made_by, tokens_of
+from varedit_export.weights.digest import weights_digest
 from varedit_export.weights.download import Download
-from varedit_export.weights.lora import base_digest
 from varedit_reference.config import ModelConfig
 from varedit_runtime.backends.machine import available_memory
 from varedit_runtime.errors import ConfigError, readable_size
@@ -221,7 +221,7 @@ def _record(
         "lora": options.lora,
         "precision": plan.machine.precision,
         "held_out": options.held_out,
-        "base": base_digest(sources.transformer),
+        "base": weights_digest(sources.transformer),
         "encoders": sha256(encoders).hexdigest(),
         "data": sha256(repr(keys).encode()).hexdigest(),
     }

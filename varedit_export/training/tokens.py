@@ -12,11 +12,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from varedit_export.pairs.pair import Pair
-from varedit_export.pairs.tokens import TokenCache
 from varedit_export.sources import Sources, TextSource
 from varedit_export.training import parallel
 from varedit_export.training.learner import PairTokens
-from varedit_export.weights.lora import base_digest
+from varedit_export.training.token_cache import TokenCache
+from varedit_export.weights.digest import weights_digest
 from varedit_reference.checkpoint import assign, empty_tokenizer, fit, load
 from varedit_reference.config import ModelConfig
 from varedit_reference.text_encoder import TextEncoder, t5_layout, t5_stack
@@ -79,8 +79,8 @@ def made_by(config: ModelConfig, sources: Sources) -> Sequence[object]:
     """Return what tokens depend on beside the pair, to tell them from others."""
     assert sources.text is not None
     return [
-        base_digest(sources.tokenizer),
-        base_digest(sources.text.state),
+        weights_digest(sources.tokenizer),
+        weights_digest(sources.text.state),
         sha256(sources.text.tokenizer_json).hexdigest(),
         config.picture_size,
     ]

@@ -30,6 +30,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from varedit_export.sources import Sources
+from varedit_export.weights.digest import weights_digest
 from varedit_export.weights.names import SUFFIX
 from varedit_reference.checkpoint import (
     NamedShape,
@@ -49,7 +50,6 @@ SETTINGS = "adapter_config.json"
 FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # in a folder
 METADATA = "lora_adapter_metadata"  # where diffusers keeps PEFT's settings in the file itself
 BASE = "base_digest"  # where `varedit-export train` keeps that of the weights under an adapter
-SAMPLES = 64  # numbers of a weight that tell it from others
 PEFT = "base_model.model."
 COMPONENTS = ("transformer.", "unet.")
 PREFIXES = (PEFT, *COMPONENTS, "diffusion_model.", "lora_unet_", "lora_transformer_", "")
@@ -148,7 +148,7 @@ class Change:
 class Adapter:
     """An adapter that was read: what the manifest says of it, and its changes by parameter.
 
-    base: `base_digest` of the weights that it was trained on, if it says so.
+    base: `weights_digest` of the weights that it was trained on, if it says so.
     """
 
     record: MergedLora
@@ -210,25 +210,11 @@ def merge_loras(
     )
 
 
-def base_digest(weights: Mapping[str, Tensor]) -> str:
-    """Return a sha256 that tells a transformer's weights from others, by the reference's names.
-
-    It is of all names and shapes, and of a few numbers of each weight: hashing tens of gigabytes
-    would take as long as copying them.
-    """
-    digest = sha256()
-    for name in sorted(weights):
-        numbers = weights[name].flatten()
-        few = numbers[:: max(1, numbers.numel() // SAMPLES)][:SAMPLES].float()
-        digest.update(f"{name} {[*weights[name].shape]}".encode() + few.numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _foreign(sources: Sources, adapters: Sequence[Adapter]) -> str:
     """Say which adapters were trained on other weights than these, for people."""
     if not any(adapter.base for adapter in adapters):
         return ""
-    own = base_digest(sources.transformer)
+    own = weights_digest(sources.transformer)
     foreign = [a.record.file for a in adapters if a.base not in (None, own)]
     return f" ({', '.join(foreign)} was trained on other weights)" if foreign else ""
 

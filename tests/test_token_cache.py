@@ -11,10 +11,10 @@ import pytest
 from pairing import pictures, write_list
 
 from varedit_export.errors import DatasetError
-from varedit_export.pairs import tokens
 from varedit_export.pairs.pair import Pair
 from varedit_export.pairs.read import read_pairs
-from varedit_export.pairs.tokens import TokenCache
+from varedit_export.training import token_cache
+from varedit_export.training.token_cache import TokenCache
 from varedit_runtime.errors import ConfigError
 
 
@@ -127,7 +127,7 @@ def test_a_disk_without_room_is_told_at_the_first_pair(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pairs, encoder = data(tmp_path), Encoder()
-    monkeypatch.setattr(tokens, "free_space", lambda folder: 1000)
+    monkeypatch.setattr(token_cache, "free_space", lambda folder: 1000)
     with pytest.raises(ConfigError, match=r"tokens take .* more, and 1\.0 kB are free in "):
         cache(tmp_path, encoder).fill(pairs)
     assert len(encoder.made) == 1
