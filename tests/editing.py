@@ -15,20 +15,18 @@ from fake_bundles import rewrite_manifest
 from PIL import Image
 from torch import Tensor
 
-from varedit_export.parity.reference_backend import Reference, t5_encoder
+from varedit_export.parity.reference_backend import Reference
 from varedit_export.plan import BundlePlan
-from varedit_export.sources import random_sources
+from varedit_export.sources import random_sources, text_encoder_of
 from varedit_reference.config import ModelConfig
 from varedit_reference.pipeline import VAREdit
 from varedit_reference.scale_loop import PredictedScale
-from varedit_reference.text_encoder import TextEncoder
 from varedit_runtime.backends.base import Sampling, ScaleOutput
 from varedit_runtime.backends.wiring import TEXT
 from varedit_runtime.editing.editor import Editor
 from varedit_runtime.grids import Conditioning
 from varedit_runtime.manifest import MANIFEST, TOKENIZER, Manifest, canonical_json, decode_manifest
 from varedit_runtime.noise import uniform_noise
-from varedit_runtime.text import read_tokenizer
 
 
 @cache
@@ -101,7 +99,7 @@ def reference(config: ModelConfig) -> VAREdit:
     sources = random_weights()
     model, text = Reference.from_sources(config, sources), sources.text
     assert text is not None
-    encoder = TextEncoder(t5_encoder(text), read_tokenizer(text.tokenizer_json))
+    encoder = text_encoder_of(text)
     return VAREdit(config, model.tokenizer, model.transformer, encoder)
 
 

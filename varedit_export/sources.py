@@ -1,7 +1,7 @@
 """The sources of a build's weights: checkpoints on disk, or random ones.
 
 Both are mappings from the reference's parameter names to tensors, which are read or drawn one at a
-time.
+time. The image tokenizer and the text encoder are loaded from them here.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from hashlib import sha256
 from itertools import starmap
 from math import prod
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from msgspec import UNSET, UnsetType
@@ -23,6 +23,7 @@ from varedit_reference.checkpoint import (
     NamedShape,
     empty_tokenizer,
     empty_transformer,
+    load,
     tokenizer_weights,
     transformer_weights,
 )
@@ -30,15 +31,20 @@ from varedit_reference.config import ModelConfig, TextEncoderConfig
 from varedit_reference.initialise import RandomWeights, random_weights
 from varedit_reference.text_encoder import (
     SHARED,
+    TextEncoder,
     read_config,
     t5_layout,
     t5_stack,
     text_encoder_weights,
 )
+from varedit_reference.tokenizer import Tokenizer
 from varedit_reference.weights_file import Weights, check_there
 from varedit_runtime.errors import ConfigError, shown
 from varedit_runtime.manifest import TOKENIZER, HubOrigin, MergedLora
-from varedit_runtime.text import END_TOKEN
+from varedit_runtime.text import END_TOKEN, read_tokenizer
+
+if TYPE_CHECKING:
+    from transformers.models.t5.modeling_t5 import T5Stack
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,25 @@ def random_sources(config: ModelConfig, seed: int) -> Sources:
     text = _random_text_encoder(config.transformer.text_channels, seed)
     name = f"random, seed {seed}"
     return Sources(transformer, tokenizer, text, name, name, random=True)
+
+
+def tokenizer_of(config: ModelConfig, state: Mapping[str, Tensor]) -> Tokenizer:
+    """Load the reference's picture tokenizer in fp32, from weights by its own names."""
+    return load(empty_tokenizer(config.tokenizer), state)
+
+
+def t5_encoder(text: TextSource) -> "T5Stack":
+    """Load transformers' encoder with a bundle's text weights, in fp32."""
+    encoder = t5_stack(text.config)
+    state = {
+        name: text.state[t5_layout(NamedShape(name, ())).name] for name in encoder.state_dict()
+    }
+    return load(encoder, state)
+
+
+def text_encoder_of(text: TextSource) -> TextEncoder:
+    """Load the reference's text encoder in fp32."""
+    return TextEncoder(t5_encoder(text), read_tokenizer(text.tokenizer_json))
 
 
 def _random_text_encoder(width: int, seed: int) -> TextSource:

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from varedit_export.manifest_model import sources_of
 from varedit_export.parity.edit import with_grids
-from varedit_export.parity.reference_backend import Reference, make_contiguous, t5_encoder
-from varedit_export.sources import Sources
+from varedit_export.parity.reference_backend import Reference, make_contiguous
+from varedit_export.sources import Sources, t5_encoder
 from varedit_reference.config import MAX_TEXT_TOKENS, ModelConfig
 from varedit_reference.kv_cache import uses_references
 from varedit_reference.pipeline import VAREdit

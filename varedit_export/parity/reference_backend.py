@@ -15,13 +15,12 @@ from torch import Tensor, nn
 
 from varedit_export.parity.edit import with_grids
 from varedit_export.parity.rounding import reference_formats, round_products
-from varedit_export.sources import Sources, TextSource
-from varedit_reference.checkpoint import NamedShape, assign, empty_tokenizer, empty_transformer
+from varedit_export.sources import Sources, TextSource, t5_encoder, tokenizer_of
+from varedit_reference.checkpoint import assign, empty_transformer
 from varedit_reference.config import ModelConfig
 from varedit_reference.quantisation import source_tokens
 from varedit_reference.sampling import draw
 from varedit_reference.scale_loop import ScaleLoop
-from varedit_reference.text_encoder import t5_layout, t5_stack
 from varedit_reference.tokenizer import Tokenizer
 from varedit_reference.transformer import VAR, TextCondition
 from varedit_runtime.backends.base import Backend, Sampling, ScaleOutput
@@ -152,20 +151,6 @@ class ReferenceBackend(Backend):
     def _rows(self, features: np.ndarray, mask: np.ndarray) -> list[Tensor]:
         """Leave the padding out: features [T_i, text] of every row's real tokens."""
         return [self._tensor(row[real]) for row, real in zip(features, mask, strict=True)]
-
-
-def tokenizer_of(config: ModelConfig, state: Mapping[str, Tensor]) -> Tokenizer:
-    """Load the reference's tokenizer in fp32, from weights by its own names."""
-    return assign(empty_tokenizer(config.tokenizer), state).eval()
-
-
-def t5_encoder(text: TextSource) -> "T5Stack":
-    """Load transformers' encoder with a bundle's text weights, in fp32."""
-    encoder = t5_stack(text.config)
-    state = {
-        name: text.state[t5_layout(NamedShape(name, ())).name] for name in encoder.state_dict()
-    }
-    return assign(encoder, state).eval()
 
 
 def make_contiguous(module: nn.Module) -> None:

@@ -43,11 +43,10 @@ from varedit_export.parity.blockwise import (
 from varedit_export.parity.cut import CutCoder
 from varedit_export.parity.edit import with_grids
 from varedit_export.parity.measures import FEATURES, SUMS, check_output, line, picture_lines
-from varedit_export.parity.reference_backend import tokenizer_of
 from varedit_export.parity.runner import Arrays, Runner
 from varedit_export.parity.streamed_transformer import TransformerComparison
 from varedit_export.parity.weight_files import WeightFiles
-from varedit_export.sources import Sources, TextSource
+from varedit_export.sources import Sources, TextSource, tokenizer_of
 from varedit_reference.config import ModelConfig
 from varedit_reference.quantisation import source_tokens
 from varedit_reference.text_encoder import t5_stack

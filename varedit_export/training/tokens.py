@@ -12,18 +12,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from varedit_export.pairs.pair import Pair
-from varedit_export.sources import Sources, TextSource
+from varedit_export.sources import Sources, text_encoder_of, tokenizer_of
 from varedit_export.training import parallel
 from varedit_export.training.learner import PairTokens
 from varedit_export.training.token_cache import TokenCache
 from varedit_export.weights.digest import weights_digest
-from varedit_reference.checkpoint import assign, empty_tokenizer, fit, load
 from varedit_reference.config import ModelConfig
-from varedit_reference.text_encoder import TextEncoder, t5_layout, t5_stack
+from varedit_reference.text_encoder import TextEncoder
 from varedit_reference.tokenizer import Tokenizer
 from varedit_runtime.decoding.to_rgb import on_white
 from varedit_runtime.pictures import to_square
-from varedit_runtime.text import read_tokenizer
 
 
 class CachedPairs(Sequence[PairTokens]):
@@ -57,9 +55,9 @@ def tokens_of(
     if the folder cannot be written or has no room.
     """
     assert sources.text is not None
-    tokenizer = assign(empty_tokenizer(config.tokenizer), sources.tokenizer)
-    tokenizer.requires_grad_(False).eval().to(device)
-    text = _text_encoder(sources.text, device)
+    tokenizer = tokenizer_of(config, sources.tokenizer).to(device)
+    text = text_encoder_of(sources.text)
+    text.model.to(device)  # pyright: ignore[reportArgumentType]
     encode = partial(encode_pair, config=config, tokenizer=tokenizer, text=text)
     cache = TokenCache(folder, made_by(config, sources), encode)
     with tqdm(desc="tokens", disable=None if parallel.is_first() else True) as bar:
@@ -102,10 +100,3 @@ def encode_pair(
     made: dict[str, Tensor] = {"source": features[0], "target": features[1]}
     made["text"] = text.encode([pair.instruction])[0]
     return {name: tensor.float().cpu().numpy() for name, tensor in made.items()}
-
-
-def _text_encoder(text: TextSource, device: str) -> TextEncoder:
-    model = t5_stack(text.config)
-    weights = fit(model, text.state, t5_layout, "the text encoder")
-    load(model, weights).to(device)  # pyright: ignore[reportArgumentType]
-    return TextEncoder(model, read_tokenizer(text.tokenizer_json))
