@@ -28,7 +28,7 @@ from typing import Any
 import click
 from check_device import CHECKS
 
-from varedit_runtime.backends.machine import nvidia
+from varedit_runtime.backends.host import nvidia
 
 MODELS = {
     "nano": ("--size", "nano", "--precision", "fp16"),

@@ -31,11 +31,11 @@ from varedit_export.commands import build as build_command
 from varedit_export.doctor import can_edit, report
 from varedit_export.options import BuildOptions, EngineOptions
 from varedit_export.resolve_options import plan_of
-from varedit_runtime.backends import choose, detect
-from varedit_runtime.backends import machine as machine_facts
+from varedit_runtime.backends import choose, detect, host
 from varedit_runtime.backends.auto import AutoBackend, best, best_precision, told, wanted_backend
 from varedit_runtime.backends.engines.engine_set import EngineLayout
-from varedit_runtime.backends.machine import Gpu, Machine, Nvidia, ProbeResult, nvidia
+from varedit_runtime.backends.host import nvidia
+from varedit_runtime.backends.machine import Gpu, Machine, Nvidia, ProbeResult
 from varedit_runtime.backends.onnxruntime.spec import OnnxRuntime
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.cli import main as run_main
@@ -143,7 +143,7 @@ def backend_lines(done: Result) -> list[str]:
 
 
 def having(monkeypatch: pytest.MonkeyPatch, *gpus: Gpu) -> None:
-    monkeypatch.setattr(machine_facts, "nvidia", lambda: Nvidia(None, gpus, "none"))
+    monkeypatch.setattr(host, "nvidia", lambda: Nvidia(None, gpus, "none"))
 
 
 def test_an_edit_says_what_was_chosen_and_why(photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +178,7 @@ def test_a_gpu_that_is_not_used_is_explained(photo: Path, monkeypatch: pytest.Mo
 def test_what_is_named_is_what_runs(
     options: tuple[str, ...], photo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine_facts, "nvidia", None)  # nothing is looked for
+    monkeypatch.setattr(host, "nvidia", None)  # nothing is looked for
     done = edit(photo, *options)
     assert done.exit_code == 0, done.output
     assert "backend: " not in done.stderr
@@ -242,7 +242,7 @@ def test_the_editor_takes_engines_that_fit(tmp_path: Path, monkeypatch: pytest.M
 def test_gpus_that_the_environment_hides_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     row = "570.1, NVIDIA RTX 4090, 8.9, 22888, 19073\n"
     found = SimpleNamespace(stdout=row, stderr="", returncode=0)
-    monkeypatch.setattr(machine_facts.subprocess, "run", lambda *_, **__: found)
+    monkeypatch.setattr(host.subprocess, "run", lambda *_, **__: found)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert len(nvidia().gpus) == 1
     for hidden in ("", "-1"):

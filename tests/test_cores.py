@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from varedit_runtime.backends import machine
+from varedit_runtime.backends import host
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def test_a_quota_bounds_the_cores(
     for folder, quota in quotas.items():
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)
         (tmp_path / folder / "cpu.max").write_text(quota)
-    monkeypatch.setattr(machine, "CGROUPS", tmp_path)
-    monkeypatch.setattr(machine, "OWN_CGROUP", own)
+    monkeypatch.setattr(host, "CGROUPS", tmp_path)
+    monkeypatch.setattr(host, "OWN_CGROUP", own)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
-    assert machine.cores() == cores
+    assert host.cores() == cores

@@ -18,12 +18,12 @@ from test_engine_set import OF_A_MACHINE, STAGES, compile_set
 from varedit_engines.engine_cache import EngineCache
 from varedit_export.cli import main
 from varedit_export.doctor import EXPORT, all_verdicts, can_edit, report
-from varedit_runtime.backends import detect
-from varedit_runtime.backends import machine as machine_facts
+from varedit_runtime.backends import detect, host
 from varedit_runtime.backends.detect import detect_machine
 from varedit_runtime.backends.engines import engine_set
 from varedit_runtime.backends.engines.engine_set import EngineRecipe
 from varedit_runtime.backends.engines.memory import Budget
+from varedit_runtime.backends.host import available_memory, nvidia
 from varedit_runtime.backends.machine import (
     BundleFacts,
     EngineSetFacts,
@@ -31,8 +31,6 @@ from varedit_runtime.backends.machine import (
     Machine,
     Nvidia,
     ProbeResult,
-    available_memory,
-    nvidia,
 )
 from varedit_runtime.backends.onnxruntime import backend as onnx_backend
 from varedit_runtime.backends.onnxruntime.backend import Session
@@ -464,7 +462,7 @@ def test_gpus_come_from_nvidia_smi(
         properties = SimpleNamespace(integrated=True)
 
     monkeypatch.setattr(subprocess, "run", run)
-    monkeypatch.setattr(machine_facts, "available_memory", lambda: AVAILABLE)
+    monkeypatch.setattr(host, "available_memory", lambda: AVAILABLE)
     monkeypatch.setitem(sys.modules, "cuda.core", SimpleNamespace(Device=Device))
     assert nvidia() == found
 

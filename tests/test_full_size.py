@@ -14,7 +14,7 @@ from released import write_released_transformer
 
 from varedit_reference.checkpoint import empty_tokenizer, empty_transformer
 from varedit_reference.config import preset
-from varedit_runtime.backends.machine import available_memory
+from varedit_runtime.backends.host import available_memory
 
 pytestmark = pytest.mark.fullsize
 

@@ -16,7 +16,8 @@ from serving import until
 
 from varedit_runtime import EditHandle
 from varedit_runtime.backends.auto import AutoBackend, wanted_backend
-from varedit_runtime.backends.machine import VISIBLE, Gpu, Nvidia
+from varedit_runtime.backends.host import VISIBLE
+from varedit_runtime.backends.machine import Gpu, Nvidia
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import BackendError, BundleError
 from varedit_runtime.locate import embedded
@@ -166,7 +167,7 @@ def shares(
     opening = Opening(embedded(), None, wanted_backend(given.pop("backend", "auto"), **given))
     children = local_children(opening, Noted([]), count)
     bundle = Bundle.open(embedded())
-    monkeypatch.setattr("varedit_runtime.backends.machine.nvidia", lambda: Nvidia(None, ()))
+    monkeypatch.setattr("varedit_runtime.backends.host.nvidia", lambda: Nvidia(None, ()))
     picked = [one._opening.backend.pick(bundle, bundle.manifest.variants[0]) for one in children]
     threads = {vars(one.options).get("threads") for one in picked}
     return threads, [one._environment.get(VISIBLE) for one in children]

@@ -23,7 +23,7 @@ from varedit_export.parity.measures import gate
 from varedit_export.plan import BundlePlan, VariantPlan, VariantRequest
 from varedit_reference.weights_file import check_room
 from varedit_runtime.backends.graph_file import read_graph
-from varedit_runtime.backends.machine import available_memory
+from varedit_runtime.backends.host import available_memory
 from varedit_runtime.backends.onnxruntime.integers import check_exact
 from varedit_runtime.bundle import Bundle, work_folder
 from varedit_runtime.manifest import (

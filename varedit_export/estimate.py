@@ -27,7 +27,7 @@ from varedit_export.parity.compare_bundle import is_large
 from varedit_export.plan import BundlePlan
 from varedit_reference.kv_cache import source_length
 from varedit_runtime.backends.engines.memory import Budget, with_offload
-from varedit_runtime.backends.machine import available_memory
+from varedit_runtime.backends.host import available_memory
 from varedit_runtime.backends.onnxruntime.memory import SCORES, HostBudget, activations
 from varedit_runtime.backends.wiring import TEXT
 from varedit_runtime.errors import readable_size

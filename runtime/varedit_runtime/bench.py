@@ -23,7 +23,7 @@ from PIL import Image
 from varedit_runtime.backends import ChosenBackend
 from varedit_runtime.backends.auto import AUTO, AutoBackend
 from varedit_runtime.backends.detect import installed
-from varedit_runtime.backends.machine import return_freed_memory
+from varedit_runtime.backends.host import return_freed_memory
 from varedit_runtime.backends.onnxruntime.backend import Buffer, Session
 from varedit_runtime.backends.spec import BackendSpec
 from varedit_runtime.backends.wiring import TEXT

@@ -33,7 +33,7 @@ from varedit_export.training.tokens import made_by, tokens_of
 from varedit_export.weights.digest import weights_digest
 from varedit_export.weights.download import Download
 from varedit_reference.config import ModelConfig
-from varedit_runtime.backends.machine import available_memory
+from varedit_runtime.backends.host import available_memory
 from varedit_runtime.errors import ConfigError, readable_size
 
 # The paper's, at 256 px and from 512 px on (2b; 8b at 512 px had the first one, at 1,536 pairs a

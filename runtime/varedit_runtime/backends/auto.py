@@ -50,7 +50,7 @@ class AutoBackend(CheckedOptions):
     def pick(self, bundle: "Bundle", variant: "Variant") -> ChosenBackend:
         """Choose for a variant of a bundle on this machine."""
         from varedit_runtime.backends.detect import detect_machine
-        from varedit_runtime.backends.machine import nvidia
+        from varedit_runtime.backends.host import nvidia
 
         found = nvidia()
         if found.gpus:

@@ -10,14 +10,13 @@ from typing import Any
 from varedit_runtime.backends import BACKENDS, find_backend
 from varedit_runtime.backends.engines.engine_set import EngineSet, EngineSets
 from varedit_runtime.backends.engines.memory import budget
+from varedit_runtime.backends.host import available_memory, nvidia
 from varedit_runtime.backends.machine import (
     BundleFacts,
     EngineSetFacts,
     Machine,
     Nvidia,
     ProbeResult,
-    available_memory,
-    nvidia,
 )
 from varedit_runtime.backends.onnxruntime.memory import HostBudget, host_budget
 from varedit_runtime.backends.spec import BackendSpec

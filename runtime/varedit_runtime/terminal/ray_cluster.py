@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from varedit_runtime.backends import ChosenBackend
 from varedit_runtime.backends.auto import AutoBackend
-from varedit_runtime.backends.machine import cores
+from varedit_runtime.backends.host import cores
 from varedit_runtime.backends.onnxruntime.memory import host_budget
 from varedit_runtime.errors import BackendError, needs_extra, reason, shown
 

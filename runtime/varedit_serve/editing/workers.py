@@ -3,7 +3,7 @@
 import os
 from dataclasses import replace
 
-from varedit_runtime.backends.machine import VISIBLE, cores, nvidia
+from varedit_runtime.backends.host import VISIBLE, cores, nvidia
 from varedit_serve.editing.child import Child, Listener
 from varedit_serve.editing.messages import Opening
 

@@ -27,7 +27,7 @@ from varedit_runtime.backends.engines.import_tensorrt import (
     no_engines_for,
     rtx_architectures,
 )
-from varedit_runtime.backends.machine import available_memory
+from varedit_runtime.backends.host import available_memory
 from varedit_runtime.errors import BackendError, needs_extra, reason
 from varedit_runtime.files import keep, plain_name, read_kept
 from varedit_runtime.locate import cache_folder

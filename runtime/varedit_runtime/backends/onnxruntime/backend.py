@@ -18,8 +18,8 @@ import onnxruntime as ort
 
 from varedit_runtime.backends.graph_backend import GraphBackend
 from varedit_runtime.backends.graph_file import read_graph
+from varedit_runtime.backends.host import return_freed_memory
 from varedit_runtime.backends.interrupt import run_stoppable
-from varedit_runtime.backends.machine import return_freed_memory
 from varedit_runtime.backends.onnxruntime import cuda
 from varedit_runtime.backends.onnxruntime.integers import check_exact
 from varedit_runtime.backends.onnxruntime.options import PROVIDERS, OnnxRuntimeOptions
