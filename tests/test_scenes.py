@@ -22,14 +22,32 @@ from varedit_nano.scenes.edits import EDITORS
 from varedit_nano.scenes.figures import FIGURES
 from varedit_nano.scenes.objects import OBJECTS
 from varedit_nano.scenes.palette import COLOURS
-from varedit_nano.scenes.render import changed_bounds, draw_pair, draw_scene
+from varedit_nano.scenes.render import draw_pair, draw_scene, position
 from varedit_nano.scenes.samples import SMALLEST_CHANGE, plan_edit
-from varedit_nano.scenes.scene import Look, Scene
+from varedit_nano.scenes.scene import Item, Look, Scene
 from varedit_nano.scenes.styles import STYLES
 from varedit_nano.scenes.wearables import WEARABLES
 from varedit_runtime.errors import ConfigError
 
 LOOK = Look(outline=0.014, light=0.5, shade=0.8)
+# Half of each object's width, in its heights.
+HALF_WIDTHS = {
+    "ball": 0.55,
+    "tree": 0.42,
+    "flower": 0.36,
+    "house": 0.64,
+    "car": 1.2,
+    "mushroom": 0.58,
+    "box": 0.74,
+    "umbrella": 0.54,
+    "lamp": 0.46,
+    "balloon": 0.32,
+    "star": 0.54,
+    "kite": 0.37,
+    "cloud": 0.78,
+}
+MARGIN = 0.02  # around a thing's shape, for outlines and antialiasing
+Bounds = tuple[float, float, float, float]  # left, top, right, bottom in pictures
 
 
 def _empty(background: str = "meadow") -> Scene:
@@ -38,6 +56,29 @@ def _empty(background: str = "meadow") -> Scene:
 
 def _rng(seed: int) -> np.random.Generator:
     return np.random.default_rng(seed)
+
+
+def changed_bounds(before: Scene, after: Scene) -> list[Bounds]:
+    """Return rectangles that contain every pixel in which the two pictures can differ."""
+    wholes = [(scene.background, scene.look, scene.style) for scene in (before, after)]
+    if wholes[0] != wholes[1]:
+        return [(0.0, 0.0, 1.0, 1.0)]
+    changed = [_item_bounds(item) for item in set(before.items) ^ set(after.items)]
+    if before.figure != after.figure:
+        for figure in (before.figure, after.figure):
+            if figure:
+                half = 0.47 * figure.height * figure.girth
+                top = figure.base - 1.25 * figure.height
+                changed.append((figure.x - half, top, figure.x + half, figure.base + 0.1))
+    return changed
+
+
+def _item_bounds(item: Item) -> Bounds:
+    kind, (x, y) = OBJECTS[item.kind], position(item)
+    height = kind.size * item.scale
+    half = HALF_WIDTHS[item.kind] * height + MARGIN
+    up, down = (0.5, 0.5) if kind.airborne else (1.16, 0.22)
+    return x - half, y - up * height - MARGIN, x + half, y + down * height + MARGIN
 
 
 @pytest.mark.parametrize("kind", [None, *KINDS])

@@ -23,14 +23,13 @@ DOME = tuple(math.pi * step / 16 for step in range(17))
 class ObjectKind:
     """A kind of object.
 
-    colour: used if the instruction names none. size: height in pictures. half_width: in heights.
-    front: whether it stands in front of the figure.
+    colour: used if the instruction names none. size: height in pictures. front: whether it stands
+    in front of the figure.
     """
 
     draw: Callable[[Brush, Rgb], None]
     colour: str
     size: float
-    half_width: float
     airborne: bool = False
     front: bool = False
 
@@ -153,17 +152,17 @@ def cloud(brush: Brush, colour: Rgb) -> None:
 
 
 OBJECTS: dict[str, ObjectKind] = {
-    "ball": ObjectKind(ball, "red", 0.21, 0.55, front=True),
-    "tree": ObjectKind(tree, "green", 0.46, 0.42),
-    "flower": ObjectKind(flower, "pink", 0.31, 0.36, front=True),
-    "house": ObjectKind(house, "orange", 0.33, 0.64),
-    "car": ObjectKind(car, "blue", 0.165, 1.2, front=True),
-    "mushroom": ObjectKind(mushroom, "red", 0.24, 0.58, front=True),
-    "box": ObjectKind(box, "brown", 0.22, 0.74, front=True),
-    "umbrella": ObjectKind(umbrella, "purple", 0.36, 0.54),
-    "lamp": ObjectKind(lamp, "yellow", 0.42, 0.46),
-    "balloon": ObjectKind(balloon, "red", 0.29, 0.32, airborne=True),
-    "star": ObjectKind(star, "yellow", 0.22, 0.54, airborne=True),
-    "kite": ObjectKind(kite, "orange", 0.29, 0.37, airborne=True),
-    "cloud": ObjectKind(cloud, "white", 0.17, 0.78, airborne=True),
+    "ball": ObjectKind(ball, "red", 0.21, front=True),
+    "tree": ObjectKind(tree, "green", 0.46),
+    "flower": ObjectKind(flower, "pink", 0.31, front=True),
+    "house": ObjectKind(house, "orange", 0.33),
+    "car": ObjectKind(car, "blue", 0.165, front=True),
+    "mushroom": ObjectKind(mushroom, "red", 0.24, front=True),
+    "box": ObjectKind(box, "brown", 0.22, front=True),
+    "umbrella": ObjectKind(umbrella, "purple", 0.36),
+    "lamp": ObjectKind(lamp, "yellow", 0.42),
+    "balloon": ObjectKind(balloon, "red", 0.29, airborne=True),
+    "star": ObjectKind(star, "yellow", 0.22, airborne=True),
+    "kite": ObjectKind(kite, "orange", 0.29, airborne=True),
+    "cloud": ObjectKind(cloud, "white", 0.17, airborne=True),
 }

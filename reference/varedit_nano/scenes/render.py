@@ -1,4 +1,4 @@
-"""Render scenes to pictures, and bound where each thing may be in them."""
+"""Render scenes to pictures."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,18 +10,12 @@ from varedit_nano.scenes.backgrounds import BACKGROUNDS
 from varedit_nano.scenes.brush import Brush
 from varedit_nano.scenes.figures import draw_figure
 from varedit_nano.scenes.objects import OBJECTS
-from varedit_nano.scenes.scene import Background, Item, Look, Scene
+from varedit_nano.scenes.scene import Item, Scene
 from varedit_nano.scenes.styles import apply_style
-
-Bounds = tuple[float, float, float, float]
-"""Left, top, right, bottom in pictures."""
 
 COLUMNS = {"left": 0.17, "right": 0.83, "top left": 0.17, "top right": 0.83}
 AIR, FAR, NEAR = 0.2, 0.83, 0.93
 """y of airborne objects' centres, and of the feet of objects behind and in front of the figure."""
-
-MARGIN = 0.02
-"""Margin around a thing's shape for outlines and antialiasing."""
 
 
 def draw_scene(scene: Scene, size: int) -> np.ndarray:
@@ -38,20 +32,6 @@ def draw_pair(before: Scene, after: Scene, size: int) -> tuple[np.ndarray, np.nd
     same = (before.figure, before.items) == (after.figure, after.items)
     target = source if same else _draw_things(backdrop, after)
     return _finish(source, before), _finish(target, after)
-
-
-def changed_bounds(before: Scene, after: Scene) -> list[Bounds]:
-    """Return rectangles that contain every pixel in which the two pictures can differ."""
-    if _whole(before) != _whole(after):
-        return [(0.0, 0.0, 1.0, 1.0)]
-    changed = [_item_bounds(item) for item in set(before.items) ^ set(after.items)]
-    if before.figure != after.figure:
-        for figure in (before.figure, after.figure):
-            if figure:
-                half = 0.47 * figure.height * figure.girth
-                top = figure.base - 1.25 * figure.height
-                changed.append((figure.x - half, top, figure.x + half, figure.base + 0.1))
-    return changed
 
 
 def _draw_background(scene: Scene, size: int) -> np.ndarray:
@@ -89,27 +69,14 @@ def _brush(pixels: np.ndarray, scene: Scene) -> Iterator[Brush]:
         yield Brush(canvas, scene.look)
 
 
-def _whole(scene: Scene) -> tuple[Background, Look, str]:
-    """Return what every pixel of the picture depends on."""
-    return scene.background, scene.look, scene.style
-
-
 def _draw_item(brush: Brush, item: Item) -> None:
     kind = OBJECTS[item.kind]
-    with brush.placed(*_position(item), kind.size * item.scale):
+    with brush.placed(*position(item), kind.size * item.scale):
         kind.draw(brush, item.tint.rgb)
 
 
-def _position(item: Item) -> tuple[float, float]:
+def position(item: Item) -> tuple[float, float]:
+    """Return where an object's origin is, in pictures."""
     kind = OBJECTS[item.kind]
     y = AIR if kind.airborne else NEAR if kind.front else FAR
     return COLUMNS[item.slot] + item.dx, y + item.dy
-
-
-def _item_bounds(item: Item) -> Bounds:
-    kind = OBJECTS[item.kind]
-    x, y = _position(item)
-    height = kind.size * item.scale
-    half = kind.half_width * height + MARGIN
-    up, down = (0.5, 0.5) if kind.airborne else (1.16, 0.22)
-    return x - half, y - up * height - MARGIN, x + half, y + down * height + MARGIN
