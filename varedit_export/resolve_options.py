@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from varedit_export.check_options import check_build, nano, text_tokens
+from varedit_export.check_options import nano, text_tokens
 from varedit_export.estimate import check_memory, needs
 from varedit_export.graphs_from import check_requests, check_weights_fit
 from varedit_export.manifest_model import sources_of
@@ -39,18 +39,18 @@ def plan_of(
 ) -> BundlePlan:
     """Return the plan of a build, after downloading the weights that it needs from the hub.
 
-    accept: called before that, if anything has to be downloaded; it raises to refuse.
+    options: that `check_build` lets pass. accept: called before that, if anything has to be
+    downloaded; it raises to refuse.
 
-    Raises ConfigError on options that are impossible or contradict each other, CheckpointError on
-    weights that are missing, cannot be fetched or read, or do not fit, BundleError on a bundle to
-    take graphs from that cannot be read, ExportError if memory is too small for what would be
-    downloaded.
+    Raises ConfigError on a model, or graphs to take, that the options do not fit, CheckpointError
+    on weights that cannot be fetched or read, or do not fit, BundleError on a bundle to take graphs
+    from that cannot be read, ExportError if memory is too small for what would be downloaded.
     """
     return _plan(options, partial(_sources, accept=accept))
 
 
 def plan_without_weights(options: BuildOptions) -> BundlePlan:
-    """Return the plan of a build whose weights are neither fetched nor read. Raises ConfigError."""
+    """Return the plan of a build whose weights are neither fetched nor read; see `plan_of`."""
     return _plan(options, _unread)
 
 
@@ -59,10 +59,9 @@ def model_and_weights(
 ) -> tuple[ModelConfig, Sources]:
     """Return the model that options name, of one resolution, and its weights.
 
-    accept: see `plan_of`; without it weights are neither fetched nor read.
+    options, accept: see `plan_of`; without accept weights are neither fetched nor read.
     Raises ConfigError and CheckpointError as `plan_of`.
     """
-    check_build(options)
     [(config, _), *_] = _models(options)
     if accept is None:
         return config, _unread(config)
@@ -70,7 +69,6 @@ def model_and_weights(
 
 
 def _plan(options: BuildOptions, sources_of_build: "_FindSources") -> BundlePlan:
-    check_build(options)
     options = options.for_graphs
     if options.precision == AUTO:
         options = replace(options, precision=best_precision(best(detect_machine())))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
+from varedit_export.check_options import check_build
 from varedit_export.commands.shared_options import (
     BundleOr,
     checkpoint_option,
@@ -144,7 +145,9 @@ def _looking(
         raise ConfigError("--variant is for a bundle: give a SIZE its --res")
     from varedit_export.resolve_options import plan_of
 
-    plan = plan_of(BuildOptions(size=model, precision="fp32", **given), accept)
+    options = BuildOptions(size=model, precision="fp32", **given)
+    check_build(options)
+    plan = plan_of(options, accept)
     return partial(attention_maps, plan.request.config, plan.sources)
 
 
