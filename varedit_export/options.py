@@ -18,6 +18,7 @@ from varedit_runtime.grids import Conditioning
 from varedit_runtime.values import AnyPath, CheckedOptions
 
 MOST = 2**31 - 1  # of steps, pairs, seeds
+TrainPrecision = Literal["auto", "fp32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,7 @@ class TrainOptions(CheckedOptions):
     held_out: int = 8  # most pairs that are not learned from, but a tenth; their loss is reported
 
     # How it is computed.
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of products; auto: bf16 on a GPU
+    precision: TrainPrecision = "auto"  # of products; auto: bf16 on a GPU
     at_once: int = 1  # pairs that one process computes at a time; gradients are summed
     keep_activations: bool = False  # faster, and takes more memory; by default computed again
 

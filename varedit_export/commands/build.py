@@ -19,6 +19,7 @@ from varedit_export.commands.shared_options import (
     architectures_option,
     checkpoint_option,
     layout_option,
+    option_of,
     prefer_ema_option,
     source_option,
     text_encoder_option,
@@ -52,14 +53,11 @@ if TYPE_CHECKING:
     multiple=True,
     help="256, 512 or 1024 px; repeat it for a bundle of several resolutions. nano has 128.",
 )
-@click.option(
-    "--aspect", default="1:1", show_default=True, help="Height:width; see varedit-run grids."
-)
-@click.option(
+@option_of(BuildOptions, "--aspect", help="Height:width; see varedit-run grids.")
+@option_of(
+    BuildOptions,
     "--conditioning",
     type=click.Choice(get_args(Conditioning)),
-    default="sar",
-    show_default=True,
     help="How the model sees its source, as it was trained: finest, full are the paper's others.",
 )
 @checkpoint_option
@@ -77,15 +75,14 @@ if TYPE_CHECKING:
 @yes_option
 @click.option("--random-weights", type=int, help="Seed of random weights, instead of checkpoints.")
 @click.option("--config", type=PATH, help="A recording's config.json, instead of --size and --res.")
-@click.option(
+@option_of(
+    BuildOptions,
     "--precision",
     type=Registered("precision", lambda: (AUTO, *PRECISIONS)),
-    default=AUTO,
-    show_default=True,
     help="auto: fp16 for a backend that runs on a GPU, else fp32. int8, int7: for CPUs with and "
     "without VNNI. fp8 (since sm89), int8-gpu: for engines.",
 )
-@click.option("--batch", type=int, default=1, show_default=True, help="Most pictures at a time.")
+@option_of(BuildOptions, "--batch", type=int, help="Most pictures at a time.")
 @click.option(
     "--text-tokens", type=int, help="Most tokens of an instruction; by default 128, for nano 48."
 )

@@ -1,14 +1,16 @@
 """Compile engines, and find a wrong layer of one: `varedit-export engines`, `layers`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 import varedit_export
+from varedit_engines.engine_compiler import Hardware
 from varedit_export.commands.shared_options import (
     architectures_option,
     layout_option,
+    option_of,
     with_options,
 )
 from varedit_export.console import progress, say
@@ -37,11 +39,10 @@ if TYPE_CHECKING:
 @click.option(
     "--optimisation", type=click.IntRange(0, 5), help="0 compiles fast, 5 makes fast engines."
 )
-@click.option(
+@option_of(
+    EngineOptions,
     "--aux-streams",
     type=click.IntRange(0, 64),
-    default=0,
-    show_default=True,
     help="Streams besides its own that an engine may use, each with scratch memory.",
 )
 @click.option("--tf32", is_flag=True, help="Round fp32 factors to TF32, for speed.")
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--hardware-compatible",
-    type=click.Choice(["ampere-plus", "same-compute-capability"]),
+    type=click.Choice(get_args(Hardware)),
     help="Make engines for other GPUs too. Not with tensorrt-rtx: give architectures.",
 )
 @click.option("--again", is_flag=True, help="Recompile existing engines built on this machine.")

@@ -12,6 +12,7 @@ import varedit_export
 from varedit_export.commands.shared_options import (
     PLACE,
     BundleOr,
+    option_of,
     together,
     with_options,
     yes_option,
@@ -19,7 +20,7 @@ from varedit_export.commands.shared_options import (
 from varedit_export.console import accept, progress, say
 from varedit_export.evaluation.benchmarks import BENCHMARKS
 from varedit_export.evaluation.metrics import FAMILIES
-from varedit_export.options import EvaluateOptions
+from varedit_export.options import EvaluateOptions, JudgedOptions
 from varedit_runtime.backends import BACKENDS
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import ConfigError
@@ -110,8 +111,8 @@ with_judge = together(
         "http://127.0.0.1:8000/v1. Its key: VAREDIT_JUDGE_KEY in the environment.",
     ),
     click.option("--judge-model", metavar="NAME", help="The model's name there."),
-    click.option("--judge-repeat", default=1, show_default=True, help="Answers about each edit."),
-    click.option("--judge-at-once", default=8, show_default=True, help="Edits at a time."),
+    option_of(JudgedOptions, "--judge-repeat", help="Answers about each edit."),
+    option_of(JudgedOptions, "--judge-at-once", help="Edits at a time."),
     click.option("--judge-prompts", type=PATH, help="A folder of prompts in place of ours."),
     click.option(
         "--judge-price",
@@ -140,7 +141,7 @@ with_judge = together(
     multiple=True,
     help="Where a metric's model is; repeatable. Default: its authors' on the hub.",
 )
-@click.option("--seed", default=0, show_default=True, help="Edit i has SEED + i.")
+@option_of(EvaluateOptions, "--seed", help="Edit i has SEED + i.")
 @click.option("--limit", type=int, help="Number of edits, of all types alike. Default: all.")
 @click.option(
     "--against",

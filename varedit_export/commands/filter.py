@@ -5,7 +5,7 @@ from functools import partial
 import click
 
 from varedit_export.commands.evaluate import with_judge
-from varedit_export.commands.shared_options import PLACE, with_options, yes_option
+from varedit_export.commands.shared_options import PLACE, option_of, with_options, yes_option
 from varedit_export.console import accept, progress, say
 from varedit_export.options import FilterOptions
 from varedit_runtime.errors import needs_extra
@@ -17,10 +17,9 @@ PARTS = 20  # lines of progress where there is no terminal
 @click.command("filter")
 @click.argument("data", metavar=f"{PLACE}...", nargs=-1, required=True)
 @click.option("-o", "--output", type=PATH, required=True, help="The new list, a .jsonl.")
-@click.option(
+@option_of(
+    FilterOptions,
     "--least",
-    default=7.0,
-    show_default=True,
     help="Keep pairs with this score, 0 to 10, or more: for match, source and target.",
 )
 @with_judge

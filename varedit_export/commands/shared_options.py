@@ -16,6 +16,7 @@ from varedit_export.options import (
     TrainOptions,
     VerifyOptions,
 )
+from varedit_runtime.backends.engines.engine_set import LAYOUTS
 from varedit_runtime.terminal.command import BUNDLE
 
 Command = Callable[..., None]
@@ -75,14 +76,21 @@ def together(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
     return give
 
 
+def option_of(kind: type[Any], *names: str, **of: Any) -> Callable[[Command], Command]:
+    """Return an option that has, and shows, the default of its field in an options class."""
+    own = next((name for name in names if name.isidentifier()), names[-1])
+    own = own.removeprefix("--").replace("-", "_")
+    defaults = {field.name: field.default for field in fields(kind)}
+    return click.option(*names, default=defaults[own], show_default=True, **of)
+
+
 def layout_option(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Return the option for where engines' weights are, under a command's own name for it."""
-    return click.option(
+    return option_of(
+        EngineOptions,
         name,
         "layout",
-        type=click.Choice(["external", "profiles", "baked"]),
-        default="external",
-        show_default=True,
+        type=click.Choice(LAYOUTS),
         help="Weights: inputs of the engines, inside one for all scales, or inside one per scale.",
     )
 

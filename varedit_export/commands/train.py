@@ -1,6 +1,7 @@
 """Fine-tune a model: `varedit-export train`."""
 
 from functools import partial
+from typing import get_args
 
 import click
 
@@ -8,6 +9,7 @@ import varedit_export
 from varedit_export.commands.shared_options import (
     PLACE,
     checkpoint_option,
+    option_of,
     prefer_ema_option,
     source_option,
     text_encoder_option,
@@ -16,7 +18,7 @@ from varedit_export.commands.shared_options import (
     yes_option,
 )
 from varedit_export.console import accept, say
-from varedit_export.options import TrainOptions
+from varedit_export.options import TrainOptions, TrainPrecision
 from varedit_runtime.terminal.command import PATH
 
 
@@ -40,33 +42,28 @@ from varedit_runtime.terminal.command import PATH
 @click.option("-o", "--output", type=PATH, required=True, metavar="RUN", help="The run's folder.")
 @click.option("--cache", type=PATH, help="Folder of the pairs' tokens. Default: RUN/tokens.")
 @click.option("--lora", type=int, metavar="RANK", help="Train a LoRA adapter, not all weights.")
-@click.option("--steps", default=1000, show_default=True, help="Steps of the whole run.")
-@click.option("--batch", default=32, show_default=True, help="Pairs of a step.")
+@option_of(TrainOptions, "--steps", help="Steps of the whole run.")
+@option_of(TrainOptions, "--batch", help="Pairs of a step.")
 @click.option(
     "--learning-rate",
     type=float,
     help="Default: the paper's, 6e-5, and 1.875e-5 from 512 px on; ten times that with --lora.",
 )
-@click.option("--seed", default=0, show_default=True, help="Of all that is random.")
-@click.option(
-    "--held-out", default=8, show_default=True, help="Most pairs that are only measured on."
-)
-@click.option(
+@option_of(TrainOptions, "--seed", help="Of all that is random.")
+@option_of(TrainOptions, "--held-out", help="Most pairs that are only measured on.")
+@option_of(
+    TrainOptions,
     "--precision",
-    type=click.Choice(["auto", "fp32", "bf16"]),
-    default="auto",
-    show_default=True,
+    type=click.Choice(get_args(TrainPrecision)),
     help="Of products; auto: bf16 on a GPU.",
 )
-@click.option(
-    "--at-once", default=1, show_default=True, help="Pairs computed at a time; changes no result."
-)
+@option_of(TrainOptions, "--at-once", help="Pairs computed at a time; changes no result.")
 @click.option(
     "--keep-activations", is_flag=True, help="Faster, with more memory: compute no block twice."
 )
-@click.option("--log-every", default=10, show_default=True, help="Steps between losses.")
-@click.option("--save-every", default=200, show_default=True, help="Steps between checkpoints.")
-@click.option("--report-every", default=500, show_default=True, help="Steps between sheets.")
+@option_of(TrainOptions, "--log-every", help="Steps between losses.")
+@option_of(TrainOptions, "--save-every", help="Steps between checkpoints.")
+@option_of(TrainOptions, "--report-every", help="Steps between sheets.")
 @click.option("--dry-run", is_flag=True, help="Say what memory it takes; fetch and train nothing.")
 @with_options(TrainOptions)
 def train(options: TrainOptions, yes: bool, dry_run: bool) -> None:
