@@ -17,18 +17,17 @@ from torch import Tensor, nn
 
 from varedit_export.training.attention import eager_attention
 from varedit_export.training.loop import (
-    TrainingMachine,
     batches,
-    check_gradients,
     ema_decay,
     learning_rate,
     train,
 )
 from varedit_export.training.optimisers import Muon, optimisers, orthogonalised
-from varedit_export.training.run_folder import RunFolder, TrainingState, write_weights
+from varedit_export.training.run_folder import RunFolder, TrainingState
 from varedit_export.training.teacher import bit_losses, flip, lesson, scale_weights
 from varedit_nano import train_transformer
 from varedit_nano.benchmark import reconstruct
+from varedit_nano.check_gradients import check_gradients
 from varedit_nano.data import (
     EVALUATION_SEEDS,
     TRAINING_SHARES,
@@ -41,8 +40,10 @@ from varedit_nano.data import (
     training_kind,
 )
 from varedit_nano.export_weights import LARGEST_BYTES, export_weights
+from varedit_nano.files import write_weights
 from varedit_nano.model import NANO, TOKENIZER_FILE, load_nano, nano
 from varedit_nano.scenes import KINDS
+from varedit_nano.task import NanoMachine
 from varedit_nano.text import build_vocabulary, new_text_encoder
 from varedit_nano.train_tokenizer import RECIPE as TOKENIZER_RECIPE
 from varedit_nano.train_tokenizer import TokenizerTask, new_tokenizer
@@ -96,12 +97,12 @@ def features(generator: torch.Generator, side: int = 16, bits: int = 6) -> Tenso
     return torch.randn(3, bits, side, side, generator=generator) / 2
 
 
-def tokenizer_task(recipe: NanoRecipe, machine: TrainingMachine) -> TokenizerTask:
+def tokenizer_task(recipe: NanoRecipe, machine: NanoMachine) -> TokenizerTask:
     return TokenizerTask(new_tokenizer(TINY.tokenizer, 0), recipe, machine, GRIDS)
 
 
 def transformer_task(
-    recipe: NanoRecipe, machine: TrainingMachine, config: ModelConfig = TINY
+    recipe: NanoRecipe, machine: NanoMachine, config: ModelConfig = TINY
 ) -> TransformerTask:
     torch.manual_seed(0)
     vocabulary = build_vocabulary(INSTRUCTIONS)
@@ -110,7 +111,7 @@ def transformer_task(
     return TransformerTask(config, model, tokenizer, vocabulary, recipe, machine)
 
 
-BuildTask = Callable[[NanoRecipe, TrainingMachine], Any]
+BuildTask = Callable[[NanoRecipe, NanoMachine], Any]
 TASKS = pytest.mark.parametrize(
     ("build", "recipe"),
     [(tokenizer_task, TOKENIZER_RECIPE), (transformer_task, TRANSFORMER_RECIPE)],
@@ -136,12 +137,12 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     build: BuildTask, recipe: NanoRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = replace(recipe, steps=5, batch=2, warmup=2)
-    machine = TrainingMachine(log_every=1, save_every=2, report_every=NEVER)
+    machine = NanoMachine(log_every=1, save_every=2, report_every=NEVER)
     through, resumed = RunFolder(tmp_path / "through"), RunFolder(tmp_path / "resumed")
     seen: list[tuple[int, float]] = []
 
     def losses_until(task: Any, last: int) -> Callable[..., dict[str, Tensor]]:
-        def losses(batch: Any, step: int, fast: bool) -> dict[str, Tensor]:
+        def losses(batch: Any, step: int, fast: bool = True) -> dict[str, Tensor]:
             if step == last:
                 raise Killed
             pictures = batch.source if isinstance(batch, EditBatch) else batch
@@ -172,7 +173,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
 @TASKS
 def test_it_learns(build: BuildTask, recipe: NanoRecipe, tmp_path: Path) -> None:
     recipe = replace(recipe, steps=40, batch=2, warmup=1)
-    machine = TrainingMachine(log_every=10, save_every=NEVER, report_every=NEVER)
+    machine = NanoMachine(log_every=10, save_every=NEVER, report_every=NEVER)
     task = build(recipe, machine)
     [first] = task.dataset[0]
     before = task.losses(first, 0, False)["loss"].item()
@@ -200,13 +201,13 @@ def test_a_run_starts_from_the_averaged_weights_of_another(tmp_path: Path) -> No
     pictures: list[Tensor] = []
     tasks: list[TokenizerTask] = []
 
-    def quiet_task(recipe: NanoRecipe, machine: TrainingMachine) -> TokenizerTask:
+    def quiet_task(recipe: NanoRecipe, machine: NanoMachine) -> TokenizerTask:
         task = tokenizer_task(recipe, machine)
         tasks.append(task)
         losses = task.losses
         task.report = lambda model: ({}, Image.new("RGB", (1, 1)))  # type: ignore[method-assign]
 
-        def first_seen(batch: Tensor, step: int, fast: bool) -> dict[str, Tensor]:
+        def first_seen(batch: Tensor, step: int, fast: bool = True) -> dict[str, Tensor]:
             if step == 0:
                 seen.append(next(task.model.parameters()).detach().clone())
                 pictures.append(batch)
@@ -229,7 +230,7 @@ def test_a_run_starts_from_the_averaged_weights_of_another(tmp_path: Path) -> No
 
 
 def test_a_transformer_starts_from_one_that_was_trained_on_other_bits(tmp_path: Path) -> None:
-    task = transformer_task(TRANSFORMER_RECIPE, TrainingMachine())
+    task = transformer_task(TRANSFORMER_RECIPE, NanoMachine())
     with torch.no_grad():
         for parameter in task.model.parameters():
             parameter += 1
@@ -239,7 +240,7 @@ def test_a_transformer_starts_from_one_that_was_trained_on_other_bits(tmp_path: 
         tokenizer=replace(TINY.tokenizer, bits=6),
         transformer=replace(TINY.transformer, token_channels=6),
     )
-    other = transformer_task(TRANSFORMER_RECIPE, TrainingMachine(), wider)
+    other = transformer_task(TRANSFORMER_RECIPE, NanoMachine(), wider)
     before = {name: weight.clone() for name, weight in other.model.state_dict().items()}
     other.restore(tmp_path)
     trained, started = task.model.state_dict(), other.model.state_dict()
@@ -291,24 +292,24 @@ def test_a_wrong_fast_path_is_refused() -> None:
     recipe = replace(TOKENIZER_RECIPE, steps=10, batch=2)
     grids = ((1, 1), (8, 8))
     task = TokenizerTask(
-        new_tokenizer(TINY.tokenizer, 0), recipe, TrainingMachine(precision="bf16"), grids
+        new_tokenizer(TINY.tokenizer, 0), recipe, NanoMachine(precision="bf16"), grids
     )
     cosine, ratio = check_gradients(task)
     assert cosine > 0.98
     assert abs(ratio - 1) < 0.1
 
     class Wrong(TokenizerTask):
-        def losses(self, batch: Tensor, step: int, fast: bool) -> dict[str, Tensor]:
+        def losses(self, batch: Tensor, step: int, fast: bool = True) -> dict[str, Tensor]:
             parts = super().losses(batch, step, fast)
             return {"loss": parts["edges"] if fast else parts["loss"]}
 
     with pytest.raises(ConfigError, match="cosine"):
-        check_gradients(Wrong(new_tokenizer(TINY.tokenizer, 0), recipe, TrainingMachine(), GRIDS))
+        check_gradients(Wrong(new_tokenizer(TINY.tokenizer, 0), recipe, NanoMachine(), GRIDS))
 
 
 def test_the_transformer_computes_in_bf16_with_nearly_the_same_gradients() -> None:
     recipe = replace(TRANSFORMER_RECIPE, steps=10, batch=2)
-    task = transformer_task(recipe, TrainingMachine(precision="bf16"))
+    task = transformer_task(recipe, NanoMachine(precision="bf16"))
     cosine, _ = check_gradients(task)
     assert 0.98 < cosine < 1
     assert {p.dtype for p in task.model.parameters()} == {torch.float32}
@@ -409,7 +410,7 @@ def test_the_loss_is_the_two_way_cross_entropy(generator: torch.Generator) -> No
 
 
 def test_text_is_dropped_now_and_then() -> None:
-    task = transformer_task(TRANSFORMER_RECIPE, TrainingMachine())
+    task = transformer_task(TRANSFORMER_RECIPE, NanoMachine())
     with torch.no_grad():
         task.model.transformer.unconditional_text.fill_(7)
         rows = task._text_rows(["add a hat"] * 600, torch.Generator().manual_seed(0))
@@ -419,7 +420,7 @@ def test_text_is_dropped_now_and_then() -> None:
 
 
 def test_quantisation_sets_in_gradually() -> None:
-    task = tokenizer_task(replace(TOKENIZER_RECIPE, steps=1000), TrainingMachine())
+    task = tokenizer_task(replace(TOKENIZER_RECIPE, steps=1000), NanoMachine())
     shares = [task.quantised_share(step) for step in range(1000)]
     assert shares[0] == 0
     assert shares == sorted(shares)
@@ -428,7 +429,7 @@ def test_quantisation_sets_in_gradually() -> None:
 
 
 def test_gradients_pass_through_the_bits() -> None:
-    task = tokenizer_task(replace(TOKENIZER_RECIPE, steps=10, batch=2), TrainingMachine())
+    task = tokenizer_task(replace(TOKENIZER_RECIPE, steps=10, batch=2), NanoMachine())
     [first] = task.dataset[0]
     loss = task.losses(first, 9, False)["absolute"]
     loss.backward()
@@ -476,7 +477,7 @@ def test_nano_ships_small_and_loads_as_it_was(tmp_path: Path) -> None:
         initialise(Tokenizer(NANO.tokenizer), 0),
         vocabulary,
         TRANSFORMER_RECIPE,
-        TrainingMachine(),
+        NanoMachine(),
     )
     task.export(task.model, tmp_path / "run" / "ema")
     tokenizer = tmp_path / TOKENIZER_FILE
@@ -494,7 +495,7 @@ def test_nano_ships_small_and_loads_as_it_was(tmp_path: Path) -> None:
         task.tokenizer,
         vocabulary,
         TRANSFORMER_RECIPE,
-        TrainingMachine(),
+        NanoMachine(),
     )
     again.restore(tmp_path / "nano")  # what ships can be trained on
     for name, weight in again.model.transformer.state_dict().items():
@@ -514,7 +515,7 @@ def test_nano_ships_small_and_loads_as_it_was(tmp_path: Path) -> None:
 
 def test_muon_trains_the_matrices_between_hidden_states() -> None:
     recipe = replace(TRANSFORMER_RECIPE, steps=1, batch=1)
-    task = transformer_task(recipe, TrainingMachine())
+    task = transformer_task(recipe, NanoMachine())
     names = {id(p): name for name, p in task.model.named_parameters()}
     hidden = [names[id(parameter)] for parameter in task.hidden]
     assert len(set(hidden)) == len(hidden) and all(p.ndim == 2 for p in task.hidden)
@@ -543,7 +544,7 @@ def test_muon_trains_the_matrices_between_hidden_states() -> None:
 
 def test_muon_trains_the_tokenizers_kernels_but_not_its_ends() -> None:
     recipe = replace(TOKENIZER_RECIPE, steps=1, batch=1)
-    task = tokenizer_task(recipe, TrainingMachine())
+    task = tokenizer_task(recipe, NanoMachine())
     hidden = {id(parameter) for parameter in task.hidden}
     names = {name for name, p in task.model.named_parameters() if id(p) not in hidden}
     kernels = {name for name, p in task.model.named_parameters() if p.ndim == 4}
@@ -594,7 +595,7 @@ def test_sources_go_through_the_tokenizer_before_an_edit(
     model = load_nano()
     shares = tuple(float(count == passes) for count in range(3))
     monkeypatch.setattr(train_transformer, "SOURCE_PASSES", shares)
-    task = transformer_task(replace(TRANSFORMER_RECIPE, batch=2), TrainingMachine(), NANO)
+    task = transformer_task(replace(TRANSFORMER_RECIPE, batch=2), NanoMachine(), NANO)
     task.tokenizer = model.tokenizer
     [batch] = task.dataset[0]
     source, target = task._encode(batch, torch.Generator().manual_seed(0))
@@ -608,7 +609,7 @@ def test_sources_go_through_the_tokenizer_before_an_edit(
 
 
 def test_sources_are_passed_by_the_shares() -> None:
-    task = transformer_task(replace(TRANSFORMER_RECIPE, batch=2), TrainingMachine(), TINY)
+    task = transformer_task(replace(TRANSFORMER_RECIPE, batch=2), NanoMachine(), TINY)
     given = torch.randn(400, 4, 2, 2)
     passed = task._passed(given.clone(), torch.Generator().manual_seed(0))
     unchanged = (passed == given).all((1, 2, 3)).float().mean()

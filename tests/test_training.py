@@ -104,10 +104,10 @@ class Killed(Exception):
 def die_at(monkeypatch: pytest.MonkeyPatch, step: int, error: type[BaseException]) -> None:
     losses = FineTuning.losses
 
-    def dying(task: FineTuning, batch: Any, now: int, fast: bool) -> dict[str, Tensor]:
+    def dying(task: FineTuning, batch: Any, now: int) -> dict[str, Tensor]:
         if now == step:
             raise error
-        return losses(task, batch, now, fast)
+        return losses(task, batch, now)
 
     monkeypatch.setattr(FineTuning, "losses", dying)
 
@@ -172,10 +172,10 @@ def test_a_diverged_model_replaces_no_checkpoint(
     """The gradient alone is no number, at a step whose loss is not logged."""
     losses = FineTuning.losses
 
-    def diverging(task: FineTuning, batch: Any, step: int, fast: bool) -> dict[str, Tensor]:
+    def diverging(task: FineTuning, batch: Any, step: int) -> dict[str, Tensor]:
         if stopped and step == 3:
             raise KeyboardInterrupt
-        made = losses(task, batch, step, fast)
+        made = losses(task, batch, step)
         if step == 2 + (not stopped):
             made["loss"].register_hook(lambda gradient: gradient * torch.nan)
         return made

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 import torch
 
-from varedit_export.training.run_folder import write_weights
+from varedit_nano.files import write_weights
 from varedit_nano.model import TEXT_FOLDER, TOKENIZER_FILE, TRANSFORMER_FILE, WEIGHTS
 from varedit_nano.text import write_text_folder
 from varedit_reference.text_encoder import TextEncoder

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import T5Config, T5EncoderModel
 from transformers.models.t5.modeling_t5 import T5Stack
 
-from varedit_export.training.run_folder import write_weights
+from varedit_nano.files import write_weights
 from varedit_reference.checkpoint import NamedShape
 from varedit_reference.text_encoder import t5_layout
 from varedit_runtime.text import END_TOKEN

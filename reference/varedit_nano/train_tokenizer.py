@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from varedit_export.training.loop import TrainingMachine
-from varedit_export.training.run_folder import write_weights
 from varedit_export.training.sheets import contact_sheet
 from varedit_nano.benchmark import psnr
 from varedit_nano.data import VALIDATION_SEEDS, PictureBatches, to_model, to_pixels
+from varedit_nano.files import write_weights
 from varedit_nano.model import NANO, TOKENIZER_FILE
 from varedit_nano.scenes import draw_picture
+from varedit_nano.task import NanoMachine
 from varedit_nano.training import (
     NanoRecipe,
     run_training,
@@ -66,7 +66,7 @@ class TokenizerTask:
         self,
         model: Tokenizer,
         recipe: NanoRecipe,
-        machine: TrainingMachine,
+        machine: NanoMachine,
         grids: tuple[Grid, ...] = NANO.transformer.grids,
         weights: LossWeights | None = None,
     ) -> None:
@@ -92,7 +92,7 @@ class TokenizerTask:
     def dataset(self) -> PictureBatches:
         return PictureBatches(self.recipe.batch, self.size, self.recipe.first_seed)
 
-    def losses(self, batch: Tensor, step: int, fast: bool) -> dict[str, Tensor]:
+    def losses(self, batch: Tensor, step: int, fast: bool = True) -> dict[str, Tensor]:
         weights = self.weights
         pictures = to_model(batch.to(self.machine.device))
         encode, decode = self.model.encode, self.model.decode
@@ -185,7 +185,7 @@ def new_tokenizer(config: TokenizerConfig, seed: int) -> Tokenizer:
 
 
 def new_tokenizer_task(
-    config: TokenizerConfig, recipe: NanoRecipe, machine: TrainingMachine
+    config: TokenizerConfig, recipe: NanoRecipe, machine: NanoMachine
 ) -> TokenizerTask:
     model = new_tokenizer(config, recipe.seed)
     model.to(machine.device, memory_format=machine.memory_format)  # pyright: ignore[reportCallIssue]

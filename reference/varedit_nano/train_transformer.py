@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from transformers.models.t5.modeling_t5 import T5Stack
 
 from varedit_export.training.attention import compute_in
-from varedit_export.training.loop import TrainingMachine
-from varedit_export.training.run_folder import write_weights
 from varedit_export.training.sheets import contact_sheet
 from varedit_export.training.teacher import edit_losses, lesson
 from varedit_nano.benchmark import psnr
@@ -28,8 +26,10 @@ from varedit_nano.data import (
     to_model,
     to_pixels,
 )
+from varedit_nano.files import write_weights
 from varedit_nano.model import TEXT_FOLDER, TRANSFORMER_FILE, nano
 from varedit_nano.scenes import EditSample, draw_edit, vocabulary_text
+from varedit_nano.task import NanoMachine
 from varedit_nano.text import build_vocabulary, new_text_encoder, text_features, write_text_folder
 from varedit_nano.train_tokenizer import quantised_features
 from varedit_nano.training import (
@@ -89,7 +89,7 @@ class TransformerTask:
         tokenizer: Tokenizer,
         vocabulary: Vocabulary,
         recipe: NanoRecipe,
-        machine: TrainingMachine,
+        machine: NanoMachine,
     ) -> None:
         self.config, self.model, self.recipe, self.machine = config, model, recipe, machine
         self.tokenizer = tokenizer.to(machine.device, memory_format=machine.memory_format)  # pyright: ignore[reportCallIssue]
@@ -112,7 +112,7 @@ class TransformerTask:
     def dataset(self) -> EditBatches:
         return EditBatches(self.recipe.batch, self.config.picture_size[0], self.recipe.first_seed)
 
-    def losses(self, batch: EditBatch, step: int, fast: bool) -> dict[str, Tensor]:
+    def losses(self, batch: EditBatch, step: int, fast: bool = True) -> dict[str, Tensor]:
         bf16 = fast and self.machine.precision == "bf16"
         dtype = torch.bfloat16 if bf16 else torch.float32
         compute_in(self.model.transformer, dtype, self.machine.device)
@@ -231,7 +231,7 @@ def new_transformer(config: ModelConfig, seed: int) -> VAR:
 
 
 def new_transformer_task(
-    config: ModelConfig, tokenizer: Tokenizer, recipe: NanoRecipe, machine: TrainingMachine
+    config: ModelConfig, tokenizer: Tokenizer, recipe: NanoRecipe, machine: NanoMachine
 ) -> TransformerTask:
     torch.manual_seed(recipe.seed)
     vocabulary = build_vocabulary(vocabulary_text())

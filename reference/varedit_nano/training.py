@@ -5,20 +5,16 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import wraps
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import click
 
-from varedit_export.training.loop import (
-    Task,
-    TrainingMachine,
-    TrainingRecipe,
-    check_gradients,
-    train,
-)
+from varedit_export.training.loop import TrainingRecipe, train
 from varedit_export.training.run_folder import RunFolder
+from varedit_nano.check_gradients import check_gradients
 from varedit_nano.data import FIRST_TRAINING_SEED
 from varedit_nano.model import NANO
+from varedit_nano.task import NanoMachine, NanoTask
 from varedit_runtime.errors import ConfigError
 
 SEEDS_OF_A_RUN = 10**7  # so that no two runs see the same pictures
@@ -29,14 +25,6 @@ class NanoRecipe(TrainingRecipe):
     """How a part of nano learns. first_seed: the first of its data's seeds."""
 
     first_seed: int = FIRST_TRAINING_SEED
-
-
-class NanoTask(Task[Any], Protocol):
-    """A part of nano to train."""
-
-    def restore(self, folder: Path) -> None:
-        """Load the weights that `export` wrote. Raises VareditError if they do not fit."""
-        ...
 
 
 def training_options(recipe: NanoRecipe, run: Path) -> Callable[..., Any]:
@@ -98,7 +86,7 @@ def tokenizer_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def run_training(
-    build: Callable[[NanoRecipe, TrainingMachine], NanoTask],
+    build: Callable[[NanoRecipe, NanoMachine], NanoTask],
     recipe: NanoRecipe,
     learns: Mapping[str, Any],
     **options: Any,
@@ -146,8 +134,8 @@ def _digest(folder: Path) -> str:
     return sha256(b"".join(digest.digest() for digest in digests)).hexdigest()
 
 
-def split_options(options: Mapping[str, Any]) -> tuple[TrainingMachine, dict[str, Any]]:
+def split_options(options: Mapping[str, Any]) -> tuple[NanoMachine, dict[str, Any]]:
     """Split command-line options into the machine's and all others."""
-    names = {f.name for f in fields(TrainingMachine)}
-    machine = TrainingMachine(**{name: value for name, value in options.items() if name in names})
+    names = {f.name for f in fields(NanoMachine)}
+    machine = NanoMachine(**{name: value for name, value in options.items() if name in names})
     return machine, {name: value for name, value in options.items() if name not in names}

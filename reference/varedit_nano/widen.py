@@ -14,7 +14,7 @@ import click
 import torch
 from torch import Tensor
 
-from varedit_export.training.run_folder import write_weights
+from varedit_nano.files import write_weights
 from varedit_nano.model import TEXT_FOLDER, TOKENIZER_FILE, TRANSFORMER_FILE, WEIGHTS, load_nano
 from varedit_nano.text import write_text_folder
 from varedit_nano.training import tokenizer_options

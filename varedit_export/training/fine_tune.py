@@ -121,7 +121,7 @@ class FineTuning:
     def dataset(self) -> Lessons:
         return self.lessons
 
-    def losses(self, batch: Sequence[Example], step: int, fast: bool) -> dict[str, Tensor]:
+    def losses(self, batch: Sequence[Example], step: int) -> dict[str, Tensor]:
         return self.model(batch)
 
     def report(self, model: nn.Module) -> tuple[dict[str, float], Image.Image]:

@@ -10,7 +10,6 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
-import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -25,9 +24,6 @@ from varedit_runtime.errors import ConfigError, SignalArrived
 
 Batch = TypeVar("Batch")
 ComputeType = Literal["fp32", "bf16"]
-
-SMALLEST_COSINE = 0.98
-LARGEST_NORM_ERROR = 0.1
 
 
 @dataclass(frozen=True)
@@ -52,19 +48,13 @@ class TrainingMachine:
     device: str = "cpu"
     workers: int = 0
     precision: ComputeType = "fp32"
-    compiled: bool = False
     log_every: int = 20
     save_every: int = 200
     report_every: int = 500
 
-    @property
-    def memory_format(self) -> torch.memory_format:
-        """The faster memory format of the tokenizer's convolutions, forward and backward."""
-        return torch.channels_last if self.device == "cuda" else torch.contiguous_format
-
 
 class Task(Protocol[Batch]):
-    """A model to train, with data and loss. fast: compute as the machine says, else eager fp32."""
+    """A model to train, with data and loss."""
 
     @property
     def model(self) -> nn.Module: ...
@@ -79,7 +69,7 @@ class Task(Protocol[Batch]):
         """The parts of every step's batch; each is computed by itself, and gradients are summed."""
         ...
 
-    def losses(self, batch: Batch, step: int, fast: bool) -> dict[str, Tensor]:
+    def losses(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """Return a batch's losses as scalars: "loss" is minimised, all others are only logged.
 
         Those of all parts of a step's batch, in all processes, are summed.
@@ -203,7 +193,7 @@ def train_step(
     state.optimiser.zero_grad(set_to_none=True)
     sums: dict[str, Tensor] = {}
     for part in parts:
-        losses = task.losses(part, state.step, True)
+        losses = task.losses(part, state.step)
         # Gradients are averaged over the processes, and losses are to be summed.
         (losses["loss"] * processes()).backward()
         sums = {name: sums.get(name, 0) + loss.detach() for name, loss in losses.items()}
@@ -250,35 +240,6 @@ class Averages:
         means = {name: float(value) / self.count for name, value in self.sums.items()}
         self.sums, self.count = {}, 0
         return means
-
-
-def check_gradients(task: Task[Any]) -> tuple[float, float]:
-    """Compare the gradients of one batch on the fast path with those of eager fp32.
-
-    Returns the cosine between them and the ratio of their norms. Raises ConfigError if they
-    differ by more than rounding explains: the compiler or the hardware then computes wrongly.
-    """
-    parts = task.dataset[0]
-    exact, fast = (_gradient(task, parts, fast) for fast in (False, True))
-    cosine = float(nn.functional.cosine_similarity(exact, fast, dim=0))
-    ratio = float(fast.norm() / exact.norm())
-    if not (cosine >= SMALLEST_COSINE and abs(ratio - 1) <= LARGEST_NORM_ERROR):
-        raise ConfigError(
-            f"the fast path's gradients are wrong on this machine: cosine {cosine:.4f} to eager "
-            f"fp32's, norm {ratio:.3f} times theirs; train without --compiled, or with --precision "
-            "fp32"
-        )
-    return cosine, ratio
-
-
-def _gradient(task: Task[Any], parts: Sequence[Any], fast: bool) -> Tensor:
-    task.model.zero_grad(set_to_none=True)
-    for part in parts:
-        task.losses(part, 0, fast)["loss"].backward()
-    grads = [p.grad for p in task.model.parameters() if p.grad is not None]
-    gradient = torch.cat([grad.flatten() for grad in grads]).double()
-    task.model.zero_grad(set_to_none=True)
-    return gradient
 
 
 def _optimisers(task: Task[Any], recipe: TrainingRecipe) -> Optimisers:

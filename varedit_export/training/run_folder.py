@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from varedit_export.resumable.locked import locked
@@ -175,15 +174,6 @@ class RunFolder:
         text = "".join(line + "\n" for line in kept)
         with whole_file(self.log_file, len(text)) as partial:
             partial.write_text(text)
-
-
-def write_weights(
-    path: Path, state: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
-) -> None:
-    """Write weights, converted to one type, as a safetensors file: whole or not at all."""
-    weights = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in state.items()}
-    with whole_file(path, sum(tensor.nbytes for tensor in weights.values())) as partial:
-        save_file(weights, partial, {"format": "pt"})
 
 
 def _load_trained(model: nn.Module, kept: Mapping[str, Tensor], trained: nn.Module) -> None:
