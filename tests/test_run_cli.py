@@ -39,6 +39,7 @@ from varedit_runtime.bundle import Bundle
 from varedit_runtime.cli import main
 from varedit_runtime.editing.editor import Editor
 from varedit_runtime.errors import ConfigError
+from varedit_runtime.files import check_report, write_report
 from varedit_runtime.grids import scale_grids
 
 RANDOM = (
@@ -672,7 +673,7 @@ def test_what_cannot_be_measured_is_one_line(tmp_path: Path) -> None:
     own = small_bundle() / "manifest.json"
     fails(run("bench", small_bundle(), "--json", own), "it would lie in the bundle")
     with pytest.raises(ConfigError, match="cannot be written"):
-        bench_report.write_report({}, tmp_path)
+        write_report({}, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -682,8 +683,8 @@ def test_a_report_replaces_nothing_but_json(tmp_path: Path) -> None:
         path.write_text("mine")
     fails(run("bench", small_bundle(), "--json", mine), "a report replaces only files that end in")
     with pytest.raises(ConfigError, match="File exists"):  # one that appeared meanwhile
-        bench_report.write_report({}, mine)
+        write_report({}, mine)
     assert mine.read_text() == "mine"
-    bench_report.check_report(old)
-    bench_report.write_report({}, old)
+    check_report(old)
+    write_report({}, old)
     assert old.read_text() == "{}\n"

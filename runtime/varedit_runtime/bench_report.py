@@ -9,15 +9,14 @@ import platform
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 import numpy as np
 from msgspec import Struct
 
 from varedit_runtime.editing.random_text import SAID
-from varedit_runtime.errors import ConfigError, readable_size
-from varedit_runtime.files import atomic_file, unwritable
+from varedit_runtime.errors import readable_size
 
 CPUINFO = Path("/proc/cpuinfo")
 # The instruction sets that decide how fast matrix products are, on x86 and on ARM.
@@ -293,28 +292,3 @@ def _uses(memory: MemoryUse) -> str:
         f"peak {readable_size(memory.peak)}: before opening {readable_size(memory.before)}, "
         f"{parts}, all else {readable_size(max(memory.peak - known, 0))}"
     )
-
-
-def check_report(path: Path) -> None:
-    """Raise ConfigError, before work is spent, if a report cannot be written there.
-
-    A report replaces a file only if its name ends in .json, so never a picture or a text.
-    """
-    why = unwritable(path)
-    if why is None and os.path.lexists(path) and not _is_json(path):
-        why = "it exists, and a report replaces only files that end in .json; choose another name"
-    if why is not None:
-        raise ConfigError(f"{path} cannot be written: {why}")
-
-
-def write_report(report: Any, path: Path) -> None:
-    """Write structs as JSON, whole or not at all. Raises ConfigError if that fails."""
-    try:
-        with atomic_file(path, replace=_is_json(path)) as whole:
-            whole.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
-
-
-def _is_json(path: Path) -> bool:
-    return path.suffix.lower() == ".json"

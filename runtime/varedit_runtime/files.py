@@ -9,9 +9,12 @@ from errno import EFBIG, EINVAL
 from pathlib import Path
 from secrets import token_hex
 from threading import Lock
+from typing import Any
 from weakref import finalize
 
-from varedit_runtime.errors import readable_size
+import msgspec
+
+from varedit_runtime.errors import ConfigError, readable_size, reason
 from varedit_runtime.manifest import DIGEST, MANIFEST
 
 
@@ -111,6 +114,15 @@ def bundle_around(path: Path) -> Path | None:
 
 
 @contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an OSError into a ConfigError, which says that the path cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror or reason(error)}") from error
+
+
+@contextmanager
 def atomic_file(path: Path, replace: bool = True) -> Iterator[Path]:
     """Yield a path to write to; rename it to `path` on success, delete it on any failure.
 
@@ -147,6 +159,28 @@ def _move_to_free(file: Path, path: Path) -> None:
         except BaseException:
             path.unlink(missing_ok=True)
             raise
+
+
+def check_report(path: Path) -> None:
+    """Raise ConfigError, before work is spent, if a report cannot be written there.
+
+    A report replaces a file only if its name ends in .json, so never a picture or a text.
+    """
+    why = unwritable(path)
+    if why is None and os.path.lexists(path) and not _is_json(path):
+        why = "it exists, and a report replaces only files that end in .json; choose another name"
+    if why is not None:
+        raise ConfigError(f"{path} cannot be written: {why}")
+
+
+def write_report(report: Any, path: Path) -> None:
+    """Write structs as JSON, whole or not at all. Raises ConfigError if that fails."""
+    with writing(path), atomic_file(path, replace=_is_json(path)) as whole:
+        whole.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
+
+
+def _is_json(path: Path) -> bool:
+    return path.suffix.lower() == ".json"
 
 
 def read_regular(path: Path, most: int) -> bytes:

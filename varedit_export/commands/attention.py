@@ -23,7 +23,7 @@ from varedit_export.options import BuildOptions
 from varedit_reference.config import PRESETS
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.errors import ConfigError, needs_extra, shown
-from varedit_runtime.files import unwritable
+from varedit_runtime.files import unwritable, writing
 from varedit_runtime.grids import Conditioning
 from varedit_runtime.terminal.command import PATH, TEXT_PATH, variant_option
 
@@ -154,10 +154,8 @@ def _looking(
 @contextmanager
 def _written(path: Path) -> Iterator[None]:
     """Name a file once it is written. Raises ConfigError if that fails, such as on a full disk."""
-    try:
+    with writing(path):
         yield
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror or error}") from error
     click.echo(path)
 
 

@@ -66,7 +66,7 @@ def bench(
     from msgspec import structs
 
     from varedit_runtime.bench import check_repeat, measure_batches
-    from varedit_runtime.bench_report import check_report
+    from varedit_runtime.files import check_report
 
     if json_file is not None:
         check_report(json_file)

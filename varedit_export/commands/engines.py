@@ -72,7 +72,7 @@ def engines(bundle: Path, report: Path | None, options: EngineOptions) -> None:
     varedit-export engines bundles/2b-512 --hardware-compatible ampere-plus
     varedit-export engines bundles/2b-512 --report kernels.json
     """
-    from varedit_runtime.bench_report import check_report, write_report
+    from varedit_runtime.files import check_report, write_report
 
     if report is not None:
         check_report(report)

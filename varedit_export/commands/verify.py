@@ -36,7 +36,7 @@ def verify(bundle: Path, report: Path | None, options: VerifyOptions) -> None:
     varedit-export verify bundles/2b-512 --report parity.json
     varedit-export verify bundles/2b-512 --backend tensorrt
     """
-    from varedit_runtime.bench_report import check_report, write_report
+    from varedit_runtime.files import check_report, write_report
 
     if report is not None:
         check_report(report)

@@ -16,12 +16,13 @@ from varedit_export.evaluation.judge.judge import open_judges
 from varedit_export.evaluation.metrics import family
 from varedit_export.evaluation.metrics.judges import PREFIX
 from varedit_export.evaluation.page import write_page
-from varedit_export.evaluation.report import Report, Subject, summarise, write
+from varedit_export.evaluation.report import JSON, Report, Subject, summarise
 from varedit_export.evaluation.run import RUN, Run, make_edits, measure, open_run
 from varedit_export.options import EvaluateOptions
 from varedit_export.weights.download import Download
 from varedit_export.weights.hub import SCHEME
 from varedit_runtime.errors import ConfigError, shown
+from varedit_runtime.files import write_report
 
 AGAINST = "against"  # the folder, in a run's, of the run that it is compared with
 
@@ -73,7 +74,7 @@ def evaluate(
         report = summarise(chosen.title, subject, list(cases.values()), scores, list(families))
         used = [judge.use(report.edits, options.judge_price) for judge in judges.values()]
         report = replace(report, judges=used, failures=failures(report, gates))
-        write(report, folder)
+        write_report(report, folder / JSON)
         write_page(report, run, list(cases.values()))
     return report
 

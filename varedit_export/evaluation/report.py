@@ -2,17 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-import msgspec
 
 from varedit_export.evaluation.case import OVERALL, Case, Score
 from varedit_export.evaluation.paper import Published, published
 from varedit_export.evaluation.run import PICTURES, Run
 from varedit_export.evaluation.statistics import Comparison, Mean, compare, mean_of
-from varedit_runtime.errors import ConfigError, printable
-from varedit_runtime.files import atomic_file
+from varedit_runtime.errors import printable
 
 JSON = "report.json"
 _WIDEST = 40  # characters of a group's name on a terminal
@@ -165,17 +161,6 @@ def _compared(rows: Sequence[Row], scores: Sequence[Score]) -> dict[str, Compari
         for score in scores
     }
     return {name: one for name, one in found.items() if one is not None}
-
-
-def write(report: Report, folder: Path) -> Path:
-    """Write `report.json` and return its path. Raises ConfigError if it cannot be written."""
-    path = folder / JSON
-    try:
-        with atomic_file(path) as whole:
-            whole.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
-    return path
 
 
 def table(report: Report) -> str:

@@ -28,7 +28,7 @@ from varedit_export.resumable.locked import LOCK, locked
 from varedit_runtime.bundle import file_digest
 from varedit_runtime.decoding.to_rgb import on_white
 from varedit_runtime.errors import BundleError, ConfigError, shown
-from varedit_runtime.files import atomic_file, bundle_around, plain_name, read_regular
+from varedit_runtime.files import atomic_file, bundle_around, plain_name, read_regular, writing
 from varedit_runtime.pictures import encode_picture, open_picture, write_encoded
 
 RUN, EDITS, SCORES, PICTURES = "run.json", "edits.jsonl", "scores.jsonl", "pictures"
@@ -126,27 +126,18 @@ def open_run(folder: Path, told: Mapping[str, Any]) -> Iterator[Run]:
     """
     if bundle := bundle_around(folder):
         raise ConfigError(f"{folder} lies in the bundle {bundle}, which never changes")
-    with _writing(folder):
+    with writing(folder):
         if folder.exists() and not (folder / RUN).exists() and any(_others(folder)):
             raise ConfigError(f"{folder} holds other things than a run: name a new folder")
         (folder / PICTURES).mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        with _writing(folder):
+        with writing(folder):
             if not (folder / RUN).exists():
                 with atomic_file(folder / RUN) as whole:
                     whole.write_text(json.dumps(told, indent=1) + "\n", "utf-8")
         run = Run(folder)
         _check_same(run, json.loads(json.dumps(told)))
         yield run
-
-
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """Turn an OSError into a ConfigError."""
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(f"{folder} cannot be written: {error.strerror}") from error
 
 
 def _others(folder: Path) -> Iterator[Path]:

@@ -26,8 +26,8 @@ from varedit_export.resumable.journal import Journal
 from varedit_export.resumable.locked import locked
 from varedit_export.weights.download import Download
 from varedit_runtime.decoding.to_rgb import on_white
-from varedit_runtime.errors import ConfigError, reason
-from varedit_runtime.files import atomic_file, unwritable
+from varedit_runtime.errors import ConfigError
+from varedit_runtime.files import atomic_file, unwritable, writing
 
 HIGHEST = 10  # score
 MOST = 1_000_000  # pairs of a run: their answers are in memory
@@ -150,14 +150,11 @@ def _small(picture: Image.Image) -> Image.Image:
 def _write(pairs: Pairs, verdicts: Mapping[str, Verdict], least: float, output: Path) -> int:
     """Write the list, whole or not at all; return how many pairs are kept."""
     kept = 0
-    try:
-        with atomic_file(output) as whole, whole.open("wb") as file:
-            for place in range(len(pairs)):
-                row = _row(_pair(pairs, place), verdicts, least, output)
-                kept += row["kept"]
-                file.write(msgspec.json.encode(row) + b"\n")
-    except OSError as error:
-        raise ConfigError(f"{output} cannot be written: {reason(error)}") from error
+    with writing(output), atomic_file(output) as whole, whole.open("wb") as file:
+        for place in range(len(pairs)):
+            row = _row(_pair(pairs, place), verdicts, least, output)
+            kept += row["kept"]
+            file.write(msgspec.json.encode(row) + b"\n")
     return kept
 
 

@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 import msgspec
 
 from varedit_runtime.errors import ConfigError
-from varedit_runtime.files import read_regular
+from varedit_runtime.files import read_regular, writing
 
 LARGEST = 2**28  # bytes: a line for each of a million edits
 Line = TypeVar("Line", bound=msgspec.Struct)
@@ -39,7 +39,7 @@ class Journal(Generic[Line]):
     def append(self, line: Line) -> None:
         """Write a line. Raises ConfigError if it cannot be written, such as on a full disk."""
         data = b"\n" * self._cut_off + msgspec.json.encode(line) + b"\n"
-        try:
+        with writing(self._path):
             if self._path.is_symlink():
                 raise OSError(ELOOP, "it is a link; delete it, or choose another folder")
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | _NO_LINKS
@@ -52,6 +52,4 @@ class Journal(Generic[Line]):
                 self._cut_off = False
             finally:
                 os.close(descriptor)
-        except OSError as error:
-            raise ConfigError(f"{self._path} cannot be written: {error.strerror}") from error
         self.lines.append(line)

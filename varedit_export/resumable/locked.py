@@ -7,6 +7,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from varedit_runtime.errors import ConfigError
+from varedit_runtime.files import writing
 
 LOCK = ".lock"  # a file in the folder
 
@@ -19,14 +20,13 @@ def locked(folder: Path, working: str = "works") -> Iterator[None]:
     or the folder cannot be written.
     """
     lock = FileLock(folder / LOCK, timeout=0)
-    try:
-        folder.mkdir(exist_ok=True)
-        lock.acquire()
-    except Timeout as error:
-        told = f"another process {working} in {folder}: wait for it, or choose another folder"
-        raise ConfigError(told) from error
-    except OSError as error:
-        raise ConfigError(f"{folder} cannot be written: {error.strerror}") from error
+    with writing(folder):
+        try:
+            folder.mkdir(exist_ok=True)
+            lock.acquire()
+        except Timeout as error:
+            told = f"another process {working} in {folder}: wait for it, or choose another folder"
+            raise ConfigError(told) from error
     try:
         yield
     finally:

@@ -17,8 +17,8 @@ import numpy as np
 
 from varedit_export.errors import DatasetError
 from varedit_export.pairs.pair import Pair
-from varedit_runtime.errors import ConfigError, readable_size, reason
-from varedit_runtime.files import atomic_file, free_space
+from varedit_runtime.errors import ConfigError, readable_size
+from varedit_runtime.files import atomic_file, free_space, writing
 
 Arrays = Mapping[str, np.ndarray]
 Encode = Callable[[Pair], Arrays]
@@ -89,13 +89,11 @@ class TokenCache:
         if not all(np.isfinite(array).all() for array in arrays.values()):
             raise DatasetError(f"{pair.id}: its tokens are not finite numbers")
         path = self._path(pair.key)
-        try:
+        with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(path) as whole:
                 np.savez(whole, **arrays)
                 return whole.stat().st_size
-        except OSError as error:
-            raise ConfigError(f"{path} cannot be written: {reason(error)}") from error
 
     def _check_room(self, needed: int) -> None:
         if needed > (free := free_space(self._folder)):

@@ -60,7 +60,7 @@ def bench(
     from msgspec import structs
 
     from varedit_runtime.bench import measure_batches, measure_bundle
-    from varedit_runtime.bench_report import check_report
+    from varedit_runtime.files import check_report
 
     if json_file is not None:
         check_report(json_file)
@@ -73,7 +73,8 @@ def bench(
 
 def show_report(report: "Report", json_file: Path | None) -> None:
     """Print a report's tables; write its JSON, if a file is named, even if nobody reads those."""
-    from varedit_runtime.bench_report import report_table, write_report
+    from varedit_runtime.bench_report import report_table
+    from varedit_runtime.files import write_report
 
     try:
         click.echo(report_table(report))

@@ -24,6 +24,7 @@ import msgspec
 from varedit_runtime.bundle import file_digest
 from varedit_runtime.commands.orders import Order
 from varedit_runtime.errors import ConfigError
+from varedit_runtime.files import writing
 from varedit_runtime.pictures import FileContent
 
 RECORD = "varedit-run.jsonl"
@@ -111,14 +112,12 @@ class Record:
         """Write a line about a file that is about to be written. Raises ConfigError."""
         line = json.dumps({**told, "sha256": hashlib.sha256(content).hexdigest()}) + "\n"
         data = b"\n" * self._cut_off + line.encode()
-        try:
+        with writing(self._path):
             # Without a buffer, so that a line is written at once: others may write to it too.
             with FileIO(self._path, "ab", opener=_itself) as file:
                 self._cut_off = file.write(data) < len(data)
             if self._cut_off:
                 raise OSError(ENOSPC, os.strerror(ENOSPC))
-        except OSError as error:
-            raise ConfigError(f"{self._path} cannot be written: {error.strerror}") from error
 
 
 def _itself(path: str, flags: int) -> int:

@@ -17,8 +17,7 @@ from varedit_export.evaluation.case import OVERALL, Case, Score
 from varedit_export.evaluation.report import Group, Report, Row
 from varedit_export.evaluation.run import Run, source_of
 from varedit_runtime.decoding.to_rgb import on_white
-from varedit_runtime.errors import ConfigError
-from varedit_runtime.files import atomic_file
+from varedit_runtime.files import atomic_file, writing
 from varedit_runtime.pictures import encode_picture, open_picture
 
 PAGE = "report.html"
@@ -26,15 +25,11 @@ SHOWN = 500  # edits, the worst ones
 _SIDE = 192  # pixels of a picture's longer side
 
 
-def write_page(report: Report, run: Run, cases: Sequence[Case]) -> Path:
+def write_page(report: Report, run: Run, cases: Sequence[Case]) -> None:
     """Write `report.html` into a run's folder. Raises ConfigError if it cannot be written."""
     path = run.folder / PAGE
-    try:
-        with atomic_file(path) as whole, whole.open("w", encoding="utf-8") as file:
-            file.writelines(line + "\n" for line in _page(report, run, cases))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
-    return path
+    with writing(path), atomic_file(path) as whole, whole.open("w", encoding="utf-8") as file:
+        file.writelines(line + "\n" for line in _page(report, run, cases))
 
 
 def _page(report: Report, run: Run, cases: Sequence[Case]) -> Iterator[str]:
