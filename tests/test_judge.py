@@ -24,10 +24,10 @@ from varedit_export.evaluation.case import Case, Edited
 from varedit_export.evaluation.evaluate import evaluate
 from varedit_export.evaluation.judge import reading
 from varedit_export.evaluation.judge.endpoint import Endpoint
-from varedit_export.evaluation.judge.judge import ANSWERS, Judge, JudgeOptions
+from varedit_export.evaluation.judge.judge import ANSWERS, Judge
 from varedit_export.evaluation.judge.protocols import PROTOCOLS, balance
 from varedit_export.evaluation.judge.replies import read_reply
-from varedit_export.options import EvaluateOptions
+from varedit_export.options import EvaluateOptions, JudgedOptions
 from varedit_runtime.errors import ConfigError
 
 ASKED = {"messages": [{"content": [{"text": "score it"}]}]}
@@ -48,11 +48,12 @@ def judge(
     folder: Path,
     timeout: float = 10,
     notice: Callable[[str], None] = ignored,
+    protocol: str = "paper",
     **options: Any,
 ) -> Judge:
     endpoint = Endpoint(server.url, "m", notice, timeout=timeout, retries=2)
     folder.mkdir(exist_ok=True)
-    return Judge(endpoint, JudgeOptions(**options), folder)
+    return Judge(endpoint, protocol, JudgedOptions(**options), folder)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +149,7 @@ def test_what_was_answered_is_not_asked_again(tmp_path: Path) -> None:
         assert judge(server, tmp_path).measure(edits) == first
         assert len(server.asked) == 5
         assert judge(server, tmp_path).identity == again.identity
-        assert judge(server, tmp_path, repeat=2).identity != again.identity
+        assert judge(server, tmp_path, judge_repeat=2).identity != again.identity
         judge(server, tmp_path).measure([edit(0, "remove the hat")])
         assert len(server.asked) == 6
 
@@ -175,7 +176,7 @@ def test_what_cannot_be_read_is_missing_and_never_zero(tmp_path: Path) -> None:
         return '{"success": 12, "overedit": 3}' if "odd" in prompt or number == 0 else GOOD
 
     with serving(answer) as server:
-        one = judge(server, tmp_path, at_once=1)
+        one = judge(server, tmp_path, judge_at_once=1)
         texts = "well", "odd", "refused"
         good, odd, refused = one.measure([edit(instruction=text) for text in texts])
         assert good["judge_success"] == 8  # at the second time
@@ -196,7 +197,7 @@ def test_a_refused_edit_does_not_stop_a_run_that_continues(tmp_path: Path) -> No
         judge(server, tmp_path).measure([edit()])
         (refused,) = judge(server, tmp_path).measure([edit(instruction="refused")])
         assert set(refused.values()) == {None}
-        other = Judge(Endpoint(server.url, "other"), JudgeOptions(), tmp_path)
+        other = Judge(Endpoint(server.url, "other"), "paper", JudgedOptions(), tmp_path)
         with pytest.raises(JudgeError, match="does the model take pictures"):
             other.measure([edit(instruction="refused")])
 
@@ -277,7 +278,8 @@ def test_an_interrupted_run_waits_for_no_answer(tmp_path: Path) -> None:
         return Never(GOOD)
 
     with serving(answer) as server:
-        one = Judge(Endpoint(server.url, "m", retries=0), JudgeOptions(at_once=2), tmp_path)
+        endpoint = Endpoint(server.url, "m", retries=0)
+        one = Judge(endpoint, "paper", JudgedOptions(judge_at_once=2), tmp_path)
         with pytest.raises(KeyboardInterrupt):
             one.measure([edit(number) for number in range(4)])
         assert server.at_once == len(server.asked) == 2
@@ -301,7 +303,7 @@ def test_no_server_and_no_address_are_told(tmp_path: Path) -> None:
         url = server.url
     with pytest.raises(JudgeError, match=r"at 127.* cannot be reached.* check the address"):
         endpoint = Endpoint(url, "m", retries=0)
-        Judge(endpoint, JudgeOptions(), tmp_path).measure([edit()])
+        Judge(endpoint, "paper", JudgedOptions(), tmp_path).measure([edit()])
     for wrong in (
         *("", "localhost:8000", "file:///v1", "http://user:secret@host/v1"),
         *("http://[", "http://host:port/v1", "http://host:99999/v1", "http://\u0661/v1"),
@@ -320,14 +322,14 @@ def test_an_openai_key_goes_to_openai_alone(monkeypatch: pytest.MonkeyPatch) -> 
 def test_repeats_are_averaged_and_compared(tmp_path: Path) -> None:
     given = ['{"success": 10, "overedit": 10}', '{"success": 4, "overedit": 4}', "no"]
     with serving(lambda _, number: given[min(number, 2)]) as server:
-        (scores,) = judge(server, tmp_path, repeat=3).measure([edit()])
+        (scores,) = judge(server, tmp_path, judge_repeat=3).measure([edit()])
     assert scores["judge_balance"] == 7 and scores["judge_balance_apart"] == 6
     assert len(server.asked) == 2 + 3
 
 
 def test_no_more_are_asked_at_once_than_wanted(tmp_path: Path) -> None:
     with serving(lambda *_: GOOD) as server:
-        judge(server, tmp_path, at_once=3).measure([edit(number) for number in range(20)])
+        judge(server, tmp_path, judge_at_once=3).measure([edit(number) for number in range(20)])
     assert len(server.asked) == 20 and server.most_at_once <= 3
 
 
@@ -336,13 +338,13 @@ def test_prompts_can_be_replaced(tmp_path: Path) -> None:
     own.mkdir()
     (own / "paper.txt").write_text("Is this {instruction}?", "utf-8")
     with serving(lambda *_: GOOD) as server:
-        mine = judge(server, tmp_path / "run", prompts=own)
+        mine = judge(server, tmp_path / "run", judge_prompts=own)
         mine.measure([edit()])
         assert mine.identity != judge(server, tmp_path / "run").identity
     assert server.asked[0]["messages"][0]["content"][0]["text"] == "Is this add a hat?"
     (own / "paper.txt").write_text("Is this good?", "utf-8")
     with serving(lambda *_: GOOD) as server, pytest.raises(ConfigError, match="must contain"):
-        judge(server, tmp_path / "run", prompts=own)
+        judge(server, tmp_path / "run", judge_prompts=own)
 
 
 def test_a_run_is_judged_and_continued(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import combinations
 from math import inf
 from operator import mul
@@ -41,20 +40,6 @@ ANSWERS = "judge.jsonl"
 MOST = 64  # times that a judge is asked, or that it is asked at once
 
 
-@dataclass(frozen=True)
-class JudgeOptions:
-    """How a judge is asked.
-
-    protocol: a name of PROTOCOLS. repeat: answers to each question. at_once: edits that it is asked
-    about at the same time. prompts: a folder of prompts that replace ours.
-    """
-
-    protocol: str = "paper"
-    repeat: int = 1
-    at_once: int = 8
-    prompts: Path | None = None
-
-
 class AnswerLine(msgspec.Struct):
     """A reply. key: of what was asked. answer: its numbers, None if it has none that can be read.
 
@@ -74,11 +59,17 @@ class AnswerLine(msgspec.Struct):
 class Judge:
     """The metric of a protocol."""
 
-    def __init__(self, endpoint: Endpoint, options: JudgeOptions, folder: Path) -> None:
-        """folder: the run's, which keeps answers. Raises ConfigError on files it cannot read."""
-        self._endpoint, self._options = endpoint, options
-        self._protocol = PROTOCOLS[options.protocol]
-        self._prompts = {q: q.text(options.prompts) for q in self._protocol.questions}
+    def __init__(
+        self, endpoint: Endpoint, protocol: str, options: JudgedOptions, folder: Path
+    ) -> None:
+        """protocol: a name of PROTOCOLS. folder: the run's, which keeps answers.
+
+        Raises ConfigError on files it cannot read.
+        """
+        self._endpoint, self._name, self._repeat = endpoint, protocol, options.judge_repeat
+        self._protocol = PROTOCOLS[protocol]
+        prompts = None if options.judge_prompts is None else Path(options.judge_prompts)
+        self._prompts = {q: q.text(prompts) for q in self._protocol.questions}
         self._journal, self._lock = Journal(folder / ANSWERS, AnswerLine), Lock()
         self._known = {line.key: line.answer for line in self._journal.lines if line.answer}
         failed = [line for line in self._journal.lines if line.answer is None]
@@ -87,8 +78,8 @@ class Judge:
         endpoint.answered |= any(
             line.answer is not None for line in self._journal.lines if line.model == endpoint.model
         )
-        self.at_once = options.at_once
-        told = [endpoint.model, options.protocol, options.repeat, *self._prompts.values()]
+        self.at_once = options.judge_at_once
+        told = [endpoint.model, protocol, self._repeat, *self._prompts.values()]
         self.identity = _digest(told)
 
     def use(self, rows: Iterable[Row], prices: tuple[float, float] | None = None) -> JudgeUse:
@@ -96,7 +87,7 @@ class Judge:
 
         rows: the report's edits. prices: of a million tokens in and out.
         """
-        asked = self._endpoint.model, self._options.protocol
+        asked = self._endpoint.model, self._name
         lines = [line for line in self._journal.lines if (line.model, line.protocol) == asked]
         tokens = sum(line.tokens_in for line in lines), sum(line.tokens_out for line in lines)
         read = sum(line.answer is not None for line in lines)
@@ -142,7 +133,7 @@ class Judge:
 
     def _scores(self, edited: Edited) -> Values:
         pictures = [encode_picture(one) for one in (edited.source, edited.result)]
-        answers = [self._answer(edited, pictures, turn) for turn in range(self._options.repeat)]
+        answers = [self._answer(edited, pictures, turn) for turn in range(self._repeat)]
         scored = [self._protocol.score(answer) for answer in answers if answer is not None]
         found: dict[str, float | None] = {score.name: None for score in self._protocol.scores}
         for name in scored[0] if scored else ():
@@ -183,7 +174,7 @@ class Judge:
         return None
 
     def _keep(self, line: AnswerLine) -> None:
-        line.model, line.protocol = self._endpoint.model, self._options.protocol
+        line.model, line.protocol = self._endpoint.model, self._name
         with self._lock:
             self._journal.append(line)
             if line.answer is not None:
@@ -213,9 +204,7 @@ def open_judges(
     if not all(0 <= price < inf for price in options.judge_price or ()):
         raise ConfigError("--judge-price: give two prices, 0 or more")
     endpoint = Endpoint(options.judge, options.judge_model, notice)
-    prompts = None if options.judge_prompts is None else Path(options.judge_prompts)
-    asked = options.judge_repeat, options.judge_at_once, prompts
-    return {name: Judge(endpoint, JudgeOptions(name, *asked), folder) for name in protocols}
+    return {name: Judge(endpoint, name, options, folder) for name in protocols}
 
 
 def _digest(told: Sequence[object], pictures: Sequence[bytes] = ()) -> str:
