@@ -61,7 +61,7 @@ _weights_options = together(
 
 
 @click.command()
-@click.argument("model", metavar="BUNDLE|SIZE", type=BundleOr("bundle|size", PRESETS))
+@click.argument("model", metavar="BUNDLE|SIZE", type=BundleOr("bundle|size", lambda: PRESETS))
 @click.argument("images", metavar="IMAGE...", type=TEXT_PATH, nargs=-1, required=True)
 @click.argument("instruction")
 @click.option("-o", "--output", type=PATH, required=True, help="The heat maps, a PNG.")

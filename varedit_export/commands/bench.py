@@ -1,10 +1,11 @@
 """Time a bundle against the reference or other bundles: `varedit-export bench`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
+from varedit_export.commands.shared_options import BundleOr
 from varedit_runtime.backends import BACKENDS, choose
 from varedit_runtime.bundle import Bundle
 from varedit_runtime.commands.bench import batches_option, dial_option, show_report
@@ -15,22 +16,11 @@ if TYPE_CHECKING:
     from varedit_runtime.bench_report import Dial
 
 
-class _Opponent(click.ParamType):
-    """The reference or a backend, by its name, or a bundle."""
-
-    name = "opponent"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> str | Path:
-        return value if value in ("reference", *BACKENDS) else BUNDLE.convert(value, param, ctx)
-
-
 @click.command()
 @click.argument("bundle", type=BUNDLE)
 @click.option(
     "--against",
-    type=_Opponent(),
+    type=BundleOr("opponent", lambda: ("reference", *BACKENDS)),
     metavar="reference|BUNDLE|BACKEND",
     multiple=True,
     default=["reference"],

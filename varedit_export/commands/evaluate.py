@@ -145,7 +145,7 @@ with_judge = together(
 @click.option("--limit", type=int, help="Number of edits, of all types alike. Default: all.")
 @click.option(
     "--against",
-    type=BundleOr("opponent", BACKENDS),
+    type=BundleOr("opponent", lambda: BACKENDS),
     metavar="BUNDLE|BACKEND|RUN",
     help="Compare edit by edit with another bundle, another backend, or a finished run.",
 )

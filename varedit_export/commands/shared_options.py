@@ -54,15 +54,18 @@ architectures_option = click.option(
 
 
 class BundleOr(click.ParamType):
-    """A bundle, or one of some names, which then are not looked for among bundles."""
+    """A bundle, or one of some names, which then are not looked for among bundles.
 
-    def __init__(self, name: str, names: Collection[str]) -> None:
+    name: what it is, for messages. names: returns those that there are.
+    """
+
+    def __init__(self, name: str, names: Callable[[], Collection[str]]) -> None:
         self.name, self._names = name, names
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> str | Path:
-        return value if value in self._names else BUNDLE.convert(value, param, ctx)
+        return value if value in self._names() else BUNDLE.convert(value, param, ctx)
 
 
 def together(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
