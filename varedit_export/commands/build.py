@@ -14,7 +14,7 @@ import varedit_export
 from varedit_engines.engine_compiler import check_precision, slow_precision
 from varedit_export.check_options import check_build
 from varedit_export.commands.engines import compile_and_show
-from varedit_export.commands.evaluate import Gate, gate_options
+from varedit_export.commands.gate import Gate, gate_options
 from varedit_export.commands.shared_options import (
     architectures_option,
     checkpoint_option,

@@ -1,10 +1,8 @@
 """Evaluate a bundle's edits on a benchmark: `varedit-export evaluate`."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial, wraps
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,18 +10,17 @@ import varedit_export
 from varedit_export.commands.shared_options import (
     PLACE,
     BundleOr,
+    fail_below_option,
     option_of,
-    together,
+    with_judge,
     with_options,
     yes_option,
 )
 from varedit_export.console import accept, progress, say
 from varedit_export.evaluation.benchmarks import BENCHMARKS
 from varedit_export.evaluation.metrics import FAMILIES
-from varedit_export.options import EvaluateOptions, JudgedOptions
+from varedit_export.options import EvaluateOptions
 from varedit_runtime.backends import BACKENDS
-from varedit_runtime.bundle import Bundle
-from varedit_runtime.errors import ConfigError
 from varedit_runtime.terminal.command import (
     BUNDLE,
     PATH,
@@ -36,91 +33,9 @@ from varedit_runtime.terminal.command import (
 
 if TYPE_CHECKING:
     from varedit_export.evaluation.report import Report
-    from varedit_export.weights.download import Download
 
-
-_PARTS = 10  # of the edits, and of each family's scores, that have lines of progress
+PARTS = 10  # of the edits, and of each family's scores, that have lines of progress
 benchmark_type = Registered("benchmark", lambda: BENCHMARKS)
-fail_below_option = click.option(
-    "--fail-below",
-    metavar="SCORE=NUMBER",
-    multiple=True,
-    help="Exit with 1 if a score's overall mean is worse than this, or an edit could not be made; "
-    "repeatable.",
-)
-
-
-@dataclass(frozen=True)
-class Gate:
-    """What a bundle that was just built is evaluated on, and what it has to reach."""
-
-    benchmark: str
-    data: str | None
-    fail_below: tuple[str, ...]
-
-    def check(self) -> None:
-        """Raise ConfigError on names that are unknown, before anything is built."""
-        from varedit_export.evaluation.evaluate import check
-
-        check(self._options(Path()))
-
-    def passes(self, bundle: Bundle, accept: Callable[["Download"], None]) -> bool:
-        """Evaluate a bundle, in a folder beside it; return whether it is good enough."""
-        name = f"{bundle.path.name}-evaluation-{bundle.digest[:8]}"
-        options = self._options(bundle.path.with_name(name))
-        with progress(_PARTS) as on_step:
-            report = varedit_export.evaluate(bundle.path, options, on_step, say, accept)
-        show(report, Path(options.output))
-        return not report.failures
-
-    def _options(self, output: Path) -> EvaluateOptions:
-        return EvaluateOptions(self.benchmark, output, self.data, fail_below=self.fail_below)
-
-
-def gate_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command one argument, `gate`: None, or what a new bundle is evaluated on."""
-
-    @click.option(
-        "--evaluate",
-        "evaluated",
-        metavar="BENCHMARK[=DATA]",
-        help="Evaluate the new bundle, as `varedit-export evaluate` does.",
-    )
-    @fail_below_option
-    @wraps(command)
-    def call(*arguments: Any, evaluated: str | None, fail_below: tuple[str, ...], **given: Any):
-        gate = None
-        if evaluated is not None:
-            name, _, data = evaluated.partition("=")
-            gate = Gate(name, data or None, fail_below)
-            gate.check()
-        elif fail_below:
-            raise ConfigError(
-                "--fail-below: say what is evaluated with --evaluate BENCHMARK[=DATA]"
-            )
-        command(*arguments, gate=gate, **given)
-
-    return call
-
-
-with_judge = together(
-    click.option(
-        "--judge",
-        metavar="URL",
-        help="Ask a model that takes pictures, at an OpenAI-compatible address such as "
-        "http://127.0.0.1:8000/v1. Its key: VAREDIT_JUDGE_KEY in the environment.",
-    ),
-    click.option("--judge-model", metavar="NAME", help="The model's name there."),
-    option_of(JudgedOptions, "--judge-repeat", help="Answers about each edit."),
-    option_of(JudgedOptions, "--judge-at-once", help="Edits at a time."),
-    click.option("--judge-prompts", type=PATH, help="A folder of prompts in place of ours."),
-    click.option(
-        "--judge-price",
-        type=(float, float),
-        metavar="IN OUT",
-        help="Price of a million tokens in, and out, to tell the cost.",
-    ),
-)
 
 
 @click.command(cls=BackendCommand)
@@ -174,7 +89,7 @@ def evaluate(context: click.Context, bundle: Path, options: EvaluateOptions, yes
         --data hf://datasets/facebook/emu_edit_test_set --limit 200 --fail-below clip_out=0.26
     """
     tell_when_interrupted(context, "The same command continues this run.")
-    with progress(_PARTS) as on_step:
+    with progress(PARTS) as on_step:
         report = varedit_export.evaluate(bundle, options, on_step, say, partial(accept, yes))
     show(report, Path(options.output))
     if report.failures:

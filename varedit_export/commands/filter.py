@@ -4,8 +4,13 @@ from functools import partial
 
 import click
 
-from varedit_export.commands.evaluate import with_judge
-from varedit_export.commands.shared_options import PLACE, option_of, with_options, yes_option
+from varedit_export.commands.shared_options import (
+    PLACE,
+    option_of,
+    with_judge,
+    with_options,
+    yes_option,
+)
 from varedit_export.console import accept, progress, say
 from varedit_export.options import FilterOptions
 from varedit_runtime.errors import needs_extra

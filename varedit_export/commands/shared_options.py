@@ -13,11 +13,12 @@ from varedit_export.options import (
     EngineOptions,
     EvaluateOptions,
     FilterOptions,
+    JudgedOptions,
     TrainOptions,
     VerifyOptions,
 )
 from varedit_runtime.backends.engines.engine_set import LAYOUTS
-from varedit_runtime.terminal.command import BUNDLE
+from varedit_runtime.terminal.command import BUNDLE, PATH
 
 Command = Callable[..., None]
 
@@ -50,6 +51,13 @@ architectures_option = click.option(
     "architectures",
     multiple=True,
     help="GPU architecture, such as sm89; repeatable, tensorrt-rtx only. Default: this GPU's.",
+)
+fail_below_option = click.option(
+    "--fail-below",
+    metavar="SCORE=NUMBER",
+    multiple=True,
+    help="Exit with 1 if a score's overall mean is worse than this, or an edit could not be made; "
+    "repeatable.",
 )
 
 
@@ -85,6 +93,26 @@ def option_of(kind: type[Any], *names: str, **of: Any) -> Callable[[Command], Co
     own = own.removeprefix("--").replace("-", "_")
     defaults = {field.name: field.default for field in fields(kind)}
     return click.option(*names, default=defaults[own], show_default=True, **of)
+
+
+with_judge = together(
+    click.option(
+        "--judge",
+        metavar="URL",
+        help="Ask a model that takes pictures, at an OpenAI-compatible address such as "
+        "http://127.0.0.1:8000/v1. Its key: VAREDIT_JUDGE_KEY in the environment.",
+    ),
+    click.option("--judge-model", metavar="NAME", help="The model's name there."),
+    option_of(JudgedOptions, "--judge-repeat", help="Answers about each edit."),
+    option_of(JudgedOptions, "--judge-at-once", help="Edits at a time."),
+    click.option("--judge-prompts", type=PATH, help="A folder of prompts in place of ours."),
+    click.option(
+        "--judge-price",
+        type=(float, float),
+        metavar="IN OUT",
+        help="Price of a million tokens in, and out, to tell the cost.",
+    ),
+)
 
 
 def layout_option(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
