@@ -13,7 +13,6 @@ PIE-Bench's repository (cure-lab/PnPInversion) takes torchmetrics' CLIPScore, wh
 cosine; the paper of VAREdit gives the cosine. Which CLIP is taken depends on the benchmark.
 """
 
-from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,14 @@ import numpy as np
 from PIL import Image
 
 from varedit_export.evaluation.case import Edited, Family, Score, Values
-from varedit_export.evaluation.metrics.vision import cosine, digest, loading, prepared, repository
+from varedit_export.evaluation.metrics.vision import (
+    EachAlone,
+    cosine,
+    digest,
+    loading,
+    prepared,
+    repository,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -32,10 +38,8 @@ _LOCAL: Any = {"local_files_only": True}
 _TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
 
 
-class Clip:
+class Clip(EachAlone):
     """The metric. folder: of a CLIP that transformers saved."""
-
-    at_once = 1
 
     def __init__(self, folder: Path | None) -> None:
         self._folder, self.identity = folder, digest(folder, "clip")
@@ -58,13 +62,7 @@ class Clip:
             )
             return vision, text, tokenizer
 
-    def measure(self, edited: Sequence[Edited]) -> Sequence[Values]:
-        import torch
-
-        with torch.inference_mode():
-            return [self._scores(one) for one in edited]
-
-    def _scores(self, one: Edited) -> Values:
+    def scores(self, one: Edited) -> Values:
         before, caption = one.case.before, one.case.caption
         source, result = self.picture(one.source), self.picture(one.result)
         found: dict[str, float | None] = {"clip_source": cosine(source, result)}

@@ -10,7 +10,6 @@
   antialiasing, as torchvision 0.13.1 did.
 """
 
-from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from PIL import Image
 from varedit_export.evaluation.case import Edited, Family, Score, Values
 from varedit_export.evaluation.metrics.vision import (
     IMAGENET,
+    EachAlone,
     cosine,
     digest,
     loading,
@@ -35,10 +35,8 @@ _SIDE, _LONGEST = 224, 480  # of a picture that structure is taken of
 _KEYS = (".k_proj", ".attention.key")  # how versions of transformers call what computes keys
 
 
-class _Vit:
+class _Vit(EachAlone):
     """A vision transformer that transformers saved."""
-
-    at_once = 1
 
     def __init__(self, folder: Path | None) -> None:
         self._folder, self.identity = folder, digest(folder, "dino")
@@ -52,20 +50,11 @@ class _Vit:
                 self._folder, add_pooling_layer=False, local_files_only=True
             ).eval()
 
-    def measure(self, edited: Sequence[Edited]) -> Sequence[Values]:
-        import torch
-
-        with torch.inference_mode():
-            return [self._scores(one) for one in edited]
-
-    def _scores(self, one: Edited) -> Values:
-        raise NotImplementedError
-
 
 class Dino(_Vit):
     """The similarity of whole pictures."""
 
-    def _scores(self, one: Edited) -> Values:
+    def scores(self, one: Edited) -> Values:
         result = self._feature(one.result)
         target = None if one.target is None else cosine(result, self._feature(one.target))
         return {"dino_source": cosine(result, self._feature(one.source)), "dino_target": target}
@@ -78,7 +67,7 @@ class Dino(_Vit):
 class Structure(_Vit):
     """The distance of structures."""
 
-    def _scores(self, one: Edited) -> Values:
+    def scores(self, one: Edited) -> Values:
         difference = self._similarities(one.source) - self._similarities(one.result)
         return {"structure": float(difference.square().mean())}
 

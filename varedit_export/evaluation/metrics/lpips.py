@@ -7,7 +7,7 @@ torchvision's squeezenet1_1-b8a52dc0.pth; LPIPS' own are in torchmetrics. Both a
 (weights_only).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from varedit_export.evaluation.case import Edited, Family, Score, Values
-from varedit_export.evaluation.metrics.vision import digest, loading
+from varedit_export.evaluation.metrics.vision import EachAlone, digest, loading
 
 if TYPE_CHECKING:
     import torch
@@ -28,10 +28,8 @@ _TAPS = (1, 4, 7, 9, 10, 11, 12)  # the places after which LPIPS compares
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 
 
-class Lpips:
+class Lpips(EachAlone):
     """The metric."""
-
-    at_once = 1
 
     def __init__(self, folder: Path | None) -> None:
         self._folder, self.identity = folder, digest(folder, "lpips", (FEATURES,))
@@ -50,11 +48,8 @@ class Lpips:
             ]
             return {name: weight for file in files for name, weight in file.items()}
 
-    def measure(self, edited: Sequence[Edited]) -> Sequence[Values]:
-        import torch
-
-        with torch.inference_mode():
-            return [{"lpips": self._distance(one)} for one in edited]
+    def scores(self, one: Edited) -> Values:
+        return {"lpips": self._distance(one)}
 
     def _distance(self, one: Edited) -> float | None:
         """Return the distance of what is outside of the mask; None if nothing is."""

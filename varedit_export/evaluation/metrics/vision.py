@@ -1,6 +1,7 @@
 """What metrics with a model of pictures share."""
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from varedit_export.evaluation.case import Edited, Values
 from varedit_runtime.bundle import file_digest
 from varedit_runtime.errors import CheckpointError, needs_extra, reason
 
@@ -17,6 +19,23 @@ if TYPE_CHECKING:
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # one of them, the former if it is there
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation of levels
+
+
+class EachAlone(ABC):
+    """A metric that computes the scores of one edit after the other."""
+
+    at_once = 1
+
+    def measure(self, edited: Sequence[Edited]) -> Sequence[Values]:
+        """Return the scores of each edit."""
+        import torch
+
+        with torch.inference_mode():
+            return [self.scores(one) for one in edited]
+
+    @abstractmethod
+    def scores(self, one: Edited) -> Values:
+        """Return an edit's scores."""
 
 
 def repository(*beside: str) -> Sequence[Sequence[str]]:
