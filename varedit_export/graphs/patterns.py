@@ -25,7 +25,7 @@ from varedit_runtime.files import keep, read_kept
 from varedit_runtime.locate import cache_folder
 from varedit_runtime.precision import Storage
 
-LARGEST_CACHE = 64 * 2**20  # bytes; a pattern has about 0.1 MB, a model one for each graph
+LARGEST_CACHE = 256 * 2**20  # bytes; a pattern has 0.25 MB, a model one for each graph
 DIGEST_SIZE = sha256().digest_size
 PACKAGES = ("varedit_export", "varedit_reference", "varedit_runtime")
 TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "numpy", "sympy")

@@ -4,13 +4,17 @@ Tracing runs on fake tensors, so it needs no weights and no memory for them. The
 to the safetensors file by offset; only small constants are in the graph itself.
 """
 
+import gc
 import logging
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache, partial
 from math import prod
+from typing import Any
+from unittest.mock import patch
 
 import onnx_ir as ir
 import torch
@@ -43,6 +47,17 @@ def fake_tensors() -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
+@contextmanager
+def _few_collections() -> Iterator[None]:
+    """Collect garbage rarely: walking the objects that a trace makes takes a fifth of its time."""
+    thresholds = gc.get_threshold()
+    gc.set_threshold(100_000, 50, 1000)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*thresholds)
+
+
 class Tracer:
     """A maker of a bundle's graphs. stored: where each weight lies, by the stages' names."""
 
@@ -68,6 +83,7 @@ class Tracer:
         """Return a graph of the blocks that are traced, with weights as inputs: kept, or made."""
         return kept_pattern(stage, binding, lambda: self._pattern(stage, binding))
 
+    @_few_collections()
     def _pattern(self, stage: Stage, binding: Binding | None) -> ir.Model:
         if stage.name not in self._templates:
             self._templates[stage.name] = trace(stage, self._fake)
@@ -87,7 +103,7 @@ def trace(stage: Stage, fake: FakeTensorMode) -> ir.Model:
         examples = tuple(_example(spec) for spec in specs.values())
     least = {ROWS: stage.shapes.batch}  # else torch could not take the first rows, one a picture
     dynamic = {"tensors": tuple(_dynamic(spec, least) for spec in specs.values())}
-    with _quiet(), fake:
+    with _quiet(), _operators_kept(), fake:
         program = torch.export.export(stage, examples, dynamic_shapes=dynamic)
         exported = torch.onnx.export(
             program,
@@ -298,3 +314,22 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+@contextmanager
+def _operators_kept() -> Iterator[None]:
+    """Let torch.onnx collect its table of operators once, not for every graph: it takes 0.7 s."""
+    try:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+        collect = ONNXRegistry.from_torchlib
+    except (ImportError, AttributeError):  # it is private, so another version may lack it
+        yield
+        return
+    with patch.object(ONNXRegistry, "from_torchlib", staticmethod(partial(_collected, collect))):
+        yield
+
+
+@cache
+def _collected(collect: Callable[..., Any], opset_version: int) -> Any:
+    return collect(opset_version=opset_version)
