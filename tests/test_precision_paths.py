@@ -48,7 +48,8 @@ def interrupted_at(step: str) -> OnStep:
 def test_a_build_that_is_interrupted_comes_out_the_same(bundle: Bundle, tmp_path: Path) -> None:
     target = tmp_path / bundle.path.name
     plan = plan_of(bundle.manifest.precision, target)
-    for step in ("weights of text_encoder, 5 of", "graph scale_01", "parity"):
+    every = ("weights of text_encoder, 5 of", "graph scale_01", "parity")
+    for step in every if bundle.manifest.precision in ("fp32", "fp8") else every[-1:]:
         with pytest.raises(KeyboardInterrupt):
             assemble(plan, interrupted_at(step))
         assert not target.exists()

@@ -34,7 +34,9 @@ def run(target, kill_at):
         status = 1
         try:
             counted = count_of(target, kill_at)
-            wanted = replace(bundles.request(target), config=config, resolution=64)
+            # The shapes of a bundle that other tests trace, too.
+            shapes = {"resolution": 64, "text_tokens": 16}
+            wanted = replace(bundles.request(target), config=config, **shapes)
             sources = replace(random_sources(config, seed=0), text=None)
             assemble(BundlePlan([wanted], sources), bundles.quiet)
             target.with_suffix(".events").write_text(str(counted[0]))

@@ -4,13 +4,15 @@ import hashlib
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import onnx
 import pytest
-from bundles import bundle_config, quiet, request
+from bundles import bundle_config, half_bundle, quiet, request
+from editing import conditioned, full_bundle, plain_bundle, plain_config
 
 from varedit_export.assemble import assemble
 from varedit_export.errors import ParityError
@@ -85,15 +87,20 @@ def test_every_graph_was_compared(built: Bundle) -> None:
     assert any("rounded to fp16" in line.measure for line in lines)
 
 
-def test_types_that_no_cpu_computes_and_full_conditioning_are_compared_alike(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("path", "config"),
+    [
+        (partial(half_bundle, "bf16"), bundle_config()),
+        (full_bundle, conditioned("full")),
+        (plain_bundle, plain_config()),
+    ],
+    ids=["bf16", "full", "plain"],
+)
+def test_types_that_no_cpu_computes_and_other_conditionings_are_compared_alike(
+    path: Callable[[], Path], config: ModelConfig
 ) -> None:
-    monkeypatch.setattr(parity, "LARGEST_WHOLE", 0)
-    config = deep_config()
-    config = replace(config, transformer=replace(config.transformer, conditioning="full"))
-    wanted = replace(request(tmp_path / "bf16", "bf16"), config=config, guided=False)
-    lines = assemble(BundlePlan([wanted], replace(deep_weights(), text=None)), quiet)
-    assert any(line.measure.startswith(f"all {DEPTH} blocks") for line in lines)
+    lines = gate(compare_streamed(Bundle.open(path()), config, random_sources(config, seed=0)))
+    assert any(line.measure.startswith("all 2 blocks") for line in lines)
 
 
 @pytest.mark.parametrize(
