@@ -39,7 +39,7 @@ demo: $(RUNTIME)  ## edit a sample picture
 	@echo "before and after: $(DEMO)/before-and-after.png"
 
 test: lint $(CHROMIUM)/chromium  ## lint, then run the tests
-	$(BIN)/python -m pytest -n auto --dist loadscope
+	$(BIN)/python -m pytest -n auto --dist loadscope --no-loadscope-reorder
 
 # OpenAI's JavaScript client, and a headless Chromium with the libraries that it needs, which its
 # package unpacks in Lambda alone. Where this fails, their tests are skipped and say so.

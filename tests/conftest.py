@@ -28,6 +28,33 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fuzz", type=int, default=1, help="Run N times as many random cases.")
 
 
+# Files that take minutes come first, so that no core waits for another at the end. Of neighbours
+# one builds what the other does not need.
+LONGEST_FIRST = (
+    "test_assemble",
+    "test_export_cli",
+    "test_blocks",
+    "test_nano_bundle",
+    "test_precision_paths",
+    "test_published",
+    "test_variants",
+    "test_streamed",
+    "test_editor",
+    "test_compile_set",
+    "test_training",
+    "test_resume",
+    "test_nano_training",
+    "test_side_by_side",
+    "test_training_processes",
+    "test_training_nano",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
 class _AtOnce:
     """Tells of each failure when it happens: a run that takes too long has no summary."""
 
