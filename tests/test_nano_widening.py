@@ -3,13 +3,18 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from varedit_nano.model import NANO, load_nano
+from varedit_nano.benchmark import psnr
+from varedit_nano.data import VALIDATION_SEEDS, to_model, to_pixels
+from varedit_nano.model import NANO, TOKENIZER_FILE, WEIGHTS, load_nano
+from varedit_nano.scenes import draw_picture
 from varedit_nano.train_tokenizer import new_tokenizer, quantised_features
 from varedit_nano.widen import widen, widened_tokenizer
+from varedit_reference.checkpoint import load_tokenizer
 from varedit_reference.config import TokenizerConfig
 from varedit_reference.tokenizer import Tokenizer
 
@@ -68,3 +73,22 @@ def test_a_widened_nano_predicts_the_same_bits(tmp_path: Path) -> None:
         logits.append(last)
     torch.testing.assert_close(logits[0], logits[1][..., :24, :], rtol=0, atol=1e-4)
     assert not logits[1][..., 24:, :].any()
+
+
+def test_the_next_tokenizer_keeps_more_than_the_one_that_ships() -> None:
+    size = replace(NANO.tokenizer, bits=32, multipliers=(1, 2, 4, 8))
+    seeds = VALIDATION_SEEDS[:8]
+    pictures = torch.stack([torch.from_numpy(draw_picture(seed, 128)) for seed in seeds])
+
+    next_one = WEIGHTS.parent / "in_training" / TOKENIZER_FILE
+
+    def kept(path: Path, config: TokenizerConfig) -> float:
+        tokenizer = load_tokenizer(path, config)
+        features, _ = quantised_features(
+            tokenizer.encode(to_model(pictures)), NANO.transformer.grids
+        )
+        decoded = to_pixels(tokenizer.decode(features))
+        pairs = zip(pictures.numpy(), decoded, strict=True)
+        return float(np.mean([psnr(picture, again) for picture, again in pairs]))
+
+    assert kept(next_one, size) > kept(WEIGHTS / TOKENIZER_FILE, NANO.tokenizer) + 2
