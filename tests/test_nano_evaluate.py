@@ -192,13 +192,13 @@ def test_turns_are_compared_with_the_scene_before_the_first_outside_all_masks() 
     second = replace(first, mask=mask)
     result = source.copy()
     result[4:6] = 0  # in the second mask alone
-    assert score_turn(second, result)["preservation"] == 100
-    assert score_turn(first, result)["preservation"] == pytest.approx(
+    assert score_turn(second, result)["kept"] == 100
+    assert score_turn(first, result)["kept"] == pytest.approx(
         10 * np.log10(255**2 / (100**2 * 2 / 14))
     )
-    assert score_turn(first, first.target) == {"preservation": 100, "inside": 100}
+    assert score_turn(first, first.target) == {"kept": 100, "inside": 100}
     mask[:] = True
-    assert score_turn(second, result)["preservation"] is None
+    assert score_turn(second, result)["kept"] is None
 
 
 def test_turns_are_scored_by_the_command(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
     varedit-export evaluate nano --benchmark nano-turns -o RUN
 
-- Preservation: PSNR to the scene before the first edit, outside all masks so far. Every turn goes
+- Kept: PSNR to the scene before the first edit, outside all masks so far. Every turn goes
   through the tokenizer once more, and what a turn spoils the next one gets as its source. Where
   masks cover more than half of the picture, it is left out.
 - Inside: PSNR to the right scene after these turns, inside the masks so far.
@@ -73,13 +73,13 @@ def score(right: EditSample, result: np.ndarray) -> Values:
     """Score the result of a turn."""
     local = right.mask.mean() <= LARGEST_LOCAL_MASK
     return {
-        "preservation": psnr(result, right.source, ~right.mask) if local else None,
+        "kept": psnr(result, right.source, ~right.mask) if local else None,
         "inside": psnr(result, right.target, right.mask),
     }
 
 
 FAMILY = Family(
-    (Score("preservation", "kept dB", digits=2), Score("inside", "inside dB", digits=2)),
+    (Score("kept", "kept dB", digits=2), Score("inside", "inside dB", digits=2)),
     TurnScores,
     benchmark="nano-turns",
 )
