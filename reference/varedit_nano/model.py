@@ -22,13 +22,13 @@ TOKENIZER_FILE, TRANSFORMER_FILE, TEXT_FOLDER = (
 NANO = ModelConfig(
     name="nano",
     tokenizer=TokenizerConfig(
-        bits=24, downsampling=8, channels=16, multipliers=(1, 1, 2, 4), groups=8
+        bits=32, downsampling=8, channels=16, multipliers=(1, 2, 4, 8), groups=8
     ),
     transformer=TransformerConfig(
-        depth=4,
+        depth=6,
         width=192,
         heads=3,
-        token_channels=24,
+        token_channels=32,
         text_channels=128,
         grids=scale_grids(256),
         table_grids=scale_grids(1024),
