@@ -130,7 +130,8 @@ def test_every_product_of_nano_is_seen_and_none_is_over() -> None:
         own = {name for name, module in root.named_modules() if isinstance(module, kinds)}
         attentions = {name for name in seen - own if name.lower().endswith(("attention", "_pool"))}
         assert own and seen == own | attentions
-        assert len(attentions) == {"text_encoder": 3, "transformer": 9}.get(component, 0)
+        pools = {"text_encoder": 3, "transformer": 2 * model.config.transformer.depth + 1}
+        assert len(attentions) == pools.get(component, 0)
     assert not any(product.over for product in products)
 
 
