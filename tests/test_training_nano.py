@@ -18,7 +18,8 @@ from varedit_runtime.locate import embedded
 
 NEW = "tint it green"
 GREEN = np.array([0.35, 1.1, 0.45]) * np.array([[0.299], [0.587], [0.114]])
-PAIRS, UNSEEN = 24, 6
+PAIRS, UNSEEN = 45, 18  # unseen: two of each kind
+KNOWN = 3  # edits of nano's own with each new one, so that it does not forget them
 
 Edit = tuple[np.ndarray, np.ndarray, str]
 
@@ -56,16 +57,18 @@ def scores(editor: Editor, edits: Sequence[Edit]) -> float:
 
 
 def test_nano_learns_a_new_edit_and_forgets_little(tmp_path: Path) -> None:
-    seeds = range(FIRST_TRAINING_SEED, FIRST_TRAINING_SEED + PAIRS)
-    pairs = write_pairs(tmp_path, [one(seed) for seed in seeds for one in (tinted, known)])
+    first = FIRST_TRAINING_SEED
+    taught = [tinted(seed) for seed in range(first, first + PAIRS)]
+    taught += [known(seed) for seed in range(first, first + KNOWN * PAIRS)]
+    pairs = write_pairs(tmp_path, taught)
     options = TrainOptions(
         size="nano",
         data=(pairs,),
         output=tmp_path / "run",
         lora=16,
-        steps=30,
+        steps=45,
         batch=4,
-        learning_rate=5e-3,
+        learning_rate=2e-3,
         at_once=4,
         keep_activations=True,
     )
@@ -89,5 +92,5 @@ def test_nano_learns_a_new_edit_and_forgets_little(tmp_path: Path) -> None:
             measured[name] = scores(editor, new), scores(editor, old)
     (new_before, old_before), (new_after, old_after) = measured["before"], measured["after"]
     print(measured)
-    assert new_after > new_before + 4
-    assert old_after > old_before - 1
+    assert new_after > new_before + 8
+    assert old_after > old_before - 2
