@@ -128,7 +128,7 @@ def grids_of(array: np.ndarray) -> tuple[Grid, ...]:
     return tuple((int(rows), int(columns)) for rows, columns in array)
 
 
-def test_nano_looks_at_the_aligned_reference_first_and_deeper_nearby(tmp_path: Path) -> None:
+def test_nano_looks_widely_first_and_deeper_nearby(tmp_path: Path) -> None:
     """As the paper says of SAR (its Figure 3)."""
     heat, words, arrays = (tmp_path / name for name in ("heat.png", "words.png", "maps.npz"))
     sample = ROOT / "docs/samples/person.png"

@@ -1,4 +1,4 @@
-"""Widen nano: `python -m varedit_nano.widen OUT --bits 32 --multipliers 1 2 4 8`.
+"""Widen nano: `python -m varedit_nano.widen OUT --bits 40 --multipliers 2 2 4 8`.
 
 A widened model computes what the narrow one does (Net2Net, Chen et al. 2016, arXiv 1511.05641), so
 its training starts from all that the narrow one has learned. Channels are repeated, copies next to

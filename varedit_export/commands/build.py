@@ -152,7 +152,7 @@ def build(
         --text-encoder google/flan-t5-xl
     varedit-export build --size 8b --res 512 --lora style.safetensors:0.8 -o bundles/style
     varedit-export build --size 8b --res 512 --checkpoint tuned.pth --graphs-from bundles/8b-512
-    varedit-export build --size nano --evaluate nano --fail-below accuracy=70
+    varedit-export build --size nano --evaluate nano --fail-below accuracy=85
     varedit-export build --size nano --backend tensorrt-rtx --architecture sm89
     """
     options = options.for_graphs
