@@ -510,6 +510,7 @@ def test_places_and_scales(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     [
         ("loras/style.safetensors", "style"),
         ("loras/a hat.v2/adapter_model.safetensors", "a-hat-v2"),
+        ("runs/flip/adapter.safetensors", "flip"),
         ("hf://me/hats@main", "hats"),
         ("loras/hats/", "hats"),
     ],

@@ -77,7 +77,7 @@ def test_nano_learns_a_new_edit_and_forgets_little(tmp_path: Path) -> None:
     built = varedit_export.build(
         BuildOptions(
             size="nano",
-            loras=(adapter,),
+            loras=(adapter.parent,),
             precision="fp32",
             graphs_from=embedded(),
             output=tmp_path / "bundle",

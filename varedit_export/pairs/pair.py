@@ -78,7 +78,9 @@ class Pairs(Sequence[Pair]):
         """Join parts, one after the other. Raises DatasetError if they have no pairs."""
         self._parts, self._ends = parts, list(accumulate(map(len, parts)))
         if not len(self):
-            raise DatasetError("the data has no pairs")
+            raise DatasetError(
+                "the data has no pairs: give a list in JSON lines, its folder, shards, or tables"
+            )
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0

@@ -61,7 +61,8 @@ class MemoryPlan:
         }
         told = ", ".join(f"{readable_size(size)} of {name}" for name, size in parts.items())
         among = f" among {self.processes} processes" if self.processes > 1 else ""
-        return f"{readable_size(self.total)} of memory{among and ' each'}: {told}{among}"
+        whole, program = readable_size(self.total), readable_size(PROGRAM)
+        return f"{whole} of memory{among and ' each'}: {told}{among}, {program} of the program"
 
 
 def plan_memory(

@@ -47,7 +47,11 @@ from varedit_runtime.manifest import MergedLora
 from varedit_runtime.values import LARGEST
 
 SETTINGS = "adapter_config.json"
-FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # in a folder
+FILES = (  # in a folder: of PEFT, of diffusers, of `varedit-export train`
+    "adapter_model.safetensors",
+    "pytorch_lora_weights.safetensors",
+    "adapter.safetensors",
+)
 METADATA = "lora_adapter_metadata"  # where diffusers keeps PEFT's settings in the file itself
 BASE = "base_digest"  # where `varedit-export train` keeps that of the weights under an adapter
 PEFT = "base_model.model."
