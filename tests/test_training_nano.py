@@ -83,7 +83,7 @@ def test_nano_learns_a_new_edit_and_forgets_little(tmp_path: Path) -> None:
             output=tmp_path / "bundle",
         )
     )
-    assert [lora.file for lora in built.manifest.model.loras or ()] == ["adapter.safetensors"]
+    assert [lora.file for lora in built.manifest.model.loras or ()] == ["run/adapter.safetensors"]
     unseen = EVALUATION_SEEDS[:UNSEEN]
     new, old = [tinted(seed) for seed in unseen], [known(seed) for seed in unseen]
     measured = {}
