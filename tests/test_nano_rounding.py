@@ -46,7 +46,7 @@ def steps(nano: VAREdit, model: VAR, exact: list[PredictedScale] | None) -> list
 
 
 @pytest.mark.parametrize(
-    ("precision", "least"), [("fp16", 0.995), ("bf16", 0.99), ("int8-gpu", 0.98), ("fp8", 0.95)]
+    ("precision", "least"), [("fp16", 0.995), ("bf16", 0.995), ("int8-gpu", 0.985), ("fp8", 0.96)]
 )
 def test_rounded_products_draw_the_same_bits(
     nano: VAREdit, exact: list[PredictedScale], precision: str, least: float

@@ -20,7 +20,6 @@ from varedit_export.options import BuildOptions
 from varedit_export.resolve_options import model_and_weights
 from varedit_export.training import run
 from varedit_export.training.fine_tune import (
-    ADAPTER,
     TRANSFORMER,
     FineTuning,
     Lessons,
@@ -32,7 +31,7 @@ from varedit_export.training.loop import TrainingMachine
 from varedit_export.training.memory import pair_without_content, peak_of_tensors, plan_memory
 from varedit_export.training.run import plan_training
 from varedit_export.training.tokens import tokens_of
-from varedit_export.weights.lora import merge_loras
+from varedit_export.weights.lora import TRAINED, merge_loras
 from varedit_reference.checkpoint import NamedShape, load_transformer, released_transformer
 from varedit_reference.config import ModelConfig, preset
 from varedit_reference.initialise import random_weights
@@ -303,7 +302,7 @@ def test_an_adapter_is_merged_as_it_was_trained(
 ) -> None:
     settings = options(pairs, tmp_path, lora=3)
     adapter = varedit_export.train(settings)
-    assert adapter == tmp_path / ADAPTER
+    assert adapter == tmp_path / TRAINED
     config, sources = model_and_weights(settings.build_options, lambda download: None)
     layout = released_transformer(config.transformer.depth, chunks)
     stored = [layout(NamedShape(n, tuple(w.shape))).name for n, w in sources.transformer.items()]

@@ -22,6 +22,7 @@ from varedit_export.training.attention import compute_in
 from varedit_export.training.learner import Example, Learner, PairTokens, make_example
 from varedit_export.training.loop import TrainingMachine, TrainingRecipe
 from varedit_export.training.sheets import contact_sheet
+from varedit_export.weights.lora import TRAINED
 from varedit_reference.checkpoint import (
     NamedShape,
     empty_transformer,
@@ -32,7 +33,7 @@ from varedit_reference.tokenizer import Tokenizer
 from varedit_reference.weights_file import check_finite, write_safetensors
 from varedit_runtime.pictures import from_decoder
 
-ADAPTER, TRANSFORMER = "adapter.safetensors", "transformer.safetensors"
+TRANSFORMER = "transformer.safetensors"
 DRAWN = 4  # pairs of a sheet
 
 
@@ -166,7 +167,7 @@ class FineTuning:
             return
         depth = self.lessons.config.transformer.depth
         if any(map(is_change, weights)):
-            write_adapter(folder / ADAPTER, weights, depth, self.base)
+            write_adapter(folder / TRAINED, weights, depth, self.base)
             return
         layout, stored = released_transformer(depth), dict[str, Tensor]()
         for name, weight in weights.items():

@@ -17,7 +17,6 @@ from varedit_export.resolve_options import model_and_weights
 from varedit_export.sources import Sources
 from varedit_export.training import parallel
 from varedit_export.training.fine_tune import (
-    ADAPTER,
     DRAWN,
     TRANSFORMER,
     FineTuning,
@@ -32,6 +31,7 @@ from varedit_export.training.run_folder import RunFolder
 from varedit_export.training.tokens import made_by, tokens_of
 from varedit_export.weights.digest import weights_digest
 from varedit_export.weights.download import Download
+from varedit_export.weights.lora import TRAINED
 from varedit_reference.config import ModelConfig
 from varedit_runtime.backends.host import available_memory
 from varedit_runtime.errors import ConfigError, readable_size
@@ -129,7 +129,7 @@ def fine_tune(
             passes = recipe.steps * recipe.batch / len(task.lessons.places)
             notice(f"{len(pairs)} pairs, {len(task.held_out)} held out: {passes:.3g} passes")
             train(task, recipe, plan.machine, folder, notice)
-    return Path(options.output) / (TRANSFORMER if options.lora is None else ADAPTER)
+    return Path(options.output) / (TRANSFORMER if options.lora is None else TRAINED)
 
 
 def best_device() -> str:

@@ -47,11 +47,8 @@ from varedit_runtime.manifest import MergedLora
 from varedit_runtime.values import LARGEST
 
 SETTINGS = "adapter_config.json"
-FILES = (  # in a folder: of PEFT, of diffusers, of `varedit-export train`
-    "adapter_model.safetensors",
-    "pytorch_lora_weights.safetensors",
-    "adapter.safetensors",
-)
+TRAINED = "adapter.safetensors"  # in the folder of a run of `varedit-export train`
+FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors", TRAINED)  # in a folder
 METADATA = "lora_adapter_metadata"  # where diffusers keeps PEFT's settings in the file itself
 BASE = "base_digest"  # where `varedit-export train` keeps that of the weights under an adapter
 PEFT = "base_model.model."
